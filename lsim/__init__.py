@@ -1,0 +1,27 @@
+"""How far apart are two simulations? Learned and classic similarity metrics for simulation data.
+
+>>> import lsim
+>>> metric = lsim.load_metric("ssim")
+>>> metric.distance(a, b)          # doctest: +SKIP
+"""
+
+from lsim.metric import Embedding, Metric, MetricInfo, SizeWarning
+from lsim.preprocess import Preprocessing, preprocess
+from lsim.registry import UnknownMetricError, describe_metrics, list_metrics, load_metric
+from lsim.weights import WeightsError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Embedding",
+    "Metric",
+    "MetricInfo",
+    "Preprocessing",
+    "SizeWarning",
+    "UnknownMetricError",
+    "WeightsError",
+    "describe_metrics",
+    "list_metrics",
+    "load_metric",
+    "preprocess",
+]

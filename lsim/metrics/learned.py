@@ -1,0 +1,131 @@
+"""LSiM, the learned simulation metric, and its published variants.
+
+For feature maps f_l of a convolutional trunk, with per-pixel mean and standard deviation maps µ_l, σ_l of
+the training data and non-negative weights w_lc per channel (Kohl, Um, Thuerey 2020, section 4.2),
+
+    d(a, b)² = Σ_l mean_yx Σ_c w_lc (g_lc(a) − g_lc(b))²,   g = (f − µ)/(σ + 1e-10)/(√C − 1).
+
+The mean cancels in the difference, so with z_l = f_l √w_l / ((σ_l + 1e-10)(√C_l − 1) √(H_l W_l)) it is the
+Euclidean distance of the vectors z: a frame is embedded once, a pair is one pass over two vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lsim.metric import Embedding, Metric, MetricInfo, safe_sqrt
+from lsim.networks import LsimTrunk, SkipTrunk
+from lsim.pairs import all_pairs, has_kernel, rows_in_torch, squared_differences
+from lsim.preprocess import Preprocessing
+from lsim.weights import Checkpoint
+
+AXIOMS = frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"})
+
+
+class LSiM(Metric):
+    """The learned simulation metric on the five maps of :class:`~lsim.networks.LsimTrunk`."""
+
+    info = MetricInfo(
+        title="learned simulation metric",
+        source="Kohl, Um, Thuerey, ICML 2020; https://github.com/tum-pbs/LSIM",
+        axioms=AXIOMS,
+        minimum_size=44,
+        advised_sizes=(128, 512),
+    )
+    trunk_class: ClassVar[type[LsimTrunk] | type[SkipTrunk]] = LsimTrunk
+
+    def __init__(
+        self, name: str, preprocessing: Preprocessing, device: torch.device, checkpoint: Checkpoint
+    ) -> None:
+        super().__init__(name, preprocessing, device)
+        self.weights_sha256 = checkpoint.sha256
+        trunk = self.trunk_class()
+        trunk.load_state_dict(checkpoint.trunk)
+        self.trunk: nn.Module = trunk.to(device).requires_grad_(False).eval()
+        self._weights = [w.clamp(min=0).to(device) for w in checkpoint.channel_weights]
+        self._squares = [m2.to(device) for m2 in checkpoint.deviation_squares]
+        self._counts = checkpoint.counts
+        self._scales: dict[tuple[tuple[int, int], ...], list[Tensor]] = {}
+        if preprocessing.size is not None:
+            self.check_size(preprocessing.size, preprocessing.size)
+
+    def specification(self) -> dict[str, Any]:
+        return super().specification() | {"weights_sha256": self.weights_sha256}
+
+    def check_size(self, y: int, x: int) -> None:
+        super().check_size(y, x)
+        if not (self.trunk_class.takes(y) and self.trunk_class.takes(x)):
+            near = max(self.info.minimum_size, 16 * round(max(y, x) / 16))
+            raise ValueError(
+                f"metric {self.name!r} cannot take frames of {y}×{x}: its decoder does not meet its encoder "
+                f"again; the smallest that works is {self.info.minimum_size}×{self.info.minimum_size}, and "
+                f"multiples of 16 always do: pass size={near}"
+            )
+
+    def features(self, frames: Tensor) -> Sequence[Tensor]:
+        """The trunk's feature maps of (batch, 3, y, x) in [0, 255], in IEEE single precision."""
+        # TF32, torch's default for convolutions on GPUs, is wrong by 11 % on nearly equal frames.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            maps: Sequence[Tensor] = self.trunk(frames.contiguous(memory_format=torch.channels_last))
+        return maps
+
+    def embed(self, frames: Tensor) -> Embedding:
+        """z of every frame, (n, Σ_l C_l H_l W_l) float32; with gradients where ``frames`` carry them."""
+        planes = frames.permute(0, 3, 1, 2).float()
+        if planes.shape[1] == 1:
+            planes = planes.expand(-1, 3, -1, -1)
+        if not has_kernel(planes):
+            return Embedding({"features": self._scaled(planes)})
+        # One frame at a time: then a frame's features are the same bits whatever the batch around it,
+        # and on a CPU a larger batch is no faster.
+        return Embedding({"features": torch.cat([self._scaled(plane[None]) for plane in planes])})
+
+    def _scaled(self, planes: Tensor) -> Tensor:
+        maps = self.features(planes)
+        scaled = zip(maps, self._scales_for(maps), strict=True)
+        return torch.cat([(f * scale).flatten(1) for f, scale in scaled], 1)
+
+    def _scales_for(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """z_l / f_l for maps of these sizes: (channel, y', x') each."""
+        sizes = tuple((m.shape[2], m.shape[3]) for m in maps)
+        if sizes not in self._scales:
+            scales = []
+            parts = zip(sizes, self._weights, self._squares, self._counts, strict=True)
+            for size, weight, squares, count in parts:
+                if squares.shape != size:
+                    squares = F.interpolate(squares[None, None], size, mode="bilinear", align_corners=True)[0, 0]
+                deviation = (squares / (count - 1)).sqrt()
+                channels = len(weight)
+                divisor = (deviation + 1e-10) * (math.sqrt(channels) - 1) * math.sqrt(size[0] * size[1])
+                scales.append(weight.sqrt()[:, None, None] / divisor)
+            self._scales[sizes] = scales
+        return self._scales[sizes]
+
+    def compare(self, a: Embedding, b: Embedding) -> Tensor:
+        x, y = a.parts["features"], b.parts["features"]
+        if not has_kernel(x, y):
+            return rows_in_torch(self.paired, a, b)
+        return all_pairs(squared_differences, len(x), len(y), x.numpy(), y.numpy(), symmetric=a is b).sqrt()
+
+    def paired(self, a: Embedding, b: Embedding) -> Tensor:
+        squared = (a.parts["features"] - b.parts["features"]).square().sum(1, dtype=torch.float64)
+        return safe_sqrt(squared)
+
+
+class LSiMSkip(LSiM):
+    """The published variant with skip connections, trained from scratch: eight maps."""
+
+    info = MetricInfo(
+        title="learned simulation metric, encoder/decoder with skip connections",
+        source="Kohl, Um, Thuerey, ICML 2020, table 1 (Skip from scratch)",
+        axioms=AXIOMS,
+        minimum_size=48,
+        advised_sizes=(128, 512),
+    )
+    trunk_class = SkipTrunk

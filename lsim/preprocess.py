@@ -1,0 +1,338 @@
+"""From a field to what a metric takes: channels, size, and the range [0, 255].
+
+The published evaluation of LSiM resizes frames with :func:`scipy.ndimage.zoom`, then maps minimum and
+maximum of each channel, taken jointly over a *scope* of frames, to [0, 255]. This module does the same
+for whole stacks at once: order 0 by indexing, higher orders by one small matrix per axis.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import scipy.ndimage
+from numpy.typing import ArrayLike
+
+Compat: TypeAlias = Literal["default", "published"]
+Scope: TypeAlias = str | tuple[Any, Any]
+"""Over which frames minimum and maximum are taken: ``"pair"``, ``"batch"``, ``"sequence"``, ``"dataset"``,
+or a fixed ``(lo, hi)``, each a number or one number per channel."""
+
+SCOPES = ("pair", "batch", "sequence", "dataset")
+ORDERS = (0, 1, 2, 3, 4, 5)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a metric wants done to frames; equal ones are done once.
+
+    Attributes
+    ----------
+    size : int or None
+        Both frame axes are resized to it; None keeps the frame's own size.
+    order : int
+        Order of the spline used to resize, 0 (nearest) to 5.
+    compat : {"default", "published"}
+        ``"published"`` keeps the rim of zeros that scipy writes at some sizes (see :func:`resize`) and
+        double precision where the input has it.
+    """
+
+    size: int | None = 224
+    order: int = 0
+    compat: Compat = "default"
+
+    def __post_init__(self) -> None:
+        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
+            raise ValueError(f"size must be a positive integer or None, got {self.size!r}")
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {ORDERS}, got {self.order!r}")
+        if self.compat not in ("default", "published"):
+            raise ValueError(f"compat must be 'default' or 'published', got {self.compat!r}")
+
+
+def preprocess(
+    frames: ArrayLike,
+    size: int | None = 224,
+    order: int = 0,
+    scope: Scope = "sequence",
+    compat: Compat = "default",
+) -> np.ndarray:
+    """Resize frames and map them to three channels in [0, 255], as the metrics take them.
+
+    Parameters
+    ----------
+    frames : array_like
+        (y, x) one frame; (n, y, x) or (n, y, x, channel) a sequence; (sequence, frame, y, x, channel)
+        a data set. Any integer, half, single or double precision; 1, 3 or 4 channels: one is repeated
+        to three, of four the last (alpha) is dropped.
+    size : int or None, default 224
+        Both axes are resized to it; None keeps the size.
+    order : int, default 0
+        Spline order, as :func:`scipy.ndimage.zoom` takes it.
+    scope : str or (lo, hi), default "sequence"
+        Over which frames minimum and maximum are taken. ``"sequence"``: over all frames of each
+        sequence; ``"batch"`` and ``"dataset"``: over everything passed; ``"pair"``: as ``"batch"``,
+        for exactly two frames; ``(lo, hi)``: fixed, values outside map outside [0, 255].
+    compat : {"default", "published"}, default "default"
+        ``"published"`` reproduces the published evaluation to its rim of zeros, see :func:`resize`.
+
+    Returns
+    -------
+    ndarray of shape (n, size, size, 3), or (sequence, frame, size, size, 3)
+        float32; with ``compat="published"`` float64 where the input is double or integer. A channel
+        that is constant over the scope is 0. A frame with NaN or infinity is all NaN and is not
+        counted in the scope.
+
+    Raises
+    ------
+    ValueError
+        When shape, dtype, channels, scope, size or order are not as described.
+
+    References
+    ----------
+    Kohl, Um, Thuerey: Learning Similarity Metrics for Numerical Simulations, ICML 2020, section 4.
+    """
+    settings = Preprocessing(size, order, compat)
+    array = np.asarray(frames)
+    if array.ndim == 5:
+        if scope == "sequence":
+            return np.stack([apply(settings, sequence, scope) for sequence in array])
+        flat = apply(settings, array.reshape(-1, *array.shape[2:]), scope)
+        return flat.reshape(*array.shape[:2], *flat.shape[1:])
+    return apply(settings, as_frames(array), scope)
+
+
+def apply(settings: Preprocessing, frames: np.ndarray, scope: Scope) -> np.ndarray:
+    """:func:`preprocess` for one stack (n, y, x, channel) over one scope, with the settings bundled."""
+    frames = drop_alpha(frames)
+    if scope == "pair" and len(frames) != 2:
+        raise ValueError(
+            f"scope 'pair' is taken over two frames, got {len(frames)}; use 'sequence', 'batch' or (lo, hi)"
+        )
+    if settings.size is not None:
+        frames = resize(frames, settings.size, settings.order, zero_rim=settings.compat == "published")
+    frames = _working_precision(frames)
+    lo, hi = _fixed_range(scope, frames.shape[-1]) if isinstance(scope, tuple) else value_range(frames, scope)
+    result = normalise(frames, lo, hi)
+    if settings.compat == "default":
+        result = result.astype(np.float32, copy=False)
+    return np.repeat(result, 3, axis=-1) if result.shape[-1] == 1 else result
+
+
+def as_frames(array: ArrayLike, what: str = "frames") -> np.ndarray:
+    """Give an array the shape (n, y, x, channel).
+
+    (y, x) becomes one frame of one channel, (n, y, x) one channel each. A three-dimensional array whose
+    last axis could be channels is refused rather than guessed at.
+    """
+    array = np.asarray(array)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{what}: expected an integer or floating dtype, found {array.dtype}")
+    if array.ndim == 2:
+        return array[None, ..., None]
+    if array.ndim == 3:
+        if array.shape[-1] <= 4:
+            raise ValueError(
+                f"{what}: shape {array.shape} is ambiguous: for one frame with channels pass array[None], "
+                "for a stack of frames without channels array[..., None]"
+            )
+        return array[..., None]
+    if array.ndim == 4:
+        return array
+    raise ValueError(f"{what}: expected (y, x), (n, y, x) or (n, y, x, channel), found shape {array.shape}")
+
+
+def drop_alpha(frames: np.ndarray) -> np.ndarray:
+    """Check the channels of (n, y, x, channel) and drop the fourth.
+
+    Raises
+    ------
+    ValueError
+        For 2 or more than 4 channels, for which no metric here is defined, and for empty frames.
+    """
+    if 0 in frames.shape:
+        raise ValueError(f"frames are empty: shape {frames.shape}")
+    channels = frames.shape[-1]
+    if channels in (1, 3):
+        return frames
+    if channels == 4:
+        return frames[..., :3]
+    raise ValueError(
+        f"frames have {channels} channels; metrics take 1, 3 or 4 (alpha is dropped). Evaluate the channels "
+        "as separate fields: frames[..., [i]] for each channel i, or in a catalog "
+        "'fields: {velocity-x: {channel: 0}, velocity-y: {channel: 1}, …}'"
+    )
+
+
+def resize(frames: np.ndarray, size: int, order: int = 0, *, zero_rim: bool = False) -> np.ndarray:
+    """Resize both axes of (n, y, x, channel) to ``size`` as :func:`scipy.ndimage.zoom` does.
+
+    Sample i of m lies at i·((n−1)/(m−1)) of an axis of length n; order 0 takes the nearest sample,
+    halves rounded up. Integer dtypes are kept: rounded half away from zero and clipped. Where rounding
+    puts the last position beyond n−1 (512 → 224 for one), scipy writes zeros into the last row or
+    column; ``zero_rim=True`` reproduces that, the default takes the last sample, as is meant.
+
+    Parameters
+    ----------
+    frames : ndarray of shape (n, y, x, channel)
+    size : int
+    order : int, default 0
+    zero_rim : bool, default False
+
+    Returns
+    -------
+    ndarray of shape (n, size, size, channel), dtype of ``frames`` (half becomes single precision)
+    """
+    if frames.dtype == np.float16:
+        frames = frames.astype(np.float32)
+    if frames.dtype == np.bool_:
+        frames = frames.astype(np.uint8)
+    if frames.shape[1:3] == (size, size):
+        return frames
+    if order == 0:
+        rows, rows_lost = _nearest(frames.shape[1], size)
+        columns, columns_lost = _nearest(frames.shape[2], size)
+        out = frames[:, rows[:, None], columns[None, :]]
+        if zero_rim:
+            out[:, rows_lost] = 0
+            out[:, :, columns_lost] = 0
+        return out
+    along_y = _spline_matrix(frames.shape[1], size, order, zero_rim)
+    along_x = _spline_matrix(frames.shape[2], size, order, zero_rim)
+    # NaN times a weight of zero is NaN: a frame with one NaN becomes all NaN, which it would anyway.
+    with np.errstate(invalid="ignore"):
+        half = np.einsum("yY,nYXc->nyXc", along_y, frames.astype(np.float64), optimize=True)
+        exact = np.einsum("xX,nyXc->nyxc", along_x, half, optimize=True)
+    if frames.dtype.kind == "f":
+        return exact.astype(frames.dtype)
+    limits = np.iinfo(frames.dtype)
+    rounded = np.trunc(exact + np.copysign(0.5, exact))
+    return np.clip(rounded, limits.min, limits.max).astype(frames.dtype)
+
+
+def value_range(frames: np.ndarray, where: str = "sequence") -> tuple[np.ndarray, np.ndarray]:
+    """Minimum and maximum per channel over all frames that are finite throughout.
+
+    Parameters
+    ----------
+    frames : ndarray of shape (n, y, x, channel)
+    where : str
+        The scope's name, checked to be a known one.
+
+    Returns
+    -------
+    lo, hi : ndarray of shape (channel,), float64
+        NaN where no frame is finite.
+    """
+    if where not in SCOPES:
+        raise ValueError(f"scope must be one of {SCOPES} or (lo, hi), got {where!r}")
+    finite = finite_frames(frames)
+    if not finite.any():
+        return np.full(frames.shape[-1], np.nan), np.full(frames.shape[-1], np.nan)
+    chosen = frames if finite.all() else frames[finite]
+    flat = chosen.reshape(-1, frames.shape[-1])
+    return flat.min(axis=0).astype(np.float64), flat.max(axis=0).astype(np.float64)
+
+
+def finite_frames(frames: np.ndarray) -> np.ndarray:
+    """Which frames of (n, …) hold neither NaN nor infinity: bool (n,)."""
+    if frames.dtype.kind != "f":
+        return np.ones(len(frames), dtype=bool)
+    with np.errstate(invalid="ignore", over="ignore"):
+        # A sum is finite only if all its terms are; the exact test is needed only where it overflowed.
+        sums = np.isfinite(frames.reshape(len(frames), -1).sum(axis=1))
+    for index in np.flatnonzero(~sums):
+        sums[index] = np.isfinite(frames[index]).all()
+    return sums
+
+
+def normalise(frames: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+    """255·((frames − lo)/(hi − lo)) per channel, in the precision of ``frames``; 0 where lo equals hi.
+
+    Parameters
+    ----------
+    frames : ndarray of shape (n, y, x, channel), float32 or float64
+    lo, hi : ndarray of shape (channel,), float64
+
+    Returns
+    -------
+    ndarray of shape (n, y, x, channel), dtype of ``frames``
+        Frames that are not finite throughout are all NaN.
+    """
+    dtype = frames.dtype
+    finite = finite_frames(frames)
+    with np.errstate(over="ignore", invalid="ignore"):
+        spread = hi.astype(dtype) - lo.astype(dtype)
+    if dtype == np.float32 and not _comfortable(spread):
+        # The range over- or underflows single precision.
+        return normalise(frames.astype(np.float64), lo, hi).astype(np.float32)
+    constant = spread == 0
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = frames - lo.astype(dtype)
+        out /= np.where(constant, dtype.type(1), spread)
+        out *= dtype.type(255)
+    if constant.any():
+        out[..., constant] = 0
+    if not finite.all():
+        out[~finite] = np.nan
+    return out
+
+
+def to_8bit(frames: np.ndarray) -> np.ndarray:
+    """Truncate values in [0, 255] to 8 bit, as the published evaluation does; outside is clipped."""
+    with np.errstate(invalid="ignore"):
+        return np.clip(np.nan_to_num(frames, nan=0.0), 0, 255).astype(np.uint8)
+
+
+def _working_precision(frames: np.ndarray) -> np.ndarray:
+    if frames.dtype == np.float32:
+        return frames
+    # Half precision, and short integers, are exact in single; but the published code divides integers
+    # in double precision, and truncating to 8 bit shows the difference.
+    return frames.astype(np.float32 if frames.dtype == np.float16 else np.float64)
+
+
+def _fixed_range(scope: tuple[Any, Any], channels: int) -> tuple[np.ndarray, np.ndarray]:
+    if len(scope) != 2:
+        raise ValueError(f"a fixed scope is a pair (lo, hi), got {scope!r}")
+    lo, hi = (np.asarray(bound, dtype=np.float64).reshape(-1) for bound in scope)
+    if {lo.size, hi.size} - {1, channels}:
+        raise ValueError(f"fixed scope {scope!r}: expected one value or {channels}, one per channel")
+    lo, hi = np.broadcast_to(lo, channels), np.broadcast_to(hi, channels)
+    if not (np.isfinite(lo).all() and np.isfinite(hi).all() and (lo <= hi).all()):
+        raise ValueError(f"fixed scope {scope!r}: expected finite lo <= hi")
+    return lo, hi
+
+
+def _comfortable(spread: np.ndarray) -> bool:
+    nonzero = spread[spread != 0]
+    return bool(np.isfinite(spread).all() and (nonzero > 1e-30).all() and (nonzero < 1e37).all())
+
+
+def _positions(n: int, m: int) -> np.ndarray:
+    """Where scipy's zoom samples an axis of length ``n``, in double precision and its rounding."""
+    step = (n - 1) / (m - 1) if m > 1 else 1.0
+    return np.arange(m) * step
+
+
+@functools.lru_cache(maxsize=64)
+def _nearest(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nearest sample for each of ``m`` positions, and which positions scipy takes to be outside."""
+    positions = _positions(n, m)
+    return np.minimum(np.floor(positions + 0.5).astype(np.intp), n - 1), positions > n - 1
+
+
+@functools.lru_cache(maxsize=64)
+def _spline_matrix(n: int, m: int, order: int, zero_rim: bool) -> np.ndarray:
+    """The linear map of :func:`scipy.ndimage.zoom` along one axis: (m, n), float64."""
+    if n == m:
+        return np.eye(n)
+    matrix = scipy.ndimage.zoom(np.eye(n), (m / n, 1), order=order)
+    beyond = _positions(n, m) > n - 1
+    matrix[beyond] = 0
+    if not zero_rim:
+        # A spline interpolates: at the last sample it is the last sample.
+        matrix[beyond, n - 1] = 1
+    return matrix

@@ -1,0 +1,133 @@
+"""Metrics by name: one dict, which other packages extend through the entry point ``lsim.metrics``."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lsim.metric import Metric, MetricInfo, resolve_device
+from lsim.metrics.information import VariationOfInformation
+from lsim.metrics.learned import LSiM, LSiMSkip
+from lsim.metrics.pixel import L1, L2, PSNR
+from lsim.metrics.structural import SSIM
+from lsim.preprocess import Compat, Preprocessing
+from lsim.weights import WeightsError, find_weights, load_checkpoint, verified_bytes
+
+METRICS: dict[str, type[Metric]] = {
+    "l1": L1,
+    "l2": L2,
+    "psnr": PSNR,
+    "ssim": SSIM,
+    "vi": VariationOfInformation,
+    "lsim": LSiM,
+    "lsim-noiseless": LSiM,
+    "lsim-strong-noise": LSiM,
+    "lsim-skip": LSiMSkip,
+}
+"""Name to class, in the order in which tables list them."""
+
+
+class UnknownMetricError(KeyError):
+    """No metric of that name; the message suggests near ones."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@dataclass(frozen=True)
+class ListedMetric:
+    """A metric's name with what is known of it.
+
+    ``unavailable`` is empty, or says why it can't be loaded here and the command that changes that.
+    """
+
+    name: str
+    info: MetricInfo
+    unavailable: str
+
+
+def metric_class(name: str) -> type[Metric]:
+    """The class registered under ``name``; raises :class:`UnknownMetricError`."""
+    if name not in METRICS:
+        near = difflib.get_close_matches(name, METRICS, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(METRICS)}"
+        raise UnknownMetricError(f"no metric named {name!r}; {hint}")
+    return METRICS[name]
+
+
+def list_metrics() -> list[str]:
+    """Names of all metrics, in the order in which tables list them.
+
+    >>> import lsim
+    >>> "lsim" in lsim.list_metrics()
+    True
+    """
+    return list(METRICS)
+
+
+def describe_metrics() -> list[ListedMetric]:
+    """All metrics with what is known of them and whether they can be loaded here."""
+    return [ListedMetric(name, cls.info, why_unavailable(name)) for name, cls in METRICS.items()]
+
+
+def why_unavailable(name: str) -> str:
+    """Empty when the metric can be loaded here, else the reason with the command that gets its weights."""
+    if not issubclass(metric_class(name), LSiM):
+        return ""
+    try:
+        verified_bytes(find_weights(name))
+    except WeightsError as error:
+        return str(error)
+    return ""
+
+
+def load_metric(
+    name: str,
+    weights: str | os.PathLike[str] | None = None,
+    device: str | torch.device = "auto",
+    size: int | None = 224,
+    order: int = 0,
+    compat: Compat = "default",
+) -> Metric:
+    """Load a metric, ready to measure distances.
+
+    Parameters
+    ----------
+    name : str
+        One of :func:`list_metrics`.
+    weights : path or str, optional
+        For learned metrics: a file, or the name of published weights. Default: the metric's own, searched
+        in ``$LSIM_WEIGHTS``, the user cache and the package.
+    device : str or torch.device, default "auto"
+        ``"auto"`` is the GPU when there is one.
+    size : int or None, default 224
+        Frames are resized to it; None keeps their size.
+    order : int, default 0
+        Spline order of the resize.
+    compat : {"default", "published"}
+        ``"published"`` reproduces the published evaluation: ``l2``, ``psnr``, ``ssim`` and ``vi`` on
+        values truncated to 8 bit, which :meth:`Metric.distance` of these doesn't resize, and scipy's rim
+        of zeros after some resizes. In ``"default"`` all but ``vi`` keep floating-point values.
+
+    Raises
+    ------
+    UnknownMetricError
+        For a name that is not registered.
+    lsim.weights.WeightsError
+        When weights are absent, damaged or of another network.
+    ValueError
+        For settings that the metric cannot take.
+    """
+    cls: Callable[..., Metric] = metric_class(name)
+    preprocessing = Preprocessing(size, order, compat)
+    target = resolve_device(device)
+    if isinstance(cls, type) and issubclass(cls, LSiM):
+        checkpoint = load_checkpoint(find_weights(name, weights), cls.trunk_class)
+        return cls(name, preprocessing, target, checkpoint)
+    if weights is not None:
+        raise ValueError(f"metric {name!r} has no weights; got weights={os.fspath(weights)!r}")
+    return cls(name, preprocessing, target)

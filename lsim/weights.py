@@ -1,0 +1,269 @@
+"""Find, download, verify and read the weights of learned metrics.
+
+Weights are searched in this order: an explicit path, the folders or files in ``$LSIM_WEIGHTS``, the user
+cache, files shipped with the package. Nothing is loaded before its SHA-256 was checked where one is
+known, and nothing is unpickled but tensors (``weights_only=True``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsim.networks import LsimTrunk, SkipTrunk
+
+AUTHORS_REPOSITORY = "https://github.com/tum-pbs/LSIM/raw/a89a1d4"
+"""The authors' repository at a pinned commit; MIT licence."""
+
+
+class WeightsError(RuntimeError):
+    """Weights that are absent, damaged, or not those of the network they are meant for."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A file of weights that somebody published: where it is and what it must hash to."""
+
+    file: str
+    url: str
+    sha256: str
+    licence: str
+
+
+PUBLISHED: dict[str, Published] = {
+    "lsim": Published(
+        "LSiM.pth",
+        f"{AUTHORS_REPOSITORY}/Models/LSiM.pth",
+        "6f9d3934e9a14222c25bcd58cb81e79e8c1e2bde5e2968ab04612d9b08057634",
+        "MIT",
+    ),
+    "lsim-noiseless": Published(
+        "Lsim_DataNoiseless.pth",
+        f"{AUTHORS_REPOSITORY}/Models/Experimental/Lsim_DataNoiseless.pth",
+        "6230c5dd7f3f6ff68f2bd4a250b768b18357de145e2f573634e6f144f3c848f3",
+        "MIT",
+    ),
+    "lsim-strong-noise": Published(
+        "Lsim_DataStrongNoise.pth",
+        f"{AUTHORS_REPOSITORY}/Models/Experimental/Lsim_DataStrongNoise.pth",
+        "6e8549e4b8765941e9cf5fd34eb43b7d3061a950e4e1a06f3e1ca6f5e4d0b26c",
+        "MIT",
+    ),
+    "lsim-skip": Published(
+        "SkipConnections.pth",
+        f"{AUTHORS_REPOSITORY}/Models/Experimental/SkipConnections.pth",
+        "48093eb39957f581125bdaedfea662e531edeca5440ed975ae41f76da25087a4",
+        "MIT",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of a weights file, translated to the names of :mod:`lsim.networks`.
+
+    Attributes
+    ----------
+    trunk : mapping of str to Tensor
+        State of the trunk module.
+    channel_weights : list of Tensor (channel,)
+        One per feature map; slightly negative ones are meant to be clamped.
+    deviation_squares : list of Tensor (y, x)
+        Sum of squared deviations per pixel of each feature map over the training data.
+    counts : list of int
+        How many frames these are the sums of.
+    sha256 : str
+        Hash of the file.
+    """
+
+    trunk: Mapping[str, Tensor]
+    channel_weights: list[Tensor]
+    deviation_squares: list[Tensor]
+    counts: list[int]
+    sha256: str
+
+
+def cache_folder() -> Path:
+    """Where fetched weights are kept."""
+    import pooch
+
+    return Path(pooch.os_cache("lsim")) / "weights"
+
+
+def find_weights(name: str, weights: str | os.PathLike[str] | None = None) -> Path:
+    """The file with a metric's weights.
+
+    Parameters
+    ----------
+    name : str
+        The metric's name.
+    weights : path or str, optional
+        A path to a file, or the name of published weights; None takes those of the metric.
+
+    Raises
+    ------
+    WeightsError
+        When there is no such file; the message says where was searched and how to get it.
+    """
+    if weights is not None and str(weights) not in PUBLISHED:
+        path = Path(weights).expanduser()
+        if not path.is_file():
+            raise WeightsError(
+                f"no weights at {path}: expected a file, or one of the names {', '.join(PUBLISHED)}"
+            )
+        return path
+    wanted = str(weights) if weights is not None else name
+    if wanted not in PUBLISHED:
+        raise WeightsError(f"metric {name!r} has no published weights; pass weights=PATH")
+    file = PUBLISHED[wanted].file
+    folders = search_folders()
+    for folder in folders:
+        candidate = folder if folder.name == file else folder / file
+        if candidate.is_file():
+            return candidate
+    raise WeightsError(
+        f"no weights for {wanted!r}: searched {file} in {', '.join(map(str, folders))}. "
+        f"Get them with 'lsim weights fetch {wanted}', or set LSIM_WEIGHTS to their folder"
+    )
+
+
+def search_folders() -> list[Path]:
+    """Where weights are looked for, in order: ``$LSIM_WEIGHTS``, the user cache, the package."""
+    named = [Path(p).expanduser() for p in os.environ.get("LSIM_WEIGHTS", "").split(os.pathsep) if p]
+    return [*named, cache_folder(), Path(__file__).parent / "shipped_weights"]
+
+
+def verified_bytes(path: Path) -> tuple[bytes, str]:
+    """Read a file and its SHA-256, and check it where a file of this name was published.
+
+    Raises
+    ------
+    WeightsError
+        When the file is named as published weights are, but is not those.
+    """
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    for published in PUBLISHED.values():
+        if published.file == path.name and published.sha256 != found:
+            raise WeightsError(
+                f"{path}: SHA-256 is {found}, expected {published.sha256} of the published {published.file} "
+                f"({len(content)} bytes found). It is damaged or another file: fetch it again, or rename your own"
+            )
+    return content, found
+
+
+def load_checkpoint(path: Path, trunk_class: type[LsimTrunk] | type[SkipTrunk]) -> Checkpoint:
+    """Read a checkpoint of the authors' code (keys ``stateDict``, ``normM2``, ``normCount``).
+
+    Raises
+    ------
+    WeightsError
+        When hash, keys or shapes are not those expected; names file, expected and found.
+    """
+    content, sha256 = verified_bytes(path)
+    try:
+        raw: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise WeightsError(f"{path}: not a checkpoint of tensors that torch can read safely: {error}") from error
+    wanted_keys = {"stateDict", "normM2", "normCount"}
+    if not isinstance(raw, dict) or not wanted_keys <= raw.keys():
+        found_keys = sorted(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
+        raise WeightsError(f"{path}: expected the keys {sorted(wanted_keys)}, found {found_keys}")
+
+    state = raw["stateDict"]
+    with torch.device("meta"):
+        expected = trunk_class().state_dict()
+    trunk = {}
+    for layer, key in trunk_class.CHECKPOINT_KEYS.items():
+        for kind in ("weight", "bias"):
+            name = f"{key}.{kind}"
+            trunk[f"{layer}.{kind}"] = _checked(state, name, tuple(expected[f"{layer}.{kind}"].shape), path)
+    channel_weights = [
+        _checked(state, f"lin{k}.1.weight", (1, channels, 1, 1), path).reshape(-1)
+        for k, channels in enumerate(trunk_class.CHANNELS)
+    ]
+    maps = len(trunk_class.CHANNELS)
+    if len(raw["normM2"]) != maps or len(raw["normCount"]) != maps:
+        raise WeightsError(
+            f"{path}: normM2 and normCount have {len(raw['normM2'])} and {len(raw['normCount'])} entries; "
+            f"expected {maps}, one per feature map of {trunk_class.__name__}"
+        )
+    squares = [m2.float() for m2 in raw["normM2"]]
+    if any(m2.ndim != 2 for m2 in squares):
+        raise WeightsError(f"{path}: normM2 maps have shapes {[tuple(m.shape) for m in squares]}; expected (y, x)")
+    return Checkpoint(trunk, channel_weights, squares, [int(count) for count in raw["normCount"]], sha256)
+
+
+def fetch_weights(name: str, folder: Path | None = None) -> Path:
+    """Download published weights into the user cache (or ``folder``) and check their SHA-256.
+
+    Raises
+    ------
+    WeightsError
+        For an unknown name, when the publisher cannot be reached, or on a wrong hash.
+    """
+    if name not in PUBLISHED:
+        raise WeightsError(f"no published weights named {name!r}; there are {', '.join(PUBLISHED)}")
+    import pooch
+
+    published = PUBLISHED[name]
+    try:
+        path = pooch.retrieve(
+            published.url,
+            known_hash=f"sha256:{published.sha256}",
+            fname=published.file,
+            path=folder or cache_folder(),
+        )
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"could not fetch {published.file} from {published.url}: {error}. Download it by other means and "
+            f"put it into {folder or cache_folder()}, or set LSIM_WEIGHTS to its folder"
+        ) from error
+    return Path(path)
+
+
+@dataclass(frozen=True)
+class WeightsStatus:
+    """Whether one set of published weights is here and whole.
+
+    ``state`` is ``"ok"``, ``"absent"`` or ``"damaged"``; ``detail`` says where, or what is wrong.
+    """
+
+    name: str
+    state: str
+    detail: str
+
+
+def weights_status() -> list[WeightsStatus]:
+    """State of all published weights, checking the hash of those that are found."""
+    found = []
+    for name in PUBLISHED:
+        try:
+            path = find_weights(name)
+        except WeightsError:
+            found.append(WeightsStatus(name, "absent", f"lsim weights fetch {name}"))
+            continue
+        try:
+            verified_bytes(path)
+        except WeightsError as error:
+            found.append(WeightsStatus(name, "damaged", str(error)))
+        else:
+            found.append(WeightsStatus(name, "ok", str(path)))
+    return found
+
+
+def _checked(state: Mapping[str, Tensor], name: str, shape: tuple[int, ...], path: Path) -> Tensor:
+    if name not in state:
+        raise WeightsError(f"{path}: no tensor {name!r}; found {', '.join(sorted(state))}")
+    if tuple(state[name].shape) != shape:
+        raise WeightsError(f"{path}: tensor {name!r} has shape {tuple(state[name].shape)}, expected {shape}")
+    return state[name].float()
