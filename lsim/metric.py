@@ -18,7 +18,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from lsim.preprocess import Preprocessing, Scope, apply, as_frames, to_8bit
+from lsim.preprocess import Preprocessing, Scope, apply, as_frames, truncate_to_8bit
 
 
 class SizeWarning(UserWarning):
@@ -165,15 +165,17 @@ class Metric(ABC):
         if scope == "pair":
             pairs = zip(first, second, strict=True)
             return np.concatenate([self.distance(left[None], right[None], "batch") for left, right in pairs])
-        prepared = self.prepare(np.concatenate([first, second]), scope, resized=not self._follows_8bit_publication)
+        prepared = self.prepare(
+            np.concatenate([first, second]), scope, resized=not self._follows_8bit_publication
+        )
         with torch.no_grad():
             embedding = self.embed(self._tensor(prepared))
             left, right = embedding[slice(0, len(first))], embedding[slice(len(first), None)]
             values = torch.cat([self.compare(x, y).reshape(1) for x, y in zip(left, right, strict=True)])
         comparable = _comparable(prepared)
-        values = values.double().cpu().numpy()
-        values[~(comparable[: len(first)] & comparable[len(first) :])] = np.nan
-        return values
+        distances = values.double().cpu().numpy()
+        distances[~(comparable[: len(first)] & comparable[len(first) :])] = np.nan
+        return distances
 
     def pairwise(self, frames: ArrayLike, scope: Scope = "sequence") -> np.ndarray:
         """All distances among the frames of a sequence; each frame is embedded once.
@@ -230,9 +232,7 @@ class Metric(ABC):
         if self.quantised:
             stacked = stacked.clamp(0, 255).floor()
         embedding = self.embed(stacked)
-        return self.paired(
-            embedding[slice(0, len(reference))], embedding[slice(len(reference), None)]
-        )
+        return self.paired(embedding[slice(0, len(reference))], embedding[slice(len(reference), None)])
 
     def prepare(self, frames: np.ndarray, scope: Scope, *, resized: bool = True) -> np.ndarray:
         """Apply the metric's preprocessing to (n, y, x, channel), and check the resulting size.
@@ -260,6 +260,17 @@ class Metric(ABC):
         matrix[:, ~comparable] = np.nan
         return matrix
 
+    def from_reference(self, prepared: np.ndarray) -> np.ndarray:
+        """Row 0 of :meth:`all_pairs` alone: distances of the first frame to all, (n,) float64."""
+        self.check_size(prepared.shape[1], prepared.shape[2])
+        with torch.no_grad():
+            embedding = self.embed(self._tensor(prepared))
+            row = self.compare(embedding[slice(0, 1)], embedding)[0].double().cpu().numpy()
+        row[0] = self.info.distance_to_itself
+        comparable = _comparable(prepared)
+        row[~(comparable & comparable[0])] = np.nan
+        return row
+
     def check_size(self, y: int, x: int) -> None:
         """Raise :class:`ValueError` for frames too small for the metric; warn once outside the advised."""
         smallest = self.info.minimum_size
@@ -284,7 +295,7 @@ class Metric(ABC):
             )
 
     def _tensor(self, prepared: np.ndarray) -> Tensor:
-        values = to_8bit(prepared) if self.quantised else prepared
+        values = truncate_to_8bit(prepared) if self.quantised else prepared
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(self.device)
 
     def __repr__(self) -> str:

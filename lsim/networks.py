@@ -7,6 +7,8 @@ checkpoints without their slice numbering; :data:`CHECKPOINT_KEYS` translates.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,8 +17,8 @@ from torch.nn import functional as F
 class LsimTrunk(nn.Module):
     """The five convolutions of LSiM (Kohl et al. 2020, section 4.2): 626,304 parameters with the heads."""
 
-    CHANNELS = (32, 96, 192, 128, 128)
-    CHECKPOINT_KEYS = {
+    CHANNELS: ClassVar[tuple[int, ...]] = (32, 96, 192, 128, 128)
+    CHECKPOINT_KEYS: ClassVar[dict[str, str]] = {
         "conv1": "basenet.slice1.0",
         "conv2": "basenet.slice2.1",
         "conv3": "basenet.slice3.1",
@@ -54,8 +56,8 @@ class LsimTrunk(nn.Module):
 class SkipTrunk(nn.Module):
     """The encoder/decoder with skip connections of the publication ("Skip from scratch"): eight maps."""
 
-    CHANNELS = (32, 64, 128, 128, 64, 64, 32, 32)
-    CHECKPOINT_KEYS = {
+    CHANNELS: ClassVar[tuple[int, ...]] = (32, 64, 128, 128, 64, 64, 32, 32)
+    CHECKPOINT_KEYS: ClassVar[dict[str, str]] = {
         "conv1": "basenet.conv1.0",
         "conv2": "basenet.conv2.1",
         "conv3": "basenet.conv3.1",

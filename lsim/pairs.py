@@ -9,6 +9,7 @@ many threads there are.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -82,7 +83,7 @@ def all_pairs(kernel: PairKernel, n: int, m: int, *arguments: Any, symmetric: bo
         with ThreadPoolExecutor(threads) as pool:
             parts = [
                 pool.submit(kernel, i[start:stop], j[start:stop], values[start:stop], *arguments)
-                for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+                for start, stop in itertools.pairwise(bounds)
             ]
             for part in parts:
                 part.result()

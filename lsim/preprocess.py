@@ -194,7 +194,7 @@ def resize(frames: np.ndarray, size: int, order: int = 0, *, zero_rim: bool = Fa
     if order == 0:
         rows, rows_lost = _nearest(frames.shape[1], size)
         columns, columns_lost = _nearest(frames.shape[2], size)
-        out = frames[:, rows[:, None], columns[None, :]]
+        out = frames.take(rows, axis=1).take(columns, axis=2)
         if zero_rim:
             out[:, rows_lost] = 0
             out[:, :, columns_lost] = 0
@@ -232,8 +232,9 @@ def value_range(frames: np.ndarray, where: str = "sequence") -> tuple[np.ndarray
     if not finite.any():
         return np.full(frames.shape[-1], np.nan), np.full(frames.shape[-1], np.nan)
     chosen = frames if finite.all() else frames[finite]
-    flat = chosen.reshape(-1, frames.shape[-1])
-    return flat.min(axis=0).astype(np.float64), flat.max(axis=0).astype(np.float64)
+    rows = _as_rows(chosen)
+    lo, hi = (extreme(axis=0).reshape(-1, frames.shape[-1]) for extreme in (rows.min, rows.max))
+    return lo.min(axis=0).astype(np.float64), hi.max(axis=0).astype(np.float64)
 
 
 def finite_frames(frames: np.ndarray) -> np.ndarray:
@@ -269,10 +270,12 @@ def normalise(frames: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
         # The range over- or underflows single precision.
         return normalise(frames.astype(np.float64), lo, hi).astype(np.float32)
     constant = spread == 0
+    x = frames.shape[2]
     with np.errstate(over="ignore", invalid="ignore"):
-        out = frames - lo.astype(dtype)
-        out /= np.where(constant, dtype.type(1), spread)
+        out = _as_rows(frames) - np.tile(lo.astype(dtype), x)
+        out /= np.tile(np.where(constant, dtype.type(1), spread), x)
         out *= dtype.type(255)
+    out = out.reshape(frames.shape)
     if constant.any():
         out[..., constant] = 0
     if not finite.all():
@@ -280,10 +283,13 @@ def normalise(frames: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
     return out
 
 
-def to_8bit(frames: np.ndarray) -> np.ndarray:
-    """Truncate values in [0, 255] to 8 bit, as the published evaluation does; outside is clipped."""
-    with np.errstate(invalid="ignore"):
-        return np.clip(np.nan_to_num(frames, nan=0.0), 0, 255).astype(np.uint8)
+def truncate_to_8bit(frames: np.ndarray) -> np.ndarray:
+    """Whole numbers in 0 … 255, rounded down as the published evaluation does; outside is clipped.
+
+    The dtype is kept, and NaN stays NaN.
+    """
+    clipped = np.clip(frames, 0, 255)
+    return np.floor(clipped, out=clipped)
 
 
 def _working_precision(frames: np.ndarray) -> np.ndarray:
@@ -304,6 +310,11 @@ def _fixed_range(scope: tuple[Any, Any], channels: int) -> tuple[np.ndarray, np.
     if not (np.isfinite(lo).all() and np.isfinite(hi).all() and (lo <= hi).all()):
         raise ValueError(f"fixed scope {scope!r}: expected finite lo <= hi")
     return lo, hi
+
+
+def _as_rows(frames: np.ndarray) -> np.ndarray:
+    """(n, y, x, channel) → (n·y, x·channel): NumPy walks long rows ten times faster than short ones."""
+    return frames.reshape(-1, frames.shape[2] * frames.shape[3])
 
 
 def _comfortable(spread: np.ndarray) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -122,10 +121,10 @@ def load_metric(
     ValueError
         For settings that the metric cannot take.
     """
-    cls: Callable[..., Metric] = metric_class(name)
+    cls = metric_class(name)
     preprocessing = Preprocessing(size, order, compat)
     target = resolve_device(device)
-    if isinstance(cls, type) and issubclass(cls, LSiM):
+    if issubclass(cls, LSiM):
         checkpoint = load_checkpoint(find_weights(name, weights), cls.trunk_class)
         return cls(name, preprocessing, target, checkpoint)
     if weights is not None:

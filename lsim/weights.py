@@ -156,7 +156,7 @@ def verified_bytes(path: Path) -> tuple[bytes, str]:
         if published.file == path.name and published.sha256 != found:
             raise WeightsError(
                 f"{path}: SHA-256 is {found}, expected {published.sha256} of the published {published.file} "
-                f"({len(content)} bytes found). It is damaged or another file: fetch it again, or rename your own"
+                f"({len(content)} bytes found). Damaged, or another file: fetch it again, or rename your own"
             )
     return content, found
 
@@ -173,7 +173,9 @@ def load_checkpoint(path: Path, trunk_class: type[LsimTrunk] | type[SkipTrunk]) 
     try:
         raw: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise WeightsError(f"{path}: not a checkpoint of tensors that torch can read safely: {error}") from error
+        raise WeightsError(
+            f"{path}: not a checkpoint of tensors that torch can read safely: {error}"
+        ) from error
     wanted_keys = {"stateDict", "normM2", "normCount"}
     if not isinstance(raw, dict) or not wanted_keys <= raw.keys():
         found_keys = sorted(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
@@ -199,7 +201,9 @@ def load_checkpoint(path: Path, trunk_class: type[LsimTrunk] | type[SkipTrunk]) 
         )
     squares = [m2.float() for m2 in raw["normM2"]]
     if any(m2.ndim != 2 for m2 in squares):
-        raise WeightsError(f"{path}: normM2 maps have shapes {[tuple(m.shape) for m in squares]}; expected (y, x)")
+        raise WeightsError(
+            f"{path}: normM2 maps have shapes {[tuple(m.shape) for m in squares]}; expected (y, x)"
+        )
     return Checkpoint(trunk, channel_weights, squares, [int(count) for count in raw["normCount"]], sha256)
 
 

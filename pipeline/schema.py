@@ -143,6 +143,6 @@ def _expect_variable(
 def _expect_unique_sequences(group: xr.Dataset, where: str) -> None:
     if SEQUENCE not in group.variables:
         raise SchemaError(f"{where}: no variable {SEQUENCE!r}; found {sorted(map(str, group.variables))}")
-    names, counts = np.unique(group[SEQUENCE].values.astype(str), return_counts=True)
+    names, counts = np.unique(group[SEQUENCE].values.astype(object), return_counts=True)
     if (counts > 1).any():
         raise SchemaError(f"{where}: sequence {names[counts > 1][0]!r} stands twice")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,9 @@ import numpy as np
 import xarray as xr
 import zarr
 from zarr.codecs import BloscCodec
+
+Group = zarr.Group
+Array = zarr.Array
 
 COMPRESSION = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle")
 SHARD_BYTES = 128 * 2**20
@@ -28,7 +32,7 @@ class StoreError(RuntimeError):
     """A store that cannot be opened or a write that would damage one."""
 
 
-def open_store(path: str | os.PathLike[str], mode: Literal["r", "r+", "a"] = "r") -> zarr.Group:
+def open_store(path: str | os.PathLike[str], mode: Literal["r", "r+", "a"] = "r") -> Group:
     """Open a store's root group; ``"a"`` creates it when absent.
 
     Raises
@@ -43,7 +47,7 @@ def open_store(path: str | os.PathLike[str], mode: Literal["r", "r+", "a"] = "r"
         raise StoreError(f"{path}: no Zarr store here") from error
 
 
-def field_keys(root: zarr.Group, variable: str) -> list[str]:
+def field_keys(root: Group, variable: str) -> list[str]:
     """The ``<dataset>/<field>`` paths of all groups, two levels down, that hold ``variable``."""
     return [
         f"{dataset}/{field}"
@@ -53,7 +57,7 @@ def field_keys(root: zarr.Group, variable: str) -> list[str]:
     ]
 
 
-def get_array(group: zarr.Group, name: str) -> zarr.Array:
+def get_array(group: Group, name: str) -> Array:
     """The array ``name`` of ``group``; raises :class:`StoreError` where that is no array."""
     try:
         found = group[name]
@@ -64,7 +68,7 @@ def get_array(group: zarr.Group, name: str) -> zarr.Array:
     return found
 
 
-def get_group(group: zarr.Group, path: str) -> zarr.Group:
+def get_group(group: Group, path: str) -> Group:
     """The child group at ``path``; raises :class:`StoreError` where that is no group."""
     try:
         found = group[path]
@@ -76,7 +80,7 @@ def get_group(group: zarr.Group, path: str) -> zarr.Group:
 
 
 def create_array(
-    group: zarr.Group,
+    group: Group,
     name: str,
     *,
     shape: tuple[int, ...],
@@ -85,7 +89,7 @@ def create_array(
     dtype: Any,
     shards: tuple[int, ...] | None = None,
     fill_value: Any = None,
-) -> zarr.Array:
+) -> Array:
     """Create an array's metadata; nothing of its values is written.
 
     Empty chunks are written too, so that a chunk of fill values counts as written. Floats are filled
@@ -113,38 +117,48 @@ def rows_per_shard(frames_per_sequence: int, frame_bytes: int) -> int:
     return max(1, SHARD_BYTES // max(1, frames_per_sequence * frame_bytes))
 
 
-def write_rows(array: zarr.Array, start: int, values: np.ndarray, *, axis: int = 0) -> None:
-    """Write whole rows along ``axis``, beginning at ``start``, as whole chunks or shards.
+def write_block(array: Array, origin: tuple[int, ...], values: np.ndarray) -> None:
+    """Write a block that consists of whole chunks, or of whole shards where the array is sharded.
+
+    Parameters
+    ----------
+    array : Array
+    origin : tuple of int
+        Index of the block's first value along each axis.
+    values : ndarray
+        As many axes as the array.
 
     Raises
     ------
     StoreError
-        When the block does not begin and end at a chunk (or shard) boundary or at the array's end,
-        does not fit the array, or would touch a chunk that another writer owns.
+        When the block does not begin and end at chunk (or shard) boundaries or at the array's end: it
+        would touch a chunk that another writer owns.
     """
-    unit = (array.shards or array.chunks)[axis]
-    stop = start + values.shape[axis]
-    expected = list(array.shape)
-    expected[axis] = values.shape[axis]
-    if list(values.shape) != expected:
-        raise StoreError(f"{array.store_path}: block of shape {values.shape}; expected {tuple(expected)}")
-    if start % unit or (stop % unit and stop != array.shape[axis]) or stop > array.shape[axis]:
-        raise StoreError(
-            f"{array.store_path}: rows {start}:{stop} are not whole blocks of {unit} along axis {axis} "
-            f"(length {array.shape[axis]}); a partial write would race with the block's other writer"
-        )
-    region: list[Any] = [slice(None)] * array.ndim
-    region[axis] = slice(start, stop)
-    array[tuple(region)] = values
+    units = array.shards or array.chunks
+    if values.ndim != array.ndim or len(origin) != array.ndim:
+        raise StoreError(f"{array.store_path}: block of shape {values.shape} at {origin} for {array.shape}")
+    region = tuple(slice(start, start + length) for start, length in zip(origin, values.shape, strict=True))
+    for axis, (part, unit, length) in enumerate(zip(region, units, array.shape, strict=True)):
+        if part.start % unit or (part.stop % unit and part.stop != length) or part.stop > length:
+            raise StoreError(
+                f"{array.store_path}: {part.start}:{part.stop} is not whole blocks of {unit} along axis "
+                f"{axis} (length {length}); a partial write would race with the block's other writer"
+            )
+    array[region] = values
 
 
-def read(array: zarr.Array, region: Any = ...) -> np.ndarray:
+def write_rows(array: Array, start: int, values: np.ndarray) -> None:
+    """Write whole rows along the first axis, beginning at ``start``; see :func:`write_block`."""
+    write_block(array, (start, *(0 for _ in array.shape[1:])), values)
+
+
+def read(array: Array, region: Any = ...) -> np.ndarray:
     """Read a region of an array as NumPy; text comes as a ``str`` object array."""
     values = np.asarray(array[region])
     return values.astype(object) if values.dtype.kind == "T" else values
 
 
-def resize_rows(array: zarr.Array, length: int, *, axis: int = 0) -> None:
+def resize_rows(array: Array, length: int, *, axis: int = 0) -> None:
     """Make an array longer or shorter along ``axis``; rows beyond the end are deleted."""
     shape = list(array.shape)
     if shape[axis] != length:
@@ -152,7 +166,7 @@ def resize_rows(array: zarr.Array, length: int, *, axis: int = 0) -> None:
         array.resize(tuple(shape))
 
 
-def set_attributes(group: zarr.Group, attributes: Mapping[str, Any]) -> None:
+def set_attributes(group: Group, attributes: Mapping[str, Any]) -> None:
     """Update a group's attributes with JSON values, in one write."""
     group.update_attributes(json.loads(json.dumps(dict(attributes))))
 
@@ -170,7 +184,10 @@ def iterate_datasets(path: str | os.PathLike[str], variable: str) -> Iterator[tu
 
 def consolidate(path: str | os.PathLike[str]) -> None:
     """Write consolidated metadata, so that xarray opens the store in one read."""
-    zarr.consolidate_metadata(str(path), zarr_format=3)
+    with warnings.catch_warnings():
+        # Readers that don't know it read the arrays' own metadata, which are there as well.
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        zarr.consolidate_metadata(str(path), zarr_format=3)
 
 
 def drop_consolidated(path: str | os.PathLike[str]) -> None:

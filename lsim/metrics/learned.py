@@ -99,7 +99,9 @@ class LSiM(Metric):
             parts = zip(sizes, self._weights, self._squares, self._counts, strict=True)
             for size, weight, squares, count in parts:
                 if squares.shape != size:
-                    squares = F.interpolate(squares[None, None], size, mode="bilinear", align_corners=True)[0, 0]
+                    squares = F.interpolate(squares[None, None], size, mode="bilinear", align_corners=True)[
+                        0, 0
+                    ]
                 deviation = (squares / (count - 1)).sqrt()
                 channels = len(weight)
                 divisor = (deviation + 1e-10) * (math.sqrt(channels) - 1) * math.sqrt(size[0] * size[1])

@@ -141,9 +141,7 @@ def one_minus_ssim(i, j, out, x, x_mean, x_variance, y, y_mean, y_variance):  # 
                     pair_sums[k] = sums[k] + sums[k + 1]
                     pair_squares[k] = squares[k] + squares[k + 1]
                 for k in range(width):
-                    mean = (
-                        (pair_sums[k] + pair_sums[k + 2]) + (pair_sums[k + 4] + sums[k + 6])
-                    ) * inverse
+                    mean = ((pair_sums[k] + pair_sums[k + 2]) + (pair_sums[k + 4] + sums[k + 6])) * inverse
                     square = (
                         (pair_squares[k] + pair_squares[k + 2]) + (pair_squares[k + 4] + squares[k + 6])
                     ) * inverse

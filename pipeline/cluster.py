@@ -1,0 +1,337 @@
+"""A Dask client from a profile, bounded task submission, and metrics that stay on their worker.
+
+Metrics are loaded by :func:`get_metric`, inside the task, from this installed module, under a lock: a
+cache in ``__main__`` would be pickled by value with every task, ``lru_cache`` lets two threads load the
+same weights twice, and an actor is lost with its worker. A thin plugin only picks the worker's device and
+loads ahead; a worker that is restarted simply loads again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import platform
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import dask
+import pydantic
+import torch
+import yaml
+from distributed import Client, LocalCluster, Worker, WorkerPlugin, as_completed
+from threadpoolctl import threadpool_limits
+
+from lsim.metric import Metric
+from lsim.preprocess import Compat
+from lsim.registry import load_metric
+from lsim.weights import WeightsError
+from pipeline.resources import find_resource
+
+IN_FLIGHT_PER_THREAD = 4
+"""Tasks submitted ahead per worker thread: enough to keep it busy, few enough to bound the scheduler."""
+RETRIES = 2
+ALLOWED_FAILURES = 3
+"""How many workers may die with a task before the task is given up."""
+
+
+class ClusterError(RuntimeError):
+    """A profile that cannot be read, or a cluster that cannot be reached."""
+
+
+class Profile(pydantic.BaseModel):
+    """How to get workers. Unknown keys are errors.
+
+    Attributes
+    ----------
+    kind : {"local", "none", "address"}
+        Worker processes on this machine; the calling process alone; a scheduler that runs already.
+    workers : int, optional
+        Worker processes of ``local``; default one per core.
+    threads : int
+        Threads per worker. More than one share the worker's metrics.
+    memory_limit : str
+        Per worker, as Dask takes it.
+    device : str
+        ``"auto"``: the worker's GPU when it has one, workers taking turns where there are several.
+    address : str, optional
+        Of the scheduler, ``tls://…`` or ``tcp://…``.
+    host : str
+        Where a local scheduler and its workers listen; loopback unless told otherwise.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["local", "none", "address"] = "local"
+    workers: int | None = pydantic.Field(default=None, ge=1)
+    threads: int = pydantic.Field(default=1, ge=1)
+    memory_limit: str = "auto"
+    device: str = "auto"
+    address: str | None = None
+    host: str = "127.0.0.1"
+
+    @pydantic.model_validator(mode="after")
+    def _address_where_needed(self) -> Profile:
+        if (self.kind == "address") != (self.address is not None):
+            raise ValueError("kind 'address' and the key 'address' need each other")
+        return self
+
+
+def load_profile(name: str, workers: int | None = None) -> Profile:
+    """A profile by name (``local``, ``none``), path of a YAML file, or address of a scheduler.
+
+    Raises
+    ------
+    ClusterError
+        When there is no such profile or it holds unknown keys or wrong values.
+    """
+    if name.startswith(("tcp://", "tls://")):
+        return Profile(kind="address", address=name)
+    try:
+        path = find_resource("workflows/clusters", name)
+        content = yaml.safe_load(Path(path).read_text()) or {}
+        profile = Profile(**content)
+    except (FileNotFoundError, TypeError, yaml.YAMLError, pydantic.ValidationError) as error:
+        raise ClusterError(f"cluster profile {name!r}: {error}") from error
+    return profile if workers is None else profile.model_copy(update={"workers": workers})
+
+
+class Cluster:
+    """Workers that start when they are first needed: a run with nothing to do starts none.
+
+    A context manager; :attr:`client` starts them, and is None for the profile ``none``.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self._stack = contextlib.ExitStack()
+        self._client: Client | None = None
+
+    @property
+    def client(self) -> Client | None:
+        """The Dask client, started on first use; None where tasks run in this process."""
+        if self.profile.kind != "none" and self._client is None:
+            self._client = self._stack.enter_context(_connect(self.profile))
+        return self._client
+
+    @property
+    def started(self) -> bool:
+        """Whether workers were needed so far."""
+        return self._client is not None
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+        self._client = None
+
+    def describe(self) -> dict[str, Any]:
+        """What results record of the cluster."""
+        description: dict[str, Any] = {"profile": self.profile.kind, "threads": self.profile.threads}
+        if self._client is not None:
+            description["workers"] = len(self._client.scheduler_info(n_workers=-1)["workers"])
+        return description
+
+
+@contextlib.contextmanager
+def _connect(profile: Profile) -> Iterator[Client]:
+    with dask.config.set({"distributed.scheduler.allowed-failures": ALLOWED_FAILURES}):
+        if profile.kind == "address":
+            try:
+                with Client(profile.address, timeout="15s") as client:
+                    client.register_plugin(WorkerSetup(profile.device))
+                    yield client
+            except OSError as error:
+                raise ClusterError(f"no scheduler answers at {profile.address}: {error}") from error
+            return
+        with (
+            LocalCluster(
+                n_workers=profile.workers or os.cpu_count(),
+                threads_per_worker=profile.threads,
+                memory_limit=profile.memory_limit,
+                host=profile.host,
+                dashboard_address=f"{profile.host}:0",
+                silence_logs=40,
+            ) as cluster,
+            Client(cluster) as client,
+        ):
+            client.register_plugin(WorkerSetup(profile.device))
+            yield client
+
+
+def run_bounded(
+    client: Client | None, function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]
+) -> Iterator[tuple[tuple[Any, ...], Any, Exception | None]]:
+    """Run ``function(*task)`` for every task, keeping only a few in flight.
+
+    Parameters
+    ----------
+    client : Client or None
+        None runs in this process, one after the other, with one thread in the numerical libraries as on
+        a worker: the same bytes.
+    function : callable
+        Of an installed module.
+    tasks : iterable of tuple
+
+    Yields
+    ------
+    task, result, error : tuple
+        As they finish; ``error`` is the exception of a task that failed every time it was tried, and
+        the other tasks go on.
+    """
+    if client is None:
+        with single_threaded():
+            for task in tasks:
+                yield task, *_outcome(function, task)
+        return
+
+    remaining = iter(tasks)
+    of_future: dict[Any, tuple[Any, ...]] = {}
+
+    def submit(count: int) -> list[Any]:
+        futures = []
+        for task in remaining:
+            future = client.submit(function, *task, pure=False, retries=RETRIES)
+            of_future[future] = task
+            futures.append(future)
+            if len(futures) == count:
+                break
+        return futures
+
+    # Threads may join later (a restarted worker, an adaptive cluster); the window is for now's.
+    window = IN_FLIGHT_PER_THREAD * max(1, sum(client.nthreads().values()))
+    try:
+        completed = as_completed(submit(window))
+        for future in completed:
+            task = of_future.pop(future)
+            error = future.exception()
+            result = None if error is not None else future.result()
+            future.release()
+            for following in submit(1):
+                completed.add(following)
+            yield task, result, error
+    finally:
+        client.cancel(list(of_future))
+
+
+def _outcome(function: Callable[..., Any], task: tuple[Any, ...]) -> tuple[Any, Exception | None]:
+    """Result or exception of a task in this process, as a future would hold it."""
+    try:
+        return function(*task), None
+    except Exception as error:
+        return None, error
+
+
+@contextlib.contextmanager
+def single_threaded() -> Iterator[None]:
+    """One thread in torch and BLAS: sums then add in one order, whatever the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(limits=1):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------- metrics, once per worker process
+
+
+@dataclass(frozen=True)
+class MetricRequest:
+    """All that a worker needs to load a metric as the driver meant it.
+
+    ``specification_hash`` is checked after loading: a worker whose weights or version differ must not
+    mix its distances with the others'.
+    """
+
+    name: str
+    size: int | None
+    order: int
+    compat: Compat
+    specification_hash: str
+
+
+_lock = threading.Lock()
+_metrics: dict[MetricRequest, Metric] = {}
+_loads: Counter[str] = Counter()
+_device: str = "auto"
+
+
+def get_metric(request: MetricRequest, specification_hash: Callable[[Metric], str]) -> Metric:
+    """This process's instance of a metric, loaded on first use.
+
+    Raises
+    ------
+    lsim.WeightsError
+        When this worker's weights, or its version of the metric, are not the driver's.
+    """
+    with _lock:
+        if request not in _metrics:
+            metric = load_metric(request.name, None, _device, request.size, request.order, request.compat)
+            _loads[request.name] += 1
+            found = specification_hash(metric)
+            if found != request.specification_hash:
+                raise WeightsError(
+                    f"worker {platform.node()} (process {os.getpid()}) has another version or other "
+                    f"weights of metric {request.name!r}: specification {found}, expected "
+                    f"{request.specification_hash}"
+                )
+            _metrics[request] = metric
+        return _metrics[request]
+
+
+def load_counts() -> dict[str, int]:
+    """How many times this process has loaded each metric."""
+    return dict(_loads)
+
+
+def prewarm(
+    client: Client, requests: list[MetricRequest], specification_hash: Callable[[Metric], str]
+) -> None:
+    """Have every worker, also those that join later, load metrics ahead of their first task."""
+    client.register_plugin(MetricLoader(requests, specification_hash))
+
+
+class WorkerSetup(WorkerPlugin):
+    """One thread in the numerical libraries, and a device."""
+
+    name = "lsim-worker-setup"
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def setup(self, worker: Worker) -> None:
+        set_up_process(self.device, worker.name)
+
+
+class MetricLoader(WorkerPlugin):
+    """Loads metrics in a thread: a blocking setup would stop the worker's heartbeat."""
+
+    name = "lsim-metrics"
+
+    def __init__(self, requests: list[MetricRequest], specification_hash: Callable[[Metric], str]) -> None:
+        self.requests = requests
+        self.specification_hash = specification_hash
+
+    async def setup(self, worker: Worker) -> None:
+        for request in self.requests:
+            # A worker whose setup fails joins all the same; the task that loads again raises.
+            with contextlib.suppress(WeightsError):
+                await asyncio.to_thread(get_metric, request, self.specification_hash)
+
+
+def set_up_process(device: str, worker_name: object) -> None:
+    """Choose this process's device and limit its numerical libraries to one thread."""
+    global _device
+    torch.set_num_threads(1)
+    threadpool_limits(limits=1)
+    if device == "auto" and torch.cuda.is_available() and torch.cuda.device_count() > 1:
+        index = worker_name if isinstance(worker_name, int) else 0
+        device = f"cuda:{index % torch.cuda.device_count()}"
+    _device = device

@@ -1,0 +1,445 @@
+"""frames.zarr → distances.zarr: every out-of-date block of every metric, on Dask.
+
+A block is some sequences of one field. One task reads it, prepares its frames once per distinct
+preprocessing, runs the metrics that are out of date on it, and writes whole aligned blocks: distances
+first, then the fingerprints that say they are done (:mod:`pipeline.blocks`). Nothing but small counts
+travels through the scheduler.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from lsim.metric import Metric
+from lsim.preprocess import Compat, Preprocessing, Scope, value_range
+from lsim.registry import describe_metrics, load_metric, metric_class, why_unavailable
+from pipeline import schema, store
+from pipeline.blocks import Pairs, StaleBlock, drop_vanished, hash_of, lay_out, stale_blocks
+from pipeline.cluster import Cluster, MetricRequest, Profile, get_metric, prewarm, run_bounded
+from pipeline.versions import versions
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with (blocks done, blocks in all)."""
+
+SEQUENCES_PER_BLOCK = 4
+"""Default of a new store; about a second of work for ten metrics on 11 frames of 256²."""
+
+
+class UnavailableMetricError(ValueError):
+    """A metric asked for by name that cannot be loaded here."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which distances are computed.
+
+    Attributes
+    ----------
+    metrics : list of str, or "all"
+        ``"all"`` leaves out those whose weights aren't here, and says so.
+    size, order, compat
+        As :func:`lsim.load_metric` takes them.
+    scope : str or (lo, hi)
+        Over which frames minimum and maximum are taken: ``"sequence"``, ``"pair"``, ``"dataset"`` (all
+        sequences of a field) or fixed.
+    pairs : {"all", "reference"}
+        ``"reference"`` computes frame 0 against the others only.
+    strict : bool
+        Make an unavailable metric an error also for ``"all"``.
+    block : int
+        Sequences per block of a store that is new.
+    """
+
+    metrics: Sequence[str] | Literal["all"] = "all"
+    size: int | None = 224
+    order: int = 0
+    compat: Compat = "default"
+    scope: Scope = "sequence"
+    pairs: Pairs = "all"
+    strict: bool = False
+    block: int = SEQUENCES_PER_BLOCK
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A sequence for which a metric gave no distances, or not all, and why."""
+
+    dataset: str
+    field: str
+    sequence: str
+    metric: str
+    reason: str
+
+
+@dataclass
+class DistancesReport:
+    """What a run of :func:`compute_distances` did.
+
+    Attributes
+    ----------
+    computed, up_to_date : int
+        Matrices, one per sequence and metric.
+    blocks : int
+        Blocks that were computed.
+    failures : list of Failure
+        All matrices of the store that are not there or have rows of NaN, whenever they were computed.
+    unavailable : dict of str to str
+        Metrics left out of ``"all"``, and how to get each.
+    seconds : float
+    cluster : dict
+        The cluster that was used; empty where nothing was to be done.
+    """
+
+    computed: int = 0
+    up_to_date: int = 0
+    blocks: int = 0
+    failures: list[Failure] = field(default_factory=list)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    cluster: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """A stale block with all that a worker needs to compute it."""
+
+    frames: str
+    out: str
+    key: str
+    block: StaleBlock
+    requests: tuple[MetricRequest, ...]
+    scope: Scope
+    pairs: Pairs
+
+
+def compute_distances(
+    frames: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    settings: Settings | None = None,
+    *,
+    cluster: Cluster | None = None,
+    progress: Progress | None = None,
+) -> DistancesReport:
+    """Bring ``distances.zarr`` up to date with ``frames.zarr``.
+
+    Parameters
+    ----------
+    frames : path
+        A store that :func:`pipeline.convert.convert` made.
+    out : path
+        Created when absent; otherwise only what is out of date is computed.
+    settings : Settings, optional
+    cluster : Cluster, optional
+        Started only if there is something to do. Default: one worker process per core.
+    progress : callable, optional
+
+    Returns
+    -------
+    DistancesReport
+        With failures rather than an exception where single sequences could not be compared.
+
+    Raises
+    ------
+    UnavailableMetricError
+        When a metric asked for by name (or any, with ``strict``) can't be loaded; before any computing.
+    lsim.UnknownMetricError
+        For an unknown name.
+    pipeline.store.StoreError
+        When ``frames`` is no store.
+    """
+    if cluster is None:
+        with Cluster(Profile()) as own:
+            return compute_distances(frames, out, settings, cluster=own, progress=progress)
+    settings = settings or Settings()
+    began = time.perf_counter()
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    names, unavailable = select_metrics(settings)
+    metrics = [
+        load_metric(name, None, "cpu", settings.size, settings.order, settings.compat) for name in names
+    ]
+    requests = {metric.name: _request(metric) for metric in metrics}
+    specifications = {metric.name: metric.specification() for metric in metrics}
+
+    source = store.open_store(frames)
+    keys = store.field_keys(source, schema.FRAMES)
+    if not keys:
+        raise store.StoreError(f"{frames}: expected groups <dataset>/<field> with frames, found none")
+    store.drop_consolidated(out)
+    root = store.open_store(out, "a")
+    drop_vanished(root, keys)
+    report = DistancesReport(unavailable=unavailable)
+    tasks: list[BlockTask] = []
+    for key in keys:
+        origin = store.get_group(source, key)
+        contents = [str(content) for content in store.read(store.get_array(origin, schema.CONTENT))]
+        group = lay_out(root, origin, key, specifications, settings.block)
+        dataset = key.split("/")[0]
+        store.set_attributes(store.get_group(root, dataset), dict(store.get_group(source, dataset).attrs))
+        scope = settings.scope
+        if scope == "dataset":
+            scope = _dataset_range(cluster, str(frames), group, key, contents)
+        hashes = {name: request.specification_hash for name, request in requests.items()}
+        blocks, fresh = stale_blocks(group, contents, hashes, scope, settings.pairs)
+        report.up_to_date += fresh
+        for block in blocks:
+            wanted = tuple(requests[name] for name in block.rows)
+            tasks.append(BlockTask(str(frames), str(out), key, block, wanted, scope, settings.pairs))
+
+    _run(tasks, list(requests.values()), cluster, root, progress, report)
+    report.failures = list_failures(out)
+    report.seconds = time.perf_counter() - began
+    report.cluster = cluster.describe() if tasks else {}
+    made_by = {
+        "started": started,
+        "seconds": round(report.seconds, 3),
+        "blocks": report.blocks,
+        "matrices": report.computed,
+        **report.cluster,
+        "versions": versions(),
+    }
+    _record(
+        root, source, os.path.relpath(Path(frames).resolve(), Path(out).resolve()), settings, report, made_by
+    )
+    store.consolidate(out)
+    return report
+
+
+def select_metrics(settings: Settings) -> tuple[list[str], dict[str, str]]:
+    """The metrics to compute, and those of ``"all"`` that are left out, each with the reason."""
+    if settings.metrics == "all":
+        listed = describe_metrics()
+        unavailable = {entry.name: entry.unavailable for entry in listed if entry.unavailable}
+        names = [entry.name for entry in listed if not entry.unavailable]
+    else:
+        names = list(dict.fromkeys(settings.metrics))
+        for name in names:
+            metric_class(name)
+        unavailable = {name: reason for name in names if (reason := why_unavailable(name))}
+    if unavailable and (settings.strict or settings.metrics != "all"):
+        raise UnavailableMetricError(
+            "; ".join(f"metric {name!r} is not available: {reason}" for name, reason in unavailable.items())
+        )
+    return names, unavailable
+
+
+def specification_hash(metric: Metric) -> str:
+    """Hash of all that determines a metric's values."""
+    return hash_of(metric.specification())
+
+
+def list_failures(out: str | os.PathLike[str]) -> list[Failure]:
+    """All failures that a ``distances.zarr`` records."""
+    root = store.open_store(out)
+    found = []
+    for key in store.field_keys(root, schema.PARAMETER):
+        dataset, field_name = key.split("/")
+        group = store.get_group(root, key)
+        provenance = store.get_group(group, schema.PROVENANCE)
+        sequences = store.read(store.get_array(group, schema.SEQUENCE))
+        names = store.read(store.get_array(provenance, schema.METRIC))
+        reasons = store.read(store.get_array(provenance, schema.FAILURE))
+        found += [
+            Failure(dataset, field_name, str(sequences[row]), str(names[index]), str(reasons[index, row]))
+            for index, row in np.argwhere(reasons != "")
+        ]
+    return found
+
+
+# ---------------------------------------------------------------- on the workers
+
+
+def compute_block(task: BlockTask) -> int:
+    """Compute and write one block; returns how many matrices. Runs on a worker.
+
+    Frames are read a sequence at a time, so memory is that of one sequence whatever the block.
+    """
+    frames = store.get_array(store.get_group(store.open_store(task.frames), task.key), schema.FRAMES)
+    group = store.get_group(store.open_store(task.out, "r+"), task.key)
+    block = task.block
+    n = frames.shape[1]
+    metrics = [get_metric(request, specification_hash) for request in task.requests]
+    matrices: dict[str, dict[int, np.ndarray]] = {metric.name: {} for metric in metrics}
+    reasons: dict[str, dict[int, str]] = {metric.name: {} for metric in metrics}
+    for row in sorted({row for rows in block.rows.values() for row in rows}):
+        sequence = store.read(frames, row)
+        prepared: dict[Preprocessing, np.ndarray] = {}
+        for metric in metrics:
+            if row not in block.rows[metric.name]:
+                continue
+            try:
+                matrix = _matrix(metric, sequence, prepared, task.scope, task.pairs)
+                reason = _incomparable(matrix)
+            except ValueError as error:
+                # The metric cannot take these frames, today or tomorrow: done, with the reason recorded.
+                matrix, reason = np.full((n, n), np.nan), str(error)
+            matrices[metric.name][row] = matrix
+            reasons[metric.name][row] = reason
+    for metric in metrics:
+        _write_matrices(group, metric.name, block, matrices[metric.name])
+        _write_provenance(group, schema.FAILURE, metric.name, block, reasons[metric.name])
+        # The fingerprint last: it says that all else is there.
+        _write_provenance(group, schema.FINGERPRINT, metric.name, block, block.rows[metric.name])
+    return sum(len(rows) for rows in block.rows.values())
+
+
+def _matrix(
+    metric: Metric,
+    sequence: np.ndarray,
+    prepared: dict[Preprocessing, np.ndarray],
+    scope: Scope,
+    pairs: Pairs,
+) -> np.ndarray:
+    """One sequence's distances, (n, n) with a zero diagonal; what is not asked for is NaN."""
+    if scope == "pair":
+        matrix = metric.pairwise(sequence, "pair")
+        if pairs == "reference":
+            matrix[1:, 1:] = np.nan
+    else:
+        if metric.preprocessing not in prepared:
+            prepared[metric.preprocessing] = metric.prepare(sequence, scope)
+        frames = prepared[metric.preprocessing]
+        if pairs == "all":
+            matrix = metric.all_pairs(frames)
+        else:
+            matrix = np.full((len(frames), len(frames)), np.nan)
+            matrix[0] = matrix[:, 0] = metric.from_reference(frames)
+    np.fill_diagonal(matrix, 0)
+    return matrix
+
+
+def _incomparable(matrix: np.ndarray) -> str:
+    """Which frames could not be compared with the reference; empty when all could."""
+    bad = np.flatnonzero(np.isnan(matrix[0]))
+    if not len(bad):
+        return ""
+    if len(bad) == len(matrix) - 1:
+        return "frame 0, or every other frame, holds NaN or infinity"
+    return f"frames {', '.join(map(str, bad))} hold NaN or infinity"
+
+
+def _write_matrices(
+    group: store.Group, name: str, block: StaleBlock, matrices: Mapping[int, np.ndarray]
+) -> None:
+    """Write a block whole, keeping the rows that were up to date, and read it back."""
+    array = store.get_array(group, name)
+    values = store.read(array, slice(block.start, block.stop))
+    for row, matrix in matrices.items():
+        values[row - block.start] = matrix
+    store.write_rows(array, block.start, values)
+    written = store.read(array, slice(block.start, block.stop))
+    if not np.array_equal(written, values, equal_nan=True):
+        raise store.StoreError(f"{array.store_path}: block {block.start}:{block.stop} reads back differently")
+
+
+def _write_provenance(
+    group: store.Group, variable: str, metric: str, block: StaleBlock, texts: Mapping[int, str]
+) -> None:
+    provenance = store.get_group(group, schema.PROVENANCE)
+    at = store.read(store.get_array(provenance, schema.METRIC)).tolist().index(metric)
+    array = store.get_array(provenance, variable)
+    values = store.read(array, (slice(at, at + 1), slice(block.start, block.stop)))
+    for row, text in texts.items():
+        values[0, row - block.start] = text
+    store.write_block(array, (at, block.start), values)
+
+
+def sequence_range(frames: str, key: str, row: int) -> tuple[list[float], list[float]]:
+    """Minimum and maximum per channel of one sequence. Runs on a worker."""
+    array = store.get_array(store.get_group(store.open_store(frames), key), schema.FRAMES)
+    lo, hi = value_range(store.read(array, row))
+    return lo.tolist(), hi.tolist()
+
+
+# ---------------------------------------------------------------- on the driver
+
+
+def _request(metric: Metric) -> MetricRequest:
+    settings = metric.preprocessing
+    return MetricRequest(
+        metric.name, settings.size, settings.order, settings.compat, specification_hash(metric)
+    )
+
+
+def _dataset_range(
+    cluster: Cluster, frames: str, group: store.Group, key: str, contents: Sequence[str]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Minimum and maximum per channel over all sequences of a field; known sequences aren't read again."""
+    provenance = store.get_group(group, schema.PROVENANCE)
+    ranges: dict[str, Any] = dict(provenance.attrs.get("ranges", {}))  # type: ignore[arg-type]
+    missing = [(frames, key, row) for row, content in enumerate(contents) if content not in ranges]
+    for (_, _, row), result, error in run_bounded(
+        cluster.client if missing else None, sequence_range, missing
+    ):
+        if error is not None:
+            raise error
+        ranges[contents[row]] = result
+    if missing:
+        store.set_attributes(provenance, {"ranges": ranges})
+    lo, hi = (np.array([ranges[content][side] for content in contents]) for side in (0, 1))
+    return tuple(np.nanmin(lo, axis=0).tolist()), tuple(np.nanmax(hi, axis=0).tolist())
+
+
+def _run(
+    tasks: list[BlockTask],
+    requests: list[MetricRequest],
+    cluster: Cluster,
+    root: store.Group,
+    progress: Progress | None,
+    report: DistancesReport,
+) -> None:
+    """Run the tasks. One that fails every time leaves its block to the next run, with the reason recorded."""
+    if not tasks:
+        return
+    client = cluster.client
+    if client is not None:
+        prewarm(client, requests, specification_hash)
+    if progress is not None:
+        progress(0, len(tasks))
+    outcomes = run_bounded(client, compute_block, ((task,) for task in tasks))
+    given_up = []
+    for done, ((task,), result, error) in enumerate(outcomes, start=1):
+        if error is None:
+            report.computed += result
+            report.blocks += 1
+        else:
+            given_up.append((task, f"{type(error).__name__}: {error}"))
+        if progress is not None:
+            progress(done, len(tasks))
+    # Now nobody else writes. Without a fingerprint these are computed again by the next run.
+    for task, reason in given_up:
+        group = store.get_group(root, task.key)
+        for name, rows in task.block.rows.items():
+            _write_provenance(group, schema.FAILURE, name, task.block, dict.fromkeys(rows, reason))
+
+
+def _record(
+    root: store.Group,
+    source: store.Group,
+    frames: str,
+    settings: Settings,
+    report: DistancesReport,
+    made_by: Mapping[str, Any],
+) -> None:
+    """Write what made the store into its root attributes."""
+    runs: list[Any] = list(root.attrs.get("runs", []))  # type: ignore[arg-type]
+    if report.computed or report.failures or not runs:
+        runs.append(dict(made_by))
+    carried = {name: source.attrs[name] for name in ("catalog", "pools") if name in source.attrs}
+    attributes = {
+        "schema_version": schema.SCHEMA_VERSION,
+        "frames": frames,
+        "pairs": settings.pairs,
+        "scope": settings.scope,
+        "compat": settings.compat,
+        "unavailable": report.unavailable,
+        "runs": runs,
+    }
+    store.set_attributes(root, attributes | carried)
