@@ -1,0 +1,209 @@
+"""Families: a reference, and ten more simulations in which one parameter moves by equal steps.
+
+A family's random numbers come from one Philox stream on the host, keyed by seed, recipe, family number
+and attempt. What a family holds therefore depends on nothing else: not on the families beside it, the
+device, or the number of threads (these two up to rounding).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .recipe import FRAMES, Parameters, Recipe
+
+ATTEMPTS = 50
+"""Draws after which a family that keeps degenerating is given up."""
+
+
+@dataclass(frozen=True)
+class FamilyRecord:
+    """How one family was made.
+
+    Attributes
+    ----------
+    number : int
+        From 1.
+    seed : int
+    varied : str
+        The parameter that moves.
+    values : tuple of float
+        Its value in each frame.
+    step : float
+        From one frame to the next.
+    reference : dict
+        All parameters of frame 0 by name: numbers, or nested lists of them.
+    discarded : dict
+        How many draws were thrown away before this one, by reason.
+    """
+
+    number: int
+    seed: int
+    varied: str
+    values: tuple[float, ...]
+    step: float
+    reference: dict[str, Any]
+    discarded: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Families:
+    """Families of one recipe.
+
+    Attributes
+    ----------
+    recipe, field : str
+    frames : ndarray of shape (family, frame, y, x, channel), float32
+    parameter : ndarray of shape (frame,), float64
+        Ground truth: 0, 0.1, …, 1.
+    records : tuple of FamilyRecord
+        One a family.
+    """
+
+    recipe: str
+    field: str
+    frames: np.ndarray
+    parameter: np.ndarray
+    records: tuple[FamilyRecord, ...]
+
+    @property
+    def discarded(self) -> dict[str, int]:
+        """Draws thrown away over all families, by reason."""
+        total: Counter[str] = Counter()
+        for record in self.records:
+            total.update(record.discarded)
+        return dict(total)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """One attempt at one family, not yet simulated."""
+
+    number: int
+    attempt: int
+    varied: str
+    step: float
+    frames: Parameters  # every parameter with a leading axis of FRAMES
+    generator: np.random.Generator  # goes on to draw the noise
+
+
+def ground_truth() -> np.ndarray:
+    """Position of each frame in [0, 1]: i / 10, shape (11,), float64."""
+    return np.arange(FRAMES) / (FRAMES - 1)
+
+
+def make(
+    recipe: Recipe,
+    numbers: Sequence[int],
+    size: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+) -> Families:
+    """Simulate the families of the given numbers, ``batch`` of them at a time."""
+    done: dict[int, tuple[np.ndarray, FamilyRecord]] = {}
+    discarded: dict[int, Counter[str]] = {number: Counter() for number in numbers}
+    waiting = [draw_family(recipe, number, seed) for number in numbers]
+    while waiting:
+        now, waiting = waiting[:batch], waiting[batch:]
+        for draw, frames in zip(now, _simulate(recipe, now, size, device, dtype), strict=True):
+            reason = defect(frames)
+            if reason is None:
+                done[draw.number] = frames, _record(draw, seed, discarded[draw.number])
+                continue
+            discarded[draw.number][reason] += 1
+            if draw.attempt + 1 == ATTEMPTS:
+                raise RuntimeError(
+                    f"recipe {recipe.name!r}, seed {seed}, family {draw.number}: {ATTEMPTS} draws in a "
+                    f"row were unusable ({dict(discarded[draw.number])}); size {size} may be too small"
+                )
+            waiting.append(draw_family(recipe, draw.number, seed, draw.attempt + 1))
+    frames = np.stack([done[number][0] for number in numbers])
+    records = tuple(done[number][1] for number in numbers)
+    return Families(recipe.name, recipe.field, frames, ground_truth(), records)
+
+
+def draw_family(recipe: Recipe, number: int, seed: int, attempt: int = 0) -> _Draw:
+    """Draw a reference and the parameter to vary, and lay out the parameters of all frames."""
+    key = (zlib.crc32(recipe.name.encode()), number, attempt)
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)))
+    reference = recipe.draw(generator)
+    varied = sorted(recipe.variations)[generator.integers(len(recipe.variations))]
+    variation = recipe.variations[varied]
+    upwards = not variation.both_ways or generator.uniform() < 0.5
+    step = variation.step if upwards else -variation.step
+    if variation.relative:
+        step *= abs(float(reference[varied]))
+    frames = {name: np.repeat(value[None], FRAMES, axis=0) for name, value in reference.items()}
+    frames[varied] = frames[varied] + step * np.arange(FRAMES)
+    return _Draw(number, attempt, varied, step, frames, generator)
+
+
+def defect(frames: np.ndarray) -> str | None:
+    """Why a family is of no use, or None.
+
+    Parameters
+    ----------
+    frames : ndarray of shape (frame, y, x, channel)
+
+    Returns
+    -------
+    str or None
+        ``"not finite"``: NaN or infinity somewhere; ``"constant frame"``: one frame has one value only,
+        up to rounding; ``"no effect"``: the last frame differs from the reference by less than a
+        thousandth of the reference's standard deviation.
+    """
+    if not np.isfinite(frames).all():
+        return "not finite"
+    exact = frames.astype(np.float64)
+    spread = exact.std(axis=(1, 2, 3))
+    if (spread <= 1e-5 * np.abs(exact).max()).any():
+        return "constant frame"
+    if np.sqrt(np.mean((exact[-1] - exact[0]) ** 2)) < 1e-3 * spread[0]:
+        return "no effect"
+    return None
+
+
+def _simulate(
+    recipe: Recipe, draws: Sequence[_Draw], size: int, device: torch.device, dtype: torch.dtype
+) -> np.ndarray:
+    """Frames (family, frame, y, x, channel), float32, of some draws at once."""
+    parameters = {
+        name: torch.from_numpy(np.concatenate([draw.frames[name] for draw in draws])).to(device, dtype)
+        for name in draws[0].frames
+    }
+    with torch.inference_mode():
+        rows = recipe.solve(parameters, [draw.generator for draw in draws], size, device, dtype)
+    frames = rows.to("cpu", torch.float32).numpy()
+    return frames.reshape(len(draws), FRAMES, *frames.shape[1:])
+
+
+def _record(draw: _Draw, seed: int, discarded: Counter[str]) -> FamilyRecord:
+    return FamilyRecord(
+        number=draw.number,
+        seed=seed,
+        varied=draw.varied,
+        values=tuple(draw.frames[draw.varied].tolist()),
+        step=draw.step,
+        reference={name: values[0].tolist() for name, values in draw.frames.items()},
+        discarded=dict(discarded),
+    )
+
+
+@contextlib.contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let torch use ``threads`` threads for a while; small transforms are slower on several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

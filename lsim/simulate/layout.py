@@ -1,0 +1,150 @@
+"""Families as folders in the layout of the published LSIM data.
+
+::
+
+    <out>/advDiff1.density/advDiff00.npz … advDiff10.npz    (or .png)
+                           family.json
+
+A folder is one sequence, ``<name><number>.<field>``; the two digits of a frame are its ground truth, as
+a count of steps from the reference. An ``.npz`` holds the array ``arr_0`` (y, x, channel), float32; a
+``.png`` has 8 bits, the family's minimum and maximum over all frames mapped to 0 and 255.
+
+A folder is written under a hidden name and renamed when it is whole, so that a folder with the proper
+name is never half written. One process at a time may write a folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from .families import FamilyRecord
+from .recipe import FRAMES, Recipe
+
+Format: TypeAlias = Literal["npz", "png"]
+FORMATS: tuple[Format, ...] = ("npz", "png")
+RECORD = "family.json"
+LAYOUT_VERSION = 1
+"""Raised whenever the same frames are written as other files than before."""
+
+
+def settings(recipe: Recipe, number: int, size: int, seed: int, format: Format) -> dict[str, Any]:
+    """All that decides a folder's content; a folder made with other settings is made again."""
+    return {
+        "recipe": recipe.name,
+        "recipe_version": recipe.version,
+        "layout_version": LAYOUT_VERSION,
+        "number": number,
+        "size": size,
+        "seed": seed,
+        "format": format,
+    }
+
+
+def folder_name(recipe: Recipe, number: int) -> str:
+    """``<name><number>.<field>``."""
+    return f"{recipe.folder}{number}.{recipe.field}"
+
+
+def frame_names(recipe: Recipe, format: Format) -> list[str]:
+    """File names of the frames, the reference first."""
+    return [f"{recipe.folder}{index:02d}.{format}" for index in range(FRAMES)]
+
+
+def is_complete(folder: Path, expected: dict[str, Any]) -> bool:
+    """Whether a folder holds what ``expected`` (of :func:`settings`) asks for, every file in full length."""
+    record = _read_record(folder)
+    if record is None or record.get("settings") != expected:
+        return False
+    files: dict[str, int] = record["bytes"]
+    return all(_length(folder / name) == length for name, length in files.items())
+
+
+def write_family(
+    folder: Path, recipe: Recipe, frames: np.ndarray, record: FamilyRecord, made_with: dict[str, Any]
+) -> None:
+    """Write one family as a folder, in place of one that was made here with other settings.
+
+    Parameters
+    ----------
+    folder : Path
+    recipe : Recipe
+    frames : ndarray of shape (frame, y, x, channel), float32
+    record : FamilyRecord
+    made_with : dict
+        Of :func:`settings`.
+
+    Raises
+    ------
+    FileExistsError
+        When there is something of that name that wasn't made here; it is left alone.
+    """
+    if folder.exists() and _read_record(folder) is None:
+        raise FileExistsError(
+            f"{folder} exists and has no {RECORD} of simulated families, so it isn't replaced; "
+            "move it away or choose another output folder"
+        )
+    partial = folder.with_name(f".{folder.name}.partial")
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    for leftover in (partial, replaced):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    partial.mkdir(parents=True)
+    try:
+        _write_files(partial, recipe, frames, record, made_with)
+        if folder.exists():
+            folder.rename(replaced)
+        partial.rename(folder)
+    finally:
+        for leftover in (partial, replaced):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+
+
+def _write_files(
+    folder: Path, recipe: Recipe, frames: np.ndarray, record: FamilyRecord, made_with: dict[str, Any]
+) -> None:
+    format: Format = made_with["format"]
+    names = frame_names(recipe, format)
+    lo, hi = float(frames.min()), float(frames.max())
+    for name, frame in zip(names, frames, strict=True):
+        if format == "npz":
+            np.savez(folder / name, frame)
+        else:
+            _write_png(folder / name, np.rint((frame - lo) * (255 / (hi - lo))).astype(np.uint8))
+    described = {
+        "settings": made_with,
+        "family": dataclasses.asdict(record),
+        "range": [lo, hi],
+        "bytes": {name: (folder / name).stat().st_size for name in names},
+    }
+    (folder / RECORD).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_png(path: Path, image: np.ndarray) -> None:
+    from PIL import Image
+
+    if image.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"{path.name}: a PNG takes 1 or 3 channels, the frame has {image.shape[-1]}; use npz"
+        )
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    """The folder's record, or None where there is none that was written here."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    ours = isinstance(record, dict) and {"settings", "family", "bytes"} <= record.keys()
+    return record if ours else None
+
+
+def _length(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
