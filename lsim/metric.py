@@ -226,6 +226,7 @@ class Metric(ABC):
         if reference.shape[1] not in (1, 3):
             raise ValueError(f"expected 1 or 3 channels on axis 1, found {reference.shape[1]}")
         self.check_size(reference.shape[2], reference.shape[3])
+        self._warn_of_size(reference.shape[2], reference.shape[3])
         stacked = torch.cat([reference, other]).to(self.device).permute(0, 2, 3, 1)
         if stacked.shape[-1] == 1:
             stacked = stacked.expand(*stacked.shape[:-1], 3)
@@ -245,7 +246,8 @@ class Metric(ABC):
         size = settings.size
         y, x = (size, size) if size is not None else frames.shape[1:3]
         self.check_size(int(y), int(x))
-        self._warn_of_size(frames.shape[1:3])
+        self._warn_of_size(frames.shape[1], frames.shape[2])
+        self._warn_of_size(int(y), int(x))
         return apply(settings, frames, scope)
 
     def all_pairs(self, prepared: np.ndarray) -> np.ndarray:
@@ -272,24 +274,24 @@ class Metric(ABC):
         return row
 
     def check_size(self, y: int, x: int) -> None:
-        """Raise :class:`ValueError` for frames too small for the metric; warn once outside the advised."""
+        """Raise :class:`ValueError` for frames of a size that the metric cannot take."""
         smallest = self.info.minimum_size
         if min(y, x) < smallest:
             raise ValueError(
                 f"metric {self.name!r} cannot take frames of {y}×{x}; the smallest that works is "
                 f"{smallest}×{smallest}"
             )
-        self._warn_of_size((y, x))
 
-    def _warn_of_size(self, lengths: tuple[int, ...]) -> None:
+    def _warn_of_size(self, y: int, x: int) -> None:
+        """Warn, once in the metric's life, of frames outside the sizes it was made for."""
         advised = self.info.advised_sizes
         if advised is None or self._warned:
             return
-        if min(lengths) < advised[0] or max(lengths) > advised[1]:
+        if min(y, x) < advised[0] or max(y, x) > advised[1]:
             self._warned = True
             warnings.warn(
                 f"metric {self.name!r} was made for frames of {advised[0]} to {advised[1]} pixels a side, "
-                f"not {lengths[0]}×{lengths[1]}: its distances may rank worse",
+                f"not {y}×{x}: its distances may rank worse",
                 SizeWarning,
                 stacklevel=4,
             )

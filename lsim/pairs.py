@@ -95,8 +95,8 @@ def all_pairs(kernel: PairKernel, n: int, m: int, *arguments: Any, symmetric: bo
 
 
 def has_kernel(*tensors: Tensor) -> bool:
-    """Whether the compiled kernels apply: on the CPU, outside of differentiation, no NaN handling needed."""
-    return not any(tensor.is_cuda or (tensor.requires_grad and torch.is_grad_enabled()) for tensor in tensors)
+    """Whether the compiled kernels apply: on the CPU, and to tensors that carry no gradients."""
+    return all(tensor.device.type == "cpu" and not tensor.requires_grad for tensor in tensors)
 
 
 def rows_in_torch(paired: Callable[[Any, Any], Tensor], a: Any, b: Any) -> Tensor:

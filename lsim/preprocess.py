@@ -111,8 +111,12 @@ def apply(settings: Preprocessing, frames: np.ndarray, scope: Scope) -> np.ndarr
         raise ValueError(
             f"scope 'pair' is taken over two frames, got {len(frames)}; use 'sequence', 'batch' or (lo, hi)"
         )
+    finite = finite_frames(frames)
     if settings.size is not None:
         frames = resize(frames, settings.size, settings.order, zero_rim=settings.compat == "published")
+    if not finite.all():
+        # Order 0 may step over the very pixel that is missing.
+        frames = np.where(finite[:, None, None, None], frames, np.nan)
     frames = _working_precision(frames)
     lo, hi = _fixed_range(scope, frames.shape[-1]) if isinstance(scope, tuple) else value_range(frames, scope)
     result = normalise(frames, lo, hi)

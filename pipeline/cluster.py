@@ -12,11 +12,11 @@ import asyncio
 import contextlib
 import os
 import platform
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import dask
@@ -30,7 +30,7 @@ from lsim.metric import Metric
 from lsim.preprocess import Compat
 from lsim.registry import load_metric
 from lsim.weights import WeightsError
-from pipeline.resources import find_resource
+from pipeline.resources import ResourceError, find_resource
 
 IN_FLIGHT_PER_THREAD = 4
 """Tasks submitted ahead per worker thread: enough to keep it busy, few enough to bound the scheduler."""
@@ -92,10 +92,9 @@ def load_profile(name: str, workers: int | None = None) -> Profile:
     if name.startswith(("tcp://", "tls://")):
         return Profile(kind="address", address=name)
     try:
-        path = find_resource("workflows/clusters", name)
-        content = yaml.safe_load(Path(path).read_text()) or {}
+        content = yaml.safe_load(find_resource("workflows/clusters", name).read_text()) or {}
         profile = Profile(**content)
-    except (FileNotFoundError, TypeError, yaml.YAMLError, pydantic.ValidationError) as error:
+    except (ResourceError, TypeError, yaml.YAMLError, pydantic.ValidationError) as error:
         raise ClusterError(f"cluster profile {name!r}: {error}") from error
     return profile if workers is None else profile.model_copy(update={"workers": workers})
 
@@ -119,9 +118,9 @@ class Cluster:
         return self._client
 
     @property
-    def started(self) -> bool:
-        """Whether workers were needed so far."""
-        return self._client is not None
+    def dashboard(self) -> str | None:
+        """Address of the dashboard; None before workers have started."""
+        return self._client.dashboard_link if self._client is not None else None
 
     def __enter__(self) -> Cluster:
         return self
@@ -144,7 +143,7 @@ def _connect(profile: Profile) -> Iterator[Client]:
         if profile.kind == "address":
             try:
                 with Client(profile.address, timeout="15s") as client:
-                    client.register_plugin(WorkerSetup(profile.device))
+                    client.register_plugin(WorkerSetup(profile.device, owned=False))
                     yield client
             except OSError as error:
                 raise ClusterError(f"no scheduler answers at {profile.address}: {error}") from error
@@ -160,7 +159,7 @@ def _connect(profile: Profile) -> Iterator[Client]:
             ) as cluster,
             Client(cluster) as client,
         ):
-            client.register_plugin(WorkerSetup(profile.device))
+            client.register_plugin(WorkerSetup(profile.device, owned=True))
             yield client
 
 
@@ -299,15 +298,22 @@ def prewarm(
 
 
 class WorkerSetup(WorkerPlugin):
-    """One thread in the numerical libraries, and a device."""
+    """One thread in the numerical libraries, and a device.
+
+    Workers that are ``owned`` leave Ctrl-C to the driver: the terminal sends it to them as well, and the
+    driver is the one to stop them.
+    """
 
     name = "lsim-worker-setup"
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, owned: bool) -> None:
         self.device = device
+        self.owned = owned
 
     def setup(self, worker: Worker) -> None:
         set_up_process(self.device, worker.name)
+        if self.owned and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class MetricLoader(WorkerPlugin):

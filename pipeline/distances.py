@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import pydantic
 
 from lsim.metric import Metric
 from lsim.preprocess import Compat, Preprocessing, Scope, value_range
@@ -37,9 +38,8 @@ class UnavailableMetricError(ValueError):
     """A metric asked for by name that cannot be loaded here."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Which distances are computed.
+class Settings(pydantic.BaseModel):
+    """Which distances are computed; unknown names and wrong values are errors.
 
     Attributes
     ----------
@@ -58,14 +58,16 @@ class Settings:
         Sequences per block of a store that is new.
     """
 
-    metrics: Sequence[str] | Literal["all"] = "all"
-    size: int | None = 224
-    order: int = 0
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    metrics: tuple[str, ...] | Literal["all"] = "all"
+    size: int | None = pydantic.Field(default=224, ge=1)
+    order: int = pydantic.Field(default=0, ge=0, le=5)
     compat: Compat = "default"
-    scope: Scope = "sequence"
+    scope: Literal["sequence", "pair", "dataset"] | tuple[float, float] = "sequence"
     pairs: Pairs = "all"
     strict: bool = False
-    block: int = SEQUENCES_PER_BLOCK
+    block: int = pydantic.Field(default=SEQUENCES_PER_BLOCK, ge=1)
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def compute_distances(
         group = lay_out(root, origin, key, specifications, settings.block)
         dataset = key.split("/")[0]
         store.set_attributes(store.get_group(root, dataset), dict(store.get_group(source, dataset).attrs))
-        scope = settings.scope
+        scope: Scope = settings.scope
         if scope == "dataset":
             scope = _dataset_range(cluster, str(frames), group, key, contents)
         hashes = {name: request.specification_hash for name, request in requests.items()}

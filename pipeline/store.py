@@ -112,6 +112,17 @@ def create_array(
     )
 
 
+def create_group(parent: zarr.Group, path: str) -> zarr.Group:
+    """Create an empty group at ``path``; whatever stood there is deleted."""
+    return parent.create_group(path, overwrite=True)
+
+
+def delete(parent: zarr.Group, path: str) -> None:
+    """Delete the array or group at ``path``, with all that is in it; nothing there is no error."""
+    if path in parent:
+        del parent[path]
+
+
 def rows_per_shard(frames_per_sequence: int, frame_bytes: int) -> int:
     """How many sequences make a shard of about :data:`SHARD_BYTES`; at least one."""
     return max(1, SHARD_BYTES // max(1, frames_per_sequence * frame_bytes))
@@ -188,6 +199,12 @@ def consolidate(path: str | os.PathLike[str]) -> None:
         # Readers that don't know it read the arrays' own metadata, which are there as well.
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
         zarr.consolidate_metadata(str(path), zarr_format=3)
+
+
+def is_consolidated(path: str | os.PathLike[str]) -> bool:
+    """Whether the store at ``path`` has consolidated metadata."""
+    document = Path(path) / "zarr.json"
+    return document.exists() and json.loads(document.read_text()).get("consolidated_metadata") is not None
 
 
 def drop_consolidated(path: str | os.PathLike[str]) -> None:

@@ -37,9 +37,9 @@ class VariationOfInformation(Metric):
     def embed(self, frames: Tensor) -> Embedding:
         values = frames.detach().flatten(1).cpu().to(torch.uint8)
         counts = np.stack([np.bincount(frame, minlength=LEVELS) for frame in values.numpy()])
-        # Σ c log₂ c over the levels, from the table that the joint histogram uses too: then it is
-        # exactly zero for identical frames.
-        sums = _count_logs(values.shape[1])[counts].sum(axis=1)
+        # Σ c log₂ c over the levels, from the table that the joint histogram uses too and added up in the
+        # same order: then the distance of identical frames is exactly zero.
+        sums = _count_logs(values.shape[1])[counts].cumsum(axis=1)[:, -1]
         return Embedding({"values": values, "marginal": torch.from_numpy(sums)})
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:

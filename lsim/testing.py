@@ -1,0 +1,314 @@
+"""The contract that every metric passes, as a function to call from any test.
+
+>>> import lsim
+>>> from lsim.testing import check_metric
+>>> check_metric(lsim.load_metric("ssim", size=32))
+
+A metric of one's own passes when it defines ``embed`` and ``compare`` and claims no axiom that it doesn't
+hold; see :class:`lsim.metric.Metric`. Nothing here needs a test framework.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lsim.metric import Metric
+from lsim.preprocess import value_range
+
+RTOL = 1e-5
+"""Relative difference allowed between two ways to the same distance."""
+
+ATOL = 1e-9
+"""Absolute difference allowed where zero is claimed: rounding of a sum."""
+
+
+def check_metric(metric: Metric, frame_size: int | None = None, seed: int = 0) -> None:
+    """Hold a metric to its contract, on frames of every kind that users have.
+
+    In this order: frames are left as they were; values are float64 and finite; the claimed axioms; one
+    pair at a time equals a batch equals all pairs at once; the row of the reference equals the first row
+    of the matrix; the call on tensors equals ``distance``; a frame with NaN or infinity makes its own
+    distances NaN and no others; gradients are finite, and zero at equal frames.
+
+    Parameters
+    ----------
+    metric : Metric
+    frame_size : int, optional
+        Side of the frames in pixels. Default: the size that the metric resizes to, so that nothing is
+        resized; else its smallest, or 32.
+    seed : int, default 0
+        Of the random frames.
+
+    Raises
+    ------
+    AssertionError
+        At the first property that does not hold; names the metric, the kind of frames and the values.
+    """
+    smallest = max(metric.info.minimum_size, (metric.info.advised_sizes or (32, 32))[0])
+    side = frame_size or metric.preprocessing.size or smallest
+    kinds = example_frames(side, seed)
+    for kind, frames in kinds.items():
+        check_axioms(metric, frames, kind)
+        check_consistency(metric, frames, kind)
+    check_missing_values(metric, kinds["random"])
+    if metric.info.differentiable:
+        check_gradients(metric, kinds["random"])
+
+
+def example_frames(side: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Sequences that bring out the weak points of a metric, by kind.
+
+    Parameters
+    ----------
+    side : int
+        Frames are (side, side) pixels.
+    seed : int, default 0
+
+    Returns
+    -------
+    dict of str to ndarray of shape (n, side, side, channel)
+        Random, constant and equal frames; frames one grey level apart in one pixel; huge and tiny values;
+        8-bit and 32-bit integers; half and double precision; one channel.
+    """
+    rng = np.random.default_rng(seed)
+    y, x = np.meshgrid(np.linspace(0, 1, side), np.linspace(0, 1, side), indexing="ij")
+    waves = np.stack([np.sin(2 * np.pi * (2 * x + y + shift)) for shift in (0, 0.1, 0.3, 0.7)])
+    random = (waves[..., None] + 0.3 * rng.standard_normal((4, side, side, 3))).astype(np.float32)
+    grey = rng.integers(0, 256, (side, side, 3)).astype(np.float32)
+    grey[0, 0], grey[-1, -1] = 0, 255
+    grey[side // 2, side // 2] = 100
+    close = np.repeat(grey[None], 3, axis=0)
+    close[1, side // 2, side // 2, 0] += 1
+    close[2, side // 2, side // 2, 1] -= 1
+    levels = np.clip(128 + 60 * random, 0, 255)
+    constant = np.broadcast_to(np.array([3, 5, 3, -2], np.float32)[:, None, None, None], random.shape)
+    return {
+        "random": random,
+        "constant": constant.copy(),
+        "equal": np.repeat(random[:1], 3, axis=0),
+        "one grey level apart in one pixel": close,
+        "huge": random * np.float32(1e30),
+        "tiny": random * np.float32(1e-30),
+        "uint8": levels.astype(np.uint8),
+        "int32": (random * 100_000).astype(np.int32),
+        "float16": random.astype(np.float16),
+        "float64": random.astype(np.float64) * np.pi,
+        "single channel": random[..., :1],
+    }
+
+
+def check_axioms(metric: Metric, frames: np.ndarray, kind: str = "given") -> None:
+    """Hold the distances of a sequence to the axioms that the metric claims.
+
+    Zero on itself is taken from the formula, not from the diagonal that ``pairwise`` fills in.
+
+    Parameters
+    ----------
+    metric : Metric
+    frames : ndarray of shape (n, y, x, channel)
+        Finite.
+    kind : str
+        What error messages call the frames.
+
+    Raises
+    ------
+    AssertionError
+    """
+    before = frames.copy()
+    matrix = metric.pairwise(frames)
+    to_itself = metric.distance(frames, frames)
+    backwards = metric.distance(frames[::-1], frames)
+    forwards = metric.distance(frames, frames[::-1])
+    where = f"metric {metric.name!r}, {kind} frames"
+    itself = metric.info.distance_to_itself
+    n = len(frames)
+
+    _require(np.array_equal(before, frames), f"{where}: the frames passed were changed")
+    _require(
+        matrix.shape == (n, n) and matrix.dtype == np.float64,
+        f"{where}: pairwise gives {matrix.shape} {matrix.dtype}, expected {(n, n)} float64",
+    )
+    _require(
+        to_itself.shape == (n,) and to_itself.dtype == np.float64,
+        f"{where}: distance gives {to_itself.shape} {to_itself.dtype}, expected {(n,)} float64",
+    )
+    _require(not np.isnan(matrix).any(), f"{where}: NaN among the distances of finite frames:\n{matrix}")
+    _require(
+        bool((matrix.diagonal() == itself).all()),
+        f"{where}: the diagonal is {matrix.diagonal()}, expected distance_to_itself = {itself}",
+    )
+    _agree(to_itself, np.full(n, itself), f"{where}: distance of frames to themselves", atol=ATOL)
+    if "non-negative" in metric.info.axioms:
+        _require(bool((matrix >= 0).all()), f"{where}: claims non-negative, found {matrix.min()}")
+    if "symmetric" in metric.info.axioms:
+        _require(bool((matrix == matrix.T).all()), f"{where}: claims symmetric, found\n{matrix}")
+        _agree(forwards, backwards, f"{where}: claims symmetric; d(a, b) against d(b, a)", atol=ATOL)
+    if "zero-on-itself" in metric.info.axioms:
+        _agree(to_itself, np.zeros(n), f"{where}: claims zero on itself", atol=ATOL)
+    if "triangle" in metric.info.axioms:
+        for i, j, k in itertools.permutations(range(n), 3):
+            detour = matrix[i, j] + matrix[j, k]
+            _require(
+                matrix[i, k] <= detour * (1 + RTOL) + ATOL,
+                f"{where}: claims the triangle inequality, but d({i}, {k}) = {matrix[i, k]!r} > {detour!r} "
+                f"= d({i}, {j}) + d({j}, {k})",
+            )
+
+
+def check_consistency(metric: Metric, frames: np.ndarray, kind: str = "given") -> None:
+    """Check that all ways to the distance of two frames give the same: to 1e-5 relative.
+
+    Parameters
+    ----------
+    metric : Metric
+    frames : ndarray of shape (n, y, x, channel)
+        Finite, and of the size that the metric resizes to, if it does.
+    kind : str
+        What error messages call the frames.
+
+    Raises
+    ------
+    AssertionError
+    """
+    where = f"metric {metric.name!r}, {kind} frames"
+    first, second = np.triu_indices(len(frames), 1)
+    lo, hi = value_range(frames)
+    matrix = metric.pairwise(frames)
+    flat = matrix[first, second]
+
+    batch = metric.distance(frames[first], frames[second], scope=(lo, hi))
+    _agree(batch, flat, f"{where}: distance against pairwise")
+    single = [
+        metric.distance(frames[i], frames[j], scope=(lo, hi)) for i, j in zip(first, second, strict=True)
+    ]
+    _agree(np.concatenate(single), batch, f"{where}: distance one pair at a time against a batch of pairs")
+
+    alone = metric.pairwise(frames[:3], scope="pair")
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    apart = np.array([metric.distance(frames[i], frames[j])[0] for i, j in pairs])
+    together = np.array([alone[pair] for pair in pairs])
+    _agree(together, apart, f"{where}: pairwise(scope='pair') against distance")
+
+    prepared = metric.prepare(frames, "sequence")
+    _agree(metric.all_pairs(prepared), matrix, f"{where}: all_pairs(prepare(…)) against pairwise")
+    row = metric.from_reference(prepared)
+    _agree(row, matrix[0], f"{where}: from_reference against row 0 of all_pairs")
+
+    planes = _planes(prepared)
+    with torch.no_grad():
+        called = metric(planes[first], planes[second]).double().cpu().numpy()
+    _agree(called, flat, f"{where}: metric(reference, other) on prepared tensors against pairwise")
+
+    embedding = metric.embed(planes.permute(0, 2, 3, 1).float().to(metric.device))
+    with torch.no_grad():
+        block = metric.compare(embedding[slice(0, 2)], embedding)
+    _require(
+        tuple(block.shape) == (2, len(frames)),
+        f"{where}: compare gives a block of {tuple(block.shape)}, expected {(2, len(frames))}",
+    )
+
+
+def check_missing_values(metric: Metric, frames: np.ndarray) -> None:
+    """Check that a frame with NaN or infinity makes its own distances NaN, and no others.
+
+    Parameters
+    ----------
+    metric : Metric
+    frames : ndarray of shape (n, y, x, channel)
+        At least three finite frames in floating point; the second is spoilt.
+
+    Raises
+    ------
+    AssertionError
+    """
+    rest = [k for k in range(len(frames)) if k != 1]
+    expected = metric.pairwise(frames[rest])
+    for value in (np.nan, np.inf, -np.inf):
+        spoilt = frames.copy()
+        spoilt[1, frames.shape[1] // 3, frames.shape[2] // 3, -1] = value
+        where = f"metric {metric.name!r}, {value} in one pixel of frame 1 of {len(frames)}"
+        matrix = metric.pairwise(spoilt)
+        _require(
+            bool(np.isnan(matrix[1]).all() and np.isnan(matrix[:, 1]).all()),
+            f"{where}: expected NaN in its row and column, found {matrix[1]} and {matrix[:, 1]}",
+        )
+        _agree(matrix[np.ix_(rest, rest)], expected, f"{where}: distances among the other frames")
+        row = metric.from_reference(metric.prepare(spoilt, "sequence"))
+        _agree(row, matrix[0], f"{where}: from_reference against row 0 of pairwise")
+        pairs = metric.distance(spoilt[[0, 1, 2]], spoilt[[2, 0, 1]])
+        _require(
+            np.isnan(pairs).tolist() == [False, True, True],
+            f"{where}: distances of the pairs (0, 2), (1, 0), (2, 1) are {pairs}; expected NaN in the last two",
+        )
+
+
+def check_gradients(metric: Metric, frames: np.ndarray) -> None:
+    """Check that gradients are finite in both arguments, there where frames differ, and 0 where equal.
+
+    A metric that truncates to 8 bit is constant between the steps: its gradients may be 0 everywhere.
+
+    Parameters
+    ----------
+    metric : Metric
+    frames : ndarray of shape (n, y, x, channel)
+        At least three frames, no two of them equal.
+
+    Raises
+    ------
+    AssertionError
+    """
+    planes = _planes(metric.prepare(frames, "sequence")).float()
+    where = f"metric {metric.name!r}"
+    # The last pair is of equal frames: its gradients must not spoil those of the batch.
+    reference = planes[[0, 0, 1]].clone().requires_grad_()
+    other = planes[[1, 2, 1]].clone().requires_grad_()
+    distances = metric(reference, other)
+    _require(tuple(distances.shape) == (3,), f"{where}: gives {tuple(distances.shape)} for 3 pairs")
+    _require(distances.requires_grad or metric.quantised, f"{where}: claims gradients, but carries none")
+    with torch.no_grad():
+        plain = metric(reference, other)
+    _agree(
+        distances.detach().double().cpu().numpy()[:2],
+        plain.double().cpu().numpy()[:2],
+        f"{where}: values with gradients against values without",
+    )
+    gradients = torch.autograd.grad(distances[torch.isfinite(distances)].sum(), (reference, other))
+    for argument, gradient in zip(("reference", "other"), gradients, strict=True):
+        _require(bool(torch.isfinite(gradient).all()), f"{where}: gradient of {argument} is not finite")
+        largest = gradient.abs().amax(dim=(1, 2, 3)).tolist()
+        _require(
+            largest[2] == 0,
+            f"{where}: gradient of {argument} at equal frames is up to {largest[2]}, expected 0",
+        )
+        _require(
+            metric.quantised or min(largest[:2]) > 0,
+            f"{where}: gradient of {argument} vanishes for frames that differ: {largest[:2]}",
+        )
+    equal = planes[:1].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(metric(equal, planes[:1]).sum(), equal)
+    _require(
+        bool((gradient == 0).all()),
+        f"{where}: gradient at equal frames is {gradient.abs().max().item()} at most, expected 0",
+    )
+
+
+def _planes(prepared: np.ndarray) -> Tensor:
+    """(n, y, x, channel) → (n, channel, y, x), as the call on tensors takes it."""
+    return torch.from_numpy(np.ascontiguousarray(prepared)).permute(0, 3, 1, 2)
+
+
+def _agree(found: np.ndarray, expected: np.ndarray, what: str, atol: float = 0.0) -> None:
+    """Require equal values within :data:`RTOL`; equal infinities and NaN in the same places agree."""
+    if found.shape == expected.shape and np.allclose(found, expected, rtol=RTOL, atol=atol, equal_nan=True):
+        return
+    raise AssertionError(f"{what}: found\n{found!r}\nexpected\n{expected!r}")
+
+
+def _require(holds: bool, message: str) -> None:
+    """``assert`` that stays when Python is run with -O."""
+    if not holds:
+        raise AssertionError(message)

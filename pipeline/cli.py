@@ -1,0 +1,446 @@
+"""The command ``lsim``: one sub-command a stage, and ``run`` for all of them.
+
+Exit codes: 0 all is well; 1 an error, said in one line; 2 wrong usage; 3 finished, but some sequences were
+quarantined or could not be compared; 130 interrupted, and a second run goes on where this one stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import pydantic
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="How far apart are two simulations? Similarity metrics over whole archives.",
+)
+catalog_app = typer.Typer(
+    no_args_is_help=True, help="What data there is, where it comes from, whether it is whole."
+)
+weights_app = typer.Typer(no_args_is_help=True, help="Weights of the learned metrics.")
+app.add_typer(catalog_app, name="catalog")
+app.add_typer(weights_app, name="weights")
+
+console = Console(stderr=True, highlight=False)
+output = Console(highlight=False, soft_wrap=True)
+
+INCOMPLETE = 3
+INTERRUPTED = 130
+
+Names = Annotated[
+    list[str] | None, typer.Option("--dataset", "-d", help="Only this data set; may be repeated.")
+]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Where source data lies; default $LSIM_DATA or the user cache.")
+]
+ClusterOption = Annotated[
+    str, typer.Option(help="local, none, a profile's YAML file, or a scheduler's tcp:// or tls:// address.")
+]
+Workers = Annotated[int | None, typer.Option(help="Worker processes of a local cluster; default one a core.")]
+Metrics = Annotated[str, typer.Option(help="Names separated by commas, or 'all'.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Make a metric that is not available an error.")]
+
+
+def main() -> NoReturn:
+    """Entry point: run a command, and turn what users can do something about into one line."""
+    from lsim.registry import UnknownMetricError
+    from lsim.weights import WeightsError
+    from pipeline.catalog import CatalogError
+    from pipeline.cluster import ClusterError
+    from pipeline.convert import ConversionError
+    from pipeline.correlate import CorrelationError
+    from pipeline.resources import ResourceError
+    from pipeline.schema import SchemaError
+    from pipeline.store import StoreError
+
+    expected = (
+        *(UnknownMetricError, WeightsError, CatalogError, ClusterError, ConversionError, CorrelationError),
+        *(ResourceError, SchemaError, StoreError, ValueError, OSError),
+    )
+    try:
+        code = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except pydantic.ValidationError as error:
+        for fault in error.errors():
+            where = ".".join(map(str, fault["loc"]))
+            console.print(
+                f"error: {where}: {fault['msg']}, got {fault['input']!r}", style="red", markup=False
+            )
+        sys.exit(2)
+    except expected as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        sys.exit(1)
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "show"):  # click's usage errors
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+    if code == INTERRUPTED:  # typer turns Ctrl-C into this
+        console.print("stopped; what is finished is kept, run the same command again to go on")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@app.command()
+def run(
+    workflow: Annotated[
+        str, typer.Argument(help="Name of a shipped workflow (demo, lsim2d) or a YAML file.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of stores and results; default the workflow's.")
+    ] = None,
+    data_dir: DataDir = None,
+    metrics: Annotated[str | None, typer.Option(help="Instead of the workflow's: names, or 'all'.")] = None,
+    strict: Strict = False,
+    cluster: ClusterOption = "local",
+    workers: Workers = None,
+) -> None:
+    """Run a workflow: fetch, convert, distances, correlate, report; only what is out of date."""
+    from pipeline.cluster import Cluster, load_profile
+    from pipeline.workflow import open_workflow, run_workflow
+
+    chosen = open_workflow(workflow)
+    changes: dict[str, Any] = {"strict": strict or chosen.distances.strict}
+    if metrics is not None:
+        changes["metrics"] = _metric_names(metrics)
+    chosen = chosen.model_copy(update={"distances": chosen.distances.model_copy(update=changes)})
+    with Cluster(load_profile(cluster, workers)) as pool:
+        report = run_workflow(chosen, pool, out=out, data_dir=data_dir, progress=_stage(pool))
+    _show_quarantined(report.conversion.quarantined)
+    _show_distances(report.distances)
+    _show_correlations(report.correlation.correlations)
+    output.print(f"report: {report.page}")
+    _exit(report.complete)
+
+
+@app.command("convert")
+def convert_command(
+    catalog: Annotated[str, typer.Argument(help="Name of a shipped catalog or a YAML file.")],
+    out: Annotated[Path, typer.Option(help="The store to make or bring up to date.")],
+    dataset: Names = None,
+    data_dir: DataDir = None,
+    cluster: ClusterOption = "local",
+    workers: Workers = None,
+) -> None:
+    """Convert source files to frames.zarr; only new and changed ones."""
+    from pipeline.catalog import open_catalog
+    from pipeline.cluster import Cluster, load_profile
+    from pipeline.convert import convert
+
+    with Cluster(load_profile(cluster, workers)) as pool, _stage(pool)("convert") as show:
+        report = convert(
+            open_catalog(catalog), out, datasets=dataset, data_dir=data_dir, cluster=pool, progress=show
+        )
+    if report.converted or report.removed:
+        rate = report.bytes / 1e6 / max(report.seconds, 1e-9)
+        output.print(
+            f"{len(report.converted)} sequences converted, {len(report.unchanged)} unchanged, "
+            f"{len(report.removed)} removed in {report.seconds:.1f} s ({rate:.0f} MB/s)"
+        )
+    else:
+        output.print(f"nothing to do: {len(report.unchanged)} sequences are up to date")
+    _show_quarantined(report.quarantined)
+    _exit(not report.quarantined)
+
+
+@app.command("distances")
+def distances_command(
+    frames: Annotated[Path, typer.Argument(help="A frames.zarr.")],
+    out: Annotated[Path, typer.Option(help="The store to make or bring up to date.")],
+    metrics: Metrics = "all",
+    pairs: Annotated[str, typer.Option(help="all, or reference: frame 0 against the others only.")] = "all",
+    scope: Annotated[
+        str, typer.Option(help="Of minimum and maximum: sequence, pair, dataset, or LO,HI.")
+    ] = "sequence",
+    compat: Annotated[str, typer.Option(help="default, or published: the authors' evaluation.")] = "default",
+    size: Annotated[int, typer.Option(help="Frames are resized to it; 0 keeps their size.")] = 224,
+    order: Annotated[int, typer.Option(help="Spline order of the resize, 0 to 3.")] = 0,
+    block: Annotated[int | None, typer.Option(min=1, help="Sequences per block of a new store.")] = None,
+    strict: Strict = False,
+    cluster: ClusterOption = "local",
+    workers: Workers = None,
+) -> None:
+    """Compute distance matrices; only blocks that are new or out of date."""
+    from pipeline.cluster import Cluster, load_profile
+    from pipeline.distances import Settings, compute_distances
+
+    settings = Settings.model_validate(
+        {
+            "metrics": _metric_names(metrics),
+            "size": size or None,
+            "order": order,
+            "compat": compat,
+            "scope": _scope(scope),
+            "pairs": pairs,
+            "strict": strict,
+            **({"block": block} if block else {}),
+        }
+    )
+    with Cluster(load_profile(cluster, workers)) as pool, _stage(pool)("distances") as show:
+        report = compute_distances(frames, out, settings, cluster=pool, progress=show)
+    _show_distances(report)
+    _exit(not report.failures)
+
+
+@app.command("correlate")
+def correlate_command(
+    distances: Annotated[Path, typer.Argument(help="A distances.zarr.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    protocol: Annotated[
+        list[str] | None, typer.Option(help="published or all-pairs; may be repeated. Default published.")
+    ] = None,
+    replicates: Annotated[int, typer.Option(min=0, help="Bootstrap replicates; 0 for no intervals.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+) -> None:
+    """Correlate distances with ground truth, with bootstrap intervals over sequences."""
+    from pipeline.correlate import correlate
+
+    report = correlate(
+        distances,
+        out,
+        protocol=protocol or ["published"],
+        replicates=replicates,
+        seed=seed,  # type: ignore[arg-type]
+    )
+    _show_correlations(report.correlations)
+    for note in report.notes:
+        console.print(note, markup=False)
+    if len(report.left_out):
+        console.print(f"{len(report.left_out)} (sequence, metric) left out, named in {out / 'left_out.csv'}")
+    if report.up_to_date:
+        output.print("nothing to do: the results are up to date")
+
+
+@app.command("report")
+def report_command(
+    results: Annotated[Path, typer.Argument(help="The folder that 'lsim correlate' wrote.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the page; default RESULTS/report.")] = None,
+) -> None:
+    """Write the HTML report."""
+    from pipeline.report import write_report
+
+    output.print(f"report: {write_report(results, out=out)}")
+
+
+@app.command("metrics")
+def metrics_command() -> None:
+    """List the metrics, and whether they can be used here."""
+    from lsim.registry import describe_metrics
+
+    table = Table("metric", "what it is", "gradient", "here")
+    for entry in describe_metrics():
+        here = f"no: lsim weights fetch {entry.name}" if entry.unavailable else "yes"
+        table.add_row(entry.name, entry.info.title, "yes" if entry.info.differentiable else "no", here)
+    output.print(table)
+
+
+@catalog_app.command("list")
+def catalog_list() -> None:
+    """List the shipped catalogs."""
+    from pipeline.catalog import open_catalog
+    from pipeline.resources import shipped_names
+
+    table = Table("catalog", "title", "data sets")
+    for name in shipped_names("catalogs"):
+        catalog = open_catalog(name)
+        table.add_row(name, catalog.title, ", ".join(entry.name for entry in catalog.datasets))
+    output.print(table)
+
+
+@catalog_app.command("show")
+def catalog_show(
+    catalog: Annotated[str, typer.Argument(help="Name or YAML file.")], data_dir: DataDir = None
+) -> None:
+    """Show a catalog's data sets, where they come from, and whether they are here."""
+    from pipeline.catalog import locate, open_catalog
+
+    opened = open_catalog(catalog)
+    output.print(f"{opened.title or opened.name}", style="bold")
+    for label, text in (("licence", opened.licence), ("doi", opened.doi), ("citation", opened.citation)):
+        if text:
+            output.print(f"{label}: {text}", markup=False)
+    table = Table("data set", "title", "role", "reader", "here")
+    for entry in opened.datasets:
+        found = locate(opened, entry, data_dir)
+        table.add_row(entry.name, entry.title, entry.role, entry.reader, str(found) if found else "no")
+    output.print(table)
+    for pool, members in opened.pools.items():
+        output.print(f"pool {pool}: {', '.join(members)}")
+
+
+@catalog_app.command("fetch")
+def catalog_fetch(
+    catalog: Annotated[str, typer.Argument(help="Name or YAML file.")],
+    dataset: Names = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Download, or simulate, the data of a catalog, with checksums."""
+    from pipeline.catalog import fetch, open_catalog
+
+    for entry in fetch(open_catalog(catalog), dataset, data_dir):
+        output.print(f"{entry.dataset}: {entry.action} {entry.folder}", markup=False)
+
+
+@catalog_app.command("verify")
+def catalog_verify(
+    catalog: Annotated[str, typer.Argument(help="Name or YAML file.")],
+    dataset: Names = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Check that a catalog's data is here and whole."""
+    from pipeline.catalog import open_catalog, verify
+
+    whole = True
+    for entry in verify(open_catalog(catalog), dataset, data_dir):
+        whole &= entry.ok
+        output.print(f"{entry.dataset}: {entry.state}: {entry.detail}", markup=False)
+    sys.exit(0 if whole else 1)
+
+
+@weights_app.command("list")
+def weights_list() -> None:
+    """List published weights and where they are."""
+    from lsim.weights import PUBLISHED, weights_status
+
+    table = Table("weights", "state", "where, or how to get them", "licence")
+    for entry in weights_status():
+        table.add_row(entry.name, entry.state, entry.detail, PUBLISHED[entry.name].licence)
+    output.print(table)
+
+
+@weights_app.command("fetch")
+def weights_fetch(
+    name: Annotated[str, typer.Argument(help="Name of published weights, or 'all'.")],
+) -> None:
+    """Download weights from their publisher into the user cache, and check their SHA-256."""
+    from lsim.weights import PUBLISHED, fetch_weights
+
+    for wanted in PUBLISHED if name == "all" else (name,):
+        output.print(f"{wanted}: {fetch_weights(wanted)}", markup=False)
+
+
+@weights_app.command("verify")
+def weights_verify() -> None:
+    """Check the SHA-256 of all weights that are here."""
+    from lsim.weights import weights_status
+
+    entries = weights_status()
+    for entry in entries:
+        output.print(f"{entry.name}: {entry.state}: {entry.detail}", markup=False)
+    sys.exit(1 if any(entry.state == "damaged" for entry in entries) else 0)
+
+
+# ---------------------------------------------------------------- how things are shown
+
+
+class _Rate(ProgressColumn):
+    """Steps per second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f}/s", style="progress.data.speed")
+
+
+def _stage(cluster: Any) -> Callable[[str], contextlib.AbstractContextManager[Callable[[int, int], None]]]:
+    """Progress bars, one a stage, with rate, remaining time, and the dashboard's address once there is one."""
+
+    @contextlib.contextmanager
+    def stage(title: str) -> Iterator[Callable[[int, int], None]]:
+        columns = (
+            *(TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), _Rate()),
+            *(TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[dashboard]}")),
+        )
+        with Progress(*columns, console=console) as bars:
+            bar = bars.add_task(title, total=None, dashboard="")
+
+            def show(done: int, total: int) -> None:
+                bars.update(bar, completed=done, total=total, dashboard=cluster.dashboard or "")
+
+            yield show
+            task = bars.tasks[0]
+            bars.update(bar, total=task.completed or 1, completed=task.completed or 1)
+
+    return stage
+
+
+def _show_quarantined(quarantined: list[Any]) -> None:
+    if not quarantined:
+        return
+    table = Table("data set", "field", "sequence", "file", "reason", title="Quarantined: not converted")
+    for entry in quarantined:
+        table.add_row(entry.dataset, entry.field, entry.sequence, entry.file, entry.reason)
+    console.print(table)
+
+
+def _show_distances(report: Any) -> None:
+    if report.blocks:
+        rate = report.computed / max(report.seconds, 1e-9)
+        output.print(
+            f"{report.computed} distance matrices computed, {report.up_to_date} up to date, "
+            f"in {report.seconds:.1f} s ({rate:.1f}/s)"
+        )
+    elif not report.failures:
+        output.print(f"nothing to do: {report.up_to_date} distance matrices are up to date")
+    for name, reason in report.unavailable.items():
+        console.print(f"left out: metric {name} is not available: {reason}", style="yellow", markup=False)
+    if report.failures:
+        table = Table("data set", "field", "sequence", "metric", "reason", title="Not compared")
+        for entry in report.failures:
+            table.add_row(entry.dataset, entry.field, entry.sequence, entry.metric, entry.reason)
+        console.print(table)
+
+
+def _show_correlations(correlations: Any) -> None:
+    """Pooled Spearman per data set, best marked."""
+    protocol = correlations["protocol"].iloc[0] if len(correlations) else ""
+    rows = correlations.query("statistic == 'spearman' and field == 'all' and protocol == @protocol")
+    datasets = list(dict.fromkeys(rows["dataset"]))
+    table = Table("metric", *datasets, title=f"Spearman correlation with ground truth ({protocol})")
+    best = rows.groupby("dataset")["value"].max()
+    for metric in dict.fromkeys(rows["metric"]):
+        cells = []
+        for dataset in datasets:
+            found = rows.query("metric == @metric and dataset == @dataset")["value"]
+            value = float(found.iloc[0]) if len(found) else float("nan")
+            cells.append(f"[bold]{value:.3f}[/]" if value == best[dataset] else f"{value:.3f}")
+        table.add_row(metric, *cells)
+    output.print(table)
+
+
+def _metric_names(text: str) -> Any:
+    return "all" if text == "all" else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _scope(text: str) -> Any:
+    if "," not in text:
+        return text
+    try:
+        lo, hi = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(f"scope {text!r}: expected LO,HI, two numbers") from error
+    return lo, hi
+
+
+def _exit(complete: bool) -> None:
+    if not complete:
+        raise typer.Exit(INCOMPLETE)

@@ -1,0 +1,158 @@
+"""Compose the stages: the only file that knows their order.
+
+A workflow is a YAML file: a catalog, the settings of each stage, and where to write. Every stage takes a
+store and gives a store, and skips what is up to date; so does a workflow that is run again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import pydantic
+import yaml
+
+from pipeline.catalog import fetch, open_catalog
+from pipeline.cluster import Cluster
+from pipeline.convert import ConversionReport, convert
+from pipeline.correlate import CorrelationReport, correlate
+from pipeline.distances import DistancesReport, Settings, compute_distances
+from pipeline.report import write_report
+from pipeline.resources import find_resource
+
+StageProgress: TypeAlias = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+"""Called with a stage's title; gives a context with a function of (done, in all)."""
+
+
+class WorkflowError(ValueError):
+    """A workflow file with unknown keys or wrong values; names the file and the key."""
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class CorrelateSection(_Strict):
+    """Settings of the correlation stage, see :func:`pipeline.correlate.correlate`."""
+
+    protocols: list[Literal["published", "all-pairs"]] = ["published"]
+    replicates: int = pydantic.Field(default=2000, ge=0)
+    seed: int = 0
+
+
+class Workflow(_Strict):
+    """A run of all stages.
+
+    Attributes
+    ----------
+    title : str
+    catalog : str
+        Name or path of the catalog.
+    datasets : list of str, optional
+        Which of its data sets; default all.
+    fetch : bool
+        Make or download what is absent first. Off for downloads that nobody should start by accident.
+    out : str
+        Default folder of the stores and results.
+    """
+
+    title: str = ""
+    catalog: str
+    datasets: list[str] | None = None
+    fetch: bool = False
+    out: str
+    distances: Settings = Settings()
+    correlate: CorrelateSection = CorrelateSection()
+
+
+@dataclass
+class WorkflowReport:
+    """What each stage of a run did, and where the page is."""
+
+    conversion: ConversionReport
+    distances: DistancesReport
+    correlation: CorrelationReport
+    page: Path
+    stores: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether no sequence was quarantined and no distance failed."""
+        return not (self.conversion.quarantined or self.distances.failures)
+
+
+def open_workflow(name: str | os.PathLike[str]) -> Workflow:
+    """Read a workflow by name (``demo``) or path.
+
+    Raises
+    ------
+    WorkflowError
+        For unknown keys and wrong values, naming the file and the key.
+    pipeline.resources.ResourceError
+        When there is none of that name.
+    """
+    path = find_resource("workflows", name)
+    try:
+        content: Any = yaml.safe_load(path.read_text())
+        return Workflow.model_validate(content)
+    except yaml.YAMLError as error:
+        raise WorkflowError(f"{path}: not YAML: {error}") from error
+    except pydantic.ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in error.errors()
+        )
+        raise WorkflowError(f"{path}: {faults}") from error
+
+
+def run_workflow(
+    workflow: Workflow,
+    cluster: Cluster,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    progress: StageProgress,
+) -> WorkflowReport:
+    """Fetch, convert, compute distances, correlate, report; each stage only what is out of date.
+
+    Parameters
+    ----------
+    workflow : Workflow
+    cluster : Cluster
+        Shared by the stages, started when the first has something to do.
+    out : path, optional
+        Instead of the workflow's own folder.
+    data_dir : path, optional
+        Where source data lies, see :mod:`pipeline.catalog`.
+    progress : callable
+        Shows each stage's progress.
+
+    Raises
+    ------
+    pipeline.catalog.MissingDataError
+        When source data is absent; says what to download.
+    """
+    folder = Path(out if out is not None else workflow.out)
+    frames, distances, results = folder / "frames.zarr", folder / "distances.zarr", folder / "results"
+    catalog = open_catalog(workflow.catalog)
+    if workflow.fetch:
+        with progress("fetch"):
+            fetch(catalog, workflow.datasets, data_dir)
+    with progress("convert") as show:
+        conversion = convert(
+            catalog, frames, datasets=workflow.datasets, data_dir=data_dir, cluster=cluster, progress=show
+        )
+    with progress("distances") as show:
+        computed = compute_distances(frames, distances, workflow.distances, cluster=cluster, progress=show)
+    with progress("correlate"):
+        section = workflow.correlate
+        correlation = correlate(
+            distances, results, protocol=section.protocols, replicates=section.replicates, seed=section.seed
+        )
+    with progress("report"):
+        page = write_report(results)
+    stores = {"frames": frames, "distances": distances, "results": results}
+    return WorkflowReport(conversion, computed, correlation, page, stores)

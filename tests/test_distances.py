@@ -1,0 +1,234 @@
+"""The distances stage: equal to the library, incremental, and the same bytes whoever computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from archives import archive_of, matrices_of, smooth_sequence, write_archive
+
+import lsim
+from lsim.metrics.pixel import L2
+from pipeline import schema, store
+from pipeline.cluster import Cluster, Profile
+from pipeline.distances import Settings, UnavailableMetricError, compute_distances
+
+CLASSIC = ("l1", "l2", "psnr", "ssim", "vi")
+QUICK = Settings(metrics=("l1", "l2"), size=None, block=2)
+
+
+def compute(frames: Path, out: Path, settings: Settings = QUICK, **changes):
+    """In this process, without workers."""
+    with Cluster(Profile(kind="none")) as cluster:
+        return compute_distances(frames, out, settings.model_copy(update=changes), cluster=cluster)
+
+
+def test_matrices_are_those_of_the_library_and_the_store_is_valid(tmp_path):
+    archive = archive_of(3)
+    frames = write_archive(tmp_path / "frames.zarr", archive)
+    compute(frames, tmp_path / "d.zarr", metrics=CLASSIC, size=64)
+    with xr.open_datatree(tmp_path / "d.zarr", engine="zarr") as tree:
+        schema.validate_distances(tree["A/density"].to_dataset(), "A/density")
+        assert list(tree["A/density"]["sequence"].values) == ["s0", "s1", "s2"]
+        assert set(tree["A/density/provenance"]["metric"].values) == set(CLASSIC)
+        for name in CLASSIC:
+            metric = lsim.load_metric(name, size=64)
+            for row, sequence in enumerate(archive["A/density"].values()):
+                expected = metric.pairwise(sequence)
+                np.fill_diagonal(expected, 0)
+                np.testing.assert_array_equal(tree["A/density"][name].values[row], expected)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_same_bytes_whatever_the_workers_and_the_block(tmp_path, shared, published_weights, workers):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(5, frames=4))
+    settings = Settings(metrics=(*CLASSIC, "lsim"), size=64, block=1)
+    compute(frames, tmp_path / "alone.zarr", settings, block=3)
+    with Cluster(Profile(workers=workers)) as cluster:
+        report = compute_distances(frames, tmp_path / "many.zarr", settings, cluster=cluster)
+    assert report.cluster["workers"] == workers
+    alone, many = matrices_of(tmp_path / "alone.zarr"), matrices_of(tmp_path / "many.zarr")
+    assert alone.keys() == many.keys() == {*CLASSIC, "lsim"}
+    for name, matrices in alone.items():
+        np.testing.assert_array_equal(matrices, many[name], err_msg=name)
+
+
+def test_a_second_run_has_nothing_to_do_and_starts_no_worker(tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(3))
+    compute(frames, tmp_path / "d.zarr")
+    with Cluster(Profile(workers=1)) as cluster:
+        report = compute_distances(frames, tmp_path / "d.zarr", QUICK, cluster=cluster)
+        assert cluster.dashboard is None
+    assert (report.computed, report.up_to_date, report.blocks) == (0, 6, 0)
+
+
+def test_adding_a_metric_computes_that_metric_alone(tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(3))
+    compute(frames, tmp_path / "d.zarr")
+    before = matrices_of(tmp_path / "d.zarr")
+    report = compute(frames, tmp_path / "d.zarr", metrics=("l1", "l2", "ssim"))
+    assert (report.computed, report.up_to_date) == (3, 6)
+    after = matrices_of(tmp_path / "d.zarr")
+    assert not np.isnan(after["ssim"]).any()
+    np.testing.assert_array_equal(after["l2"], before["l2"])
+
+
+def test_adding_sequences_computes_those_alone(tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(3))
+    compute(frames, tmp_path / "d.zarr")
+    before = matrices_of(tmp_path / "d.zarr")
+    write_archive(frames, archive_of(5))
+    report = compute(frames, tmp_path / "d.zarr")
+    assert (report.computed, report.up_to_date) == (4, 6)
+    after = matrices_of(tmp_path / "d.zarr")
+    np.testing.assert_array_equal(after["l1"][:3], before["l1"])
+    assert after["l1"].shape[0] == 5
+    assert not np.isnan(after["l1"]).any()
+
+
+def test_removed_and_reordered_sequences_keep_their_distances_without_computing(tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(5))
+    compute(frames, tmp_path / "d.zarr")
+    before = matrices_of(tmp_path / "d.zarr")
+    kept = [4, 2, 0]
+    sequences = archive_of(5)["A/density"]
+    write_archive(frames, {"A/density": {f"s{k}": sequences[f"s{k}"] for k in kept}})
+    report = compute(frames, tmp_path / "d.zarr")
+    assert (report.computed, report.up_to_date) == (0, 6)
+    after = matrices_of(tmp_path / "d.zarr")
+    np.testing.assert_array_equal(after["l2"], before["l2"][kept])
+
+
+def test_changed_content_is_computed_again_and_nothing_else(tmp_path):
+    archive = archive_of(4)
+    frames = write_archive(tmp_path / "frames.zarr", archive)
+    compute(frames, tmp_path / "d.zarr")
+    before = matrices_of(tmp_path / "d.zarr")
+    archive["A/density"]["s1"] = smooth_sequence(99)
+    write_archive(frames, archive)
+    report = compute(frames, tmp_path / "d.zarr")
+    assert (report.computed, report.up_to_date) == (2, 6)
+    after = matrices_of(tmp_path / "d.zarr")
+    assert not np.array_equal(after["l2"][1], before["l2"][1])
+    np.testing.assert_array_equal(after["l2"][[0, 2, 3]], before["l2"][[0, 2, 3]])
+
+
+def test_a_new_version_of_a_metric_or_other_settings_are_computed_again(tmp_path, monkeypatch):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(2))
+    compute(frames, tmp_path / "d.zarr")
+    monkeypatch.setattr(L2, "algorithm_version", 2)
+    assert compute(frames, tmp_path / "d.zarr").computed == 2
+    assert compute(frames, tmp_path / "d.zarr", scope="dataset").computed == 4
+    assert compute(frames, tmp_path / "d.zarr", scope="dataset").computed == 0
+
+
+def test_vanished_fields_vanish_from_the_distances(tmp_path):
+    both = archive_of(2) | archive_of(2, key="B/pressure")
+    frames = write_archive(tmp_path / "frames.zarr", both)
+    compute(frames, tmp_path / "d.zarr")
+    write_archive(frames, archive_of(2))
+    compute(frames, tmp_path / "d.zarr")
+    assert store.field_keys(store.open_store(tmp_path / "d.zarr"), schema.PARAMETER) == ["A/density"]
+
+
+def test_reference_pairs_alone_and_all_pairs_will_do_for_them(tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(2))
+    compute(frames, tmp_path / "r.zarr", metrics=CLASSIC, pairs="reference")
+    compute(frames, tmp_path / "a.zarr", metrics=CLASSIC)
+    some, every = matrices_of(tmp_path / "r.zarr"), matrices_of(tmp_path / "a.zarr")
+    for name in CLASSIC:
+        np.testing.assert_array_equal(some[name][:, 0], every[name][:, 0])
+        assert np.isnan(some[name][:, 1, 2]).all()
+    assert compute(frames, tmp_path / "a.zarr", metrics=CLASSIC, pairs="reference").computed == 0
+    assert compute(frames, tmp_path / "r.zarr", metrics=CLASSIC).computed == 2 * len(CLASSIC)
+
+
+def test_dataset_scope_takes_the_range_of_all_sequences(tmp_path):
+    archive = archive_of(2)
+    archive["A/density"]["s1"] *= 10
+    frames = write_archive(tmp_path / "frames.zarr", archive)
+    compute(frames, tmp_path / "d.zarr", scope="dataset")
+    everything = np.concatenate(list(archive["A/density"].values()))
+    fixed = (float(everything.min()), float(everything.max()))
+    expected = lsim.load_metric("l2", size=None).pairwise(archive["A/density"]["s0"], scope=fixed)
+    np.testing.assert_allclose(matrices_of(tmp_path / "d.zarr")["l2"][0], expected, rtol=1e-6)
+
+
+def test_a_frame_with_nan_is_named_and_costs_only_its_own_pairs(tmp_path):
+    archive = archive_of(3)
+    archive["A/density"]["s1"][2, 5, 5] = np.nan
+    frames = write_archive(tmp_path / "frames.zarr", archive)
+    report = compute(frames, tmp_path / "d.zarr", metrics=CLASSIC)
+    assert {(f.sequence, f.metric) for f in report.failures} == {("s1", name) for name in CLASSIC}
+    assert all("2" in failure.reason and "NaN" in failure.reason for failure in report.failures)
+    for name, matrices in matrices_of(tmp_path / "d.zarr").items():
+        assert np.isnan(matrices[1, 2, [0, 1, 3, 4]]).all(), name
+        assert not np.isnan(matrices[1, 0, [1, 3, 4]]).any(), name
+        assert not np.isnan(matrices[[0, 2]]).any(), name
+    # It stays in the report of a run that had nothing to do.
+    assert len(compute(frames, tmp_path / "d.zarr", metrics=CLASSIC).failures) == len(CLASSIC)
+
+
+def test_a_field_no_metric_can_take_fails_with_the_way_out_and_the_others_go_on(tmp_path):
+    both = archive_of(2) | archive_of(2, key="A/velocity", channels=2)
+    frames = write_archive(tmp_path / "frames.zarr", both)
+    report = compute(frames, tmp_path / "d.zarr")
+    assert {(f.field, f.sequence) for f in report.failures} == {("velocity", "s0"), ("velocity", "s1")}
+    assert all("separate fields" in failure.reason for failure in report.failures)
+    assert not np.isnan(matrices_of(tmp_path / "d.zarr")["l1"]).any()
+
+
+def test_an_unavailable_metric_is_an_error_by_name_and_left_out_of_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("LSIM_WEIGHTS", str(tmp_path / "nowhere"))
+    monkeypatch.setattr("lsim.weights.cache_folder", lambda: tmp_path / "no-cache")
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(1))
+    with pytest.raises(UnavailableMetricError, match="lsim weights fetch lsim"):
+        compute(frames, tmp_path / "d.zarr", metrics=("l1", "lsim"))
+    assert not (tmp_path / "d.zarr").exists()
+    with pytest.raises(UnavailableMetricError):
+        compute(frames, tmp_path / "d.zarr", metrics="all", strict=True)
+    report = compute(frames, tmp_path / "d.zarr", metrics="all")
+    assert "lsim weights fetch lsim-skip" in report.unavailable["lsim-skip"]
+    root = store.open_store(tmp_path / "d.zarr")
+    assert root.attrs["unavailable"] == report.unavailable
+    assert set(matrices_of(tmp_path / "d.zarr")) == set(CLASSIC)
+
+
+def test_an_unknown_metric_suggests_near_names(tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(1))
+    with pytest.raises(lsim.UnknownMetricError, match="ssim"):
+        compute(frames, tmp_path / "d.zarr", metrics=("sim",))
+
+
+def test_interrupted_and_run_again_computes_only_what_is_left(tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(8))
+
+    def stop_after_two(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with Cluster(Profile(kind="none")) as cluster, pytest.raises(KeyboardInterrupt):
+        compute_distances(frames, tmp_path / "d.zarr", QUICK, cluster=cluster, progress=stop_after_two)
+    report = compute(frames, tmp_path / "d.zarr")
+    assert (report.computed, report.up_to_date) == (8, 8)
+    compute(frames, tmp_path / "undisturbed.zarr")
+    expected = matrices_of(tmp_path / "undisturbed.zarr")
+    for name, matrices in matrices_of(tmp_path / "d.zarr").items():
+        np.testing.assert_array_equal(matrices, expected[name])
+
+
+def test_every_store_says_what_made_it(tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(2))
+    compute(frames, tmp_path / "d.zarr")
+    attributes = store.open_store(tmp_path / "d.zarr").attrs
+    assert (tmp_path / "d.zarr" / str(attributes["frames"])).resolve() == frames
+    assert attributes["runs"][-1]["versions"]["lsim"] == lsim.__version__
+    provenance = store.open_dataset(tmp_path / "d.zarr", "A/density/provenance")
+    assert '"algorithm_version": 1' in str(provenance["specification"].values[0])
+
+
+def test_frames_that_are_no_store_are_named(tmp_path):
+    with pytest.raises(store.StoreError, match="nothing-here"):
+        compute(tmp_path / "nothing-here.zarr", tmp_path / "d.zarr")
