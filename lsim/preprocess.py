@@ -35,8 +35,9 @@ class Preprocessing:
     order : int
         Order of the spline used to resize, 0 (nearest) to 5.
     compat : {"default", "published"}
-        ``"published"`` keeps the rim of zeros that scipy writes at some sizes (see :func:`resize`) and
-        double precision where the input has it.
+        ``"published"`` keeps the rim of zeros that scipy writes at some sizes (see :func:`resize`), double
+        precision where the input has it, and whole numbers where the input is integers of which some, but
+        not all channels are constant.
     """
 
     size: int | None = 224
@@ -117,11 +118,16 @@ def apply(settings: Preprocessing, frames: np.ndarray, scope: Scope) -> np.ndarr
     if not finite.all():
         # Order 0 may step over the very pixel that is missing.
         frames = np.where(finite[:, None, None, None], frames, np.nan)
+    whole_numbers = frames.dtype.kind in "iu"
     frames = _working_precision(frames)
     lo, hi = _fixed_range(scope, frames.shape[-1]) if isinstance(scope, tuple) else value_range(frames, scope)
     result = normalise(frames, lo, hi)
     if settings.compat == "default":
         result = result.astype(np.float32, copy=False)
+    elif whole_numbers and (lo == hi).any() and not (lo == hi).all():
+        # Where some channels are constant, the published code writes each channel back into the array of
+        # integers that it came from.
+        np.floor(result, out=result)
     return np.repeat(result, 3, axis=-1) if result.shape[-1] == 1 else result
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib.metadata
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +32,27 @@ METRICS: dict[str, type[Metric]] = {
 }
 """Name to class, in the order in which tables list them."""
 
+ENTRY_POINT = "lsim.metrics"
+
+
+@functools.cache
+def registered() -> dict[str, type[Metric]]:
+    """This package's metrics, then those that installed packages register under ``lsim.metrics``.
+
+    An entry point names a subclass of :class:`~lsim.metric.Metric` that is made as
+    ``cls(name, preprocessing, device)``. One that cannot be imported is left out with a warning.
+    """
+    found = dict(METRICS)
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINT):
+        if entry.name in found:
+            warnings.warn(f"{entry.value} would replace metric {entry.name!r}: ignored", stacklevel=2)
+            continue
+        try:
+            found[entry.name] = entry.load()
+        except (ImportError, AttributeError) as error:
+            warnings.warn(f"metric {entry.name!r} ({entry.value}) is left out: {error}", stacklevel=2)
+    return found
+
 
 class UnknownMetricError(KeyError):
     """No metric of that name; the message suggests near ones."""
@@ -51,11 +75,12 @@ class ListedMetric:
 
 def metric_class(name: str) -> type[Metric]:
     """The class registered under ``name``; raises :class:`UnknownMetricError`."""
-    if name not in METRICS:
-        near = difflib.get_close_matches(name, METRICS, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(METRICS)}"
+    known = registered()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}"
         raise UnknownMetricError(f"no metric named {name!r}; {hint}")
-    return METRICS[name]
+    return known[name]
 
 
 def list_metrics() -> list[str]:
@@ -65,12 +90,12 @@ def list_metrics() -> list[str]:
     >>> "lsim" in lsim.list_metrics()
     True
     """
-    return list(METRICS)
+    return list(registered())
 
 
 def describe_metrics() -> list[ListedMetric]:
     """All metrics with what is known of them and whether they can be loaded here."""
-    return [ListedMetric(name, cls.info, why_unavailable(name)) for name, cls in METRICS.items()]
+    return [ListedMetric(name, cls.info, why_unavailable(name)) for name, cls in registered().items()]
 
 
 def why_unavailable(name: str) -> str:
