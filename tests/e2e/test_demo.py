@@ -1,0 +1,99 @@
+"""The main job through the command line: a catalog of simulations to a report, twice."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from commands import run_lsim
+
+from pipeline import schema, store
+
+CLASSIC = "l1,l2,psnr,ssim,vi"
+
+
+@pytest.fixture
+def workflow(tmp_path) -> Path:
+    """As the demo, with fewer and smaller families."""
+    datasets = [
+        {
+            "name": name,
+            "reader": "lsim",
+            "source": {"simulate": {"recipe": recipe, "families": 3, "size": 96, "seed": 5}},
+        }
+        for name, recipe in (("Adv", "advection-diffusion"), ("Sha", "shapes"))
+    ]
+    catalog = {"name": "small", "datasets": datasets, "pools": {"All": ["Adv", "Sha"]}}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(catalog))
+    text = {"catalog": str(tmp_path / "small.yaml"), "fetch": True, "out": str(tmp_path / "out")}
+    (tmp_path / "workflow.yaml").write_text(yaml.safe_dump(text | {"correlate": {"replicates": 200}}))
+    return tmp_path / "workflow.yaml"
+
+
+def run(workflow: Path, *more: object) -> tuple[int, str]:
+    data = workflow.parent / "data"
+    return run_lsim("run", workflow, "--data-dir", data, "--metrics", CLASSIC, "--workers", "2", *more)
+
+
+def test_run_twice_and_after_data_is_added_broken_and_mended(workflow):
+    folder = workflow.parent
+    code, text = run(workflow)
+    assert code == 0, text
+    assert "Spearman" in text
+    page = folder / "out" / "results" / "report" / "index.html"
+    assert str(page) in text
+    html = page.read_text()
+    assert all(name in html for name in CLASSIC.split(","))
+
+    started = time.perf_counter()
+    code, text = run(workflow)
+    assert code == 0, text
+    assert "nothing to do: 30 distance matrices are up to date" in text
+    assert time.perf_counter() - started < 60
+
+    # One file breaks: its sequence is quarantined, named, and the rest goes on.
+    broken = next((folder / "data").rglob("*05.*"))
+    kept = broken.read_bytes()
+    broken.write_bytes(kept[: len(kept) // 2])
+    code, text = run(workflow)
+    assert code == 3, text
+    assert broken.name in text
+    assert "nothing to do: 25 distance matrices" in text
+    assert broken.name in page.read_text()
+
+    broken.write_bytes(kept)
+    code, text = run(workflow)
+    assert code == 0, text
+    assert "5 distance matrices computed, 25 up to date" in text
+
+
+def test_stages_one_by_one_give_what_run_gives(workflow):
+    folder = workflow.parent
+    code, text = run(workflow, "--cluster", "none")
+    assert code == 0, text
+    one = folder / "one"
+    steps = [
+        ("convert", folder / "small.yaml", "--out", one / "frames.zarr", "--data-dir", folder / "data"),
+        ("distances", one / "frames.zarr", "--out", one / "distances.zarr", "--metrics", CLASSIC),
+        ("correlate", one / "distances.zarr", "--out", one / "results", "--replicates", "200"),
+        ("report", one / "results"),
+    ]
+    for step in steps:
+        code, text = run_lsim(*step)
+        assert code == 0, text
+    for key in store.field_keys(store.open_store(one / "distances.zarr"), schema.PARAMETER):
+        left = store.open_dataset(one / "distances.zarr", key)
+        right = store.open_dataset(folder / "out" / "distances.zarr", key)
+        for name in CLASSIC.split(","):
+            np.testing.assert_array_equal(left[name].values, right[name].values)
+    table = (one / "results" / "correlation.csv").read_text()
+    assert table == (folder / "out" / "results" / "correlation.csv").read_text()
+    shutil.rmtree(one / "frames.zarr")
+    code, text = run_lsim("report", one / "results")
+    assert code == 1
+    assert "frames.zarr" in text
+    assert "Traceback" not in text
