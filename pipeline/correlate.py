@@ -1,0 +1,621 @@
+"""Correlate distances with ground truth: ``distances.zarr`` → ``correlations.parquet``.
+
+The published evaluation (``protocol="published"``; Kohl, Um, Thuerey 2020) compares the reference with
+every other frame, scales each sequence's distances to [0.1, 1], pools them over a data set and
+correlates the pool with the ground truth. ``protocol="all-pairs"`` does the same with all pairs.
+Sequences that a metric cannot be judged on are left out of *that metric's* figures, counted and named;
+the published code would give NaN for the whole set.
+
+Intervals are percentile intervals of a bootstrap over sequences. Fields of one simulation (sequences of
+one data set with the same name, but for the field's) are drawn together, and a pool is resampled within
+its members, since the pool's composition is chosen and not random; members with fewer than three
+sequences are merged for this.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xxhash
+
+from pipeline import schema, statistics, store
+from pipeline.statistics import Protocol
+from pipeline.versions import versions
+
+ALGORITHM = 1
+"""Raised when the same distances would give other figures; results of another version are out of date."""
+
+LEVEL = 0.95
+ALL_FIELDS = "all"
+
+CORRELATIONS = "correlations.parquet"
+DIFFERENCES = "differences.parquet"
+LEFT_OUT = "left_out.csv"
+PUBLISHED_TABLE = "correlation.csv"
+RECORD = "correlations.json"
+
+CORRELATION_COLUMNS = (
+    *("dataset", "field", "metric", "protocol", "statistic"),
+    *("value", "low", "high", "sequences", "pairs", "left_out"),
+)
+DIFFERENCE_COLUMNS = (
+    *("dataset", "protocol", "statistic", "metric", "metric_other"),
+    *("difference", "low", "high", "sequences"),
+)
+LEFT_OUT_COLUMNS = ("dataset", "field", "sequence", "metric", "reason", "protocol")
+
+STATISTICS = (*statistics.POOLED, "pearsonMean", "pearsonStd", "spearmanMean", "spearmanStd")
+COMPARED = tuple(name for name in STATISTICS if not name.endswith("Std"))
+"""Statistics that differences between metrics are given for."""
+
+
+class CorrelationError(ValueError):
+    """Distances that cannot be correlated as asked."""
+
+
+@dataclass(frozen=True)
+class CorrelationReport:
+    """What :func:`correlate` wrote.
+
+    Attributes
+    ----------
+    out : Path
+        Folder of the results.
+    correlations, differences, left_out : DataFrame
+        The tables, as written.
+    notes : list of str
+        What a reader of the tables must know, such as missing members of a pool.
+    up_to_date : bool
+        True where the results were there already and nothing was computed.
+    seconds : float
+        Time it took to compute them.
+    """
+
+    out: Path
+    correlations: pd.DataFrame
+    differences: pd.DataFrame
+    left_out: pd.DataFrame
+    notes: list[str]
+    up_to_date: bool
+    seconds: float
+
+
+def correlate(
+    distances: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    protocol: Protocol | Sequence[Protocol] = "published",
+    replicates: int = 2000,
+    seed: int = 0,
+) -> CorrelationReport:
+    """Correlate every metric's distances with the ground truth.
+
+    Writes into ``out``: ``correlations.parquet``, one row per (dataset, field, metric, protocol,
+    statistic), where field ``all`` pools the fields of a data set and of a pool's members;
+    ``differences.parquet``, between metrics on the same resamples of the sequences that both can be
+    judged on; ``left_out.csv``; ``correlation.csv``, Spearman of the first protocol in the published
+    layout; and ``correlations.json``, what made them. Results of the same distances and settings are
+    not computed again.
+
+    Parameters
+    ----------
+    distances : path
+        A ``distances.zarr``.
+    out : path
+        Folder of the results; made where absent.
+    protocol : {"published", "all-pairs"} or several of them
+    replicates : int
+        Bootstrap replicates; 0 for no intervals.
+    seed : int
+        The same seed gives the same intervals.
+
+    Returns
+    -------
+    CorrelationReport
+
+    Raises
+    ------
+    CorrelationError
+        When there are no distances, a protocol is unknown, or all pairs are asked for and the store
+        holds those with the reference alone.
+    pipeline.schema.SchemaError
+        When a group of the store is not as its schema says.
+    """
+    started, begin = datetime.now(UTC), time.perf_counter()
+    distances, out = Path(distances), Path(out)
+    protocols = _check_settings(protocol, replicates)
+    archive = _read(distances)
+    if "all-pairs" in protocols and not _holds_all_pairs(archive.fields):
+        raise CorrelationError(
+            f"{distances}: holds the pairs with the reference alone (pairs {archive.pairs!r}), so protocol "
+            "'all-pairs' has nothing to work on; compute the distances again with --pairs all, or use "
+            "--protocol published"
+        )
+    identity = {
+        "algorithm": ALGORITHM,
+        "inputs": _fingerprint(archive),
+        "protocols": protocols,
+        "replicates": replicates,
+        "seed": seed,
+        "level": LEVEL,
+    }
+    if (record := _valid_record(out, identity)) is not None:
+        return _load(out, record)
+
+    selections, notes = _selections(archive)
+    correlations: list[dict[str, Any]] = []
+    differences: list[dict[str, Any]] = []
+    left_out: list[dict[str, Any]] = []
+    for name in protocols:
+        judged = [_judge(field, name, archive.metrics) for field in archive.fields]
+        left_out += [row | {"protocol": name} for one in judged for row in one.left_out]
+        for selection in selections:
+            labels = {"dataset": selection.dataset, "field": selection.field, "protocol": name}
+            members = [judged[k] for k in selection.members]
+            rows, paired, remarks = _evaluate(members, archive.metrics, replicates, seed, selection.compared)
+            correlations += [labels | row for row in rows]
+            differences += [labels | row for row in paired]
+            notes += [f"{selection.label}, {name}: {remark}" for remark in remarks]
+
+    tables = {
+        CORRELATIONS: pd.DataFrame(correlations, columns=CORRELATION_COLUMNS),
+        DIFFERENCES: pd.DataFrame(differences, columns=DIFFERENCE_COLUMNS),
+        LEFT_OUT: pd.DataFrame(left_out, columns=LEFT_OUT_COLUMNS),
+    }
+    columns = [s.dataset for s in selections if s.compared]
+    _write_tables(out, tables, protocols[0], columns, archive.metrics)
+    seconds = time.perf_counter() - begin
+    record = {
+        "distances": os.path.relpath(distances.resolve(), out.resolve()),
+        "identity": identity,
+        "columns": columns,
+        "pools": archive.pools,
+        "metrics": archive.metrics,
+        "notes": notes,
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "versions": versions(),
+        "outputs": {name: _hash_file(out / name) for name in (*tables, PUBLISHED_TABLE)},
+    }
+    # Last: without the record, what is there does not count.
+    _replace(out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    return CorrelationReport(
+        out=out,
+        correlations=tables[CORRELATIONS],
+        differences=tables[DIFFERENCES],
+        left_out=tables[LEFT_OUT],
+        notes=notes,
+        up_to_date=False,
+        seconds=seconds,
+    )
+
+
+# -- Reading ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Field:
+    """One group of the store; ``problems`` says per metric and sequence why its distances do not count."""
+
+    dataset: str
+    field: str
+    sequences: list[str]
+    parameter: np.ndarray
+    matrices: dict[str, np.ndarray]
+    problems: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class _Archive:
+    fields: list[_Field]
+    metrics: list[str]
+    pools: dict[str, list[str]]
+    pairs: str
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """What one block of rows is about: a data set, one field of it, or a pool."""
+
+    dataset: str
+    field: str
+    members: list[int]
+
+    @property
+    def compared(self) -> bool:
+        return self.field == ALL_FIELDS
+
+    @property
+    def label(self) -> str:
+        return self.dataset if self.compared else f"{self.dataset}/{self.field}"
+
+
+def _read(path: Path) -> _Archive:
+    root = store.open_store(path)
+    keys = store.field_keys(root, schema.PARAMETER)
+    order = [str(name) for name in _attribute(root.attrs.asdict(), "datasets", list)]
+    rank = {name: k for k, name in enumerate(order)}
+    keys.sort(key=lambda key: rank.get(key.split("/")[0], len(rank)))  # stable: else as in the store
+    if not keys:
+        raise CorrelationError(f"{path}: no distances here; expected groups <dataset>/<field>")
+    fields = []
+    for key in keys:
+        group = store.open_dataset(path, key).load()
+        group[schema.SEQUENCE] = group[schema.SEQUENCE].astype(object)  # numpy's StringDType sorts no str
+        schema.validate_distances(group, f"{path}/{key}")
+        dataset, field = key.split("/")
+        has_provenance = schema.PROVENANCE in store.get_group(root, key)
+        fields.append(
+            _Field(
+                dataset=dataset,
+                field=field,
+                sequences=[str(name) for name in group[schema.SEQUENCE].values],
+                parameter=group[schema.PARAMETER].values,
+                matrices={
+                    name: group[name].values for name in schema.metric_names(map(str, group.variables))
+                },
+                problems=_problems(path, f"{key}/{schema.PROVENANCE}") if has_provenance else {},
+            )
+        )
+    # In the order in which they were asked for, where the store tells; then by name.
+    asked = [metric for field in fields for metric in field.problems]
+    found = sorted({metric for field in fields for metric in field.matrices})
+    metrics = [metric for metric in dict.fromkeys(asked + found) if metric in found]
+    if not metrics:
+        raise CorrelationError(f"{path}: no metric's distances here; found only {', '.join(keys)}")
+    attributes = root.attrs.asdict()
+    pools = {str(k): [str(m) for m in v] for k, v in _attribute(attributes, "pools", dict).items()}
+    return _Archive(fields, metrics, pools, str(attributes.get("pairs", "all")))
+
+
+def _problems(path: Path, key: str) -> dict[str, list[str]]:
+    """Per metric and sequence, why its distances do not count; empty where they do.
+
+    Values may be there all the same: those of a block that is out of date and failed to be computed
+    again. The distances stage writes a failure for these, or takes the fingerprint away.
+    """
+    provenance = store.open_dataset(path, key)
+    metrics = [str(name) for name in provenance[schema.METRIC].values]
+    failure, fingerprint = (provenance[name].values for name in (schema.FAILURE, schema.FINGERPRINT))
+    return {
+        metric: [
+            str(reason) or ("" if mark else "not computed: its fingerprint is missing; run distances again")
+            for reason, mark in zip(failure[k], fingerprint[k], strict=True)
+        ]
+        for k, metric in enumerate(metrics)
+        if metric
+    }
+
+
+def _holds_all_pairs(fields: Iterable[_Field]) -> bool:
+    """Whether any pair without the reference was compared; True where there can be none."""
+    beyond = [matrices[:, 1:, 1:] for field in fields for matrices in field.matrices.values()]
+    off = [values[:, ~np.eye(values.shape[1], dtype=bool)] for values in beyond]
+    return all(values.size == 0 for values in off) or any(np.isfinite(values).any() for values in off)
+
+
+def _attribute(attributes: dict[str, Any], name: str, kind: type) -> Any:
+    """An attribute of the root; empty where absent, an error where it is of another kind."""
+    value = attributes.get(name) or kind()
+    if not isinstance(value, kind):
+        raise CorrelationError(f"root attribute {name!r} is {value!r}; expected a {kind.__name__}")
+    return value
+
+
+def _selections(archive: _Archive) -> tuple[list[_Selection], list[str]]:
+    """Data sets, then their fields where there are several, in the store's order; then pools."""
+    datasets = list(dict.fromkeys(field.dataset for field in archive.fields))
+    selections, notes = [], []
+    for dataset in datasets:
+        members = [k for k, field in enumerate(archive.fields) if field.dataset == dataset]
+        selections.append(_Selection(dataset, ALL_FIELDS, members))
+        if len(members) > 1:
+            for k in members:
+                if archive.fields[k].field == ALL_FIELDS:
+                    raise CorrelationError(
+                        f"{dataset}: one of several fields is called {ALL_FIELDS!r}, the name of their pool"
+                    )
+                selections.append(_Selection(dataset, archive.fields[k].field, [k]))
+    for pool, names in archive.pools.items():
+        if pool in datasets:
+            raise CorrelationError(f"pool {pool!r} has the name of a data set")
+        members = [k for k, field in enumerate(archive.fields) if field.dataset in names]
+        missing = [name for name in names if name not in datasets]
+        if missing and members:
+            present = [name for name in names if name in datasets]
+            notes.append(f"{pool}: pools only {', '.join(present)}; no distances of {', '.join(missing)}")
+        if members:
+            selections.append(_Selection(pool, ALL_FIELDS, members))
+        else:
+            notes.append(f"{pool}: left away, no distances of any member ({', '.join(names)})")
+    return selections, notes
+
+
+# -- Figures ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A field's sequences under one protocol; rows of a metric are NaN where ``usable`` is False."""
+
+    dataset: str
+    units: list[str]
+    targets: np.ndarray
+    predictions: dict[str, np.ndarray]
+    coefficients: dict[str, dict[str, np.ndarray]]
+    usable: dict[str, np.ndarray]
+    left_out: list[dict[str, Any]]
+
+
+def _judge(field: _Field, protocol: str, metrics: Iterable[str]) -> _Judged:
+    pairs = statistics.PAIRS[protocol](field.parameter.shape[1])
+    targets = statistics.ground_truth(field.parameter, pairs)
+    predictions, coefficients, usable, left_out = {}, {}, {}, []
+    for metric in metrics:
+        if metric in field.matrices:
+            chosen = statistics.select_pairs(field.matrices[metric], pairs)
+            reasons = statistics.reasons_to_leave_out(chosen, pairs)
+        else:
+            chosen = np.full(targets.shape, np.nan)
+            reasons = ["metric was not computed for this field"] * len(field.sequences)
+        problems = field.problems.get(metric, [""] * len(field.sequences))
+        reasons = [
+            ": ".join(filter(None, (reason, problem)))
+            for reason, problem in zip(reasons, problems, strict=True)
+        ]
+        left_out += [
+            {"dataset": field.dataset, "field": field.field, "sequence": sequence}
+            | {"metric": metric, "reason": reason}
+            for sequence, reason in zip(field.sequences, reasons, strict=True)
+            if reason
+        ]
+        kept = np.array([not reason for reason in reasons], dtype=bool)
+        scaled = np.full(targets.shape, np.nan)
+        if kept.any():
+            scaled[kept] = statistics.scale(chosen[kept])
+        usable[metric], predictions[metric] = kept, scaled
+        coefficients[metric] = {
+            name: statistics.sequence_correlations(scaled, targets, name) for name in statistics.PER_SEQUENCE
+        }
+    return _Judged(
+        dataset=field.dataset,
+        # `plume1.density` and `plume1.vel` are one simulation.
+        units=[f"{field.dataset}/{name.removesuffix('.' + field.field)}" for name in field.sequences],
+        targets=targets,
+        predictions=predictions,
+        coefficients=coefficients,
+        usable=usable,
+        left_out=left_out,
+    )
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What one figure is computed from: the kept sequences of one metric, pooled."""
+
+    predictions: np.ndarray
+    targets: np.ndarray
+    pair_unit: np.ndarray
+    coefficients: dict[str, np.ndarray]
+    sequence_unit: np.ndarray
+
+
+def _pool(members: Sequence[_Judged], metric: str, keep: np.ndarray) -> tuple[_Sample, np.ndarray]:
+    """Pool the kept sequences of ``members``; also the stratum (data set) of each unit."""
+    ends = np.cumsum([len(one.units) for one in members])[:-1]
+    masks = np.split(keep, ends)
+    names = [unit for one, mask in zip(members, masks, strict=True) for unit in np.array(one.units)[mask]]
+    units, sequence_unit = np.unique(np.array(names, dtype=str), return_inverse=True)
+    strata = np.unique([name.split("/")[0] for name in units], return_inverse=True)[1]
+    lengths = np.concatenate(
+        [np.full(int(mask.sum()), one.targets.shape[1]) for one, mask in zip(members, masks, strict=True)]
+    )
+    sample = _Sample(
+        predictions=np.concatenate(
+            [one.predictions[metric][m].ravel() for one, m in zip(members, masks, strict=True)]
+        ),
+        targets=np.concatenate([one.targets[m].ravel() for one, m in zip(members, masks, strict=True)]),
+        pair_unit=np.repeat(sequence_unit, lengths.astype(int)),
+        coefficients={
+            name: np.concatenate(
+                [one.coefficients[metric][name][m] for one, m in zip(members, masks, strict=True)]
+            )
+            for name in statistics.PER_SEQUENCE
+        },
+        sequence_unit=sequence_unit,
+    )
+    return sample, statistics.collapse_strata(strata)
+
+
+def _values(sample: _Sample) -> dict[str, float]:
+    """Every statistic of a sample."""
+    values = {
+        name: statistics.correlation(sample.predictions, sample.targets, name) for name in statistics.POOLED
+    }
+    for name, coefficients in sample.coefficients.items():
+        some = coefficients.size > 0
+        values[f"{name}Mean"] = float(coefficients.mean()) if some else float("nan")
+        values[f"{name}Std"] = float(coefficients.std()) if some else float("nan")
+    return values
+
+
+def _resample(sample: _Sample, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Every statistic of every bootstrap replicate of a sample."""
+    if weights.size == 0:
+        return dict.fromkeys(STATISTICS, np.empty(0))
+    arguments = (sample.predictions, sample.targets, sample.pair_unit, weights)
+    spearman, kendall = statistics.bootstrap_ranks(*arguments)
+    found = {"pearson": statistics.bootstrap_pearson(*arguments), "spearman": spearman, "kendall": kendall}
+    for name, coefficients in sample.coefficients.items():
+        mean, std = statistics.bootstrap_mean_std(coefficients, sample.sequence_unit, weights)
+        found[f"{name}Mean"], found[f"{name}Std"] = mean, std
+    return found
+
+
+def _evaluate(
+    members: Sequence[_Judged], metrics: Sequence[str], replicates: int, seed: int, compared: bool
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    """Rows of the two tables for the sequences of ``members``, and remarks."""
+    usable = {metric: np.concatenate([one.usable[metric] for one in members]) for metric in metrics}
+    couples = list(combinations(metrics, 2)) if compared else []
+
+    # Metrics are resampled once for every set of sequences that they are needed on: their own, and
+    # those in common with each other metric. Mostly that is one set for all of them.
+    needed: dict[bytes, dict[str, None]] = {}
+    for metric in metrics:
+        needed.setdefault(usable[metric].tobytes(), {})[metric] = None
+    for a, b in couples:
+        needed.setdefault((usable[a] & usable[b]).tobytes(), {}).update({a: None, b: None})
+
+    values: dict[tuple[str, bytes], dict[str, float]] = {}
+    resampled: dict[tuple[str, bytes], dict[str, np.ndarray]] = {}
+    counts: dict[tuple[str, bytes], tuple[int, int]] = {}
+    remarks: list[str] = []
+    for key, here in needed.items():
+        keep = np.frombuffer(key, dtype=bool)
+        pooled = {metric: _pool(members, metric, keep) for metric in here}
+        strata = next(iter(pooled.values()))[1]
+        enough = replicates > 0 and strata.size >= statistics.MINIMUM_UNITS
+        weights = statistics.draw_weights(strata, replicates if enough else 0, seed)
+        with ThreadPoolExecutor(max_workers=min(len(here), os.cpu_count() or 1)) as threads:
+            samples = [sample for sample, _ in pooled.values()]
+            drawn = list(threads.map(_resample, samples, [weights] * len(samples)))
+        for k, (metric, (sample, _)) in enumerate(pooled.items()):
+            values[metric, key] = _values(sample)
+            counts[metric, key] = (sample.sequence_unit.size, sample.predictions.size)
+            resampled[metric, key] = drawn[k]
+        owners = [metric for metric in here if usable[metric].tobytes() == key]
+        if owners and replicates and not enough:
+            which = "" if owners == list(metrics) else f" for {', '.join(owners)}"
+            remarks.append(
+                f"no intervals{which}: {strata.size} independent "
+                f"sequence{'s' * (strata.size != 1)}, and at least {statistics.MINIMUM_UNITS} are needed"
+            )
+
+    rows = []
+    for metric in metrics:
+        key = usable[metric].tobytes()
+        sequences, pairs = counts[metric, key]
+        for name in STATISTICS:
+            value = values[metric, key][name]
+            low, high = statistics.interval(resampled[metric, key][name], value, LEVEL)
+            rows.append(
+                {"metric": metric, "statistic": name, "value": value, "low": low, "high": high}
+                | {"sequences": sequences, "pairs": pairs, "left_out": int((~usable[metric]).sum())}
+            )
+    paired = []
+    for a, b in couples:
+        key = (usable[a] & usable[b]).tobytes()
+        for name in COMPARED:
+            difference = values[a, key][name] - values[b, key][name]
+            replicated = resampled[a, key][name] - resampled[b, key][name]
+            low, high = statistics.interval(replicated, difference, LEVEL)
+            paired.append(
+                {"statistic": name, "metric": a, "metric_other": b, "difference": difference}
+                | {"low": low, "high": high, "sequences": counts[a, key][0]}
+            )
+    return rows, paired, remarks
+
+
+# -- Records and files --------------------------------------------------------------------------------
+
+
+def _check_settings(protocol: Protocol | Sequence[Protocol], replicates: int) -> list[str]:
+    protocols = [protocol] if isinstance(protocol, str) else list(dict.fromkeys(protocol))
+    unknown = [name for name in protocols if name not in statistics.PAIRS]
+    if unknown or not protocols:
+        raise CorrelationError(
+            f"unknown protocol {', '.join(map(repr, unknown)) or '(none)'}; "
+            f"expected one or more of {', '.join(statistics.PAIRS)}"
+        )
+    if replicates < 0:
+        raise CorrelationError(f"replicates is {replicates}; expected 0 or more")
+    return [str(name) for name in protocols]
+
+
+def _fingerprint(archive: _Archive) -> str:
+    """Hash of everything that the figures depend on, values included."""
+    digest = xxhash.xxh3_128()
+    digest.update(json.dumps([archive.metrics, archive.pools]).encode())
+    for field in archive.fields:
+        head = [field.dataset, field.field, field.sequences, field.problems, list(field.matrices)]
+        digest.update(json.dumps(head).encode())
+        for values in (field.parameter, *field.matrices.values()):
+            digest.update(f"{values.dtype.str}{values.shape}".encode())
+            digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
+def _valid_record(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The record in ``out``, where it is of these inputs and settings and every file is as it says."""
+    if not (out / RECORD).exists():
+        return None
+    try:
+        record = json.loads((out / RECORD).read_text())
+    except json.JSONDecodeError:
+        return None
+    if record.get("identity") != identity:
+        return None
+    intact = all(
+        (out / name).exists() and _hash_file(out / name) == expected
+        for name, expected in record["outputs"].items()
+    )
+    return record if intact else None
+
+
+def _load(out: Path, record: dict[str, Any]) -> CorrelationReport:
+    return CorrelationReport(
+        out=out,
+        correlations=pd.read_parquet(out / CORRELATIONS),
+        differences=pd.read_parquet(out / DIFFERENCES),
+        left_out=pd.read_csv(out / LEFT_OUT, dtype=str, keep_default_na=False),
+        notes=record["notes"],
+        up_to_date=True,
+        seconds=record["seconds"],
+    )
+
+
+def _write_tables(
+    out: Path, tables: dict[str, pd.DataFrame], protocol: str, columns: list[str], metrics: list[str]
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / RECORD).unlink(missing_ok=True)
+    tables[CORRELATIONS].to_parquet(out / CORRELATIONS, index=False)
+    tables[DIFFERENCES].to_parquet(out / DIFFERENCES, index=False)
+    tables[LEFT_OUT].to_csv(out / LEFT_OUT, index=False)
+
+    correlations = tables[CORRELATIONS]
+    chosen = correlations[
+        (correlations.protocol == protocol)
+        & (correlations.statistic == "spearman")
+        & (correlations.field == ALL_FIELDS)
+    ]
+    values = chosen.set_index(["metric", "dataset"])["value"].to_dict()
+    # As the authors write it: csv's own line ends, figures rounded to three places, zeros not padded.
+    with open(out / PUBLISHED_TABLE, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["Metric", *columns])
+        for metric in metrics:
+            writer.writerow([metric, *(round(float(values[metric, name]), 3) for name in columns)])
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _hash_file(path: Path) -> str:
+    return xxhash.xxh3_128(path.read_bytes()).hexdigest()

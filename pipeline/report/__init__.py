@@ -1,0 +1,81 @@
+"""The report: correlations, distances and frames → one self-contained HTML page and CSV tables.
+
+The page opens from disk without a network: style and pictures are inside it. It shows what the stores
+hold and computes nothing that the correlation stage computes, save each sequence's own correlation.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+
+from pipeline.report import contents, pictures
+from pipeline.report.contents import ReportError
+
+__all__ = ["ReportError", "write_report"]
+
+PAGE = "index.html"
+PICTURE = "overview.png"
+
+
+def write_report(
+    results: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    protocol: str | None = None,
+    statistic: str = "spearman",
+) -> Path:
+    """Write the report of a folder of correlations.
+
+    Parameters
+    ----------
+    results : path
+        Folder that :func:`pipeline.correlate.correlate` wrote. Its record names the ``distances.zarr``,
+        and that names the ``frames.zarr``.
+    out : path, optional
+        Folder of the page and its tables; default ``<results>/report``.
+    protocol : str, optional
+        The protocol to show first; default the first one that was computed.
+    statistic : {"spearman", "pearson", "kendall"}
+        What metrics are ranked by.
+
+    Returns
+    -------
+    Path
+        The page, ``index.html``. Beside it lie ``correlations.csv``, ``differences.csv``,
+        ``sequences.csv``, ``left_out.csv``, ``quarantined.csv``, ``unavailable.csv`` and
+        ``overview.png``, frames and values in one picture.
+
+    Raises
+    ------
+    ReportError
+        When there are no correlations in ``results``, the distances aren't where they say, or
+        ``protocol`` or ``statistic`` is not among them.
+    """
+    results = Path(results)
+    out = results / "report" if out is None else Path(out)
+    found = contents.gather(results, protocol, statistic)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"number": contents.number, "range": contents.number_range}
+    page = environment.get_template("page.html.jinja").render(
+        style=resources.files("pipeline.report").joinpath("style.css").read_text(),
+        pictures=pictures.draw(found),
+        **vars(found),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    for name, table in found.tables.items():
+        table.to_csv(out / f"{name}.csv", index=False)
+    (out / PICTURE).write_bytes(pictures.overview(found))
+    partial = out / (PAGE + ".partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(out / PAGE)
+    return out / PAGE

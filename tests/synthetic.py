@@ -1,0 +1,116 @@
+"""Small stores made on the spot, through the project's own store and schema, for tests of what reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import schema, store
+
+NOISE = {"good": 0.02, "fair": 0.15, "poor": 0.6}
+"""Metrics of :func:`random_distances`: standard deviation of their noise, in steps of the parameter."""
+
+
+def write_field(
+    root: Any,
+    key: str,
+    sequences: Sequence[str],
+    parameter: np.ndarray,
+    matrices: Mapping[str, np.ndarray],
+    failures: Mapping[tuple[str, str], str] | None = None,
+) -> None:
+    """Write one group of a ``distances.zarr``; ``failures`` maps (metric, sequence) to a reason."""
+    group = root.create_group(key, overwrite=True)
+    arrays = {schema.SEQUENCE: ((schema.SEQUENCE,), np.array(sequences, dtype=object), str)}
+    arrays[schema.PARAMETER] = (schema.PARAMETER_DIMS, np.asarray(parameter, np.float64), np.float64)
+    for name, values in matrices.items():
+        arrays[name] = (schema.DISTANCE_DIMS, np.asarray(values), values.dtype)
+    _write(group, arrays)
+    metrics = list(matrices)
+    failure = [[(failures or {}).get((m, s), "") for s in sequences] for m in metrics]
+    fingerprint = [[f"{key}/{m}/{s}" for s in sequences] for m in metrics]
+    _write(
+        group.create_group(schema.PROVENANCE),
+        {
+            schema.METRIC: ((schema.METRIC,), np.array(metrics, dtype=object), str),
+            schema.SPECIFICATION: (
+                (schema.METRIC,),
+                np.array([f'{{"name": "{m}", "version": 1, "size": 224}}' for m in metrics], dtype=object),
+                str,
+            ),
+            schema.FAILURE: (schema.PROVENANCE_DIMS, np.array(failure, dtype=object), str),
+            schema.FINGERPRINT: (schema.PROVENANCE_DIMS, np.array(fingerprint, dtype=object), str),
+        },
+    )
+
+
+def _write(group: Any, arrays: Mapping[str, tuple[tuple[str, ...], np.ndarray, Any]]) -> None:
+    for name, (dims, values, dtype) in arrays.items():
+        array = store.create_array(
+            group, name, shape=values.shape, chunks=values.shape, dims=dims, dtype=dtype
+        )
+        if values.size:
+            store.write_rows(array, 0, values)
+
+
+def parameters(sequences: int, frames: int = 11) -> np.ndarray:
+    """Evenly rising parameters of shape (sequence, frame)."""
+    return np.tile(np.linspace(0, 1, frames), (sequences, 1))
+
+
+def random_distances(parameter: np.ndarray, noise: float, seed: int) -> np.ndarray:
+    """Symmetric matrices (sequence, frame, frame) that follow the parameter, but for noise."""
+    rng = np.random.default_rng(seed)
+    steps = np.abs(parameter[:, :, None] - parameter[:, None, :])
+    upper = np.triu(np.abs(steps + noise * rng.normal(size=steps.shape)) + 1e-3, k=1)
+    return upper + upper.swapaxes(1, 2)
+
+
+def make_distances(
+    path: Path,
+    fields: Mapping[str, int],
+    *,
+    metrics: Mapping[str, float] = NOISE,
+    frames: int = 11,
+    seed: int = 0,
+    attributes: Mapping[str, Any] | None = None,
+) -> Path:
+    """A ``distances.zarr`` with the given number of sequences in each ``<dataset>/<field>``."""
+    root = store.open_store(path, "a")
+    for k, (key, count) in enumerate(fields.items()):
+        parameter = parameters(count, frames)
+        matrices = {
+            name: random_distances(parameter, noise, seed=1000 * seed + 100 * k + m)
+            for m, (name, noise) in enumerate(metrics.items())
+        }
+        names = [f"{key.split('/')[0].lower()}{n}" for n in range(count)]
+        write_field(root, key, names, parameter, matrices)
+    datasets = list(dict.fromkeys(key.split("/")[0] for key in fields))
+    store.set_attributes(root, {"datasets": datasets, "pairs": "all", "pools": {}, **(attributes or {})})
+    return path
+
+
+def make_frames(path: Path, fields: Mapping[str, tuple[int, str, int]], *, frames: int = 11) -> Path:
+    """A ``frames.zarr`` of travelling waves: per ``<dataset>/<field>`` count, dtype and channels."""
+    root = store.open_store(path, "a")
+    for k, (key, (count, dtype, channels)) in enumerate(fields.items()):
+        y, x = np.mgrid[0:48, 0:64] / 64
+        rng = np.random.default_rng(k)
+        phase = rng.uniform(0, 6, (count, 1, channels)) + np.linspace(0, 2, frames)[None, :, None]
+        waves = np.sin(9 * x[..., None] + 5 * y[..., None] + phase[:, :, None, None, :])
+        values = (127.5 * (1 + waves)).astype(dtype) if dtype == "uint8" else (40 * waves).astype(dtype)
+        group = root.create_group(key)
+        sequences = np.array([f"{key.split('/')[0].lower()}{n}" for n in range(count)], dtype=object)
+        _write(
+            group,
+            {
+                schema.SEQUENCE: ((schema.SEQUENCE,), sequences, str),
+                schema.CONTENT: ((schema.SEQUENCE,), sequences, str),
+                schema.PARAMETER: (schema.PARAMETER_DIMS, parameters(count, frames), np.float64),
+                schema.FRAMES: (schema.FRAMES_DIMS, values, values.dtype),
+            },
+        )
+    return path
