@@ -17,7 +17,7 @@ from lsim.metrics.learned import LSiM, LSiMSkip
 from lsim.metrics.pixel import L1, L2, PSNR
 from lsim.metrics.structural import SSIM
 from lsim.preprocess import Compat, Preprocessing
-from lsim.weights import WeightsError, find_weights, load_checkpoint, verified_bytes
+from lsim.weights import MissingWeightsError, WeightsError, find_weights, load_checkpoint, verified_bytes
 
 METRICS: dict[str, type[Metric]] = {
     "l1": L1,
@@ -104,6 +104,8 @@ def why_unavailable(name: str) -> str:
         return ""
     try:
         verified_bytes(find_weights(name))
+    except MissingWeightsError:
+        return f"its weights are not here; get them with 'lsim weights fetch {name}'"
     except WeightsError as error:
         return str(error)
     return ""

@@ -29,6 +29,10 @@ class WeightsError(RuntimeError):
     """Weights that are absent, damaged, or not those of the network they are meant for."""
 
 
+class MissingWeightsError(WeightsError):
+    """Weights that are nowhere to be found; the message says where was searched and how to get them."""
+
+
 @dataclass(frozen=True)
 class Published:
     """A file of weights that somebody published: where it is and what it must hash to."""
@@ -112,7 +116,7 @@ def find_weights(name: str, weights: str | os.PathLike[str] | None = None) -> Pa
     Raises
     ------
     WeightsError
-        When there is no such file; the message says where was searched and how to get it.
+        When there is no such file; :class:`MissingWeightsError` where the search found none.
     """
     if weights is not None and str(weights) not in PUBLISHED:
         path = Path(weights).expanduser()
@@ -130,7 +134,7 @@ def find_weights(name: str, weights: str | os.PathLike[str] | None = None) -> Pa
         candidate = folder if folder.name == file else folder / file
         if candidate.is_file():
             return candidate
-    raise WeightsError(
+    raise MissingWeightsError(
         f"no weights for {wanted!r}: searched {file} in {', '.join(map(str, folders))}. "
         f"Get them with 'lsim weights fetch {wanted}', or set LSIM_WEIGHTS to their folder"
     )
@@ -253,7 +257,7 @@ def weights_status() -> list[WeightsStatus]:
     for name in PUBLISHED:
         try:
             path = find_weights(name)
-        except WeightsError:
+        except MissingWeightsError:
             found.append(WeightsStatus(name, "absent", f"lsim weights fetch {name}"))
             continue
         try:

@@ -63,42 +63,45 @@ Strict = Annotated[bool, typer.Option("--strict", help="Make a metric that is no
 
 def main() -> NoReturn:
     """Entry point: run a command, and turn what users can do something about into one line."""
-    from lsim.registry import UnknownMetricError
-    from lsim.weights import WeightsError
-    from pipeline.catalog import CatalogError
-    from pipeline.cluster import ClusterError
-    from pipeline.convert import ConversionError
-    from pipeline.correlate import CorrelationError
-    from pipeline.resources import ResourceError
-    from pipeline.schema import SchemaError
-    from pipeline.store import StoreError
-
-    expected = (
-        *(UnknownMetricError, WeightsError, CatalogError, ClusterError, ConversionError, CorrelationError),
-        *(ResourceError, SchemaError, StoreError, ValueError, OSError),
-    )
     try:
         code = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    except pydantic.ValidationError as error:
+    except Exception as error:
+        code = _explain(error)
+        if code is None:
+            raise
+    if code == INTERRUPTED:  # typer turns Ctrl-C into this
+        console.print("stopped; what is finished is kept, run the same command again to go on")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain(error: Exception) -> int | None:
+    """Print an error that is the user's to mend, and give its exit code; None for a fault of ours."""
+    # Only now: imported ahead, these would cost every command a second.
+    from lsim.registry import UnknownMetricError
+    from lsim.weights import WeightsError
+    from pipeline.cluster import ClusterError
+    from pipeline.convert import ConversionError
+    from pipeline.resources import ResourceError
+    from pipeline.store import StoreError
+
+    if hasattr(error, "exit_code") and hasattr(error, "show"):  # click's usage errors
+        error.show()
+        return int(error.exit_code)
+    if isinstance(error, pydantic.ValidationError):
         for fault in error.errors():
             where = ".".join(map(str, fault["loc"]))
             console.print(
                 f"error: {where}: {fault['msg']}, got {fault['input']!r}", style="red", markup=False
             )
-        sys.exit(2)
-    except expected as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        sys.exit(1)
-    except Exception as error:
-        if hasattr(error, "exit_code") and hasattr(error, "show"):  # click's usage errors
-            error.show()
-            sys.exit(error.exit_code)
-        raise
-    if code == INTERRUPTED:  # typer turns Ctrl-C into this
-        console.print("stopped; what is finished is kept, run the same command again to go on")
-    sys.exit(code if isinstance(code, int) else 0)
+        return 2
+    # Errors of catalogs, schemas, correlations and workflows are kinds of ValueError.
+    expected = (UnknownMetricError, WeightsError, ClusterError, ConversionError, ResourceError, StoreError)
+    if isinstance(error, (*expected, ValueError, OSError)):
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return 1
+    return None
 
 
 @app.command()
@@ -215,13 +218,8 @@ def correlate_command(
     """Correlate distances with ground truth, with bootstrap intervals over sequences."""
     from pipeline.correlate import correlate
 
-    report = correlate(
-        distances,
-        out,
-        protocol=protocol or ["published"],
-        replicates=replicates,
-        seed=seed,  # type: ignore[arg-type]
-    )
+    protocols: Any = protocol or ["published"]
+    report = correlate(distances, out, protocol=protocols, replicates=replicates, seed=seed)
     _show_correlations(report.correlations)
     for note in report.notes:
         console.print(note, markup=False)
@@ -313,8 +311,9 @@ def catalog_verify(
     whole = True
     for entry in verify(open_catalog(catalog), dataset, data_dir):
         whole &= entry.ok
-        output.print(f"{entry.dataset}: {entry.state}: {entry.detail}", markup=False)
-    sys.exit(0 if whole else 1)
+        state = "damaged" if not entry.ok and entry.present else "here" if entry.present else "absent"
+        output.print(f"{entry.dataset}: {state}, checksum {entry.checksum}: {entry.detail}", markup=False)
+    raise typer.Exit(0 if whole else 1)
 
 
 @weights_app.command("list")
@@ -347,7 +346,7 @@ def weights_verify() -> None:
     entries = weights_status()
     for entry in entries:
         output.print(f"{entry.name}: {entry.state}: {entry.detail}", markup=False)
-    sys.exit(1 if any(entry.state == "damaged" for entry in entries) else 0)
+    raise typer.Exit(1 if any(entry.state == "damaged" for entry in entries) else 0)
 
 
 # ---------------------------------------------------------------- how things are shown
@@ -362,7 +361,7 @@ class _Rate(ProgressColumn):
 
 
 def _stage(cluster: Any) -> Callable[[str], contextlib.AbstractContextManager[Callable[[int, int], None]]]:
-    """Progress bars, one a stage, with rate, remaining time, and the dashboard's address once there is one."""
+    """A progress bar a stage, with rate, remaining time, and the dashboard's address once there is one."""
 
     @contextlib.contextmanager
     def stage(title: str) -> Iterator[Callable[[int, int], None]]:
@@ -402,7 +401,7 @@ def _show_distances(report: Any) -> None:
     elif not report.failures:
         output.print(f"nothing to do: {report.up_to_date} distance matrices are up to date")
     for name, reason in report.unavailable.items():
-        console.print(f"left out: metric {name} is not available: {reason}", style="yellow", markup=False)
+        console.print(f"left out: {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
     if report.failures:
         table = Table("data set", "field", "sequence", "metric", "reason", title="Not compared")
         for entry in report.failures:

@@ -139,7 +139,7 @@ def correlate(
     archive = _read(distances)
     if "all-pairs" in protocols and not _holds_all_pairs(archive.fields):
         raise CorrelationError(
-            f"{distances}: holds the pairs with the reference alone (pairs {archive.pairs!r}), so protocol "
+            f"{distances}: holds the pairs with the reference alone (--pairs reference), so protocol "
             "'all-pairs' has nothing to work on; compute the distances again with --pairs all, or use "
             "--protocol published"
         )
@@ -222,7 +222,6 @@ class _Archive:
     fields: list[_Field]
     metrics: list[str]
     pools: dict[str, list[str]]
-    pairs: str
 
 
 @dataclass(frozen=True)
@@ -253,7 +252,6 @@ def _read(path: Path) -> _Archive:
     fields = []
     for key in keys:
         group = store.open_dataset(path, key).load()
-        group[schema.SEQUENCE] = group[schema.SEQUENCE].astype(object)  # numpy's StringDType sorts no str
         schema.validate_distances(group, f"{path}/{key}")
         dataset, field = key.split("/")
         has_provenance = schema.PROVENANCE in store.get_group(root, key)
@@ -277,7 +275,7 @@ def _read(path: Path) -> _Archive:
         raise CorrelationError(f"{path}: no metric's distances here; found only {', '.join(keys)}")
     attributes = root.attrs.asdict()
     pools = {str(k): [str(m) for m in v] for k, v in _attribute(attributes, "pools", dict).items()}
-    return _Archive(fields, metrics, pools, str(attributes.get("pairs", "all")))
+    return _Archive(fields, metrics, pools)
 
 
 def _problems(path: Path, key: str) -> dict[str, list[str]]:

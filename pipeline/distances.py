@@ -204,12 +204,13 @@ def compute_distances(
         "seconds": round(report.seconds, 3),
         "blocks": report.blocks,
         "matrices": report.computed,
+        "pairs": settings.pairs,
+        "scope": settings.scope,
+        "compat": settings.compat,
         **report.cluster,
         "versions": versions(),
     }
-    _record(
-        root, source, os.path.relpath(Path(frames).resolve(), Path(out).resolve()), settings, report, made_by
-    )
+    _record(root, source, os.path.relpath(Path(frames).resolve(), Path(out).resolve()), report, made_by)
     store.consolidate(out)
     return report
 
@@ -426,7 +427,6 @@ def _record(
     root: store.Group,
     source: store.Group,
     frames: str,
-    settings: Settings,
     report: DistancesReport,
     made_by: Mapping[str, Any],
 ) -> None:
@@ -434,13 +434,12 @@ def _record(
     runs: list[Any] = list(root.attrs.get("runs", []))  # type: ignore[arg-type]
     if report.computed or report.failures or not runs:
         runs.append(dict(made_by))
-    carried = {name: source.attrs[name] for name in ("catalog", "pools") if name in source.attrs}
+    carried = {
+        name: source.attrs[name] for name in ("catalog", "title", "datasets", "pools") if name in source.attrs
+    }
     attributes = {
         "schema_version": schema.SCHEMA_VERSION,
         "frames": frames,
-        "pairs": settings.pairs,
-        "scope": settings.scope,
-        "compat": settings.compat,
         "unavailable": report.unavailable,
         "runs": runs,
     }

@@ -565,9 +565,9 @@ def _made_by(
             "Bootstrap": f"{record['identity']['replicates']} replicates, seed {record['identity']['seed']}, "
             f"{record['identity']['level']:.0%} percentile intervals over sequences",
             **{
-                label: _plain(attributes[name])
+                label: _plain(runs[-1][name])
                 for label, name in (("Pairs", "pairs"), ("Scope", "scope"), ("Compatibility", "compat"))
-                if name in attributes
+                if runs and name in runs[-1]
             },
             "Hash of the distances": record["identity"]["inputs"],
             "Distances": record["distances"],
