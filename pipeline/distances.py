@@ -182,6 +182,11 @@ def compute_distances(
     for key in keys:
         origin = store.get_group(source, key)
         contents = [str(content) for content in store.read(store.get_array(origin, schema.CONTENT))]
+        if "" in contents:
+            raise store.StoreError(
+                f"{frames}: {contents.count('')} of {len(contents)} sequences of {key} are not there: their "
+                "conversion was interrupted; run it again"
+            )
         group = lay_out(root, origin, key, specifications, settings.block)
         dataset = key.split("/")[0]
         store.set_attributes(store.get_group(root, dataset), dict(store.get_group(source, dataset).attrs))

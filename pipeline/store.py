@@ -26,6 +26,8 @@ Array = zarr.Array
 COMPRESSION = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle")
 SHARD_BYTES = 128 * 2**20
 """Target size of a shard of decoded frames; it holds a whole number of sequences, at least one."""
+SHARD_CHUNKS = 4096
+"""Most chunks in a shard: a shard's index, 16 bytes a chunk, is read before any frame of it."""
 
 
 class StoreError(RuntimeError):
@@ -124,8 +126,9 @@ def delete(parent: zarr.Group, path: str) -> None:
 
 
 def rows_per_shard(frames_per_sequence: int, frame_bytes: int) -> int:
-    """How many sequences make a shard of about :data:`SHARD_BYTES`; at least one."""
-    return max(1, SHARD_BYTES // max(1, frames_per_sequence * frame_bytes))
+    """How many sequences make a shard of about :data:`SHARD_BYTES`; at least one, and not too many chunks."""
+    by_bytes = SHARD_BYTES // max(1, frames_per_sequence * frame_bytes)
+    return max(1, min(by_bytes, SHARD_CHUNKS // max(1, frames_per_sequence)))
 
 
 def write_block(array: Array, origin: tuple[int, ...], values: np.ndarray) -> None:
@@ -217,6 +220,12 @@ def drop_consolidated(path: str | os.PathLike[str]) -> None:
         partial = document.with_suffix(".json.tmp")
         partial.write_text(json.dumps(metadata, indent=2))
         partial.replace(document)
+
+
+def remove_partials(path: str | os.PathLike[str]) -> None:
+    """Remove what a killed writer left half-written; only while nobody else writes to the store."""
+    for partial in Path(path).rglob("*.partial"):
+        partial.unlink()
 
 
 def store_bytes(shape: tuple[int, ...], dtype: Any) -> int:

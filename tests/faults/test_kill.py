@@ -14,8 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from archives import archive_of, matrices_of, write_archive
 
 from pipeline import schema, store

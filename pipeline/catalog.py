@@ -1,0 +1,643 @@
+"""What data exists and where it comes from: YAML catalogs, and the download with its checksum.
+
+A catalog is a YAML file::
+
+    name: lsim2d
+    title: …
+    citation: …
+    doi: 10.14459/2020mp1552055
+    licence: …
+    datasets:
+      - name: Smo
+        title: Smoke plumes
+        source: {url: "https://…", file: LSIM_2D_Data.zip, folder: Data/Smoke, size: 3.9 GB}
+        checksum: {url: "https://…/checksums.sha512", entry: LSIM_2D_Data.zip}
+        reader: lsim
+        options: {field: rgb}
+        filter: ["plume1.", "plume2."]
+        fields: [density, pressure]
+        role: validation
+    pools:
+      All: [AdvD, LiqN]
+
+A ``source`` is exactly one of
+
+``url``
+    A download with a checksum, unpacked where it is a zip or tar archive. ``file`` names the download
+    where the address doesn't end in its name, ``folder`` the part of the archive that is meant, ``size``
+    is said before anything is downloaded. Data sets with the same ``url`` share one download.
+``path``
+    A folder or file on this machine; relative paths start at the catalog's own folder.
+``simulate``
+    Families made on the spot: ``{recipe, families, size, seed, format}``, see :mod:`lsim.simulate`.
+
+Downloads and simulations lie under the *data root*: ``data_dir`` where it is given, else ``$LSIM_DATA``,
+else the user's cache. ``filter`` lists substrings of a sequence's name, dots included; a sequence is taken
+when any of them occurs in it, and an empty filter takes all. ``fields`` selects fields of a source by name,
+or makes new ones of some channels: ``{velocity-x: {source: velocity, channel: 0}}``; metrics take frames of
+one, three or four channels. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeVar, get_args
+from urllib.parse import urlparse
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from pipeline.resources import ResourceError, find_resource, shipped_names
+
+GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""What a data set or a field may be called: it names a group of the store, and a folder."""
+
+_MADE_FROM = ".made-from.json"
+_UNPACKED_FROM = ".unpacked-from.json"
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
+
+
+class CatalogError(ValueError):
+    """A catalog that cannot be used as it is; the message names the file and the key."""
+
+
+class MissingDataError(CatalogError):
+    """Data that a catalog describes but that is not on this machine; the message says how to get it."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ChecksumFile(_Strict):
+    """A checksum published as a line of a file: the address of that file, and the name in the line."""
+
+    url: str
+    entry: str
+    algorithm: Literal["sha512", "sha256"] = "sha512"
+
+
+class Simulation(_Strict):
+    """Arguments of :func:`lsim.simulate.write_families`."""
+
+    recipe: str
+    families: int = Field(gt=0)
+    size: int = Field(256, gt=0)
+    seed: int = 0
+    format: Literal["png", "npz"] = "png"
+
+
+class Source(_Strict):
+    """Where a data set comes from; exactly one of ``url``, ``path`` and ``simulate`` is set."""
+
+    url: str | None = None
+    path: str | None = None
+    simulate: Simulation | None = None
+    folder: str = ""
+    file: str | None = None
+    size: str | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Source:
+        given = [key for key in ("url", "path", "simulate") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of url, path, simulate; found {given or 'none'}")
+        if self.url is None and (self.file or self.size):
+            raise ValueError("file and size belong to a url")
+        inside = PurePosixPath(self.folder)
+        if inside.is_absolute() or ".." in inside.parts:
+            raise ValueError(f"folder {self.folder!r} leads out of the source")
+        return self
+
+    @property
+    def download_name(self) -> str:
+        """File name of the download."""
+        return self.file or PurePosixPath(urlparse(self.url or "").path).name
+
+
+class FieldChoice(_Strict):
+    """Some channels of a source's field, as a field of their own."""
+
+    source: str | None = None
+    channel: int | list[int] | None = None
+
+
+class Dataset(_Strict):
+    """One data set of a catalog."""
+
+    name: str
+    title: str = ""
+    source: Source
+    reader: str
+    options: dict[str, Any] = {}
+    filter: list[str] = []
+    fields: list[str] | dict[str, FieldChoice] = []
+    role: Literal["train", "validation", "test"] = "test"
+    licence: str | None = None
+    citation: str | None = None
+    checksum: str | ChecksumFile | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_group(cls, name: str) -> str:
+        return _group_name(name)
+
+    @field_validator("fields")
+    @classmethod
+    def _fields_are_groups(cls, fields: list[str] | dict[str, FieldChoice]) -> Any:
+        for name in fields:
+            _group_name(name)
+        return fields
+
+    @field_validator("checksum")
+    @classmethod
+    def _checksum_is_known(cls, checksum: str | ChecksumFile | None) -> str | ChecksumFile | None:
+        if isinstance(checksum, str) and not re.fullmatch(
+            r"sha256:[0-9a-fA-F]{64}|sha512:[0-9a-fA-F]{128}", checksum
+        ):
+            raise ValueError(
+                f"{checksum!r}: expected sha256:<64 hex digits>, sha512:<128 hex digits>, or {{url, entry}} "
+                "of a checksum file"
+            )
+        return checksum
+
+    @model_validator(mode="after")
+    def _downloads_are_checked(self) -> Dataset:
+        if self.source.url is not None and self.checksum is None:
+            raise ValueError("a source with a url needs a checksum")
+        return self
+
+    def selects(self, name: str) -> bool:
+        """Whether the filter takes a sequence of this name."""
+        return not self.filter or any(part in name for part in self.filter)
+
+
+class Catalog(_Strict):
+    """A catalog file, checked. Open one with :func:`open_catalog`."""
+
+    name: str
+    title: str = ""
+    citation: str | None = None
+    doi: str | None = None
+    licence: str | None = None
+    datasets: list[Dataset]
+    pools: dict[str, list[str]] = {}
+    _file: Path = PrivateAttr(default=Path("catalog.yaml"))
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Catalog:
+        _group_name(self.name)
+        names = [entry.name for entry in self.datasets]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"datasets named twice: {', '.join(twice)}")
+        for pool, members in self.pools.items():
+            unknown = [member for member in members if member not in names]
+            if unknown:
+                raise ValueError(f"pools.{pool}: no dataset {', '.join(unknown)}; known: {', '.join(names)}")
+            if pool in names:
+                raise ValueError(f"pools.{pool}: a dataset has this name too")
+        return self
+
+    @property
+    def file(self) -> Path:
+        """The YAML file that this catalog was read from."""
+        return self._file
+
+    def select(self, names: Iterable[str] | None = None) -> list[Dataset]:
+        """The data sets of these names, in the catalog's order; a pool stands for its members.
+
+        Raises
+        ------
+        CatalogError
+            For a name that is neither a data set nor a pool.
+        """
+        if names is None:
+            return list(self.datasets)
+        known = [entry.name for entry in self.datasets]
+        wanted: set[str] = set()
+        for name in names:
+            if name not in known and name not in self.pools:
+                raise CatalogError(
+                    f"{self.file}: no dataset {name!r}{_did_you_mean(name, known)}; known: {', '.join(known)}"
+                )
+            wanted.update(self.pools.get(name, [name]))
+        return [entry for entry in self.datasets if entry.name in wanted]
+
+
+def list_catalogs() -> list[str]:
+    """Names of the shipped catalogs."""
+    return shipped_names("catalogs")
+
+
+def open_catalog(name_or_path: str | os.PathLike[str]) -> Catalog:
+    """Read a catalog by name, among the shipped ones, or by path.
+
+    Raises
+    ------
+    CatalogError
+        When there is none, or it isn't valid; the message names the file and the key.
+    """
+    try:
+        file = find_resource("catalogs", name_or_path)
+    except ResourceError as error:
+        raise CatalogError(str(error)) from error
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise CatalogError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise CatalogError(
+            f"{file}: expected a mapping with name and datasets, found {type(document).__name__}"
+        )
+    try:
+        catalog = Catalog.model_validate(document)
+    except ValidationError as error:
+        raise CatalogError(_explain(str(file), error, document)) from error
+    catalog._file = file
+    return catalog
+
+
+Options = TypeVar("Options", bound=BaseModel)
+
+
+def reader_options(model: type[Options], entry: Dataset) -> Options:
+    """The entry's ``options`` as ``model``; :class:`CatalogError` names the data set and the key."""
+    try:
+        return model.model_validate(entry.options)
+    except ValidationError as error:
+        where = f"dataset {entry.name}, options of reader {entry.reader!r}"
+        raise CatalogError(_explain(where, error, entry.options, model)) from error
+
+
+def data_root(data_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of downloads and simulations: ``data_dir``, ``$LSIM_DATA`` or the user's cache."""
+    chosen = data_dir or os.environ.get("LSIM_DATA")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    import pooch
+
+    return Path(pooch.os_cache("lsim")) / "data"
+
+
+def locate(catalog: Catalog, entry: Dataset, data_dir: str | os.PathLike[str] | None = None) -> Path | None:
+    """The local folder (or file) of a data set, or None where it isn't on this machine.
+
+    A download is looked for as unpacked by :func:`fetch`, with or without one folder at the archive's
+    top, and directly under the data root, where one unpacked by hand may lie.
+    """
+    source = entry.source
+    if source.path is not None:
+        path = catalog.file.parent / Path(source.path).expanduser() / source.folder
+        return path.resolve() if path.exists() else None
+    root = data_root(data_dir)
+    if source.simulate is not None:
+        folder = root / catalog.name / entry.name
+        return folder if _read_note(folder / _MADE_FROM) == source.simulate.model_dump() else None
+    unpacked = _unpacked_folder(root, source)
+    tops = sorted(unpacked.iterdir()) if unpacked.is_dir() else []
+    for top in [unpacked, *tops, root]:
+        # With no folder named, the root itself would pass for any data set.
+        found = top / source.folder if source.folder else top
+        if found.exists() and (source.folder or top == unpacked):
+            return found
+    return None
+
+
+def where(catalog: Catalog, entry: Dataset, data_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The local folder (or file) of a data set.
+
+    Raises
+    ------
+    MissingDataError
+        When it isn't on this machine; the message says what to download, how large it is, and the command.
+    """
+    found = locate(catalog, entry, data_dir)
+    if found is None:
+        raise MissingDataError(how_to_get(catalog, entry, data_dir))
+    return found
+
+
+def how_to_get(catalog: Catalog, entry: Dataset, data_dir: str | os.PathLike[str] | None = None) -> str:
+    """What to do for data that isn't there, in plain words."""
+    source = entry.source
+    label = f"dataset {entry.name} of catalog {catalog.name}"
+    if source.path is not None:
+        return f"{label}: nothing at {catalog.file.parent / source.path / source.folder} ({catalog.file})"
+    command = f"lsim catalog fetch {_handle(catalog)}"
+    root = data_root(data_dir)
+    if source.simulate is not None:
+        return f"{label} has not been simulated under {root}; make it with: {command}"
+    size = f" ({source.size})" if source.size else ""
+    doi = f"DOI {catalog.doi}, " if catalog.doi else ""
+    return (
+        f"{label} is not under {root}. It is part of {source.download_name}{size}, {doi}{source.url}. "
+        f"Download it with: {command} – or unpack it by hand so that {root / source.folder} exists; "
+        "LSIM_DATA names another data folder."
+    )
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What :func:`fetch` did for one data set."""
+
+    dataset: str
+    folder: Path
+    action: Literal["present", "downloaded", "simulated"]
+
+
+def fetch(
+    catalog: Catalog,
+    dataset_names: Iterable[str] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    report: Callable[[str], None] | None = None,
+) -> list[Fetched]:
+    """Bring data sets to this machine: download and unpack, or simulate; what is there stays.
+
+    Parameters
+    ----------
+    catalog : Catalog
+    dataset_names : iterable of str, optional
+        Data sets or pools; all by default.
+    data_dir : path, optional
+        The data root, see :func:`data_root`.
+    report : callable, optional
+        Told in a line what is about to be done, before it takes its time.
+
+    Raises
+    ------
+    CatalogError
+        When a checksum differs (the download is removed), an archive would write outside its folder or
+        doesn't hold the folder that the catalog names, or a ``path`` isn't there.
+    """
+    say = report or (lambda line: None)
+    done = []
+    for entry in catalog.select(dataset_names):
+        source = entry.source
+        action: Literal["present", "downloaded", "simulated"] = "present"
+        if locate(catalog, entry, data_dir) is None and source.simulate is not None:
+            folder = data_root(data_dir) / catalog.name / entry.name
+            say(f"{entry.name}: simulating {source.simulate.families} families ({source.simulate.recipe})")
+            _simulate(source.simulate, folder)
+            action = "simulated"
+        elif locate(catalog, entry, data_dir) is None and source.url is not None:
+            size = f" ({source.size})" if source.size else ""
+            say(f"{entry.name}: downloading {source.download_name}{size}")
+            _download(entry, data_root(data_dir))
+            action = "downloaded"
+            if locate(catalog, entry, data_dir) is None:
+                raise CatalogError(
+                    f"{catalog.file}: dataset {entry.name}: no folder {source.folder!r} "
+                    f"in {source.download_name}"
+                )
+        done.append(Fetched(entry.name, where(catalog, entry, data_dir), action))
+    return done
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What :func:`verify` found of one data set.
+
+    ``checksum`` is "ok", "differs", or "unchecked" where there is nothing to compare: data that isn't a
+    download, or a download unpacked by hand.
+    """
+
+    dataset: str
+    present: bool
+    checksum: Literal["ok", "differs", "unchecked"]
+    detail: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether the data is there and no checksum differs."""
+        return self.present and self.checksum != "differs"
+
+
+def verify(
+    catalog: Catalog,
+    dataset_names: Iterable[str] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+) -> list[Verified]:
+    """What is there and what is missing; kept downloads are compared with their checksums again.
+
+    A checksum that the catalog names by its file was recorded when it was downloaded; nothing is
+    downloaded here.
+    """
+    root = data_root(data_dir)
+    digests: dict[tuple[Path, str], str] = {}
+    results = []
+    for entry in catalog.select(dataset_names):
+        folder = locate(catalog, entry, data_dir)
+        checksum: Literal["ok", "differs", "unchecked"] = "unchecked"
+        detail = str(folder) if folder is not None else how_to_get(catalog, entry, data_dir)
+        archive = root / "downloads" / entry.source.download_name
+        if entry.source.url is not None and archive.is_file():
+            expected = _expected_checksum(entry, root, download=False)
+            if expected is not None:
+                algorithm, digest = expected.split(":")
+                key = (archive, algorithm)
+                if key not in digests:
+                    with archive.open("rb") as stream:
+                        digests[key] = hashlib.file_digest(stream, algorithm).hexdigest()
+                checksum = "ok" if digests[key] == digest.lower() else "differs"
+                if checksum == "differs":
+                    detail = f"{archive}: {algorithm} expected {digest}, found {digests[key]}"
+        results.append(Verified(entry.name, folder is not None, checksum, detail))
+    return results
+
+
+# -- fetching ------------------------------------------------------------------------------------------
+
+
+def _download(entry: Dataset, root: Path) -> None:
+    import pooch
+
+    source = entry.source
+    expected = _expected_checksum(entry, root, download=True)
+    try:
+        archive = pooch.retrieve(
+            url=source.url,
+            known_hash=expected,
+            fname=source.download_name,
+            path=root / "downloads",
+            progressbar=False,
+        )
+    except ValueError as error:  # pooch's report of a checksum that differs; the file is already gone
+        raise CatalogError(f"dataset {entry.name}: {source.url}: {error}") from error
+    target = _unpacked_folder(root, source)
+    # Unpacked beside its place and renamed: a folder under the final name is complete.
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=root))
+    try:
+        if source.download_name.endswith(_ARCHIVES):
+            _unpack(Path(archive), partial)
+        else:
+            shutil.copy2(archive, partial / source.download_name)
+        (partial / _UNPACKED_FROM).write_text(json.dumps({"url": source.url, "checksum": expected}))
+        if target.exists():
+            shutil.rmtree(target)
+        partial.chmod(0o755)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _unpacked_folder(root: Path, source: Source) -> Path:
+    name = source.download_name
+    ending = next((suffix for suffix in _ARCHIVES if name.endswith(suffix)), "")
+    return root / (name.removesuffix(ending) if ending else PurePosixPath(name).stem)
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    if archive.name.endswith(".zip"):
+        with zipfile.ZipFile(archive) as members:
+            for member in members.infolist():
+                path = PurePosixPath(member.filename.replace("\\", "/"))
+                if path.is_absolute() or ".." in path.parts or stat.S_ISLNK(member.external_attr >> 16):
+                    raise CatalogError(f"{archive}: {member.filename!r} would be written outside {folder}")
+            members.extractall(folder)
+        return
+    with tarfile.open(archive) as members:
+        try:
+            members.extractall(folder, filter="data")
+        except tarfile.FilterError as error:
+            raise CatalogError(f"{archive}: {error}") from error
+
+
+def _expected_checksum(entry: Dataset, root: Path, *, download: bool) -> str | None:
+    """``<algorithm>:<hex>`` of the entry's download; None where it can't be known without downloading."""
+    checksum = entry.checksum
+    if not isinstance(checksum, ChecksumFile):
+        return checksum
+    file = root / "downloads" / f"{entry.source.download_name}.{checksum.algorithm}"
+    if download:
+        import pooch
+
+        # The list lies beside the data on the publisher's server: it guards against damage on the way,
+        # not against a publisher who changes both.
+        file.unlink(missing_ok=True)
+        pooch.retrieve(url=checksum.url, known_hash=None, fname=file.name, path=file.parent)
+    elif not file.is_file():
+        return None
+    for line in file.read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.strip().partition(" ")
+        if PurePosixPath(name.strip().lstrip("*")).name == checksum.entry:
+            return f"{checksum.algorithm}:{digest.lower()}"
+    raise CatalogError(f"dataset {entry.name}: {checksum.url} has no line for {checksum.entry!r}")
+
+
+def _simulate(simulation: Simulation, folder: Path) -> None:
+    from lsim.simulate import write_families
+
+    note = folder / _MADE_FROM
+    if note.is_file():
+        shutil.rmtree(folder)  # made with other settings: its families would lie among the new ones
+    write_families(
+        folder,
+        simulation.recipe,
+        simulation.families,
+        simulation.size,
+        simulation.seed,
+        format=simulation.format,
+    )
+    # Last: an interrupted simulation has no note, and is continued by the next call.
+    note.write_text(json.dumps(simulation.model_dump()))
+
+
+def _read_note(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _handle(catalog: Catalog) -> str:
+    """How a user names this catalog: by name where it is shipped, else by path."""
+    return catalog.name if catalog.name in list_catalogs() else str(catalog.file)
+
+
+# -- errors --------------------------------------------------------------------------------------------
+
+
+def _group_name(name: str) -> str:
+    if not GROUP_NAME.fullmatch(name):
+        raise ValueError(f"{name!r}: expected letters, digits, '.', '_' and '-', beginning with no sign")
+    return name
+
+
+def _did_you_mean(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _explain(where: str, error: ValidationError, document: Any, model: type[BaseModel] = Catalog) -> str:
+    """One line a problem: the file, the key as the user wrote it, and what is wrong."""
+    lines = []
+    problems = error.errors()
+    for problem in problems:
+        stem = problem["loc"][:-1]
+        if problem["type"].endswith("_type") and any(
+            len(other["loc"]) > len(stem) + 1 and other["loc"][: len(stem)] == stem for other in problems
+        ):
+            continue  # another member of a union fits better and has its own problem
+        location = _written_location(problem["loc"], document)
+        if problem["type"] == "extra_forbidden":
+            known = sorted(_known_keys(model, problem["loc"]))
+            text = f"unknown key{_did_you_mean(str(problem['loc'][-1]), known)}; known: {', '.join(known)}"
+        elif problem["type"] == "missing":
+            text = "this key is missing"
+        else:
+            text = problem["msg"].removeprefix("Value error, ")
+        lines.append(f"{where}: {location}: {text}" if location else f"{where}: {text}")
+    return "\n".join(lines)
+
+
+def _written_location(location: tuple[int | str, ...], document: Any) -> str:
+    """``datasets[2] (Liq).source.url``: pydantic's location with the data set's name."""
+    text = ""
+    here = document
+    for part in location:
+        if isinstance(part, int):
+            text += f"[{part}]"
+            here = here[part] if isinstance(here, list) and part < len(here) else None
+            if isinstance(here, dict) and isinstance(here.get("name"), str):
+                text += f" ({here['name']})"
+            continue
+        if not isinstance(here, dict) or (part not in here and part is not location[-1]):
+            continue  # the member of a union that pydantic tried, not a key
+        text += f".{part}" if text else part
+        here = here.get(part) if isinstance(here, dict) else None
+    return text
+
+
+def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
+    """Keys that are allowed where ``location`` stands: follow it through the models."""
+    here: Any = model
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        models = _models_in(here.model_fields[part].annotation) if part in here.model_fields else []
+        here = models[0] if models else here
+    return set(here.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]

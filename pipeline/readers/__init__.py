@@ -1,0 +1,152 @@
+"""Readers: from a folder of files to lazy sequences. One file a format.
+
+Writing a reader
+----------------
+A reader is one function ``(entry, folder) -> iterable of LazySequence``. It lists what is there and
+decodes nothing: names, fields, and of each file its path, size and time. Decoding is the sequence's
+:meth:`~pipeline.readers.base.LazySequence.read`, called on a worker, so a sequence holds only what pickles
+and imports heavy libraries inside the call::
+
+    @dataclass(frozen=True, kw_only=True)
+    class RawSequence(LazySequence):
+        def read(self):
+            frames = np.fromfile(self.files[0].path, "<f4").reshape(-1, 256, 256, 1)
+            return frames, np.linspace(0, 1, len(frames))
+
+    def read(entry, folder):
+        return [
+            RawSequence(name=path.stem, field="density", files=(SourceFile.of(path),))
+            for path in folder.glob("*.raw")
+        ]
+
+    READERS["raw"] = read
+
+The rest is done for it: the catalog's ``filter`` and ``fields``, the natural order, and the checks that a
+sequence's name stands once, that frames are finite, of one shape, and that the parameter rises. What is
+broken in one sequence is raised by its ``read`` as :class:`~pipeline.readers.base.ReaderError`, which
+quarantines that sequence; what is wrong with the whole entry is raised by the reader and stops the run.
+Options come from ``entry.options``; check them with :func:`pipeline.catalog.reader_options`, for which an
+unknown key is an error. Whatever besides the files decides what is decoded belongs into ``settings``.
+
+An installed package offers a reader by an entry point of the group ``lsim.readers``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.catalog import GROUP_NAME, CatalogError, Dataset, FieldChoice
+from pipeline.readers import lsim, stack, xarray
+from pipeline.readers.base import LazySequence, ReaderError, SourceFile, natural_key
+
+__all__ = ["READERS", "LazySequence", "Reader", "ReaderError", "SourceFile", "find_reader", "list_sequences"]
+
+Reader = Callable[[Dataset, Path], Iterable[LazySequence]]
+
+READERS: dict[str, Reader] = {"lsim": lsim.read, "stack": stack.read, "xarray": xarray.read}
+
+
+def find_reader(name: str) -> Reader:
+    """The reader of this name, from :data:`READERS` or an installed package.
+
+    Raises
+    ------
+    CatalogError
+        For an unknown name; it suggests near ones.
+    """
+    if name in READERS:
+        return READERS[name]
+    offered = {point.name: point for point in entry_points(group="lsim.readers")}
+    if name in offered:
+        reader: Reader = offered[name].load()
+        return reader
+    known = sorted({*READERS, *offered})
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise CatalogError(f"no reader {name!r}; {hint}known: {', '.join(known)}")
+
+
+def list_sequences(entry: Dataset, folder: Path) -> list[LazySequence]:
+    """All sequences of a data set, in natural order, after its ``filter`` and ``fields``.
+
+    Raises
+    ------
+    CatalogError
+        When the reader is unknown, there are no sequences, a field that the catalog names isn't there, or
+        two sequences of a field have one name.
+    """
+    here = f"dataset {entry.name} ({folder})"
+    try:
+        found = [s for s in find_reader(entry.reader)(entry, folder) if entry.selects(s.name)]
+    except ReaderError as error:
+        raise CatalogError(f"dataset {entry.name}, reader {entry.reader!r}: {error}") from error
+    if not found:
+        chosen = f" whose name holds one of {', '.join(entry.filter)}" if entry.filter else ""
+        raise CatalogError(f"{here}: reader {entry.reader!r} found no sequences{chosen}")
+    chosen_fields = _choose_fields(found, entry, here)
+    chosen_fields.sort(key=lambda s: (s.field, natural_key(s.name)))
+    for before, after in pairwise(chosen_fields):
+        if (before.field, before.name) == (after.field, after.name):
+            paths = " and ".join(s.files[0].path if s.files else "no file" for s in (before, after))
+            raise CatalogError(f"{here}: two sequences {before.name!r} of field {before.field!r}: {paths}")
+    for field in {s.field for s in chosen_fields}:
+        if not GROUP_NAME.fullmatch(field):
+            raise CatalogError(f"{here}: field {field!r} cannot name a group: letters, digits, '.', '_', '-'")
+    return chosen_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelsOf(LazySequence):
+    """Some channels of another sequence."""
+
+    source: LazySequence
+    channels: tuple[int, ...]
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Decode the other sequence and take the channels."""
+        frames, parameter = self.source.read()
+        if frames.ndim != 4 or max(self.channels) >= frames.shape[3]:
+            raise ReaderError(
+                f"sequence {self.name}: frames of shape {frames.shape} have no channel {max(self.channels)}"
+            )
+        return frames[..., list(self.channels)], parameter
+
+
+def _choose_fields(found: list[LazySequence], entry: Dataset, here: str) -> list[LazySequence]:
+    if not entry.fields:
+        return found
+    present = sorted({s.field for s in found})
+    choices = entry.fields if isinstance(entry.fields, dict) else {n: FieldChoice() for n in entry.fields}
+    result: list[LazySequence] = []
+    for name, choice in choices.items():
+        source = choice.source or (name if name in present or len(present) > 1 else present[0])
+        if source not in present or (source != name and isinstance(entry.fields, list)):
+            missing = choice.source or name
+            raise CatalogError(f"{here}: no field {missing!r}; found {', '.join(present)}")
+        sequences = [s for s in found if s.field == source]
+        if choice.channel is None:
+            result += [replace(s, field=name) for s in sequences]
+            continue
+        channels = (choice.channel,) if isinstance(choice.channel, int) else tuple(choice.channel)
+        if not channels or min(channels) < 0:
+            raise CatalogError(f"{here}: field {name!r}: channels {channels}; expected indices from 0")
+        result += [
+            ChannelsOf(
+                name=s.name,
+                field=name,
+                files=s.files,
+                settings={**s.settings, "channels": list(channels)},
+                attributes=s.attributes,
+                source=s,
+                channels=channels,
+            )
+            for s in sequences
+        ]
+    return result

@@ -1,0 +1,146 @@
+"""What a reader gives: lazy sequences, and the errors they raise."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class ReaderError(ValueError):
+    """A sequence that cannot be decoded: what is wrong, and in which file where that is known."""
+
+    def __init__(self, reason: str, file: str = "") -> None:
+        super().__init__(reason, file)
+        self.reason = reason
+        self.file = file
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.reason}" if self.file else self.reason
+
+
+class SourceFile(NamedTuple):
+    """A file (or the folder of a Zarr store) as it was found when the sequences were listed."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> SourceFile:
+        """Look at a file; a folder counts with the size of all its files and the newest of their times."""
+        if os.path.isdir(path):
+            stats = [os.stat(os.path.join(top, name)) for top, _, names in os.walk(path) for name in names]
+            size, mtime = sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)
+        else:
+            found = os.stat(path)
+            size, mtime = found.st_size, found.st_mtime_ns
+        return cls(os.fspath(path), size, mtime)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LazySequence(ABC):
+    """A sequence that is known but not decoded yet. Small and picklable: it travels to the workers.
+
+    Attributes
+    ----------
+    name : str
+        Unique in its field, and the same at every listing.
+    field : str
+        The physical quantity.
+    files : tuple of SourceFile
+        All that :meth:`read` reads. While their sizes and times stay, the sequence isn't decoded again.
+    settings : dict of JSON values
+        What else decides the outcome of :meth:`read`; a change is decoded again.
+    attributes : dict of JSON values
+        Attributes for the field's ``frames``, such as ``units``.
+    """
+
+    name: str
+    field: str
+    files: tuple[SourceFile, ...]
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @abstractmethod
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Decode.
+
+        Returns
+        -------
+        frames : ndarray of shape (n, y, x, channel)
+        parameter : ndarray of shape (n,), float64
+            Ground truth in [0, 1], rising; frame 0 is the reference.
+
+        Raises
+        ------
+        ReaderError
+            When the sequence is broken.
+        """
+
+
+_FIELDS = (
+    "density, pressure, vel, velocity, velx, vely, velz, flags, phi, levelset, vorticity, temperature, "
+    "smoke, marker, mask, rgb"
+)
+KNOWN_FIELDS = frozenset(_FIELDS.split(", "))
+"""Physical quantities that are recognised between the dots of a folder's name, in lower case."""
+
+
+def field_in_name(name: str, default: str) -> str:
+    """The first known field between the dots of a name (``plume1.density`` → density), else ``default``."""
+    return next((part for part in name.split(".")[1:] if part.lower() in KNOWN_FIELDS), default)
+
+
+def natural_key(name: str) -> tuple[Any, ...]:
+    """Sort key that counts: plume2 before plume10."""
+    parts: list[Any] = re.split(r"(\d+)", name)
+    parts[1::2] = map(int, parts[1::2])
+    return tuple(parts), name
+
+
+def scale_parameter(values: np.ndarray, name: str) -> np.ndarray:
+    """Scale a parameter to [0, 1]: its smallest value to 0, its largest to 1.
+
+    Parameters
+    ----------
+    values : ndarray of shape (n,)
+        The parameter of each frame, in the frames' order.
+    name : str
+        The sequence, for the error.
+
+    Raises
+    ------
+    ReaderError
+        Unless there are at least two values, all finite, and each is larger than the one before.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or values.size < 2:
+        raise ReaderError(f"sequence {name}: parameter of shape {values.shape}; expected (n,) with n >= 2")
+    if not np.isfinite(values).all():
+        raise ReaderError(f"sequence {name}: parameter is not finite: {_listed(values)}")
+    if not (np.diff(values) > 0).all():
+        raise ReaderError(f"sequence {name}: parameter does not rise: {_listed(values)}")
+    return (values - values[0]) / (values[-1] - values[0])
+
+
+def with_channel(frames: np.ndarray) -> np.ndarray:
+    """(n, y, x) gets a channel axis of length 1; (n, y, x, channel) stays."""
+    return frames[..., None] if frames.ndim == 3 else frames
+
+
+def list_folder(folder: Path) -> list[os.DirEntry[str]]:
+    """Entries of a folder that are not hidden, in natural order."""
+    with os.scandir(folder) as entries:
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+    return sorted(visible, key=lambda entry: natural_key(entry.name))
+
+
+def _listed(values: np.ndarray) -> str:
+    return ", ".join(f"{value:g}" for value in values)

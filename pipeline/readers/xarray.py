@@ -1,0 +1,193 @@
+"""Reader of what xarray opens: NetCDF and HDF5 files, Zarr stores.
+
+The source is one such file or store, or a folder of them. A variable with the dims frame, y and x is a
+field; with the dim sequence it holds several sequences, named by that dim's coordinate or else numbered.
+The parameter is scaled to [0, 1].
+
+Options
+-------
+``dims`` : mapping, default ``{sequence: sequence, frame: frame, y: y, x: x, channel: channel}``
+    What the source calls them. ``sequence`` and ``channel`` may be absent from the source.
+``variables`` : list of names, or mapping of field to name; default: every variable with the three dims.
+``parameter`` : name of a variable or coordinate with the dim frame, or sequence and frame; or a list of
+    numbers that holds for all sequences; default "parameter".
+``group`` : group of the file or store.
+``engine`` : xarray's name of the format, where it can't tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.catalog import Dataset, reader_options
+from pipeline.readers.base import LazySequence, ReaderError, SourceFile, natural_key, scale_parameter
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+_ENDINGS = (".nc", ".nc4", ".cdf", ".h5", ".hdf5", ".zarr")
+_ZARR_DOCUMENTS = ("zarr.json", ".zgroup", ".zmetadata")
+
+
+class Dims(BaseModel):
+    """What the source calls the dims."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sequence: str = "sequence"
+    frame: str = "frame"
+    y: str = "y"
+    x: str = "x"
+    channel: str = "channel"
+
+
+class XarrayOptions(BaseModel):
+    """Options of this reader; see the module."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dims: Dims = Field(default_factory=Dims)
+    variables: list[str] | dict[str, str] = []
+    parameter: str | list[float] = "parameter"
+    group: str | None = None
+    engine: str | None = None
+
+
+def read(entry: Dataset, folder: Path) -> list[LazySequence]:
+    """The sequences of every file or store at, or in, ``folder``; only metadata is read."""
+    options = reader_options(XarrayOptions, entry)
+    if folder.is_file() or _is_zarr(folder):
+        sources = [folder]
+    else:
+        sources = [p for p in folder.iterdir() if p.suffix in _ENDINGS or (p.is_dir() and _is_zarr(p))]
+        sources.sort(key=lambda path: natural_key(path.name))
+    sequences: list[LazySequence] = []
+    for path in sources:
+        file = SourceFile.of(path)
+        with _open(path, options.group, options.engine) as dataset:
+            for field, variable in _variables(dataset, options, path).items():
+                sequences += _sequences_of(dataset, field, variable, file, options, alone=len(sources) == 1)
+    return sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledSequence(LazySequence):
+    """One sequence of a variable; ``index`` along the dim sequence, None where there is no such dim."""
+
+    variable: str
+    index: int | None
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Decode the variable at this index, and its parameter."""
+        path, options = self.files[0].path, XarrayOptions.model_validate(self.settings)
+        dims = options.dims
+        try:
+            with _open(Path(path), options.group, options.engine) as dataset:
+                here = dataset if self.index is None else dataset.isel({dims.sequence: self.index})
+                order = [dims.frame, dims.y, dims.x]
+                data = here[self.variable]
+                if dims.channel in data.dims:
+                    order.append(dims.channel)
+                frames = data.transpose(*order).values
+                if isinstance(options.parameter, str):
+                    if options.parameter not in here.variables:
+                        raise ReaderError(
+                            f"no parameter {options.parameter!r}; found {_names(dataset)}", path
+                        )
+                    parameter = here[options.parameter].values
+                else:
+                    parameter = np.asarray(options.parameter)
+        except ReaderError:
+            raise
+        except OSError as error:
+            if error.errno is not None:  # the disk's fault, not the file's
+                raise
+            raise ReaderError(f"{self.variable} cannot be decoded: {error}", path) from error
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise ReaderError(f"{self.variable} cannot be decoded: {error}", path) from error
+        try:
+            scaled = scale_parameter(parameter, self.name)
+        except ReaderError as error:
+            raise ReaderError(error.reason, path) from error
+        if len(scaled) != len(frames):
+            raise ReaderError(f"{len(frames)} frames, but {len(scaled)} values of the parameter", path)
+        return frames if frames.ndim == 4 else frames[..., None], scaled
+
+
+def _open(path: Path, group: str | None, engine: str | None) -> xr.Dataset:
+    import xarray as xr
+
+    if engine == "zarr" or (engine is None and path.is_dir()):
+        return xr.open_dataset(path, engine="zarr", group=group, chunks=None, consolidated=False)
+    return xr.open_dataset(path, engine=engine, group=group)
+
+
+def _is_zarr(path: Path) -> bool:
+    return any((path / name).is_file() for name in _ZARR_DOCUMENTS)
+
+
+def _names(dataset: xr.Dataset) -> str:
+    return ", ".join(sorted(map(str, dataset.variables))) or "none"
+
+
+def _variables(dataset: xr.Dataset, options: XarrayOptions, path: Path) -> Mapping[str, str]:
+    """Field to variable; a variable that is named but isn't there, or has other dims, is an error."""
+    dims = options.dims
+    needed = {dims.frame, dims.y, dims.x}
+    allowed = needed | {dims.sequence, dims.channel}
+    chosen = options.variables or [str(n) for n, v in dataset.data_vars.items() if needed <= set(v.dims)]
+    fields = chosen if isinstance(chosen, dict) else {name: name for name in chosen}
+    for name in fields.values():
+        if name not in dataset.data_vars:
+            raise ReaderError(f"no variable {name!r}; found {_names(dataset)}", str(path))
+        found = dataset[name].dims
+        if not needed <= set(found) <= allowed:
+            raise ReaderError(
+                f"variable {name!r} has dims {found}; expected {dims.frame}, {dims.y}, {dims.x} and perhaps "
+                f"{dims.sequence}, {dims.channel} (options.dims maps them)",
+                str(path),
+            )
+    if not fields:
+        found_dims = {str(name): variable.dims for name, variable in dataset.data_vars.items()}
+        raise ReaderError(
+            f"no variable has the dims {dims.frame}, {dims.y}, {dims.x} (options.dims maps them); "
+            f"found {found_dims}",
+            str(path),
+        )
+    return fields
+
+
+def _sequences_of(
+    dataset: xr.Dataset, field: str, variable: str, file: SourceFile, options: XarrayOptions, *, alone: bool
+) -> list[LazySequence]:
+    along = options.dims.sequence
+    stem = Path(file.path).stem
+    indices: list[int | None] = [None]
+    names = [stem]
+    if along in dataset[variable].dims:
+        count = dataset.sizes[along]
+        indices = list(range(count))
+        # One by one: NumPy can't cast its own variable-length strings to fixed ones.
+        labels = (
+            map(str, dataset[along].values) if along in dataset.coords else (f"{i:05d}" for i in range(count))
+        )
+        names = [label if alone else f"{stem}/{label}" for label in labels]
+    units = dataset[variable].attrs.get("units")
+    return [
+        LabelledSequence(
+            name=name,
+            field=field,
+            files=(file,),
+            settings=options.model_dump(),
+            attributes={"units": str(units)} if units is not None else {},
+            variable=variable,
+            index=index,
+        )
+        for name, index in zip(names, indices, strict=True)
+    ]

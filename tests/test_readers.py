@@ -1,0 +1,386 @@
+"""Readers: each format gives the frames that were stored, or says what is wrong with them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+from PIL import Image
+
+from pipeline.catalog import CatalogError, Dataset
+from pipeline.readers import READERS, LazySequence, ReaderError, find_reader, list_sequences
+from pipeline.readers.base import SourceFile, field_in_name, natural_key, scale_parameter
+
+
+def entry(reader: str, **more: Any) -> Dataset:
+    return Dataset.model_validate({"name": "D", "source": {"path": "."}, "reader": reader, **more})
+
+
+def read_one(folder: Path, reader: str = "lsim", **more: Any) -> tuple[np.ndarray, np.ndarray]:
+    (sequence,) = list_sequences(entry(reader, **more), folder)
+    restored = pickle.loads(pickle.dumps(sequence))
+    return restored.read()
+
+
+def save_frames(
+    folder: Path, frames: np.ndarray, numbers: list[int] | None = None, ending: str = "png"
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, frame in zip(numbers or range(len(frames)), frames, strict=True):
+        if ending == "png":
+            Image.fromarray(frame.squeeze()).save(folder / f"frame{number:02d}.png")
+        else:
+            np.savez(folder / f"frame{number:02d}.npz", frame)
+
+
+# -- the published layout ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "ending"),
+    [
+        ((6, 7, 3), np.uint8, "png"),
+        ((6, 7, 1), np.uint8, "png"),
+        ((6, 7, 1), np.uint16, "png"),
+        ((6, 7, 2), np.float32, "npz"),
+        ((6, 7, 1), np.float64, "npz"),
+    ],
+)
+def test_frames_come_back_as_stored(tmp_path: Path, rng: np.random.Generator, shape, dtype, ending: str):
+    frames = rng.integers(0, 250, (3, *shape)).astype(dtype)
+    save_frames(tmp_path / "s", frames, [0, 2, 10], ending)
+    (tmp_path / "s" / f"ref.{ending}").write_bytes(b"not an image")
+    (tmp_path / "s" / "family.json").write_text("{}")
+    (tmp_path / "family.json").write_text("{}")
+    read, parameter = read_one(tmp_path)
+    assert read.dtype == dtype
+    np.testing.assert_array_equal(read, frames)
+    np.testing.assert_array_equal(parameter, [0, 0.2, 1])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "1"])
+def test_alpha_is_dropped_and_palettes_are_colours(tmp_path: Path, rng: np.random.Generator, mode: str):
+    (tmp_path / "s").mkdir()
+    expected = []
+    for number in range(2):
+        image = Image.fromarray(rng.integers(0, 255, (5, 4, 4), dtype=np.uint8), "RGBA")
+        image = (
+            image.convert("L" if mode in ("LA", "1") else "RGB").convert(mode) if mode != "RGBA" else image
+        )
+        image.save(tmp_path / "s" / f"f{number:02d}.png")
+        plain = np.asarray(image.convert("L" if mode in ("LA", "1") else "RGB"))
+        expected.append(plain[..., None] if plain.ndim == 2 else plain)
+    np.testing.assert_array_equal(read_one(tmp_path)[0], expected)
+
+
+def test_four_channels_in_npz_lose_alpha(tmp_path: Path, rng: np.random.Generator):
+    frames = rng.random((2, 3, 3, 4), dtype=np.float32)
+    save_frames(tmp_path / "s", frames, ending="npz")
+    np.testing.assert_array_equal(read_one(tmp_path)[0], frames[..., :3])
+
+
+def test_colours_of_16_bits_are_not_cut_silently(tmp_path: Path):
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
+    rows = (b"\0" + bytes(range(12))) * 2
+    png = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+    (tmp_path / "s").mkdir()
+    for number in range(2):
+        (tmp_path / "s" / f"f{number:02d}.png").write_bytes(png)
+    with pytest.raises(ReaderError, match=r"f00.png: 16 bits"):
+        read_one(tmp_path)
+
+
+def test_fields_and_names_come_from_folders(tmp_path: Path):
+    for name in ("plume10.density", "plume2.density", "plume2.vel", "shape1"):
+        save_frames(tmp_path / name, np.zeros((2, 4, 4), np.uint8))
+    found = list_sequences(entry("lsim", options={"field": "rgb"}), tmp_path)
+    assert [(s.field, s.name) for s in found] == [
+        ("density", "plume2.density"),
+        ("density", "plume10.density"),
+        ("rgb", "shape1"),
+        ("vel", "plume2.vel"),
+    ]
+    assert field_in_name("density", "x") == "x"  # a name alone is a name, not a field
+
+
+def test_listing_decodes_nothing(tmp_path: Path):
+    for number in range(2):
+        (tmp_path / "s").mkdir(exist_ok=True)
+        (tmp_path / "s" / f"f{number:02d}.png").write_bytes(b"x" * number)
+    (sequence,) = list_sequences(entry("lsim"), tmp_path)
+    assert [(os.path.basename(f.path), f.size) for f in sequence.files] == [("f00.png", 0), ("f01.png", 1)]
+    with pytest.raises(ReaderError, match="cannot be decoded"):
+        sequence.read()
+
+
+def break_nothing(folder: Path) -> None:
+    pass
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "frame04.png"
+    file.write_bytes(file.read_bytes()[:60])
+
+
+def resize(folder: Path) -> None:
+    Image.fromarray(np.zeros((5, 4), np.uint8)).save(folder / "frame04.png")
+
+
+def drop(folder: Path) -> None:
+    (folder / "frame04.png").unlink()
+
+
+def duplicate(folder: Path) -> None:
+    np.savez(folder / "other04.npz", np.zeros((4, 4), np.uint8))
+
+
+def rename(folder: Path) -> None:
+    (folder / "frame04.png").rename(folder / "frame_four.png")
+
+
+def empty(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "pattern"),
+    [
+        (truncate, r"frame04\.png: cannot be decoded"),
+        (resize, r"frame04\.png: sequence b: frame of shape \(5, 4, 1\).*expected \(4, 4, 1\)"),
+        (drop, r"sequence b: 5 frames \(0, 1, 2, 3, 5\); expected 6"),
+        (duplicate, r"parameter does not rise: frame04\.png and other04\.npz both stand at 4"),
+        (rename, r"frame_four\.png: sequence b: .*2 digits"),
+        (empty, r"sequence b: no frame"),
+    ],
+)
+def test_damage_names_the_sequence_and_file(tmp_path: Path, rng: np.random.Generator, damage, pattern: str):
+    for name in ("a", "b", "c"):
+        save_frames(tmp_path / name, rng.integers(0, 255, (6, 4, 4), dtype=np.uint8))
+    damage(tmp_path / "b")
+    a, b, c = list_sequences(entry("lsim"), tmp_path)
+    with pytest.raises(ReaderError, match=pattern) as caught:
+        b.read()
+    assert str(tmp_path / "b") in caught.value.file
+    a.read()
+    c.read()
+
+
+def test_the_number_of_frames_may_be_stated(tmp_path: Path):
+    save_frames(tmp_path / "s", np.zeros((5, 4, 4), np.uint8))
+    with pytest.raises(ReaderError, match=r"5 frames.*expected 11"):
+        read_one(tmp_path, options={"frames": 11})
+
+
+def test_equal_counts_with_other_numbers_are_another_parameter(tmp_path: Path):
+    save_frames(tmp_path / "a", np.zeros((3, 4, 4), np.uint8), [0, 1, 2])
+    save_frames(tmp_path / "b", np.zeros((3, 4, 4), np.uint8), [0, 4, 5])
+    _, b = list_sequences(entry("lsim"), tmp_path)
+    np.testing.assert_array_equal(b.read()[1], [0, 0.8, 1])
+
+
+# -- stacks ------------------------------------------------------------------------------------------------
+
+
+def test_stacks(tmp_path: Path, rng: np.random.Generator):
+    scalar, vector = rng.random((3, 4, 5)), rng.random((3, 4, 5, 2), dtype=np.float32)
+    parameter = np.array([1.0, 3.0, 5.0])
+    np.savez(tmp_path / "run1.npz", frames=scalar, parameter=parameter)
+    (tmp_path / "more").mkdir()
+    np.save(tmp_path / "more" / "run2.npy", vector)
+    np.save(tmp_path / "more" / "run2.parameter.npy", parameter)
+    found = {s.name: s for s in list_sequences(entry("stack"), tmp_path)}
+    assert set(found) == {"run1", "more/run2"}
+    np.testing.assert_array_equal(found["run1"].read()[0], scalar[..., None])
+    frames, scaled = found["more/run2"].read()
+    np.testing.assert_array_equal(frames, vector)
+    np.testing.assert_array_equal(scaled, [0, 0.5, 1])
+    assert len(found["more/run2"].files) == 2
+
+
+def test_stacks_with_several_fields(tmp_path: Path, rng: np.random.Generator):
+    arrays = {"rho": rng.random((2, 4, 4)), "u": rng.random((2, 4, 4, 2))}
+    np.savez(tmp_path / "run.npz", **arrays, nu=np.array([1, 2]))
+    options = {"arrays": {"density": "rho", "velocity": "u"}, "parameter": "nu"}
+    fields = {"rho": {"source": "density"}, "v": {"source": "velocity", "channel": 1}}
+    found = list_sequences(entry("stack", options=options, fields=fields), tmp_path)
+    assert [s.field for s in found] == ["rho", "v"]
+    np.testing.assert_array_equal(found[0].read()[0], arrays["rho"][..., None])
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(found[1])).read()[0], arrays["u"][..., 1:])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "pattern"),
+    [
+        ({"frames": np.zeros((3, 4, 4))}, r"no array 'parameter'; found frames"),
+        ({"parameter": np.arange(3)}, r"no array 'frames'"),
+        ({"frames": np.zeros((3, 4, 4)), "parameter": np.arange(4)}, r"3 frames, but 4 values"),
+        ({"frames": np.zeros((3, 4, 4)), "parameter": [0, 2, 1]}, r"does not rise: 0, 2, 1"),
+        ({"frames": np.zeros((3, 4, 4)), "parameter": [0, np.nan, 1]}, r"not finite"),
+        ({"frames": np.zeros((4, 4)), "parameter": np.arange(4)}, r"shape \(4, 4\); expected"),
+        ({"frames": np.array([{}]), "parameter": np.arange(4)}, r"cannot be decoded"),
+    ],
+)
+def test_wrong_stacks_name_file_and_fault(tmp_path: Path, arrays: dict[str, Any], pattern: str):
+    np.savez(tmp_path / "run.npz", **arrays)
+    with pytest.raises(ReaderError, match=rf"run\.npz: .*{pattern}"):
+        read_one(tmp_path, "stack")
+
+
+# -- what xarray opens -------------------------------------------------------------------------------------
+
+
+def simulation(rng: np.random.Generator) -> xr.Dataset:
+    return xr.Dataset(
+        {
+            "rho": (("run", "time", "lat", "lon"), rng.random((2, 3, 4, 5)), {"units": "kg m-3"}),
+            "u": (("run", "lat", "lon", "time", "c"), rng.random((2, 4, 5, 3, 2))),
+            "unrelated": (("run",), np.zeros(2)),
+            "nu": (("run", "time"), np.array([[1.0, 2, 3], [2, 3, 6]])),
+        },
+        coords={"run": np.array(["r1", "r2"], dtype=object)},
+    )
+
+
+OPTIONS = {
+    "dims": {"sequence": "run", "frame": "time", "y": "lat", "x": "lon", "channel": "c"},
+    "parameter": "nu",
+}
+
+
+@pytest.mark.parametrize("kind", ["nc", "zarr2", "zarr3"])
+def test_netcdf_and_zarr_with_a_mapping_of_dims(tmp_path: Path, rng: np.random.Generator, kind: str):
+    data = simulation(rng)
+    if kind == "nc":
+        data.to_netcdf(tmp_path / "sim.nc", engine="h5netcdf")
+    else:
+        data.to_zarr(tmp_path / "sim.zarr", zarr_format=int(kind[-1]), consolidated=False)
+    found = list_sequences(entry("xarray", options=OPTIONS), tmp_path)
+    assert [(s.field, s.name) for s in found] == [("rho", "r1"), ("rho", "r2"), ("u", "r1"), ("u", "r2")]
+    assert found[0].attributes == {"units": "kg m-3"}
+    sequences = pickle.loads(pickle.dumps(found))
+    frames, parameter = sequences[1].read()
+    np.testing.assert_array_equal(frames, data.rho.values[1][..., None])
+    np.testing.assert_array_equal(parameter, [0, 0.25, 1])
+    np.testing.assert_array_equal(sequences[2].read()[0], data.u.values[0].transpose(2, 0, 1, 3))
+
+
+def test_a_store_is_seen_to_change(tmp_path: Path, rng: np.random.Generator):
+    simulation(rng).to_zarr(tmp_path / "sim.zarr", zarr_format=3, consolidated=False)
+    before = SourceFile.of(tmp_path / "sim.zarr")
+    assert before == SourceFile.of(tmp_path / "sim.zarr")
+    chunk = next(p for p in (tmp_path / "sim.zarr" / "rho" / "c").rglob("*") if p.is_file())
+    os.utime(chunk, ns=(before.mtime_ns + 10**9,) * 2)
+    assert before != SourceFile.of(tmp_path / "sim.zarr")
+
+
+def test_several_files_and_a_parameter_for_all(tmp_path: Path, rng: np.random.Generator):
+    for name in ("b10", "b9"):
+        simulation(rng)[["rho"]].isel(run=0, drop=True).to_netcdf(tmp_path / f"{name}.nc", engine="h5netcdf")
+    options = {**OPTIONS, "variables": {"density": "rho"}, "parameter": [0, 1, 2]}
+    found = list_sequences(entry("xarray", options=options), tmp_path)
+    assert [(s.field, s.name) for s in found] == [("density", "b9"), ("density", "b10")]
+    np.testing.assert_array_equal(found[0].read()[1], [0, 0.5, 1])
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"),
+    [
+        ({}, "no variable has the dims frame, y, x"),
+        ({**OPTIONS, "variables": ["rh"]}, "no variable 'rh'; found .*rho"),
+        ({**OPTIONS, "variables": ["unrelated"]}, "variable 'unrelated' has dims"),
+        ({**OPTIONS, "dims": {"sequenze": "run"}}, r"dims.sequenze: unknown key.*'sequence'"),
+    ],
+)
+def test_a_mapping_that_does_not_fit_stops_the_listing(
+    tmp_path: Path, rng: np.random.Generator, options: dict[str, Any], pattern: str
+):
+    simulation(rng).to_netcdf(tmp_path / "sim.nc", engine="h5netcdf")
+    with pytest.raises(CatalogError, match=f"(?s)dataset D.*{pattern}"):
+        list_sequences(entry("xarray", options=options), tmp_path)
+
+
+# -- all of them -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", sorted(READERS))
+def test_unknown_options_are_errors(tmp_path: Path, reader: str):
+    with pytest.raises(CatalogError, match=r"dataset D, options of reader '\w+': feild: unknown key"):
+        list_sequences(entry(reader, options={"feild": "rgb"}), tmp_path)
+
+
+def test_an_unknown_reader_suggests_one():
+    with pytest.raises(CatalogError, match=r"no reader 'lsmi'; did you mean 'lsim'\?"):
+        find_reader("lsmi")
+
+
+def test_no_sequences_is_an_error_not_an_empty_set(tmp_path: Path):
+    with pytest.raises(CatalogError, match="found no sequences"):
+        list_sequences(entry("lsim"), tmp_path)
+    save_frames(tmp_path / "s", np.zeros((2, 4, 4), np.uint8))
+    with pytest.raises(CatalogError, match=r"no sequences whose name holds one of plume1\."):
+        list_sequences(entry("lsim", filter=["plume1."]), tmp_path)
+
+
+def test_fields_that_are_not_there_are_errors(tmp_path: Path):
+    save_frames(tmp_path / "p.density", np.zeros((2, 4, 4), np.uint8))
+    with pytest.raises(CatalogError, match="no field 'pressure'; found density"):
+        list_sequences(entry("lsim", fields=["density", "pressure"]), tmp_path)
+
+
+def test_one_name_twice_in_a_field_is_an_error(tmp_path: Path):
+    for ending in (".npz", ".npy"):
+        (tmp_path / f"run{ending}").touch()
+    with pytest.raises(CatalogError, match=r"two sequences 'run' of field 'frames'.*run\.np. and .*run\.np."):
+        list_sequences(entry("stack"), tmp_path)
+
+
+def test_channels_become_fields(tmp_path: Path, rng: np.random.Generator):
+    frames = rng.random((2, 4, 4, 2))
+    np.savez(tmp_path / "run.npz", frames=frames, parameter=[0, 1])
+    fields = {"vx": {"channel": 0}, "both": {"channel": [1, 0]}, "bad": {"channel": 5}}
+    found = {s.field: s for s in list_sequences(entry("stack", fields=fields), tmp_path)}
+    np.testing.assert_array_equal(found["vx"].read()[0], frames[..., :1])
+    np.testing.assert_array_equal(found["both"].read()[0], frames[..., ::-1])
+    with pytest.raises(ReaderError, match="no channel 5"):
+        found["bad"].read()
+
+
+def test_a_reader_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(
+        READERS, "ones", lambda entry, folder: [Ones(name=n, field="f", files=()) for n in "ba"]
+    )
+    assert [s.name for s in list_sequences(entry("ones"), tmp_path)] == ["a", "b"]
+    assert [s.name for s in list_sequences(entry("ones", filter=["b"]), tmp_path)] == ["b"]
+
+
+class Ones(LazySequence):
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.ones((2, 4, 4, 1)), np.array([0.0, 1.0])
+
+
+def test_natural_order():
+    names = ["p10.b", "p2.b", "p2.a", "p", "q1", "p02.a"]
+    assert sorted(names, key=natural_key) == ["p", "p02.a", "p2.a", "p2.b", "p10.b", "q1"]
+
+
+def test_parameters_are_scaled_to_their_range():
+    np.testing.assert_array_equal(scale_parameter(np.array([5, 6, 9]), "s"), [0, 0.25, 1])
+    with pytest.raises(ReaderError, match="sequence s: parameter of shape"):
+        scale_parameter(np.array([1.0]), "s")
