@@ -559,10 +559,15 @@ def _quarantined(plans: Sequence[_Plan]) -> list[dict[str, Any]]:
 def _attributes(root: store.Group, catalog: Catalog, entries: Sequence[Dataset]) -> dict[str, dict[str, Any]]:
     """Attributes by group, as far as they follow from the catalog; "" is the root."""
     pools: Any = root.attrs.get("pools", {})
+    known: Any = root.attrs.get("datasets", [])
+    here = {*known, *(entry.name for entry in entries)}
+    ordered = [entry.name for entry in catalog.datasets if entry.name in here]
     about = {
         "schema_version": schema.SCHEMA_VERSION,
         "catalog": catalog.name,
         "title": catalog.title,
+        # Tables have their columns in this order.
+        "datasets": [*ordered, *(name for name in known if name not in ordered)],
         "pools": {**pools, **catalog.pools},
     }
     attributes = {"": about}

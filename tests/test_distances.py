@@ -229,6 +229,14 @@ def test_every_store_says_what_made_it(tmp_path):
     assert '"algorithm_version": 1' in str(provenance["specification"].values[0])
 
 
+def test_frames_whose_conversion_was_interrupted_are_refused(tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(3))
+    content = store.get_array(store.open_store(frames, "r+"), "A/density/content")
+    store.write_rows(content, 0, np.array(["x", "", "y"], dtype=object))
+    with pytest.raises(store.StoreError, match=r"1 of 3 sequences of A/density"):
+        compute(frames, tmp_path / "d.zarr")
+
+
 def test_frames_that_are_no_store_are_named(tmp_path):
     with pytest.raises(store.StoreError, match="nothing-here"):
         compute(tmp_path / "nothing-here.zarr", tmp_path / "d.zarr")

@@ -94,6 +94,6 @@ def test_stages_one_by_one_give_what_run_gives(workflow):
     assert table == (folder / "out" / "results" / "correlation.csv").read_text()
     shutil.rmtree(one / "frames.zarr")
     code, text = run_lsim("report", one / "results")
-    assert code == 1
-    assert "frames.zarr" in text
-    assert "Traceback" not in text
+    assert code == 0, text
+    # Without the frames there is a page all the same, and it says why there are no pictures.
+    assert "are there no more" in (one / "results" / "report" / "index.html").read_text()
