@@ -216,7 +216,8 @@ class Metric(ABC):
         -------
         Tensor of shape (batch,)
             On the metric's device. Gradients are finite, 0 for identical frames, where the metric is
-            differentiable; see :attr:`MetricInfo.differentiable`.
+            differentiable; see :attr:`MetricInfo.differentiable`. Metrics that truncate to 8 bit
+            (:attr:`quantised`) have the gradient 0 everywhere.
         """
         if reference.ndim != 4 or reference.shape != other.shape:
             raise ValueError(

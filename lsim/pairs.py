@@ -9,7 +9,9 @@ many threads there are.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -28,36 +30,47 @@ FAST = {"reassoc", "contract", "arcp", "nsz"}
 PairKernel = Callable[..., None]
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
-def squared_differences(i, j, out, x, y):  # type: ignore[no-untyped-def]
-    """out[p] = Σ_k (x[i[p], k] − y[j[p], k])²."""
-    for start in range(0, x.shape[1], BLOCK):
-        stop = min(start + BLOCK, x.shape[1])
-        for p in range(i.shape[0]):
-            a = x[i[p], start:stop]
-            b = y[j[p], start:stop]
-            total = np.float32(0)
-            for k in range(stop - start):
-                difference = a[k] - b[k]
-                total += difference * difference
-            out[p] += total
+THREADED_FROM = 1 << 25
+"""Operations that a second thread is worth: handing over to it takes as long as a tenth of these."""
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
-def absolute_differences(i, j, out, x, y):  # type: ignore[no-untyped-def]
-    """out[p] = Σ_k |x[i[p], k] − y[j[p], k]|."""
-    for start in range(0, x.shape[1], BLOCK):
-        stop = min(start + BLOCK, x.shape[1])
-        for p in range(i.shape[0]):
-            a = x[i[p], start:stop]
-            b = y[j[p], start:stop]
-            total = np.float32(0)
-            for k in range(stop - start):
-                total += abs(a[k] - b[k])
-            out[p] += total
+@numba.njit(inline="always")
+def _squared(difference):  # type: ignore[no-untyped-def]
+    return difference * difference
 
 
-def all_pairs(kernel: PairKernel, n: int, m: int, *arguments: Any, symmetric: bool) -> Tensor:
+def _sum_over_columns(term: Any) -> PairKernel:
+    """Compile ``out[p] += Σ_k term(x[i[p], k] − y[j[p], k])``.
+
+    Every pair is summed in the same order, whichever others are computed with it. Tiles in registers
+    would save a fifth for eleven rows, and give that up at their edges.
+    """
+
+    @numba.njit(nogil=True, cache=True, fastmath=FAST)
+    def kernel(i, j, out, x, y):  # type: ignore[no-untyped-def]
+        for start in range(0, x.shape[1], BLOCK):
+            stop = min(start + BLOCK, x.shape[1])
+            for p in range(i.shape[0]):
+                a = x[i[p], start:stop]
+                b = y[j[p], start:stop]
+                total = np.float32(0)
+                for k in range(stop - start):
+                    total += term(a[k] - b[k])
+                out[p] += total
+
+    return kernel
+
+
+squared_differences = _sum_over_columns(_squared)
+"""``kernel(i, j, out, x, y)``: out[p] += Σ_k (x[i[p], k] − y[j[p], k])² for float32 rows."""
+
+absolute_differences = _sum_over_columns(abs)
+"""``kernel(i, j, out, x, y)``: out[p] += Σ_k |x[i[p], k] − y[j[p], k]| for float32 rows."""
+
+
+def all_pairs(
+    kernel: PairKernel, n: int, m: int, *arguments: Any, symmetric: bool, operations: int
+) -> Tensor:
     """Run a pair kernel over every pair, in as many threads as torch uses.
 
     Parameters
@@ -68,6 +81,8 @@ def all_pairs(kernel: PairKernel, n: int, m: int, *arguments: Any, symmetric: bo
         Number of rows on either side.
     symmetric : bool
         Both sides are the same: only i < j is computed and mirrored, and the diagonal is left 0.
+    operations : int
+        About how many a pair takes: small work is not worth a second thread.
 
     Returns
     -------
@@ -75,23 +90,34 @@ def all_pairs(kernel: PairKernel, n: int, m: int, *arguments: Any, symmetric: bo
     """
     i, j = np.triu_indices(n, 1) if symmetric else (a.ravel() for a in np.indices((n, m)))
     values = np.zeros(len(i))
-    threads = max(1, min(torch.get_num_threads(), len(i)))
+    threads = max(1, min(torch.get_num_threads(), len(i), len(i) * operations // THREADED_FROM))
     if threads == 1:
         kernel(i, j, values, *arguments)
     else:
         bounds = np.linspace(0, len(i), threads + 1).astype(int)
-        with ThreadPoolExecutor(threads) as pool:
-            parts = [
-                pool.submit(kernel, i[start:stop], j[start:stop], values[start:stop], *arguments)
-                for start, stop in itertools.pairwise(bounds)
-            ]
-            for part in parts:
-                part.result()
+        parts = [
+            (i[start:stop], j[start:stop], values[start:stop], *arguments)
+            for start, stop in itertools.pairwise(bounds)
+        ]
+        pool = _pool(threads - 1, os.getpid())
+        others = [pool.submit(kernel, *part) for part in parts[1:]]
+        kernel(*parts[0])
+        for other in others:
+            other.result()
     out = np.zeros((n, m))
     out[i, j] = values
     if symmetric:
         out[j, i] = values
     return torch.from_numpy(out)
+
+
+@functools.cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads that stay: to start one takes longer than a sequence's pixel differences.
+
+    Those of one process are of no use in a fork of it, hence ``process``.
+    """
+    return ThreadPoolExecutor(threads, thread_name_prefix="lsim-pairs")
 
 
 def has_kernel(*tensors: Tensor) -> bool:

@@ -11,12 +11,15 @@ hold; see :class:`lsim.metric.Metric`. Nothing here needs a test framework.
 from __future__ import annotations
 
 import itertools
+import os
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lsim.metric import Metric
+from lsim.networks import LsimTrunk, SkipTrunk
 from lsim.preprocess import value_range
 
 RTOL = 1e-5
@@ -242,7 +245,7 @@ def check_missing_values(metric: Metric, frames: np.ndarray) -> None:
         pairs = metric.distance(spoilt[[0, 1, 2]], spoilt[[2, 0, 1]])
         _require(
             np.isnan(pairs).tolist() == [False, True, True],
-            f"{where}: distances of the pairs (0, 2), (1, 0), (2, 1) are {pairs}; expected NaN in the last two",
+            f"{where}: distances of pairs (0, 2), (1, 0), (2, 1) are {pairs}; expected NaN in the last two",
         )
 
 
@@ -294,6 +297,56 @@ def check_gradients(metric: Metric, frames: np.ndarray) -> None:
         bool((gradient == 0).all()),
         f"{where}: gradient at equal frames is {gradient.abs().max().item()} at most, expected 0",
     )
+
+
+def write_random_checkpoint(
+    path: str | os.PathLike[str],
+    trunk_class: type[LsimTrunk] | type[SkipTrunk] = LsimTrunk,
+    seed: int = 0,
+    size: int = 224,
+) -> Path:
+    """Write random weights in the format of the published ones: for tests and timings without those.
+
+    Parameters
+    ----------
+    path : path
+        Of the file; not one of the published names, whose hashes are checked.
+    trunk_class : {LsimTrunk, SkipTrunk}
+    seed : int, default 0
+    size : int, default 224
+        Frame size that the deviation maps are made for.
+
+    Returns
+    -------
+    Path
+        The file, to pass as ``load_metric(name, weights=path)``.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        trunk = trunk_class()
+        # A few channel weights are slightly negative, as in the published files.
+        heads = [torch.rand(1, channels, 1, 1) - 0.02 for channels in trunk_class.CHANNELS]
+        with torch.no_grad():
+            shapes = [feature.shape[2:] for feature in trunk(torch.zeros(1, 3, size, size))]
+        count = 1000
+        squares = [(count - 1) * (1 + 20 * torch.rand(shape)) for shape in shapes]
+    layers = trunk.state_dict()
+    state = {
+        f"{key}.{kind}": layers[f"{layer}.{kind}"]
+        for layer, key in trunk_class.CHECKPOINT_KEYS.items()
+        for kind in ("weight", "bias")
+    }
+    state |= {f"lin{k}.1.weight": head for k, head in enumerate(heads)}
+    torch.save(
+        {
+            "stateDict": state,
+            "normAcc": [torch.zeros(shape) for shape in shapes],
+            "normM2": squares,
+            "normCount": [count] * len(shapes),
+        },
+        path,
+    )
+    return Path(path)
 
 
 def _planes(prepared: np.ndarray) -> Tensor:

@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,12 @@ def load_checkpoint(path: Path, trunk_class: type[LsimTrunk] | type[SkipTrunk]) 
         found_keys = sorted(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
         raise WeightsError(f"{path}: expected the keys {sorted(wanted_keys)}, found {found_keys}")
 
+    containers = {"stateDict": Mapping, "normM2": Sequence, "normCount": Sequence}
+    for key, container in containers.items():
+        if not isinstance(raw[key], container):
+            raise WeightsError(
+                f"{path}: expected {key} to be a {container.__name__}, found {type(raw[key]).__name__}"
+            )
     state = raw["stateDict"]
     with torch.device("meta"):
         expected = trunk_class().state_dict()
@@ -203,11 +209,10 @@ def load_checkpoint(path: Path, trunk_class: type[LsimTrunk] | type[SkipTrunk]) 
             f"{path}: normM2 and normCount have {len(raw['normM2'])} and {len(raw['normCount'])} entries; "
             f"expected {maps}, one per feature map of {trunk_class.__name__}"
         )
+    if any(not isinstance(m2, Tensor) or m2.ndim != 2 for m2 in raw["normM2"]):
+        shapes = [tuple(getattr(m2, "shape", ())) for m2 in raw["normM2"]]
+        raise WeightsError(f"{path}: normM2 maps have shapes {shapes}; expected (y, x)")
     squares = [m2.float() for m2 in raw["normM2"]]
-    if any(m2.ndim != 2 for m2 in squares):
-        raise WeightsError(
-            f"{path}: normM2 maps have shapes {[tuple(m.shape) for m in squares]}; expected (y, x)"
-        )
     return Checkpoint(trunk, channel_weights, squares, [int(count) for count in raw["normCount"]], sha256)
 
 
@@ -270,8 +275,8 @@ def weights_status() -> list[WeightsStatus]:
 
 
 def _checked(state: Mapping[str, Tensor], name: str, shape: tuple[int, ...], path: Path) -> Tensor:
-    if name not in state:
-        raise WeightsError(f"{path}: no tensor {name!r}; found {', '.join(sorted(state))}")
+    if not isinstance(state.get(name), Tensor):
+        raise WeightsError(f"{path}: no tensor {name!r}; found {', '.join(sorted(map(str, state)))}")
     if tuple(state[name].shape) != shape:
         raise WeightsError(f"{path}: tensor {name!r} has shape {tuple(state[name].shape)}, expected {shape}")
     return state[name].float()

@@ -152,7 +152,12 @@ def convert_command(
 
     with Cluster(load_profile(cluster, workers)) as pool, _stage(pool)("convert") as show:
         report = convert(
-            open_catalog(catalog), out, datasets=dataset, data_dir=data_dir, client=lambda: pool.client, progress=show
+            open_catalog(catalog),
+            out,
+            datasets=dataset,
+            data_dir=data_dir,
+            client=lambda: pool.client,
+            progress=show,
         )
     if report.converted or report.removed:
         rate = report.bytes / 1e6 / max(report.seconds, 1e-9)

@@ -143,7 +143,12 @@ def run_workflow(
             fetch(catalog, workflow.datasets, data_dir)
     with progress("convert") as show:
         conversion = convert(
-            catalog, frames, datasets=workflow.datasets, data_dir=data_dir, client=lambda: cluster.client, progress=show
+            catalog,
+            frames,
+            datasets=workflow.datasets,
+            data_dir=data_dir,
+            client=lambda: cluster.client,
+            progress=show,
         )
     with progress("distances") as show:
         computed = compute_distances(frames, distances, workflow.distances, cluster=cluster, progress=show)

@@ -45,7 +45,10 @@ class VariationOfInformation(Metric):
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         table = _count_logs(a.parts["values"].shape[1])
         sides = [e.parts[name].numpy() for e in (a, b) for name in ("values", "marginal")]
-        return all_pairs(variation_of_information, len(a), len(b), *sides, table, symmetric=a is b)
+        pixels = a.parts["values"].shape[1]
+        return all_pairs(
+            variation_of_information, len(a), len(b), *sides, table, symmetric=a is b, operations=10 * pixels
+        )
 
 
 def _count_logs(pixels: int) -> np.ndarray:

@@ -113,7 +113,11 @@ class LSiM(Metric):
         x, y = a.parts["features"], b.parts["features"]
         if not has_kernel(x, y):
             return rows_in_torch(self.paired, a, b)
-        return all_pairs(squared_differences, len(x), len(y), x.numpy(), y.numpy(), symmetric=a is b).sqrt()
+        sides = (x.numpy(), y.numpy())
+        squared = all_pairs(
+            squared_differences, len(x), len(y), *sides, symmetric=a is b, operations=x.shape[1]
+        )
+        return squared.sqrt()
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         squared = (a.parts["features"] - b.parts["features"]).square().sum(1, dtype=torch.float64)

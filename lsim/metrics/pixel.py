@@ -31,7 +31,10 @@ class L1(_PixelMetric):
         x, y = a.parts["values"], b.parts["values"]
         if not has_kernel(x, y):
             return rows_in_torch(self.paired, a, b)
-        sums = all_pairs(absolute_differences, len(x), len(y), x.numpy(), y.numpy(), symmetric=a is b)
+        sides = (x.numpy(), y.numpy())
+        sums = all_pairs(
+            absolute_differences, len(x), len(y), *sides, symmetric=a is b, operations=x.shape[1]
+        )
         return sums / (x.shape[1] * FULL_SCALE)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
@@ -73,7 +76,8 @@ def _mean_squared(metric: Metric, a: Embedding, b: Embedding) -> Tensor:
     x, y = a.parts["values"], b.parts["values"]
     if not has_kernel(x, y):
         return rows_in_torch(_mean_squared_paired, a, b)
-    sums = all_pairs(squared_differences, len(x), len(y), x.numpy(), y.numpy(), symmetric=a is b)
+    sides = (x.numpy(), y.numpy())
+    sums = all_pairs(squared_differences, len(x), len(y), *sides, symmetric=a is b, operations=x.shape[1])
     return sums / (x.shape[1] * FULL_SCALE**2)
 
 

@@ -54,7 +54,8 @@ class SSIM(Metric):
         if not has_kernel(*a.parts.values(), *b.parts.values()):
             return rows_in_torch(self.paired, a, b)
         sides = [e.parts[name].numpy() for e in (a, b) for name in ("frames", "mean", "variance")]
-        return all_pairs(one_minus_ssim, len(a), len(b), *sides, symmetric=a is b)
+        pixels = a.parts["frames"][0].numel()
+        return all_pairs(one_minus_ssim, len(a), len(b), *sides, symmetric=a is b, operations=30 * pixels)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         difference = (a.parts["frames"] - b.parts["frames"]).double()

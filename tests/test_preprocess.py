@@ -1,0 +1,379 @@
+"""Resizing as scipy does, and ranges taken over the right frames."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.ndimage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from lsim import preprocess
+from lsim.preprocess import Preprocessing, resize, truncate_to_8bit
+
+RIM_ZEROED = [(512, 224), (480, 224), (1000, 224), (128, 320), (448, 320)]
+"""Lengths (from, to) at which scipy's last position rounds to beyond the last sample."""
+
+SIZES = [
+    (256, 224),
+    (224, 224),
+    (64, 224),
+    (300, 224),
+    (100, 33),
+    (17, 40),
+    (2, 7),
+    (1, 5),
+    (9, 1),
+    (128, 64),
+]
+DTYPES = (np.float32, np.float64, np.uint8, np.int16)
+
+
+def zoom(frames: np.ndarray, size: int, order: int) -> np.ndarray:
+    """(n, y, x, channel) by scipy, frame by frame, as the published code calls it."""
+    _, y, x, _ = frames.shape
+    return np.stack([scipy.ndimage.zoom(f, (size / y, size / x, 1), order=order) for f in frames])
+
+
+def sample(dtype: type, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    values = np.random.default_rng(seed).normal(0, 80, shape)
+    return np.clip(values + 128, 0, 255).astype(dtype) if dtype == np.uint8 else values.astype(dtype)
+
+
+# --- resize -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+@pytest.mark.parametrize(("n", "m"), SIZES + RIM_ZEROED)
+def test_published_resize_is_scipys(n: int, m: int, order: int, dtype: type) -> None:
+    """All of it, with the rim that scipy zeroes at some sizes; along y, and along x."""
+    for shape in [(1, n, 5, 1), (2, 6, n, 3)]:
+        frames = sample(dtype, shape)
+        found, expected = resize(frames, m, order, zero_rim=True), zoom(frames, m, order)
+        assert found.dtype == expected.dtype
+        if np.issubdtype(dtype, np.integer):
+            exact = zoom(frames.astype(np.float64), m, order)
+            halfway = np.abs(np.abs(exact) % 1 - 0.5) < 1e-9  # rounding may go either way there
+            assert ((found == expected) | halfway).all()
+            assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+        else:
+            scale = np.abs(frames).max()
+            np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+@pytest.mark.parametrize(("n", "m"), RIM_ZEROED)
+def test_default_resize_keeps_the_rim(n: int, m: int, order: int) -> None:
+    frames = 1 + np.abs(sample(np.float32, (1, n, n // 2, 3)))
+    published, default = resize(frames, m, order, zero_rim=True), resize(frames, m, order)
+    assert (published[:, -1] == 0).all()
+    assert (default[:, -1] > 0).any(axis=-1).all()
+    inner = (slice(None), slice(0, -1), slice(0, -1))
+    assert np.array_equal(published[inner], default[inner])
+    # The corners of the frame are kept: the last position is the last sample.
+    np.testing.assert_allclose(default[:, -1, -1], frames[:, -1, -1], rtol=1e-5)
+    np.testing.assert_allclose(default[:, -1, 0], frames[:, -1, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+@pytest.mark.parametrize(("n", "m"), SIZES)
+def test_modes_agree_at_other_sizes(n: int, m: int, order: int) -> None:
+    frames = sample(np.float64, (2, n, n, 3))
+    np.testing.assert_array_equal(resize(frames, m, order), resize(frames, m, order, zero_rim=True))
+
+
+@pytest.mark.parametrize("order", [4, 5])
+def test_higher_orders(order: int) -> None:
+    frames = sample(np.float64, (1, 40, 30, 3))
+    np.testing.assert_allclose(resize(frames, 64, order), zoom(frames, 64, order), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("compat", ["default", "published"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_8bit_overshoot_is_clipped(order: int, compat: str) -> None:
+    step = np.zeros((1, 32, 32, 1), np.uint8)
+    step[:, :, 16:] = 255
+    resized = resize(step, 100, order, zero_rim=compat == "published")
+    assert resized.dtype == np.uint8
+    # Wrapped around, the overshoot beside the step would be dark where it is bright and the reverse.
+    assert resized[..., 70:, 0].min() > 128
+    assert resized[..., :30, 0].max() < 128
+
+
+@given(n=st.integers(1, 70), m=st.integers(1, 90), order=st.integers(0, 3), seed=st.integers(0, 2**16))
+@settings(max_examples=60, deadline=None)
+def test_any_size_is_scipys(n: int, m: int, order: int, seed: int) -> None:
+    frames = sample(np.float64, (1, n, 4, 2), seed)
+    np.testing.assert_allclose(
+        resize(frames, m, order, zero_rim=True), zoom(frames, m, order), rtol=1e-6, atol=1e-6 * 300
+    )
+
+
+# --- range ------------------------------------------------------------------------------------------------
+
+
+def expected_range(frames: np.ndarray, axis: tuple[int, ...]) -> np.ndarray:
+    lo, hi = frames.min(axis=axis, keepdims=True), frames.max(axis=axis, keepdims=True)
+    return 255 * (frames - lo) / (hi - lo)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch", "dataset"])
+def test_scopes_over_a_stack(scope: str) -> None:
+    frames = sample(np.float64, (4, 12, 10, 3)) * [1, 20, 0.01]
+    found = preprocess(frames, size=None, scope=scope)
+    np.testing.assert_allclose(found, expected_range(frames, (0, 1, 2)), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "batch", "dataset"])
+def test_scopes_over_a_data_set(scope: str) -> None:
+    """(sequence, frame, y, x, channel): ``sequence`` ranges over each by itself, others over all."""
+    frames = sample(np.float64, (3, 4, 8, 9, 3)) * np.array([1, 5, 50])[:, None, None, None, None]
+    found = preprocess(frames, size=None, scope=scope)
+    axis = (1, 2, 3) if scope == "sequence" else (0, 1, 2, 3)
+    np.testing.assert_allclose(found, expected_range(frames, axis), rtol=1e-5, atol=1e-4)
+
+
+def test_scope_pair_takes_two_frames() -> None:
+    frames = sample(np.float64, (2, 8, 8, 3))
+    assert np.array_equal(
+        preprocess(frames, size=None, scope="pair"), preprocess(frames, size=None, scope="batch")
+    )
+    with pytest.raises(ValueError, match="'pair' is taken over two frames, got 3"):
+        preprocess(frames[[0, 1, 1]], size=None, scope="pair")
+
+
+def test_fixed_scope() -> None:
+    frames = np.array([-1.0, 0.0, 1.0, 3.0]).reshape(1, 2, 2, 1)
+    found = preprocess(frames, size=None, scope=(0, 2))
+    np.testing.assert_allclose(found[0, ..., 0].ravel(), [-127.5, 0, 127.5, 382.5])
+    channels = np.concatenate([frames, frames, frames], axis=-1)
+    found = preprocess(channels, size=None, scope=([0, -1, 0], [1, 3, 255]))
+    np.testing.assert_allclose(found[0, 1, 0], [255, 127.5, 1])
+
+
+@pytest.mark.parametrize(
+    ("scope", "message"),
+    [
+        ("sequences", "scope must be one of"),
+        ((0, 1, 2), r"a fixed scope is a pair"),
+        ((2, 1), "finite lo <= hi"),
+        ((0, np.inf), "finite lo <= hi"),
+        (([0, 0], [1, 1]), "expected one value or 3, one per channel"),
+    ],
+)
+def test_wrong_scopes(scope: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        preprocess(np.zeros((2, 4, 4, 3)), size=None, scope=scope)  # type: ignore[arg-type]
+
+
+def test_range_is_taken_after_the_resize() -> None:
+    frame = sample(np.float64, (1, 9, 9, 3))
+    frame[0, 1, 1] = 1e6  # not sampled by 9 → 5 at order 0
+    found = preprocess(frame, size=5)
+    assert found.min() == 0
+    np.testing.assert_allclose(found.max(axis=(0, 1, 2)), 255, rtol=1e-6)
+    np.testing.assert_allclose(found, expected_range(frame[:, ::2, ::2], (0, 1, 2)), rtol=1e-5, atol=1e-4)
+
+
+def test_zeros_of_the_rim_enter_the_range() -> None:
+    frames = np.linspace(10, 20, 512)[None, :, None, None] * np.ones((1, 1, 224, 1))
+    assert preprocess(frames, compat="default")[0, 0, 0, 0] == 0
+    published = preprocess(frames, compat="published")
+    np.testing.assert_allclose(published[0, 0, 0, 0], 255 * 10 / published_highest(frames), rtol=1e-6)
+    assert (published[0, -1] == 0).all()
+
+
+def published_highest(frames: np.ndarray) -> float:
+    return float(zoom(frames, 224, 0).max())
+
+
+@pytest.mark.parametrize("compat", ["default", "published"])
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_constant_channels_are_zero(dtype: type, order: int, compat: str) -> None:
+    """Also when resized by splines, where rounding would make a range of a constant."""
+    frames = sample(dtype, (3, 8, 11, 3))
+    frames[..., 1] = 7.3
+    found = preprocess(frames, size=30, order=order, compat=compat)  # type: ignore[arg-type]
+    assert (found[..., 1] == 0).all()
+    np.testing.assert_allclose(found[..., [0, 2]].max(axis=(0, 1, 2)), 255, rtol=1e-6)
+    constant: np.ndarray = np.full((3, 8, 8, 3), -4.2, dtype)
+    assert (preprocess(constant, size=16, order=order, compat=compat) == 0).all()  # type: ignore[arg-type]
+
+
+def test_integers_with_a_constant_channel_stay_whole_where_published() -> None:
+    """Only with some channels constant, and only for integers: so the published code stores them."""
+    frames = np.arange(2 * 4 * 4 * 3).reshape(2, 4, 4, 3).astype(np.int32)
+    partly = frames.copy()
+    partly[..., 1] = 3
+
+    def fractional(array: np.ndarray, compat: str) -> bool:
+        prepared = preprocess(array, size=None, compat=compat)  # type: ignore[arg-type]
+        return bool((prepared % 1 != 0).any())
+
+    assert not fractional(partly, "published")
+    assert np.array_equal(
+        preprocess(partly, size=None, compat="published"),
+        np.floor(preprocess(partly.astype(np.float64), size=None, compat="published")),
+    )
+    assert fractional(partly, "default")
+    assert fractional(frames, "published")
+    assert fractional(partly.astype(np.float64), "published")
+
+
+# --- channels, shapes, dtypes -----------------------------------------------------------------------------
+
+
+def test_channels() -> None:
+    colour = sample(np.float32, (2, 8, 9, 4))
+    one = preprocess(colour[..., :1], size=16)
+    assert one.shape == (2, 16, 16, 3)
+    assert np.array_equal(one[..., 0], one[..., 2])
+    assert np.array_equal(preprocess(colour, size=16), preprocess(colour[..., :3], size=16))
+    assert np.array_equal(preprocess(colour[..., 0], size=16), one)
+    assert np.array_equal(preprocess(colour[0, ..., 0], size=16), preprocess(colour[:1, ..., :1], size=16))
+
+
+@pytest.mark.parametrize("channels", [2, 5, 7])
+def test_other_channels_say_how(channels: int) -> None:
+    with pytest.raises(ValueError, match=rf"{channels} channels.*separate fields"):
+        preprocess(np.zeros((2, 8, 8, channels)))
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((8, 8, 3)), "ambiguous"),
+        (np.zeros(8), "expected"),
+        (np.zeros((1,) * 6), "expected"),
+        (np.zeros((0, 8, 8, 3)), "empty"),
+        (np.zeros((2, 8, 8, 3), complex), "dtype"),
+    ],
+)
+def test_other_shapes_and_dtypes(array: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        preprocess(array)
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+@pytest.mark.parametrize("dtype", ["f2", "f4", ">f4", "f8", "u1", "i1", "u2", "i2", "i4", "i8", "?"])
+def test_dtypes(dtype: str, order: int) -> None:
+    frames = (
+        sample(np.float64, (2, 20, 20, 3)) > 0 if dtype == "?" else sample(np.int16, (2, 20, 20, 3)) % 100
+    )
+    frames = frames.astype(dtype)
+    found = preprocess(frames, size=20, order=order)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, preprocess(frames.astype(np.float64), size=20, order=order), atol=1e-4)
+    resized = preprocess(frames, size=31, order=order)
+    assert resized.min() == 0
+    np.testing.assert_allclose(resized.max(), 255, rtol=1e-6)
+
+
+def test_published_keeps_double_precision() -> None:
+    frames = sample(np.float64, (2, 8, 8, 3))
+    assert preprocess(frames, size=None, compat="published").dtype == np.float64
+    assert preprocess(frames.astype(np.int32), size=None, compat="published").dtype == np.float64
+    assert preprocess(frames.astype(np.float32), size=None, compat="published").dtype == np.float32
+
+
+@pytest.mark.parametrize("size", [None, 8, 12])
+def test_input_is_left_alone_and_not_shared(size: int | None) -> None:
+    frames = sample(np.float32, (2, 8, 8, 3))
+    frames[1, 2, 2] = np.nan
+    before = frames.copy()
+    found = preprocess(frames, size=size)
+    assert np.array_equal(frames, before, equal_nan=True)
+    assert not np.shares_memory(found, frames)
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_frame_with_nan_is_nan_and_not_in_the_range(value: float, order: int) -> None:
+    frames = sample(np.float32, (3, 9, 9, 3))
+    spoilt = frames.copy()
+    spoilt[1, 1, 1, 0] = value  # between the samples of 9 → 5 at order 0
+    found = preprocess(spoilt, size=5, order=order)
+    assert np.isnan(found[1]).all()
+    assert np.array_equal(found[[0, 2]], preprocess(frames[[0, 2]], size=5, order=order))
+
+
+def test_nothing_but_nan() -> None:
+    assert np.isnan(preprocess(np.full((2, 6, 6, 1), np.nan), size=None)).all()
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-30, 1e30, 3e38])
+def test_extreme_ranges_in_single_precision(scale: float) -> None:
+    frames = np.array([-1, -0.5, 0, 1]).reshape(1, 2, 2, 1)
+    found = preprocess((frames * scale).astype(np.float32), size=None)
+    np.testing.assert_allclose(
+        found[0, ..., 0].ravel(), [0, 63.75, 127.5, 255], rtol=0.2 if scale < 1e-40 else 1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"order": 6}, {"order": -1}, {"size": 0}, {"size": 1.5}, {"compat": "x"}]
+)
+def test_settings_are_checked(arguments: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        Preprocessing(**arguments)  # type: ignore[arg-type]
+
+
+# --- properties -------------------------------------------------------------------------------------------
+
+STACKS = hnp.arrays(
+    np.float64,
+    st.tuples(st.integers(1, 3), st.integers(2, 9), st.integers(2, 9), st.sampled_from([1, 3])),
+    elements=st.integers(-(2**20), 2**20).map(float),
+)
+
+
+@given(frames=STACKS, size=st.sampled_from([None, 1, 5, 12]), order=st.integers(0, 1))
+@settings(max_examples=80, deadline=None)
+def test_result_is_within_range(frames: np.ndarray, size: int | None, order: int) -> None:
+    for compat in ("default", "published"):
+        found = preprocess(frames, size=size, order=order, compat=compat)
+        assert found.shape[-1] == 3
+        assert found.min() == 0
+        assert found.max() <= 255 * (1 + 1e-6)
+
+
+@given(
+    frames=STACKS,
+    gain=st.floats(1e-6, 1e6),
+    offset=st.integers(-(2**20), 2**20),
+    order=st.sampled_from([0, 1, 3]),
+)
+@settings(max_examples=60, deadline=None)
+def test_invariant_under_gain_and_offset(frames: np.ndarray, gain: float, offset: int, order: int) -> None:
+    """Units and zero points don't matter."""
+    plain = preprocess(frames, size=7, order=order)
+    moved = preprocess(gain * (frames + offset), size=7, order=order)
+    np.testing.assert_allclose(moved, plain, atol=1e-3)
+
+
+@given(frames=STACKS)
+@settings(max_examples=40, deadline=None)
+def test_reversal_of_sign_reverses_the_range(frames: np.ndarray) -> None:
+    found, mirrored = preprocess(frames, size=None), preprocess(-frames, size=None)
+    varies = np.broadcast_to(np.ptp(frames, axis=(0, 1, 2)) > 0, 3)
+    np.testing.assert_allclose(found[..., varies] + mirrored[..., varies], 255, rtol=1e-5)
+
+
+@given(frames=STACKS, order=st.integers(0, 1))
+@settings(max_examples=40, deadline=None)
+def test_axes_may_be_swapped(frames: np.ndarray, order: int) -> None:
+    swapped = preprocess(frames.swapaxes(1, 2), size=6, order=order)
+    np.testing.assert_allclose(preprocess(frames, size=6, order=order), swapped.swapaxes(1, 2), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_truncation_to_8bit(dtype: type) -> None:
+    values: np.ndarray = np.array(
+        [[-3, 0, 0.999, 1], [254.9999, 255, 300, np.nan], [-np.inf, np.inf, 2.5, 3]], dtype
+    )
+    expected = np.array([[0, 0, 0, 1], [254, 255, 255, np.nan], [0, 255, 2, 3]])
+    np.testing.assert_array_equal(truncate_to_8bit(values), expected)
+    np.testing.assert_array_equal(truncate_to_8bit(values.T), expected.T)
