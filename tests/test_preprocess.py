@@ -272,11 +272,11 @@ def test_dtypes(dtype: str, order: int) -> None:
     np.testing.assert_allclose(resized.max(), 255, rtol=1e-6)
 
 
-def test_published_keeps_double_precision() -> None:
-    frames = sample(np.float64, (2, 8, 8, 3))
-    assert preprocess(frames, size=None, compat="published").dtype == np.float64
-    assert preprocess(frames.astype(np.int32), size=None, compat="published").dtype == np.float64
-    assert preprocess(frames.astype(np.float32), size=None, compat="published").dtype == np.float32
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("compat", ["default", "published"])
+def test_the_result_is_single_precision_whatever_comes_in(dtype: type, compat: str) -> None:
+    frames = sample(dtype, (2, 8, 8, 3))
+    assert preprocess(frames, size=None, compat=compat).dtype == np.float32
 
 
 @pytest.mark.parametrize("size", [None, 8, 12])
