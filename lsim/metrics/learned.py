@@ -25,6 +25,9 @@ from lsim.pairs import all_pairs, has_kernel, rows_in_torch, squared_differences
 from lsim.preprocess import Preprocessing
 from lsim.weights import Checkpoint
 
+FRAMES_TOGETHER = 64
+"""Frames in one pass of the network on a GPU, or where gradients are wanted."""
+
 AXIOMS = frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"})
 
 
@@ -80,11 +83,10 @@ class LSiM(Metric):
         planes = frames.permute(0, 3, 1, 2).float()
         if planes.shape[1] == 1:
             planes = planes.expand(-1, 3, -1, -1)
-        if not has_kernel(planes):
-            return Embedding({"features": self._scaled(planes)})
-        # One frame at a time: then a frame's features are the same bits whatever the batch around it,
-        # and on a CPU a larger batch is no faster.
-        return Embedding({"features": torch.cat([self._scaled(plane[None]) for plane in planes])})
+        # On a CPU one frame at a time: then a frame's features are the same bits whatever the batch around
+        # it, and a larger batch is no faster. Elsewhere as many as keep a device busy in bounded memory.
+        together = 1 if has_kernel(planes) else FRAMES_TOGETHER
+        return Embedding({"features": torch.cat([self._scaled(part) for part in planes.split(together)])})
 
     def _scaled(self, planes: Tensor) -> Tensor:
         maps = self.features(planes)
