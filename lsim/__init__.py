@@ -6,7 +6,7 @@
 """
 
 from lsim.metric import Embedding, Metric, MetricInfo, SizeWarning
-from lsim.preprocess import Preprocessing, preprocess
+from lsim.preprocess import FramesError, Preprocessing, preprocess
 from lsim.registry import UnknownMetricError, describe_metrics, list_metrics, load_metric
 from lsim.weights import WeightsError
 
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Embedding",
+    "FramesError",
     "Metric",
     "MetricInfo",
     "Preprocessing",

@@ -6,6 +6,7 @@ that a metric defines; ``distance``, ``pairwise`` and the call on tensors are de
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from abc import ABC, abstractmethod
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from lsim.preprocess import Preprocessing, Scope, apply, as_frames, truncate_to_8bit
+from lsim.preprocess import FramesError, Preprocessing, Scope, apply, as_frames, truncate_to_8bit
 
 
 class SizeWarning(UserWarning):
@@ -123,11 +124,16 @@ class Metric(ABC):
         """All that determines the metric's values, as JSON: what results record and fingerprints hash."""
         return {
             "metric": self.name,
-            "class": f"{type(self).__module__}.{type(self).__qualname__}",
             "algorithm_version": self.algorithm_version,
             "preprocessing": asdict(self.preprocessing),
             "quantised": self.quantised,
         }
+
+    @property
+    def specification_hash(self) -> str:
+        """Hash of :meth:`specification`: equal where the metric's values are."""
+        document = json.dumps(self.specification(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(document.encode()).hexdigest()[:32]
 
     @property
     def quantised(self) -> bool:
@@ -257,6 +263,10 @@ class Metric(ABC):
         with torch.no_grad():
             embedding = self.embed(self._tensor(prepared))
             matrix = self.compare(embedding, embedding).double().cpu().numpy()
+        if "symmetric" in self.info.axioms:
+            # To the last bit: some devices add d(i, j) and d(j, i) in another order.
+            below = np.tril_indices(len(matrix), -1)
+            matrix[below] = matrix.T[below]
         np.fill_diagonal(matrix, self.info.distance_to_itself)
         comparable = _comparable(prepared)
         matrix[~comparable] = np.nan
@@ -278,7 +288,7 @@ class Metric(ABC):
         """Raise :class:`ValueError` for frames of a size that the metric cannot take."""
         smallest = self.info.minimum_size
         if min(y, x) < smallest:
-            raise ValueError(
+            raise FramesError(
                 f"metric {self.name!r} cannot take frames of {y}×{x}; the smallest that works is "
                 f"{smallest}×{smallest}"
             )

@@ -25,6 +25,10 @@ SCOPES = ("pair", "batch", "sequence", "dataset")
 ORDERS = (0, 1, 2, 3, 4, 5)
 
 
+class FramesError(ValueError):
+    """Frames that a metric cannot take: their shape, channels or size, whatever their values are."""
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """What a metric wants done to frames; equal ones are done once.
@@ -138,19 +142,19 @@ def as_frames(array: ArrayLike, what: str = "frames") -> np.ndarray:
     """
     array = np.asarray(array)
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"{what}: expected an integer or floating dtype, found {array.dtype}")
+        raise FramesError(f"{what}: expected an integer or floating dtype, found {array.dtype}")
     if array.ndim == 2:
         return array[None, ..., None]
     if array.ndim == 3:
         if array.shape[-1] <= 4:
-            raise ValueError(
+            raise FramesError(
                 f"{what}: shape {array.shape} is ambiguous: for one frame with channels pass array[None], "
                 "for a stack of frames without channels array[..., None]"
             )
         return array[..., None]
     if array.ndim == 4:
         return array
-    raise ValueError(f"{what}: expected (y, x), (n, y, x) or (n, y, x, channel), found shape {array.shape}")
+    raise FramesError(f"{what}: expected (y, x), (n, y, x) or (n, y, x, channel), found shape {array.shape}")
 
 
 def drop_alpha(frames: np.ndarray) -> np.ndarray:
@@ -162,13 +166,13 @@ def drop_alpha(frames: np.ndarray) -> np.ndarray:
         For 2 or more than 4 channels, for which no metric here is defined, and for empty frames.
     """
     if 0 in frames.shape:
-        raise ValueError(f"frames are empty: shape {frames.shape}")
+        raise FramesError(f"frames are empty: shape {frames.shape}")
     channels = frames.shape[-1]
     if channels in (1, 3):
         return frames
     if channels == 4:
         return frames[..., :3]
-    raise ValueError(
+    raise FramesError(
         f"frames have {channels} channels; metrics take 1, 3 or 4 (alpha is dropped). Evaluate the channels "
         "as separate fields: frames[..., [i]] for each channel i, or in a catalog "
         "'fields: {velocity-x: {channel: 0}, velocity-y: {channel: 1}, …}'"
@@ -334,7 +338,7 @@ def _fixed_range(scope: tuple[Any, Any], channels: int) -> tuple[np.ndarray, np.
         raise ValueError(f"a fixed scope is a pair (lo, hi), got {scope!r}")
     lo, hi = (np.asarray(bound, dtype=np.float64).reshape(-1) for bound in scope)
     if {lo.size, hi.size} - {1, channels}:
-        raise ValueError(f"fixed scope {scope!r}: expected one value or {channels}, one per channel")
+        raise FramesError(f"fixed scope {scope!r}: expected one value or {channels}, one per channel")
     lo, hi = np.broadcast_to(lo, channels), np.broadcast_to(hi, channels)
     if not (np.isfinite(lo).all() and np.isfinite(hi).all() and (lo <= hi).all()):
         raise ValueError(f"fixed scope {scope!r}: expected finite lo <= hi")

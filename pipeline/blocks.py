@@ -22,28 +22,30 @@ from pipeline import schema, store
 
 Pairs: TypeAlias = Literal["all", "reference"]
 
+ROW_TEXTS = (schema.FAILURE, schema.CONTENT, schema.FINGERPRINT)
+"""Texts that provenance has for every metric and sequence, the fingerprint last: as they are written."""
+
 SATISFIED_BY: dict[Pairs, tuple[Pairs, ...]] = {"all": ("all",), "reference": ("reference", "all")}
 """Which recorded pairs will do for those asked for: all pairs hold the reference's too."""
 
 
 @dataclass(frozen=True)
 class StaleBlock:
-    """Sequences ``start:stop`` of a field; for each metric the rows to compute, with their fingerprints."""
+    """Sequences ``start:stop`` of a field; for each metric the rows to compute, with their fingerprints.
+
+    ``contents`` has the content hash of each row.
+    """
 
     start: int
     stop: int
     rows: Mapping[str, Mapping[int, str]]
-
-
-def hash_of(content: Any) -> str:
-    """Short SHA-256 of a JSON document."""
-    document = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(document.encode()).hexdigest()[:32]
+    contents: Mapping[int, str]
 
 
 def fingerprint(content: str, specification_hash: str, scope: Scope, pairs: Pairs) -> str:
     """What a block is recorded under: a hash of all that determines its values."""
-    return hash_of({"content": content, "specification": specification_hash, "scope": scope, "pairs": pairs})
+    made_of = {"content": content, "specification": specification_hash, "scope": scope, "pairs": pairs}
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def stale_blocks(
@@ -74,19 +76,51 @@ def stale_blocks(
                 fresh += 1
             else:
                 stale[row // length][name][row] = wanted[pairs]
-    blocks = [
-        StaleBlock(index * length, min((index + 1) * length, len(contents)), dict(stale[index]))
-        for index in sorted(stale)
-    ]
+    blocks = []
+    for index in sorted(stale):
+        start, stop = index * length, min((index + 1) * length, len(contents))
+        blocks.append(
+            StaleBlock(start, stop, dict(stale[index]), dict(enumerate(contents[start:stop], start)))
+        )
     return blocks, fresh
 
 
+def invalidate(group: store.Group, contents: Sequence[str], blocks: Sequence[StaleBlock]) -> None:
+    """Take the fingerprint from all distances that are out of date, before anything else changes.
+
+    Those are the rows of ``blocks``, and those of metrics that aren't computed now whose frames have
+    changed since: without a fingerprint nobody takes them for distances of today's frames.
+    """
+    provenance = store.get_group(group, schema.PROVENANCE)
+    names = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
+    array = store.get_array(provenance, schema.FINGERPRINT)
+    found = store.read(array)
+    computed_from = store.read(store.get_array(provenance, schema.CONTENT))
+    valid = np.where(computed_from == np.array(contents, dtype=object)[None], found, "").astype(object)
+    for block in blocks:
+        for name, rows in block.rows.items():
+            valid[names.index(name), list(rows)] = ""
+    if (valid != found).any():
+        store.write_rows(array, 0, valid)
+
+
+def describe(
+    group: store.Group, parameter: np.ndarray, specifications: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Record the parameter, and the specification of the metrics that are about to be computed."""
+    store.write_rows(store.get_array(group, schema.PARAMETER), 0, parameter)
+    provenance = store.get_group(group, schema.PROVENANCE)
+    names = store.read(store.get_array(provenance, schema.METRIC))
+    array = store.get_array(provenance, schema.SPECIFICATION)
+    texts = store.read(array)
+    for index, name in enumerate(names):
+        if name in specifications:
+            texts[index] = json.dumps(specifications[name], sort_keys=True)
+    store.write_rows(array, 0, texts)
+
+
 def lay_out(
-    root: store.Group,
-    frames: store.Group,
-    key: str,
-    specifications: Mapping[str, Mapping[str, Any]],
-    block: int,
+    root: store.Group, frames: store.Group, key: str, metrics: Sequence[str], block: int
 ) -> store.Group:
     """Bring a field's group into the shape of its frames, with an array for every metric.
 
@@ -100,8 +134,8 @@ def lay_out(
         The field in ``frames.zarr``.
     key : str
         ``<dataset>/<field>``.
-    specifications : mapping
-        Each metric's specification, by name; those already in the store stay.
+    metrics : sequence of str
+        Names of the metrics to have; those already in the store stay.
     block : int
         Sequences per block, for a group that is new; an existing group keeps its own.
     """
@@ -125,51 +159,52 @@ def lay_out(
         store.create_array(
             group, schema.PARAMETER, shape=shape, chunks=chunks, dims=schema.PARAMETER_DIMS, dtype="float64"
         )
-    _add_metrics(group, specifications, store.get_array(group, schema.SEQUENCE).shape[0], n, block)
+    _add_metrics(group, metrics, store.get_array(group, schema.SEQUENCE).shape[0], n, block)
     _align_rows(group, [str(name) for name in sequences])
-    store.write_rows(store.get_array(group, schema.PARAMETER), 0, parameter)
     store.set_attributes(group, dict(frames.attrs))
     return group
 
 
 def drop_vanished(root: store.Group, keys: Sequence[str]) -> None:
-    """Delete the fields that the frames no longer have."""
-    for key in store.field_keys(root, schema.PARAMETER):
+    """Delete the fields that the frames no longer have.
+
+    Raises
+    ------
+    StoreError
+        When that would be all of them: these are the distances of something else.
+    """
+    there = store.field_keys(root, schema.PARAMETER)
+    if there and not set(there) & set(keys):
+        raise store.StoreError(
+            f"{root.store_path} holds distances of {', '.join(there)}, and none of {', '.join(keys)}: "
+            "choose another path"
+        )
+    for key in there:
         if key not in keys:
             del root[key]
 
 
-def _add_metrics(
-    group: store.Group, specifications: Mapping[str, Mapping[str, Any]], rows: int, n: int, block: int
-) -> None:
-    """Arrays for the metrics that the store doesn't have yet, and the specification of all."""
+def _add_metrics(group: store.Group, metrics: Sequence[str], rows: int, n: int, block: int) -> None:
+    """Arrays for the metrics that the store doesn't have yet."""
     provenance = group.require_group(schema.PROVENANCE)
-    texts: dict[str, dict[str, Any]] = {
-        schema.METRIC: {"shape": (0,), "chunks": (1,), "dims": (schema.METRIC,)},
-        schema.SPECIFICATION: {"shape": (0,), "chunks": (1,), "dims": (schema.METRIC,)},
-        schema.FINGERPRINT: {"shape": (0, rows), "chunks": (1, block), "dims": schema.PROVENANCE_DIMS},
-        schema.FAILURE: {"shape": (0, rows), "chunks": (1, block), "dims": schema.PROVENANCE_DIMS},
-    }
+    by_metric: dict[str, Any] = {"shape": (0,), "chunks": (1,), "dims": (schema.METRIC,)}
+    by_row: dict[str, Any] = {"shape": (0, rows), "chunks": (1, block), "dims": schema.PROVENANCE_DIMS}
+    texts = dict.fromkeys((schema.METRIC, schema.SPECIFICATION), by_metric) | dict.fromkeys(ROW_TEXTS, by_row)
     for name, layout in texts.items():
         if name not in provenance:
             store.create_array(provenance, name, dtype=str, **layout)
-    for name in specifications:
+    for name in metrics:
         if name not in group:
             shape, chunks = (rows, n, n), (block, n, n)
             store.create_array(
                 group, name, shape=shape, chunks=chunks, dims=schema.DISTANCE_DIMS, dtype="float64"
             )
-    names, recorded = (
-        store.read(store.get_array(provenance, name)) for name in (schema.METRIC, schema.SPECIFICATION)
-    )
-    known = dict(zip(map(str, names), map(str, recorded), strict=False))
     # A resize that was interrupted leaves a nameless entry.
-    known.pop("", None)
-    known |= {name: json.dumps(specifications[name], sort_keys=True) for name in specifications}
+    known = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC)) if name]
+    known += [name for name in metrics if name not in known]
     for name in texts:
         store.resize_rows(store.get_array(provenance, name), len(known))
-    for name, column in ((schema.METRIC, known.keys()), (schema.SPECIFICATION, known.values())):
-        store.write_rows(store.get_array(provenance, name), 0, np.array(list(column), dtype=object))
+    store.write_rows(store.get_array(provenance, schema.METRIC), 0, np.array(known, dtype=object))
 
 
 def _align_rows(group: store.Group, sequences: list[str]) -> None:
@@ -178,36 +213,37 @@ def _align_rows(group: store.Group, sequences: list[str]) -> None:
     A row that moves loses its fingerprint before its values change and gets it back after, so that an
     interruption costs a computation and never a wrong distance.
     """
-    names = store.get_array(group, schema.SEQUENCE)
-    old = [str(name) for name in store.read(names)]
-    if old == sequences:
-        return
     provenance = store.get_group(group, schema.PROVENANCE)
-    fingerprints, failures = (
-        store.get_array(provenance, name) for name in (schema.FINGERPRINT, schema.FAILURE)
-    )
+    names = store.get_array(group, schema.SEQUENCE)
+    texts = {name: store.get_array(provenance, name) for name in ROW_TEXTS}
+    matrices = [store.get_array(group, name) for name in schema.metric_names(group.array_keys())]
+    parameter = store.get_array(group, schema.PARAMETER)
+    old = [str(name) for name in store.read(names)]
+    lengths = {array.shape[0] for array in (names, parameter, *matrices)}
+    lengths |= {array.shape[1] for array in texts.values()}
+    if old == sequences and lengths == {len(sequences)}:
+        return
     row_of = {name: row for row, name in enumerate(old) if name}
     origin = np.array([row_of.get(name, -1) for name in sequences], dtype=int)
     moved = origin != np.arange(len(sequences))
 
     # What an interrupted alignment cut off already is missing here, and counts as never computed.
-    known = _rearranged(store.read(fingerprints), origin, "", axis=1)
-    reasons = _rearranged(store.read(failures), origin, "", axis=1)
+    known = {name: _rearranged(store.read(array), origin, "", axis=1) for name, array in texts.items()}
+    fingerprints = texts[schema.FINGERPRINT]
     store.resize_rows(fingerprints, len(sequences), axis=1)
-    store.write_rows(fingerprints, 0, np.where(moved, "", known).astype(object))
-    for name in schema.metric_names(group.array_keys()):
-        array = store.get_array(group, name)
+    store.write_rows(fingerprints, 0, np.where(moved, "", known[schema.FINGERPRINT]).astype(object))
+    for array in matrices:
         values = _rearranged(store.read(array), origin, np.nan, axis=0)
         store.resize_rows(array, len(sequences))
         if (origin[moved] >= 0).any():
             store.write_rows(array, 0, values)
-    store.resize_rows(failures, len(sequences), axis=1)
-    store.write_rows(failures, 0, reasons)
-    store.resize_rows(store.get_array(group, schema.PARAMETER), len(sequences))
+    store.resize_rows(parameter, len(sequences))
     store.resize_rows(names, len(sequences))
     store.write_rows(names, 0, np.array(sequences, dtype=object))
-    # Only now do names, values and fingerprints speak of the same rows again.
-    store.write_rows(fingerprints, 0, known)
+    for name, array in texts.items():
+        # The fingerprints last: only now do names, values and they speak of the same rows again.
+        store.resize_rows(array, len(sequences), axis=1)
+        store.write_rows(array, 0, known[name])
 
 
 def _rearranged(values: np.ndarray, origin: np.ndarray, missing: Any, axis: int) -> np.ndarray:

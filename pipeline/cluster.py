@@ -14,6 +14,7 @@ import os
 import platform
 import signal
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,18 +24,21 @@ import dask
 import pydantic
 import torch
 import yaml
+from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, Worker, WorkerPlugin, as_completed
 from threadpoolctl import threadpool_limits
 
 from lsim.metric import Metric
 from lsim.preprocess import Compat
-from lsim.registry import load_metric
+from lsim.registry import UnknownMetricError, load_metric
 from lsim.weights import WeightsError
 from pipeline.resources import ResourceError, find_resource
 
 IN_FLIGHT_PER_THREAD = 4
 """Tasks submitted ahead per worker thread: enough to keep it busy, few enough to bound the scheduler."""
 RETRIES = 2
+WAIT_FOR_WORKERS_S = 60
+"""How long to wait for a running scheduler's first worker."""
 ALLOWED_FAILURES = 3
 """How many workers may die with a task before the task is given up."""
 
@@ -90,13 +94,22 @@ def load_profile(name: str, workers: int | None = None) -> Profile:
         When there is no such profile or it holds unknown keys or wrong values.
     """
     if name.startswith(("tcp://", "tls://")):
-        return Profile(kind="address", address=name)
+        profile = Profile(kind="address", address=name)
+    else:
+        profile = _read_profile(name)
+    if workers is None:
+        return profile
+    if profile.kind != "local":
+        raise ClusterError(f"--workers is for clusters of kind local; {name!r} is of kind {profile.kind}")
+    return profile.model_copy(update={"workers": workers})
+
+
+def _read_profile(name: str) -> Profile:
     try:
         content = yaml.safe_load(find_resource("workflows/clusters", name).read_text()) or {}
-        profile = Profile(**content)
+        return Profile(**content)
     except (ResourceError, TypeError, yaml.YAMLError, pydantic.ValidationError) as error:
         raise ClusterError(f"cluster profile {name!r}: {error}") from error
-    return profile if workers is None else profile.model_copy(update={"workers": workers})
 
 
 class Cluster:
@@ -109,6 +122,8 @@ class Cluster:
         self.profile = profile
         self._stack = contextlib.ExitStack()
         self._client: Client | None = None
+        if profile.kind == "none":
+            choose_device(profile.device, 0)
 
     @property
     def client(self) -> Client | None:
@@ -142,15 +157,22 @@ def _connect(profile: Profile) -> Iterator[Client]:
     with dask.config.set({"distributed.scheduler.allowed-failures": ALLOWED_FAILURES}):
         if profile.kind == "address":
             try:
-                with Client(profile.address, timeout="15s") as client:
-                    client.register_plugin(WorkerSetup(profile.device, owned=False))
-                    yield client
+                client = Client(profile.address, timeout="15s")
             except OSError as error:
                 raise ClusterError(f"no scheduler answers at {profile.address}: {error}") from error
+            with client:
+                try:
+                    client.wait_for_workers(1, timeout=WAIT_FOR_WORKERS_S)
+                except TimeoutError as error:
+                    raise ClusterError(
+                        f"the scheduler at {profile.address} has no workers, {WAIT_FOR_WORKERS_S} s long"
+                    ) from error
+                client.register_plugin(WorkerSetup(profile.device, owned=False))
+                yield client
             return
         with (
             LocalCluster(
-                n_workers=profile.workers or os.cpu_count(),
+                n_workers=profile.workers or CPU_COUNT,
                 threads_per_worker=profile.threads,
                 memory_limit=profile.memory_limit,
                 host=profile.host,
@@ -257,12 +279,12 @@ class MetricRequest:
 
 
 _lock = threading.Lock()
-_metrics: dict[MetricRequest, Metric] = {}
+_metrics: dict[tuple[MetricRequest, str], Metric] = {}
 _loads: Counter[str] = Counter()
 _device: str = "auto"
 
 
-def get_metric(request: MetricRequest, specification_hash: Callable[[Metric], str]) -> Metric:
+def get_metric(request: MetricRequest) -> Metric:
     """This process's instance of a metric, loaded on first use.
 
     Raises
@@ -271,18 +293,19 @@ def get_metric(request: MetricRequest, specification_hash: Callable[[Metric], st
         When this worker's weights, or its version of the metric, are not the driver's.
     """
     with _lock:
-        if request not in _metrics:
+        key = (request, _device)
+        if key not in _metrics:
             metric = load_metric(request.name, None, _device, request.size, request.order, request.compat)
             _loads[request.name] += 1
-            found = specification_hash(metric)
+            found = metric.specification_hash
             if found != request.specification_hash:
                 raise WeightsError(
                     f"worker {platform.node()} (process {os.getpid()}) has another version or other "
                     f"weights of metric {request.name!r}: specification {found}, expected "
                     f"{request.specification_hash}"
                 )
-            _metrics[request] = metric
-        return _metrics[request]
+            _metrics[key] = metric
+        return _metrics[key]
 
 
 def load_counts() -> dict[str, int]:
@@ -290,11 +313,9 @@ def load_counts() -> dict[str, int]:
     return dict(_loads)
 
 
-def prewarm(
-    client: Client, requests: list[MetricRequest], specification_hash: Callable[[Metric], str]
-) -> None:
+def prewarm(client: Client, requests: list[MetricRequest]) -> None:
     """Have every worker, also those that join later, load metrics ahead of their first task."""
-    client.register_plugin(MetricLoader(requests, specification_hash))
+    client.register_plugin(MetricLoader(requests))
 
 
 class WorkerSetup(WorkerPlugin):
@@ -321,23 +342,29 @@ class MetricLoader(WorkerPlugin):
 
     name = "lsim-metrics"
 
-    def __init__(self, requests: list[MetricRequest], specification_hash: Callable[[Metric], str]) -> None:
+    def __init__(self, requests: list[MetricRequest]) -> None:
         self.requests = requests
-        self.specification_hash = specification_hash
 
     async def setup(self, worker: Worker) -> None:
         for request in self.requests:
             # A worker whose setup fails joins all the same; the task that loads again raises.
-            with contextlib.suppress(WeightsError):
-                await asyncio.to_thread(get_metric, request, self.specification_hash)
+            with contextlib.suppress(WeightsError, UnknownMetricError):
+                await asyncio.to_thread(get_metric, request)
 
 
 def set_up_process(device: str, worker_name: object) -> None:
     """Choose this process's device and limit its numerical libraries to one thread."""
-    global _device
     torch.set_num_threads(1)
     threadpool_limits(limits=1)
+    # Local workers are numbered; others have names, that spread them well enough.
+    choose_device(
+        device, worker_name if isinstance(worker_name, int) else zlib.crc32(str(worker_name).encode())
+    )
+
+
+def choose_device(device: str, number: int) -> None:
+    """The device that this process loads metrics on; ``"auto"`` takes turns where there are several GPUs."""
+    global _device
     if device == "auto" and torch.cuda.is_available() and torch.cuda.device_count() > 1:
-        index = worker_name if isinstance(worker_name, int) else 0
-        device = f"cuda:{index % torch.cuda.device_count()}"
+        device = f"cuda:{number % torch.cuda.device_count()}"
     _device = device

@@ -148,6 +148,20 @@ def convert(
     folders = {entry.name: where(catalog, entry, data_dir) for entry in entries}
     sequences = {entry.name: list_sequences(entry, folders[entry.name]) for entry in entries}
 
+    with store.locked(path):
+        return _bring_up_to_date(path, catalog, entries, folders, sequences, client, progress, started)
+
+
+def _bring_up_to_date(
+    path: str,
+    catalog: Catalog,
+    entries: Sequence[Dataset],
+    folders: dict[str, Path],
+    sequences: dict[str, list[LazySequence]],
+    client: Client | Connect | None,
+    progress: Progress | None,
+    started: float,
+) -> ConversionReport:
     root = _open(path)
     report = ConversionReport()
     plans: list[_Plan] = []
@@ -237,17 +251,10 @@ class _Plan:
 
 
 def _open(path: str) -> store.Group:
-    root = store.open_store(path, "a")
-    found = root.attrs.get("schema_version")
-    if found is None and next(iter(root.members()), None) is not None:
-        raise ConversionError(f"{path}: a Zarr store that conversion didn't make; choose another path")
-    if found is None:
-        store.set_attributes(root, {"schema_version": schema.SCHEMA_VERSION})
-    elif found != schema.SCHEMA_VERSION:
-        raise ConversionError(
-            f"{path}: schema_version {found}, expected {schema.SCHEMA_VERSION}; convert into a new store"
-        )
-    return root
+    try:
+        return store.open_output(path, schema.FRAMES_STORE)
+    except store.StoreError as error:
+        raise ConversionError(str(error)) from error
 
 
 def _plan_dataset(
@@ -558,7 +565,10 @@ def _quarantined(plans: Sequence[_Plan]) -> list[dict[str, Any]]:
 
 def _attributes(root: store.Group, catalog: Catalog, entries: Sequence[Dataset]) -> dict[str, dict[str, Any]]:
     """Attributes by group, as far as they follow from the catalog; "" is the root."""
-    pools: Any = root.attrs.get("pools", {})
+    # Pools of other catalogs' data sets stay; of this one's, what it says now.
+    own = {entry.name for entry in catalog.datasets}
+    earlier: Any = root.attrs.get("pools", {})
+    pools = {pool: members for pool, members in earlier.items() if not own.intersection(members)}
     known: Any = root.attrs.get("datasets", [])
     here = {*known, *(entry.name for entry in entries)}
     ordered = [entry.name for entry in catalog.datasets if entry.name in here]

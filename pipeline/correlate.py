@@ -184,6 +184,7 @@ def correlate(
         "pools": archive.pools,
         "metrics": archive.metrics,
         "notes": notes,
+        "revision": store.revision(distances, schema.FINGERPRINT),
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),
         "versions": versions(),

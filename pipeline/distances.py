@@ -14,16 +14,25 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 import pydantic
 
 from lsim.metric import Metric
-from lsim.preprocess import Compat, Preprocessing, Scope, value_range
-from lsim.registry import describe_metrics, load_metric, metric_class, why_unavailable
+from lsim.preprocess import (
+    Compat,
+    FramesError,
+    Preprocessing,
+    Scope,
+    drop_alpha,
+    finite_frames,
+    resize,
+    value_range,
+)
+from lsim.registry import list_metrics, load_metric, metric_class, why_unavailable
 from pipeline import schema, store
-from pipeline.blocks import Pairs, StaleBlock, drop_vanished, hash_of, lay_out, stale_blocks
+from pipeline.blocks import Pairs, StaleBlock, describe, drop_vanished, invalidate, lay_out, stale_blocks
 from pipeline.cluster import Cluster, MetricRequest, Profile, get_metric, prewarm, run_bounded
 from pipeline.versions import versions
 
@@ -60,7 +69,7 @@ class Settings(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    metrics: tuple[str, ...] | Literal["all"] = "all"
+    metrics: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] | Literal["all"] = "all"
     size: int | None = pydantic.Field(default=224, ge=1)
     order: int = pydantic.Field(default=0, ge=0, le=5)
     compat: Compat = "default"
@@ -162,75 +171,61 @@ def compute_distances(
             return compute_distances(frames, out, settings, cluster=own, progress=progress)
     settings = settings or Settings()
     began = time.perf_counter()
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    # Workers may run in another folder.
+    frames_path, out_path = Path(frames).absolute(), Path(out).absolute()
     names, unavailable = select_metrics(settings)
     metrics = [
         load_metric(name, None, "cpu", settings.size, settings.order, settings.compat) for name in names
     ]
-    requests = {metric.name: _request(metric) for metric in metrics}
-    specifications = {metric.name: metric.specification() for metric in metrics}
-
-    source = store.open_store(frames)
-    keys = store.field_keys(source, schema.FRAMES)
-    if not keys:
-        raise store.StoreError(f"{frames}: expected groups <dataset>/<field> with frames, found none")
-    store.drop_consolidated(out)
-    root = store.open_store(out, "a")
-    drop_vanished(root, keys)
+    source = store.open_store(frames_path)
+    keys = _checked_fields(source, frames_path)
     report = DistancesReport(unavailable=unavailable)
-    tasks: list[BlockTask] = []
-    for key in keys:
-        origin = store.get_group(source, key)
-        contents = [str(content) for content in store.read(store.get_array(origin, schema.CONTENT))]
-        if "" in contents:
-            raise store.StoreError(
-                f"{frames}: {contents.count('')} of {len(contents)} sequences of {key} are not there: their "
-                "conversion was interrupted; run it again"
+    with store.locked(out_path):
+        root = store.open_output(out_path, schema.DISTANCES_STORE)
+        store.drop_consolidated(out_path)
+        drop_vanished(root, keys)
+        tasks: list[BlockTask] = []
+        for key in keys:
+            tasks += _stale_tasks(
+                key, source, root, frames_path, out_path, metrics, settings, cluster, report
             )
-        group = lay_out(root, origin, key, specifications, settings.block)
-        dataset = key.split("/")[0]
-        store.set_attributes(store.get_group(root, dataset), dict(store.get_group(source, dataset).attrs))
-        scope: Scope = settings.scope
-        if scope == "dataset":
-            scope = _dataset_range(cluster, str(frames), group, key, contents)
-        hashes = {name: request.specification_hash for name, request in requests.items()}
-        blocks, fresh = stale_blocks(group, contents, hashes, scope, settings.pairs)
-        report.up_to_date += fresh
-        for block in blocks:
-            wanted = tuple(requests[name] for name in block.rows)
-            tasks.append(BlockTask(str(frames), str(out), key, block, wanted, scope, settings.pairs))
-
-    _run(tasks, list(requests.values()), cluster, root, progress, report)
-    report.failures = list_failures(out)
-    report.seconds = time.perf_counter() - began
-    report.cluster = cluster.describe() if tasks else {}
-    made_by = {
-        "started": started,
-        "seconds": round(report.seconds, 3),
-        "blocks": report.blocks,
-        "matrices": report.computed,
-        "pairs": settings.pairs,
-        "scope": settings.scope,
-        "compat": settings.compat,
-        **report.cluster,
-        "versions": versions(),
-    }
-    _record(root, source, os.path.relpath(Path(frames).resolve(), Path(out).resolve()), report, made_by)
-    store.consolidate(out)
+        made_by = {
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "pairs": settings.pairs,
+            "scope": settings.scope,
+            "compat": settings.compat,
+            "versions": versions(),
+        }
+        try:
+            _run(tasks, [_request(metric) for metric in metrics], cluster, root, progress, report)
+        finally:
+            # Also of a run that is interrupted: what it computed stays, and says what made it.
+            report.seconds = time.perf_counter() - began
+            report.cluster = cluster.describe() if tasks else {}
+            runs: list[Any] = list(root.attrs.get("runs", []))  # type: ignore[arg-type]
+            if report.blocks:
+                counts = {"blocks": report.blocks, "matrices": report.computed}
+                runs.append(made_by | counts | {"seconds": round(report.seconds, 3)} | report.cluster)
+            carried = ("catalog", "title", "datasets", "pools")
+            store.set_attributes(
+                root,
+                {name: source.attrs[name] for name in carried if name in source.attrs}
+                | {
+                    "frames": os.path.relpath(frames_path.resolve(), out_path.resolve()),
+                    "unavailable": report.unavailable,
+                    "runs": runs,
+                },
+            )
+            store.consolidate(out_path)
+    report.failures = list_failures(out_path)
     return report
 
 
 def select_metrics(settings: Settings) -> tuple[list[str], dict[str, str]]:
     """The metrics to compute, and those of ``"all"`` that are left out, each with the reason."""
-    if settings.metrics == "all":
-        listed = describe_metrics()
-        unavailable = {entry.name: entry.unavailable for entry in listed if entry.unavailable}
-        names = [entry.name for entry in listed if not entry.unavailable]
-    else:
-        names = list(dict.fromkeys(settings.metrics))
-        for name in names:
-            metric_class(name)
-        unavailable = {name: reason for name in names if (reason := why_unavailable(name))}
+    wanted = list_metrics() if settings.metrics == "all" else list(dict.fromkeys(settings.metrics))
+    unavailable = {name: reason for name in wanted if (reason := why_unavailable(name) or _why_unfit(name))}
+    names = [name for name in wanted if name not in unavailable]
     if unavailable and (settings.strict or settings.metrics != "all"):
         raise UnavailableMetricError(
             "; ".join(f"metric {name!r} is not available: {reason}" for name, reason in unavailable.items())
@@ -238,9 +233,13 @@ def select_metrics(settings: Settings) -> tuple[list[str], dict[str, str]]:
     return names, unavailable
 
 
-def specification_hash(metric: Metric) -> str:
-    """Hash of all that determines a metric's values."""
-    return hash_of(metric.specification())
+def _why_unfit(name: str) -> str:
+    """Empty when a metric's distances make a matrix as the store holds them, else why not."""
+    if "symmetric" in metric_class(name).info.axioms:
+        return ""
+    return (
+        "it doesn't claim to be symmetric, and the store holds symmetric matrices; symmetrise it in `compare`"
+    )
 
 
 def list_failures(out: str | os.PathLike[str]) -> list[Failure]:
@@ -273,29 +272,39 @@ def compute_block(task: BlockTask) -> int:
     group = store.get_group(store.open_store(task.out, "r+"), task.key)
     block = task.block
     n = frames.shape[1]
-    metrics = [get_metric(request, specification_hash) for request in task.requests]
+    metrics = [get_metric(request) for request in task.requests]
     matrices: dict[str, dict[int, np.ndarray]] = {metric.name: {} for metric in metrics}
     reasons: dict[str, dict[int, str]] = {metric.name: {} for metric in metrics}
+    done: dict[str, dict[int, str]] = {metric.name: {} for metric in metrics}
     for row in sorted({row for rows in block.rows.values() for row in rows}):
         sequence = store.read(frames, row)
         prepared: dict[Preprocessing, np.ndarray] = {}
         for metric in metrics:
             if row not in block.rows[metric.name]:
                 continue
+            matrix, reason, final = np.full((n, n), np.nan), "", True
             try:
                 matrix = _matrix(metric, sequence, prepared, task.scope, task.pairs)
-                reason = _incomparable(matrix)
-            except ValueError as error:
+                reason = _incomparable(matrix, sequence, task.pairs)
+            except FramesError as error:
                 # The metric cannot take these frames, today or tomorrow: done, with the reason recorded.
-                matrix, reason = np.full((n, n), np.nan), str(error)
+                reason = str(error)
+            except Exception as error:
+                # One sequence must not take down its block. Without a fingerprint the next run tries again.
+                reason, final = f"{type(error).__name__}: {error}", False
             matrices[metric.name][row] = matrix
             reasons[metric.name][row] = reason
+            if final:
+                done[metric.name][row] = block.rows[metric.name][row]
     for metric in metrics:
-        _write_matrices(group, metric.name, block, matrices[metric.name])
-        _write_provenance(group, schema.FAILURE, metric.name, block, reasons[metric.name])
+        name = metric.name
+        _write_matrices(group, name, block, matrices[name])
+        _write_provenance(group, schema.FAILURE, name, block, reasons[name])
+        computed_from = {row: block.contents[row] for row in matrices[name]}
+        _write_provenance(group, schema.CONTENT, name, block, computed_from)
         # The fingerprint last: it says that all else is there.
-        _write_provenance(group, schema.FINGERPRINT, metric.name, block, block.rows[metric.name])
-    return sum(len(rows) for rows in block.rows.values())
+        _write_provenance(group, schema.FINGERPRINT, name, block, done[name])
+    return sum(len(rows) for rows in done.values())
 
 
 def _matrix(
@@ -323,14 +332,16 @@ def _matrix(
     return matrix
 
 
-def _incomparable(matrix: np.ndarray) -> str:
-    """Which frames could not be compared with the reference; empty when all could."""
-    bad = np.flatnonzero(np.isnan(matrix[0]))
-    if not len(bad):
+def _incomparable(matrix: np.ndarray, sequence: np.ndarray, pairs: Pairs) -> str:
+    """Why distances that were asked for are NaN; empty when none is."""
+    computed = matrix if pairs == "all" else matrix[0]
+    missing = int(np.isnan(computed).sum())
+    if not missing:
         return ""
-    if len(bad) == len(matrix) - 1:
-        return "frame 0, or every other frame, holds NaN or infinity"
-    return f"frames {', '.join(map(str, bad))} hold NaN or infinity"
+    bad = np.flatnonzero(~finite_frames(sequence))
+    if len(bad):
+        return f"frames {', '.join(map(str, bad))} hold NaN or infinity"
+    return f"the metric gave NaN for {missing} of {computed.size} distances of finite frames"
 
 
 def _write_matrices(
@@ -359,38 +370,116 @@ def _write_provenance(
     store.write_block(array, (at, block.start), values)
 
 
-def sequence_range(frames: str, key: str, row: int) -> tuple[list[float], list[float]]:
-    """Minimum and maximum per channel of one sequence. Runs on a worker."""
+def sequence_range(
+    frames: str, key: str, row: int, settings: Preprocessing
+) -> tuple[list[float], list[float]]:
+    """Minimum and maximum per channel of one sequence, after the resize. Runs on a worker."""
     array = store.get_array(store.get_group(store.open_store(frames), key), schema.FRAMES)
-    lo, hi = value_range(store.read(array, row))
+    sequence = drop_alpha(store.read(array, row))
+    if settings.size is not None:
+        sequence = resize(sequence, settings.size, settings.order, zero_rim=settings.compat == "published")
+    lo, hi = value_range(sequence)
     return lo.tolist(), hi.tolist()
 
 
 # ---------------------------------------------------------------- on the driver
 
 
+def _checked_fields(source: store.Group, path: Path) -> list[str]:
+    """The fields of a ``frames.zarr``, once it is known to be one, and whole."""
+    if source.attrs.get("kind", schema.FRAMES_STORE) != schema.FRAMES_STORE:
+        raise store.StoreError(f"{path}: expected a store of frames, found one of {source.attrs['kind']}")
+    keys = store.field_keys(source, schema.FRAMES)
+    if not keys:
+        raise store.StoreError(f"{path}: expected groups <dataset>/<field> with frames, found none")
+    for key in keys:
+        content = store.read(store.get_array(store.get_group(source, key), schema.CONTENT)).tolist()
+        if "" in content:
+            raise store.StoreError(
+                f"{path}: {content.count('')} of {len(content)} sequences of {key} are not there: their "
+                "conversion was interrupted; run it again"
+            )
+        schema.validate_frames(store.open_dataset(path, key), f"{path}/{key}")
+    return keys
+
+
+def _stale_tasks(
+    key: str,
+    source: store.Group,
+    root: store.Group,
+    frames: Path,
+    out: Path,
+    metrics: Sequence[Metric],
+    settings: Settings,
+    cluster: Cluster,
+    report: DistancesReport,
+) -> list[BlockTask]:
+    """Bring a field's group into shape, declare what is out of date, and give the tasks that mend it."""
+    origin = store.get_group(source, key)
+    contents = [str(content) for content in store.read(store.get_array(origin, schema.CONTENT))]
+    group = lay_out(root, origin, key, [metric.name for metric in metrics], settings.block)
+    dataset = key.split("/")[0]
+    store.set_attributes(store.get_group(root, dataset), dict(store.get_group(source, dataset).attrs))
+    scope: Scope = settings.scope
+    if scope == "dataset":
+        scope = _dataset_range(cluster, str(frames), group, key, contents, settings)
+    hashes = {metric.name: metric.specification_hash for metric in metrics}
+    blocks, fresh = stale_blocks(group, contents, hashes, scope, settings.pairs)
+    report.up_to_date += fresh
+    invalidate(group, contents, blocks)
+    stale = {name for block in blocks for name in block.rows}
+    made_with = {"scope": scope, "pairs": settings.pairs, "versions": versions()}
+    describe(
+        group,
+        store.read(store.get_array(origin, schema.PARAMETER)),
+        {metric.name: metric.specification() | made_with for metric in metrics if metric.name in stale},
+    )
+    requests = {metric.name: _request(metric) for metric in metrics}
+    return [
+        BlockTask(
+            str(frames),
+            str(out),
+            key,
+            block,
+            tuple(requests[name] for name in block.rows),
+            scope,
+            settings.pairs,
+        )
+        for block in blocks
+    ]
+
+
 def _request(metric: Metric) -> MetricRequest:
     settings = metric.preprocessing
     return MetricRequest(
-        metric.name, settings.size, settings.order, settings.compat, specification_hash(metric)
+        metric.name, settings.size, settings.order, settings.compat, metric.specification_hash
     )
 
 
 def _dataset_range(
-    cluster: Cluster, frames: str, group: store.Group, key: str, contents: Sequence[str]
+    cluster: Cluster,
+    frames: str,
+    group: store.Group,
+    key: str,
+    contents: Sequence[str],
+    settings: Settings,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Minimum and maximum per channel over all sequences of a field; known sequences aren't read again."""
+    """Minimum and maximum per channel over all sequences of a field; known ones aren't read again."""
+    preprocessing = Preprocessing(settings.size, settings.order, settings.compat)
+    label = f"{settings.size}/{settings.order}/{settings.compat}"
     provenance = store.get_group(group, schema.PROVENANCE)
-    ranges: dict[str, Any] = dict(provenance.attrs.get("ranges", {}))  # type: ignore[arg-type]
-    missing = [(frames, key, row) for row, content in enumerate(contents) if content not in ranges]
-    for (_, _, row), result, error in run_bounded(
-        cluster.client if missing else None, sequence_range, missing
-    ):
+    recorded: Any = provenance.attrs.get("ranges", {})
+    known = recorded.get("ranges", {}) if recorded.get("of") == label else {}
+    ranges: dict[str, Any] = {content: known[content] for content in contents if content in known}
+    missing = [
+        (frames, key, row, preprocessing) for row, content in enumerate(contents) if content not in ranges
+    ]
+    for task, result, error in run_bounded(cluster.client if missing else None, sequence_range, missing):
         if error is not None:
             raise error
-        ranges[contents[row]] = result
+        ranges[contents[task[2]]] = result
     if missing:
-        store.set_attributes(provenance, {"ranges": ranges})
+        store.set_attributes(provenance, {"ranges": {"of": label, "ranges": ranges}})
     lo, hi = (np.array([ranges[content][side] for content in contents]) for side in (0, 1))
     return tuple(np.nanmin(lo, axis=0).tolist()), tuple(np.nanmax(hi, axis=0).tolist())
 
@@ -408,7 +497,7 @@ def _run(
         return
     client = cluster.client
     if client is not None:
-        prewarm(client, requests, specification_hash)
+        prewarm(client, requests)
     if progress is not None:
         progress(0, len(tasks))
     outcomes = run_bounded(client, compute_block, ((task,) for task in tasks))
@@ -426,26 +515,3 @@ def _run(
         group = store.get_group(root, task.key)
         for name, rows in task.block.rows.items():
             _write_provenance(group, schema.FAILURE, name, task.block, dict.fromkeys(rows, reason))
-
-
-def _record(
-    root: store.Group,
-    source: store.Group,
-    frames: str,
-    report: DistancesReport,
-    made_by: Mapping[str, Any],
-) -> None:
-    """Write what made the store into its root attributes."""
-    runs: list[Any] = list(root.attrs.get("runs", []))  # type: ignore[arg-type]
-    if report.computed or report.failures or not runs:
-        runs.append(dict(made_by))
-    carried = {
-        name: source.attrs[name] for name in ("catalog", "title", "datasets", "pools") if name in source.attrs
-    }
-    attributes = {
-        "schema_version": schema.SCHEMA_VERSION,
-        "frames": frames,
-        "unavailable": report.unavailable,
-        "runs": runs,
-    }
-    store.set_attributes(root, attributes | carried)

@@ -29,8 +29,10 @@ one per metric  sequence, frame, frame_other       float64      distances; symme
 ``sequence``    sequence                           str          carried along
 =============== ================================== ============ =========================================
 
-and in the child group ``provenance``: ``metric`` (metric), ``fingerprint`` (metric, sequence),
-``failure`` (metric, sequence; empty where the block was computed) and ``specification`` (metric; JSON).
+and in the child group ``provenance``: ``metric`` (metric), ``specification`` (metric; JSON: all that
+determines the metric's values, with scope, pairs and versions), ``fingerprint`` (metric, sequence; empty
+where the distances are out of date), ``content`` (metric, sequence; hash of the frames that they were
+computed from) and ``failure`` (metric, sequence; why distances are missing, empty where none are).
 The diagonal is zero by convention, not evaluated: PSNR of a frame with itself would be infinite.
 """
 
@@ -43,6 +45,10 @@ import numpy as np
 import xarray as xr
 
 SCHEMA_VERSION = 1
+"""Root attribute ``schema_version`` of both stores; the attribute ``kind`` tells them apart."""
+
+FRAMES_STORE = "frames"
+DISTANCES_STORE = "distances"
 
 SEQUENCE = "sequence"
 FRAME = "frame"

@@ -7,6 +7,8 @@ input, so :func:`write_rows` does.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import os
@@ -19,6 +21,13 @@ import numpy as np
 import xarray as xr
 import zarr
 from zarr.codecs import BloscCodec
+
+from pipeline.schema import SCHEMA_VERSION
+
+try:
+    import fcntl
+except ImportError:  # not on this platform: runs there have to keep out of each other's way themselves
+    fcntl = None  # type: ignore[assignment]
 
 Group = zarr.Group
 Array = zarr.Array
@@ -47,6 +56,67 @@ def open_store(path: str | os.PathLike[str], mode: Literal["r", "r+", "a"] = "r"
         return zarr.open_group(str(path), mode=mode, zarr_format=3, use_consolidated=False)
     except FileNotFoundError as error:
         raise StoreError(f"{path}: no Zarr store here") from error
+
+
+def open_output(path: str | os.PathLike[str], kind: str) -> Group:
+    """Open a store to bring it up to date, created when absent.
+
+    Raises
+    ------
+    StoreError
+        When there is a store of another kind or version, which writing would damage.
+    """
+    root = open_store(path, "a")
+    found = (root.attrs.get("kind"), root.attrs.get("schema_version"))
+    if found == (None, None) and next(iter(root.members()), None) is None:
+        set_attributes(root, {"kind": kind, "schema_version": SCHEMA_VERSION})
+    elif found != (kind, SCHEMA_VERSION):
+        raise StoreError(
+            f"{path}: expected a store of kind {kind!r}, schema_version {SCHEMA_VERSION}; found kind "
+            f"{found[0]!r}, schema_version {found[1]!r}: choose another path"
+        )
+    return root
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Be the only process that brings a store up to date; workers write under their driver's lock.
+
+    Raises
+    ------
+    StoreError
+        When another process does so already.
+    """
+    Path(path).mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    # On the folder itself: a file in it would read as a stray member, and the system lets go of this one
+    # however the process ends.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(f"{path}: another run is writing to it; wait for that to end") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def revision(path: str | os.PathLike[str], variable: str) -> str:
+    """Hash of a text variable of all groups; that of the fingerprints changes when the values do."""
+    digest = hashlib.sha256()
+
+    def visit(group: Group, prefix: str) -> None:
+        for name, array in sorted(group.arrays()):
+            if name == variable:
+                digest.update(json.dumps([prefix, read(array).tolist()]).encode())
+        for name, child in sorted(group.groups()):
+            visit(child, f"{prefix}/{name}")
+
+    visit(open_store(path), "")
+    return digest.hexdigest()[:32]
 
 
 def field_keys(root: Group, variable: str) -> list[str]:

@@ -528,12 +528,12 @@ def test_an_empty_folder_does_not_empty_the_store(archive: Archive):
 def test_other_stores_are_left_alone(archive: Archive, tmp_path: Path):
     xr.Dataset({"a": ("x", [1, 2])}).to_zarr(tmp_path / "other.zarr", zarr_format=3, consolidated=False)
     before = contents(tmp_path / "other.zarr")
-    with pytest.raises(ConversionError, match="conversion didn't make"):
+    with pytest.raises(ConversionError, match="found kind None"):
         archive.convert(tmp_path / "other.zarr")
     assert contents(tmp_path / "other.zarr") == before
     archive.convert()
     store.set_attributes(store.open_store(archive.out, "r+"), {"schema_version": 99})
-    with pytest.raises(ConversionError, match="schema_version 99, expected 1"):
+    with pytest.raises(ConversionError, match="schema_version 99"):
         archive.convert()
 
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from lsim.metric import Embedding, Metric, MetricInfo, safe_sqrt
 from lsim.networks import LsimTrunk, SkipTrunk
 from lsim.pairs import all_pairs, has_kernel, rows_in_torch, squared_differences
-from lsim.preprocess import Preprocessing
+from lsim.preprocess import FramesError, Preprocessing
 from lsim.weights import Checkpoint
 
 FRAMES_TOGETHER = 64
@@ -65,7 +65,7 @@ class LSiM(Metric):
         super().check_size(y, x)
         if not (self.trunk_class.takes(y) and self.trunk_class.takes(x)):
             near = max(self.info.minimum_size, 16 * round(max(y, x) / 16))
-            raise ValueError(
+            raise FramesError(
                 f"metric {self.name!r} cannot take frames of {y}×{x}: its decoder does not meet its encoder "
                 f"again; the smallest that works is {self.info.minimum_size}×{self.info.minimum_size}, and "
                 f"multiples of 16 always do: pass size={near}"

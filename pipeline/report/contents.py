@@ -176,7 +176,7 @@ def gather(results: Path, protocol: str | None, statistic: str) -> Contents:
         left_out=_condense(left_out),
         quarantined=quarantined,
         unavailable={str(k): str(v) for k, v in attributes.get("unavailable", {}).items()},
-        notes=record["notes"],
+        notes=[*record["notes"], *_outdated(record, distances)],
         made_by=_made_by(record, distances, attributes, source, frames),
         missing_frames=missing_frames,
         tables={
@@ -218,6 +218,16 @@ def _choose_protocol(record: dict[str, Any], protocol: str | None) -> tuple[list
     if protocol not in protocols:
         raise ReportError(f"protocol {protocol!r} was not computed; there are {', '.join(protocols)}")
     return protocols, protocol
+
+
+def _outdated(record: dict[str, Any], distances: Path) -> list[str]:
+    """A note where the distances have changed since they were correlated."""
+    if record.get("revision") == store.revision(distances, schema.FINGERPRINT):
+        return []
+    return [
+        "The distances have changed since these correlations were computed: curves and matrices here show "
+        "the new ones. Run 'lsim correlate' again."
+    ]
 
 
 def _find_frames(distances: Path, attributes: dict[str, Any]) -> tuple[Path | None, str]:
@@ -564,11 +574,6 @@ def _made_by(
             "Protocols": ", ".join(record["identity"]["protocols"]),
             "Bootstrap": f"{record['identity']['replicates']} replicates, seed {record['identity']['seed']}, "
             f"{record['identity']['level']:.0%} percentile intervals over sequences",
-            **{
-                label: _plain(runs[-1][name])
-                for label, name in (("Pairs", "pairs"), ("Scope", "scope"), ("Compatibility", "compat"))
-                if runs and name in runs[-1]
-            },
             "Hash of the distances": record["identity"]["inputs"],
             "Distances": record["distances"],
             "Frames": _plain(attributes.get("frames", "")),
