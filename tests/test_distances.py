@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xarray as xr
 from archives import archive_of, matrices_of, smooth_sequence, write_archive
+from commands import run_lsim
 
 import lsim
 from lsim.metrics.pixel import L2
 from pipeline import schema, store
 from pipeline.cluster import Cluster, Profile
+from pipeline.correlate import correlate
 from pipeline.distances import Settings, UnavailableMetricError, compute_distances
 
 CLASSIC = ("l1", "l2", "psnr", "ssim", "vi")
@@ -145,15 +149,17 @@ def test_reference_pairs_alone_and_all_pairs_will_do_for_them(tmp_path):
     assert compute(frames, tmp_path / "r.zarr", metrics=CLASSIC).computed == 2 * len(CLASSIC)
 
 
-def test_dataset_scope_takes_the_range_of_all_sequences(tmp_path):
-    archive = archive_of(2)
+@pytest.mark.parametrize(("size", "channels"), [(None, 1), (24, 3), (24, 4)])
+def test_dataset_scope_is_that_of_the_library(tmp_path, size, channels):
+    archive = archive_of(2, channels=channels)
     archive["A/density"]["s1"] *= 10
     frames = write_archive(tmp_path / "frames.zarr", archive)
-    compute(frames, tmp_path / "d.zarr", scope="dataset")
-    everything = np.concatenate(list(archive["A/density"].values()))
-    fixed = (float(everything.min()), float(everything.max()))
-    expected = lsim.load_metric("l2", size=None).pairwise(archive["A/density"]["s0"], scope=fixed)
-    np.testing.assert_allclose(matrices_of(tmp_path / "d.zarr")["l2"][0], expected, rtol=1e-6)
+    compute(frames, tmp_path / "d.zarr", scope="dataset", size=size)
+    metric = lsim.load_metric("l2", size=size)
+    prepared = lsim.preprocess(np.stack(list(archive["A/density"].values())), size=size, scope="dataset")
+    found = matrices_of(tmp_path / "d.zarr")["l2"]
+    for row in range(2):
+        np.testing.assert_allclose(found[row], metric.all_pairs(prepared[row]), rtol=1e-6)
 
 
 def test_a_frame_with_nan_is_named_and_costs_only_its_own_pairs(tmp_path):
@@ -227,6 +233,123 @@ def test_every_store_says_what_made_it(tmp_path):
     assert attributes["runs"][-1]["versions"]["lsim"] == lsim.__version__
     provenance = store.open_dataset(tmp_path / "d.zarr", "A/density/provenance")
     assert '"algorithm_version": 1' in str(provenance["specification"].values[0])
+
+
+def test_distances_of_changed_frames_are_not_correlated_though_their_metric_was_not_computed(tmp_path):
+    archive = archive_of(6)
+    frames = write_archive(tmp_path / "frames.zarr", archive)
+    compute(frames, tmp_path / "d.zarr")
+    archive["A/density"]["s1"] = smooth_sequence(99)
+    write_archive(frames, archive)
+    compute(frames, tmp_path / "d.zarr", metrics=("l1",))
+    report = correlate(tmp_path / "d.zarr", tmp_path / "results", replicates=0)
+    left_out = {(row.sequence, row.metric) for row in report.left_out.itertuples()}
+    assert left_out == {("s1", "l2")}
+
+
+def test_an_interrupted_run_with_other_settings_leaves_no_mixture(tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(6))
+    compute(frames, tmp_path / "d.zarr", size=64)
+
+    def stop_after_one(done: int, total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    other = QUICK.model_copy(update={"size": 48})
+    with Cluster(Profile(kind="none")) as cluster, pytest.raises(KeyboardInterrupt):
+        compute_distances(frames, tmp_path / "d.zarr", other, cluster=cluster, progress=stop_after_one)
+    report = correlate(tmp_path / "d.zarr", tmp_path / "results", replicates=0)
+    computed = {"s0", "s1"}
+    left_out = {(row.sequence, row.metric) for row in report.left_out.itertuples()}
+    assert left_out == {(f"s{k}", m) for k in range(6) for m in ("l1", "l2") if f"s{k}" not in computed}
+
+
+def test_wrong_stores_are_refused_and_left_as_they_are(tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(2))
+    with pytest.raises(store.StoreError, match="another path"):
+        compute(frames, frames)
+    compute(frames, tmp_path / "d.zarr")
+    before = matrices_of(tmp_path / "d.zarr")
+    others = write_archive(tmp_path / "others.zarr", archive_of(2, key="B/pressure"))
+    with pytest.raises(store.StoreError, match="A/density"):
+        compute(others, tmp_path / "d.zarr")
+    with pytest.raises(store.StoreError, match="expected a store of frames"):
+        compute(tmp_path / "d.zarr", tmp_path / "e.zarr")
+    np.testing.assert_array_equal(matrices_of(tmp_path / "d.zarr")["l2"], before["l2"])
+
+
+def test_two_runs_on_one_store_keep_out_of_each_others_way(tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(2))
+    with store.locked(tmp_path / "d.zarr"):
+        code, text = run_lsim(
+            "distances", frames, "--out", tmp_path / "d.zarr", "--metrics", "l1", "--cluster", "none"
+        )
+    assert code == 1
+    assert "another run is writing" in text
+    assert compute(frames, tmp_path / "d.zarr").computed == 4
+
+
+def test_relative_paths_hold_for_workers_in_another_folder(tmp_path, monkeypatch):
+    write_archive(tmp_path / "frames.zarr", archive_of(2))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with Cluster(Profile(workers=1)) as cluster:
+        cluster.client.run(os.chdir, str(elsewhere))
+        monkeypatch.chdir(tmp_path)
+        report = compute_distances("frames.zarr", "d.zarr", QUICK, cluster=cluster)
+    assert (report.computed, report.failures) == (4, [])
+    assert not (elsewhere / "d.zarr").exists()
+
+
+@pytest.mark.parametrize("change", ["removed", "reordered", "added"])
+def test_killed_at_any_write_of_an_alignment_the_next_run_is_right(tmp_path, monkeypatch, change):
+    """Whatever the frames are then: those that were being aligned to, or the old ones again."""
+    old = archive_of(5, frames=3, size=16)["A/density"]
+    new = {
+        "removed": {name: old[name] for name in ("s3", "s1")},
+        "reordered": {name: old[name] for name in ("s4", "s1", "s0", "s2", "s3")},
+        "added": archive_of(8, frames=3, size=16)["A/density"],
+    }[change]
+    settings = QUICK.model_copy(update={"metrics": ("l2",)})
+    expected = {}
+    for label, sequences in (("old", old), ("new", new)):
+        write_archive(tmp_path / "frames.zarr", {"A/density": sequences})
+        compute(tmp_path / "frames.zarr", tmp_path / f"{label}.zarr", settings)
+        expected[label] = matrices_of(tmp_path / f"{label}.zarr")["l2"]
+
+    class Killed(BaseException):
+        pass
+
+    writes = (store.write_block, store.resize_rows)
+    for survived in range(40):
+        shutil.rmtree(tmp_path / "d.zarr", ignore_errors=True)
+        shutil.copytree(tmp_path / "old.zarr", tmp_path / "d.zarr")
+        write_archive(tmp_path / "frames.zarr", {"A/density": new})
+        count = iter(range(1000))
+
+        def counted(function, count=count, survived=survived):
+            def call(*arguments, **options):
+                if next(count) >= survived:
+                    raise Killed
+                return function(*arguments, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "write_block", counted(writes[0]))
+            patch.setattr(store, "resize_rows", counted(writes[1]))
+            try:
+                compute(tmp_path / "frames.zarr", tmp_path / "d.zarr", settings)
+                finished = True
+            except Killed:
+                finished = False
+        now = "new" if survived % 2 else "old"
+        write_archive(tmp_path / "frames.zarr", {"A/density": old if now == "old" else new})
+        compute(tmp_path / "frames.zarr", tmp_path / "d.zarr", settings)
+        np.testing.assert_array_equal(matrices_of(tmp_path / "d.zarr")["l2"], expected[now])
+        if finished:
+            return
+    raise AssertionError("forty writes did not suffice")
 
 
 def test_frames_whose_conversion_was_interrupted_are_refused(tmp_path):
