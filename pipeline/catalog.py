@@ -313,7 +313,9 @@ def locate(catalog: Catalog, entry: Dataset, data_dir: str | os.PathLike[str] | 
     root = data_root(data_dir)
     if source.simulate is not None:
         folder = root / catalog.name / entry.name
-        return folder if _read_note(folder / _MADE_FROM) == source.simulate.model_dump() else None
+        note = _read_note(folder / _MADE_FROM) or {}
+        settings = {key: value for key, value in note.items() if key != "version"}
+        return folder if settings == source.simulate.model_dump() else None
     unpacked = _unpacked_folder(root, source)
     tops = sorted(unpacked.iterdir()) if unpacked.is_dir() else []
     for top in [unpacked, *tops, root]:
@@ -321,7 +323,9 @@ def locate(catalog: Catalog, entry: Dataset, data_dir: str | os.PathLike[str] | 
         found = top / source.folder if source.folder else top
         if found.exists() and (source.folder or top == unpacked):
             return found
-    return None
+    # The data root may be the folder that the archive's folders lie in.
+    beside = root / PurePosixPath(source.folder).name
+    return beside if source.folder and beside.exists() else None
 
 
 def where(catalog: Catalog, entry: Dataset, data_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -395,11 +399,18 @@ def fetch(
     for entry in catalog.select(dataset_names):
         source = entry.source
         action: Literal["present", "downloaded", "simulated"] = "present"
-        if locate(catalog, entry, data_dir) is None and source.simulate is not None:
+        if source.simulate is not None:
             folder = data_root(data_dir) / catalog.name / entry.name
-            say(f"{entry.name}: simulating {source.simulate.families} families ({source.simulate.recipe})")
-            _simulate(source.simulate, folder)
-            action = "simulated"
+            version = _recipe_version(catalog, entry)
+            if (
+                locate(catalog, entry, data_dir) is None
+                or _read_note(folder / _MADE_FROM)["version"] != version
+            ):
+                say(
+                    f"{entry.name}: simulating {source.simulate.families} families ({source.simulate.recipe})"
+                )
+                _simulate(source.simulate, folder, version)
+                action = "simulated"
         elif locate(catalog, entry, data_dir) is None and source.url is not None:
             size = f" ({source.size})" if source.size else ""
             say(f"{entry.name}: downloading {source.download_name}{size}")
@@ -545,7 +556,18 @@ def _expected_checksum(entry: Dataset, root: Path, *, download: bool) -> str | N
     raise CatalogError(f"dataset {entry.name}: {checksum.url} has no line for {checksum.entry!r}")
 
 
-def _simulate(simulation: Simulation, folder: Path) -> None:
+def _recipe_version(catalog: Catalog, entry: Dataset) -> int:
+    """Version of a simulated data set's recipe: it is raised when the same seed gives other frames."""
+    from lsim.simulate import UnknownRecipeError, find_recipe
+
+    assert entry.source.simulate is not None
+    try:
+        return find_recipe(entry.source.simulate.recipe).version
+    except UnknownRecipeError as error:
+        raise CatalogError(f"{catalog.file}: dataset {entry.name}: {error}") from error
+
+
+def _simulate(simulation: Simulation, folder: Path, version: int) -> None:
     from lsim.simulate import write_families
 
     note = folder / _MADE_FROM
@@ -560,7 +582,7 @@ def _simulate(simulation: Simulation, folder: Path) -> None:
         format=simulation.format,
     )
     # Last: an interrupted simulation has no note, and is continued by the next call.
-    note.write_text(json.dumps(simulation.model_dump()))
+    note.write_text(json.dumps(simulation.model_dump() | {"version": version}))
 
 
 def _read_note(path: Path) -> Any:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import pydantic
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -132,7 +133,7 @@ def run(
     _show_quarantined(report.conversion.quarantined)
     _show_distances(report.distances)
     _show_correlations(report.correlation.correlations)
-    output.print(f"report: {report.page}")
+    output.print(f"report: {report.page}", markup=False)
     _exit(report.complete)
 
 
@@ -229,7 +230,10 @@ def correlate_command(
     for note in report.notes:
         console.print(note, markup=False)
     if len(report.left_out):
-        console.print(f"{len(report.left_out)} (sequence, metric) left out, named in {out / 'left_out.csv'}")
+        console.print(
+            f"{len(report.left_out)} (sequence, metric) left out, named in {out / 'left_out.csv'}",
+            markup=False,
+        )
     if report.up_to_date:
         output.print("nothing to do: the results are up to date")
 
@@ -242,7 +246,7 @@ def report_command(
     """Write the HTML report."""
     from pipeline.report import write_report
 
-    output.print(f"report: {write_report(results, out=out)}")
+    output.print(f"report: {write_report(results, out=out)}", markup=False)
 
 
 @app.command("metrics")
@@ -253,7 +257,7 @@ def metrics_command() -> None:
     table = Table("metric", "what it is", "gradient", "here")
     for entry in describe_metrics():
         here = f"no: lsim weights fetch {entry.name}" if entry.unavailable else "yes"
-        table.add_row(entry.name, entry.info.title, "yes" if entry.info.differentiable else "no", here)
+        _add_row(table, entry.name, entry.info.title, "yes" if entry.info.differentiable else "no", here)
     output.print(table)
 
 
@@ -266,7 +270,7 @@ def catalog_list() -> None:
     table = Table("catalog", "title", "data sets")
     for name in shipped_names("catalogs"):
         catalog = open_catalog(name)
-        table.add_row(name, catalog.title, ", ".join(entry.name for entry in catalog.datasets))
+        _add_row(table, name, catalog.title, ", ".join(entry.name for entry in catalog.datasets))
     output.print(table)
 
 
@@ -278,17 +282,17 @@ def catalog_show(
     from pipeline.catalog import locate, open_catalog
 
     opened = open_catalog(catalog)
-    output.print(f"{opened.title or opened.name}", style="bold")
+    output.print(opened.title or opened.name, style="bold", markup=False)
     for label, text in (("licence", opened.licence), ("doi", opened.doi), ("citation", opened.citation)):
         if text:
             output.print(f"{label}: {text}", markup=False)
     table = Table("data set", "title", "role", "reader", "here")
     for entry in opened.datasets:
         found = locate(opened, entry, data_dir)
-        table.add_row(entry.name, entry.title, entry.role, entry.reader, str(found) if found else "no")
+        _add_row(table, entry.name, entry.title, entry.role, entry.reader, str(found) if found else "no")
     output.print(table)
     for pool, members in opened.pools.items():
-        output.print(f"pool {pool}: {', '.join(members)}")
+        output.print(f"pool {pool}: {', '.join(members)}", markup=False)
 
 
 @catalog_app.command("fetch")
@@ -328,7 +332,7 @@ def weights_list() -> None:
 
     table = Table("weights", "state", "where, or how to get them", "licence")
     for entry in weights_status():
-        table.add_row(entry.name, entry.state, entry.detail, PUBLISHED[entry.name].licence)
+        _add_row(table, entry.name, entry.state, entry.detail, PUBLISHED[entry.name].licence)
     output.print(table)
 
 
@@ -387,12 +391,17 @@ def _stage(cluster: Any) -> Callable[[str], contextlib.AbstractContextManager[Ca
     return stage
 
 
+def _add_row(table: Table, *cells: str) -> None:
+    """A row of plain text: brackets in a path or a reason are no markup."""
+    table.add_row(*map(escape, cells))
+
+
 def _show_quarantined(quarantined: list[Any]) -> None:
     if not quarantined:
         return
     table = Table("data set", "field", "sequence", "file", "reason", title="Quarantined: not converted")
     for entry in quarantined:
-        table.add_row(entry.dataset, entry.field, entry.sequence, entry.file, entry.reason)
+        _add_row(table, entry.dataset, entry.field, entry.sequence, entry.file, entry.reason)
     console.print(table)
 
 
@@ -410,7 +419,7 @@ def _show_distances(report: Any) -> None:
     if report.failures:
         table = Table("data set", "field", "sequence", "metric", "reason", title="Not compared")
         for entry in report.failures:
-            table.add_row(entry.dataset, entry.field, entry.sequence, entry.metric, entry.reason)
+            _add_row(table, entry.dataset, entry.field, entry.sequence, entry.metric, entry.reason)
         console.print(table)
 
 
@@ -419,7 +428,9 @@ def _show_correlations(correlations: Any) -> None:
     protocol = correlations["protocol"].iloc[0] if len(correlations) else ""
     rows = correlations.query("statistic == 'spearman' and field == 'all' and protocol == @protocol")
     datasets = list(dict.fromkeys(rows["dataset"]))
-    table = Table("metric", *datasets, title=f"Spearman correlation with ground truth ({protocol})")
+    table = Table(
+        "metric", *map(escape, datasets), title=f"Spearman correlation with ground truth ({protocol})"
+    )
     best = rows.groupby("dataset")["value"].max()
     for metric in dict.fromkeys(rows["metric"]):
         cells = []
@@ -427,7 +438,7 @@ def _show_correlations(correlations: Any) -> None:
             found = rows.query("metric == @metric and dataset == @dataset")["value"]
             value = float(found.iloc[0]) if len(found) else float("nan")
             cells.append(f"[bold]{value:.3f}[/]" if value == best[dataset] else f"{value:.3f}")
-        table.add_row(metric, *cells)
+        table.add_row(escape(metric), *cells)
     output.print(table)
 
 

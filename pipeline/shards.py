@@ -264,8 +264,6 @@ def _read_sequence(
             record = {**look, "hash": digest}
             return Outcome(sequence.name, row, source.content, record, committed_before=True)
         frames, parameter = _checked(sequence, expected)
-    except MemoryError:
-        raise
     except Exception as error:
         return Outcome(sequence.name, row, "", {**look, **_failure(error, sequence)})
     content = content_hash(frames, parameter)
@@ -285,6 +283,8 @@ def _failure(error: Exception, sequence: LazySequence) -> dict[str, Any]:
         failure["found"] = error.found
     if isinstance(error, OSError) and not reader_error and error.errno is not None:
         failure["files"] = []  # the disk's or network's fault: tried again at every run
+    if isinstance(error, MemoryError):
+        failure["files"] = []  # a header that claims too much, or a machine with too little left
     return failure
 
 

@@ -90,12 +90,19 @@ _FIELDS = (
     "smoke, marker, mask, rgb"
 )
 KNOWN_FIELDS = frozenset(_FIELDS.split(", "))
-"""Physical quantities that are recognised between the dots of a folder's name, in lower case."""
+"""Physical quantities that are recognised anywhere between the dots of a folder's name, in lower case."""
 
 
 def field_in_name(name: str, default: str) -> str:
-    """The first known field between the dots of a name (``plume1.density`` → density), else ``default``."""
-    return next((part for part in name.split(".")[1:] if part.lower() in KNOWN_FIELDS), default)
+    """The field that a name says between its dots (``plume1.density`` → density), else ``default``.
+
+    That is the first part that is a known quantity, or else a last part that is a word (``run1.enstrophy``).
+    """
+    parts = name.split(".")[1:]
+    known = next((part for part in parts if part.lower() in KNOWN_FIELDS), None)
+    if known is not None:
+        return known
+    return parts[-1] if parts and re.fullmatch(r"[A-Za-z][A-Za-z_-]*", parts[-1]) else default
 
 
 def natural_key(name: str) -> tuple[Any, ...]:
