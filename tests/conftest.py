@@ -37,7 +37,7 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture(autouse=True)
-def _two_threads():
+def _threads_as_before():
     """Tests that change torch's thread count don't leak it into others."""
     before = torch.get_num_threads()
     yield
