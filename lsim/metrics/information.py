@@ -35,11 +35,14 @@ class VariationOfInformation(Metric):
         return True
 
     def embed(self, frames: Tensor) -> Embedding:
-        values = frames.detach().flatten(1).cpu().to(torch.uint8)
+        flat = frames.detach().flatten(1).cpu()
+        values = flat.to(torch.uint8)
         counts = np.stack([np.bincount(frame, minlength=LEVELS) for frame in values.numpy()])
         # Σ c log₂ c over the levels, from the table that the joint histogram uses too and added up in the
         # same order: then the distance of identical frames is exactly zero.
         sums = _count_logs(values.shape[1])[counts].cumsum(axis=1)[:, -1]
+        # Of values in [0, 255] the sum is finite exactly where all of them are.
+        sums[~flat.sum(dim=1).isfinite().numpy()] = np.nan
         return Embedding({"values": values, "marginal": torch.from_numpy(sums)})
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
@@ -84,4 +87,5 @@ def variation_of_information(i, j, out, x, x_marginal, y, y_marginal, count_logs
             count = first[level] + second[level]
             if count > 0:
                 joint += count_logs[count]
-        out[p] += max((0.5 * (x_marginal[i[p]] + y_marginal[j[p]]) - joint) / pixels, 0.0)
+        value = (0.5 * (x_marginal[i[p]] + y_marginal[j[p]]) - joint) / pixels
+        out[p] += 0.0 if value < 0 else value  # NaN stays NaN

@@ -23,6 +23,7 @@ from lsim.metric import Embedding, Metric, MetricInfo, safe_sqrt
 from lsim.networks import LsimTrunk, SkipTrunk
 from lsim.pairs import all_pairs, has_kernel, rows_in_torch, squared_differences
 from lsim.preprocess import FramesError, Preprocessing
+from lsim.threads import in_threads
 from lsim.weights import Checkpoint
 
 FRAMES_TOGETHER = 64
@@ -85,8 +86,11 @@ class LSiM(Metric):
             planes = planes.expand(-1, 3, -1, -1)
         # On a CPU one frame at a time: then a frame's features are the same bits whatever the batch around
         # it, and a larger batch is no faster. Elsewhere as many as keep a device busy in bounded memory.
-        together = 1 if has_kernel(planes) else FRAMES_TOGETHER
-        return Embedding({"features": torch.cat([self._scaled(part) for part in planes.split(together)])})
+        if has_kernel(planes):
+            parts = in_threads(self._scaled, planes.split(1))
+        else:
+            parts = [self._scaled(part) for part in planes.split(FRAMES_TOGETHER)]
+        return Embedding({"features": torch.cat(parts)})
 
     def _scaled(self, planes: Tensor) -> Tensor:
         maps = self.features(planes)
