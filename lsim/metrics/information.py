@@ -35,15 +35,17 @@ class VariationOfInformation(Metric):
         return True
 
     def embed(self, frames: Tensor) -> Embedding:
-        flat = frames.detach().flatten(1).cpu()
-        values = flat.to(torch.uint8)
-        counts = np.stack([np.bincount(frame, minlength=LEVELS) for frame in values.numpy()])
+        # In NumPy: torch's threads would go on spinning for a while, on the cores that compare.
+        flat = frames.detach().flatten(1).cpu().numpy()
+        with np.errstate(invalid="ignore"):
+            values = flat.astype(np.uint8)
+        counts = np.stack([np.bincount(frame, minlength=LEVELS) for frame in values])
         # Σ c log₂ c over the levels, from the table that the joint histogram uses too and added up in the
         # same order: then the distance of identical frames is exactly zero.
         sums = _count_logs(values.shape[1])[counts].cumsum(axis=1)[:, -1]
         # Of values in [0, 255] the sum is finite exactly where all of them are.
-        sums[~flat.sum(dim=1).isfinite().numpy()] = np.nan
-        return Embedding({"values": values, "marginal": torch.from_numpy(sums)})
+        sums[~np.isfinite(flat.sum(axis=1))] = np.nan
+        return Embedding({"values": torch.from_numpy(values), "marginal": torch.from_numpy(sums)})
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         table = _count_logs(a.parts["values"].shape[1])
