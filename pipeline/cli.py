@@ -57,7 +57,9 @@ DataDir = Annotated[
 ClusterOption = Annotated[
     str, typer.Option(help="local, none, a profile's YAML file, or a scheduler's tcp:// or tls:// address.")
 ]
-Workers = Annotated[int | None, typer.Option(help="Worker processes of a local cluster; default one a core.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Worker processes of a local cluster; default one a core.")
+]
 Metrics = Annotated[str, typer.Option(help="Names separated by commas, or 'all'.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Make a metric that is not available an error.")]
 
@@ -183,7 +185,7 @@ def distances_command(
     ] = "sequence",
     compat: Annotated[str, typer.Option(help="default, or published: the authors' evaluation.")] = "default",
     size: Annotated[int, typer.Option(help="Frames are resized to it; 0 keeps their size.")] = 224,
-    order: Annotated[int, typer.Option(help="Spline order of the resize, 0 to 3.")] = 0,
+    order: Annotated[int, typer.Option(help="Spline order of the resize, 0 to 5.")] = 0,
     block: Annotated[int | None, typer.Option(min=1, help="Sequences per block of a new store.")] = None,
     strict: Strict = False,
     cluster: ClusterOption = "local",

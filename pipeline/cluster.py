@@ -101,6 +101,8 @@ def load_profile(name: str, workers: int | None = None) -> Profile:
         return profile
     if profile.kind != "local":
         raise ClusterError(f"--workers is for clusters of kind local; {name!r} is of kind {profile.kind}")
+    if workers < 1:
+        raise ClusterError(f"expected at least one worker, got {workers}")
     return profile.model_copy(update={"workers": workers})
 
 

@@ -155,6 +155,7 @@ def correlate(
         return _load(out, record)
 
     selections, notes = _selections(archive)
+    notes += _unlike_settings(distances)
     correlations: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
     left_out: list[dict[str, Any]] = []
@@ -244,6 +245,9 @@ class _Selection:
 
 def _read(path: Path) -> _Archive:
     root = store.open_store(path)
+    kind = root.attrs.get("kind", schema.DISTANCES_STORE)
+    if kind != schema.DISTANCES_STORE:
+        raise CorrelationError(f"{path}: expected a store of distances, found one of {kind}")
     keys = store.field_keys(root, schema.PARAMETER)
     order = [str(name) for name in _attribute(root.attrs.asdict(), "datasets", list)]
     rank = {name: k for k, name in enumerate(order)}
@@ -277,6 +281,33 @@ def _read(path: Path) -> _Archive:
     attributes = root.attrs.asdict()
     pools = {str(k): [str(m) for m in v] for k, v in _attribute(attributes, "pools", dict).items()}
     return _Archive(fields, metrics, pools)
+
+
+def _unlike_settings(path: Path) -> list[str]:
+    """A note where metrics were computed with settings that make them hard to compare."""
+    found: dict[str, dict[str, list[str]]] = {}
+    root = store.open_store(path)
+    for key in store.field_keys(root, schema.PARAMETER):
+        if schema.PROVENANCE not in store.get_group(root, key):
+            continue
+        provenance = store.open_dataset(path, f"{key}/{schema.PROVENANCE}")
+        for metric, text in zip(
+            provenance[schema.METRIC].values, provenance[schema.SPECIFICATION].values, strict=True
+        ):
+            specification = json.loads(str(text) or "{}")
+            settings = {
+                "scope": "fixed" if isinstance(scope := specification.get("scope"), list) else scope,
+                **specification.get("preprocessing", {}),
+            }
+            for name, value in settings.items():
+                metrics = found.setdefault(name, {}).setdefault(str(value), [])
+                metrics += [str(metric)] if str(metric) not in metrics else []
+    return [
+        f"Not all metrics were computed with the same {name}: "
+        + "; ".join(f"{value} for {', '.join(metrics)}" for value, metrics in values.items())
+        for name, values in found.items()
+        if len(values) > 1
+    ]
 
 
 def _problems(path: Path, key: str) -> dict[str, list[str]]:

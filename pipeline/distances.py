@@ -76,7 +76,15 @@ class Settings(pydantic.BaseModel):
     scope: Literal["sequence", "pair", "dataset"] | tuple[float, float] = "sequence"
     pairs: Pairs = "all"
     strict: bool = False
+
     block: int = pydantic.Field(default=SEQUENCES_PER_BLOCK, ge=1)
+
+    @pydantic.field_validator("scope")
+    @classmethod
+    def _scope_rises(cls, scope: Any) -> Any:
+        if isinstance(scope, tuple) and not scope[0] < scope[1]:
+            raise ValueError(f"a fixed scope is LO,HI with LO below HI, got {scope}")
+        return scope
 
 
 @dataclass(frozen=True)

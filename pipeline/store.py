@@ -66,6 +66,7 @@ def open_output(path: str | os.PathLike[str], kind: str) -> Group:
     StoreError
         When there is a store of another kind or version, which writing would damage.
     """
+    _refuse_foreign(Path(path))
     root = open_store(path, "a")
     found = (root.attrs.get("kind"), root.attrs.get("schema_version"))
     if found == (None, None) and next(iter(root.members()), None) is None:
@@ -78,6 +79,14 @@ def open_output(path: str | os.PathLike[str], kind: str) -> Group:
     return root
 
 
+def _refuse_foreign(path: Path) -> None:
+    """A folder with something else in it is nobody's to write to."""
+    if path.is_file():
+        raise StoreError(f"{path}: expected a folder for the store, found a file")
+    if path.is_dir() and not (path / "zarr.json").exists() and any(path.iterdir()):
+        raise StoreError(f"{path}: a folder that is no Zarr store and not empty; choose another path")
+
+
 @contextlib.contextmanager
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     """Be the only process that brings a store up to date; workers write under their driver's lock.
@@ -87,6 +96,7 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     StoreError
         When another process does so already.
     """
+    _refuse_foreign(Path(path))
     Path(path).mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield

@@ -50,8 +50,9 @@ class Workflow(_Strict):
     Attributes
     ----------
     title : str
+        Of the report.
     catalog : str
-        Name or path of the catalog.
+        Name of the catalog, or its path, relative to the workflow's file.
     datasets : list of str, optional
         Which of its data sets; default all.
     fetch : bool
@@ -98,14 +99,18 @@ def open_workflow(name: str | os.PathLike[str]) -> Workflow:
     path = find_resource("workflows", name)
     try:
         content: Any = yaml.safe_load(path.read_text())
-        return Workflow.model_validate(content)
-    except yaml.YAMLError as error:
+        workflow = Workflow.model_validate(content)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise WorkflowError(f"{path}: not YAML: {error}") from error
     except pydantic.ValidationError as error:
         faults = "; ".join(
             f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in error.errors()
         )
         raise WorkflowError(f"{path}: {faults}") from error
+    beside = path.parent / workflow.catalog
+    # A name is a shipped catalog; whatever looks like a path starts where the workflow is.
+    is_path = beside.suffix in (".yaml", ".yml")
+    return workflow.model_copy(update={"catalog": str(beside)}) if is_path else workflow
 
 
 def run_workflow(
@@ -158,6 +163,6 @@ def run_workflow(
             distances, results, protocol=section.protocols, replicates=section.replicates, seed=section.seed
         )
     with progress("report"):
-        page = write_report(results)
+        page = write_report(results, title=workflow.title or None)
     stores = {"frames": frames, "distances": distances, "results": results}
     return WorkflowReport(conversion, computed, correlation, page, stores)

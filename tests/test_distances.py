@@ -16,7 +16,7 @@ import lsim
 from lsim.metrics.pixel import L2
 from pipeline import schema, store
 from pipeline.cluster import Cluster, Profile
-from pipeline.correlate import correlate
+from pipeline.correlate import CorrelationError, correlate
 from pipeline.distances import Settings, UnavailableMetricError, compute_distances
 
 CLASSIC = ("l1", "l2", "psnr", "ssim", "vi")
@@ -262,6 +262,26 @@ def test_an_interrupted_run_with_other_settings_leaves_no_mixture(tmp_path):
     computed = {"s0", "s1"}
     left_out = {(row.sequence, row.metric) for row in report.left_out.itertuples()}
     assert left_out == {(f"s{k}", m) for k in range(6) for m in ("l1", "l2") if f"s{k}" not in computed}
+
+
+def test_metrics_of_unlike_settings_are_ranked_with_a_note(tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(4))
+    compute(frames, tmp_path / "d.zarr", metrics=("l1",))
+    assert correlate(tmp_path / "d.zarr", tmp_path / "results", replicates=0).notes == []
+    compute(frames, tmp_path / "d.zarr", metrics=("l2",), scope="pair")
+    notes = correlate(tmp_path / "d.zarr", tmp_path / "results", replicates=0).notes
+    assert any("scope" in note and "pair for l2" in note for note in notes)
+    store.open_output(tmp_path / "f.zarr", schema.FRAMES_STORE)
+    with pytest.raises(CorrelationError, match="one of frames"):
+        correlate(tmp_path / "f.zarr", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"scope": (5.0, 1.0)}, {"metrics": ()}, {"pairs": "some"}, {"block": 0}, {"sise": 3}]
+)
+def test_wrong_settings_are_refused_before_anything_starts(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        Settings(**changes)
 
 
 def test_wrong_stores_are_refused_and_left_as_they_are(tmp_path):

@@ -17,6 +17,7 @@ from pipeline.report.contents import ReportError
 
 __all__ = ["ReportError", "write_report"]
 
+TITLE = "Which metric ranks simulations best?"
 PAGE = "index.html"
 PICTURE = "overview.png"
 
@@ -27,6 +28,7 @@ def write_report(
     out: str | os.PathLike[str] | None = None,
     protocol: str | None = None,
     statistic: str = "spearman",
+    title: str | None = None,
 ) -> Path:
     """Write the report of a folder of correlations.
 
@@ -41,6 +43,8 @@ def write_report(
         The protocol to show first; default the first one that was computed.
     statistic : {"spearman", "pearson", "kendall"}
         What metrics are ranked by.
+    title : str, optional
+        Of the page; default the question that it answers.
 
     Returns
     -------
@@ -69,6 +73,7 @@ def write_report(
     page = environment.get_template("page.html.jinja").render(
         style=resources.files("pipeline.report").joinpath("style.css").read_text(),
         pictures=pictures.draw(found),
+        heading=title or TITLE,
         **vars(found),
     )
     out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,59 @@
+"""Stores: blocks are whole, other people's folders stay as they are, one writer at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipeline import schema, store
+
+
+def test_a_block_that_would_share_a_chunk_or_shard_is_refused(tmp_path):
+    root = store.open_store(tmp_path / "s.zarr", "a")
+    plain = store.create_array(root, "plain", shape=(10, 3), chunks=(4, 3), dims=("a", "b"), dtype="f8")
+    sharded = store.create_array(
+        root, "sharded", shape=(10, 3), chunks=(1, 3), shards=(4, 3), dims=("a", "b"), dtype="f8"
+    )
+    for array in (plain, sharded):
+        store.write_rows(array, 4, np.ones((4, 3)))
+        store.write_rows(array, 8, np.ones((2, 3)))  # the last block may be short
+        for start, rows in ((2, 4), (4, 3), (8, 4)):
+            with pytest.raises(store.StoreError, match="whole blocks of 4"):
+                store.write_rows(array, start, np.ones((rows, 3)))
+        assert np.isnan(store.read(array)[:4]).all()
+
+
+def test_chunks_of_fill_values_are_written_and_count_as_there(tmp_path):
+    root = store.open_store(tmp_path / "s.zarr", "a")
+    array = store.create_array(root, "a", shape=(4,), chunks=(2,), dims=("a",), dtype="f8")
+    store.write_rows(array, 0, np.full(2, np.nan))
+    assert (tmp_path / "s.zarr" / "a" / "c" / "0").exists()
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
+    (tmp_path / "movies").mkdir()
+    (tmp_path / "movies" / "film.partial").write_text("a film")
+    with pytest.raises(store.StoreError, match="no Zarr store and not empty"):
+        store.open_output(tmp_path / "movies", schema.FRAMES_STORE)
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(store.StoreError, match="found a file"), store.locked(tmp_path / "file"):
+        pass
+    assert [p.name for p in (tmp_path / "movies").iterdir()] == ["film.partial"]
+
+
+def test_a_store_has_one_writer(tmp_path):
+    first, second = store.locked(tmp_path / "s.zarr"), store.locked(tmp_path / "s.zarr")
+    with first, pytest.raises(store.StoreError, match="another run"), second:
+        pass
+    with store.locked(tmp_path / "s.zarr"):
+        pass
+
+
+def test_stale_consolidated_metadata_hides_nothing(tmp_path):
+    root = store.open_output(tmp_path / "s.zarr", schema.FRAMES_STORE)
+    store.consolidate(tmp_path / "s.zarr")
+    assert store.is_consolidated(tmp_path / "s.zarr")
+    store.drop_consolidated(tmp_path / "s.zarr")
+    store.create_array(root, "late", shape=(1,), chunks=(1,), dims=("a",), dtype="f8")
+    assert "late" in store.open_store(tmp_path / "s.zarr")
+    assert store.open_store(tmp_path / "s.zarr").attrs["kind"] == schema.FRAMES_STORE
