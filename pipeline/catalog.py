@@ -211,6 +211,14 @@ class Catalog(_Strict):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"datasets named twice: {', '.join(twice)}")
+        spelling: dict[str, str] = {}
+        for name in names:
+            other = spelling.setdefault(name.casefold(), name)
+            if other != name:
+                raise ValueError(
+                    f"datasets {other!r} and {name!r} differ in case alone; where names of files don't count "
+                    "case they would be one group"
+                )
         for pool, members in self.pools.items():
             unknown = [member for member in members if member not in names]
             if unknown:

@@ -24,7 +24,9 @@ and imports heavy libraries inside the call::
 The rest is done for it: the catalog's ``filter`` and ``fields``, the natural order, and the checks that a
 sequence's name stands once, that frames are finite, of one shape, and that the parameter rises. What is
 broken in one sequence is raised by its ``read`` as :class:`~pipeline.readers.base.ReaderError`, which
-quarantines that sequence; what is wrong with the whole entry is raised by the reader and stops the run.
+quarantines that sequence; one that cannot even be listed is given as
+:class:`~pipeline.readers.base.BrokenSequence`. What is wrong with the whole entry is raised by the reader
+and stops the run.
 Options come from ``entry.options``; check them with :func:`pipeline.catalog.reader_options`, for which an
 unknown key is an error. Whatever besides the files decides what is decoded belongs into ``settings``.
 
@@ -44,9 +46,18 @@ import numpy as np
 
 from pipeline.catalog import GROUP_NAME, CatalogError, Dataset, FieldChoice
 from pipeline.readers import lsim, stack, xarray
-from pipeline.readers.base import LazySequence, ReaderError, SourceFile, natural_key
+from pipeline.readers.base import BrokenSequence, LazySequence, ReaderError, SourceFile, natural_key
 
-__all__ = ["READERS", "LazySequence", "Reader", "ReaderError", "SourceFile", "find_reader", "list_sequences"]
+__all__ = [
+    "READERS",
+    "BrokenSequence",
+    "LazySequence",
+    "Reader",
+    "ReaderError",
+    "SourceFile",
+    "find_reader",
+    "list_sequences",
+]
 
 Reader = Callable[[Dataset, Path], Iterable[LazySequence]]
 
@@ -79,14 +90,16 @@ def list_sequences(entry: Dataset, folder: Path) -> list[LazySequence]:
     Raises
     ------
     CatalogError
-        When the reader is unknown, there are no sequences, a field that the catalog names isn't there, or
-        two sequences of a field have one name.
+        When the reader is unknown, the folder can't be listed, there are no sequences, a field that the
+        catalog names isn't there, two sequences of a field have one name, or two fields differ in case alone.
     """
     here = f"dataset {entry.name} ({folder})"
     try:
         found = [s for s in find_reader(entry.reader)(entry, folder) if entry.selects(s.name)]
     except ReaderError as error:
         raise CatalogError(f"dataset {entry.name}, reader {entry.reader!r}: {error}") from error
+    except OSError as error:
+        raise CatalogError(f"{here}: {error}") from error
     if not found:
         chosen = f" whose name holds one of {', '.join(entry.filter)}" if entry.filter else ""
         raise CatalogError(f"{here}: reader {entry.reader!r} found no sequences{chosen}")
@@ -96,7 +109,14 @@ def list_sequences(entry: Dataset, folder: Path) -> list[LazySequence]:
         if (before.field, before.name) == (after.field, after.name):
             paths = " and ".join(s.files[0].path if s.files else "no file" for s in (before, after))
             raise CatalogError(f"{here}: two sequences {before.name!r} of field {before.field!r}: {paths}")
-    for field in {s.field for s in chosen_fields}:
+    spelling: dict[str, str] = {}
+    for field in sorted({s.field for s in chosen_fields}):
+        other = spelling.setdefault(field.casefold(), field)
+        if other != field:
+            raise CatalogError(
+                f"{here}: fields {other!r} and {field!r} differ in case alone; where names of files don't "
+                "count case they would be one group"
+            )
         if not GROUP_NAME.fullmatch(field):
             raise CatalogError(f"{here}: field {field!r} cannot name a group: letters, digits, '.', '_', '-'")
     return chosen_fields

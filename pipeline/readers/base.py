@@ -8,7 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -85,6 +85,38 @@ class LazySequence(ABC):
         """
 
 
+@dataclass(frozen=True, kw_only=True)
+class BrokenSequence(LazySequence):
+    """A sequence whose source cannot even be listed or opened; :meth:`read` raises the reason.
+
+    A reader gives it in place of the sequence, so that this one is quarantined and the others go on.
+    """
+
+    file: str
+
+    @classmethod
+    def of(cls, name: str, field: str, path: str | os.PathLike[str], error: Exception) -> BrokenSequence:
+        """The sequence of this name at ``path``, and the error that it made."""
+        wrapped = opening_error(path, error)
+        # The reason is a setting: when it changes, the record in the store does.
+        return cls(name=name, field=field, files=(), settings={"reason": wrapped.reason}, file=wrapped.file)
+
+    def read(self) -> NoReturn:
+        """Raise the reason."""
+        raise ReaderError(f"sequence {self.name}: {self.settings['reason']}", self.file)
+
+
+def opening_error(path: str | os.PathLike[str], error: Exception) -> ReaderError:
+    """An error of listing or opening ``path`` as :class:`ReaderError` that names the file."""
+    if isinstance(error, ReaderError):
+        return ReaderError(error.reason, error.file or os.fspath(path))
+    file, reason = os.fspath(path), f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.strerror:
+        file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else file
+        reason = error.strerror
+    return ReaderError(f"cannot be opened: {reason}", file)
+
+
 _FIELDS = (
     "density, pressure, vel, velocity, velx, vely, velz, flags, phi, levelset, vorticity, temperature, "
     "smoke, marker, mask, rgb"
@@ -94,15 +126,16 @@ KNOWN_FIELDS = frozenset(_FIELDS.split(", "))
 
 
 def field_in_name(name: str, default: str) -> str:
-    """The field that a name says between its dots (``plume1.density`` → density), else ``default``.
+    """The field that a name says between its dots (``plume1.Density`` → density), else ``default``.
 
-    That is the first part that is a known quantity, or else a last part that is a word (``run1.enstrophy``).
+    That is the first part that is a known quantity, or else a last part that is a word (``run1.enstrophy``);
+    in lower case, as one quantity is one field however its folders are spelt.
     """
-    parts = name.split(".")[1:]
-    known = next((part for part in parts if part.lower() in KNOWN_FIELDS), None)
+    parts = name.lower().split(".")[1:]
+    known = next((part for part in parts if part in KNOWN_FIELDS), None)
     if known is not None:
         return known
-    return parts[-1] if parts and re.fullmatch(r"[A-Za-z][A-Za-z_-]*", parts[-1]) else default
+    return parts[-1] if parts and re.fullmatch(r"[a-z][a-z_-]*", parts[-1]) else default
 
 
 def natural_key(name: str) -> tuple[Any, ...]:

@@ -1,14 +1,17 @@
 """Reader of the published layout: a folder a sequence, ``<name>NN.png`` or ``<name>NN.npz`` a frame.
 
 The last two digits NN of a file's name are the frame's ground truth; they are scaled to [0, 1] over the
-sequence. ``ref.png`` and ``ref.npz`` are skipped, and so is every file that is neither PNG nor NPZ. The
-field is taken from the folder's name where it stands there between dots (``plume1.density``), else it is
-``options.field``. PNG files are gray, palette or RGB, 8-bit, or gray 16-bit; an alpha channel is dropped.
+sequence. Endings count in any case. ``ref.png`` and ``ref.npz`` are skipped, and so are folders and every
+file that is neither PNG nor NPZ. The field is taken, in lower case, from the folder's name where it stands
+there between dots (``plume1.density``), else it is ``options.field``. PNG files are gray, palette or RGB, 8-bit, or gray 16-bit; an alpha channel is dropped.
 
 A frame is taken to be missing when a sequence has fewer frames than most of the sequences of the same
 field in the same folder (where two counts are equally frequent, the larger counts); ``options.frames``
 states the number instead. Numbers that skip a step are no fault by themselves: they are the parameter,
 which need not be moved in equal steps.
+
+A sequence whose folder cannot be listed, or of which a frame is a link to nothing, is broken by itself: its
+``read`` raises the reason.
 
 Options: ``field`` (default "frames"), ``frames`` (default: as most sequences have), ``digits`` (default 2),
 ``key`` (of the array in an NPZ file, default "arr_0"), ``format`` ("png" or "npz", default: both).
@@ -29,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.catalog import Dataset, reader_options
 from pipeline.readers.base import (
+    BrokenSequence,
     LazySequence,
     ReaderError,
     SourceFile,
@@ -55,15 +59,16 @@ def read(entry: Dataset, folder: Path) -> list[LazySequence]:
     """The sequences in ``folder``, one for each folder in it that the entry's filter takes."""
     options = reader_options(LsimOptions, entry)
     endings = (f".{options.format}",) if options.format else (".png", ".npz")
-    files = {
-        child.name: tuple(
-            SourceFile(file.path, file.stat().st_size, file.stat().st_mtime_ns)
-            for file in list_folder(Path(child.path))
-            if file.name.endswith(endings) and file.name not in ("ref.png", "ref.npz")
-        )
-        for child in list_folder(folder)
-        if child.is_dir() and entry.selects(child.name)
-    }
+    files: dict[str, tuple[SourceFile, ...]] = {}
+    broken: list[LazySequence] = []
+    for child in list_folder(folder):
+        if not entry.selects(child.name) or not _may_be_folder(child):
+            continue
+        try:
+            files[child.name] = _frames_in(child.path, endings)
+        except OSError as error:
+            field = field_in_name(child.name, options.field)
+            broken.append(BrokenSequence.of(child.name, field, child.path, error))
     counts: dict[str, Counter[int]] = defaultdict(Counter)
     fields = {name: field_in_name(name, options.field) for name in files}
     for name, found in files.items():
@@ -72,7 +77,7 @@ def read(entry: Dataset, folder: Path) -> list[LazySequence]:
     def expected(field: str) -> int:
         return options.frames or max(counts[field], key=lambda count: (counts[field][count], count))
 
-    return [
+    return broken + [
         ImageSequence(
             name=name,
             field=fields[name],
@@ -82,6 +87,25 @@ def read(entry: Dataset, folder: Path) -> list[LazySequence]:
         )
         for name, found in files.items()
     ]
+
+
+def _may_be_folder(child: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, or a link of which that can't be told: listing it then gives the reason."""
+    try:
+        return child.is_dir() or (child.is_symlink() and not os.path.exists(child.path))
+    except OSError:
+        return True
+
+
+def _frames_in(folder: str, endings: tuple[str, ...]) -> tuple[SourceFile, ...]:
+    found = []
+    for file in list_folder(Path(folder)):
+        name = file.name.lower()
+        # A link to nothing is no folder: it is a frame, and its stat raises.
+        if name.endswith(endings) and name not in ("ref.png", "ref.npz") and not file.is_dir():
+            look = file.stat()
+            found.append(SourceFile(file.path, look.st_size, look.st_mtime_ns))
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +163,9 @@ class ImageSequence(LazySequence):
 
     def _decode(self, path: str) -> np.ndarray:
         try:
-            frame = _read_png(path) if path.endswith(".png") else _read_npz(path, self.settings["key"])
+            frame = (
+                _read_png(path) if path.lower().endswith(".png") else _read_npz(path, self.settings["key"])
+            )
         except ReaderError:
             raise
         except OSError as error:

@@ -3,7 +3,8 @@
 ``name.npz`` holds the array ``frames`` (n, y, x) or (n, y, x, channel) and the array ``parameter`` (n,).
 ``name.npy`` holds the frames; the parameter lies beside it in ``name.parameter.npy``. The parameter is
 scaled to [0, 1]. Folders within the folder are searched too; a sequence is called by its path without the
-ending. The field is taken from the name where it stands between dots (``run1.density.npz``).
+ending; endings count in any case. The field is taken, in lower case, from the name where it stands between
+dots (``run1.density.npz``).
 
 Options: ``field`` (default "frames"), ``arrays`` (field: key, for NPZ files with several fields;
 default ``{<field>: frames}``), ``parameter`` (the key of the parameter, default "parameter", or a list of
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.catalog import Dataset, reader_options
 from pipeline.readers.base import (
+    BrokenSequence,
     LazySequence,
     ReaderError,
     SourceFile,
@@ -50,19 +52,23 @@ def read(entry: Dataset, folder: Path) -> list[LazySequence]:
     found = (
         [folder]
         if folder.is_file()
-        else [p for ending in ("npy", "npz") for p in folder.rglob(f"*.{ending}")]
+        else [p for p in folder.rglob("*") if p.suffix.lower() in (".npy", ".npz") and not p.is_dir()]
     )
     top = folder.parent if folder.is_file() else folder
     sequences: list[LazySequence] = []
     for path in sorted(found, key=lambda p: natural_key(p.relative_to(top).as_posix())):
-        if path.name.endswith(_BESIDE) or any(p.startswith(".") for p in path.relative_to(top).parts):
+        if path.name.lower().endswith(_BESIDE) or any(p.startswith(".") for p in path.relative_to(top).parts):
             continue
         name = path.relative_to(top).with_suffix("").as_posix()
-        files = [SourceFile.of(path)]
-        beside = path.with_name(path.stem + _BESIDE)
-        if path.suffix == ".npy" and isinstance(options.parameter, str) and beside.is_file():
-            files.append(SourceFile.of(beside))
         arrays = options.arrays or {field_in_name(path.stem, options.field): "frames"}
+        beside = path.with_name(f"{path.stem}.parameter{path.suffix}")
+        try:
+            files = [SourceFile.of(path)]
+            if path.suffix.lower() == ".npy" and isinstance(options.parameter, str) and beside.is_file():
+                files.append(SourceFile.of(beside))
+        except OSError as error:
+            sequences += [BrokenSequence.of(name, field, path, error) for field in arrays]
+            continue
         sequences += [
             StackSequence(
                 name=name,
@@ -83,11 +89,14 @@ class StackSequence(LazySequence):
         """Decode the stack and its parameter."""
         path, key, parameter = self.files[0].path, self.settings["key"], self.settings["parameter"]
         try:
-            if path.endswith(".npy"):
+            if path.lower().endswith(".npy"):
                 frames = np.load(path, allow_pickle=False)
                 if isinstance(parameter, str):
                     if len(self.files) < 2:
-                        raise ReaderError(f"no parameter: expected it in {Path(path).stem}{_BESIDE}", path)
+                        raise ReaderError(
+                            f"no parameter: expected it in {Path(path).stem}.parameter{Path(path).suffix}",
+                            path,
+                        )
                     parameter = np.load(self.files[1].path, allow_pickle=False)
             else:
                 with np.load(path, allow_pickle=False) as arrays:

@@ -4,6 +4,11 @@ The source is one such file or store, or a folder of them. A variable with the d
 field; with the dim sequence it holds several sequences, named by that dim's coordinate or else numbered.
 The parameter is scaled to [0, 1].
 
+Times are not decoded: they stay the numbers that are stored, in whatever calendar, and so they name the
+sequences where the dim sequence is a time. Scales, offsets and fill values are applied; masked values are
+NaN. A file of several that cannot be opened, or has no field, is one broken sequence, named by the file:
+its ``read`` raises the reason. It counts to the first field of the others that the catalog takes.
+
 Options
 -------
 ``dims`` : mapping, default ``{sequence: sequence, frame: frame, y: y, x: x, channel: channel}``
@@ -11,6 +16,7 @@ Options
 ``variables`` : list of names, or mapping of field to name; default: every variable with the three dims.
 ``parameter`` : name of a variable or coordinate with the dim frame, or sequence and frame; or a list of
     numbers that holds for all sequences; default "parameter".
+``fill`` : number that replaces masked values and NaN, default none: they quarantine their sequence.
 ``group`` : group of the file or store.
 ``engine`` : xarray's name of the format, where it can't tell.
 """
@@ -26,7 +32,15 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.catalog import Dataset, reader_options
-from pipeline.readers.base import LazySequence, ReaderError, SourceFile, natural_key, scale_parameter
+from pipeline.readers.base import (
+    BrokenSequence,
+    LazySequence,
+    ReaderError,
+    SourceFile,
+    list_folder,
+    opening_error,
+    scale_parameter,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -55,6 +69,7 @@ class XarrayOptions(BaseModel):
     dims: Dims = Field(default_factory=Dims)
     variables: list[str] | dict[str, str] = []
     parameter: str | list[float] = "parameter"
+    fill: float | None = Field(None, allow_inf_nan=False)
     group: str | None = None
     engine: str | None = None
 
@@ -65,15 +80,26 @@ def read(entry: Dataset, folder: Path) -> list[LazySequence]:
     if folder.is_file() or _is_zarr(folder):
         sources = [folder]
     else:
-        sources = [p for p in folder.iterdir() if p.suffix in _ENDINGS or (p.is_dir() and _is_zarr(p))]
-        sources.sort(key=lambda path: natural_key(path.name))
+        sources = [path for child in list_folder(folder) if _is_source(path := Path(child.path))]
     sequences: list[LazySequence] = []
+    broken: list[tuple[Path, Exception]] = []
     for path in sources:
-        file = SourceFile.of(path)
-        with _open(path, options.group, options.engine) as dataset:
-            for field, variable in _variables(dataset, options, path).items():
-                sequences += _sequences_of(dataset, field, variable, file, options, alone=len(sources) == 1)
-    return sequences
+        try:
+            file = SourceFile.of(path)
+            with _open(path, options.group, options.engine) as dataset:
+                for field, variable in _variables(dataset, options, path).items():
+                    sequences += _sequences_of(
+                        dataset, field, variable, file, options, alone=len(sources) == 1
+                    )
+        except Exception as error:  # each engine has its own for a damaged file; none is lost, see below
+            broken.append((path, error))
+    if not broken:
+        return sequences
+    if not sequences:
+        path, error = broken[0]
+        raise opening_error(path, error) from error
+    field = _first_field(sequences, entry)
+    return sequences + [BrokenSequence.of(path.stem, field, path, error) for path, error in broken]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,15 +143,43 @@ class LabelledSequence(LazySequence):
             raise ReaderError(error.reason, path) from error
         if len(scaled) != len(frames):
             raise ReaderError(f"{len(frames)} frames, but {len(scaled)} values of the parameter", path)
+        if frames.dtype.kind == "f":
+            missing = np.isnan(frames)
+            if options.fill is not None:
+                frames = np.where(missing, frames.dtype.type(options.fill), frames)
+            elif missing.any():
+                number = int(np.argmax(missing.reshape(len(frames), -1).any(axis=1)))
+                raise ReaderError(
+                    f"sequence {self.name}: frame {number} of {self.variable} holds NaN, or masked values; "
+                    "expected finite values (options.fill states a number that replaces them)",
+                    path,
+                )
         return frames if frames.ndim == 4 else frames[..., None], scaled
 
 
 def _open(path: Path, group: str | None, engine: str | None) -> xr.Dataset:
     import xarray as xr
 
+    # Undecoded times: the parameter is scaled anyway, and a calendar or unit that has no date can be read.
     if engine == "zarr" or (engine is None and path.is_dir()):
-        return xr.open_dataset(path, engine="zarr", group=group, chunks=None, consolidated=False)
-    return xr.open_dataset(path, engine=engine, group=group)
+        return xr.open_dataset(
+            path, engine="zarr", group=group, chunks=None, consolidated=False, decode_times=False
+        )
+    return xr.open_dataset(path, engine=engine, group=group, decode_times=False)
+
+
+def _is_source(path: Path) -> bool:
+    ending = path.suffix.lower()
+    if path.is_dir():
+        return ending == ".zarr" or _is_zarr(path)
+    return ending in _ENDINGS
+
+
+def _first_field(sequences: list[LazySequence], entry: Dataset) -> str:
+    """The first field that the catalog takes: in another, a broken file would go unseen."""
+    choices = entry.fields if isinstance(entry.fields, dict) else {}
+    taken = {choice.source or name for name, choice in choices.items()} | set(entry.fields)
+    return next((s.field for s in sequences if s.field in taken), sequences[0].field)
 
 
 def _is_zarr(path: Path) -> bool:
