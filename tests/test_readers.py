@@ -12,7 +12,7 @@ import pytest
 import xarray as xr
 from PIL import Image
 
-from pipeline.catalog import CatalogError, Dataset
+from pipeline.catalog import Catalog, CatalogError, Dataset
 from pipeline.readers import READERS, LazySequence, ReaderError, find_reader, list_sequences
 from pipeline.readers.base import SourceFile, field_in_name, natural_key, scale_parameter
 
@@ -195,6 +195,67 @@ def test_equal_counts_with_other_numbers_are_another_parameter(tmp_path: Path):
     np.testing.assert_array_equal(b.read()[1], [0, 0.8, 1])
 
 
+def test_a_link_to_nothing_breaks_one_sequence_alone(tmp_path: Path):
+    for name in ("a", "b.Density", "c"):
+        save_frames(tmp_path / name, np.zeros((3, 4, 4), np.uint8))
+    gone = tmp_path / "b.Density" / "frame01.png"
+    gone.unlink()
+    gone.symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "d").symlink_to(tmp_path / "nowhere")
+    found = list_sequences(entry("lsim"), tmp_path)
+    assert [(s.field, s.name) for s in found] == [
+        ("density", "b.Density"),
+        ("frames", "a"),
+        ("frames", "c"),
+        ("frames", "d"),
+    ]
+    for sequence, file in ((found[0], gone), (found[3], tmp_path / "d")):
+        with pytest.raises(ReaderError, match="cannot be opened: No such file") as caught:
+            pickle.loads(pickle.dumps(sequence)).read()
+        assert caught.value.file == str(file)
+    found[1].read()
+    gone.unlink()
+    save_frames(tmp_path / "b.Density", np.zeros((3, 4, 4), np.uint8))
+    list_sequences(entry("lsim"), tmp_path)[0].read()
+
+
+def test_a_folder_that_cannot_be_listed_breaks_its_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("a", "b"):
+        save_frames(tmp_path / name, np.zeros((3, 4, 4), np.uint8))
+    refuse_listing(monkeypatch, tmp_path / "b")
+    a, b = list_sequences(entry("lsim"), tmp_path)
+    a.read()
+    with pytest.raises(ReaderError, match=r"b: sequence b: cannot be opened: Permission denied"):
+        b.read()
+    refuse_listing(monkeypatch, tmp_path)
+    with pytest.raises(CatalogError, match=r"dataset D .*Permission denied"):
+        list_sequences(entry("lsim"), tmp_path)
+
+
+def refuse_listing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    scandir = os.scandir
+
+    def refusing(path: Any = ".") -> Any:
+        if os.fspath(path) == str(folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+
+
+@pytest.mark.parametrize("ending", ["png", "npz"])
+def test_endings_count_in_any_case_and_folders_are_no_frames(
+    tmp_path: Path, rng: np.random.Generator, ending: str
+):
+    frames = rng.integers(0, 250, (3, 4, 4, 3), dtype=np.uint8)
+    save_frames(tmp_path / "s", frames, ending=ending)
+    for file in list((tmp_path / "s").iterdir())[1:]:
+        file.rename(file.with_suffix(f".{ending.upper()}"))
+    (tmp_path / "s" / f"f10.{ending}").mkdir()
+    (tmp_path / "s" / f"REF.{ending.upper()}").write_bytes(b"not an image")
+    np.testing.assert_array_equal(read_one(tmp_path)[0], frames)
+
+
 # -- stacks ------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +302,24 @@ def test_wrong_stacks_name_file_and_fault(tmp_path: Path, arrays: dict[str, Any]
     np.savez(tmp_path / "run.npz", **arrays)
     with pytest.raises(ReaderError, match=rf"run\.npz: .*{pattern}"):
         read_one(tmp_path, "stack")
+
+
+def test_stacks_in_capitals_and_links_to_nothing(tmp_path: Path, rng: np.random.Generator):
+    frames, parameter = rng.random((3, 4, 5)), np.array([1.0, 3.0, 5.0])
+    np.savez(tmp_path / "a.npz", frames=frames, parameter=parameter)
+    (tmp_path / "a.npz").rename(tmp_path / "a.NPZ")
+    np.save(tmp_path / "b.npy", frames)
+    (tmp_path / "b.npy").rename(tmp_path / "b.NPY")
+    np.save(tmp_path / "b.parameter.npy", parameter)
+    (tmp_path / "b.parameter.npy").rename(tmp_path / "b.parameter.NPY")
+    (tmp_path / "c.npz").symlink_to(tmp_path / "nowhere.npz")
+    (tmp_path / "d.npz").mkdir()
+    a, b, c = list_sequences(entry("stack"), tmp_path)
+    for sequence in (a, b):
+        np.testing.assert_array_equal(sequence.read()[0], frames[..., None])
+        np.testing.assert_array_equal(sequence.read()[1], [0, 0.5, 1])
+    with pytest.raises(ReaderError, match=r"c\.npz: sequence c: cannot be opened: No such file"):
+        c.read()
 
 
 # -- what xarray opens -------------------------------------------------------------------------------------
@@ -316,6 +395,64 @@ def test_a_mapping_that_does_not_fit_stops_the_listing(
         list_sequences(entry("xarray", options=options), tmp_path)
 
 
+def test_a_file_that_cannot_be_opened_is_one_broken_sequence(tmp_path: Path, rng: np.random.Generator):
+    for name in ("a", "b", "c"):
+        simulation(rng).to_netcdf(tmp_path / f"{name}.nc", engine="h5netcdf")
+    content = (tmp_path / "b.nc").read_bytes()
+    (tmp_path / "b.nc").write_bytes(content[: len(content) // 2])
+    (tmp_path / "c.nc").unlink()
+    (tmp_path / "c.nc").symlink_to(tmp_path / "nowhere.nc")
+    xr.Dataset({"grid": ("x", [1.0])}).to_netcdf(tmp_path / "grid.nc", engine="h5netcdf")
+    found = list_sequences(entry("xarray", options=OPTIONS), tmp_path)
+    names = ["a/r1", "a/r2", "b", "c", "grid"]
+    assert [(s.field, s.name) for s in found] == [*(("rho", n) for n in names), ("u", "a/r1"), ("u", "a/r2")]
+    found[0].read()
+    for sequence, reason in zip(
+        found[2:5], ("truncated", "No such file", "no variable has the dims"), strict=True
+    ):
+        with pytest.raises(ReaderError, match=rf"/{sequence.name}\.nc: sequence {sequence.name}: .*{reason}"):
+            pickle.loads(pickle.dumps(sequence)).read()
+    # In a field that the catalog leaves out, the broken file would go unseen.
+    chosen = list_sequences(entry("xarray", options=OPTIONS, fields={"v": {"source": "u"}}), tmp_path)
+    assert [(s.field, s.name) for s in chosen] == [("v", n) for n in names]
+
+
+def test_files_of_which_none_can_be_opened_stop_the_listing(tmp_path: Path):
+    for name in ("a.nc", "b.nc"):
+        (tmp_path / name).write_bytes(b"nothing")
+    with pytest.raises(CatalogError, match=rf"dataset D.*{tmp_path}/a\.nc: cannot be opened: ValueError"):
+        list_sequences(entry("xarray"), tmp_path)
+
+
+def test_times_of_any_calendar_are_the_numbers_that_are_stored(tmp_path: Path, rng: np.random.Generator):
+    data = xr.Dataset(
+        {"rho": (("time", "y", "x"), rng.random((3, 4, 5)))},
+        coords={
+            "time": ("time", [29.0, 59.0, 149.0], {"units": "days since 2000-02-01", "calendar": "360_day"}),
+            "start": ((), 1.0, {"units": "fortnights since never"}),
+        },
+    )
+    data.to_netcdf(tmp_path / "sim.nc", engine="h5netcdf")
+    options = {"dims": {"frame": "time"}, "parameter": "time"}
+    frames, parameter = read_one(tmp_path, "xarray", options=options)
+    np.testing.assert_array_equal(frames, data.rho.values[..., None])
+    np.testing.assert_allclose(parameter, [0, 0.25, 1], rtol=1e-15)
+
+
+def test_masked_values_are_filled_or_named(tmp_path: Path):
+    packed = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    attributes = {"_FillValue": np.int16(13), "scale_factor": np.float32(0.5)}
+    data = xr.Dataset({"rho": (("frame", "y", "x"), packed, attributes)}, {"parameter": ("frame", [1, 2])})
+    data.to_netcdf(tmp_path / "sim.nc", engine="h5netcdf")
+    with pytest.raises(ReaderError, match=r"sim\.nc: sequence sim: frame 1 of rho holds NaN.*options\.fill"):
+        read_one(tmp_path, "xarray")
+    frames, _ = read_one(tmp_path, "xarray", options={"fill": -1})
+    np.testing.assert_array_equal(frames[..., 0], np.where(packed == 13, -1, packed * 0.5))
+    assert frames.dtype == np.float32
+    with pytest.raises(CatalogError, match=r"options of reader 'xarray': fill"):
+        read_one(tmp_path, "xarray", options={"fill": float("nan")})
+
+
 # -- all of them -------------------------------------------------------------------------------------------
 
 
@@ -349,6 +486,18 @@ def test_one_name_twice_in_a_field_is_an_error(tmp_path: Path):
         (tmp_path / f"run{ending}").touch()
     with pytest.raises(CatalogError, match=r"two sequences 'run' of field 'frames'.*run\.np. and .*run\.np."):
         list_sequences(entry("stack"), tmp_path)
+
+
+def test_names_that_differ_in_case_alone_are_errors(tmp_path: Path):
+    assert field_in_name("plume2.Density", "x") == "density"
+    assert field_in_name("run1.Enstrophy", "x") == "enstrophy"
+    for name in ("plume1.density", "shape1"):
+        save_frames(tmp_path / name, np.zeros((2, 4, 4), np.uint8))
+    with pytest.raises(CatalogError, match="fields 'Density' and 'density' differ in case alone"):
+        list_sequences(entry("lsim", options={"field": "Density"}), tmp_path)
+    document = {"name": "c", "datasets": [entry("lsim"), entry("lsim").model_copy(update={"name": "d"})]}
+    with pytest.raises(ValueError, match="datasets 'D' and 'd' differ in case alone"):
+        Catalog.model_validate(document)
 
 
 def test_channels_become_fields(tmp_path: Path, rng: np.random.Generator):

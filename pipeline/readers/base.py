@@ -110,7 +110,8 @@ def opening_error(path: str | os.PathLike[str], error: Exception) -> ReaderError
     """An error of listing or opening ``path`` as :class:`ReaderError` that names the file."""
     if isinstance(error, ReaderError):
         return ReaderError(error.reason, error.file or os.fspath(path))
-    file, reason = os.fspath(path), f"{type(error).__name__}: {error}"
+    # The first line: xarray goes on about its manual.
+    file, reason = os.fspath(path), f"{type(error).__name__}: {error}".splitlines()[0]
     if isinstance(error, OSError) and error.strerror:
         file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else file
         reason = error.strerror

@@ -3,7 +3,8 @@
 The last two digits NN of a file's name are the frame's ground truth; they are scaled to [0, 1] over the
 sequence. Endings count in any case. ``ref.png`` and ``ref.npz`` are skipped, and so are folders and every
 file that is neither PNG nor NPZ. The field is taken, in lower case, from the folder's name where it stands
-there between dots (``plume1.density``), else it is ``options.field``. PNG files are gray, palette or RGB, 8-bit, or gray 16-bit; an alpha channel is dropped.
+there between dots (``plume1.density``), else it is ``options.field``. PNG files are gray, palette or RGB,
+8-bit, or gray 16-bit; an alpha channel is dropped.
 
 A frame is taken to be missing when a sequence has fewer frames than most of the sequences of the same
 field in the same folder (where two counts are equally frequent, the larger counts); ``options.frames``

@@ -23,6 +23,7 @@ Options
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,10 +97,10 @@ def read(entry: Dataset, folder: Path) -> list[LazySequence]:
     if not broken:
         return sequences
     if not sequences:
-        path, error = broken[0]
-        raise opening_error(path, error) from error
+        path, cause = broken[0]
+        raise opening_error(path, cause) from cause
     field = _first_field(sequences, entry)
-    return sequences + [BrokenSequence.of(path.stem, field, path, error) for path, error in broken]
+    return sequences + [BrokenSequence.of(path.stem, field, path, cause) for path, cause in broken]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +171,7 @@ def _open(path: Path, group: str | None, engine: str | None) -> xr.Dataset:
 
 def _is_source(path: Path) -> bool:
     ending = path.suffix.lower()
-    if path.is_dir():
+    if os.path.isdir(path):
         return ending == ".zarr" or _is_zarr(path)
     return ending in _ENDINGS
 
@@ -183,7 +184,7 @@ def _first_field(sequences: list[LazySequence], entry: Dataset) -> str:
 
 
 def _is_zarr(path: Path) -> bool:
-    return any((path / name).is_file() for name in _ZARR_DOCUMENTS)
+    return any(os.path.isfile(path / name) for name in _ZARR_DOCUMENTS)
 
 
 def _names(dataset: xr.Dataset) -> str:
