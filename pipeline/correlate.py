@@ -286,22 +286,13 @@ def _read(path: Path) -> _Archive:
 def _unlike_settings(path: Path) -> list[str]:
     """A note where metrics were computed with settings that make them hard to compare."""
     found: dict[str, dict[str, list[str]]] = {}
-    root = store.open_store(path)
-    for key in store.field_keys(root, schema.PARAMETER):
-        if schema.PROVENANCE not in store.get_group(root, key):
-            continue
-        provenance = store.open_dataset(path, f"{key}/{schema.PROVENANCE}")
-        for metric, text in zip(
-            provenance[schema.METRIC].values, provenance[schema.SPECIFICATION].values, strict=True
-        ):
-            specification = json.loads(str(text) or "{}")
-            settings = {
-                "scope": "fixed" if isinstance(scope := specification.get("scope"), list) else scope,
-                **specification.get("preprocessing", {}),
-            }
-            for name, value in settings.items():
-                metrics = found.setdefault(name, {}).setdefault(str(value), [])
-                metrics += [str(metric)] if str(metric) not in metrics else []
+    for metric, specification in store.specifications(path):
+        scope = specification.get("scope")
+        # Ranges of a data set differ from field to field, and are meant to.
+        settings = {"scope": "fixed" if isinstance(scope, list) else scope}
+        for name, value in (settings | specification.get("preprocessing", {})).items():
+            metrics = found.setdefault(name, {}).setdefault(str(value), [])
+            metrics += [metric] if metric not in metrics else []
     return [
         f"Not all metrics were computed with the same {name}: "
         + "; ".join(f"{value} for {', '.join(metrics)}" for value, metrics in values.items())

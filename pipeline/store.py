@@ -22,7 +22,7 @@ import xarray as xr
 import zarr
 from zarr.codecs import BloscCodec
 
-from pipeline.schema import SCHEMA_VERSION
+from pipeline import schema
 
 try:
     import fcntl
@@ -70,10 +70,10 @@ def open_output(path: str | os.PathLike[str], kind: str) -> Group:
     root = open_store(path, "a")
     found = (root.attrs.get("kind"), root.attrs.get("schema_version"))
     if found == (None, None) and next(iter(root.members()), None) is None:
-        set_attributes(root, {"kind": kind, "schema_version": SCHEMA_VERSION})
-    elif found != (kind, SCHEMA_VERSION):
+        set_attributes(root, {"kind": kind, "schema_version": schema.SCHEMA_VERSION})
+    elif found != (kind, schema.SCHEMA_VERSION):
         raise StoreError(
-            f"{path}: expected a store of kind {kind!r}, schema_version {SCHEMA_VERSION}; found kind "
+            f"{path}: expected a store of kind {kind!r}, schema_version {schema.SCHEMA_VERSION}; found kind "
             f"{found[0]!r}, schema_version {found[1]!r}: choose another path"
         )
     return root
@@ -274,6 +274,20 @@ def iterate_datasets(path: str | os.PathLike[str], variable: str) -> Iterator[tu
     """All ``(<dataset>/<field>, dataset)`` of a store whose group holds ``variable``."""
     for key in field_keys(open_store(path), variable):
         yield key, open_dataset(path, key)
+
+
+def specifications(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``(metric, specification)`` of every field of a ``distances.zarr`` that records one.
+
+    A run that was stopped before its first block may have named a metric and not described it.
+    """
+    root = open_store(path)
+    for key in field_keys(root, schema.PROVENANCE):
+        provenance = get_group(root, f"{key}/{schema.PROVENANCE}")
+        names, texts = (read(get_array(provenance, name)) for name in (schema.METRIC, schema.SPECIFICATION))
+        for name, text in zip(names, texts, strict=False):
+            if name and text:
+                yield str(name), json.loads(str(text))
 
 
 def consolidate(path: str | os.PathLike[str]) -> None:

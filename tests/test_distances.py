@@ -17,6 +17,7 @@ from lsim.metrics.pixel import L2
 from pipeline import schema, store
 from pipeline.cluster import Cluster, Profile
 from pipeline.correlate import CorrelationError, correlate
+from pipeline.report import write_report
 from pipeline.distances import Settings, UnavailableMetricError, compute_distances
 
 CLASSIC = ("l1", "l2", "psnr", "ssim", "vi")
@@ -223,6 +224,22 @@ def test_interrupted_and_run_again_computes_only_what_is_left(tmp_path):
     expected = matrices_of(tmp_path / "undisturbed.zarr")
     for name, matrices in matrices_of(tmp_path / "d.zarr").items():
         np.testing.assert_array_equal(matrices, expected[name])
+
+
+def test_a_metric_named_but_not_described_yet_breaks_no_reader_of_the_store(tmp_path, monkeypatch):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(3))
+    compute(frames, tmp_path / "d.zarr", metrics=("l1",))
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pipeline.distances.describe", stopped)
+        compute(frames, tmp_path / "d.zarr", metrics=("l1", "l2"))
+    assert [name for name, _ in store.specifications(tmp_path / "d.zarr")] == ["l1"]
+    left_out = correlate(tmp_path / "d.zarr", tmp_path / "results", replicates=0).left_out
+    assert set(left_out["metric"]) == {"l2"}
+    assert write_report(tmp_path / "results").exists()
 
 
 def test_every_store_says_what_made_it(tmp_path):

@@ -589,14 +589,6 @@ def _plain(value: Any) -> str:
 def _specifications(path: Path) -> dict[str, str]:
     """Each metric's specification, from the first field that has it, and laid out to be read."""
     found: dict[str, str] = {}
-    root = store.open_store(path)
-    for key in store.field_keys(root, schema.PARAMETER):
-        if schema.PROVENANCE not in store.get_group(root, key):
-            continue
-        provenance = store.open_dataset(path, f"{key}/{schema.PROVENANCE}")
-        for metric, text in zip(
-            provenance[schema.METRIC].values, provenance[schema.SPECIFICATION].values, strict=True
-        ):
-            if str(metric):
-                found.setdefault(str(metric), json.dumps(json.loads(str(text)), indent=2, ensure_ascii=False))
+    for metric, specification in store.specifications(path):
+        found.setdefault(metric, json.dumps(specification, indent=2, ensure_ascii=False))
     return found
