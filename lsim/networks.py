@@ -7,7 +7,7 @@ checkpoints without their slice numbering; :data:`CHECKPOINT_KEYS` translates.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,83 @@ class SkipTrunk(nn.Module):
         return [one, two, three, four, up_three, up_two, up_one, five]
 
 
-TRUNKS: dict[str, type[LsimTrunk] | type[SkipTrunk]] = {"lsim": LsimTrunk, "skip": SkipTrunk}
+class AlexTrunk(nn.Module):
+    """The five convolutions of AlexNet (Krizhevsky 2014, as in torchvision): for ImageNet's weights.
+
+    Frames in [0, 255] are standardised as ImageNet's images were.
+    """
+
+    CHANNELS: ClassVar[tuple[int, ...]] = (64, 192, 384, 256, 256)
+    CHECKPOINT_KEYS: ClassVar[dict[str, str]] = {
+        "conv1": "features.0",
+        "conv2": "features.3",
+        "conv3": "features.6",
+        "conv4": "features.8",
+        "conv5": "features.10",
+    }
+    """Names of torchvision's AlexNet."""
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 11, stride=4, padding=2)
+        self.conv2 = nn.Conv2d(64, 192, 5, padding=2)
+        self.conv3 = nn.Conv2d(192, 384, 3, padding=1)
+        self.conv4 = nn.Conv2d(384, 256, 3, padding=1)
+        self.conv5 = nn.Conv2d(256, 256, 3, padding=1)
+        mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("deviation", 255 * torch.tensor(deviation)[:, None, None], persistent=False)
+
+    @staticmethod
+    def takes(n: int) -> bool:
+        """Whether the network can take frames of length ``n`` along an axis."""
+        return n >= 31
+
+    def forward(self, frames: Tensor) -> list[Tensor]:
+        one = F.relu(self.conv1((frames - self.mean) / self.deviation))
+        two = F.relu(self.conv2(F.max_pool2d(one, 3, 2)))
+        three = F.relu(self.conv3(F.max_pool2d(two, 3, 2)))
+        four = F.relu(self.conv4(three))
+        five = F.relu(self.conv5(four))
+        return [one, two, three, four, five]
+
+
+class NonSiamese(nn.Module):
+    """The publication's baseline that sees both frames at once: six channels in, one distance out.
+
+    LSiM's convolutions, pooled to 6×6, and three full layers with a sigmoid; not symmetric.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(6, 32, 12, stride=4, padding=2)
+        self.conv2 = nn.Conv2d(32, 96, 5, padding=2)
+        self.conv3 = nn.Conv2d(96, 192, 3, padding=1)
+        self.conv4 = nn.Conv2d(192, 128, 3, padding=1)
+        self.conv5 = nn.Conv2d(128, 128, 3, padding=1)
+        self.full1 = nn.Linear(4608, 128)
+        self.full2 = nn.Linear(128, 128)
+        self.full3 = nn.Linear(128, 1)
+
+    def forward(self, frames: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Distances in [0, 1] of pairs (pair, 6, y, x), reference before other: (pair,).
+
+        ``keep`` (pair, 4608) multiplies the pooled features: a mask of dropout, in training.
+        """
+        x = F.relu(self.conv1(frames))
+        x = F.relu(self.conv2(F.max_pool2d(x, 4, 2)))
+        x = F.relu(self.conv3(F.max_pool2d(x, 4, 2)))
+        x = F.relu(self.conv5(F.relu(self.conv4(x))))
+        x = F.adaptive_avg_pool2d(x, 6).flatten(1)
+        x = x if keep is None else x * keep
+        x = F.relu(self.full2(F.relu(self.full1(x))))
+        return torch.sigmoid(self.full3(x))[:, 0]
+
+
+Trunk: TypeAlias = LsimTrunk | SkipTrunk | AlexTrunk
+TRUNKS: dict[str, type[Trunk]] = {"lsim": LsimTrunk, "skip": SkipTrunk, "alex": AlexTrunk}
 
 
 def _strided(n: int) -> int:

@@ -3,22 +3,30 @@
 Weights are searched in this order: an explicit path, the folders or files in ``$LSIM_WEIGHTS``, the user
 cache, files shipped with the package. Nothing is loaded before its SHA-256 was checked where one is
 known, and nothing is unpickled but tensors (``weights_only=True``).
+
+Files of the authors are pickles (``.pth``). Ours are safetensors: the tensors
+``trunk.<layer>.<weight|bias>``, ``channel_weights.<k>`` and ``deviation_squares.<k>``, and as metadata
+``format`` ("lsim"), ``format_version``, ``trunk`` (a name in :data:`lsim.networks.TRUNKS`), ``counts``, and
+what training says of where they come from.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from lsim.networks import LsimTrunk, SkipTrunk
+from lsim.networks import TRUNKS, Trunk
 
 AUTHORS_REPOSITORY = "https://github.com/tum-pbs/LSIM/raw/a89a1d4"
 """The authors' repository at a pinned commit; MIT licence."""
@@ -70,6 +78,12 @@ PUBLISHED: dict[str, Published] = {
 }
 
 
+SHIPPED: dict[str, Published] = {}
+"""Weights that come with the package, by the name of their metric; their ``url`` is empty."""
+
+FORMAT, FORMAT_VERSION = "lsim", "1"
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The content of a weights file, translated to the names of :mod:`lsim.networks`.
@@ -110,32 +124,40 @@ def find_weights(name: str, weights: str | os.PathLike[str] | None = None) -> Pa
     name : str
         The metric's name.
     weights : path or str, optional
-        A path to a file, or the name of published weights; None takes those of the metric.
+        A path to a file, there or in one of the folders searched, or the name of published weights; None
+        takes those of the metric.
 
     Raises
     ------
     WeightsError
         When there is no such file; :class:`MissingWeightsError` where the search found none.
     """
-    if weights is not None and str(weights) not in PUBLISHED:
-        path = Path(weights).expanduser()
-        if not path.is_file():
-            raise WeightsError(
-                f"no weights at {path}: expected a file, or one of the names {', '.join(PUBLISHED)}"
-            )
-        return path
-    wanted = str(weights) if weights is not None else name
-    if wanted not in PUBLISHED:
-        raise WeightsError(f"metric {name!r} has no published weights; pass weights=PATH")
-    file = PUBLISHED[wanted].file
+    known = PUBLISHED | SHIPPED
     folders = search_folders()
+    if weights is not None and str(weights) not in known:
+        path = Path(weights).expanduser()
+        found = path if path.is_file() else None
+        if found is None and not path.is_absolute():
+            found = next((folder / path for folder in folders if (folder / path).is_file()), None)
+        if found is None:
+            raise WeightsError(
+                f"no weights at {path}: expected a file, there or in {', '.join(map(str, folders))}, or one of "
+                f"the names {', '.join(known)}"
+            )
+        return found
+    wanted = str(weights) if weights is not None else name
+    if wanted not in known:
+        raise WeightsError(f"metric {name!r} has no published weights; pass weights=PATH")
+    file = known[wanted].file
     for folder in folders:
         candidate = folder if folder.name == file else folder / file
         if candidate.is_file():
             return candidate
+    searched = f"no weights for {wanted!r}: searched {file} in {', '.join(map(str, folders))}"
+    if wanted in SHIPPED:
+        raise MissingWeightsError(f"{searched}. They come with the package: install it again")
     raise MissingWeightsError(
-        f"no weights for {wanted!r}: searched {file} in {', '.join(map(str, folders))}. "
-        f"Get them with 'lsim weights fetch {wanted}', or set LSIM_WEIGHTS to their folder"
+        f"{searched}. Get them with 'lsim weights fetch {wanted}', or set LSIM_WEIGHTS to their folder"
     )
 
 
@@ -155,7 +177,7 @@ def verified_bytes(path: Path) -> tuple[bytes, str]:
     """
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
-    for published in PUBLISHED.values():
+    for published in (PUBLISHED | SHIPPED).values():
         if published.file == path.name and published.sha256 != found:
             raise WeightsError(
                 f"{path}: SHA-256 is {found}, expected {published.sha256} of the published {published.file} "
@@ -164,8 +186,68 @@ def verified_bytes(path: Path) -> tuple[bytes, str]:
     return content, found
 
 
-def load_checkpoint(path: Path, trunk_class: type[LsimTrunk] | type[SkipTrunk]) -> Checkpoint:
-    """Read a checkpoint of the authors' code (keys ``stateDict``, ``normM2``, ``normCount``).
+def save_checkpoint(
+    path: str | os.PathLike[str], checkpoint: Checkpoint, trunk: str, metadata: Mapping[str, str]
+) -> str:
+    """Write weights as safetensors.
+
+    Parameters
+    ----------
+    path : path
+        Of the file; replaced whole when it is there.
+    checkpoint : Checkpoint
+        Its ``sha256`` is not looked at.
+    trunk : str
+        Name of the network: one in :data:`lsim.networks.TRUNKS`, or "non-siamese".
+    metadata : mapping of str to str
+        What else to say of them, such as how they were made.
+
+    Returns
+    -------
+    str
+        SHA-256 of the file.
+    """
+    tensors = {f"trunk.{name}": value for name, value in checkpoint.trunk.items()}
+    tensors |= {f"channel_weights.{k}": value for k, value in enumerate(checkpoint.channel_weights)}
+    tensors |= {f"deviation_squares.{k}": value for k, value in enumerate(checkpoint.deviation_squares)}
+    said = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "trunk": trunk,
+        "counts": json.dumps(checkpoint.counts),
+    }
+    content = safetensors.torch.save(
+        {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, dict(metadata) | said
+    )
+    partial = Path(f"{os.fspath(path)}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What a safetensors file of ours says of itself; its ``trunk`` names the network.
+
+    Raises
+    ------
+    WeightsError
+        When it isn't such a file.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise WeightsError(f"{path}: not a safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT or metadata.get("format_version") != FORMAT_VERSION:
+        found = metadata.get("format"), metadata.get("format_version")
+        raise WeightsError(f"{path}: expected weights of format {FORMAT} {FORMAT_VERSION}, found {found}")
+    return metadata
+
+
+def load_checkpoint(path: Path, trunk_class: type[Trunk]) -> Checkpoint:
+    """Read weights: a file of ours (``.safetensors``), else a checkpoint of the authors' code.
+
+    The latter has the keys ``stateDict``, ``normM2`` and ``normCount``.
 
     Raises
     ------
@@ -173,6 +255,8 @@ def load_checkpoint(path: Path, trunk_class: type[LsimTrunk] | type[SkipTrunk]) 
         When hash, keys or shapes are not those expected; names file, expected and found.
     """
     content, sha256 = verified_bytes(path)
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path, content, sha256, trunk_class)
     try:
         raw: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception as error:  # whatever a file that is no checkpoint makes of the unpickler
@@ -210,17 +294,46 @@ def load_checkpoint(path: Path, trunk_class: type[LsimTrunk] | type[SkipTrunk]) 
             f"{path}: normM2 and normCount have {len(raw['normM2'])} and {len(raw['normCount'])} entries; "
             f"expected {maps}, one per feature map of {trunk_class.__name__}"
         )
-    if any(not isinstance(m2, Tensor) or m2.ndim != 2 for m2 in raw["normM2"]):
-        shapes = [tuple(getattr(m2, "shape", ())) for m2 in raw["normM2"]]
-        raise WeightsError(f"{path}: normM2 maps have shapes {shapes}; expected (y, x)")
-    squares = [m2.float() for m2 in raw["normM2"]]
-    counts = [count for count in raw["normCount"] if isinstance(count, int) and count > 1]
-    if len(counts) != maps or not all(bool((m2 >= 0).all()) for m2 in squares):
-        raise WeightsError(
-            f"{path}: expected counts above 1 and sums of squares, found normCount {raw['normCount']} and "
-            f"normM2 from {[float(m2.min()) for m2 in squares]}"
-        )
+    squares, counts = _checked_maps(path, raw["normM2"], raw["normCount"])
     return Checkpoint(trunk, channel_weights, squares, counts, sha256)
+
+
+def _load_safetensors(path: Path, content: bytes, sha256: str, trunk_class: type[Trunk]) -> Checkpoint:
+    metadata = read_metadata(path)
+    if TRUNKS.get(metadata["trunk"]) is not trunk_class:
+        raise WeightsError(
+            f"{path}: weights of the trunk {metadata['trunk']!r}, expected those of {trunk_class.__name__}"
+        )
+    tensors = safetensors.torch.load(content)
+    with torch.device("meta"):
+        expected = trunk_class().state_dict()
+    trunk = {
+        name: _checked(tensors, f"trunk.{name}", tuple(value.shape), path) for name, value in expected.items()
+    }
+    channel_weights = [
+        _checked(tensors, f"channel_weights.{k}", (channels,), path)
+        for k, channels in enumerate(trunk_class.CHANNELS)
+    ]
+    maps = [tensors.get(f"deviation_squares.{k}") for k in range(len(channel_weights))]
+    squares, counts = _checked_maps(path, maps, json.loads(metadata["counts"]))
+    return Checkpoint(trunk, channel_weights, squares, counts, sha256)
+
+
+def _checked_maps(
+    path: Path, squares: Sequence[Any], counts: Sequence[Any]
+) -> tuple[list[Tensor], list[int]]:
+    """Deviation maps and how many frames they are of, checked."""
+    if any(not isinstance(m2, Tensor) or m2.ndim != 2 for m2 in squares):
+        shapes = [tuple(getattr(m2, "shape", ())) for m2 in squares]
+        raise WeightsError(f"{path}: maps of squared deviations have shapes {shapes}; expected (y, x)")
+    checked = [m2.float() for m2 in squares]
+    usable = [count for count in counts if isinstance(count, int) and count > 1]
+    if len(usable) != len(squares) or not all(bool((m2 >= 0).all()) for m2 in checked):
+        raise WeightsError(
+            f"{path}: expected counts above 1 and sums of squares, found counts {list(counts)} and squares "
+            f"from {[float(m2.min()) for m2 in checked]}"
+        )
+    return checked, usable
 
 
 def fetch_weights(name: str, folder: Path | None = None) -> Path:
@@ -264,13 +377,14 @@ class WeightsStatus:
 
 
 def weights_status() -> list[WeightsStatus]:
-    """State of all published weights, checking the hash of those that are found."""
+    """State of all shipped and published weights, checking the hash of those that are found."""
     found = []
-    for name in PUBLISHED:
+    for name in SHIPPED | PUBLISHED:
         try:
             path = find_weights(name)
         except MissingWeightsError:
-            found.append(WeightsStatus(name, "absent", f"lsim weights fetch {name}"))
+            how = "comes with the package" if name in SHIPPED else f"lsim weights fetch {name}"
+            found.append(WeightsStatus(name, "absent", how))
             continue
         try:
             verified_bytes(path)

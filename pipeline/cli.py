@@ -251,6 +251,37 @@ def report_command(
     output.print(f"report: {write_report(results, out=out)}", markup=False)
 
 
+@app.command("train")
+def train_command(
+    config: Annotated[
+        str, typer.Argument(help="Name of a shipped training file (train_lsim) or a YAML file.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default the file's.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A frames.zarr, or a folder of data sets; default the file's.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop in good order after so long; the same command goes on.")
+    ] = None,
+) -> None:
+    """Train the learned metric, or go on with a run that was stopped; 'torchrun -m pipeline train' too."""
+    from lsim.training import train
+    from pipeline.train import open_sequences, open_training
+
+    run = open_training(config)
+    changes = {"out": out, "data": data}
+    run = run.model_copy(update={key: str(path) for key, path in changes.items() if path is not None})
+    source = open_sequences(run)
+    result = train(
+        source, run.training, run.out, minutes=minutes, progress=lambda line: output.print(line, markup=False)
+    )
+    output.print(
+        f"{result.epochs} epochs, {result.steps} steps ({result.stopped}): pooled Spearman {result.best:.3f} "
+        f"on the sequences held out; weights in {result.folder}",
+        markup=False,
+    )
+
+
 @app.command("metrics")
 def metrics_command() -> None:
     """List the metrics, and whether they can be used here."""

@@ -101,19 +101,13 @@ class LSiM(Metric):
         """z_l / f_l for maps of these sizes: (channel, y', x') each."""
         sizes = tuple((m.shape[2], m.shape[3]) for m in maps)
         if sizes not in self._scales:
-            scales = []
-            parts = zip(sizes, self._weights, self._squares, self._counts, strict=True)
-            for size, weight, squares, count in parts:
-                if squares.shape != size:
-                    squares = F.interpolate(squares[None, None], size, mode="bilinear", align_corners=True)[
-                        0, 0
-                    ]
-                deviation = (squares / (count - 1)).sqrt()
-                channels = len(weight)
-                divisor = (deviation + 1e-10) * (math.sqrt(channels) - 1) * math.sqrt(size[0] * size[1])
-                scales.append(weight.sqrt()[:, None, None] / divisor)
-            self._scales[sizes] = scales
+            parts = zip(self.scale_parts(), sizes, strict=True)
+            self._scales[sizes] = [feature_scale(*part, size) for part, size in parts]
         return self._scales[sizes]
+
+    def scale_parts(self) -> list[tuple[Tensor, Tensor, int]]:
+        """What :func:`feature_scale` takes of each feature map: channel weights, squares, and their count."""
+        return list(zip(self._weights, self._squares, self._counts, strict=True))
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = a.parts["features"], b.parts["features"]
@@ -141,3 +135,28 @@ class LSiMSkip(LSiM):
         advised_sizes=(128, 512),
     )
     trunk_class = SkipTrunk
+
+
+def feature_scale(weight: Tensor, squares: Tensor, count: int, size: tuple[int, int]) -> Tensor:
+    """z_l / f_l for feature maps of one size.
+
+    Parameters
+    ----------
+    weight : Tensor of shape (channel,)
+        Not negative.
+    squares : Tensor of shape (y, x)
+        Sum of squared deviations over ``count`` frames; resized bilinearly, corners aligned, as published.
+    count : int
+    size : (int, int)
+        y', x' of the feature maps.
+
+    Returns
+    -------
+    Tensor of shape (channel, y', x')
+    """
+    if squares.shape != size:
+        squares = F.interpolate(squares[None, None], size, mode="bilinear", align_corners=True)[0, 0]
+    deviation = (squares / (count - 1)).sqrt()
+    channels = len(weight)
+    divisor = (deviation + 1e-10) * (math.sqrt(channels) - 1) * math.sqrt(size[0] * size[1])
+    return weight.sqrt()[:, None, None] / divisor

@@ -6,7 +6,7 @@ it. Every frame has noise of its own, which is what makes ranking hard.
 
 >>> from lsim.simulate import simulate_families, write_families
 >>> families = simulate_families("burgers", 4, size=128)
->>> families.frames.shape
+>>> families.frames["velocity"].shape
 (4, 11, 128, 128, 1)
 
 What is like the published data (Kohl, Um, Thuerey: Learning Similarity Metrics for Numerical
@@ -49,7 +49,17 @@ from pathlib import Path
 
 import torch
 
-from . import advection_diffusion, burgers, layout, shapes
+from . import (
+    advection_diffusion,
+    advection_diffusion_2d,
+    burgers,
+    burgers_2d,
+    layout,
+    liquid,
+    ripples,
+    shapes,
+    smoke,
+)
 from .families import Families, FamilyRecord, make, torch_threads
 from .layout import FORMATS, Format
 from .recipe import FRAMES, Parameters, Recipe, Variation
@@ -69,7 +79,19 @@ __all__ = [
 ]
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (advection_diffusion.RECIPE, burgers.RECIPE, shapes.RECIPE)
+    recipe.name: recipe
+    for recipe in (
+        advection_diffusion.RECIPE,
+        advection_diffusion_2d.RECIPE,
+        burgers.RECIPE,
+        burgers_2d.RECIPE,
+        smoke.RECIPE,
+        liquid.RECIPE,
+        advection_diffusion.NOISY_RECIPE,
+        shapes.RECIPE,
+        ripples.RECIPE,
+        liquid.NOISY_RECIPE,
+    )
 }
 """Every recipe by name."""
 
@@ -124,8 +146,8 @@ def simulate_families(
     Returns
     -------
     Families
-        ``frames`` (family, frame, y, x, channel) float32, ``parameter`` (frame,) float64, and a record
-        of each family: what was varied, its values, and how many draws were discarded as not finite,
+        ``frames`` by field, (family, frame, y, x, channel) float32, ``parameter`` (frame,) float64, and a
+        record of each family: what was varied, its values, and how many draws were discarded as not finite,
         constant or without effect.
 
     Raises
@@ -175,7 +197,7 @@ def write_families(
     Returns
     -------
     list of Path
-        The folders, one a family, in order.
+        The folders, one a field of a family, in order.
 
     Raises
     ------
@@ -190,17 +212,22 @@ def write_families(
     if format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}, got {format!r}")
     out = Path(out_dir)
-    folders = {number: out / layout.folder_name(chosen, number) for number in numbers}
+    folders = {number: [out / name for name in layout.folder_names(chosen, number)] for number in numbers}
     wanted = {number: layout.settings(chosen, number, size, seed, format) for number in numbers}
-    missing = [number for number in numbers if not layout.is_complete(folders[number], wanted[number])]
+    missing = [
+        number
+        for number in numbers
+        if not all(layout.is_complete(folder, wanted[number]) for folder in folders[number])
+    ]
     for start in range(0, len(missing), batch):
         made = simulate_families(
             recipe, missing[start : start + batch], size, seed, device, batch=batch, threads=threads
         )
-        for frames, record in zip(made.frames, made.records, strict=True):
+        for k, record in enumerate(made.records):
             number = record.number
-            layout.write_family(folders[number], chosen, frames, record, wanted[number])
-    return list(folders.values())
+            for folder, frames in zip(folders[number], made.frames.values(), strict=True):
+                layout.write_family(folder, chosen, frames[k], record, wanted[number])
+    return [folder for of_family in folders.values() for folder in of_family]
 
 
 def _numbers(families: int | Sequence[int]) -> list[int]:

@@ -9,10 +9,12 @@ Domain
 Initial density
     sin³(2π · density_waves · x + density_phase), density_waves one of 2, 3, 4, 6, 12
 Velocity, forcing and noise
-    see :mod:`lsim.simulate.waves`
+    see :mod:`lsim.simulate.waves`. The recipe ``density-noise`` has the noise on the density instead, added
+    between the rows, so that it is carried and diffused, too.
 Ranges
     ν log-uniform in [1e-3, 1e-2], so that converging flow doesn't squeeze the density below the grid
-    at 256; noise 0.01…0.03; velocities of scale 0.2 (:func:`lsim.simulate.waves.draw_velocity`)
+    at 256; noise 0.01…0.03, on the density 0.015…0.04; velocities of scale 0.2
+    (:func:`lsim.simulate.waves.draw_velocity`)
 Varied
     one of mean, amplitude_1 … amplitude_8, phase_a, phase_b, forcing, forcing_speed, density_phase,
     viscosity, noise
@@ -23,8 +25,10 @@ advection–diffusion, for equation, initial values, forcing and the drawing as 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -69,13 +73,19 @@ def draw(rng: np.random.Generator) -> Parameters:
     return drawn
 
 
+def draw_noisy(rng: np.random.Generator) -> Parameters:
+    """Draw a reference with noise on the density; ranges in the module's docstring."""
+    return draw(rng) | {"noise": np.asarray(rng.uniform(0.015, 0.04))}
+
+
 def solve(
     parameters: dict[str, Tensor],
     generators: Sequence[np.random.Generator],
     size: int,
     device: torch.device,
     dtype: torch.dtype,
-) -> Tensor:
+    noise_on: Literal["velocity", "density"] = "velocity",
+) -> dict[str, Tensor]:
     """Density (row, time, x, 1); see :data:`lsim.simulate.recipe.Solver`."""
     grid = PeriodicGrid(size, 1, device, dtype)
     p = {name: values[:, None] for name, values in parameters.items()}
@@ -93,29 +103,46 @@ def solve(
         image[:, row] = grid.backward(spectrum)
         for _ in range(SUBSTEPS):
             spectrum = step(spectrum, velocity, decay, dt, grid)
-        velocity = velocity + interval * waves.forcing(p, x, row * interval) + noise[:, row]
-    return image[..., None]
+        velocity = velocity + interval * waves.forcing(p, x, row * interval)
+        if noise_on == "velocity":
+            velocity = velocity + noise[:, row]
+        else:
+            spectrum = spectrum + grid.forward(noise[:, row])
+    return {"density": image[..., None]}
 
+
+VARIATIONS = {
+    "mean": Variation(0.008),
+    "amplitude_1": Variation(0.012),
+    "amplitude_2": Variation(0.01),
+    "amplitude_4": Variation(0.012),
+    "amplitude_8": Variation(0.015),
+    "phase_a": Variation(0.07),
+    "phase_b": Variation(0.1),
+    "forcing": Variation(0.25),
+    "forcing_speed": Variation(0.05),
+    "density_phase": Variation(0.05),
+    "viscosity": Variation(0.2, relative=True, both_ways=False),
+    "noise": Variation(0.2, relative=True, both_ways=False),
+}
 
 RECIPE = Recipe(
     name="advection-diffusion",
     title="density carried by a forced, noisy velocity; space–time image of a 1-D simulation",
     folder="advDiff",
-    field="density",
+    fields=("density",),
     draw=draw,
-    variations={
-        "mean": Variation(0.008),
-        "amplitude_1": Variation(0.012),
-        "amplitude_2": Variation(0.01),
-        "amplitude_4": Variation(0.012),
-        "amplitude_8": Variation(0.015),
-        "phase_a": Variation(0.07),
-        "phase_b": Variation(0.1),
-        "forcing": Variation(0.25),
-        "forcing_speed": Variation(0.05),
-        "density_phase": Variation(0.05),
-        "viscosity": Variation(0.2, relative=True, both_ways=False),
-        "noise": Variation(0.2, relative=True, both_ways=False),
-    },
+    variations=VARIATIONS,
     solve=solve,
+)
+
+NOISY_RECIPE = Recipe(
+    name="density-noise",
+    title="a noisy density carried by a forced velocity; space–time image of a 1-D simulation",
+    folder="advDiffDensity",
+    fields=("density",),
+    draw=draw_noisy,
+    variations=VARIATIONS,
+    solve=functools.partial(solve, noise_on="density"),
+    role="test",
 )

@@ -66,7 +66,7 @@ def solve(
     size: int,
     device: torch.device,
     dtype: torch.dtype,
-) -> Tensor:
+) -> dict[str, Tensor]:
     """Velocity (row, time, x, 1); see :data:`lsim.simulate.recipe.Solver`."""
     grid = PeriodicGrid(size, 1, device, dtype)
     p = {name: values[:, None] for name, values in parameters.items()}
@@ -83,14 +83,14 @@ def solve(
         for _ in range(SUBSTEPS):
             spectrum = step(spectrum, decay, dt, grid)
         spectrum = spectrum + grid.forward(interval * waves.forcing(p, x, row * interval) + noise[:, row])
-    return image[..., None]
+    return {"velocity": image[..., None]}
 
 
 RECIPE = Recipe(
     name="burgers",
     title="forced, noisy Burgers' equation; space–time image of a 1-D simulation",
     folder="burgersEq",
-    field="velocity",
+    fields=("velocity",),
     draw=draw,
     variations={
         "mean": Variation(0.015),

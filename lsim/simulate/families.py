@@ -59,8 +59,9 @@ class Families:
 
     Attributes
     ----------
-    recipe, field : str
-    frames : ndarray of shape (family, frame, y, x, channel), float32
+    recipe : str
+    frames : dict of str to ndarray of shape (family, frame, y, x, channel), float32
+        By field.
     parameter : ndarray of shape (frame,), float64
         Ground truth: 0, 0.1, …, 1.
     records : tuple of FamilyRecord
@@ -68,8 +69,7 @@ class Families:
     """
 
     recipe: str
-    field: str
-    frames: np.ndarray
+    frames: dict[str, np.ndarray]
     parameter: np.ndarray
     records: tuple[FamilyRecord, ...]
 
@@ -109,13 +109,13 @@ def make(
     batch: int,
 ) -> Families:
     """Simulate the families of the given numbers, ``batch`` of them at a time."""
-    done: dict[int, tuple[np.ndarray, FamilyRecord]] = {}
+    done: dict[int, tuple[dict[str, np.ndarray], FamilyRecord]] = {}
     discarded: dict[int, Counter[str]] = {number: Counter() for number in numbers}
     waiting = [draw_family(recipe, number, seed) for number in numbers]
     while waiting:
         now, waiting = waiting[:batch], waiting[batch:]
         for draw, frames in zip(now, _simulate(recipe, now, size, device, dtype), strict=True):
-            reason = defect(frames)
+            reason = next(filter(None, map(defect, frames.values())), None)
             if reason is None:
                 done[draw.number] = frames, _record(draw, seed, discarded[draw.number])
                 continue
@@ -126,9 +126,9 @@ def make(
                     f"row were unusable ({dict(discarded[draw.number])}); size {size} may be too small"
                 )
             waiting.append(draw_family(recipe, draw.number, seed, draw.attempt + 1))
-    frames = np.stack([done[number][0] for number in numbers])
+    stacked = {field: np.stack([done[number][0][field] for number in numbers]) for field in recipe.fields}
     records = tuple(done[number][1] for number in numbers)
-    return Families(recipe.name, recipe.field, frames, ground_truth(), records)
+    return Families(recipe.name, stacked, ground_truth(), records)
 
 
 def draw_family(recipe: Recipe, number: int, seed: int, attempt: int = 0) -> _Draw:
@@ -174,16 +174,19 @@ def defect(frames: np.ndarray) -> str | None:
 
 def _simulate(
     recipe: Recipe, draws: Sequence[_Draw], size: int, device: torch.device, dtype: torch.dtype
-) -> np.ndarray:
-    """Frames (family, frame, y, x, channel), float32, of some draws at once."""
+) -> list[dict[str, np.ndarray]]:
+    """Frames (frame, y, x, channel), float32, by field, of some draws at once."""
     parameters = {
         name: torch.from_numpy(np.concatenate([draw.frames[name] for draw in draws])).to(device, dtype)
         for name in draws[0].frames
     }
     with torch.inference_mode():
-        rows = recipe.solve(parameters, [draw.generator for draw in draws], size, device, dtype)
-    frames = rows.to("cpu", torch.float32).numpy()
-    return frames.reshape(len(draws), FRAMES, *frames.shape[1:])
+        solved = recipe.solve(parameters, [draw.generator for draw in draws], size, device, dtype)
+    fields = {name: rows.to("cpu", torch.float32).numpy() for name, rows in solved.items()}
+    return [
+        {name: rows[k * FRAMES : (k + 1) * FRAMES] for name, rows in fields.items()}
+        for k in range(len(draws))
+    ]
 
 
 def _record(draw: _Draw, seed: int, discarded: Counter[str]) -> FamilyRecord:

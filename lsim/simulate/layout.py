@@ -5,9 +5,9 @@
     <out>/advDiff1.density/advDiff00.npz … advDiff10.npz    (or .png)
                            family.json
 
-A folder is one sequence, ``<name><number>.<field>``; the two digits of a frame are its ground truth, as
-a count of steps from the reference. An ``.npz`` holds the array ``arr_0`` (y, x, channel), float32; a
-``.png`` has 8 bits, the family's minimum and maximum over all frames mapped to 0 and 255.
+A folder is one sequence, ``<name><number>.<field>``, a field of a family; the two digits of a frame are its
+ground truth, as a count of steps from the reference. An ``.npz`` holds the array ``arr_0`` (y, x, channel),
+float32; a ``.png`` has 8 bits, the family's minimum and maximum over all frames mapped to 0 and 255.
 
 A folder is written under a hidden name and renamed when it is whole, so that a folder with the proper
 name is never half written. One process at a time may write a folder.
@@ -46,9 +46,9 @@ def settings(recipe: Recipe, number: int, size: int, seed: int, format: Format) 
     }
 
 
-def folder_name(recipe: Recipe, number: int) -> str:
-    """``<name><number>.<field>``."""
-    return f"{recipe.folder}{number}.{recipe.field}"
+def folder_names(recipe: Recipe, number: int) -> list[str]:
+    """``<name><number>.<field>`` of each field."""
+    return [f"{recipe.folder}{number}.{field}" for field in recipe.fields]
 
 
 def frame_names(recipe: Recipe, format: Format) -> list[str]:
@@ -68,7 +68,7 @@ def is_complete(folder: Path, expected: dict[str, Any]) -> bool:
 def write_family(
     folder: Path, recipe: Recipe, frames: np.ndarray, record: FamilyRecord, made_with: dict[str, Any]
 ) -> None:
-    """Write one family as a folder, in place of one that was made here with other settings.
+    """Write one field of a family as a folder, in place of one that was made here with other settings.
 
     Parameters
     ----------

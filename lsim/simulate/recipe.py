@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -17,13 +17,14 @@ Parameters: TypeAlias = dict[str, np.ndarray]
 """The parameters of one simulation by name; most are numbers (shape ``()``)."""
 
 Solver: TypeAlias = Callable[
-    [dict[str, Tensor], Sequence[np.random.Generator], int, torch.device, torch.dtype], Tensor
+    [dict[str, Tensor], Sequence[np.random.Generator], int, torch.device, torch.dtype], dict[str, Tensor]
 ]
-"""``solve(parameters, generators, size, device, dtype) -> frames``
+"""``solve(parameters, generators, size, device, dtype) -> {field: frames}``
 
 parameters: each (row, …), a row being one frame of one family, families one after the other;
 generators: one a family, for its noise, all drawn on the host, so that no row depends on the rows of
-other families; frames: (row, y, x, channel).
+other families; frames: (row, y, x, channel), one channel for a scalar, three for a vector (x, y and 0, so
+that metrics and PNG take it).
 """
 
 
@@ -56,13 +57,16 @@ class Recipe:
         As users write it.
     title : str
         One line for people.
-    folder, field : str
+    folder : str
+    fields : tuple of str
         Sequences are named ``<folder><number>.<field>``.
     draw : callable
         Draws the parameters of a reference from a generator.
     variations : mapping
         The parameters of which one is varied, with their steps.
     solve : Solver
+    role : {"training", "test"}
+        Whether the published evaluation trains on such data, or keeps it for tests alone.
     version : int
         Raised whenever the same seed gives other frames than before; written data is then remade.
     """
@@ -70,8 +74,9 @@ class Recipe:
     name: str
     title: str
     folder: str
-    field: str
+    fields: tuple[str, ...]
     draw: Callable[[np.random.Generator], Parameters]
     variations: Mapping[str, Variation]
     solve: Solver
+    role: Literal["training", "test"] = "training"
     version: int = 1

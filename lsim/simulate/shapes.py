@@ -39,7 +39,7 @@ def draw(rng: np.random.Generator) -> Parameters:
     start, end = np.zeros((2, MOST_SHAPES, 2))
     radius = np.zeros(MOST_SHAPES)
     for shape in range(count):
-        start[shape], end[shape] = _draw_way(rng)
+        start[shape], end[shape] = draw_way(rng)
         radius[shape] = rng.uniform(0.1, 0.2) * np.linalg.norm(end[shape] - start[shape])
     return {
         "start": start,
@@ -58,7 +58,7 @@ def solve(
     size: int,
     device: torch.device,
     dtype: torch.dtype,
-) -> Tensor:
+) -> dict[str, Tensor]:
     """Occupancy (row, y, x, 1); see :data:`lsim.simulate.recipe.Solver`."""
     p = parameters
     pixels = (torch.arange(size, device=device, dtype=dtype) + 0.5) / size
@@ -76,13 +76,19 @@ def solve(
         covered = (0.5 - outside / edge).clamp(0, 1)
         image = torch.maximum(image, torch.where(radius > 0, covered, torch.zeros_like(covered)))
 
-    frames = len(centre) // len(generators)
-    noise = [rng.standard_normal((frames, size, size), dtype=np.float32) for rng in generators]
-    image = image + p["noise"][:, None, None] * torch.from_numpy(np.concatenate(noise)).to(image)
-    return image[..., None]
+    image = image + p["noise"][:, None, None] * pixel_noise(generators, len(centre), size).to(image)
+    return {"density": image[..., None]}
 
 
-def _draw_way(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def pixel_noise(generators: Sequence[np.random.Generator], rows: int, size: int) -> Tensor:
+    """Normal numbers (row, y, x), one stream a family."""
+    shape = (rows // len(generators), size, size)
+    return torch.from_numpy(
+        np.concatenate([rng.standard_normal(shape, dtype=np.float32) for rng in generators])
+    )
+
+
+def draw_way(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Start and end of a way, far enough from the walls for the largest shape on it."""
     while True:
         start, end = rng.uniform(size=(2, 2))
@@ -96,8 +102,9 @@ RECIPE = Recipe(
     name="shapes",
     title="discs and squares moving along straight lines",
     folder="shapes",
-    field="density",
+    fields=("density",),
     draw=draw,
     variations={"position": Variation(0.1, both_ways=False)},
     solve=solve,
+    role="test",
 )

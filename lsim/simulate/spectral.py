@@ -139,6 +139,22 @@ def integrating_factor_rk4(
     return decay.full * (spectrum + (dt / 6) * a) + decay.half * ((dt / 3) * (b + c)) + (dt / 6) * d
 
 
+def padded(spectrum: Tensor, grid: PeriodicGrid) -> Tensor:
+    """The spectrum (…, n, n // 2 + 1) of a coarser 2-D grid's field, on ``grid``: the same waves, and no
+    others.
+
+    The highest wave of the coarser grid is dropped: its sign is not known there.
+    """
+    n, m = spectrum.shape[-2], grid.size
+    if n > m:
+        raise ValueError(f"cannot take a spectrum of {n} points to a grid of {m}: it is coarser")
+    half = n // 2
+    out = torch.zeros(*spectrum.shape[:-2], m, m // 2 + 1, device=spectrum.device, dtype=spectrum.dtype)
+    out[..., :half, :half] = spectrum[..., :half, :half]
+    out[..., m - half + 1 :, :half] = spectrum[..., half + 1 :, :half]
+    return out * (m / n) ** 2
+
+
 def _along(values: Tensor, axis: int) -> Tensor:
     """Shape (n,) to broadcast along ``axis`` (−1: (n,), −2: (n, 1), …)."""
     return values.reshape(-1, *(1,) * (-axis - 1))

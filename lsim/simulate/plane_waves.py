@@ -1,0 +1,115 @@
+"""What the two-dimensional recipes share: a potential made of plane waves, its forcing, and smooth noise.
+
+Space is the periodic square [0, 1)², time runs over [0, 1/2]; lengths in box lengths. All of it has so few
+waves that it is evaluated on a coarse grid and taken to the fine one by its Fourier coefficients, exactly.
+
+potential
+    P(x, 0) = Σ_k amplitude_k / (2πk) Σ_j sin(2π K_kj · x + θ_kj),  k = 1, 2, 4, 8, two directions j each,
+    integer wave vectors K_kj of about length k, phases θ_k1 = k phase_a, θ_k2 = k phase_b; its gradient has
+    the strength amplitude_k
+forcing
+    forcing · P(x + s(t), ·), s(t) = forcing_speed · t · (½ + sin 3t) along both axes
+noise
+    white in time, flat in space up to :data:`NOISE_WAVES`, of strength ``noise``, drawn for each frame on its
+    own: its law doesn't depend on the resolution
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .recipe import Parameters
+from .spectral import PeriodicGrid, padded
+
+LENGTHS = (1, 2, 4, 8)
+NOISE_WAVES = 12
+COARSE = 32
+"""Points of the coarse grid along each axis: enough for all waves here."""
+FASTEST = 1.0
+"""Speed that no initial velocity exceeds, |u| + |v|, lengths per unit time: it bounds the time step."""
+DURATION = 0.5
+
+
+def draw(rng: np.random.Generator, scale: float) -> Parameters:
+    """Draw mean velocity, amplitudes, wave vectors, phases and forcing."""
+    while True:
+        drawn = {
+            "mean_x": scale * rng.uniform(-1, 1),
+            "mean_y": scale * rng.uniform(-1, 1),
+            "amplitude_1": scale * rng.uniform(0.3, 1),
+            "amplitude_2": scale * rng.uniform(0.2, 0.75),
+            "amplitude_4": scale * rng.uniform(0.1, 0.6),
+            "amplitude_8": scale * rng.uniform(0, 0.4),
+        }
+        waves = 2 * math.sqrt(2) * sum(drawn[f"amplitude_{k}"] for k in LENGTHS)
+        if abs(drawn["mean_x"]) + abs(drawn["mean_y"]) + waves <= FASTEST:
+            break
+    drawn["phase_a"], drawn["phase_b"] = rng.uniform(0, 2 * math.pi, 2)
+    drawn["forcing"] = rng.uniform(0.2, 1.5)
+    drawn["forcing_speed"] = rng.uniform(-0.5, 0.5)
+    angles = rng.uniform(0, 2 * math.pi, (len(LENGTHS), 2))
+    vectors = np.rint(np.stack([np.sin(angles), np.cos(angles)], -1) * np.array(LENGTHS)[:, None, None])
+    vectors[np.abs(vectors).sum(-1) == 0] = (0, 1)
+    return {name: np.asarray(value) for name, value in drawn.items()} | {"wave_vectors": vectors}
+
+
+def potential(p: dict[str, Tensor], grid: PeriodicGrid, shift: Tensor | float = 0.0) -> Tensor:
+    """Spectrum on ``grid`` of P at x + ``shift`` (row,): (row, size, size // 2 + 1)."""
+    coarse = _coarse(grid)
+    y, x = coarse.coordinates
+    field = torch.zeros(len(p["phase_a"]), COARSE, COARSE, device=y.device, dtype=y.dtype)
+    moved = torch.as_tensor(shift, device=y.device, dtype=y.dtype).reshape(-1, 1, 1)
+    for k, length in enumerate(LENGTHS):
+        strength = p[f"amplitude_{length}"][:, None, None] / (2 * math.pi * length)
+        for j, phase in enumerate(("phase_a", "phase_b")):
+            k_y, k_x = (p["wave_vectors"][:, k, j, axis, None, None] for axis in (0, 1))
+            angle = 2 * math.pi * (k_y * (y + moved) + k_x * (x + moved)) + (k + 1) * p[phase][:, None, None]
+            field = field + strength * torch.sin(angle)
+    return padded(coarse.forward(field), grid)
+
+
+def forcing(p: dict[str, Tensor], grid: PeriodicGrid, time: float) -> Tensor:
+    """Spectrum of the forcing's potential at a time."""
+    shift = p["forcing_speed"] * (time * (0.5 + math.sin(3 * time)))
+    return p["forcing"][:, None, None] * potential(p, grid, shift)
+
+
+def noise(generators: Sequence[np.random.Generator], frames: int, grid: PeriodicGrid) -> Tensor:
+    """Spectrum of normal numbers of variance one with waves up to :data:`NOISE_WAVES`: one stream a family."""
+    coarse = _coarse(grid)
+    drawn = np.concatenate(
+        [rng.standard_normal((frames, COARSE, COARSE), dtype=np.float32) for rng in generators]
+    )
+    limit = 2 * math.pi * (NOISE_WAVES + 0.5)
+    k_y, k_x = coarse.wavenumbers
+    inside = ((k_y.abs() < limit) & (k_x.abs() < limit)).to(coarse.laplacian.dtype)
+    share = (2 * NOISE_WAVES + 1) / COARSE
+    return padded(coarse.forward(torch.from_numpy(drawn).to(coarse.laplacian)) * (inside / share), grid)
+
+
+def steps_for(grid: PeriodicGrid) -> int:
+    """Time steps with which twice :data:`FASTEST` is stable in the kept band."""
+    largest = 2 / 3 * math.pi * grid.size
+    return math.ceil(DURATION * 2 * FASTEST * largest / 2.8)
+
+
+def grid_for(size: int, device: torch.device, dtype: torch.dtype) -> PeriodicGrid:
+    """Half as many points as pixels along each axis from 192 on: :func:`to_image` is exact."""
+    return PeriodicGrid(size // 4 * 2 if size >= 192 else size, 2, device, dtype)
+
+
+def to_image(spectrum: Tensor, grid: PeriodicGrid, size: int) -> Tensor:
+    """Field of a spectrum, at ``size`` points along each axis."""
+    if grid.size == size:
+        return grid.backward(spectrum)
+    fine = PeriodicGrid(size, 2, spectrum.device, grid.laplacian.dtype)
+    return fine.backward(padded(spectrum, fine))
+
+
+def _coarse(grid: PeriodicGrid) -> PeriodicGrid:
+    return PeriodicGrid(COARSE, 2, grid.laplacian.device, grid.laplacian.dtype)

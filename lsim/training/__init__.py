@@ -1,0 +1,14 @@
+"""Train the learned metric on sequences of simulations: :func:`train`, or ``lsim train`` from the shell."""
+
+from lsim.training.sequences import Augmentation, LayoutFolders, SequenceSource, TrainingSequence
+from lsim.training.train import TrainingResult, TrainingSettings, train
+
+__all__ = [
+    "Augmentation",
+    "LayoutFolders",
+    "SequenceSource",
+    "TrainingResult",
+    "TrainingSequence",
+    "TrainingSettings",
+    "train",
+]

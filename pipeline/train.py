@@ -1,0 +1,163 @@
+"""Training runs: a YAML file that says what to train on and how, and frames.zarr as a source of sequences.
+
+Training itself is :mod:`lsim.training`, which knows folders of frames alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydantic
+import yaml
+
+from lsim.training import Augmentation, LayoutFolders, SequenceSource, TrainingSequence, TrainingSettings
+from pipeline import schema
+from pipeline.resources import find_resource
+from pipeline.store import field_keys, get_array, get_group, open_store, read
+
+
+class TrainingFileError(ValueError):
+    """A training file with unknown keys or wrong values; names the file and the key."""
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class SimulatedSet(_Strict):
+    """Families of one recipe to make before training, see :func:`lsim.simulate.write_families`."""
+
+    families: int = pydantic.Field(ge=1)
+    size: int = 256
+    seed: int = pydantic.Field(default=0, ge=0)
+
+
+class TrainingRun(_Strict):
+    """A training file.
+
+    Attributes
+    ----------
+    title : str
+    out : str
+        Folder of the run.
+    data : str
+        A ``frames.zarr``, or a folder of data sets in the layout of the published data.
+    datasets : list of str, optional
+        Which of its data sets; default all, or those of ``simulate``.
+    simulate : dict, optional
+        Recipe to :class:`SimulatedSet`: made in ``data`` first, where absent.
+    training : dict
+        Fields of :class:`lsim.training.TrainingSettings`.
+    """
+
+    title: str = ""
+    out: str
+    data: str
+    datasets: list[str] | None = None
+    simulate: dict[str, SimulatedSet] = {}
+    training: TrainingSettings = TrainingSettings()
+
+
+def open_training(name: str | os.PathLike[str]) -> TrainingRun:
+    """Read a training file by name (``train_lsim``) or path.
+
+    Raises
+    ------
+    TrainingFileError
+        For unknown keys and wrong values, naming the file and the key.
+    pipeline.resources.ResourceError
+        When there is none of that name.
+    """
+    path = find_resource("workflows", name)
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        run = TrainingRun.model_validate(content)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TrainingFileError(f"{path}: not YAML: {error}") from error
+    except pydantic.ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in error.errors()
+        )
+        raise TrainingFileError(f"{path}: {faults}") from error
+    return run
+
+
+def open_sequences(run: TrainingRun) -> SequenceSource:
+    """The sequences of a training file, from a store or from folders."""
+    data = Path(run.data)
+    datasets = run.datasets or sorted(run.simulate) or None
+    if (data / "zarr.json").exists():
+        return StoredSequences(data, datasets)
+    if datasets is None:
+        datasets = sorted(entry.name for entry in data.iterdir() if entry.is_dir()) if data.is_dir() else []
+    if not datasets:
+        raise FileNotFoundError(
+            f"nothing to train on in {data}: expected frames.zarr or folders of data sets"
+        )
+    return LayoutFolders(data, datasets)
+
+
+class StoredSequences:
+    """Sequences of a ``frames.zarr``.
+
+    Parameters
+    ----------
+    path : Path
+    datasets : sequence of str or None
+        None takes all.
+
+    Raises
+    ------
+    pipeline.store.StoreError
+        When there is no store.
+    ValueError
+        When it lacks a data set.
+    """
+
+    def __init__(self, path: Path, datasets: Sequence[str] | None) -> None:
+        root = open_store(path)
+        keys = field_keys(root, schema.FRAMES)
+        there = sorted({key.split("/")[0] for key in keys})
+        missing = sorted(set(datasets or ()) - set(there))
+        if missing:
+            raise ValueError(f"{path}: no data set {', '.join(missing)}; there are: {', '.join(there)}")
+        self._rows: list[tuple[str, int, str]] = []
+        self._groups = {}
+        for key in keys:
+            dataset, field = key.split("/")
+            if datasets is None or dataset in datasets:
+                group = self._groups[key] = get_group(root, key)
+                names = read(get_array(group, schema.SEQUENCE)).tolist()
+                self._rows += [(key, row, _named(dataset, name, field)) for row, name in enumerate(names)]
+
+    @property
+    def names(self) -> Sequence[str]:
+        """``<data set>/<sequence>.<field>``."""
+        return [name for _, _, name in self._rows]
+
+    def read(self, index: int) -> TrainingSequence:
+        """One sequence, as stored."""
+        key, row, name = self._rows[index]
+        group = self._groups[key]
+        frames = np.asarray(read(get_array(group, schema.FRAMES), row))
+        return TrainingSequence(name, frames, np.asarray(read(get_array(group, schema.PARAMETER), row)))
+
+
+def _named(dataset: str, sequence: str, field: str) -> str:
+    """With the field as its ending, once."""
+    return f"{dataset}/{sequence}" if sequence.endswith(f".{field}") else f"{dataset}/{sequence}.{field}"
+
+
+__all__ = [
+    "Augmentation",
+    "SimulatedSet",
+    "StoredSequences",
+    "TrainingFileError",
+    "TrainingRun",
+    "open_sequences",
+    "open_training",
+]
