@@ -245,14 +245,29 @@ class FrozenNetwork(nn.Module):
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Distances of planes (n, 3, y, x) in [0, 255]: (n,)."""
         # Two passes: that of a target without gradients then keeps no activations and has no way back.
+        first, second = self._features(prediction), self._features(target)
         squared = prediction.new_zeros(len(prediction))
-        for k, (f, g) in enumerate(zip(self._features(prediction), self._features(target), strict=True)):
-            weight, squares = (
-                self.get_buffer(f"{name}_{k}") for name in ("channel_weights", "deviation_squares")
-            )
-            scale = feature_scale(weight, squares, self.counts[k], (f.shape[2], f.shape[3]))
+        for f, g, scale in zip(first, second, self.scales(first), strict=True):
             squared = squared + ((f - g) * scale).square().sum((1, 2, 3))
         return safe_sqrt(squared)
+
+    def embedding(self, planes: Tensor) -> Tensor:
+        """z of planes (n, 3, y, x) in [0, 255], (n, Σ_l C_l H_l W_l): its Euclidean distance is the metric."""
+        maps = self._features(planes)
+        scaled = zip(maps, self.scales(maps), strict=True)
+        return torch.cat([(f * scale).flatten(1) for f, scale in scaled], 1)
+
+    def scales(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """z_l / f_l for maps of these sizes: (channel, y', x') each."""
+        return [
+            feature_scale(
+                self.get_buffer(f"channel_weights_{k}"),
+                self.get_buffer(f"deviation_squares_{k}"),
+                count,
+                (f.shape[2], f.shape[3]),
+            )
+            for k, (f, count) in enumerate(zip(maps, self.counts, strict=True))
+        ]
 
     def _features(self, planes: Tensor) -> Sequence[Tensor]:
         maps: Sequence[Tensor] = (_without_tf32 if planes.is_cuda else _plainly)(self.trunk, planes)

@@ -13,11 +13,19 @@ import torch
 
 from lsim.metric import Metric, MetricInfo, resolve_device
 from lsim.metrics.information import VariationOfInformation
-from lsim.metrics.learned import LSiM, LSiMSkip
+from lsim.metrics.learned import LSiM, LSiMAlex, LSiMSkip
 from lsim.metrics.pixel import L1, L2, PSNR
 from lsim.metrics.structural import SSIM
 from lsim.preprocess import Compat, Preprocessing
-from lsim.weights import MissingWeightsError, WeightsError, find_weights, load_checkpoint, verified_bytes
+from lsim.weights import (
+    SHIPPED,
+    MissingWeightsError,
+    WeightsError,
+    find_weights,
+    load_checkpoint,
+    read_metadata,
+    verified_bytes,
+)
 
 METRICS: dict[str, type[Metric]] = {
     "l1": L1,
@@ -25,12 +33,16 @@ METRICS: dict[str, type[Metric]] = {
     "psnr": PSNR,
     "ssim": SSIM,
     "vi": VariationOfInformation,
+    "lsim-open": LSiM,
     "lsim": LSiM,
     "lsim-noiseless": LSiM,
     "lsim-strong-noise": LSiM,
     "lsim-skip": LSiMSkip,
 }
 """Name to class, in the order in which tables list them."""
+
+LEARNED: dict[str, type[LSiM]] = {"lsim": LSiM, "skip": LSiMSkip, "alex": LSiMAlex}
+"""Name of a trunk, as a file of weights states it, to class."""
 
 ENTRY_POINT = "lsim.metrics"
 
@@ -83,6 +95,31 @@ def metric_class(name: str) -> type[Metric]:
     return known[name]
 
 
+def learned_class(name: str, weights: str | os.PathLike[str]) -> type[Metric]:
+    """The class for a metric with weights of one's own: the one of that name, else that of their trunk.
+
+    Raises
+    ------
+    UnknownMetricError
+        For a name that isn't registered, with weights that don't state their trunk.
+    lsim.weights.WeightsError
+        When there are no such weights.
+    """
+    if name in registered():
+        return metric_class(name)
+    path = find_weights(name, weights)
+    if path.suffix != ".safetensors":
+        raise UnknownMetricError(
+            f"no metric named {name!r}, and {path.name} doesn't state its trunk, as .safetensors of ours do"
+        )
+    trunk = read_metadata(path)["trunk"]
+    if trunk not in LEARNED:
+        raise WeightsError(
+            f"{path}: weights of the trunk {trunk!r}, which is no metric; there are {', '.join(LEARNED)}"
+        )
+    return LEARNED[trunk]
+
+
 def list_metrics() -> list[str]:
     """Names of all metrics, in the order in which tables list them.
 
@@ -98,21 +135,28 @@ def describe_metrics() -> list[ListedMetric]:
     return [ListedMetric(name, cls.info, why_unavailable(name)) for name, cls in registered().items()]
 
 
-def why_unavailable(name: str) -> str:
+def why_unavailable(name: str, weights: str | os.PathLike[str] | None = None) -> str:
     """Empty when the metric can be loaded here, else the reason with the command that gets its weights."""
-    if not issubclass(metric_class(name), LSiM):
+    if weights is None and not issubclass(metric_class(name), LSiM):
         return ""
     try:
-        verified_bytes(find_weights(name))
-    except MissingWeightsError:
+        verified_bytes(find_weights(name, weights))
+    except MissingWeightsError as error:
+        if name in SHIPPED:
+            return str(error)
         return f"its weights are not here; get them with 'lsim weights fetch {name}'"
     except WeightsError as error:
         return str(error)
     return ""
 
 
+def default_metric() -> str:
+    """The published ``lsim`` where its weights are here, else ``lsim-open``, which comes with the package."""
+    return "lsim-open" if why_unavailable("lsim") else "lsim"
+
+
 def load_metric(
-    name: str,
+    name: str | None = None,
     weights: str | os.PathLike[str] | None = None,
     device: str | torch.device = "auto",
     size: int | None = 224,
@@ -123,8 +167,9 @@ def load_metric(
 
     Parameters
     ----------
-    name : str
-        One of :func:`list_metrics`.
+    name : str, optional
+        One of :func:`list_metrics`; or any other, for ``weights`` of one's own. Default: see
+        :func:`default_metric`; the metric's ``name`` says which it is.
     weights : path or str, optional
         For learned metrics: a file, or the name of published weights. Default: the metric's own, searched
         in ``$LSIM_WEIGHTS``, the user cache and the package.
@@ -148,7 +193,9 @@ def load_metric(
     ValueError
         For settings that the metric cannot take.
     """
-    cls = metric_class(name)
+    if name is None:
+        name = default_metric()
+    cls = metric_class(name) if weights is None else learned_class(name, weights)
     preprocessing = Preprocessing(size, order, compat)
     target = resolve_device(device)
     if issubclass(cls, LSiM):

@@ -78,8 +78,11 @@ PUBLISHED: dict[str, Published] = {
 }
 
 
-SHIPPED: dict[str, Published] = {}
-"""Weights that come with the package, by the name of their metric; their ``url`` is empty."""
+SHIPPED: dict[str, Published] = {
+    "lsim-open": Published("lsim-open.safetensors", "", "0" * 64, "MIT"),
+    "lsim-untrained": Published("lsim-untrained.safetensors", "", "0" * 64, "MIT"),
+}
+"""Weights that come with the package; their ``url`` is empty. ``lsim-untrained`` is what training began from."""
 
 FORMAT, FORMAT_VERSION = "lsim", "1"
 

@@ -274,6 +274,7 @@ class MetricRequest:
     """
 
     name: str
+    weights: str | None
     size: int | None
     order: int
     compat: Compat
@@ -297,7 +298,9 @@ def get_metric(request: MetricRequest) -> Metric:
     with _lock:
         key = (request, _device)
         if key not in _metrics:
-            metric = load_metric(request.name, None, _device, request.size, request.order, request.compat)
+            metric = load_metric(
+                request.name, request.weights, _device, request.size, request.order, request.compat
+            )
             _loads[request.name] += 1
             found = metric.specification_hash
             if found != request.specification_hash:

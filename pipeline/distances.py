@@ -30,7 +30,7 @@ from lsim.preprocess import (
     resize,
     value_range,
 )
-from lsim.registry import list_metrics, load_metric, metric_class, why_unavailable
+from lsim.registry import learned_class, list_metrics, load_metric, metric_class, why_unavailable
 from pipeline import schema, store
 from pipeline.blocks import Pairs, StaleBlock, describe, drop_vanished, invalidate, lay_out, stale_blocks
 from pipeline.cluster import Cluster, MetricRequest, Profile, get_metric, prewarm, run_bounded
@@ -56,6 +56,10 @@ class Settings(pydantic.BaseModel):
         ``"all"`` leaves out those whose weights aren't here, and says so.
     size, order, compat
         As :func:`lsim.load_metric` takes them.
+    weights : dict of str to str
+        Weights of one's own by the name of their metric: files that ``lsim train`` wrote, under any name,
+        which is then a metric as others are; or others for a learned metric that is registered. A file
+        must lie at the same path, or in the same search folder, on every worker.
     scope : str or (lo, hi)
         Over which frames minimum and maximum are taken: ``"sequence"``, ``"pair"``, ``"dataset"`` (all
         sequences of a field) or fixed.
@@ -73,6 +77,7 @@ class Settings(pydantic.BaseModel):
     size: int | None = pydantic.Field(default=224, ge=1)
     order: int = pydantic.Field(default=0, ge=0, le=5)
     compat: Compat = "default"
+    weights: dict[Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")], str] = {}
     scope: Literal["sequence", "pair", "dataset"] | tuple[float, float] = "sequence"
     pairs: Pairs = "all"
     strict: bool = False
@@ -182,9 +187,12 @@ def compute_distances(
     # Workers may run in another folder.
     frames_path, out_path = Path(frames).absolute(), Path(out).absolute()
     names, unavailable = select_metrics(settings)
+    weights = {name: _everywhere(file) for name, file in settings.weights.items()}
     metrics = [
-        load_metric(name, None, "cpu", settings.size, settings.order, settings.compat) for name in names
+        load_metric(name, weights.get(name), "cpu", settings.size, settings.order, settings.compat)
+        for name in names
     ]
+    requests = {metric.name: _request(metric, weights.get(metric.name)) for metric in metrics}
     source = store.open_store(frames_path)
     keys = _checked_fields(source, frames_path)
     report = DistancesReport(unavailable=unavailable)
@@ -195,7 +203,7 @@ def compute_distances(
         tasks: list[BlockTask] = []
         for key in keys:
             tasks += _stale_tasks(
-                key, source, root, frames_path, out_path, metrics, settings, cluster, report
+                key, source, root, frames_path, out_path, metrics, requests, settings, cluster, report
             )
         made_by = {
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -205,7 +213,7 @@ def compute_distances(
             "versions": versions(),
         }
         try:
-            _run(tasks, [_request(metric) for metric in metrics], cluster, root, progress, report)
+            _run(tasks, list(requests.values()), cluster, root, progress, report)
         finally:
             # Also of a run that is interrupted: what it computed stays, and says what made it.
             report.seconds = time.perf_counter() - began
@@ -231,8 +239,14 @@ def compute_distances(
 
 def select_metrics(settings: Settings) -> tuple[list[str], dict[str, str]]:
     """The metrics to compute, and those of ``"all"`` that are left out, each with the reason."""
-    wanted = list_metrics() if settings.metrics == "all" else list(dict.fromkeys(settings.metrics))
-    unavailable = {name: reason for name in wanted if (reason := why_unavailable(name) or _why_unfit(name))}
+    named = [*list_metrics(), *settings.weights] if settings.metrics == "all" else settings.metrics
+    wanted = list(dict.fromkeys(named))
+    given = settings.weights
+    unavailable = {
+        name: reason
+        for name in wanted
+        if (reason := why_unavailable(name, given.get(name)) or _why_unfit(name, given.get(name)))
+    }
     names = [name for name in wanted if name not in unavailable]
     if unavailable and (settings.strict or settings.metrics != "all"):
         raise UnavailableMetricError(
@@ -241,9 +255,16 @@ def select_metrics(settings: Settings) -> tuple[list[str], dict[str, str]]:
     return names, unavailable
 
 
-def _why_unfit(name: str) -> str:
+def _everywhere(weights: str) -> str:
+    """A file of weights as workers find it, who may run in another folder; names stay as they are."""
+    path = Path(weights).expanduser()
+    return str(path.absolute()) if path.is_file() else weights
+
+
+def _why_unfit(name: str, weights: str | None) -> str:
     """Empty when a metric's distances make a matrix as the store holds them, else why not."""
-    if "symmetric" in metric_class(name).info.axioms:
+    cls = metric_class(name) if weights is None else learned_class(name, weights)
+    if "symmetric" in cls.info.axioms:
         return ""
     return (
         "it doesn't claim to be symmetric, and the store holds symmetric matrices; symmetrise it in `compare`"
@@ -418,6 +439,7 @@ def _stale_tasks(
     frames: Path,
     out: Path,
     metrics: Sequence[Metric],
+    requests: Mapping[str, MetricRequest],
     settings: Settings,
     cluster: Cluster,
     report: DistancesReport,
@@ -442,7 +464,6 @@ def _stale_tasks(
         store.read(store.get_array(origin, schema.PARAMETER)),
         {metric.name: metric.specification() | made_with for metric in metrics if metric.name in stale},
     )
-    requests = {metric.name: _request(metric) for metric in metrics}
     return [
         BlockTask(
             str(frames),
@@ -457,10 +478,10 @@ def _stale_tasks(
     ]
 
 
-def _request(metric: Metric) -> MetricRequest:
+def _request(metric: Metric, weights: str | None) -> MetricRequest:
     settings = metric.preprocessing
     return MetricRequest(
-        metric.name, settings.size, settings.order, settings.compat, metric.specification_hash
+        metric.name, weights, settings.size, settings.order, settings.compat, metric.specification_hash
     )
 
 

@@ -109,8 +109,13 @@ def open_workflow(name: str | os.PathLike[str]) -> Workflow:
         raise WorkflowError(f"{path}: {faults}") from error
     beside = path.parent / workflow.catalog
     # A name is a shipped catalog; whatever looks like a path starts where the workflow is.
-    is_path = beside.suffix in (".yaml", ".yml")
-    return workflow.model_copy(update={"catalog": str(beside)}) if is_path else workflow
+    changes: dict[str, Any] = {"catalog": str(beside)} if beside.suffix in (".yaml", ".yml") else {}
+    weights = {
+        metric: str(path.parent / file) if (path.parent / file).is_file() else file
+        for metric, file in workflow.distances.weights.items()
+    }
+    changes["distances"] = workflow.distances.model_copy(update={"weights": weights})
+    return workflow.model_copy(update=changes)
 
 
 def run_workflow(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsim.metric import Embedding, Metric, MetricInfo, safe_sqrt
-from lsim.networks import LsimTrunk, SkipTrunk
+from lsim.networks import AlexTrunk, LsimTrunk, SkipTrunk
 from lsim.pairs import all_pairs, has_kernel, rows_in_torch, squared_differences
 from lsim.preprocess import FramesError, Preprocessing
 from lsim.threads import in_threads
@@ -42,7 +42,7 @@ class LSiM(Metric):
         minimum_size=44,
         advised_sizes=(128, 512),
     )
-    trunk_class: ClassVar[type[LsimTrunk] | type[SkipTrunk]] = LsimTrunk
+    trunk_class: ClassVar[type[LsimTrunk] | type[SkipTrunk] | type[AlexTrunk]] = LsimTrunk
 
     def __init__(
         self, name: str, preprocessing: Preprocessing, device: torch.device, checkpoint: Checkpoint
@@ -137,6 +137,19 @@ class LSiMSkip(LSiM):
     trunk_class = SkipTrunk
 
 
+class LSiMAlex(LSiM):
+    """The learned simulation metric on AlexNet's five maps: for weights of one's own, none are published."""
+
+    info = MetricInfo(
+        title="learned simulation metric on AlexNet",
+        source="Kohl, Um, Thuerey, ICML 2020, table 2; trained by lsim.training",
+        axioms=AXIOMS,
+        minimum_size=31,
+        advised_sizes=(128, 512),
+    )
+    trunk_class = AlexTrunk
+
+
 def feature_scale(weight: Tensor, squares: Tensor, count: int, size: tuple[int, int]) -> Tensor:
     """z_l / f_l for feature maps of one size.
 
@@ -154,9 +167,10 @@ def feature_scale(weight: Tensor, squares: Tensor, count: int, size: tuple[int, 
     -------
     Tensor of shape (channel, y', x')
     """
-    if squares.shape != size:
-        squares = F.interpolate(squares[None, None], size, mode="bilinear", align_corners=True)[0, 0]
+    # To the size that they have, to the bit as they are; a branch could not be exported for any size.
+    squares = F.interpolate(squares[None, None], size, mode="bilinear", align_corners=True)[0, 0]
     deviation = (squares / (count - 1)).sqrt()
     channels = len(weight)
-    divisor = (deviation + 1e-10) * (math.sqrt(channels) - 1) * math.sqrt(size[0] * size[1])
+    # Not math.sqrt of the size: an exporter makes a constant of it.
+    divisor = (deviation + 1e-10) * (math.sqrt(channels) - 1) * (size[0] * size[1]) ** 0.5
     return weight.sqrt()[:, None, None] / divisor
