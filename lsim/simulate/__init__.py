@@ -59,6 +59,7 @@ from . import (
     ripples,
     shapes,
     smoke,
+    transport,
 )
 from .families import Families, FamilyRecord, make, torch_threads
 from .layout import FORMATS, Format
@@ -87,6 +88,7 @@ RECIPES: dict[str, Recipe] = {
         burgers_2d.RECIPE,
         smoke.RECIPE,
         liquid.RECIPE,
+        transport.RECIPE,
         advection_diffusion.NOISY_RECIPE,
         shapes.RECIPE,
         ripples.RECIPE,
@@ -206,28 +208,55 @@ def write_families(
     UnknownRecipeError, ValueError, RuntimeError
         As :func:`simulate_families`.
     """
-    chosen = find_recipe(recipe)
-    numbers = _numbers(families)
     _check(size, seed, batch, threads)
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {FORMATS}, got {format!r}")
-    out = Path(out_dir)
-    folders = {number: [out / name for name in layout.folder_names(chosen, number)] for number in numbers}
-    wanted = {number: layout.settings(chosen, number, size, seed, format) for number in numbers}
-    missing = [
-        number
-        for number in numbers
-        if not all(layout.is_complete(folder, wanted[number]) for folder in folders[number])
-    ]
+    chosen = find_recipe(recipe)
+    missing = missing_families(out_dir, recipe, families, size, seed, format)
     for start in range(0, len(missing), batch):
         made = simulate_families(
             recipe, missing[start : start + batch], size, seed, device, batch=batch, threads=threads
         )
         for k, record in enumerate(made.records):
-            number = record.number
-            for folder, frames in zip(folders[number], made.frames.values(), strict=True):
-                layout.write_family(folder, chosen, frames[k], record, wanted[number])
-    return [folder for of_family in folders.values() for folder in of_family]
+            made_with = layout.settings(chosen, record.number, size, seed, format)
+            folders = family_folders(out_dir, recipe, record.number)
+            for folder, frames in zip(folders, made.frames.values(), strict=True):
+                layout.write_family(folder, chosen, frames[k], record, made_with)
+    return [
+        folder for number in _numbers(families) for folder in family_folders(out_dir, recipe, number)
+    ]
+
+
+def missing_families(
+    out_dir: str | Path,
+    recipe: str,
+    families: int | Sequence[int],
+    size: int = 256,
+    seed: int = 0,
+    format: Format = "npz",
+) -> list[int]:
+    """Numbers of the families that :func:`write_families` would make: absent, damaged, or of other settings.
+
+    Raises
+    ------
+    UnknownRecipeError, ValueError
+        As :func:`write_families`.
+    """
+    chosen = find_recipe(recipe)
+    numbers = _numbers(families)
+    _check(size, seed)
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {FORMATS}, got {format!r}")
+
+    def is_there(number: int) -> bool:
+        made_with = layout.settings(chosen, number, size, seed, format)
+        folders = family_folders(out_dir, recipe, number)
+        return all(layout.is_complete(folder, made_with) for folder in folders)
+
+    return [number for number in numbers if not is_there(number)]
+
+
+def family_folders(out_dir: str | Path, recipe: str, number: int) -> list[Path]:
+    """Where :func:`write_families` puts the fields of a family, in the recipe's order."""
+    return [Path(out_dir) / name for name in layout.folder_names(find_recipe(recipe), number)]
 
 
 def _numbers(families: int | Sequence[int]) -> list[int]:
@@ -239,7 +268,7 @@ def _numbers(families: int | Sequence[int]) -> list[int]:
     return numbers
 
 
-def _check(size: int, seed: int, batch: int, threads: int) -> None:
+def _check(size: int, seed: int, batch: int = 1, threads: int = 1) -> None:
     if size < 16 or size % 2:
         raise ValueError(f"size must be even and at least 16, got {size}")
     if seed < 0:
