@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lsim.metric import Metric
-from lsim.networks import LsimTrunk, SkipTrunk
+from lsim.networks import LsimTrunk, Trunk
 from lsim.preprocess import value_range
 
 RTOL = 1e-5
@@ -301,7 +301,7 @@ def check_gradients(metric: Metric, frames: np.ndarray) -> None:
 
 def write_random_checkpoint(
     path: str | os.PathLike[str],
-    trunk_class: type[LsimTrunk] | type[SkipTrunk] = LsimTrunk,
+    trunk_class: type[Trunk] = LsimTrunk,
     seed: int = 0,
     size: int = 224,
 ) -> Path:
@@ -311,7 +311,7 @@ def write_random_checkpoint(
     ----------
     path : path
         Of the file; not one of the published names, whose hashes are checked.
-    trunk_class : {LsimTrunk, SkipTrunk}
+    trunk_class : a network in :data:`lsim.networks.TRUNKS`
     seed : int, default 0
     size : int, default 224
         Frame size that the deviation maps are made for.

@@ -82,7 +82,7 @@ SHIPPED: dict[str, Published] = {
     "lsim-open": Published("lsim-open.safetensors", "", "0" * 64, "MIT"),
     "lsim-untrained": Published("lsim-untrained.safetensors", "", "0" * 64, "MIT"),
 }
-"""Weights that come with the package; their ``url`` is empty. ``lsim-untrained`` is what training began from."""
+"""Weights that come with the package, with an empty ``url``; ``lsim-untrained`` is what training began from."""
 
 FORMAT, FORMAT_VERSION = "lsim", "1"
 
@@ -144,8 +144,8 @@ def find_weights(name: str, weights: str | os.PathLike[str] | None = None) -> Pa
             found = next((folder / path for folder in folders if (folder / path).is_file()), None)
         if found is None:
             raise WeightsError(
-                f"no weights at {path}: expected a file, there or in {', '.join(map(str, folders))}, or one of "
-                f"the names {', '.join(known)}"
+                f"no weights at {path}: expected a file, there or in {', '.join(map(str, folders))}, "
+                f"or one of the names {', '.join(known)}"
             )
         return found
     wanted = str(weights) if weights is not None else name

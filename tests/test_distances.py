@@ -14,6 +14,9 @@ from commands import run_lsim
 
 import lsim
 from lsim.metrics.pixel import L2
+from lsim.networks import LsimTrunk
+from lsim.testing import write_random_checkpoint
+from lsim.weights import load_checkpoint, save_checkpoint
 from pipeline import schema, store
 from pipeline.cluster import Cluster, Profile
 from pipeline.correlate import CorrelationError, correlate
@@ -400,3 +403,46 @@ def test_frames_whose_conversion_was_interrupted_are_refused(tmp_path):
 def test_frames_that_are_no_store_are_named(tmp_path):
     with pytest.raises(store.StoreError, match="nothing-here"):
         compute(tmp_path / "nothing-here.zarr", tmp_path / "d.zarr")
+
+
+# --- weights of one's own -------------------------------------------------------------------------------
+
+
+def own_weights(path: Path, seed: int = 0) -> Path:
+    pickled = write_random_checkpoint(path.with_suffix(".pth"), seed=seed, size=64)
+    save_checkpoint(path, load_checkpoint(pickled, LsimTrunk), "lsim", {})
+    return path
+
+
+def test_weights_of_ones_own_are_a_metric_of_any_name(tmp_path, monkeypatch):
+    archive = archive_of(2, frames=4)
+    frames = write_archive(tmp_path / "frames.zarr", archive)
+    file = own_weights(tmp_path / "mine.safetensors")
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(metrics=("l2", "smoke-only"), weights={"smoke-only": "mine.safetensors"}, size=64)
+    # Workers run elsewhere, and must find the file all the same.
+    with Cluster(Profile(workers=2)) as cluster:
+        report = compute_distances(frames, tmp_path / "d.zarr", settings, cluster=cluster)
+    assert (report.computed, report.failures) == (4, [])
+    found = matrices_of(tmp_path / "d.zarr")["smoke-only"]
+    metric = lsim.load_metric("smoke-only", file, "cpu", size=64)
+    for matrix, sequence in zip(found, archive["A/density"].values(), strict=True):
+        np.testing.assert_allclose(matrix, metric.pairwise(sequence), rtol=1e-6, atol=1e-9)
+    specifications = dict(store.specifications(tmp_path / "d.zarr"))
+    assert specifications["smoke-only"]["weights_sha256"] == metric.weights_sha256
+
+
+def test_other_weights_under_a_name_are_computed_again(tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(2, frames=4))
+    changes = {"metrics": ("l2", "mine"), "size": 64}
+    for seed in (0, 1):
+        file = own_weights(tmp_path / f"{seed}.safetensors", seed)
+        report = compute(frames, tmp_path / "d.zarr", weights={"mine": str(file)}, **changes)
+    assert (report.computed, report.up_to_date) == (2, 2)
+
+
+def test_weights_that_are_not_there_are_an_error_before_anything_starts(tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(1))
+    with pytest.raises(UnavailableMetricError, match=r"no weights at absent\.safetensors"):
+        compute(frames, tmp_path / "d.zarr", metrics=("mine",), weights={"mine": "absent.safetensors"})
+    assert not (tmp_path / "d.zarr").exists()

@@ -17,9 +17,19 @@ import torch
 
 import lsim
 from lsim import weights
-from lsim.networks import LsimTrunk, SkipTrunk
-from lsim.testing import write_random_checkpoint
-from lsim.weights import PUBLISHED, WeightsError, fetch_weights, find_weights, load_checkpoint, weights_status
+from lsim.networks import TRUNKS, LsimTrunk, SkipTrunk
+from lsim.registry import UnknownMetricError, default_metric
+from lsim.testing import check_metric, write_random_checkpoint
+from lsim.weights import (
+    PUBLISHED,
+    WeightsError,
+    fetch_weights,
+    find_weights,
+    load_checkpoint,
+    read_metadata,
+    save_checkpoint,
+    weights_status,
+)
 
 
 @pytest.fixture
@@ -94,7 +104,7 @@ def test_weights_by_published_name(empty_search: dict[str, Path]) -> None:
 def test_absent_path_is_not_searched_elsewhere(empty_search: dict[str, Path], tmp_path: Path) -> None:
     (empty_search["cache"] / "LSiM.pth").write_bytes(b"x")
     with pytest.raises(
-        WeightsError, match=r"no weights at .*absent\.pth: expected a file, or one of the names"
+        WeightsError, match=r"no weights at .*absent\.pth: expected a file, there or .* one of the names"
     ):
         find_weights("lsim", tmp_path / "absent.pth")
 
@@ -209,7 +219,7 @@ def _without(key: str) -> Any:
         ),
         (lambda raw: raw["normM2"].pop(), "4 and 5 entries; expected 5, one per feature map"),
         (lambda raw: raw["normM2"].__setitem__(1, torch.ones(26)), r"shapes .*\(26,\).*expected \(y, x\)"),
-        (lambda raw: raw["normM2"].__setitem__(1, 3.0), r"normM2 maps have shapes .*\(\).*expected \(y, x\)"),
+        (lambda raw: raw["normM2"].__setitem__(1, 3.0), r"shapes .*\(\).*expected \(y, x\)"),
         (lambda raw: raw.update(stateDict=[1, 2]), "stateDict to be a Mapping, found list"),
         (lambda raw: raw["stateDict"].update({"lin0.1.weight": "text"}), r"no tensor 'lin0\.1\.weight'"),
         (lambda raw: raw.update(normCount=3), "normCount to be a Sequence, found int"),
@@ -244,6 +254,86 @@ def test_checkpoint_is_translated_whole(checkpoint: Path) -> None:
     assert min(w.min().item() for w in loaded.channel_weights) < 0
     metric: Any = lsim.load_metric("lsim", checkpoint, device="cpu")
     assert all((w >= 0).all() for w in metric._weights)
+
+
+# --- our own format ---------------------------------------------------------------------------------------
+
+
+def _as_safetensors(checkpoint: Path, path: Path, trunk: str = "lsim", **said: str) -> Path:
+    save_checkpoint(path, load_checkpoint(checkpoint, TRUNKS[trunk]), trunk, said)
+    return path
+
+
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_weights_written_are_those_read(tmp_path: Path, trunk: str) -> None:
+    pickled = load_checkpoint(write_random_checkpoint(tmp_path / "mine.pth", TRUNKS[trunk]), TRUNKS[trunk])
+    path = tmp_path / "mine.safetensors"
+    sha256 = save_checkpoint(path, pickled, trunk, {"made": "here"})
+    assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert read_metadata(path)["made"] == "here"
+    ours = load_checkpoint(path, TRUNKS[trunk])
+    assert ours.sha256 == sha256
+    assert ours.counts == pickled.counts
+    assert ours.trunk.keys() == pickled.trunk.keys()
+    for mine, theirs in zip(
+        [*ours.trunk.values(), *ours.channel_weights, *ours.deviation_squares],
+        [*pickled.trunk.values(), *pickled.channel_weights, *pickled.deviation_squares],
+        strict=True,
+    ):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_any_name_takes_weights_that_state_their_trunk(tmp_path: Path, trunk: str) -> None:
+    pickled = write_random_checkpoint(tmp_path / "mine.pth", TRUNKS[trunk])
+    path = _as_safetensors(pickled, tmp_path / "mine.safetensors", trunk)
+    metric = lsim.load_metric("smoke-only", path, "cpu", size=None)
+    assert metric.name == "smoke-only"
+    assert isinstance(metric.trunk, TRUNKS[trunk])
+    check_metric(metric)
+
+
+def test_an_unknown_name_needs_weights_that_state_their_trunk(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnknownMetricError, match=r"'smoke-only'.*mine\.pth doesn't state its trunk"):
+        lsim.load_metric("smoke-only", checkpoint)
+    path = tmp_path / "other.safetensors"
+    save_checkpoint(path, load_checkpoint(checkpoint, LsimTrunk), "non-siamese", {})
+    with pytest.raises(WeightsError, match="trunk 'non-siamese', which is no metric; there are lsim, skip"):
+        lsim.load_metric("smoke-only", path)
+
+
+def test_weights_of_another_trunk_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    path = _as_safetensors(checkpoint, tmp_path / "mine.safetensors")
+    with pytest.raises(WeightsError, match=r"mine\.safetensors: .*trunk 'lsim', expected .* SkipTrunk"):
+        lsim.load_metric("lsim-skip", path)
+
+
+def test_safetensors_of_others_are_refused(tmp_path: Path) -> None:
+    import safetensors.torch
+
+    path = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(WeightsError, match=r"other\.safetensors: expected weights of format lsim 1"):
+        lsim.load_metric("lsim", path)
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(WeightsError, match=r"other\.safetensors: not a safetensors file"):
+        lsim.load_metric("lsim", path)
+
+
+def test_a_relative_file_is_found_in_the_search_folders(
+    empty_search: dict[str, Path], checkpoint: Path
+) -> None:
+    path = _as_safetensors(checkpoint, empty_search["package"] / "mine.safetensors")
+    assert find_weights("anything", "mine.safetensors") == path
+
+
+def test_the_default_is_published_weights_where_they_are(
+    empty_search: dict[str, Path], published_is_mine: bytes
+) -> None:
+    assert default_metric() == "lsim-open"
+    (empty_search["cache"] / "LSiM.pth").write_bytes(published_is_mine)
+    assert default_metric() == "lsim"
+    assert lsim.load_metric().name == "lsim"
 
 
 # --- fetching ---------------------------------------------------------------------------------------------
@@ -353,6 +443,8 @@ def test_status_of_all(empty_search: dict[str, Path], published_is_mine: bytes) 
     (empty_search["cache"] / PUBLISHED["lsim-skip"].file).write_bytes(b"damaged")
     states = {status.name: status.state for status in weights_status()}
     assert states == {
+        "lsim-open": "absent",
+        "lsim-untrained": "absent",
         "lsim": "ok",
         "lsim-noiseless": "absent",
         "lsim-strong-noise": "absent",
