@@ -80,7 +80,12 @@ PUBLISHED: dict[str, Published] = {
 
 SHIPPED: dict[str, Published] = {
     "lsim-open": Published("lsim-open.safetensors", "", "0" * 64, "MIT"),
-    "lsim-untrained": Published("lsim-untrained.safetensors", "", "0" * 64, "MIT"),
+    "lsim-untrained": Published(
+        "lsim-untrained.safetensors",
+        "",
+        "8c2eee89a147b76d9a97482a028fd3bbc3f2444e2c65187845506a384550d69f",
+        "MIT",
+    ),
 }
 """Weights that come with the package, with an empty ``url``; ``lsim-untrained`` is what training began from."""
 
