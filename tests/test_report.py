@@ -288,3 +288,24 @@ def test_matrix_without_finite_distances_is_no_picture():
     image = Image.open(io.BytesIO(base64.b64decode(pictures.matrix_image(matrix).split(",")[1])))
     alpha = np.asarray(image)[..., 3]
     assert alpha.tolist() == [[0, 0, 255], [0, 0, 255], [255, 255, 0]]
+
+
+def test_markdown_table_has_every_metric_and_set_and_intervals_of_pools(made: Path):
+    lines = (made / "results/report/correlations.md").read_text().splitlines()
+    head = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    assert head[0] == "spearman (published)"
+    assert set(head[1:]) == {"`good`", "`fair`", "`poor`", "`psnr`"}
+    rows = {
+        cells[0]: cells[1:]
+        for line in lines[2:]
+        if (cells := [c.strip() for c in line.strip("|").split("|")])
+    }
+    assert list(rows)[0] == "*All*"
+    assert {"Smoke plumes", "Shapes", "Broken"} <= rows.keys()
+    table = pd.read_csv(made / "results/report/correlations.csv")
+    chosen = table[
+        (table.protocol == "published") & (table.statistic == "spearman") & (table.dataset == "All")
+    ]
+    good = chosen[chosen.metric == "good"].iloc[0]
+    cell = rows["*All*"][head[1:].index("`good`")]
+    assert cell == f"**{good.value:.2f}** ({good.low:.2f}–{good.high:.2f})"

@@ -20,6 +20,7 @@ __all__ = ["ReportError", "write_report"]
 TITLE = "Which metric ranks simulations best?"
 PAGE = "index.html"
 PICTURE = "overview.png"
+MARKDOWN = "correlations.md"
 
 
 def write_report(
@@ -50,8 +51,9 @@ def write_report(
     -------
     Path
         The page, ``index.html``. Beside it lie ``correlations.csv``, ``differences.csv``,
-        ``sequences.csv``, ``left_out.csv``, ``quarantined.csv``, ``unavailable.csv`` and
-        ``overview.png``, frames and values in one picture.
+        ``sequences.csv``, ``left_out.csv``, ``quarantined.csv``, ``unavailable.csv``,
+        ``correlations.md``, the main table for a README, and ``overview.png``, frames and values in one
+        picture.
 
     Raises
     ------
@@ -79,6 +81,7 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     for name, table in found.tables.items():
         table.to_csv(out / f"{name}.csv", index=False)
+    (out / MARKDOWN).write_text(contents.markdown(found), encoding="utf-8")
     (out / PICTURE).write_bytes(pictures.overview(found))
     partial = out / (PAGE + ".partial")
     partial.write_text(page, encoding="utf-8")

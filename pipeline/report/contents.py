@@ -103,6 +103,33 @@ def number_range(low: float | None, high: float | None, digits: int = 2) -> str:
     return f"{number(low, digits)} to {number(high, digits)}"
 
 
+def markdown(contents: Contents) -> str:
+    """The main table for a README: a column a metric, a row a set; pools first, with intervals.
+
+    The best of a row is bold, as are those that it isn't certainly better than.
+    """
+    sets = sorted(range(len(contents.columns)), key=lambda k: not contents.columns[k]["pool"])
+    lines = [
+        f"| {contents.statistic} ({contents.protocol}) | "
+        + " | ".join(f"`{m}`" for m in contents.metrics)
+        + " |",
+        "| --- |" + " --- |" * len(contents.metrics),
+    ]
+    for k in sets:
+        column = contents.columns[k]
+        cells = []
+        for row in contents.rows:
+            cell = row["cells"][k]
+            text = number(cell["value"], 2)
+            if cell["mark"]:
+                text = f"**{text}**"
+            span = number_range(cell["low"], cell["high"]) if column["pool"] else ""
+            cells.append(f"{text} ({span.replace(' to ', '–')})" if span else text)
+        name = f"*{column['name']}*" if column["pool"] else column["title"] or column["name"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def gather(results: Path, protocol: str | None, statistic: str) -> Contents:
     """Read all that the report shows; see :func:`pipeline.report.write_report`."""
     record = _read_record(results)
