@@ -253,7 +253,7 @@ def measure(repeats: int, threads: int, compat: str) -> dict[str, Any]:
         "repeats": repeats,
         "threads": threads,
         "compat": compat,
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -268,7 +268,7 @@ def measure(repeats: int, threads: int, compat: str) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -5,21 +5,24 @@ The evaluation of whole archives, with intervals and all protocols, is :mod:`pip
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike
 
 
-def pooled_spearman(distances: ArrayLike, ground_truth: ArrayLike) -> float:
+def pooled_spearman(distances: Sequence[ArrayLike], ground_truth: Sequence[ArrayLike] | np.ndarray) -> float:
     """Spearman's correlation over the pooled, scaled distances of some sequences.
 
     Each sequence's distances are scaled to [0.1, 1] first: only so can sequences be pooled (Kohl, Um,
-    Thuerey, ICML 2020, section 6).
+    Thuerey, ICML 2020, section 6). Ground truth is compared in single precision, as published.
 
     Parameters
     ----------
-    distances : array_like of shape (sequence, pair)
-        Of the reference to the other frames.
-    ground_truth : array_like of shape (sequence, pair) or (pair,)
+    distances : sequence of array_like (pair,)
+        Of the reference to the other frames, a row a sequence; rows may differ in length.
+    ground_truth : sequence of array_like (pair,), or array_like (pair,)
+        A row a sequence, or one for all.
 
     Returns
     -------
@@ -28,11 +31,16 @@ def pooled_spearman(distances: ArrayLike, ground_truth: ArrayLike) -> float:
     """
     import scipy.stats
 
-    values = np.asarray(distances, dtype=np.float64)
-    truth = np.broadcast_to(np.asarray(ground_truth, dtype=np.float64), values.shape)
-    low, high = values.min(axis=1, keepdims=True), values.max(axis=1, keepdims=True)
-    usable = (np.isfinite(values).all(axis=1, keepdims=True) & (high > low))[:, 0]
-    if not usable.any():
+    shared = all(np.ndim(value) == 0 for value in ground_truth)
+    scaled, truths = [], []
+    for row, truth in zip(
+        distances, [ground_truth] * len(distances) if shared else ground_truth, strict=True
+    ):
+        values = np.asarray(row, dtype=np.float64)
+        low, high = values.min(), values.max()
+        if np.isfinite(values).all() and high > low:
+            scaled.append(0.9 * ((values - low) / (high - low)) + 0.1)
+            truths.append(np.asarray(truth, dtype=np.float32))
+    if not scaled:
         return float("nan")
-    scaled = 0.9 * ((values - low)[usable] / (high - low)[usable]) + 0.1
-    return float(scipy.stats.spearmanr(scaled.ravel(), truth[usable].ravel()).statistic)
+    return float(scipy.stats.spearmanr(np.concatenate(scaled), np.concatenate(truths)).statistic)

@@ -5,16 +5,18 @@ Training itself is :mod:`lsim.training`, which knows folders of frames alone.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pydantic
 import yaml
 
-from lsim.training import Augmentation, LayoutFolders, SequenceSource, TrainingSequence, TrainingSettings
+from lsim.simulate import find_recipe, missing_families
+from lsim.training import LayoutFolders, SequenceError, SequenceSource, TrainingSequence, TrainingSettings
+from lsim.training.train import STATE
 from pipeline import schema
 from pipeline.resources import find_resource
 from pipeline.store import field_keys, get_array, get_group, open_store, read
@@ -29,7 +31,7 @@ class _Strict(pydantic.BaseModel):
 
 
 class SimulatedSet(_Strict):
-    """Families of one recipe to make before training, see :func:`lsim.simulate.write_families`."""
+    """Families of one recipe to make before training, see :func:`pipeline.simulate.simulate`."""
 
     families: int = pydantic.Field(ge=1)
     size: int = 256
@@ -49,7 +51,7 @@ class TrainingRun(_Strict):
     datasets : list of str, optional
         Which of its data sets; default all, or those of ``simulate``.
     simulate : dict, optional
-        Recipe to :class:`SimulatedSet`: made in ``data`` first, where absent.
+        Recipe to :class:`SimulatedSet`: made in ``<data>/<recipe>/`` first, where absent.
     training : dict
         Fields of :class:`lsim.training.TrainingSettings`.
     """
@@ -86,11 +88,35 @@ def open_training(name: str | os.PathLike[str]) -> TrainingRun:
     return run
 
 
+def missing_data(run: TrainingRun) -> dict[str, int]:
+    """How many families of ``simulate`` are yet to be made, by recipe.
+
+    None where ``data`` is a store, nor for a run that goes on: that has to have the data which it began with,
+    though a recipe may have changed since.
+    """
+    if (Path(run.out) / STATE).exists() or _is_store(run.data):
+        return {}
+    missing = {
+        recipe: len(missing_families(Path(run.data) / recipe, recipe, asked.families, asked.size, asked.seed))
+        for recipe, asked in run.simulate.items()
+    }
+    return {recipe: count for recipe, count in missing.items() if count}
+
+
+def describe_data(run: TrainingRun) -> dict[str, str]:
+    """What the metadata of the weights shall say of the data."""
+    made = {
+        recipe: {"version": find_recipe(recipe).version, **asked.model_dump()}
+        for recipe, asked in run.simulate.items()
+    }
+    return {"title": run.title, "simulated": json.dumps(made)}
+
+
 def open_sequences(run: TrainingRun) -> SequenceSource:
     """The sequences of a training file, from a store or from folders."""
     data = Path(run.data)
     datasets = run.datasets or sorted(run.simulate) or None
-    if (data / "zarr.json").exists():
+    if _is_store(data):
         return StoredSequences(data, datasets)
     if datasets is None:
         datasets = sorted(entry.name for entry in data.iterdir() if entry.is_dir()) if data.is_dir() else []
@@ -99,6 +125,10 @@ def open_sequences(run: TrainingRun) -> SequenceSource:
             f"nothing to train on in {data}: expected frames.zarr or folders of data sets"
         )
     return LayoutFolders(data, datasets)
+
+
+def _is_store(path: str | os.PathLike[str]) -> bool:
+    return (Path(path) / "zarr.json").exists()
 
 
 class StoredSequences:
@@ -119,6 +149,7 @@ class StoredSequences:
     """
 
     def __init__(self, path: Path, datasets: Sequence[str] | None) -> None:
+        self._path = path
         root = open_store(path)
         keys = field_keys(root, schema.FRAMES)
         there = sorted({key.split("/")[0] for key in keys})
@@ -140,24 +171,22 @@ class StoredSequences:
         return [name for _, _, name in self._rows]
 
     def read(self, index: int) -> TrainingSequence:
-        """One sequence, as stored."""
+        """One sequence, as stored.
+
+        Raises
+        ------
+        SequenceError
+            When its shard is damaged.
+        """
         key, row, name = self._rows[index]
         group = self._groups[key]
-        frames = np.asarray(read(get_array(group, schema.FRAMES), row))
-        return TrainingSequence(name, frames, np.asarray(read(get_array(group, schema.PARAMETER), row)))
+        try:
+            frames, parameter = (read(get_array(group, v), row) for v in (schema.FRAMES, schema.PARAMETER))
+        except (OSError, ValueError, RuntimeError) as error:  # as codecs raise them
+            raise SequenceError(f"{self._path}: {name} cannot be read: {error}") from error
+        return TrainingSequence(name, frames, parameter)
 
 
 def _named(dataset: str, sequence: str, field: str) -> str:
     """With the field as its ending, once."""
     return f"{dataset}/{sequence}" if sequence.endswith(f".{field}") else f"{dataset}/{sequence}.{field}"
-
-
-__all__ = [
-    "Augmentation",
-    "SimulatedSet",
-    "StoredSequences",
-    "TrainingFileError",
-    "TrainingRun",
-    "open_sequences",
-    "open_training",
-]

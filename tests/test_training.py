@@ -7,23 +7,37 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
+from synthetic import make_frames
+from typer.testing import CliRunner
 
 import lsim
-from lsim.simulate import layout
-from lsim.training import Augmentation, LayoutFolders, TrainingSequence, TrainingSettings, train
+from lsim.training import (
+    Augmentation,
+    LayoutFolders,
+    SequenceError,
+    TrainingSequence,
+    TrainingSettings,
+    train,
+)
 from lsim.training.loss import sequence_loss
 from lsim.training.network import DistanceNetwork
 from lsim.training.sequences import hold_out, simulation_of
-from lsim.training.train import HISTORY, LOSSES, PICTURE, STATE, UNTRAINED, WEIGHTS
+from lsim.training.train import HISTORY, LOSSES, PICTURE, STATE, UNTRAINED, WEIGHTS, DivergedError
+from lsim.weights import load_checkpoint
+from pipeline.cli import app
+from pipeline.resources import shipped_names
+from pipeline.train import StoredSequences, TrainingFileError, missing_data, open_training
 
 SMALL = TrainingSettings(
     epochs=2,
@@ -31,7 +45,6 @@ SMALL = TrainingSettings(
     augmentation=Augmentation(size=48),
     validation_size=48,
     held_out=0.3,
-    checkpoint_minutes=0,
     tensorboard=False,
     device="cpu",
     threads=1,
@@ -39,12 +52,23 @@ SMALL = TrainingSettings(
 
 
 class Blobs:
-    """Sequences of a blob that moves, the further the later; small enough to train on in a test."""
+    """Sequences of a blob that moves, the further the later; small enough to train on in a test.
 
-    def __init__(self, count: int = 10, frames: int = 5, channels: int = 1, stop_at_read: int | None = None) -> None:
+    Every other one has a frame more.
+    """
+
+    def __init__(
+        self,
+        count: int = 10,
+        frames: int = 3,
+        *,
+        stop_at_read: int | None = None,
+        bad: Collection[int] = (),
+        side: tuple[int, int] = (56, 60),
+    ) -> None:
         self.names = [f"blobs/blob{k}.density" for k in range(count)]
-        self._shape, self._channels = (frames, 56, 60), channels
-        self._reads, self._stop_at_read = 0, stop_at_read
+        self._shape = (frames, *side)
+        self._reads, self._stop_at_read, self._bad = 0, stop_at_read, bad
 
     def read(self, index: int) -> TrainingSequence:
         self._reads += 1
@@ -52,34 +76,69 @@ class Blobs:
             raise KeyboardInterrupt
         rng = np.random.default_rng(index)
         n, height, width = self._shape
+        n += index % 2
         y, x = np.mgrid[:height, :width]
         start, velocity = rng.uniform(15, 40, 2), rng.uniform(-10, 10, 2)
         position = start + np.linspace(0, 1, n)[:, None] * velocity
         away = (y - position[:, 0, None, None]) ** 2 + (x - position[:, 1, None, None]) ** 2
-        frames = np.exp(-away / 50)[..., None] + 0.1 * rng.standard_normal((n, height, width, self._channels))
+        frames = np.exp(-away / 50)[..., None] + 0.1 * rng.standard_normal((n, height, width, 1))
+        if index in self._bad:
+            frames[1, 7, 7] = np.nan
         return TrainingSequence(self.names[index], frames.astype(np.float32), np.linspace(0, 1, n))
 
 
 def losses(folder: Path) -> np.ndarray:
+    """Loss, squared error and correlation of each step."""
     with (folder / LOSSES).open() as file:
-        return np.array([[float(value) for value in row] for row in list(csv.reader(file))[1:]])
+        return np.array([[float(value) for value in row[1:]] for row in list(csv.reader(file))[1:]])
 
 
-def test_distances_in_training_are_those_of_the_metric(tmp_path: Path) -> None:
-    source = Blobs()
-    train(source, SMALL, tmp_path)
-    metric = lsim.load_metric("lsim", weights=tmp_path / WEIGHTS, device="cpu", size=48)
-    from lsim.weights import load_checkpoint
+def sides() -> tuple[list[str], list[str]]:
+    """Names of the blobs that are trained on, and of those held out."""
+    training, validation = hold_out(Blobs(), SMALL.held_out)
+    return list(training.names), list(validation.names)
 
-    network = DistanceNetwork("lsim", 48)
+
+def metadata(path: Path) -> dict[str, str]:
+    with safetensors.safe_open(path, "pt") as file:
+        return dict(file.metadata())
+
+
+def write_initial(folder: Path) -> str:
+    """Weights of a short run, for another to begin from."""
+    train(Blobs(6), replace(SMALL, epochs=1), folder / "initial")
+    return str(folder / "initial" / WEIGHTS)
+
+
+def write_blobs(folder: Path, count: int) -> None:
+    """Blobs in the layout of the published data."""
+    source = Blobs(count)
+    for index, name in enumerate(source.names):
+        target = folder / name.split("/")[1]
+        target.mkdir(parents=True)
+        for k, frame in enumerate(source.read(index).frames):
+            np.savez(target / f"blob{5 * k:02d}.npz", frame)
+
+
+# ---------------------------------------------------------------- distances and loss
+
+
+@pytest.mark.filterwarnings("ignore::lsim.SizeWarning")
+@pytest.mark.parametrize("trunk", ["lsim", "skip", "alex"])
+def test_distances_in_training_are_those_of_the_metric(tmp_path: Path, trunk: Any) -> None:
+    source = Blobs(6)
+    train(source, replace(SMALL, trunk=trunk, epochs=1), tmp_path)
+    name = trunk if trunk == "lsim" else f"lsim-{trunk}"
+    metric = lsim.load_metric(name, weights=tmp_path / WEIGHTS, device="cpu", size=48)
+    network = DistanceNetwork(trunk, 48)
     network.load_initial(tmp_path / WEIGHTS)
     frames = lsim.preprocess(source.read(0).frames, 48)
     pairs = torch.triu_indices(len(frames), len(frames), 1)
-    planes = torch.from_numpy(frames).permute(0, 3, 1, 2)
     with torch.no_grad():
-        features = network.features(planes)
+        features = network.features(torch.from_numpy(frames).permute(0, 3, 1, 2))
         by_sequence = network.sequence_distances(features, pairs, 0.0, torch.Generator())
-        by_pair = network.pair_distances(planes[pairs[0]], planes[pairs[1]], 0.0, torch.Generator())
+        sides = [[f[side] for f in features] for side in pairs]
+        by_pair = network.pair_distances(*sides, 0.0, torch.Generator())
     expected = metric.pairwise(source.read(0).frames)[tuple(pairs.numpy())]
     np.testing.assert_allclose(by_sequence, expected, rtol=1e-5)
     np.testing.assert_allclose(by_pair, expected, rtol=1e-5)
@@ -106,48 +165,88 @@ def test_loss_of_equal_frames_has_a_finite_gradient() -> None:
     assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
 
 
+# ---------------------------------------------------------------- runs
+
+
 def test_training_lowers_the_loss_and_ranks_better_than_before(tmp_path: Path) -> None:
-    settings = replace(SMALL, epochs=8, learning_rate=3e-4, average=0.9)
-    result = train(Blobs(30), settings, tmp_path)
+    pytest.importorskip("tensorboard")
+    settings = replace(SMALL, epochs=5, learning_rate=3e-4, schedule="cosine", average=0.9, tensorboard=True)
+    result = train(Blobs(24), settings, tmp_path)
     assert result.stopped == "epochs"
-    assert result.steps == 8 * len(hold_out(Blobs(30), 0.3)[0].names)
+    assert result.steps == 5 * len(hold_out(Blobs(24), 0.3)[0].names)
     steps = losses(tmp_path)
     assert len(steps) == result.steps
-    assert steps[-20:, 1].mean() < 0.8 * steps[:20, 1].mean()
+    assert steps[-20:, 0].mean() < 0.8 * steps[:20, 0].mean()
     best = max(result.history, key=lambda row: row["spearman"])
     assert result.best == best["spearman"] >= best["untrained"]
     assert {HISTORY, PICTURE, WEIGHTS, UNTRAINED, STATE} <= {path.name for path in tmp_path.iterdir()}
+    assert [path for path in (tmp_path / "tensorboard").iterdir() if path.stat().st_size > 1000]
+    said = metadata(tmp_path / WEIGHTS)
+    assert json.loads(said["settings"])["learning_rate"] == 3e-4
+    assert json.loads(said["sequences"]) == {"blobs": len(hold_out(Blobs(24), 0.3)[0].names)}
+    assert int(said["steps"]) == best["step"]
 
 
 def test_channel_weights_never_become_negative(tmp_path: Path) -> None:
-    train(Blobs(), replace(SMALL, learning_rate=0.05), tmp_path)
+    train(Blobs(), replace(SMALL, epochs=1, learning_rate=0.05), tmp_path)
     weights = torch.load(tmp_path / STATE, weights_only=True)["network"]
     channel_weights = [value for name, value in weights.items() if name.startswith("channel_weights")]
     assert all((weight >= 0).all() for weight in channel_weights)
     assert any((weight == 0).any() for weight in channel_weights)
 
 
-@pytest.mark.parametrize("stop_at_read", [25, 31])
-@pytest.mark.parametrize("average", [0.0, 0.9])
-def test_a_run_that_was_stopped_goes_on_with_the_same_losses(
-    tmp_path: Path, stop_at_read: int, average: float
+class StopAfterEpoch:
+    """A kill between an epoch's validation and the checkpoint that follows it."""
+
+    def __init__(self, epoch: int) -> None:
+        self._line = f"epoch {epoch}:"
+
+    def __call__(self, line: str) -> None:
+        if line.startswith(self._line):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("interrupted", "average"),
+    [({"stop_at_read": 25}, 0.0), ({"stop_at_read": 35}, 0.9), ({"progress": StopAfterEpoch(2)}, 0.9)],
+)
+def test_a_run_that_was_killed_goes_on_with_the_same_losses(
+    tmp_path: Path, interrupted: dict[str, Any], average: float
 ) -> None:
-    settings = replace(SMALL, average=average, epochs=3)
+    settings = replace(SMALL, average=average, checkpoint_minutes=0)
     undisturbed = train(Blobs(), settings, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train(Blobs(stop_at_read=stop_at_read), settings, tmp_path / "cut")
+        train(
+            Blobs(stop_at_read=interrupted.get("stop_at_read")),
+            settings,
+            tmp_path / "cut",
+            progress=interrupted.get("progress", print),
+        )
     before = len(torch.load(tmp_path / "cut" / STATE, weights_only=True)["losses"])
     assert 0 < before < undisturbed.steps
     resumed = train(Blobs(), settings, tmp_path / "cut")
     np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-5)
+    assert len(resumed.history) == settings.epochs
     assert resumed.best == pytest.approx(undisturbed.best, rel=1e-5)
+    for name, tensor in load_file(tmp_path / "whole" / WEIGHTS).items():
+        torch.testing.assert_close(load_file(tmp_path / "cut" / WEIGHTS)[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_a_run_that_is_out_of_time_goes_on(tmp_path: Path) -> None:
+    settings = replace(SMALL, epochs=1)
+    first = train(Blobs(), settings, tmp_path / "cut", minutes=0)
+    assert (first.stopped, first.steps) == ("minutes", 1)
+    second = train(Blobs(), replace(settings, readers=3), tmp_path / "cut")
+    train(Blobs(), settings, tmp_path / "whole")
+    assert second.stopped == "epochs"
+    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-5)
 
 
 def test_a_run_goes_on_for_more_epochs_but_not_with_other_settings(tmp_path: Path) -> None:
     first = train(Blobs(), replace(SMALL, epochs=1), tmp_path)
     second = train(Blobs(), SMALL, tmp_path)
     assert (first.epochs, second.epochs) == (1, 2)
-    with pytest.raises(ValueError, match="learning_rate: 0.0001 then, 0.5 now"):
+    with pytest.raises(ValueError, match=r"learning_rate: 0\.0001 then, 0\.5 now"):
         train(Blobs(), replace(SMALL, learning_rate=0.5), tmp_path)
     with pytest.raises(ValueError, match="training sequences then"):
         train(Blobs(20), SMALL, tmp_path)
@@ -155,37 +254,45 @@ def test_a_run_goes_on_for_more_epochs_but_not_with_other_settings(tmp_path: Pat
 
 def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
     settings = replace(SMALL, epochs=50, patience=2, learning_rate=0.0)
-    result = train(Blobs(), settings, tmp_path)
+    result = train(Blobs(6), settings, tmp_path)
     assert (result.stopped, result.epochs) == ("patience", 3)
+    again = train(Blobs(6), settings, tmp_path)
+    assert (again.stopped, again.steps) == ("patience", result.steps)
+    trained, untrained = load_file(tmp_path / WEIGHTS), load_file(tmp_path / UNTRAINED)
+    assert all(torch.equal(trained[name], untrained[name]) for name in untrained)
 
 
 def test_both_augmentation_forms_agree_where_nothing_is_random(tmp_path: Path) -> None:
     plain = Augmentation(size=56, margin=1, flip=False, turn=False, shuffle_channels=False)
-
-    class Square(Blobs):
-        def read(self, index: int) -> TrainingSequence:
-            sequence = super().read(index)
-            return replace(sequence, frames=sequence.frames[:, :, :56])
-
     settings = replace(SMALL, augmentation=plain, dropout=0.0, epochs=1)
-    train(Square(), settings, tmp_path / "sequence")
-    train(Square(), replace(settings, augment="pair"), tmp_path / "pair")
+    for form in ("sequence", "pair"):
+        train(Blobs(side=(56, 56)), replace(settings, augment=form), tmp_path / form)
     np.testing.assert_allclose(losses(tmp_path / "sequence"), losses(tmp_path / "pair"), rtol=1e-4)
 
 
 @pytest.mark.parametrize("trunk", ["lsim", "skip", "alex", "non-siamese"])
-@pytest.mark.parametrize("augment", ["sequence", "pair"])
-def test_every_trunk_trains(tmp_path: Path, trunk: Any, augment: Any) -> None:
-    settings = replace(SMALL, trunk=trunk, augment=augment, epochs=1)
-    result = train(Blobs(6, frames=3), settings, tmp_path)
+@pytest.mark.parametrize("form", ["sequence", "pair"])
+def test_every_trunk_trains(tmp_path: Path, trunk: Any, form: Any) -> None:
+    precision: Any = "bfloat16" if form == "pair" else "float32"
+    settings = replace(SMALL, trunk=trunk, augment=form, epochs=1, precision=precision)
+    result = train(Blobs(6), settings, tmp_path)
     assert np.isfinite(losses(tmp_path)).all()
     assert np.isfinite(result.best)
-    assert (tmp_path / WEIGHTS).read_bytes() != (tmp_path / UNTRAINED).read_bytes()
+    trained, untrained = load_file(tmp_path / WEIGHTS), load_file(tmp_path / UNTRAINED)
+    moved = {name for name in trained if not torch.equal(trained[name], untrained[name])}
+    assert moved == {name for name in trained if not name.startswith("deviation_squares")}
+    assert all(tensor.dtype == torch.float32 for tensor in trained.values())
+
+
+def test_bfloat16_has_nearly_the_losses_of_float32(tmp_path: Path) -> None:
+    for precision in ("float32", "bfloat16"):
+        train(Blobs(6), replace(SMALL, epochs=1, precision=precision), tmp_path / precision)
+    single, half = losses(tmp_path / "float32"), losses(tmp_path / "bfloat16")
+    np.testing.assert_allclose(half[:, 0], single[:, 0], rtol=0.05)
+    assert (half[:, 0] != single[:, 0]).all()
 
 
 def test_a_frozen_trunk_begins_from_a_file_and_stays(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     torch.manual_seed(0)
     trunk = DistanceNetwork("alex", 48).trunk
     names = trunk.CHECKPOINT_KEYS
@@ -193,50 +300,114 @@ def test_a_frozen_trunk_begins_from_a_file_and_stays(tmp_path: Path) -> None:
         f"{names[name.split('.')[0]]}.{name.split('.')[1]}": value.clone()
         for name, value in trunk.state_dict().items()
     }
-    save_file(published, tmp_path / "alexnet.safetensors")
-    settings = replace(
-        SMALL, trunk="alex", frozen_trunk=True, initial_weights=str(tmp_path / "alexnet.safetensors"), epochs=1
-    )
-    train(Blobs(6, frames=3), settings, tmp_path / "run")
-    trained = load_file(tmp_path / "run" / WEIGHTS)
+    file = tmp_path / "alexnet.safetensors"
+    save_file(published, file)
+    settings = replace(SMALL, trunk="alex", frozen_trunk=True, initial_weights=str(file), epochs=1)
+    train(Blobs(6), settings, tmp_path / "run")
+    trained, untrained = (load_file(tmp_path / "run" / name) for name in (WEIGHTS, UNTRAINED))
     for name, value in trunk.state_dict().items():
         assert torch.equal(trained[f"trunk.{name}"], value)
-    assert not torch.equal(trained["channel_weights.0"], load_file(tmp_path / "run" / UNTRAINED)["channel_weights.0"])
+    assert not torch.equal(trained["channel_weights.0"], untrained["channel_weights.0"])
+
+
+def test_a_run_begins_from_weights_that_another_left(tmp_path: Path) -> None:
+    initial = write_initial(tmp_path)
+    train(Blobs(6), replace(SMALL, initial_weights=initial, epochs=1), tmp_path / "second")
+    first, second = load_file(initial), load_file(tmp_path / "second" / UNTRAINED)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
-    write_blobs(tmp_path / "data" / "blobs", 8)
-    settings = {
-        "epochs": 2, "batch": 3, "learning_rate": 1e-4, "augmentation": {"size": 48}, "validation_size": 48,
-        "held_out": 0.3, "tensorboard": False, "device": "cpu", "threads": 1,
-    }  # fmt: skip
-    for run, launcher in (
-        ("one", []),
-        ("two", ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]),
-    ):
-        document = {"out": str(tmp_path / run), "data": str(tmp_path / "data"), "training": settings}
-        (tmp_path / f"{run}.yaml").write_text(yaml.safe_dump(document))
-        command = [sys.executable, *launcher, "-m", "pipeline", "train", str(tmp_path / f"{run}.yaml")]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, env=environment, timeout=300)
+    write_blobs(tmp_path / "data" / "blobs", 10)
+    bad = sides()[0][1]
+    (tmp_path / "data" / bad / "blob05.npz").write_bytes(b"no archive")
+    settings = replace(SMALL, batch=3, bad_sequences=0.1)
+    with pytest.warns(UserWarning, match="left out"):
+        train(LayoutFolders(tmp_path / "data", ["blobs"]), settings, tmp_path / "one")
+    fields = ("epochs", "batch", "learning_rate", "validation_size", "held_out", "bad_sequences", "device")
+    document = {
+        "out": str(tmp_path / "two"),
+        "data": str(tmp_path / "data"),
+        "training": {name: getattr(settings, name) for name in fields}
+        | {"augmentation": {"size": 48}, "tensorboard": False},
+    }
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(document))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run(
+        [*launcher, "-m", "pipeline", "train", str(tmp_path / "two.yaml")],
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == len(two) > 2
+    assert len(one) == len(two) == 4
     np.testing.assert_allclose(two, one, rtol=1e-5)
+    assert json.loads(metadata(tmp_path / "two" / WEIGHTS)["skipped"]) == [bad]
 
 
-def write_blobs(folder: Path, count: int) -> None:
-    """Blobs in the layout of the published data."""
-    source = Blobs(count)
-    for index, name in enumerate(source.names):
-        target = folder / name.split("/")[1]
-        target.mkdir(parents=True)
-        for k, frame in enumerate(source.read(index).frames):
-            np.savez(target / f"blob{k:02d}.npz", frame)
+# ---------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+def test_a_few_bad_sequences_are_left_out_and_recorded(tmp_path: Path, readers: int) -> None:
+    bad = {name: Blobs().names.index(name) for side in sides() for name in side[1:2]}
+    settings = replace(SMALL, epochs=1, learning_rate=0.0, readers=readers, bad_sequences=0.25)
+    with pytest.warns(UserWarning, match=r"left out: blobs/blob\d.density: frame 1 holds NaN"):
+        single = train(Blobs(bad=bad.values()), settings, tmp_path / "single")
+    assert single.skipped.keys() == bad.keys()
+    assert json.loads(metadata(tmp_path / "single" / WEIGHTS)["skipped"]) == sorted(bad)
+    one_by_one = losses(tmp_path / "single")
+    assert np.isnan(one_by_one).all(1).sum() == 1
+    # A batch that holds it has the loss of the others.
+    with pytest.warns(UserWarning, match="left out"):
+        train(Blobs(bad=bad.values()), replace(settings, batch=4), tmp_path / "batch")
+    assert len(losses(tmp_path / "batch")) == 1
+    np.testing.assert_allclose(losses(tmp_path / "batch")[0], np.nanmean(one_by_one, 0), rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Mean of empty slice")
+def test_a_step_with_nothing_to_learn_from_moves_no_weights(tmp_path: Path) -> None:
+    training, _ = sides()
+    bad = [Blobs().names.index(name) for name in training]
+    settings = replace(SMALL, epochs=1, bad_sequences=0.9, initial_weights=write_initial(tmp_path))
+    with pytest.warns(UserWarning, match="left out"):
+        train(Blobs(bad=bad), settings, tmp_path / "run")
+    trained, untrained = (load_file(tmp_path / "run" / name) for name in (WEIGHTS, UNTRAINED))
+    assert all(torch.equal(trained[name], untrained[name]) for name in untrained)
+
+
+def test_many_bad_sequences_end_the_run(tmp_path: Path) -> None:
+    with pytest.raises(SequenceError, match=r"1 of 10 sequences cannot be learned from.*blob0"):
+        train(Blobs(bad=[0]), SMALL, tmp_path)
+
+
+def test_a_run_that_diverges_says_so_and_keeps_what_was_saved(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match=r"of blobs/blob\d+.density: loss .*nan.*learning_rate"):
+        train(Blobs(), replace(SMALL, learning_rate=1e12, checkpoint_minutes=0), tmp_path)
+    state = torch.load(tmp_path / STATE, weights_only=True)
+    assert np.isfinite(state["losses"]).all()
+
+
+def test_a_missing_tensorboard_is_said_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"pip install 'lsim\[train\]'"):
+        train(Blobs(stop_at_read=1), replace(SMALL, tensorboard=True), tmp_path)
+
+
+def test_sizes_that_a_trunk_cannot_take_are_refused() -> None:
+    with pytest.raises(ValueError, match="validation_size: the trunk 'skip' cannot take frames of 52×52"):
+        replace(SMALL, trunk="skip", validation_size=52)
+
+
+# ---------------------------------------------------------------- sequences
 
 
 def test_all_fields_of_a_simulation_are_held_out_together() -> None:
     class Fields:
-        names = [f"smoke/plume{k}.{field}" for k in range(100) for field in ("density", "velocity")]
+        def __init__(self) -> None:
+            self.names = [f"smoke/plume{k}.{field}" for k in range(100) for field in ("density", "velocity")]
 
         def read(self, index: int) -> TrainingSequence:
             raise NotImplementedError
@@ -265,9 +436,78 @@ def test_folders_name_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no data set 'smoke'"):
         LayoutFolders(tmp_path, ["smoke"])
     write_blobs(tmp_path / "blobs", 2)
-    (tmp_path / "blobs" / "blob1.density" / "blob03.npz").write_bytes(b"no archive")
+    (tmp_path / "blobs" / "blob1.density" / "blob05.npz").write_bytes(b"no archive")
+    (tmp_path / "blobs" / "blob0.density").joinpath("family.json").write_text("{}")
+    write_blobs(tmp_path / "blobs" / ".partial", 1)
     source = LayoutFolders(tmp_path, ["blobs"])
     assert list(source.names) == ["blobs/blob0.density", "blobs/blob1.density"]
     np.testing.assert_array_equal(source.read(0).frames, Blobs().read(0).frames)
-    with pytest.raises(ValueError, match="blob1.density: a frame cannot be read"):
+    np.testing.assert_array_equal(source.read(0).parameter, [0, 0.5, 1])
+    with pytest.raises(SequenceError, match=r"blob1\.density: a frame cannot be read"):
         source.read(1)
+
+
+def test_a_store_is_read_as_folders_are(tmp_path: Path) -> None:
+    fields = {"waves/height": (3, "float32", 1), "flow/velocity": (2, "float32", 3)}
+    store = make_frames(tmp_path / "frames.zarr", fields, frames=4)
+    source = StoredSequences(store, ["waves"])
+    assert list(source.names) == ["waves/waves0.height", "waves/waves1.height", "waves/waves2.height"]
+    assert source.read(1).frames.shape == (4, 48, 64, 1)
+    np.testing.assert_allclose(source.read(1).parameter, np.linspace(0, 1, 4))
+    assert len(StoredSequences(store, None).names) == 5
+    with pytest.raises(ValueError, match="no data set smoke; there are: flow, waves"):
+        StoredSequences(store, ["smoke"])
+    for chunk in (store / "waves" / "height" / "frames" / "c").rglob("*"):
+        if chunk.is_file():
+            chunk.write_bytes(chunk.read_bytes()[:100])
+    with pytest.raises(SequenceError, match=r"waves/waves0\.height cannot be read"):
+        source.read(0)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_simulates_and_trains(tmp_path: Path) -> None:
+    document: dict[str, Any] = {
+        "out": str(tmp_path / "run"),
+        "data": str(tmp_path / "data"),
+        "simulate": {"shapes": {"families": 6, "size": 64}},
+        "training": {
+            "epochs": 1,
+            "augmentation": {"size": 48},
+            "validation_size": 48,
+            "held_out": 0.3,
+            "tensorboard": False,
+            "device": "cpu",
+        },
+    }
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(document))
+    done = CliRunner().invoke(app, ["train", str(file), "--cluster", "none"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert "shapes: 6 families made, 0 were there" in done.output
+    assert "1 epochs, " in done.output
+    assert len(list((tmp_path / "data" / "shapes").glob("*.*"))) == 6
+    made = json.loads(metadata(tmp_path / "run" / WEIGHTS)["simulated"])
+    assert made["shapes"]["families"] == 6
+    assert not missing_data(open_training(file))
+    # What a run that goes on was begun with isn't made again; a new run needs it.
+    document["simulate"]["shapes"]["seed"] = 5
+    file.write_text(yaml.safe_dump(document))
+    assert not missing_data(open_training(file))
+    file.write_text(yaml.safe_dump(document | {"out": str(tmp_path / "other")}))
+    assert missing_data(open_training(file)) == {"shapes": 6}
+
+
+def test_a_training_file_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("out: run\ndata: data\ntraining: {learning_rat: 1}\n")
+    with pytest.raises(TrainingFileError, match=r"mine\.yaml: training\.learning_rat"):
+        open_training(file)
+
+
+def test_shipped_training_files_are_read() -> None:
+    names = [name for name in shipped_names("workflows") if name.startswith("train_")]
+    assert "train_lsim" in names
+    for name in names:
+        assert open_training(name).simulate

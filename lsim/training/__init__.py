@@ -1,11 +1,18 @@
 """Train the learned metric on sequences of simulations: :func:`train`, or ``lsim train`` from the shell."""
 
-from lsim.training.sequences import Augmentation, LayoutFolders, SequenceSource, TrainingSequence
+from lsim.training.sequences import (
+    Augmentation,
+    LayoutFolders,
+    SequenceError,
+    SequenceSource,
+    TrainingSequence,
+)
 from lsim.training.train import TrainingResult, TrainingSettings, train
 
 __all__ = [
     "Augmentation",
     "LayoutFolders",
+    "SequenceError",
     "SequenceSource",
     "TrainingResult",
     "TrainingSequence",

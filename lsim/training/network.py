@@ -55,26 +55,26 @@ class DistanceNetwork(nn.Module):
             self.register_buffer(f"deviation_squares_{k}", torch.ones(shape))
 
     def load_initial(self, path: Path) -> None:
-        """Begin from a file that training wrote, or for ``alex`` from torchvision's weights, as safetensors.
+        """Begin from weights of the metric, or for ``alex`` from torchvision's, as safetensors.
 
         Raises
         ------
         WeightsError
             When the file doesn't hold such weights.
         """
-        with safetensors.safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if name.startswith("features.")]  # noqa: SIM118 (no mapping)
-            published = {name: file.get_tensor(name) for name in names}
-        if published and isinstance(self.trunk, AlexTrunk):
+        if isinstance(self.trunk, AlexTrunk):
+            published = _torchvision_tensors(path)
             keys = self.trunk.CHECKPOINT_KEYS.items()
             wanted = {
                 f"{layer}.{kind}": f"{key}.{kind}" for layer, key in keys for kind in ("weight", "bias")
             }
-            missing = sorted(set(wanted.values()) - published.keys())
-            if missing:
-                raise WeightsError(f"{path}: no tensors {', '.join(missing)}; found {', '.join(published)}")
-            self.trunk.load_state_dict({ours: published[theirs] for ours, theirs in wanted.items()})
-            return
+            if published:
+                missing = sorted(set(wanted.values()) - published.keys())
+                if missing:
+                    found = ", ".join(published)
+                    raise WeightsError(f"{path}: no tensors {', '.join(missing)}; found {found}")
+                self.trunk.load_state_dict({ours: published[theirs] for ours, theirs in wanted.items()})
+                return
         loaded = load_checkpoint(path, type(self.trunk))
         self.trunk.load_state_dict(dict(loaded.trunk))
         with torch.no_grad():
@@ -119,18 +119,31 @@ class DistanceNetwork(nn.Module):
             # Around the mean of the sequence, since frames are near one another, and Gram matrices are not
             # exact then.
             centred = (f.float() - f.float().mean(0, keepdim=True)).flatten(1)
-            gram = ((centred * factor.flatten()) @ centred.T).double()
+            with torch.autocast(f.device.type, enabled=False):  # in single precision whatever the trunk's
+                gram = ((centred * factor.flatten()) @ centred.T).double()
             norm = gram.diagonal()
             squared = squared + norm[first] + norm[second] - 2 * gram[first, second]
         assert isinstance(squared, Tensor)
         return safe_sqrt(squared.clamp(min=0))
 
     def pair_distances(
-        self, reference: Tensor, other: Tensor, dropout: float, generator: torch.Generator
+        self, reference: Sequence[Tensor], other: Sequence[Tensor], dropout: float, generator: torch.Generator
     ) -> Tensor:
-        """Distances of reference[k] and other[k], each augmented for itself, as published: (pair,)."""
+        """Distances of the k-th frame of one side and the k-th of the other, dropout drawn for each pair.
+
+        Parameters
+        ----------
+        reference, other : sequence of Tensor (pair, y', x', channel)
+            Of :meth:`features`.
+        dropout, generator
+            See :meth:`sequence_distances`.
+
+        Returns
+        -------
+        Tensor of shape (pair,), float64
+        """
         squared: Tensor | float = 0.0
-        for k, (a, b) in enumerate(zip(self.features(reference), self.features(other), strict=True)):
+        for k, (a, b) in enumerate(zip(reference, other, strict=True)):
             difference = (a.float() - b.float()).square() * self._factor(k, a.shape[1:])
             if dropout:
                 difference = difference * kept(difference.shape, dropout, generator, a.device)
@@ -209,6 +222,16 @@ class DistanceNetwork(nn.Module):
         )
 
 
+def _torchvision_tensors(path: Path) -> dict[str, Tensor]:
+    """Those named ``features.…``, as torchvision names AlexNet's."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if name.startswith("features.")]  # noqa: SIM118 (no mapping)
+            return {name: file.get_tensor(name) for name in names}
+    except safetensors.SafetensorError as error:
+        raise WeightsError(f"{path}: not safetensors: {error}") from error
+
+
 def resized_map(squares: Tensor, size: tuple[int, ...]) -> Tensor:
     """A deviation map for feature maps of another size: bilinear, corners aligned, as published."""
     if squares.shape == size:
@@ -243,10 +266,10 @@ class PairNetwork(nn.Module):
         return self._distances(frames[pairs[0]], frames[pairs[1]], dropout, generator)
 
     def pair_distances(
-        self, reference: Tensor, other: Tensor, dropout: float, generator: torch.Generator
+        self, reference: Sequence[Tensor], other: Sequence[Tensor], dropout: float, generator: torch.Generator
     ) -> Tensor:
         """As :meth:`DistanceNetwork.pair_distances`."""
-        return self._distances(self.features(reference)[0], self.features(other)[0], dropout, generator)
+        return self._distances(reference[0], other[0], dropout, generator)
 
     def _distances(self, a: Tensor, b: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
         keep = (

@@ -12,13 +12,14 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 
-from lsim.preprocess import preprocess, resize
+from lsim.preprocess import finite_frames, preprocess, resize
 
 _FRAME = re.compile(r"(?P<digits>\d{2})\.(?P<ending>npz|png)$", re.IGNORECASE)
 
@@ -41,6 +42,10 @@ class TrainingSequence:
     parameter: np.ndarray
 
 
+class SequenceError(ValueError):
+    """A sequence that cannot be read or cannot be learned from; says which, and why."""
+
+
 class SequenceSource(Protocol):
     """Where sequences come from: their names, and each by its index."""
 
@@ -49,7 +54,41 @@ class SequenceSource(Protocol):
         """``<data set>/<family>.<field>``; sequences of one simulation share all but the field."""
 
     def read(self, index: int) -> TrainingSequence:
-        """The sequence of that index in ``names``."""
+        """The sequence of that index in ``names``.
+
+        Raises
+        ------
+        SequenceError
+            When it cannot be read: training goes on without it. Any other error ends the run.
+        """
+
+
+def read_checked(source: SequenceSource, index: int) -> TrainingSequence:
+    """Read a sequence, without alpha where it has four channels, and see that it can be learned from.
+
+    Raises
+    ------
+    SequenceError
+        When it cannot be read, holds NaN or infinity, has fewer than three frames, or its frames are all
+        equal.
+    """
+    sequence = source.read(index)
+    frames, parameter = sequence.frames, sequence.parameter
+    if frames.ndim != 4 or len(frames) < 3 or frames.shape[-1] not in (1, 3, 4):
+        raise SequenceError(
+            f"{sequence.name}: expected frames (frame, y, x, channel), three or more of 1, 3 or 4 channels, "
+            f"found {frames.shape}"
+        )
+    if parameter.shape != (len(frames),) or not (np.diff(parameter) > 0).all():  # NaN, too
+        raise SequenceError(
+            f"{sequence.name}: expected a rising parameter for {len(frames)} frames, found {parameter}"
+        )
+    finite = finite_frames(frames)
+    if not finite.all():
+        raise SequenceError(f"{sequence.name}: frame {np.argmin(finite)} holds NaN or infinity")
+    if (frames[1:] == frames[:1]).all():
+        raise SequenceError(f"{sequence.name}: its frames are all equal")
+    return sequence if frames.shape[-1] < 4 else replace(sequence, frames=frames[..., :3])
 
 
 class LayoutFolders:
@@ -81,7 +120,8 @@ class LayoutFolders:
                     f"no data set {dataset!r} in {root}; there are: {', '.join(there) or 'none'}. "
                     f"'lsim simulate' makes data sets"
                 )
-            found = [f for f in sorted((root / dataset).iterdir()) if f.is_dir() and _frame_files(f)]
+            folders = (f for f in sorted((root / dataset).iterdir()) if not f.name.startswith("."))
+            found = [f for f in folders if f.is_dir() and _frame_files(f)]
             if not found:
                 raise FileNotFoundError(
                     f"{root / dataset}: no folders of frames <name>NN.npz or <name>NN.png"
@@ -98,18 +138,18 @@ class LayoutFolders:
 
         Raises
         ------
-        ValueError
+        SequenceError
             When frames cannot be read, differ in shape, or there are fewer than three; names the folder.
         """
         folder = self._folders[index]
         files = _frame_files(folder)
         try:
             frames = [_decode(path) for path in files]
-        except (OSError, KeyError, ValueError) as error:
-            raise ValueError(f"{folder}: a frame cannot be read: {error}") from error
+        except (OSError, EOFError, KeyError, ValueError, BadZipFile, zlib.error) as error:
+            raise SequenceError(f"{folder}: a frame cannot be read: {error}") from error
         shapes = sorted({frame.shape for frame in frames})
         if len(frames) < 3 or len(shapes) != 1:
-            raise ValueError(
+            raise SequenceError(
                 f"{folder}: expected three or more frames of one shape, found {len(frames)}: {shapes}"
             )
         position = np.array([int(path.stem[-2:]) for path in files], dtype=np.float64)

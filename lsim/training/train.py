@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import math
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -32,12 +34,20 @@ from torch import distributed as dist
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lsim.metric import resolve_device
+from lsim.networks import TRUNKS, LsimTrunk
 from lsim.preprocess import preprocess
 from lsim.ranking import pooled_spearman
 from lsim.training.loss import sequence_loss
 from lsim.training.network import DistanceNetwork, PairNetwork
-from lsim.training.sequences import Augmentation, SequenceSource, Subset, hold_out
-from lsim.weights import save_checkpoint
+from lsim.training.sequences import (
+    Augmentation,
+    SequenceError,
+    SequenceSource,
+    Subset,
+    hold_out,
+    read_checked,
+)
+from lsim.weights import find_weights, save_checkpoint
 
 Network: TypeAlias = DistanceNetwork | PairNetwork
 
@@ -51,8 +61,24 @@ STATE, WEIGHTS, UNTRAINED, HISTORY, LOSSES, PICTURE = (
 )
 """Files of a training run."""
 
-MAY_CHANGE = ("epochs", "patience", "device", "threads", "tensorboard", "checkpoint_minutes")
+TERMS = ("loss", "squared error", "correlation")
+"""What is kept of each step, see :class:`lsim.training.loss.LossTerms`."""
+
+MAY_CHANGE = (
+    "epochs",
+    "patience",
+    "bad_sequences",
+    "checkpoint_minutes",
+    "tensorboard",
+    "device",
+    "threads",
+    "readers",
+)
 """Settings that a run may be continued with in other values than it was begun with."""
+
+
+class DivergedError(ArithmeticError, ValueError):
+    """The loss or its gradient is no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +89,8 @@ class TrainingSettings:
     ----------
     trunk : {"lsim", "skip", "alex", "non-siamese"}
     initial_weights : str or None
-        A file to begin from: weights that a run wrote, or for the trunk ``alex`` ImageNet's, as safetensors
-        with torchvision's names.
+        To begin from: a file that a run wrote, the name of published weights, or for the trunk ``alex`` a
+        file of ImageNet's, as safetensors with torchvision's names.
     frozen_trunk : bool
         Train the channel weights alone.
     seed : int
@@ -97,11 +123,15 @@ class TrainingSettings:
         Decay of an exponential average of the weights, a step; it is what is validated and kept. 0 is off.
     patience : int or None
         Stop after as many epochs without a better validation.
+    bad_sequences : float, default 0.01
+        Share of the sequences that may be left out since nothing can be learned from them; more end the run.
     checkpoint_minutes : float, default 5
     tensorboard : bool, default True
     device : str, default "auto"
     threads : int or None
         Of torch, on a CPU.
+    readers : int, default 1
+        Threads that read and augment sequences ahead of the step; a GPU is kept busy by several.
     """
 
     trunk: Literal["lsim", "skip", "alex", "non-siamese"] = "lsim"
@@ -125,10 +155,12 @@ class TrainingSettings:
     precision: Literal["float32", "bfloat16"] = "float32"
     average: float = 0.0
     patience: int | None = None
+    bad_sequences: float = 0.01
     checkpoint_minutes: float = 5.0
     tensorboard: bool = True
     device: str = "auto"
     threads: int | None = None
+    readers: int = 1
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be trained with."""
@@ -138,13 +170,21 @@ class TrainingSettings:
             ("learning_rate", 0),
             ("patience", 1),
             ("threads", 1),
+            ("readers", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name in ("dropout", "average", "held_out"):
+        for name in ("dropout", "average", "held_out", "bad_sequences"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        takes = TRUNKS.get(self.trunk, LsimTrunk).takes
+        for name, size in (
+            ("augmentation.size", self.augmentation.size),
+            ("validation_size", self.validation_size),
+        ):
+            if not takes(size):
+                raise ValueError(f"{name}: the trunk {self.trunk!r} cannot take frames of {size}×{size}")
         if self.frozen_trunk and (self.trunk == "non-siamese" or self.initial_weights is None):
             raise ValueError("a frozen trunk needs initial_weights, and a trunk other than non-siamese")
 
@@ -165,6 +205,8 @@ class TrainingResult:
         One row an epoch.
     stopped : str
         Why it ended: ``"epochs"``, ``"patience"`` or ``"minutes"``.
+    skipped : dict of str to str
+        Sequences that could not be learned from, and why.
     """
 
     folder: Path
@@ -173,6 +215,7 @@ class TrainingResult:
     best: float
     history: list[dict[str, float]]
     stopped: str
+    skipped: dict[str, str]
 
 
 def train(
@@ -181,6 +224,7 @@ def train(
     out: str | os.PathLike[str],
     *,
     minutes: float | None = None,
+    about: Mapping[str, str] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> TrainingResult:
     """Train the metric, or go on with a run that was stopped.
@@ -189,6 +233,9 @@ def train(
     before the first step, which every result should be compared with; ``history.csv``, an epoch a row;
     ``losses.csv``, a step a row; ``loss.png``; ``tensorboard/``; ``settings.json``; ``state.pt``, from which
     the same call goes on.
+
+    A sequence that cannot be read, is not finite or whose frames are all equal is left out with a warning,
+    and named in ``TrainingResult.skipped`` and in the metadata of the weights.
 
     Parameters
     ----------
@@ -199,6 +246,8 @@ def train(
         Folder of the run.
     minutes : float, optional
         Stop in good order after so long; the same call goes on.
+    about : mapping of str to str, optional
+        What else the metadata of the weights shall say of how they were made.
     progress : callable
         Takes a line at each epoch.
 
@@ -209,7 +258,10 @@ def train(
     Raises
     ------
     ValueError
-        When ``out`` holds a run with other settings or other sequences, or a sequence cannot be trained on.
+        When ``out`` holds a run with other settings or other sequences, when too many sequences cannot be
+        learned from, or tensorboard is wanted and not installed.
+    DivergedError
+        When the loss is no longer finite; ``state.pt`` holds the run as it was before.
     """
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     folder = Path(out)
@@ -217,126 +269,159 @@ def train(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     torch.set_flush_denormal(True)
-    with _processes(device) as (rank, world):
+    # TF32, torch's default for convolutions on GPUs, is too coarse for frames that are near one another.
+    with _processes(device) as (rank, world), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         first_process = rank == 0
+        writer = _summary_writer() if settings.tensorboard and first_process else None
         training, held_out = hold_out(source, settings.held_out)
         validation = _evenly(held_out, settings.validation_sequences)
         names = list(training.names)
+        described = {"settings": asdict(settings), "training": names, "validation": list(validation.names)}
+        skipped: dict[str, str] = {}
+
+        def skip(name: str, reason: str) -> None:
+            _skip(skipped, name, reason, settings.bad_sequences, len(names) + len(held_out.names))
+
+        validation = _usable(validation, skip)
 
         # ---- the network, as it is before the first step
         torch.manual_seed(settings.seed)
-        network = _network(settings).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = make_network(settings).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimiser = torch.optim.Adam(
             [p for p in network.parameters() if p.requires_grad], settings.learning_rate
         )
         steps_an_epoch = math.ceil(len(names) / settings.batch)
+        last_step = settings.epochs * steps_an_epoch
 
         # ---- go on where a run stopped, or begin
-        described = {"settings": asdict(settings), "training": names, "validation": list(validation.names)}
         state = _resume(folder / STATE, described, device)
         if state is None:
             if not network.counts:  # initial weights bring their maps
                 chosen = _evenly(training, settings.calibration_sequences)
-                network.calibrate(_calibration_frames(chosen, settings, device))
+                network.calibrate(_calibration_frames(chosen, settings, device, skip))
             state = {"step": 0, "losses": [], "history": [], "best": -math.inf, "best_epoch": 0}
             if first_process:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "settings.json").write_text(json.dumps(described["settings"], indent=1) + "\n")
                 save_checkpoint(
-                    folder / UNTRAINED, network.checkpoint(), settings.trunk, _origin(settings, 0, names)
+                    folder / UNTRAINED,
+                    network.checkpoint(),
+                    settings.trunk,
+                    {**(about or {}), **_origin(settings, 0, names, skipped)},
                 )
                 state["untrained"] = validate(network, validation, settings, device)
                 state["l2"] = validate(None, validation, settings, device)
                 progress(f"before training: {_shown(state['untrained'])}; l2: {_shown(state['l2'])}")
         else:
+            skipped.update(state.get("skipped", {}))
             network.load_state_dict(state["network"])
             optimiser.load_state_dict(state["optimiser"])
         average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
         if "average" in state:
             average.load_state_dict(state["average"])
         kept_network = cast(Network, average.module) if settings.average else network
-        log = _tensorboard(folder, state["step"]) if settings.tensorboard and first_process else None
+        # What a killed run wrote after its last checkpoint is written again.
+        log = writer(str(folder / "tensorboard"), purge_step=state["step"] + 1) if writer else None
 
         def save_state() -> None:
             if first_process:
                 state.update(
                     described=described,
+                    skipped=skipped,
                     network=network.state_dict(),
                     optimiser=optimiser.state_dict(),
                     average=average.state_dict(),
                 )
                 torch.save(state, folder / f"{STATE}.partial")
                 os.replace(folder / f"{STATE}.partial", folder / STATE)
-                _write_tables(folder, state)
+                _write_losses(folder / LOSSES, state["losses"])
 
         # ---- the steps
         saved, stopped = time.monotonic(), "epochs"
-        while state["step"] < settings.epochs * steps_an_epoch:
+        while state["step"] < last_step:
             epoch, position = divmod(state["step"], steps_an_epoch)
+            waited = position == 0 and epoch - state["best_epoch"] >= (settings.patience or math.inf)
+            if _any_process(first_process and waited, world, device):
+                stopped = "patience"
+                break
             order = np.random.default_rng((settings.seed, 1, epoch)).permutation(len(names))
             batches = [order[k : k + settings.batch] for k in range(0, len(order), settings.batch)][position:]
             began, out_of_time = time.monotonic(), False
             for batch, examples in _read_ahead(training, batches, epoch, settings, rank, world):
                 for group in optimiser.param_groups:
-                    group["lr"] = _learning_rate(settings, state["step"], settings.epochs * steps_an_epoch)
+                    group["lr"] = _learning_rate(settings, state["step"], last_step)
                 optimiser.zero_grad()
-                terms = torch.zeros(3, dtype=torch.float64)
-                if examples:
-                    losses = _losses(network, examples, settings, device, epoch)
+                good = [example for example in examples if isinstance(example, Example)]
+                terms = torch.zeros(4, dtype=torch.float64)  # sums over the batch, and how many they are of
+                if good:
+                    losses = batch_losses(network, good, settings, device, epoch)
                     (losses[:, 0].sum() / len(batch)).backward()
-                    terms = losses.detach().sum(0).cpu() / len(batch)
+                    terms[:3], terms[3] = losses.detach().sum(0).cpu(), len(good)
+                gradients = [_gradient(p) for p in network.parameters() if p.requires_grad]
                 if world > 1:
                     _sum_over_processes([terms], device)
-                    _sum_over_processes(
-                        [_gradient(p) for p in network.parameters() if p.requires_grad], device
-                    )
-                optimiser.step()
+                    _sum_over_processes(gradients, device)
+                count = int(terms[3])
+                if count < len(batch):
+                    found = zip((names[k] for k in batch[rank::world]), examples, strict=True)
+                    bad = {name: str(error) for name, error in found if isinstance(error, SequenceError)}
+                    for name, reason in _of_all_processes(bad, world).items():
+                        skip(name, reason)
+                    for gradient in gradients:
+                        gradient.mul_(len(batch) / max(count, 1))
+                terms = terms[:3] / count  # NaN where there was nothing to learn from
+                if count:
+                    _check_finite(terms, gradients, state["step"], [names[k] for k in batch], settings)
+                    optimiser.step()
                 network.clamp_weights()
                 if settings.average:
                     average.update_parameters(network)
                 state["step"] += 1
                 state["losses"].append(terms.tolist())
                 if log is not None:
-                    for name, term in zip(("loss", "squared error", "correlation"), terms, strict=True):
+                    for name, term in zip(TERMS, terms, strict=True):
                         log.add_scalar(f"training/{name}", float(term), state["step"])
-                if time.monotonic() - saved > 60 * settings.checkpoint_minutes:
+                # Not at the last step, whose state is saved with the validation of the epoch.
+                within = state["step"] % steps_an_epoch != 0
+                if within and time.monotonic() - saved > 60 * settings.checkpoint_minutes:
                     save_state()
                     saved = time.monotonic()
                 out_of_time = _any_process(time.monotonic() > deadline, world, device)
                 if out_of_time:
                     break
-            if state["step"] % steps_an_epoch == 0:
-                # ---- the end of an epoch
-                if first_process:
-                    row = _end_of_epoch(
-                        state, kept_network, validation, settings, device, epoch + 1, steps_an_epoch
-                    )
-                    row["seconds"] = time.monotonic() - began
-                    progress(f"epoch {epoch + 1}: {_shown(row)}")
-                    if log is not None:
-                        for name, value in row.items():
-                            log.add_scalar(f"validation/{name}", value, state["step"])
-                    if row["spearman"] > state["best"]:
-                        state.update(best=row["spearman"], best_epoch=epoch + 1)
-                        origin = _origin(settings, state["step"], names) | {
-                            "validation_spearman": f"{state['best']:.4f}"
-                        }
-                        save_checkpoint(folder / WEIGHTS, kept_network.checkpoint(), settings.trunk, origin)
-                save_state()
-                waited = epoch + 1 - state["best_epoch"]
-                if settings.patience is not None and _any_process(
-                    first_process and waited >= settings.patience, world, device
-                ):
-                    stopped = "patience"
-                    break
-            if out_of_time:
+            # ---- the end of an epoch
+            if state["step"] % steps_an_epoch == 0 and first_process:
+                row = _end_of_epoch(
+                    state, kept_network, validation, settings, device, epoch + 1, steps_an_epoch
+                )
+                row["seconds"] = time.monotonic() - began
+                progress(f"epoch {epoch + 1}: {_shown(row)}")
+                if log is not None:
+                    for name, value in row.items():
+                        log.add_scalar(f"validation/{name}", value, state["step"])
+                if row["spearman"] > state["best"]:
+                    state.update(best=row["spearman"], best_epoch=epoch + 1)
+                    origin = {
+                        **(about or {}),
+                        **_origin(settings, state["step"], names, skipped),
+                        "validation_spearman": f"{state['best']:.4f}",
+                    }
+                    save_checkpoint(folder / WEIGHTS, kept_network.checkpoint(), settings.trunk, origin)
+                _write_history(folder, state)
+            save_state()
+            if out_of_time and state["step"] < last_step:
                 stopped = "minutes"
                 break
-        save_state()
         if log is not None:
             log.close()
         return TrainingResult(
-            folder, state["step"] // steps_an_epoch, state["step"], state["best"], state["history"], stopped
+            folder,
+            state["step"] // steps_an_epoch,
+            state["step"],
+            state["best"],
+            state["history"],
+            stopped,
+            skipped,
         )
 
 
@@ -354,8 +439,9 @@ class Example:
     ground_truth: np.ndarray
 
 
-def _example(source: SequenceSource, index: int, epoch: int, settings: TrainingSettings) -> Example:
-    sequence = source.read(index)
+def make_example(source: SequenceSource, index: int, epoch: int, settings: TrainingSettings) -> Example:
+    """Read a sequence and augment it, as it is to be in this epoch."""
+    sequence = read_checked(source, index)
     rng = np.random.default_rng((settings.seed, 2, epoch, index))
     pairs = np.stack(np.triu_indices(len(sequence.frames), 1))
     truth = sequence.parameter[pairs[1]] - sequence.parameter[pairs[0]]
@@ -367,7 +453,7 @@ def _example(source: SequenceSource, index: int, epoch: int, settings: TrainingS
     return Example(index, np.stack([v[0] for v in varied]), np.stack([v[1] for v in varied]), pairs, truth)
 
 
-def _losses(
+def batch_losses(
     network: Network,
     examples: Sequence[Example],
     settings: TrainingSettings,
@@ -388,12 +474,15 @@ def _losses(
             int(np.random.default_rng((settings.seed, 3, epoch, example.index)).integers(2**62))
         )
         pairs = torch.from_numpy(example.pairs).to(device)
-        if example.other is None:
-            distances = network.sequence_distances(part, pairs, settings.dropout, generator)
-        else:
-            with _autocast(settings, device):
+        with _autocast(settings, device):
+            if example.other is None:
+                distances = network.sequence_distances(part, pairs, settings.dropout, generator)
+            else:
                 distances = network.pair_distances(
-                    planes(example.frames, device), planes(example.other, device), settings.dropout, generator
+                    network.features(planes(example.frames, device)),
+                    network.features(planes(example.other, device)),
+                    settings.dropout,
+                    generator,
                 )
         correlated = pairs[0] == 0 if settings.correlated_pairs == "reference" else pairs[0] >= 0
         terms = sequence_loss(
@@ -419,19 +508,46 @@ def _read_ahead(
     settings: TrainingSettings,
     rank: int,
     world: int,
-) -> Iterator[tuple[np.ndarray, list[Example]]]:
-    """Batches with this process's share of their examples, the next one read while one is in use."""
+) -> Iterator[tuple[np.ndarray, list[Example | SequenceError]]]:
+    """Batches with this process's share of their examples; the next are read while one is in use."""
 
-    def read(batch: np.ndarray) -> list[Example]:
-        return [_example(source, int(index), epoch, settings) for index in batch[rank::world]]
+    def read(index: int) -> Example | SequenceError:
+        try:
+            return make_example(source, index, epoch, settings)
+        except SequenceError as error:
+            return error
 
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(read, batches[0]) if batches else None
-        for k, batch in enumerate(batches):
-            assert coming is not None
-            examples = coming.result()
-            coming = reader.submit(read, batches[k + 1]) if k + 1 < len(batches) else None
-            yield batch, examples
+    with ThreadPoolExecutor(settings.readers) as pool:
+        waiting = iter(batches)
+        ahead: deque[tuple[np.ndarray, list[Future[Example | SequenceError]]]] = deque()
+
+        def begin_next() -> None:
+            for batch in itertools.islice(waiting, 1):
+                ahead.append((batch, [pool.submit(read, int(index)) for index in batch[rank::world]]))
+
+        for _ in range(1 + settings.readers):
+            begin_next()
+        try:
+            while ahead:
+                batch, examples = ahead.popleft()
+                yield batch, [example.result() for example in examples]
+                begin_next()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _check_finite(
+    terms: Tensor, gradients: Sequence[Tensor], step: int, names: Sequence[str], settings: TrainingSettings
+) -> None:
+    """Raise where a step would spoil the network."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if not (torch.isfinite(terms).all() and torch.isfinite(norm)):
+        loss, error, correlation = terms.tolist()
+        raise DivergedError(
+            f"step {step + 1}, of {', '.join(names)}: loss {loss:.3g} (squared error {error:.3g}, "
+            f"correlation {correlation:.3g}), length of the gradient {float(norm):.3g}. A learning_rate "
+            f"below {settings.learning_rate:g}, or precision float32, may help; the run is kept as last saved"
+        )
 
 
 def _learning_rate(settings: TrainingSettings, step: int, steps: int) -> float:
@@ -491,14 +607,10 @@ def _end_of_epoch(
     steps_an_epoch: int,
 ) -> dict[str, float]:
     """Validate, and add a row to the history."""
-    losses = np.array(state["losses"][-steps_an_epoch:])
-    row: dict[str, float] = {
-        "epoch": epoch,
-        "step": state["step"],
-        "loss": float(losses[:, 0].mean()),
-        "squared error": float(losses[:, 1].mean()),
-        "correlation": float(losses[:, 2].mean()),
-    }
+    row: dict[str, float] = {"epoch": epoch, "step": state["step"]}
+    # NaN are steps that had nothing to learn from.
+    means = np.nanmean(np.array(state["losses"][-steps_an_epoch:]), axis=0)
+    row |= dict(zip(TERMS, means.tolist(), strict=True))
     row |= validate(network, validation, settings, device)
     row |= {"untrained": state["untrained"]["spearman"], "l2": state["l2"]["spearman"]}
     state["history"].append(row)
@@ -508,13 +620,13 @@ def _end_of_epoch(
 # ---------------------------------------------------------------- what goes in, what is left behind
 
 
-def _network(settings: TrainingSettings) -> Network:
+def make_network(settings: TrainingSettings) -> Network:
     """The network before training, from the seed or from a file."""
     if settings.trunk == "non-siamese":
         return PairNetwork()
     network = DistanceNetwork(settings.trunk, settings.augmentation.size, settings.frozen_trunk)
     if settings.initial_weights is not None:
-        network.load_initial(Path(settings.initial_weights))
+        network.load_initial(find_weights(settings.trunk, settings.initial_weights))
     return network
 
 
@@ -526,14 +638,50 @@ def _evenly(source: SequenceSource, most: int | None) -> SequenceSource:
     return Subset(source, [k * count // most for k in range(most)])
 
 
+def _usable(source: SequenceSource, skip: Callable[[str, str], None]) -> SequenceSource:
+    """Those held-out sequences that can be learned from; raises where there are none."""
+    usable = []
+    for index, name in enumerate(source.names):
+        try:
+            read_checked(source, index)
+        except SequenceError as error:
+            skip(name, str(error))
+        else:
+            usable.append(index)
+    if not usable:
+        raise SequenceError(f"none of the {len(source.names)} sequences to validate on can be")
+    return Subset(source, usable)
+
+
+def _skip(skipped: dict[str, str], name: str, reason: str, share: float, of: int) -> None:
+    """Note a sequence that cannot be learned from; raises when they are too many."""
+    if name in skipped:
+        return
+    skipped[name] = reason
+    if len(skipped) > share * of:
+        raise SequenceError(
+            f"{len(skipped)} of {of} sequences cannot be learned from, more than {share:.1%}: "
+            f"{'; '.join(list(skipped.values())[:3])}. Mend or remove them, or raise bad_sequences"
+        )
+    warnings.warn(f"left out: {reason}", stacklevel=3)
+
+
 def _calibration_frames(
-    source: SequenceSource, settings: TrainingSettings, device: torch.device
+    source: SequenceSource,
+    settings: TrainingSettings,
+    device: torch.device,
+    skip: Callable[[str, str], None],
 ) -> Iterator[Tensor]:
     """Every sequence once, augmented as in training."""
-    for index in range(len(source.names)):
+    augment = settings.augmentation
+    for index, name in enumerate(source.names):
         rng = np.random.default_rng((settings.seed, 4, index))
-        augment = settings.augmentation
-        yield planes(augment.scaled(augment.varied(source.read(index).frames, rng)), device)
+        try:
+            frames = read_checked(source, index).frames
+        except SequenceError as error:
+            skip(name, str(error))
+            continue
+        yield planes(augment.scaled(augment.varied(frames, rng)), device)
 
 
 def _resume(path: Path, described: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
@@ -558,26 +706,30 @@ def _resume(path: Path, described: dict[str, Any], device: torch.device) -> dict
     return state
 
 
-def _origin(settings: TrainingSettings, step: int, names: Sequence[str]) -> dict[str, str]:
+def _origin(
+    settings: TrainingSettings, step: int, names: Sequence[str], skipped: Iterable[str]
+) -> dict[str, str]:
     """What a weights file says of how it was made."""
     datasets = Counter(name.split("/")[0] for name in names)
     return {
         "trained_by": f"lsim train, lsim {version('lsim')}, torch {torch.__version__}",
         "settings": json.dumps(asdict(settings)),
         "sequences": json.dumps(datasets),
+        "skipped": json.dumps(sorted(skipped)),
         "steps": str(step),
     }
 
 
-def _write_tables(folder: Path, state: dict[str, Any]) -> None:
-    """``history.csv``, ``losses.csv`` and ``loss.png``."""
-    with (folder / LOSSES).open("w", newline="", encoding="utf-8") as file:
+def _write_losses(path: Path, losses: Sequence[Sequence[float]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["step", "loss", "squared error", "correlation"])
-        writer.writerows([step, *row] for step, row in enumerate(state["losses"], 1))
+        writer.writerow(["step", *TERMS])
+        writer.writerows([step, *row] for step, row in enumerate(losses, 1))
+
+
+def _write_history(folder: Path, state: dict[str, Any]) -> None:
+    """``history.csv`` and ``loss.png``."""
     history = state["history"]
-    if not history:
-        return
     with (folder / HISTORY).open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, list(dict.fromkeys(key for row in history for key in row)))
         table.writeheader()
@@ -588,9 +740,9 @@ def _write_tables(folder: Path, state: dict[str, Any]) -> None:
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
-    left.plot(epochs, [row["loss"] for row in history], label="loss")
-    left.plot(epochs, [row["squared error"] for row in history], label="squared error")
-    right.plot(epochs, [row["spearman"] for row in history], label="this network")
+    left.plot(epochs, [row["loss"] for row in history], marker=".", label="loss")
+    left.plot(epochs, [row["squared error"] for row in history], marker=".", label="squared error")
+    right.plot(epochs, [row["spearman"] for row in history], marker=".", label="this network")
     right.axhline(state["untrained"]["spearman"], color="0.5", linestyle="--", label="before training")
     right.axhline(state["l2"]["spearman"], color="0.5", linestyle=":", label="l2")
     left.set(xlabel="epoch", title="training", ylim=(0, None))
@@ -600,15 +752,15 @@ def _write_tables(folder: Path, state: dict[str, Any]) -> None:
     figure.savefig(folder / PICTURE, dpi=120)
 
 
-def _tensorboard(folder: Path, step: int) -> Any:
-    """A writer that goes on after ``step``."""
+def _summary_writer() -> Any:
+    """TensorBoard's class that writes."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ImportError(
+        raise ValueError(
             "tensorboard is not installed: pip install 'lsim[train]', or set tensorboard: false"
         ) from error
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+    return SummaryWriter
 
 
 def _shown(row: dict[str, float]) -> str:
@@ -647,6 +799,15 @@ def _gradient(parameter: torch.nn.Parameter) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
+
+
+def _of_all_processes(items: dict[str, str], world: int) -> dict[str, str]:
+    """The items that any process has, in every process."""
+    if world == 1:
+        return items
+    gathered: list[dict[str, str]] = [{}] * world
+    dist.all_gather_object(gathered, items)
+    return {name: reason for part in gathered for name, reason in part.items()}
 
 
 def _any_process(condition: bool, world: int, device: torch.device) -> bool:
