@@ -1,13 +1,15 @@
-# demo, test, lint, bench: each sets up .venv when it must.
+# demo, test, lint, bench: each sets up .venv when it must; test-keras an environment of its own.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+KERAS  ?= .venv-keras
 OUT    ?= demo
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-keras lint bench clean
 help:
-	@echo "make demo   simulate 24 sequences, rank all metrics on them, and write $(OUT)/results/report/index.html"
+	@echo "make demo   simulate 32 sequences, rank all metrics on them, and write $(OUT)/results/report/index.html"
 	@echo "make test   run the tests"
+	@echo "make test-keras   run those of the Keras models, under TensorFlow"
 	@echo "make lint   ruff (format and lint) and mypy"
 	@echo "make bench  run the benchmarks"
 
@@ -24,6 +26,17 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
+# TensorFlow has an environment of its own, so that nothing else depends on its choice of versions. Not compiled
+# ahead: most of it is never imported.
+$(KERAS)/.installed: pyproject.toml constraints.txt
+	test -x $(KERAS)/bin/python || $(PYTHON) -m venv $(KERAS)
+	$(KERAS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt \
+		-e ".[keras]" tensorflow-cpu pytest pytest-timeout
+	@touch $@
+
+test-keras: $(KERAS)/.installed
+	LSIM_TEST_KERAS=1 $(KERAS)/bin/python -m pytest tests/test_export_keras.py
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -32,6 +45,7 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/sequence.py
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/train.py
 
 clean:
-	rm -rf $(VENV) $(OUT) build dist *.egg-info
+	rm -rf $(VENV) $(KERAS) $(OUT) build dist *.egg-info

@@ -252,7 +252,7 @@ class FrozenNetwork(nn.Module):
         return safe_sqrt(squared)
 
     def embedding(self, planes: Tensor) -> Tensor:
-        """z of planes (n, 3, y, x) in [0, 255], (n, Σ_l C_l H_l W_l): its Euclidean distance is the metric."""
+        """z of planes (n, 3, y, x) in [0, 255]: (n, Σ_l C_l H_l W_l)."""
         maps = self._features(planes)
         scaled = zip(maps, self.scales(maps), strict=True)
         return torch.cat([(f * scale).flatten(1) for f, scale in scaled], 1)

@@ -7,6 +7,7 @@ quarantined or could not be compared; 130 interrupted, and a second run goes on 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,9 @@ app.add_typer(weights_app, name="weights")
 console = Console(stderr=True, highlight=False)
 output = Console(highlight=False, soft_wrap=True)
 
+RANK_AND_PROCESSES = (("RANK", "0"), ("WORLD_SIZE", "1"))
+"""What torchrun tells each process, and what holds without it."""
+
 INCOMPLETE = 3
 INTERRUPTED = 130
 
@@ -59,6 +63,14 @@ ClusterOption = Annotated[
 ]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Worker processes of a local cluster; default one a core.")
+]
+WeightsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--weights",
+        metavar="NAME=FILE",
+        help="Weights of your own as a metric of that name; may be repeated.",
+    ),
 ]
 Metrics = Annotated[str, typer.Option(help="Names separated by commas, or 'all'.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Make a metric that is not available an error.")]
@@ -82,11 +94,14 @@ def main() -> NoReturn:
 def _explain(error: Exception) -> int | None:
     """Print an error that is the user's to mend, and give its exit code; None for a fault of ours."""
     # Only now: imported ahead, these would cost every command a second.
+    from lsim.export import ExportError
     from lsim.registry import UnknownMetricError
+    from lsim.simulate import UnknownRecipeError
     from lsim.weights import WeightsError
     from pipeline.cluster import ClusterError
     from pipeline.convert import ConversionError
     from pipeline.resources import ResourceError
+    from pipeline.simulate import SimulationError
     from pipeline.store import StoreError
 
     if hasattr(error, "exit_code") and hasattr(error, "show"):  # click's usage errors
@@ -101,7 +116,7 @@ def _explain(error: Exception) -> int | None:
         return 2
     # Errors of catalogs, schemas, correlations and workflows are kinds of ValueError.
     expected = (UnknownMetricError, WeightsError, ClusterError, ConversionError, ResourceError, StoreError)
-    if isinstance(error, (*expected, ValueError, OSError)):
+    if isinstance(error, (*expected, ExportError, SimulationError, UnknownRecipeError, ValueError, OSError)):
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     return None
@@ -117,19 +132,23 @@ def run(
     ] = None,
     data_dir: DataDir = None,
     metrics: Annotated[str | None, typer.Option(help="Instead of the workflow's: names, or 'all'.")] = None,
+    weights: WeightsOption = None,
     strict: Strict = False,
     cluster: ClusterOption = "local",
     workers: Workers = None,
 ) -> None:
     """Run a workflow: fetch, convert, distances, correlate, report; only what is out of date."""
     from pipeline.cluster import Cluster, load_profile
+    from pipeline.distances import Settings
     from pipeline.workflow import open_workflow, run_workflow
 
     chosen = open_workflow(workflow)
     changes: dict[str, Any] = {"strict": strict or chosen.distances.strict}
     if metrics is not None:
         changes["metrics"] = _metric_names(metrics)
-    chosen = chosen.model_copy(update={"distances": chosen.distances.model_copy(update=changes)})
+    changes["weights"] = chosen.distances.weights | _weights(weights)
+    settings = Settings.model_validate(chosen.distances.model_dump() | changes)
+    chosen = chosen.model_copy(update={"distances": settings})
     with Cluster(load_profile(cluster, workers)) as pool:
         report = run_workflow(chosen, pool, out=out, data_dir=data_dir, progress=_stage(pool))
     _show_quarantined(report.conversion.quarantined)
@@ -179,6 +198,7 @@ def distances_command(
     frames: Annotated[Path, typer.Argument(help="A frames.zarr.")],
     out: Annotated[Path, typer.Option(help="The store to make or bring up to date.")],
     metrics: Metrics = "all",
+    weights: WeightsOption = None,
     pairs: Annotated[str, typer.Option(help="all, or reference: frame 0 against the others only.")] = "all",
     scope: Annotated[
         str, typer.Option(help="Of minimum and maximum: sequence, pair, dataset, or LO,HI.")
@@ -198,6 +218,7 @@ def distances_command(
     settings = Settings.model_validate(
         {
             "metrics": _metric_names(metrics),
+            "weights": _weights(weights),
             "size": size or None,
             "order": order,
             "compat": compat,
@@ -251,6 +272,37 @@ def report_command(
     output.print(f"report: {write_report(results, out=out)}", markup=False)
 
 
+@app.command("simulate")
+def simulate_command(
+    recipe: Annotated[str, typer.Argument(help="smoke, burgers, …; see docs/simulate.md")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of data sets; the families lie in OUT/RECIPE/.")
+    ] = None,
+    families: Annotated[int, typer.Option(min=1, help="How many, numbered from 1.")] = 10,
+    size: Annotated[int, typer.Option(help="Pixels along each axis, even.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of all random numbers.")] = 0,
+    format: Annotated[str, typer.Option(help="npz, png, or zarr: the store OUT.zarr beside.")] = "npz",
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Only search the factor of the steps that is right.")
+    ] = False,
+    cluster: ClusterOption = "local",
+    workers: Workers = None,
+) -> None:
+    """Make simulations: families of a reference and ten more, only those that are not there yet."""
+    from pipeline.cluster import Cluster, load_profile
+    from pipeline.simulate import measure_hardness, simulate
+
+    if calibrate:
+        _show_calibration(recipe, families, size, seed)
+        return
+    if out is None:
+        raise typer.BadParameter("--out is needed: the folder of data sets")
+    with Cluster(load_profile(cluster, workers)) as pool, _stage(pool)("simulate") as show:
+        report = simulate(recipe, out, families, size, seed, format, cluster=pool, progress=show)  # type: ignore[arg-type]
+    _show_simulation(report, *measure_hardness(report))
+    _exit(report.complete)
+
+
 @app.command("train")
 def train_command(
     config: Annotated[
@@ -263,21 +315,94 @@ def train_command(
     minutes: Annotated[
         float | None, typer.Option(help="Stop in good order after so long; the same command goes on.")
     ] = None,
+    data_only: Annotated[
+        bool, typer.Option("--data-only", help="Simulate what the file asks for, and stop.")
+    ] = False,
+    cluster: ClusterOption = "local",
+    workers: Workers = None,
 ) -> None:
-    """Train the learned metric, or go on with a run that was stopped; 'torchrun -m pipeline train' too."""
-    from lsim.training import train
-    from pipeline.train import open_sequences, open_training
+    """Train the learned metric, or go on with a run that was stopped; 'torchrun -m pipeline train' too.
 
+    What the file wants simulated is made first, by the cluster's workers; training itself doesn't use them.
+    """
+    from lsim.training import train
+    from pipeline.train import describe_data, missing_data, open_sequences, open_training
+
+    rank, processes = (int(os.environ.get(name, fallback)) for name, fallback in RANK_AND_PROCESSES)
     run = open_training(config)
     changes = {"out": out, "data": data}
     run = run.model_copy(update={key: str(path) for key, path in changes.items() if path is not None})
-    source = open_sequences(run)
+    missing = missing_data(run)
+    if missing and processes > 1 and rank == 0:
+        console.print(
+            f"{run.data} lacks {sum(missing.values())} families of {', '.join(missing)}; one process can "
+            f"make them: 'lsim train {config} --data-only'. Training goes on with what is there",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+    if missing and processes == 1:
+        from pipeline.cluster import Cluster, load_profile
+        from pipeline.simulate import simulate
+
+        with Cluster(load_profile(cluster, workers)) as pool:
+            for recipe in missing:
+                asked = run.simulate[recipe]
+                with _stage(pool)(recipe) as show:
+                    report = simulate(
+                        *(recipe, run.data, asked.families, asked.size, asked.seed),
+                        cluster=pool,
+                        progress=show,
+                    )
+                output.print(
+                    f"{recipe}: {len(report.made)} families made, {len(report.present)} were there, "
+                    f"{len(report.unusable)} of no use",
+                    markup=False,
+                )
+    if data_only:
+        return
     result = train(
-        source, run.training, run.out, minutes=minutes, progress=lambda line: output.print(line, markup=False)
+        open_sequences(run),
+        run.training,
+        run.out,
+        minutes=minutes,
+        about=describe_data(run),
+        progress=lambda line: output.print(line, markup=False),
     )
+    if rank == 0:
+        output.print(
+            f"{result.epochs} epochs, {result.steps} steps ({result.stopped}): pooled Spearman "
+            f"{result.best:.3f} on the sequences held out; weights in {result.folder}",
+            markup=False,
+        )
+        for reason in result.skipped.values():
+            console.print(f"left out: {reason}", style="yellow", markup=False, soft_wrap=True)
+    # A launcher of several processes would take any other code than 0 for a crash.
+    _exit(not result.skipped or processes > 1)
+
+
+@app.command("export")
+def export_command(
+    name: Annotated[str, typer.Argument(help="A learned metric; with --weights any name.")],
+    format: Annotated[str, typer.Option(help="onnx, keras or safetensors.")],
+    out: Annotated[Path, typer.Option(help="Folder of the files.")] = Path("."),
+    weights: Annotated[str | None, typer.Option(help="A file of weights; default the metric's own.")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Side of a Keras model's frames; default 224.")
+    ] = None,
+) -> None:
+    """Write a learned metric for other frameworks, once it is found to compute the same there."""
+    from lsim.export import export_metric
+    from lsim.simulate import simulate_families
+
+    plume = simulate_families("smoke", 1, size=64).frames["density"][0]
+    exported = export_metric(name, format, out, weights=weights, size=size, frames={"plume": plume})  # type: ignore[arg-type]
+    agreement = exported.agreement
+    for path in exported.paths:
+        output.print(str(path), markup=False)
     output.print(
-        f"{result.epochs} epochs, {result.steps} steps ({result.stopped}): pooled Spearman {result.best:.3f} "
-        f"on the sequences held out; weights in {result.folder}",
+        f"compared by {agreement.by} on {len(agreement.frames)} batches of random and plume frames: off by "
+        f"{agreement.embedding:.1e} in embeddings and {agreement.distance:.1e} in distances, relative",
         markup=False,
     )
 
@@ -289,7 +414,7 @@ def metrics_command() -> None:
 
     table = Table("metric", "what it is", "gradient", "here")
     for entry in describe_metrics():
-        here = f"no: lsim weights fetch {entry.name}" if entry.unavailable else "yes"
+        here = f"no: {entry.unavailable}" if entry.unavailable else "yes"
         _add_row(table, entry.name, entry.info.title, "yes" if entry.info.differentiable else "no", here)
     output.print(table)
 
@@ -360,12 +485,12 @@ def catalog_verify(
 
 @weights_app.command("list")
 def weights_list() -> None:
-    """List published weights and where they are."""
-    from lsim.weights import PUBLISHED, weights_status
+    """List shipped and published weights and where they are."""
+    from lsim.weights import PUBLISHED, SHIPPED, weights_status
 
     table = Table("weights", "state", "where, or how to get them", "licence")
     for entry in weights_status():
-        _add_row(table, entry.name, entry.state, entry.detail, PUBLISHED[entry.name].licence)
+        _add_row(table, entry.name, entry.state, entry.detail, (SHIPPED | PUBLISHED)[entry.name].licence)
     output.print(table)
 
 
@@ -429,6 +554,56 @@ def _add_row(table: Table, *cells: str) -> None:
     table.add_row(*map(escape, cells))
 
 
+def _show_simulation(report: Any, hardness: dict[str, float], measured: int) -> None:
+    if report.made:
+        rate = 60 * len(report.made) / max(report.seconds, 1e-9)
+        output.print(
+            f"{report.recipe}: {len(report.made)} families made, {len(report.present)} there already, "
+            f"in {report.seconds:.1f} s ({rate:.1f}/min)",
+            markup=False,
+        )
+    elif not report.unusable:
+        output.print(f"nothing to do: {len(report.present)} families are there", markup=False)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(report.discarded.items()))
+    output.print(f"draws discarded: {reasons or 'none'}", markup=False)
+    if hardness:
+        figures = ", ".join(f"{name} {value:.2f}" for name, value in hardness.items())
+        output.print(
+            f"hardness (Spearman correlation of the mean squared error, {measured} families): {figures}",
+            markup=False,
+        )
+    if report.others:
+        console.print(
+            f"{report.others} folders of other families lie in {report.folder}, too",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+    if report.store:
+        output.print(f"store: {report.store}", markup=False)
+    if report.unusable:
+        table = Table("family", "reason", title="Unusable: not made")
+        for number, reason in sorted(report.unusable.items()):
+            _add_row(table, str(number), reason)
+        console.print(table)
+    if report.conversion:
+        _show_quarantined(report.conversion.quarantined)
+
+
+def _show_calibration(recipe: str, families: int, size: int, seed: int) -> None:
+    from lsim.simulate import find_recipe
+    from lsim.simulate.hardness import TARGET, calibrate_step
+
+    found = calibrate_step(find_recipe(recipe), families=families, size=size, seed=seed)
+    table = Table("factor of the steps", "hardness")
+    for factor, hardness in found.evaluations:
+        _add_row(table, f"{factor:.3f}", f"{hardness:.3f}")
+    output.print(table)
+    wanted = f"{TARGET[0]:g} to {TARGET[1]:g}"
+    state = f"within {wanted}" if found.reached else f"the nearest to {wanted} found"
+    output.print(f"{recipe}: factor {found.factor:.3f}, hardness {found.hardness:.3f}: {state}", markup=False)
+
+
 def _show_quarantined(quarantined: list[Any]) -> None:
     if not quarantined:
         return
@@ -477,6 +652,17 @@ def _show_correlations(correlations: Any) -> None:
 
 def _metric_names(text: str) -> Any:
     return "all" if text == "all" else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _weights(given: list[str] | None) -> dict[str, str]:
+    """NAME=FILE by name."""
+    found = {}
+    for text in given or []:
+        name, equals, file = text.partition("=")
+        if not (name and equals and file):
+            raise typer.BadParameter(f"weights {text!r}: expected NAME=FILE")
+        found[name] = file
+    return found
 
 
 def _scope(text: str) -> Any:
