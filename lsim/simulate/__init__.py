@@ -1,44 +1,23 @@
-"""Families of simulations to evaluate metrics on, made on the spot by batched solvers.
+"""Families of simulations to train and evaluate metrics on, made on the spot by batched solvers.
 
 A family is a reference and ten simulations more, in which one parameter of the reference, drawn at
 random, moves by ten equal steps; frame i has the ground truth i / 10. A good metric ranks the frames by
 it. Every frame has noise of its own, which is what makes ranking hard.
 
 >>> from lsim.simulate import simulate_families, write_families
->>> families = simulate_families("burgers", 4, size=128)
+>>> families = simulate_families("smoke", 4, size=128)
 >>> families.frames["velocity"].shape
-(4, 11, 128, 128, 1)
+(4, 11, 128, 128, 3)
 
-What is like the published data (Kohl, Um, Thuerey: Learning Similarity Metrics for Numerical
-Simulations, ICML 2020, https://arxiv.org/abs/2002.07863): families of eleven frames with one moving
-parameter; advection–diffusion and Burgers' equation in one dimension, drawn as space–time images, with
-sums of sines of 1, 2, 4 and 8 waves as initial velocity and travelling forcing, and noise in every
-frame; shapes on straight lines, half of them smooth, half of them noisy; the sequence folders.
-
-What isn't: the solvers (pseudo-spectral and dealiased here); the scales of velocity, viscosity, noise
-and steps, which were set so that fronts are resolved at 256² and the mean squared error ranks about as
-well as it does on the published sets (:mod:`lsim.simulate.advection_diffusion`, ``burgers`` and
-``shapes`` list them); noise in velocity has no waves shorter than 1/32; frames have one channel, not
-three, and are floating-point unless written as PNG. There is no smoke, liquid or wave data here. Results
-on these families are therefore not comparable with published tables.
-
-How hard: the pooled Spearman correlation of the published protocol, 40 families a recipe at 256², was
-
-====================  =====  =====  =====  ==================
-recipe                l2     ssim   lsim   published l2, lsim
-====================  =====  =====  =====  ==================
-advection-diffusion   0.71   0.79   0.72   0.74, 0.78 (Adv)
-burgers               0.59   0.65   0.77   0.62, 0.74 (Bur)
-shapes                0.53   0.40   0.89   0.58, 0.89 (Sha)
-====================  =====  =====  =====  ==================
-
-With 8 families a recipe it scatters by 0.1 and more from seed to seed. A run at 256² agrees with one at
-768² without noise to 0.5 % of the range for advection–diffusion and 2.5 % for Burgers, at worst.
+Each recipe is a module that begins with its equations, boundaries, ranges and source; `docs/simulate.md` has
+them side by side, with what is like the published data (Kohl, Um, Thuerey: Learning Similarity Metrics for
+Numerical Simulations, ICML 2020, https://arxiv.org/abs/2002.07863) and what isn't, how hard each is to rank,
+and what it costs. :mod:`lsim.simulate.hardness` measures the former, and searches the step that makes it so.
 
 The random numbers come from NumPy's Philox streams on the host, one a family. The same recipe, seed and
 number give the same bytes on one machine and one thread, whatever the other families and the batch.
-Another number of threads, device, processor, or version of NumPy or torch may round differently: expect
-differences below 1e-4 of the family's range, in single precision.
+Another number of threads, device, processor, or version of NumPy, SciPy or torch may round differently:
+expect differences below 1e-4 of the family's range, in single precision.
 """
 
 from __future__ import annotations
@@ -61,20 +40,23 @@ from . import (
     smoke,
     transport,
 )
-from .families import Families, FamilyRecord, make, torch_threads
+from .families import DegenerateFamilyError, Families, FamilyRecord, make, torch_threads
 from .layout import FORMATS, Format
 from .recipe import FRAMES, Parameters, Recipe, Variation
 
 __all__ = [
     "FRAMES",
     "RECIPES",
+    "DegenerateFamilyError",
     "Families",
     "FamilyRecord",
     "Parameters",
     "Recipe",
     "UnknownRecipeError",
     "Variation",
+    "family_folders",
     "find_recipe",
+    "missing_families",
     "simulate_families",
     "write_families",
 ]
@@ -157,7 +139,7 @@ def simulate_families(
     UnknownRecipeError
     ValueError
         When another argument isn't as described.
-    RuntimeError
+    DegenerateFamilyError
         When a family degenerates in every draw.
     """
     chosen = find_recipe(recipe)
@@ -205,7 +187,7 @@ def write_families(
     ------
     FileExistsError
         When a folder of such a name is there that wasn't made by this function.
-    UnknownRecipeError, ValueError, RuntimeError
+    UnknownRecipeError, ValueError, DegenerateFamilyError
         As :func:`simulate_families`.
     """
     _check(size, seed, batch, threads)
@@ -220,9 +202,7 @@ def write_families(
             folders = family_folders(out_dir, recipe, record.number)
             for folder, frames in zip(folders, made.frames.values(), strict=True):
                 layout.write_family(folder, chosen, frames[k], record, made_with)
-    return [
-        folder for number in _numbers(families) for folder in family_folders(out_dir, recipe, number)
-    ]
+    return [folder for number in _numbers(families) for folder in family_folders(out_dir, recipe, number)]
 
 
 def missing_families(

@@ -38,7 +38,7 @@ from .spectral import Decay, PeriodicGrid, diffusion, integrating_factor_rk4
 def step(
     spectrum: Tensor, velocity: tuple[Tensor, Tensor], decay: Decay, dt: float, grid: PeriodicGrid
 ) -> Tensor:
-    """Advance the density's spectrum by ``dt`` in a velocity (along x, along y) that is constant meanwhile."""
+    """Advance the density's spectrum by ``dt``; the velocity (along x, along y) is constant meanwhile."""
     along_x, along_y = velocity
 
     def advection(density: Tensor) -> Tensor:

@@ -23,6 +23,10 @@ ATTEMPTS = 50
 """Draws after which a family that keeps degenerating is given up."""
 
 
+class DegenerateFamilyError(RuntimeError):
+    """A family of which no draw is of use; says which, and why."""
+
+
 @dataclass(frozen=True)
 class FamilyRecord:
     """How one family was made.
@@ -121,7 +125,7 @@ def make(
                 continue
             discarded[draw.number][reason] += 1
             if draw.attempt + 1 == ATTEMPTS:
-                raise RuntimeError(
+                raise DegenerateFamilyError(
                     f"recipe {recipe.name!r}, seed {seed}, family {draw.number}: {ATTEMPTS} draws in a "
                     f"row were unusable ({dict(discarded[draw.number])}); size {size} may be too small"
                 )

@@ -13,6 +13,7 @@ Advection
     semi-Lagrangian along second-order characteristics, corrected as by MacCormack and clamped to the values
     it was interpolated from (Selle, Fedkiw, Kim, Liu, Rossignac: An unconditionally stable MacCormack method,
     J. Sci. Comput. 35, 2008): second order where the flow is smooth, stable for any time step.
+    With the projection after it, a step is of first order in time.
 Projection
     exact to rounding: the discrete Poisson equation is diagonal in cosine transforms, DCT-II between walls
     and DCT-IV between a wall and an open side.
@@ -138,7 +139,7 @@ class Box:
         return (u[:, :, 1:] + u[:, :, :-1]) / 2, (v[:, 1:] + v[:, :-1]) / 2
 
     def noise(self, generators: Sequence[np.random.Generator], frames: int) -> tuple[np.ndarray, np.ndarray]:
-        """Smooth normal numbers of variance one at every face, drawn on a coarse grid: one stream a family."""
+        """Normal numbers of variance one at every face, drawn on a coarse grid: one stream a family."""
         shape = (frames, 2, NOISE_CELLS, NOISE_CELLS)
         drawn = np.concatenate([rng.standard_normal(shape, dtype=np.float32) for rng in generators])
         centres, faces = _interpolation(self.n, False), _interpolation(self.n, True)
@@ -166,7 +167,7 @@ def as_images(field: np.ndarray, size: int) -> np.ndarray:
 
 
 def cells_for(size: int) -> int:
-    """Cells along each axis for images of ``size`` pixels: half as many from 192 on, which shows well enough."""
+    """Cells along each axis for images of ``size`` pixels: half as many from 192 on."""
     return size // 2 if size >= 192 else size
 
 

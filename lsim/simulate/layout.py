@@ -58,7 +58,7 @@ def frame_names(recipe: Recipe, format: Format) -> list[str]:
 
 def is_complete(folder: Path, expected: dict[str, Any]) -> bool:
     """Whether a folder holds what ``expected`` (of :func:`settings`) asks for, every file in full length."""
-    record = _read_record(folder)
+    record = read_record(folder)
     if record is None or record.get("settings") != expected:
         return False
     files: dict[str, int] = record["bytes"]
@@ -84,7 +84,7 @@ def write_family(
     FileExistsError
         When there is something of that name that wasn't made here; it is left alone.
     """
-    if folder.exists() and _read_record(folder) is None:
+    if folder.exists() and read_record(folder) is None:
         raise FileExistsError(
             f"{folder} exists and has no {RECORD} of simulated families, so it isn't replaced; "
             "move it away or choose another output folder"
@@ -104,6 +104,31 @@ def write_family(
         for leftover in (partial, replaced):
             if leftover.exists():
                 shutil.rmtree(leftover)
+
+
+def read_frames(folder: Path) -> np.ndarray:
+    """One field of a family, as it was written: (frame, y, x, channel), float32, or uint8 of PNG.
+
+    Raises
+    ------
+    FileNotFoundError
+        When the folder isn't there, or wasn't written here.
+    """
+    record = read_record(folder)
+    if record is None:
+        raise FileNotFoundError(f"{folder}: no {RECORD} of simulated families")
+    return np.stack([_read_frame(folder / name) for name in record["bytes"]])
+
+
+def _read_frame(path: Path) -> np.ndarray:
+    if path.suffix == ".npz":
+        with np.load(path) as stored:
+            return np.asarray(stored["arr_0"])
+    from PIL import Image
+
+    with Image.open(path) as image:
+        frame = np.asarray(image)
+    return frame[..., None] if frame.ndim == 2 else frame
 
 
 def _write_files(
@@ -136,8 +161,12 @@ def _write_png(path: Path, image: np.ndarray) -> None:
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)
 
 
-def _read_record(folder: Path) -> dict[str, Any] | None:
-    """The folder's record, or None where there is none that was written here."""
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What ``family.json`` holds, or None where there is none that was written here.
+
+    Keys: ``settings`` (of :func:`settings`), ``family`` (the :class:`FamilyRecord`), ``range`` (minimum and
+    maximum), ``bytes`` (length of each frame's file, the reference first).
+    """
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):

@@ -80,7 +80,7 @@ def forcing(p: dict[str, Tensor], grid: PeriodicGrid, time: float) -> Tensor:
 
 
 def noise(generators: Sequence[np.random.Generator], frames: int, grid: PeriodicGrid) -> Tensor:
-    """Spectrum of normal numbers of variance one with waves up to :data:`NOISE_WAVES`: one stream a family."""
+    """Spectrum of normal numbers of variance one, waves up to :data:`NOISE_WAVES`: one stream a family."""
     coarse = _coarse(grid)
     drawn = np.concatenate(
         [rng.standard_normal((frames, COARSE, COARSE), dtype=np.float32) for rng in generators]

@@ -1,0 +1,241 @@
+"""Simulated data sets: families of a recipe as folders, made by Dask workers, and as a store.
+
+What is made is :mod:`lsim.simulate`'s; here it is spread over processes, one family a task, and accounted
+for. A family that is there is left, so a run that was killed goes on, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from lsim.ranking import pooled_spearman
+from lsim.simulate import (
+    DegenerateFamilyError,
+    family_folders,
+    find_recipe,
+    missing_families,
+    write_families,
+)
+from lsim.simulate.families import ground_truth
+from lsim.simulate.hardness import reference_errors
+from lsim.simulate.layout import Format, read_frames, read_record
+from pipeline.catalog import Catalog, Dataset, Source
+from pipeline.cluster import Cluster, run_bounded
+from pipeline.convert import ConversionReport, convert
+
+Output: TypeAlias = Literal["npz", "png", "zarr"]
+OUTPUTS: tuple[Output, ...] = ("npz", "png", "zarr")
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with the number of families done, and the number that there are to make."""
+
+CATALOG = "simulated"
+"""Name of the catalog that a store of simulated data sets is converted from."""
+
+
+class SimulationError(RuntimeError):
+    """A family that could not be made or written; says which, and why."""
+
+
+@dataclass
+class SimulationReport:
+    """What :func:`simulate` did.
+
+    Attributes
+    ----------
+    recipe : str
+    folder : Path
+        Where the families lie.
+    made, present : list of int
+        Numbers of the families that were made now, and of those that were there.
+    unusable : dict of int to str
+        Families of which no draw was of use, with the reason; they are not written.
+    discarded : dict of str to int
+        Draws thrown away before one was of use, by reason, over all families that are there.
+    others : int
+        Folders beside them that this call was not asked for.
+    store : Path or None
+        The store that was brought up to date.
+    conversion : ConversionReport or None
+    seconds : float
+    """
+
+    recipe: str
+    folder: Path
+    made: list[int] = field(default_factory=list)
+    present: list[int] = field(default_factory=list)
+    unusable: dict[int, str] = field(default_factory=dict)
+    discarded: dict[str, int] = field(default_factory=dict)
+    others: int = 0
+    store: Path | None = None
+    conversion: ConversionReport | None = None
+    seconds: float = 0.0
+
+    @property
+    def numbers(self) -> list[int]:
+        """Families that are there, in order."""
+        return sorted(self.made + self.present)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all families that were asked for are there."""
+        return not self.unusable and not (self.conversion and self.conversion.quarantined)
+
+
+def simulate(
+    recipe: str,
+    out: str | os.PathLike[str],
+    families: int,
+    size: int = 256,
+    seed: int = 0,
+    format: Output = "npz",
+    *,
+    cluster: Cluster,
+    progress: Progress | None = None,
+) -> SimulationReport:
+    """Make the families of a recipe that are not there yet, as folders ``<out>/<recipe>/``.
+
+    Parameters
+    ----------
+    recipe : str
+        A name in :data:`lsim.simulate.RECIPES`.
+    out : path
+        Folder of data sets. With ``zarr`` the store lies beside it, ``<out>.zarr``; ``out`` may be given
+        with that ending, too.
+    families : int
+        How many, numbered from 1.
+    size : int, default 256
+        Pixels along y and x, even.
+    seed : int, default 0
+    format : {"npz", "png", "zarr"}, default "npz"
+        Of the files; ``zarr`` makes ``npz`` folders and converts them to a store, in which data sets of other
+        recipes stay.
+    cluster : Cluster
+        Whose workers simulate and write; they must see the same files. Started when there is something to do.
+        One thread a process: a family's bytes don't depend on the workers.
+    progress : callable, optional
+
+    Raises
+    ------
+    UnknownRecipeError, ValueError
+        As :func:`lsim.simulate.write_families`.
+    SimulationError
+        When a family cannot be written, or a worker dies with it. A family that degenerates is no error: it
+        is reported in ``unusable``, and the others go on.
+    pipeline.convert.ConversionError
+        When ``<out>.zarr`` is a Zarr store of another kind.
+    """
+    started = time.perf_counter()
+    if format not in OUTPUTS:
+        raise ValueError(f"format must be one of {OUTPUTS}, got {format!r}")
+    root = Path(out)
+    root = root.with_suffix("") if root.suffix == ".zarr" else root
+    files: Format = "npz" if format == "zarr" else format
+    report = SimulationReport(recipe, (root / recipe).absolute())
+    missing = missing_families(report.folder, recipe, families, size, seed, files)
+    report.present = sorted(set(range(1, families + 1)) - set(missing))
+    if missing:
+        tasks = [(str(report.folder), recipe, number, size, seed, files) for number in missing]
+        show = progress or (lambda done, total: None)
+        show(0, len(tasks))
+        for done, (task, reason, error) in enumerate(run_bounded(cluster.client, make_family, tasks), 1):
+            number = task[2]
+            if error is not None:
+                raise SimulationError(
+                    f"{report.folder}: family {number} of recipe {recipe!r} failed: {type(error).__name__}: "
+                    f"{error}. What is written stays; run the same again to go on"
+                ) from error
+            if reason is None:
+                report.made.append(number)
+            else:
+                report.unusable[number] = reason
+            show(done, len(tasks))
+        report.made.sort()
+    report.discarded = _discarded(report)
+    report.others = _count_others(report)
+    if format == "zarr" and report.numbers:
+        report.store = root.with_name(f"{root.name}.zarr").absolute()
+        catalog = _catalog(recipe, report.folder)
+        report.conversion = convert(catalog, report.store, client=lambda: cluster.client)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def make_family(folder: str, recipe: str, number: int, size: int, seed: int, format: Format) -> str | None:
+    """Make and write one family, in any process; the reason where no draw of it is of use, else None."""
+    try:
+        write_families(folder, recipe, [number], size, seed, format)
+    except DegenerateFamilyError as error:
+        return str(error)
+    return None
+
+
+def measure_hardness(report: SimulationReport, most: int = 100) -> tuple[dict[str, float], int]:
+    """How well the mean squared error ranks families that are there, see :mod:`lsim.simulate.hardness`.
+
+    Parameters
+    ----------
+    report : SimulationReport
+    most : int, default 100
+        The first so many families are read.
+
+    Returns
+    -------
+    hardness : dict of str to float
+        Pooled Spearman correlation by field, and of all together where there are several (``"all"``).
+    families : int
+        How many were read.
+    """
+    numbers = report.numbers[:most]
+    errors: dict[str, list[np.ndarray]] = {name: [] for name in find_recipe(report.recipe).fields}
+    for number in numbers:
+        for of_field, folder in zip(
+            errors.values(), family_folders(report.folder, report.recipe, number), strict=True
+        ):
+            of_field.append(reference_errors(read_frames(folder)))
+    if not numbers:
+        return {}, 0
+    truth = ground_truth()[1:]
+    found = {name: pooled_spearman(of_field, truth) for name, of_field in errors.items()}
+    if len(errors) > 1:
+        found["all"] = pooled_spearman([one for of_field in errors.values() for one in of_field], truth)
+    return found, len(numbers)
+
+
+def _discarded(report: SimulationReport) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for number in report.numbers:
+        record = read_record(family_folders(report.folder, report.recipe, number)[0])
+        assert record is not None  # it has just been written, or found complete
+        total.update(record["family"]["discarded"])
+    return dict(total)
+
+
+def _count_others(report: SimulationReport) -> int:
+    wanted = {
+        path.name
+        for number in report.numbers
+        for path in family_folders(report.folder, report.recipe, number)
+    }
+    there = report.folder.iterdir() if report.folder.is_dir() else ()
+    return sum(1 for path in there if path.is_dir() and path.name not in wanted)
+
+
+def _catalog(recipe: str, folder: Path) -> Catalog:
+    """The data set that a folder of families is."""
+    described = find_recipe(recipe)
+    entry = Dataset(
+        name=recipe,
+        title=described.title,
+        source=Source(path=str(folder)),
+        reader="lsim",
+        role="train" if described.role == "training" else "test",
+    )
+    return Catalog(name=CATALOG, title="Simulated families", datasets=[entry])
