@@ -87,7 +87,7 @@ SHIPPED: dict[str, Published] = {
         "MIT",
     ),
 }
-"""Weights that come with the package, with an empty ``url``; ``lsim-untrained`` is what training began from."""
+"""Weights that come with the package, so without ``url``; ``lsim-untrained`` is what training began from."""
 
 FORMAT, FORMAT_VERSION = "lsim", "1"
 

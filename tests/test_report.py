@@ -300,7 +300,7 @@ def test_markdown_table_has_every_metric_and_set_and_intervals_of_pools(made: Pa
         for line in lines[2:]
         if (cells := [c.strip() for c in line.strip("|").split("|")])
     }
-    assert list(rows)[0] == "*All*"
+    assert next(iter(rows)) == "*All*"
     assert {"Smoke plumes", "Shapes", "Broken"} <= rows.keys()
     table = pd.read_csv(made / "results/report/correlations.csv")
     chosen = table[
