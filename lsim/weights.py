@@ -79,7 +79,12 @@ PUBLISHED: dict[str, Published] = {
 
 
 SHIPPED: dict[str, Published] = {
-    "lsim-open": Published("lsim-open.safetensors", "", "0" * 64, "MIT"),
+    "lsim-open": Published(
+        "lsim-open.safetensors",
+        "",
+        "5cbcac8f0b6b15cfca0e4175ac8582ee89bc78d13dc68bf77860dae77210530b",
+        "MIT",
+    ),
     "lsim-untrained": Published(
         "lsim-untrained.safetensors",
         "",
