@@ -7,11 +7,12 @@ quarantined or could not be compared; 130 interrupted, and a second run goes on 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import pydantic
 import typer
@@ -29,6 +30,9 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from pipeline.correlate import CorrelationReport
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -153,7 +157,7 @@ def run(
         report = run_workflow(chosen, pool, out=out, data_dir=data_dir, progress=_stage(pool))
     _show_quarantined(report.conversion.quarantined)
     _show_distances(report.distances)
-    _show_correlations(report.correlation.correlations)
+    _show_correlations(report.correlation)
     output.print(f"report: {report.page}", markup=False)
     _exit(report.complete)
 
@@ -249,7 +253,7 @@ def correlate_command(
 
     protocols: Any = protocol or ["published"]
     report = correlate(distances, out, protocol=protocols, replicates=replicates, seed=seed)
-    _show_correlations(report.correlations)
+    _show_correlations(report)
     for note in report.notes:
         console.print(note, markup=False)
     if len(report.left_out):
@@ -631,11 +635,15 @@ def _show_distances(report: Any) -> None:
         console.print(table)
 
 
-def _show_correlations(correlations: Any) -> None:
-    """Pooled Spearman per data set, best marked."""
+def _show_correlations(report: CorrelationReport) -> None:
+    """Pooled Spearman per data set, best marked; the pools alone where a line doesn't hold all sets."""
+    correlations = report.correlations
     protocol = correlations["protocol"].iloc[0] if len(correlations) else ""
     rows = correlations.query("statistic == 'spearman' and field == 'all' and protocol == @protocol")
     datasets = list(dict.fromkeys(rows["dataset"]))
+    if sum(max(len(name), 5) + 3 for name in ["lsim-strong-noise", *datasets]) > output.width:
+        pools = json.loads((report.out / "correlations.json").read_text())["pools"]
+        datasets = [name for name in datasets if name in pools] or datasets
     table = Table(
         "metric", *map(escape, datasets), title=f"Spearman correlation with ground truth ({protocol})"
     )
