@@ -142,9 +142,10 @@ def why_unavailable(name: str, weights: str | os.PathLike[str] | None = None) ->
     try:
         verified_bytes(find_weights(name, weights))
     except MissingWeightsError as error:
-        if name in SHIPPED:
+        wanted = str(weights or name)
+        if wanted in SHIPPED:
             return str(error)
-        return f"its weights are not here; get them with 'lsim weights fetch {name}'"
+        return f"its weights are not here; get them with 'lsim weights fetch {wanted}'"
     except WeightsError as error:
         return str(error)
     return ""

@@ -254,6 +254,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     if metadata.get("format") != FORMAT or metadata.get("format_version") != FORMAT_VERSION:
         found = metadata.get("format"), metadata.get("format_version")
         raise WeightsError(f"{path}: expected weights of format {FORMAT} {FORMAT_VERSION}, found {found}")
+    if missing := {"trunk", "counts"} - metadata.keys():
+        raise WeightsError(f"{path}: its metadata lacks {', '.join(sorted(missing))}")
     return metadata
 
 

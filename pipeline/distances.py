@@ -58,8 +58,8 @@ class Settings(pydantic.BaseModel):
         As :func:`lsim.load_metric` takes them.
     weights : dict of str to str
         Weights of one's own by the name of their metric: files that ``lsim train`` wrote, under any name,
-        which is then a metric as others are; or others for a learned metric that is registered. A file
-        must lie at the same path, or in the same search folder, on every worker.
+        which is then a metric as others are, whatever ``metrics`` lists; or others for a learned metric
+        that is registered. A file must lie at the same path, or in the same search folder, on every worker.
     scope : str or (lo, hi)
         Over which frames minimum and maximum are taken: ``"sequence"``, ``"pair"``, ``"dataset"`` (all
         sequences of a field) or fixed.
@@ -238,19 +238,27 @@ def compute_distances(
 
 
 def select_metrics(settings: Settings) -> tuple[list[str], dict[str, str]]:
-    """The metrics to compute, and those of ``"all"`` that are left out, each with the reason."""
-    named = [*list_metrics(), *settings.weights] if settings.metrics == "all" else settings.metrics
-    wanted = list(dict.fromkeys(named))
+    """The metrics to compute, and those of ``"all"`` that are left out, each with the reason.
+
+    What weights are given for is asked for by name, too.
+    """
     given = settings.weights
+    named = list_metrics() if settings.metrics == "all" else settings.metrics
+    wanted = list(dict.fromkeys([*named, *given]))
+    if reserved := sorted(schema.RESERVED & set(wanted)):
+        raise ValueError(
+            f"a metric cannot be named {', '.join(reserved)}: the store has variables of that name"
+        )
     unavailable = {
         name: reason
         for name in wanted
         if (reason := why_unavailable(name, given.get(name)) or _why_unfit(name, given.get(name)))
     }
     names = [name for name in wanted if name not in unavailable]
-    if unavailable and (settings.strict or settings.metrics != "all"):
+    by_name = wanted if settings.strict or settings.metrics != "all" else given
+    if faults := [name for name in by_name if name in unavailable]:
         raise UnavailableMetricError(
-            "; ".join(f"metric {name!r} is not available: {reason}" for name, reason in unavailable.items())
+            "; ".join(f"metric {name!r} is not available: {unavailable[name]}" for name in faults)
         )
     return names, unavailable
 

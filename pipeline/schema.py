@@ -78,6 +78,10 @@ CARRIED = frozenset({PARAMETER, SEQUENCE})
 """Variables of a ``distances.zarr`` group that are not metrics."""
 
 
+RESERVED = CARRIED | {FRAME, FRAME_OTHER, PROVENANCE}
+"""Names that no metric can have in a ``distances.zarr``."""
+
+
 class SchemaError(ValueError):
     """A store that is not what its name says; the message names group, expected and found."""
 

@@ -203,7 +203,7 @@ def test_an_unavailable_metric_is_an_error_by_name_and_left_out_of_all(tmp_path,
     assert "lsim weights fetch lsim-skip" in report.unavailable["lsim-skip"]
     root = store.open_store(tmp_path / "d.zarr")
     assert root.attrs["unavailable"] == report.unavailable
-    assert set(matrices_of(tmp_path / "d.zarr")) == set(CLASSIC)
+    assert set(matrices_of(tmp_path / "d.zarr")) == {*CLASSIC, "lsim-open"}
 
 
 def test_an_unknown_metric_suggests_near_names(tmp_path):
@@ -445,4 +445,23 @@ def test_weights_that_are_not_there_are_an_error_before_anything_starts(tmp_path
     frames = write_archive(tmp_path / "frames.zarr", archive_of(1))
     with pytest.raises(UnavailableMetricError, match=r"no weights at absent\.safetensors"):
         compute(frames, tmp_path / "d.zarr", metrics=("mine",), weights={"mine": "absent.safetensors"})
+    assert not (tmp_path / "d.zarr").exists()
+
+
+def test_weights_are_wanted_by_name_whatever_metrics_are_listed(tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(2, frames=4))
+    weights = {"mine": str(own_weights(tmp_path / "mine.safetensors"))}
+    report = compute(frames, tmp_path / "d.zarr", metrics=("l2",), weights=weights, size=64)
+    assert report.computed == 4
+    weights["lost"] = "absent.safetensors"
+    with pytest.raises(UnavailableMetricError, match=r"'lost' is not available: no weights at absent"):
+        compute(frames, tmp_path / "d.zarr", metrics="all", weights=weights, size=64)
+
+
+@pytest.mark.parametrize("name", ["sequence", "parameter", "provenance", "frame"])
+def test_a_metric_named_as_a_variable_of_the_store_is_refused(tmp_path, name):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(1, frames=4))
+    weights = {name: str(own_weights(tmp_path / "mine.safetensors"))}
+    with pytest.raises(ValueError, match=f"cannot be named {name}"):
+        compute(frames, tmp_path / "d.zarr", weights=weights)
     assert not (tmp_path / "d.zarr").exists()

@@ -315,6 +315,9 @@ def test_safetensors_of_others_are_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(WeightsError, match=r"other\.safetensors: expected weights of format lsim 1"):
         lsim.load_metric("lsim", path)
+    safetensors.torch.save_file({"x": torch.zeros(1)}, path, {"format": "lsim", "format_version": "1"})
+    with pytest.raises(WeightsError, match="metadata lacks counts, trunk"):
+        lsim.load_metric("lsim", path)
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(WeightsError, match=r"other\.safetensors: not a safetensors file"):
         lsim.load_metric("lsim", path)
