@@ -99,6 +99,8 @@ def open_workflow(name: str | os.PathLike[str]) -> Workflow:
     path = find_resource("workflows", name)
     try:
         content: Any = yaml.safe_load(path.read_text())
+        if isinstance(content, dict) and "training" in content:
+            raise WorkflowError(f"{path} is a training file: run it with 'lsim train {name}'")
         workflow = Workflow.model_validate(content)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise WorkflowError(f"{path}: not YAML: {error}") from error

@@ -29,6 +29,11 @@ def test_shipped_training_files_open(name):
     assert open_training(name).simulate
 
 
+def test_a_training_file_is_not_run_as_a_workflow():
+    with pytest.raises(WorkflowError, match="run it with 'lsim train train_lsim'"):
+        open_workflow("train_lsim")
+
+
 def test_weights_and_catalogs_are_looked_for_beside_the_workflow(tmp_path):
     (tmp_path / "mine.safetensors").write_bytes(b"")
     (tmp_path / "mine.yaml").write_text(
