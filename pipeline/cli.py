@@ -415,10 +415,12 @@ def export_command(
 def metrics_command() -> None:
     """List the metrics, and whether they can be used here."""
     from lsim.registry import describe_metrics
+    from lsim.weights import PUBLISHED
 
     table = Table("metric", "what it is", "gradient", "here")
     for entry in describe_metrics():
-        here = f"no: {entry.unavailable}" if entry.unavailable else "yes"
+        how = f"lsim weights fetch {entry.name}" if entry.name in PUBLISHED else entry.unavailable
+        here = f"no: {how}" if entry.unavailable else "yes"
         _add_row(table, entry.name, entry.info.title, "yes" if entry.info.differentiable else "no", here)
     output.print(table)
 
