@@ -368,8 +368,8 @@ def test_an_interrupted_simulation_does_not_count_as_there(tmp_path: Path):
     assert [f.action for f in fetch(catalog, data_dir=data)] == ["simulated"]
 
 
-def test_the_demo_is_24_sequences_at_256():
+def test_the_demo_is_32_sequences_at_256():
     catalog = open_catalog("demo")
     simulations = [entry.source.simulate for entry in catalog.datasets]
-    assert sum(s.families for s in simulations if s) == 24
+    assert sum(s.families for s in simulations if s) == 32
     assert {s.size for s in simulations if s} == {256}

@@ -12,7 +12,10 @@ import lsim
 from lsim import registry
 from lsim.testing import check_metric, write_random_checkpoint
 
-NAMES = ["l1", "l2", "psnr", "ssim", "vi", "lsim", "lsim-noiseless", "lsim-strong-noise", "lsim-skip"]
+NAMES = [
+    *("l1", "l2", "psnr", "ssim", "vi"),
+    *("lsim-open", "lsim", "lsim-noiseless", "lsim-strong-noise", "lsim-skip"),
+]
 
 
 def test_names_in_order() -> None:
@@ -59,6 +62,7 @@ def test_description_says_what_is_known() -> None:
     assert {name for name in NAMES if "triangle" in described[name].info.axioms} == {
         "l1",
         "vi",
+        "lsim-open",
         "lsim",
         "lsim-noiseless",
         "lsim-strong-noise",
