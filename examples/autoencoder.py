@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 import lsim
 from lsim.loss import SimulationLoss
+from lsim.metrics.learned import LSiM
 from lsim.simulate import simulate_families
 
 RECIPE, FIELD, FIELD_RANGE = "smoke", "density", (0.0, 1.0)
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the experiment; see ``--help``."""
     options = parse(arguments)
     start = time.perf_counter()
+    metric = lsim.load_metric(options.metric, options.weights, "cpu", size=None)
     frames = plumes(options.families, options.size, options.seed)
     held_out = max(1, options.families // 4)
     training, unseen = frames[:-held_out].flatten(0, 1), frames[-held_out:]
@@ -89,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
     # Densities lie in [0, 1]: with a fixed range no gradient has to pass through minimum and maximum.
-    distance = SimulationLoss(options.metric, weights=options.weights, normalisation=FIELD_RANGE)
+    distance = SimulationLoss(metric, normalisation=FIELD_RANGE)
     torch.manual_seed(options.seed)
     initial = Autoencoder()
 
@@ -102,9 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"training by {name}")
         trained[name] = train(copy.deepcopy(initial), training, loss, options.epochs, options.seed)
 
-    judgements = judge(
-        unseen, *(reconstruct(network, unseen) for network in trained.values()), options.metric
-    )
+    judgements = judge(unseen, *(reconstruct(network, unseen) for network in trained.values()), metric)
     print(table(judgements, list(trained), held_out))
     shown = [unseen[k % len(unseen), -1 - k // len(unseen)] for k in range(SHOWN)]
     shown += [image_frame(path) for path in options.images]
@@ -166,20 +166,25 @@ def reconstruct(network: Autoencoder, frames: Tensor) -> Tensor:
     return network(frames.flatten(0, -4)).unflatten(0, frames.shape[:-3])
 
 
-def judge(original: Tensor, squared_error: Tensor, with_metric: Tensor, trained_on: str) -> list[Judgement]:
-    """Distances of two reconstructions (family, frame, 1, y, x) by every metric whose weights are here."""
+def judge(
+    original: Tensor, squared_error: Tensor, with_metric: Tensor, trained_on: lsim.Metric
+) -> list[Judgement]:
+    """Distances of two reconstructions (family, frame, 1, y, x).
+
+    By the metric of the second training, with the weights that it had there, and by all others whose weights
+    are here.
+    """
+    names = [listed.name for listed in lsim.describe_metrics() if not listed.unavailable]
     judgements = []
-    for listed in lsim.describe_metrics():
-        if listed.unavailable:
-            continue
-        metric = lsim.load_metric(listed.name, device="cpu", size=None)
+    for name in dict.fromkeys([*names, trained_on.name]):
+        metric = trained_on if name == trained_on.name else lsim.load_metric(name, device="cpu", size=None)
         by_family = [
             distances(metric, original, reconstruction).mean(axis=1)
             for reconstruction in (squared_error, with_metric)
         ]
         means = [float(values.mean()) for values in by_family]
         better = int((by_family[1] < by_family[0]).sum())
-        judgements.append(Judgement(listed.name, seen_in_training(listed.name, trained_on), *means, better))
+        judgements.append(Judgement(name, seen_in_training(metric, trained_on), *means, better))
     return judgements
 
 
@@ -189,13 +194,13 @@ def distances(metric: lsim.Metric, original: Tensor, other: Tensor) -> np.ndarra
     return metric.distance(first, second, scope=FIELD_RANGE).reshape(original.shape[:2])
 
 
-def seen_in_training(metric: str, trained_on: str) -> str:
+def seen_in_training(metric: lsim.Metric, trained_on: lsim.Metric) -> str:
     """What a metric has to do with the two losses, if anything."""
-    if metric in ("l2", "psnr"):
+    if metric.name in ("l2", "psnr"):
         return "both, as MSE"
-    if metric == trained_on:
+    if metric is trained_on:
         return "the second"
-    if metric.startswith("lsim") and trained_on.startswith("lsim"):
+    if isinstance(metric, LSiM) and isinstance(trained_on, LSiM):
         return "a relative of it"
     return ""
 

@@ -5,7 +5,7 @@
 >>> loss(prediction, target).backward()            # doctest: +SKIP
 
 Learned metrics run here as plain torch, apart from :class:`lsim.metrics.learned.LSiM`: so they compile, are
-mapped by ``torch.func``, and take double precision.
+mapped by ``torch.func``, and take double precision. Others compute in single precision, whatever they get.
 """
 
 from __future__ import annotations
@@ -118,8 +118,9 @@ class SimulationLoss(nn.Module):
         Returns
         -------
         Tensor
-            Without axes, or as ``reduction`` says; float32, or float64 after ``.double()``. Gradients are
-            finite, and 0 where prediction and target are equal. NaN in a frame makes its distance NaN.
+            Without axes, or as ``reduction`` says; float32, or, by learned metrics after ``.double()``,
+            float64. Gradients are finite, and 0 where prediction and target are equal. NaN in a frame makes
+            its distance NaN.
 
         Raises
         ------
@@ -284,6 +285,7 @@ class PlainDistance(nn.Module):
     """
 
     dtype = torch.float32
+    """In which frames are normalised and distances come out, also after ``.double()``."""
 
     def __init__(self, metric: Metric) -> None:
         super().__init__()

@@ -397,10 +397,8 @@ def export_command(
 ) -> None:
     """Write a learned metric for other frameworks, once it is found to compute the same there."""
     from lsim.export import export_metric
-    from lsim.simulate import simulate_families
 
-    plume = simulate_families("smoke", 1, size=64).frames["density"][0]
-    exported = export_metric(name, format, out, weights=weights, size=size, frames={"plume": plume})  # type: ignore[arg-type]
+    exported = export_metric(name, format, out, weights=weights, size=size)  # type: ignore[arg-type]
     agreement = exported.agreement
     for path in exported.paths:
         output.print(str(path), markup=False)
@@ -569,7 +567,9 @@ def _show_simulation(report: Any, hardness: dict[str, float], measured: int) -> 
             markup=False,
         )
     elif not report.unusable:
-        output.print(f"nothing to do: {len(report.present)} families are there", markup=False)
+        written = report.conversion is not None and report.conversion.changed
+        state = "no families to make" if written else "nothing to do"
+        output.print(f"{state}: {len(report.present)} families are there", markup=False)
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(report.discarded.items()))
     output.print(f"draws discarded: {reasons or 'none'}", markup=False)
     if hardness:
@@ -580,13 +580,26 @@ def _show_simulation(report: Any, hardness: dict[str, float], measured: int) -> 
         )
     if report.others:
         console.print(
-            f"{report.others} folders of other families lie in {report.folder}, too",
+            f"{len(report.others)} folders of other families lie in {report.folder}, too",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+    if report.unlike:
+        more = f" and {len(report.unlike) - SHOWN} more" if len(report.unlike) > SHOWN else ""
+        console.print(
+            f"made with other settings: {', '.join(report.unlike[:SHOWN])}{more}",
             style="yellow",
             markup=False,
             soft_wrap=True,
         )
     if report.store:
-        output.print(f"store: {report.store}", markup=False)
+        found = report.conversion
+        output.print(
+            f"store: {report.store}: {len(found.converted)} sequences written, {len(found.unchanged)} up to "
+            f"date, {len(found.removed)} removed",
+            markup=False,
+        )
     if report.unusable:
         table = Table("family", "reason", title="Unusable: not made")
         for number, reason in sorted(report.unusable.items()):

@@ -26,7 +26,7 @@ from lsim.simulate import (
 )
 from lsim.simulate.families import ground_truth
 from lsim.simulate.hardness import reference_errors
-from lsim.simulate.layout import Format, read_frames, read_record
+from lsim.simulate.layout import Format, read_frames, read_record, settings
 from pipeline.catalog import Catalog, Dataset, Source
 from pipeline.cluster import Cluster, run_bounded
 from pipeline.convert import ConversionReport, convert
@@ -59,12 +59,16 @@ class SimulationReport:
         Families of which no draw was of use, with the reason; they are not written.
     discarded : dict of str to int
         Draws thrown away before one was of use, by reason, over all families that are there.
-    others : int
-        Folders beside them that this call was not asked for.
+    others : list of str
+        Folders beside them that this call was not asked for. They are left, and are not in the store.
+    unlike : list of str
+        Those of ``others`` that were made with other settings (size, seed, format, version of the recipe), or
+        not by this function.
     store : Path or None
         The store that was brought up to date.
     conversion : ConversionReport or None
     seconds : float
+        Of simulating and writing families, without the start of the workers and the conversion.
     """
 
     recipe: str
@@ -73,7 +77,8 @@ class SimulationReport:
     present: list[int] = field(default_factory=list)
     unusable: dict[int, str] = field(default_factory=dict)
     discarded: dict[str, int] = field(default_factory=dict)
-    others: int = 0
+    others: list[str] = field(default_factory=list)
+    unlike: list[str] = field(default_factory=list)
     store: Path | None = None
     conversion: ConversionReport | None = None
     seconds: float = 0.0
@@ -115,8 +120,8 @@ def simulate(
         Pixels along y and x, even.
     seed : int, default 0
     format : {"npz", "png", "zarr"}, default "npz"
-        Of the files; ``zarr`` makes ``npz`` folders and converts them to a store, in which data sets of other
-        recipes stay.
+        Of the files; ``zarr`` makes ``npz`` folders and converts them to a store: this recipe's data set then
+        holds the families asked for and no others, data sets of other recipes stay.
     cluster : Cluster
         Whose workers simulate and write; they must see the same files. Started when there is something to do.
         One thread a process: a family's bytes don't depend on the workers.
@@ -128,24 +133,29 @@ def simulate(
         As :func:`lsim.simulate.write_families`.
     SimulationError
         When a family cannot be written, or a worker dies with it. A family that degenerates is no error: it
-        is reported in ``unusable``, and the others go on.
+        is reported in ``unusable``, and the others go on; but when all do, and there is a store that cannot
+        be brought up to date with nothing.
     pipeline.convert.ConversionError
         When ``<out>.zarr`` is a Zarr store of another kind.
     """
-    started = time.perf_counter()
     if format not in OUTPUTS:
         raise ValueError(f"format must be one of {OUTPUTS}, got {format!r}")
-    root = Path(out)
+    root = Path(os.path.abspath(out))  # `.` and `..` have no name that a store beside them could take
     root = root.with_suffix("") if root.suffix == ".zarr" else root
+    if format == "zarr" and not root.name:
+        raise ValueError(f"out must be a folder beside which a store can lie, got {out}")
+    store = root.with_name(f"{root.name}.zarr")
     files: Format = "npz" if format == "zarr" else format
-    report = SimulationReport(recipe, (root / recipe).absolute())
+    report = SimulationReport(recipe, root / recipe)
     missing = missing_families(report.folder, recipe, families, size, seed, files)
     report.present = sorted(set(range(1, families + 1)) - set(missing))
     if missing:
         tasks = [(str(report.folder), recipe, number, size, seed, files) for number in missing]
         show = progress or (lambda done, total: None)
+        client = cluster.client
+        started = time.perf_counter()
         show(0, len(tasks))
-        for done, (task, reason, error) in enumerate(run_bounded(cluster.client, make_family, tasks), 1):
+        for done, (task, reason, error) in enumerate(run_bounded(client, make_family, tasks), 1):
             number = task[2]
             if error is not None:
                 raise SimulationError(
@@ -157,14 +167,18 @@ def simulate(
             else:
                 report.unusable[number] = reason
             show(done, len(tasks))
+        report.seconds = time.perf_counter() - started
         report.made.sort()
     report.discarded = _discarded(report)
-    report.others = _count_others(report)
+    report.others, report.unlike = _others(report, size, seed, files)
     if format == "zarr" and report.numbers:
-        report.store = root.with_name(f"{root.name}.zarr").absolute()
-        catalog = _catalog(recipe, report.folder)
-        report.conversion = convert(catalog, report.store, client=lambda: cluster.client)
-    report.seconds = time.perf_counter() - started
+        report.conversion = convert(_catalog(report), store, client=lambda: cluster.client)
+        report.store = store
+    elif format == "zarr" and store.exists():
+        raise SimulationError(
+            f"{store} is left as it was: of {families} families of recipe {recipe!r} none is of use. "
+            f"The first: {report.unusable[min(report.unusable)]}"
+        )
     return report
 
 
@@ -218,24 +232,35 @@ def _discarded(report: SimulationReport) -> dict[str, int]:
     return dict(total)
 
 
-def _count_others(report: SimulationReport) -> int:
+def _others(report: SimulationReport, size: int, seed: int, format: Format) -> tuple[list[str], list[str]]:
+    """Folders that were not asked for, and those of them that were made with other settings."""
+    recipe = find_recipe(report.recipe)
     wanted = {
         path.name
         for number in report.numbers
         for path in family_folders(report.folder, report.recipe, number)
     }
     there = report.folder.iterdir() if report.folder.is_dir() else ()
-    return sum(1 for path in there if path.is_dir() and path.name not in wanted)
+    # A hidden folder is one that is being written, and no reader's.
+    others = sorted(p for p in there if p.is_dir() and p.name not in wanted and not p.name.startswith("."))
+
+    def is_alike(folder: Path) -> bool:
+        record = read_record(folder)
+        made_with = record["settings"] if record is not None else {}
+        return bool(made_with) and made_with == settings(recipe, made_with["number"], size, seed, format)
+
+    return [path.name for path in others], [path.name for path in others if not is_alike(path)]
 
 
-def _catalog(recipe: str, folder: Path) -> Catalog:
-    """The data set that a folder of families is."""
-    described = find_recipe(recipe)
+def _catalog(report: SimulationReport) -> Catalog:
+    """The families that are there as a data set, without what else lies in their folder."""
+    described = find_recipe(report.recipe)
     entry = Dataset(
-        name=recipe,
+        name=report.recipe,
         title=described.title,
-        source=Source(path=str(folder)),
+        source=Source(path=str(report.folder)),
         reader="lsim",
+        filter=[f"{described.folder}{number}." for number in report.numbers],
         role="train" if described.role == "training" else "test",
     )
     return Catalog(name=CATALOG, title="Simulated families", datasets=[entry])

@@ -49,7 +49,7 @@ class TrainingRun(_Strict):
     data : str
         A ``frames.zarr``, or a folder of data sets in the layout of the published data.
     datasets : list of str, optional
-        Which of its data sets; default all, or those of ``simulate``.
+        Which of its data sets; default all, or in a folder those of ``simulate``.
     simulate : dict, optional
         Recipe to :class:`SimulatedSet`: made in ``<data>/<recipe>/`` first, where absent.
     training : dict
@@ -104,21 +104,25 @@ def missing_data(run: TrainingRun) -> dict[str, int]:
 
 
 def describe_data(run: TrainingRun) -> dict[str, str]:
-    """What the metadata of the weights shall say of the data."""
+    """What the metadata of the weights shall say of the data: of recipes, those that are trained on."""
+    described = {"title": run.title}
     made = {
         recipe: {"version": find_recipe(recipe).version, **asked.model_dump()}
         for recipe, asked in run.simulate.items()
+        if not run.datasets or recipe in run.datasets
     }
-    return {"title": run.title, "simulated": json.dumps(made)}
+    if made and not _is_store(run.data):
+        described["simulated"] = json.dumps(made)
+    return described
 
 
 def open_sequences(run: TrainingRun) -> SequenceSource:
     """The sequences of a training file, from a store or from folders."""
     data = Path(run.data)
-    datasets = run.datasets or sorted(run.simulate) or None
-    if _is_store(data):
-        return StoredSequences(data, datasets)
-    if datasets is None:
+    if _is_store(data):  # in which nothing is simulated
+        return StoredSequences(data, run.datasets or None)
+    datasets = run.datasets or sorted(run.simulate)
+    if not datasets:
         datasets = sorted(entry.name for entry in data.iterdir() if entry.is_dir()) if data.is_dir() else []
     if not datasets:
         raise FileNotFoundError(

@@ -12,7 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+import lsim
+from lsim.networks import LsimTrunk
 from lsim.testing import write_random_checkpoint
+from lsim.weights import load_checkpoint, save_checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -62,6 +65,34 @@ def test_both_trainings_are_judged_and_drawn(
     assert "l2" not in verdict
     assert "ssim" in verdict
     assert np.asarray(Image.open(out)).std() > 0
+
+
+@pytest.mark.filterwarnings("ignore::lsim.SizeWarning")
+@pytest.mark.parametrize("trained_on", ["lsim", "mine"])
+def test_judges_by_the_weights_that_were_trained_with_and_takes_no_relative_for_another(
+    autoencoder: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained_on: str
+) -> None:
+    torch.set_num_threads(1)
+    own = tmp_path / "own.safetensors"
+    random = write_random_checkpoint(tmp_path / "random.pth", size=64, seed=4)
+    save_checkpoint(own, load_checkpoint(random, LsimTrunk), "lsim", {})
+    monkeypatch.setenv("LSIM_WEIGHTS", str(tmp_path))
+    metric = lsim.load_metric(trained_on, own, device="cpu", size=None)
+    original = torch.rand(2, 3, 1, 48, 48)
+    worse, better = (original + error * torch.rand_like(original) for error in (0.3, 0.1))
+
+    judgements = {j.metric: j for j in autoencoder.judge(original, worse, better, metric)}
+    of_mine = judgements[trained_on]
+    expected = autoencoder.distances(metric, original, worse).mean()
+    assert (of_mine.trained_on, of_mine.squared_error) == ("the second", pytest.approx(expected))
+    assert judgements["lsim-open"].trained_on == "a relative of it"
+    assert judgements["lsim-open"].squared_error != pytest.approx(expected, rel=1e-2)
+    unrelated = {name for name, j in judgements.items() if not j.trained_on}
+    assert unrelated == {"l1", "ssim", "vi"}
+    by_ssim = {
+        j.metric: j.trained_on for j in autoencoder.judge(original, worse, better, lsim.load_metric("ssim"))
+    }
+    assert (by_ssim["ssim"], by_ssim["lsim-open"]) == ("the second", "")
 
 
 def test_verdict_follows_the_distances_and_leaves_out_what_was_trained_on(autoencoder: ModuleType) -> None:

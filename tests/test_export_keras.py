@@ -56,7 +56,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def folder(tmp_path_factory: pytest.TempPathFactory, weights: dict[str, Path]) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     for trunk, path in weights.items():
-        exported = export_metric(f"my-{trunk}", "keras", folder, weights=path, size=SIDE)
+        exported = export_metric(f"my-{trunk}", "keras", folder, weights=path, size=SIDE, frames={})
         assert [p.name for p in exported.paths] == [
             f"my-{trunk}.distance.keras",
             f"my-{trunk}.embedding.keras",

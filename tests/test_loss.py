@@ -143,10 +143,10 @@ def test_fixed_range_for_all_channels_or_for_each(
     for channel in range(2):
         one = slice(channel, channel + 1)
         expected = by_the_metric(metric, prediction[:, one], target[:, one], (lo[channel], hi[channel]))
-        np.testing.assert_allclose(found[:, one], expected, rtol=1e-4)
+        np.testing.assert_allclose(found[:, one], expected, rtol=1e-5)
     same = make(normalisation=(-1e5, 1e5), reduction="none")(prediction, target)
     np.testing.assert_allclose(
-        same, by_the_metric(metric, prediction, target, (-1e5, 1e5)), rtol=1e-4, atol=1e-7
+        same, by_the_metric(metric, prediction, target, (-1e5, 1e5)), rtol=1e-5, atol=1e-7
     )
 
 

@@ -17,6 +17,7 @@ import pytest
 import safetensors
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from synthetic import make_frames
 from typer.testing import CliRunner
@@ -31,13 +32,29 @@ from lsim.training import (
     train,
 )
 from lsim.training.loss import sequence_loss
-from lsim.training.network import DistanceNetwork
+from lsim.training.network import DistanceNetwork, kept
 from lsim.training.sequences import hold_out, simulation_of
-from lsim.training.train import HISTORY, LOSSES, PICTURE, STATE, UNTRAINED, WEIGHTS, DivergedError
+from lsim.training.train import (
+    HISTORY,
+    LOSSES,
+    PICTURE,
+    STATE,
+    UNTRAINED,
+    WEIGHTS,
+    DivergedError,
+    validate,
+)
 from lsim.weights import load_checkpoint
 from pipeline.cli import app
-from pipeline.resources import shipped_names
-from pipeline.train import StoredSequences, TrainingFileError, missing_data, open_training
+from pipeline.train import (
+    StoredSequences,
+    TrainingFileError,
+    TrainingRun,
+    describe_data,
+    missing_data,
+    open_sequences,
+    open_training,
+)
 
 SMALL = TrainingSettings(
     epochs=2,
@@ -195,6 +212,92 @@ def test_channel_weights_never_become_negative(tmp_path: Path) -> None:
     assert any((weight == 0).any() for weight in channel_weights)
 
 
+def test_the_average_of_the_weights_is_validated_and_kept(tmp_path: Path) -> None:
+    settings = replace(SMALL, epochs=1, learning_rate=1e-2, average=0.9)
+    result = train(Blobs(14), settings, tmp_path)
+    state, saved = torch.load(tmp_path / STATE, weights_only=True), load_file(tmp_path / WEIGHTS)
+    averaged = {
+        name.removeprefix("module."): value
+        for name, value in state["average"].items()
+        if name.startswith("module.")
+    }
+    for name in ("trunk.conv1.weight", "channel_weights.0"):
+        torch.testing.assert_close(saved[name], averaged[name], rtol=0, atol=0)
+        assert not torch.equal(saved[name], state["network"][name])
+    network, last = DistanceNetwork("lsim", 48), DistanceNetwork("lsim", 48)
+    network.load_state_dict(averaged)
+    last.load_state_dict(state["network"])
+    _, held_out = hold_out(Blobs(14), settings.held_out)
+    found, of_last = (
+        validate(each, held_out, settings, torch.device("cpu"))["spearman"] for each in (network, last)
+    )
+    assert result.best == pytest.approx(found, abs=1e-9)
+    assert found != pytest.approx(of_last, abs=1e-3)
+
+
+def test_the_learning_rate_is_constant_or_falls_as_a_cosine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    step = torch.optim.Adam.step
+
+    def recorded(self: torch.optim.Adam, *args: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", recorded)
+    train(Blobs(), replace(SMALL, schedule="constant", epochs=1), tmp_path / "constant")
+    assert set(rates) == {1e-4}
+    rates.clear()
+    train(Blobs(), replace(SMALL, schedule="cosine"), tmp_path / "cosine")
+    n = len(rates)
+    assert n % 2 == 0
+    assert rates[0] == 1e-4
+    assert rates[n // 2] == pytest.approx(0.5e-4)
+    assert rates[-1] == pytest.approx(1e-4 * np.sin(np.pi / (2 * n)) ** 2)
+
+
+def test_the_correlation_is_over_pairs_with_the_reference_or_all(tmp_path: Path) -> None:
+    settings = replace(SMALL, epochs=1, learning_rate=0.0, dropout=0.0)
+    reference, everything = tmp_path / "reference", tmp_path / "all"
+    train(Blobs(frames=5), settings, reference)
+    train(Blobs(frames=5), replace(settings, correlated_pairs="all"), everything)
+    np.testing.assert_allclose(losses(reference)[:, 1], losses(everything)[:, 1], rtol=1e-6)
+    assert (abs(losses(reference)[:, 2] - losses(everything)[:, 2]) > 1e-4).all()
+
+
+def test_dropout_leaves_out_its_share_and_keeps_the_mean(tmp_path: Path) -> None:
+    mask = kept((300, 300), 0.3, torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert float((mask == 0).float().mean()) == pytest.approx(0.3, abs=0.01)
+    assert float(mask.mean()) == pytest.approx(1, abs=0.01)
+    network, frames = DistanceNetwork("lsim", 48), lsim.preprocess(Blobs().read(0).frames, 48)
+    features = network.features(torch.from_numpy(frames).permute(0, 3, 1, 2))
+    pairs, generator = torch.tensor([[0, 0, 1], [1, 2, 2]]), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        full = network.sequence_distances(features, pairs, 0.0, generator)
+        drawn = [network.sequence_distances(features, pairs, 0.5, generator) for _ in range(20)]
+    np.testing.assert_allclose(torch.stack(drawn).square().mean(0), full.square(), rtol=0.02)
+    settings = replace(SMALL, epochs=1, learning_rate=0.0)
+    for form in ("sequence", "pair"):
+        for dropout in (0.0, 0.5):
+            run = replace(settings, augment=form, dropout=dropout)
+            train(Blobs(6), run, tmp_path / form / str(dropout))
+        with_all, with_half = (losses(tmp_path / form / share)[:, 1] for share in ("0.0", "0.5"))
+        assert (with_half != with_all).all()
+
+
+def test_the_callers_threads_and_denormal_numbers_are_left_as_they_were(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(Blobs(stop_at_read=1), SMALL, tmp_path)
+        assert torch.get_num_threads() == 3
+        assert (torch.tensor(1e-310, dtype=torch.float64) * 1).item() > 0
+    finally:
+        torch.set_num_threads(before)
+
+
 class StopAfterEpoch:
     """A kill between an epoch's validation and the checkpoint that follows it."""
 
@@ -234,9 +337,12 @@ def test_a_run_that_was_killed_goes_on_with_the_same_losses(
 
 def test_a_run_that_is_out_of_time_goes_on(tmp_path: Path) -> None:
     settings = replace(SMALL, epochs=1)
-    first = train(Blobs(), settings, tmp_path / "cut", minutes=0)
+    first = train(Blobs(), settings, tmp_path / "cut", minutes=0, about={"simulated": "recipe 1"})
     assert (first.stopped, first.steps) == ("minutes", 1)
-    second = train(Blobs(), replace(settings, readers=3), tmp_path / "cut")
+    second = train(Blobs(), replace(settings, readers=3), tmp_path / "cut", about={"simulated": "recipe 2"})
+    # The data are those that it was begun with; settings that may change are those of today.
+    assert metadata(tmp_path / "cut" / WEIGHTS)["simulated"] == "recipe 1"
+    assert json.loads((tmp_path / "cut" / "settings.json").read_text())["readers"] == 3
     train(Blobs(), settings, tmp_path / "whole")
     assert second.stopped == "epochs"
     np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-5)
@@ -401,6 +507,30 @@ def test_sizes_that_a_trunk_cannot_take_are_refused() -> None:
         replace(SMALL, trunk="skip", validation_size=52)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"schedule": "cosinus"}, "schedule must be one of 'constant', 'cosine', got 'cosinus'"),
+        ({"augment": "pairs"}, "augment must be one of 'sequence', 'pair', got 'pairs'"),
+        ({"precision": "float16"}, "precision must be one of 'float32', 'bfloat16', got 'float16'"),
+        ({"correlated_pairs": "any"}, "correlated_pairs must be one of"),
+        ({"trunk": "vgg"}, "trunk must be one of 'lsim', 'skip', 'alex', 'non-siamese', got 'vgg'"),
+        ({"trunk": "non-siamese", "initial_weights": "lsim"}, "'non-siamese' takes no initial_weights"),
+        ({"frozen_trunk": True}, "a frozen trunk needs initial_weights"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_settings_that_cannot_be_trained_with_are_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        replace(SMALL, **wrong)
+
+
+def test_a_crop_that_would_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"augmentation\.margin must be at least 1, got 0\.9"):
+        Augmentation(margin=0.9)
+
+
 # ---------------------------------------------------------------- sequences
 
 
@@ -430,6 +560,50 @@ def test_augmentation_treats_all_frames_alike() -> None:
         not (varied == varied[:1]).all()
         for varied in (noisy.varied(frames, np.random.default_rng(seed)) for seed in range(10))
     )
+
+
+def test_noise_is_of_the_range_of_each_channel() -> None:
+    frames = np.zeros((11, 64, 64, 3), np.float32)
+    frames[..., 0], frames[..., 1] = np.linspace(0, 1, 64), np.linspace(-100, 100, 64)
+    augment = Augmentation(size=64, margin=1, flip=False, turn=False, shuffle_channels=False, noise=0.5)
+    noises = [augment.varied(frames, np.random.default_rng(seed)) - frames for seed in range(10)]
+    deviations = np.array([noise.std((0, 1, 2)) for noise in noises if noise.any()])
+    assert 0 < len(deviations) < 10
+    assert (deviations[:, 2] == 0).all()
+    np.testing.assert_allclose(deviations[:, 1] / deviations[:, 0], 200, rtol=0.02)
+    assert (deviations[:, 0] < 0.52).all()
+
+
+def test_png_files_keep_their_values(tmp_path: Path) -> None:
+    folder = tmp_path / "plumes" / "plume0.density"
+    folder.mkdir(parents=True)
+    values = np.arange(3 * 6 * 8).reshape(3, 6, 8) * 400
+    for k, frame in enumerate(values):
+        Image.fromarray(frame.astype(np.uint16)).save(folder / f"plume{k:02d}.png")
+    read = LayoutFolders(tmp_path, ["plumes"]).read(0).frames
+    np.testing.assert_array_equal(read[..., 0], values)
+    color = np.arange(6 * 8 * 4, dtype=np.uint8).reshape(6, 8, 4)
+    for k, mode in enumerate(("RGB", "RGBA", "RGB")):
+        pixels = color[..., : len(mode)]
+        Image.fromarray(np.ascontiguousarray(pixels), mode).save(folder / f"plume{k:02d}.png")
+    read = LayoutFolders(tmp_path, ["plumes"]).read(0).frames
+    np.testing.assert_array_equal(read, np.stack([color[..., :3]] * 3))
+
+
+@pytest.mark.parametrize("damage", ["checksum", "cut"])
+def test_a_damaged_png_file_is_a_bad_sequence(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "plumes" / "plume0.density"
+    folder.mkdir(parents=True)
+    for k in range(3):
+        Image.fromarray(np.full((6, 8), k, np.uint8)).save(folder / f"plume{k:02d}.png")
+    content = bytearray((folder / "plume01.png").read_bytes())
+    if damage == "checksum":
+        content[29] ^= 0xFF  # of the header, for which Pillow raises SyntaxError
+    else:
+        content = content[: len(content) // 2]
+    (folder / "plume01.png").write_bytes(content)
+    with pytest.raises(SequenceError, match=r"plume0\.density: a frame cannot be read"):
+        LayoutFolders(tmp_path, ["plumes"]).read(0)
 
 
 def test_folders_name_what_is_wrong(tmp_path: Path) -> None:
@@ -462,6 +636,23 @@ def test_a_store_is_read_as_folders_are(tmp_path: Path) -> None:
             chunk.write_bytes(chunk.read_bytes()[:100])
     with pytest.raises(SequenceError, match=r"waves/waves0\.height cannot be read"):
         source.read(0)
+
+
+def test_what_is_simulated_neither_chooses_from_a_store_nor_is_said_of_it(tmp_path: Path) -> None:
+    fields = {"waves/height": (3, "float32", 1), "flow/velocity": (2, "float32", 3)}
+    store = make_frames(tmp_path / "frames.zarr", fields, frames=4)
+    asked: Any = {"shapes": {"families": 6}, "burgers": {"families": 2}}
+    run = TrainingRun(out="run", data=str(store), title="mine", simulate=asked)
+    assert len(open_sequences(run).names) == 5
+    assert describe_data(run) == {"title": "mine"}
+    of_waves = run.model_copy(update={"datasets": ["waves"]})
+    assert len(open_sequences(of_waves).names) == 3
+    folders = run.model_copy(update={"data": str(tmp_path)})
+    assert json.loads(describe_data(folders)["simulated"]).keys() == {"shapes", "burgers"}
+    one = folders.model_copy(update={"datasets": ["burgers", "mine"]})
+    assert json.loads(describe_data(one)["simulated"]).keys() == {"burgers"}
+    none = folders.model_copy(update={"datasets": ["mine"]})
+    assert describe_data(none) == {"title": "mine"}
 
 
 # ---------------------------------------------------------------- the command
@@ -504,10 +695,3 @@ def test_a_training_file_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
     file.write_text("out: run\ndata: data\ntraining: {learning_rat: 1}\n")
     with pytest.raises(TrainingFileError, match=r"mine\.yaml: training\.learning_rat"):
         open_training(file)
-
-
-def test_shipped_training_files_are_read() -> None:
-    names = [name for name in shipped_names("workflows") if name.startswith("train_")]
-    assert "train_lsim" in names
-    for name in names:
-        assert open_training(name).simulate

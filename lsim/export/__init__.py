@@ -26,6 +26,7 @@ from lsim.export.agreement import SIZES, Agreement, Case, ExportError, cases, co
 from lsim.metrics.learned import LSiM
 from lsim.networks import TRUNKS
 from lsim.registry import load_metric
+from lsim.simulate import simulate_families
 from lsim.weights import find_weights, load_checkpoint, read_metadata, save_checkpoint
 
 __all__ = ["FORMATS", "ExportError", "Exported", "Format", "export_metric"]
@@ -72,7 +73,10 @@ def export_metric(
     size : int, optional
         Side of the frames that a Keras model takes; default 224. The other formats take any size.
     frames : mapping of str to ndarray (n, y, x) or (n, y, x, channel), optional
-        Sequences of two frames or more, in any units, by what to call them: compared besides random frames.
+        Sequences of two frames or more, in any units, by what to call them: compared besides random frames,
+        the first with the second, the middle one and the last. Where these are equal, distances have to be
+        0; nearly equal ones are refused, since single precision leaves too few digits there. Default: a
+        simulated plume.
 
     Returns
     -------
@@ -83,6 +87,8 @@ def export_metric(
     ExportError
         When the metric has no network, a package is missing, or what was written does not agree with the
         metric to 1e-5 relative; nothing is left in the folder then.
+    lsim.preprocess.FramesError
+        When the metric doesn't take frames of ``size``, or ``frames`` aren't as described.
     UnknownMetricError, lsim.weights.WeightsError
         As :func:`lsim.load_metric`.
     """
@@ -109,7 +115,9 @@ def export_metric(
         sizes = ((side, side),)
         write = functools.partial(write_keras, size=side)
 
-    compared = cases(metric, sizes, frames or {})
+    if frames is None:
+        frames = {"plume": simulate_families("smoke", 1, size=64).frames["density"][0]}
+    compared = cases(metric, sizes, frames)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Beside their place until they are found to agree.

@@ -23,6 +23,9 @@ SIZES: tuple[tuple[int, int], ...] = ((224, 224), (128, 160), (131, 195), (256, 
 BATCHES = (3, 1, 2)
 """Numbers of random pairs, in turn."""
 
+NEARLY_EQUAL = 0.01
+"""Of the length of an embedding: at nearer pairs single precision leaves less than :data:`TOLERANCE` asks."""
+
 LARGE = 1e30
 """Beyond every sum of a frame's values in [0, 255]."""
 
@@ -89,7 +92,8 @@ def cases(
     sizes : sequence of (y, x)
         Of one size alone, one batch more is made; of more, the metric's smallest is added.
     frames : mapping of str to ndarray (n, y, x) or (n, y, x, channel)
-        In any units; of two frames or more.
+        In any units; of two frames or more, of which the first is paired with the second, the middle one and
+        the last.
     seed : int, default 0
         Of the random frames.
     """
@@ -115,10 +119,14 @@ def cases(
 def compare(metric: LSiM, compared: Sequence[Case], embed: Embed, distance: Distance, by: str) -> Agreement:
     """Compare exported functions with the metric.
 
+    Equal frames have distance 0, and no other will do.
+
     Raises
     ------
     ExportError
         Where they differ by more than :data:`TOLERANCE`; names what, the frames, expected and found.
+    FramesError
+        Where a pair is nearly equal, by :data:`NEARLY_EQUAL`: no figure would say anything of the export.
     """
     worst = dict.fromkeys(("embedding", "distance", "distance_of_embeddings"), 0.0)
 
@@ -127,9 +135,11 @@ def compare(metric: LSiM, compared: Sequence[Case], embed: Embed, distance: Dist
             raise ExportError(
                 f"exported {what} of {case} frames by {by}: shape {found.shape}, expected {expected.shape}"
             )
-        axes = tuple(range(1, expected.ndim))
-        size = np.sqrt(np.square(expected).sum(axes))
-        relative = (np.sqrt(np.square(found - expected).sum(axes)) / size).max()
+        size, difference = length(expected), length(found - expected)
+        # Relative to 0, nothing is 0 and all else infinite.
+        with np.errstate(divide="ignore"):
+            quotient = np.divide(difference, size, out=np.zeros_like(difference), where=difference != 0)
+        relative = quotient.max()
         if not relative <= TOLERANCE:
             raise ExportError(
                 f"exported {what} of {case} frames by {by} differs from metric {metric.name!r} by "
@@ -137,13 +147,26 @@ def compare(metric: LSiM, compared: Sequence[Case], embed: Embed, distance: Dist
             )
         worst[what] = max(worst[what], float(relative))
 
+    def length(values: np.ndarray) -> np.ndarray:
+        return np.sqrt(np.square(values).sum(tuple(range(1, values.ndim))))
+
     for case in compared:
         with torch.no_grad():
             a, b = (metric.embed(torch.from_numpy(frames)) for frames in (case.reference, case.other))
             distances = metric.paired(a, b).numpy()
+        expected = [embedding.parts["features"].double().numpy() for embedding in (a, b)]
+        sizes = np.maximum(*map(length, expected))
+        near = (distances > 0) & (distances < NEARLY_EQUAL * sizes)
+        if near.any():
+            pair = near.argmax()
+            raise FramesError(
+                f"cannot compare on {case} frames: pair {pair + 1} is nearly equal, at a distance of "
+                f"{distances[pair] / sizes[pair]:.1e} of the length of its embeddings, less than "
+                f"{NEARLY_EQUAL}; give frames that are equal or differ more"
+            )
         found = [embed(frames).astype(np.float64) for frames in (case.reference, case.other)]
-        for embedding, z in zip((a, b), found, strict=True):
-            note("embedding", case, embedding.parts["features"].double().numpy(), z)
+        for z, computed in zip(expected, found, strict=True):
+            note("embedding", case, z, computed)
         note("distance_of_embeddings", case, distances, np.linalg.norm(found[0] - found[1], axis=1))
         note("distance", case, distances, distance(case.reference, case.other).astype(np.float64))
     return Agreement(**worst, tolerance=TOLERANCE, frames=list(map(str, compared)), by=by)

@@ -33,6 +33,8 @@ from functools import cache
 import numba
 import numpy as np
 import scipy.fft
+import torch
+from torch import Tensor
 
 PASSES = 3
 """Projections a step where there is an obstacle."""
@@ -164,6 +166,16 @@ def as_images(field: np.ndarray, size: int) -> np.ndarray:
         return np.ascontiguousarray(image)
     matrix = _between_centres(n, size).astype(field.dtype)
     return matrix @ image @ matrix.T
+
+
+def as_fields(
+    box: Box, size: int, scalars: dict[str, np.ndarray], u: np.ndarray, v: np.ndarray
+) -> dict[str, Tensor]:
+    """Images of scalars (…, 1) and of the velocity (…, x y 0), y downwards in the image only."""
+    images = {name: as_images(values, size)[..., None] for name, values in scalars.items()}
+    along = [as_images(component, size) for component in box.centred(u, v)]
+    images["velocity"] = np.stack([*along, np.zeros_like(along[0])], axis=-1)
+    return {name: torch.from_numpy(np.ascontiguousarray(image)) for name, image in images.items()}
 
 
 def cells_for(size: int) -> int:

@@ -44,9 +44,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .fluid import Box, cells_for, disc
+from .fluid import Box, as_fields, cells_for, disc
 from .recipe import Parameters, Recipe, Variation
-from .smoke import fields
 
 DURATION, STEPS = 1.0, 40
 BACKGROUND = 0.2
@@ -96,7 +95,7 @@ def solve(
         u[:, :, 1:-1] -= precision.type(dt) * g_x * ((phase[:, :, 1:] + phase[:, :, :-1]) / 2 - 0.5)
         v[:, 1:-1] -= precision.type(dt) * g_y * ((phase[:, 1:] + phase[:, :-1]) / 2 - 0.5)
         u, v, _ = box.project(u, v)
-    return fields(box, size, {"phase": phase}, u, v)
+    return as_fields(box, size, {"phase": phase}, u, v)
 
 
 def solve_on_noise(

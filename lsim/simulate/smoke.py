@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .fluid import Box, as_images, cells_for, disc
+from .fluid import Box, as_fields, cells_for, disc
 from .recipe import Parameters, Recipe, Variation
 
 DURATION, STEPS = 1.1, 44
@@ -88,17 +88,7 @@ def solve(
         u[:, :, 1:-1] += precision.type(dt) * b_x * (density[:, :, 1:] + density[:, :, :-1]) / 2
         v[:, 1:-1] += precision.type(dt) * b_y * (density[:, 1:] + density[:, :-1]) / 2
         u, v, potential = box.project(u, v, blocked)
-    return fields(box, size, {"density": density, "pressure": potential / dt}, u, v)
-
-
-def fields(
-    box: Box, size: int, scalars: dict[str, np.ndarray], u: np.ndarray, v: np.ndarray
-) -> dict[str, Tensor]:
-    """Images of scalars (…, 1) and of the velocity (…, x y 0), y downwards in the image only."""
-    images = {name: as_images(values, size)[..., None] for name, values in scalars.items()}
-    along = [as_images(component, size) for component in box.centred(u, v)]
-    images["velocity"] = np.stack([*along, np.zeros_like(along[0])], axis=-1)
-    return {name: torch.from_numpy(np.ascontiguousarray(image)) for name, image in images.items()}
+    return as_fields(box, size, {"density": density, "pressure": potential / dt}, u, v)
 
 
 RECIPE = Recipe(

@@ -145,7 +145,8 @@ class LayoutFolders:
         files = _frame_files(folder)
         try:
             frames = [_decode(path) for path in files]
-        except (OSError, EOFError, KeyError, ValueError, BadZipFile, zlib.error) as error:
+        except (OSError, EOFError, KeyError, ValueError, SyntaxError, BadZipFile, zlib.error) as error:
+            # SyntaxError is Pillow's for a damaged PNG file.
             raise SequenceError(f"{folder}: a frame cannot be read: {error}") from error
         shapes = sorted({frame.shape for frame in frames})
         if len(frames) < 3 or len(shapes) != 1:
@@ -221,8 +222,13 @@ class Augmentation:
     flip, turn, shuffle_channels : bool
         Mirror both axes; turn by quarters (square crops stay square); permute the channels.
     noise : float, default 0
-        Largest standard deviation of normal noise, as a fraction of the range of values; each sequence draws
-        its own, uniform in [0, noise], in half of the cases. Not in the publication.
+        Largest standard deviation of normal noise, as a fraction of the range of each channel's values; each
+        sequence draws its own, uniform in [0, noise], in half of the cases. Not in the publication.
+
+    Raises
+    ------
+    ValueError
+        When ``margin`` is less than 1: the crop would not fit into the frame.
     """
 
     size: int = 224
@@ -231,6 +237,11 @@ class Augmentation:
     turn: bool = True
     shuffle_channels: bool = True
     noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse a crop that may not fit."""
+        if not self.margin >= 1:  # NaN, too
+            raise ValueError(f"augmentation.margin must be at least 1, got {self.margin}")
 
     def varied(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Crop, turn and disturb frames (frame, y, x, channel) alike: (frame, size, size, channel)."""
@@ -247,8 +258,10 @@ class Augmentation:
         if self.shuffle_channels:
             frames = frames[..., rng.permutation(frames.shape[-1])]
         if self.noise and rng.uniform() < 0.5:
-            strength = self.noise * rng.uniform() * float(np.ptp(frames))
-            frames = frames + np.float32(strength) * rng.standard_normal(frames.shape, dtype=np.float32)
+            # Of each channel for itself, as they are scaled: one that is constant stays so.
+            span = frames.max((0, 1, 2)).astype(np.float64) - frames.min((0, 1, 2))
+            strength = (self.noise * rng.uniform() * span).astype(np.float32)
+            frames = frames + strength * rng.standard_normal(frames.shape, dtype=np.float32)
         return np.ascontiguousarray(frames)
 
     @staticmethod
@@ -267,8 +280,21 @@ def _decode(path: Path) -> np.ndarray:
         with np.load(path) as content:
             frame = np.asarray(content["arr_0"])
     else:
-        from PIL import Image
-
-        with Image.open(path) as image:
-            frame = np.asarray(image.convert("L" if image.mode == "L" else "RGB"))
+        frame = _decode_png(path)
     return frame[..., None] if frame.ndim == 2 else frame
+
+
+def _decode_png(path: Path) -> np.ndarray:
+    """(y, x) or (y, x, 3); gray of 16 bits stays so, alpha is dropped."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        raw_mode = str(image.tile[0][3]) if image.tile else ""
+        if image.mode in ("RGB", "RGBA", "LA") and "16" in raw_mode:
+            raise ValueError(f"{path.name}: 16 bits in each of several channels would be cut to 8; store NPZ")
+        # Pillow's modes: P and PA are palettes, 1 is black and white, LA and RGBA have alpha.
+        plain = {"P": "RGB", "PA": "RGB", "1": "L"}.get(image.mode)
+        pixels = np.asarray(image.convert(plain) if plain else image)
+        if image.mode == "RGBA":
+            return pixels[..., :3]
+        return pixels[..., 0] if image.mode == "LA" else pixels

@@ -23,9 +23,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -76,6 +77,9 @@ MAY_CHANGE = (
 )
 """Settings that a run may be continued with in other values than it was begun with."""
 
+PROCESSES_WAIT = timedelta(hours=2)
+"""How long processes wait for one another: the others have nothing to do while the first validates."""
+
 
 class DivergedError(ArithmeticError, ValueError):
     """The loss or its gradient is no longer finite."""
@@ -118,7 +122,7 @@ class TrainingSettings:
     calibration_sequences : int or None
         To set the deviation maps from; None takes all.
     precision : {"float32", "bfloat16"}
-        Of the trunk; bfloat16 is mixed precision. Parameters, features and distances are single and double.
+        Of the trunk; bfloat16 is mixed precision: features are of it, parameters and distances are not.
     average : float, default 0
         Decay of an exponential average of the weights, a step; it is what is validated and kept. 0 is off.
     patience : int or None
@@ -132,6 +136,11 @@ class TrainingSettings:
         Of torch, on a CPU.
     readers : int, default 1
         Threads that read and augment sequences ahead of the step; a GPU is kept busy by several.
+
+    Raises
+    ------
+    ValueError
+        For values that cannot be trained with.
     """
 
     trunk: Literal["lsim", "skip", "alex", "non-siamese"] = "lsim"
@@ -164,8 +173,12 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be trained with."""
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
+                allowed = ", ".join(map(repr, get_args(hint)))
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name, least in (
-            ("epochs", 0),
+            ("epochs", 1),
             ("batch", 1),
             ("learning_rate", 0),
             ("patience", 1),
@@ -187,6 +200,10 @@ class TrainingSettings:
                 raise ValueError(f"{name}: the trunk {self.trunk!r} cannot take frames of {size}×{size}")
         if self.frozen_trunk and (self.trunk == "non-siamese" or self.initial_weights is None):
             raise ValueError("a frozen trunk needs initial_weights, and a trunk other than non-siamese")
+        if self.trunk == "non-siamese" and self.initial_weights is not None:
+            raise ValueError(
+                f"the trunk 'non-siamese' takes no initial_weights, got {self.initial_weights!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -247,7 +264,8 @@ def train(
     minutes : float, optional
         Stop in good order after so long; the same call goes on.
     about : mapping of str to str, optional
-        What else the metadata of the weights shall say of how they were made.
+        What else the metadata of the weights shall say of how they were made; a run that goes on says what
+        it was begun with.
     progress : callable
         Takes a line at each epoch.
 
@@ -266,11 +284,7 @@ def train(
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     folder = Path(out)
     device = resolve_device(settings.device)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    torch.set_flush_denormal(True)
-    # TF32, torch's default for convolutions on GPUs, is too coarse for frames that are near one another.
-    with _processes(device) as (rank, world), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with _torch_settings(settings.threads), _processes(device) as (rank, world):
         first_process = rank == 0
         writer = _summary_writer() if settings.tensorboard and first_process else None
         training, held_out = hold_out(source, settings.held_out)
@@ -300,26 +314,31 @@ def train(
                 chosen = _evenly(training, settings.calibration_sequences)
                 network.calibrate(_calibration_frames(chosen, settings, device, skip))
             state = {"step": 0, "losses": [], "history": [], "best": -math.inf, "best_epoch": 0}
+            state["about"] = dict(about or {})
             if first_process:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / "settings.json").write_text(json.dumps(described["settings"], indent=1) + "\n")
                 save_checkpoint(
                     folder / UNTRAINED,
                     network.checkpoint(),
                     settings.trunk,
-                    {**(about or {}), **_origin(settings, 0, names, skipped)},
+                    {**state["about"], **_origin(settings, 0, names, skipped)},
                 )
                 state["untrained"] = validate(network, validation, settings, device)
                 state["l2"] = validate(None, validation, settings, device)
                 progress(f"before training: {_shown(state['untrained'])}; l2: {_shown(state['l2'])}")
         else:
+            state.setdefault("about", dict(about or {}))  # which earlier versions didn't keep
             skipped.update(state.get("skipped", {}))
             network.load_state_dict(state["network"])
             optimiser.load_state_dict(state["optimiser"])
-        average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
-        if "average" in state:
-            average.load_state_dict(state["average"])
-        kept_network = cast(Network, average.module) if settings.average else network
+        if first_process:
+            (folder / "settings.json").write_text(json.dumps(described["settings"], indent=1) + "\n")
+        average, kept_network = None, network
+        if settings.average:
+            average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
+            if "average" in state:
+                average.load_state_dict(state["average"])
+            kept_network = cast(Network, average.module)
         # What a killed run wrote after its last checkpoint is written again.
         log = writer(str(folder / "tensorboard"), purge_step=state["step"] + 1) if writer else None
 
@@ -330,8 +349,9 @@ def train(
                     skipped=skipped,
                     network=network.state_dict(),
                     optimiser=optimiser.state_dict(),
-                    average=average.state_dict(),
                 )
+                if average is not None:
+                    state["average"] = average.state_dict()
                 torch.save(state, folder / f"{STATE}.partial")
                 os.replace(folder / f"{STATE}.partial", folder / STATE)
                 _write_losses(folder / LOSSES, state["losses"])
@@ -374,7 +394,7 @@ def train(
                     _check_finite(terms, gradients, state["step"], [names[k] for k in batch], settings)
                     optimiser.step()
                 network.clamp_weights()
-                if settings.average:
+                if average is not None:
                     average.update_parameters(network)
                 state["step"] += 1
                 state["losses"].append(terms.tolist())
@@ -402,7 +422,7 @@ def train(
                 if row["spearman"] > state["best"]:
                     state.update(best=row["spearman"], best_epoch=epoch + 1)
                     origin = {
-                        **(about or {}),
+                        **state["about"],
                         **_origin(settings, state["step"], names, skipped),
                         "validation_spearman": f"{state['best']:.4f}",
                     }
@@ -767,6 +787,24 @@ def _shown(row: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name not in ("epoch", "step"))
 
 
+@contextlib.contextmanager
+def _torch_settings(threads: int | None) -> Iterator[None]:
+    """Torch's settings for training; the caller's again afterwards."""
+    threads_before = torch.get_num_threads()
+    # Torch doesn't tell; a product that is a denormal number does.
+    flushed_before = (torch.tensor(1e-310, dtype=torch.float64) * 1).item() == 0
+    if threads:
+        torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    try:
+        # TF32, torch's default for convolutions on GPUs, is too coarse for frames that are near one another.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_flush_denormal(flushed_before)
+        torch.set_num_threads(threads_before)
+
+
 # ---------------------------------------------------------------- several processes
 
 
@@ -779,7 +817,7 @@ def _processes(device: torch.device) -> Iterator[tuple[int, int]]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PROCESSES_WAIT)
     try:
         yield dist.get_rank(), world
     finally:
