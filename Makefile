@@ -46,6 +46,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/sequence.py
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/simulate.py --families 2
 
 clean:
 	rm -rf $(VENV) $(KERAS) $(OUT) build dist *.egg-info

@@ -54,6 +54,7 @@ RANK_AND_PROCESSES = (("RANK", "0"), ("WORLD_SIZE", "1"))
 """What torchrun tells each process, and what holds without it."""
 
 INCOMPLETE = 3
+SHOWN = 8  # names of a list that may be long
 INTERRUPTED = 130
 
 Names = Annotated[

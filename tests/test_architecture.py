@@ -178,6 +178,13 @@ def test_nothing_below_imports_what_is_above() -> None:
             assert "pipeline.workflow" not in IMPORTS[module], module
 
 
+def test_simulated_data_sets_are_made_from_the_command_alone() -> None:
+    users = {m for m in IMPORTS if m != "pipeline.simulate" and list(offenders(m, "pipeline.simulate"))}
+    assert users <= {"pipeline.cli", "pipeline.train"}
+    used = {n.split(".")[1] for n in IMPORTS["pipeline.simulate"] if n.startswith("pipeline.")}
+    assert used <= {"convert", "cluster", "catalog"}
+
+
 def test_readers_know_the_catalog_and_not_the_reverse() -> None:
     assert list(offenders("pipeline.readers", "pipeline.catalog"))
     assert not list(offenders("pipeline.catalog", "pipeline.readers"))

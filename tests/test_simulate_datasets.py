@@ -48,7 +48,7 @@ def test_workers_make_the_same_bytes_as_this_process(tmp_path, here):
     with Cluster(Profile(kind="local")) as unused:
         again = simulate("burgers", tmp_path / "a", 4, SIZE, seed=3, cluster=unused)
         assert unused.dashboard is None  # nothing to do: no workers are started
-    assert (again.made, again.present, again.others) == ([], [1, 2, 3, 4], 1)
+    assert (again.made, again.present, again.others) == ([], [1, 2, 3, 4], ["burgersEq5.velocity"])
     more = simulate("burgers", tmp_path / "a", 6, SIZE, seed=3, cluster=here)
     assert (more.made, more.present) == ([6], [1, 2, 3, 4, 5])
 
@@ -124,6 +124,27 @@ def test_a_store_holds_the_families_of_several_recipes(tmp_path, here):
     again = simulate("smoke", tmp_path / "data.zarr", 2, 32, format="zarr", cluster=here)
     assert not again.made
     assert not again.conversion.changed
+
+
+def test_a_store_holds_the_families_asked_for_and_no_leftovers(tmp_path, here):
+    simulate("shapes", tmp_path / "data", 3, 16, seed=1, format="zarr", cluster=here)
+    write_families(tmp_path / "data" / "shapes", "shapes", [4], 32, 2, "png")
+    report = simulate("shapes", tmp_path / "data", 2, 16, seed=2, format="zarr", cluster=here)
+    assert report.complete
+    assert report.unlike == report.others == ["shapes3.density", "shapes4.density"]
+    with xarray.open_datatree(tmp_path / "data.zarr", engine="zarr") as tree:
+        stored = tree["shapes/density"]
+        assert sorted(stored["sequence"].values) == ["shapes1.density", "shapes2.density"]
+        made = simulate_families("shapes", 2, 16, seed=2).frames["density"]
+        assert {f.tobytes() for f in stored["frames"].values} == {f.tobytes() for f in made}
+
+
+def test_a_store_of_the_current_folder_lies_beside_it(tmp_path, here, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path / "data")
+    report = simulate("shapes", ".", 1, 16, format="zarr", cluster=here)
+    assert report.store == tmp_path / "data.zarr"
+    assert report.store.is_dir()
 
 
 @pytest.mark.parametrize("format", ["npz", "png"])

@@ -626,3 +626,16 @@ def test_a_swirl_carries_along_the_stream_lines_and_keeps_areas():
     (yy, yx), (xy, xx) = (torch.gradient(there, dim=(1, 2)) for there in (there_y, there_x))
     area = ((yy * xx - yx * xy) * SIZE**2)[:, 1:-1, 1:-1]
     assert (area - 1).abs().max() < 0.05
+
+
+def test_a_moderate_swirl_of_small_cells_is_resolved(monkeypatch):
+    shape = (1, 1, 1)
+    p = {"wind_x": 0.2, "wind_y": -0.1, "swirl": 0.25, "cells": 2.0}
+    parameters = {name: torch.full(shape, value, dtype=DOUBLE) for name, value in p.items()}
+    parameters["cell_phase"] = torch.tensor([[0.3, 1.1]], dtype=DOUBLE)[..., None, None]
+    pixels = (torch.arange(SIZE, dtype=DOUBLE) + 0.5) / SIZE
+    y, x = (axis.expand(1, SIZE, SIZE) for axis in (pixels[:, None], pixels[None, :]))
+    found = transport.departure(parameters, y, x)
+    monkeypatch.setattr(transport, "STEPS", 256)
+    exact = transport.departure(parameters, y, x)
+    assert torch.hypot(found[0] - exact[0], found[1] - exact[1]).max() < 5e-4

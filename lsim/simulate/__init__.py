@@ -17,7 +17,8 @@ and what it costs. :mod:`lsim.simulate.hardness` measures the former, and search
 The random numbers come from NumPy's Philox streams on the host, one a family. The same recipe, seed and
 number give the same bytes on one machine and one thread, whatever the other families and the batch.
 Another number of threads, device, processor, or version of NumPy, SciPy or torch may round differently:
-expect differences below 1e-4 of the family's range, in single precision.
+expect differences below 1e-4 of a field's range in single precision, and below 1e-2 for liquid, liquid-noise
+and transport, where a sharp interface or a fast swirl magnifies them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
-"""A density that is carried along by a steady flow, without diffusion: exact along characteristics.
+"""A density that is carried along by a steady flow, without diffusion, along its characteristics.
 
 Equation
     ∂c/∂t + u · ∇c = 0,  u = wind + ∇⊥ψ,  ψ = swirl/(2πm) · sin(2πm x + p) sin(2πm y + q): a uniform wind over
     Taylor–Green's cells, which is a steady flow without divergence. Hence c(x, 1) = c₀(X), X the point that
-    the flow takes to x within time 1, found by Runge–Kutta steps of fourth order.
+    the flow takes to x within time 1, found by eight Runge–Kutta steps of fourth order. There is no error but
+    theirs, which grows with the swirl: at m = 2 X is off by less than 5e-4 of the box at .25, by about .01 at
+    .45, and at .65, the largest that a family comes to, by up to .18, more than .005 in 14 % of the pixels.
+    Fields of such swirls are smooth maps of the initial density, and not solutions of the equation.
 Domain
     the unit square, periodic, y downwards
 Initial density
