@@ -9,6 +9,12 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+Model = TypeVar("Model", bound=pydantic.BaseModel)
 
 
 class ResourceError(LookupError):
@@ -59,3 +65,22 @@ def find_resource(kind: str, name_or_path: str | os.PathLike[str]) -> Path:
             f"a file of your own is named by its path, as in ./{path.name}.yaml"
         )
     return shipped_folder(kind) / f"{path.name}.yaml"
+
+
+def read_yaml(path: Path, error: type[ValueError]) -> Any:
+    """The content of a YAML file; raises ``error``, naming the file, where it isn't YAML."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as cause:
+        raise error(f"{path}: not YAML: {cause}") from cause
+
+
+def validated(content: Any, model: type[Model], path: Path, error: type[ValueError]) -> Model:
+    """What a YAML file holds, as ``model``; raises ``error``, naming the file and each key that is wrong."""
+    try:
+        return model.model_validate(content)
+    except pydantic.ValidationError as cause:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in cause.errors()
+        )
+        raise error(f"{path}: {faults}") from cause

@@ -9,16 +9,14 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pydantic
-import yaml
 
 from lsim.simulate import find_recipe, missing_families
 from lsim.training import LayoutFolders, SequenceError, SequenceSource, TrainingSequence, TrainingSettings
 from lsim.training.train import STATE
 from pipeline import schema
-from pipeline.resources import find_resource
+from pipeline.resources import find_resource, read_yaml, validated
 from pipeline.store import field_keys, get_array, get_group, open_store, read
 
 
@@ -75,17 +73,7 @@ def open_training(name: str | os.PathLike[str]) -> TrainingRun:
         When there is none of that name.
     """
     path = find_resource("workflows", name)
-    try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-        run = TrainingRun.model_validate(content)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TrainingFileError(f"{path}: not YAML: {error}") from error
-    except pydantic.ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in error.errors()
-        )
-        raise TrainingFileError(f"{path}: {faults}") from error
-    return run
+    return validated(read_yaml(path, TrainingFileError), TrainingRun, path, TrainingFileError)
 
 
 def missing_data(run: TrainingRun) -> dict[str, int]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import pydantic
-import yaml
 
 from pipeline.catalog import fetch, open_catalog
 from pipeline.cluster import Cluster
@@ -22,7 +21,7 @@ from pipeline.convert import ConversionReport, convert
 from pipeline.correlate import CorrelationReport, correlate
 from pipeline.distances import DistancesReport, Settings, compute_distances
 from pipeline.report import write_report
-from pipeline.resources import find_resource
+from pipeline.resources import find_resource, read_yaml, validated
 
 StageProgress: TypeAlias = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 """Called with a stage's title; gives a context with a function of (done, in all)."""
@@ -97,18 +96,10 @@ def open_workflow(name: str | os.PathLike[str]) -> Workflow:
         When there is none of that name.
     """
     path = find_resource("workflows", name)
-    try:
-        content: Any = yaml.safe_load(path.read_text())
-        if isinstance(content, dict) and "training" in content:
-            raise WorkflowError(f"{path} is a training file: run it with 'lsim train {name}'")
-        workflow = Workflow.model_validate(content)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise WorkflowError(f"{path}: not YAML: {error}") from error
-    except pydantic.ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc'])) or 'the file'}: {fault['msg']}" for fault in error.errors()
-        )
-        raise WorkflowError(f"{path}: {faults}") from error
+    content = read_yaml(path, WorkflowError)
+    if isinstance(content, dict) and "training" in content:
+        raise WorkflowError(f"{path} is a training file: run it with 'lsim train {name}'")
+    workflow = validated(content, Workflow, path, WorkflowError)
     beside = path.parent / workflow.catalog
     # A name is a shipped catalog; whatever looks like a path starts where the workflow is.
     changes: dict[str, Any] = {"catalog": str(beside)} if beside.suffix in (".yaml", ".yml") else {}
