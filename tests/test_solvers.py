@@ -16,9 +16,9 @@ from lsim.simulate import (
     plane_waves,
     shapes,
     simulate_families,
+    sine_waves,
     smoke,
     transport,
-    waves,
 )
 from lsim.simulate import advection_diffusion as advdiff
 from lsim.simulate import advection_diffusion_2d as advdiff_2d
@@ -215,7 +215,7 @@ def test_burgers_keeps_its_mean_and_density_its_bounds():
 
 def test_velocity_noise_differs_between_frames_and_families():
     generators = [np.random.default_rng(seed) for seed in (0, 1)]
-    noise = waves.white_noise(generators, 3, PeriodicGrid(SIZE))
+    noise = sine_waves.white_noise(generators, 3, PeriodicGrid(SIZE))
     assert noise.shape == (6, SIZE, SIZE)
     correlations = np.corrcoef(noise.reshape(6, -1).numpy())
     assert np.abs(correlations - np.eye(6)).max() < 0.1

@@ -36,10 +36,10 @@ from . import (
     burgers_2d,
     layout,
     liquid,
-    ripples,
     shapes,
     smoke,
     transport,
+    waves,
 )
 from .families import DegenerateFamilyError, Families, FamilyRecord, make, torch_threads
 from .layout import FORMATS, Format
@@ -74,7 +74,7 @@ RECIPES: dict[str, Recipe] = {
         transport.RECIPE,
         advection_diffusion.NOISY_RECIPE,
         shapes.RECIPE,
-        ripples.RECIPE,
+        waves.RECIPE,
         liquid.NOISY_RECIPE,
     )
 }

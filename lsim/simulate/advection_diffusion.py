@@ -9,12 +9,12 @@ Domain
 Initial density
     sin³(2π · density_waves · x + density_phase), density_waves one of 2, 3, 4, 6, 12
 Velocity, forcing and noise
-    see :mod:`lsim.simulate.waves`. The recipe ``density-noise`` has the noise on the density instead, added
-    between the rows, so that it is carried and diffused, too.
+    see :mod:`lsim.simulate.sine_waves`. The recipe ``density-noise`` has the noise on the density instead,
+    added between the rows, so that it is carried and diffused, too.
 Ranges
     ν log-uniform in [1e-3, 1e-2], so that converging flow doesn't squeeze the density below the grid
     at 256; noise 0.01…0.03, on the density 0.015…0.04; velocities of scale 0.2
-    (:func:`lsim.simulate.waves.draw_velocity`)
+    (:func:`lsim.simulate.sine_waves.draw_velocity`)
 Varied
     one of mean, amplitude_1 … amplitude_8, phase_a, phase_b, forcing, forcing_speed, density_phase,
     viscosity, noise
@@ -34,12 +34,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import waves
+from . import sine_waves
 from .recipe import Parameters, Recipe, Variation
 from .spectral import Decay, PeriodicGrid, diffusion, integrating_factor_rk4
 
 SUBSTEPS = 3
-"""Time steps a row: stable to a speed of 4.0; it begins below :data:`lsim.simulate.waves.FASTEST`."""
+"""Time steps a row: stable to a speed of 4.0; it begins below :data:`lsim.simulate.sine_waves.FASTEST`."""
 
 
 def step(spectrum: Tensor, velocity: Tensor, decay: Decay, dt: float, grid: PeriodicGrid) -> Tensor:
@@ -65,7 +65,7 @@ def step(spectrum: Tensor, velocity: Tensor, decay: Decay, dt: float, grid: Peri
 
 def draw(rng: np.random.Generator) -> Parameters:
     """Draw a reference; ranges in the module's docstring."""
-    drawn = waves.draw_velocity(rng, 0.2)
+    drawn = sine_waves.draw_velocity(rng, 0.2)
     drawn["density_waves"] = np.asarray(float(rng.choice([2, 3, 4, 6, 12])))
     drawn["density_phase"] = np.asarray(rng.uniform(0, 2 * math.pi))
     drawn["viscosity"] = np.asarray(1e-3 * 10 ** rng.uniform())
@@ -93,9 +93,11 @@ def solve(
     interval = 1 / size
     dt = interval / SUBSTEPS
     decay = diffusion(grid, p["viscosity"], dt)
-    noise = p["noise"][..., None] * waves.white_noise(generators, len(p["noise"]) // len(generators), grid)
+    noise = p["noise"][..., None] * sine_waves.white_noise(
+        generators, len(p["noise"]) // len(generators), grid
+    )
 
-    velocity = waves.initial_velocity(p, x)
+    velocity = sine_waves.initial_velocity(p, x)
     density = torch.sin(2 * math.pi * p["density_waves"] * x + p["density_phase"]) ** 3
     spectrum = grid.forward(density) * grid.band
     image = torch.empty(len(density), size, size, device=device, dtype=dtype)
@@ -103,7 +105,7 @@ def solve(
         image[:, row] = grid.backward(spectrum)
         for _ in range(SUBSTEPS):
             spectrum = step(spectrum, velocity, decay, dt, grid)
-        velocity = velocity + interval * waves.forcing(p, x, row * interval)
+        velocity = velocity + interval * sine_waves.forcing(p, x, row * interval)
         if noise_on == "velocity":
             velocity = velocity + noise[:, row]
         else:

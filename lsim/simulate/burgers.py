@@ -6,10 +6,10 @@ Domain
     x in [0, 1) periodic, t in [0, 1]; row i of the image is the time i / size, column j the place
     j / size. Velocity in lengths per unit time, ν in lengths² per unit time.
 Initial velocity, forcing and noise
-    see :mod:`lsim.simulate.waves`; forcing and noise are added between the rows
+    see :mod:`lsim.simulate.sine_waves`; forcing and noise are added between the rows
 Ranges
     ν log-uniform in [2e-3, 2e-2], so that fronts are some points wide at 256; noise 0.02…0.06;
-    velocities of scale 0.4 (:func:`lsim.simulate.waves.draw_velocity`)
+    velocities of scale 0.4 (:func:`lsim.simulate.sine_waves.draw_velocity`)
 Varied
     one of mean, amplitude_1 … amplitude_8, phase_a, phase_b, forcing, forcing_speed, viscosity, noise
 
@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import waves
+from . import sine_waves
 from .recipe import Parameters, Recipe, Variation
 from .spectral import Decay, PeriodicGrid, diffusion, integrating_factor_rk4
 
 SUBSTEPS = 2
-"""Time steps a row: stable to a speed of 2.6; it begins below :data:`lsim.simulate.waves.FASTEST`."""
+"""Time steps a row: stable to a speed of 2.6; it begins below :data:`lsim.simulate.sine_waves.FASTEST`."""
 
 
 def step(spectrum: Tensor, decay: Decay, dt: float, grid: PeriodicGrid) -> Tensor:
@@ -54,7 +54,7 @@ def step(spectrum: Tensor, decay: Decay, dt: float, grid: PeriodicGrid) -> Tenso
 
 def draw(rng: np.random.Generator) -> Parameters:
     """Draw a reference; ranges in the module's docstring."""
-    drawn = waves.draw_velocity(rng, 0.4)
+    drawn = sine_waves.draw_velocity(rng, 0.4)
     drawn["viscosity"] = np.asarray(2e-3 * 10 ** rng.uniform())
     drawn["noise"] = np.asarray(rng.uniform(0.02, 0.06))
     return drawn
@@ -74,15 +74,19 @@ def solve(
     interval = 1 / size
     dt = interval / SUBSTEPS
     decay = diffusion(grid, p["viscosity"], dt)
-    noise = p["noise"][..., None] * waves.white_noise(generators, len(p["noise"]) // len(generators), grid)
+    noise = p["noise"][..., None] * sine_waves.white_noise(
+        generators, len(p["noise"]) // len(generators), grid
+    )
 
-    spectrum = grid.forward(waves.initial_velocity(p, x)) * grid.band
+    spectrum = grid.forward(sine_waves.initial_velocity(p, x)) * grid.band
     image = torch.empty(len(spectrum), size, size, device=device, dtype=dtype)
     for row in range(size):
         image[:, row] = grid.backward(spectrum)
         for _ in range(SUBSTEPS):
             spectrum = step(spectrum, decay, dt, grid)
-        spectrum = spectrum + grid.forward(interval * waves.forcing(p, x, row * interval) + noise[:, row])
+        spectrum = spectrum + grid.forward(
+            interval * sine_waves.forcing(p, x, row * interval) + noise[:, row]
+        )
     return {"velocity": image[..., None]}
 
 

@@ -1,23 +1,23 @@
-"""What the advection–diffusion and the Burgers recipe share: an initial velocity, a forcing, their draws.
+"""Damped circular waves whose centres move along straight lines: no simulation, but a motion known exactly.
 
-Space is the periodic interval [0, 1), time runs over [0, 1]; a velocity is in lengths per unit time.
+Motion
+    as in :mod:`lsim.simulate.shapes`: centre(i) = start + (end − start) · position, position = 0, 0.1, …, 1
+Value
+    Σ cos(2π · frequency · r) · exp(−r / reach), r the distance from a wave's centre, in lengths of the box;
+    without unit
+Domain
+    the unit square, y downwards; waves run out of it
+Ranges
+    1 to 3 waves; start and end uniform, further apart than 0.3; frequency 2…6, reach 0.08…0.2
+Noise
+    normal, independent in each pixel and frame, of standard deviation 0.15 in half of the families, none in
+    the others
+Varied
+    position
 
-initial velocity
-    u(x, 0) = mean + Σ_k amplitude_k sin(2πk x + θ_k),  k = 1, 2, 4, 8, with the phases
-    θ = (phase_a, phase_b, 0.4 phase_a, 0.3 phase_b)
-forcing
-    F(x, t) = forcing · Σ_k amplitude_k sin(2πk (x + s(t)) + φ_k), with the phases
-    φ = (0, phase_a, phase_b, 0.7 phase_a), and s(t) = forcing_speed · t · (½ + sin 3t): a pattern of
-    the same waves that travels there and back; its speed sets the frequency felt at a point
-noise
-    space–time white noise of strength ``noise``, without the waves shorter than 1/32, drawn for each
-    frame on its own: at each of the `size` rows the velocity gets a normal increment of variance
-    noise² Δt/Δx per point (Δt = Δx here) before the short waves are dropped. The law doesn't depend on
-    the resolution.
-
-The form follows Kohl, Um, Thuerey (ICML 2020), appendix on data generation, and the scripts that the
-authors published with their later work on volumes (Kohl, Chen, Thuerey, AAAI 2023). The scales are this
-project's: the published ones are in the grid units of another solver.
+Source: the wave data of Kohl, Um, Thuerey: Learning Similarity Metrics for Numerical Simulations, ICML 2020,
+with the form of the script that the authors published with their later work on volumes (Kohl, Chen, Thuerey,
+AAAI 2023).
 """
 
 from __future__ import annotations
@@ -29,66 +29,59 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .recipe import Parameters
-from .spectral import PeriodicGrid
+from .recipe import Parameters, Recipe, Variation
+from .shapes import draw_way, pixel_noise
 
-WAVES = (1, 2, 4, 8)
-SHORTEST_NOISE = 32
-"""Waves a box length of the finest noise."""
-FASTEST = 2.0
-"""Speed that no initial velocity exceeds anywhere, lengths per unit time: it bounds the time step."""
+MOST_WAVES = 3
 
 
-def draw_velocity(rng: np.random.Generator, scale: float) -> Parameters:
-    """Draw the parameters of initial velocity and forcing; all are numbers.
-
-    ``mean`` and ``amplitude_1`` are uniform within ± scale · (1…3), the amplitudes of 2 and 4 waves
-    within 3/4 of it, of 8 waves within half. A strong initial velocity goes with a weak forcing, as in
-    the published recipe. Velocities that could exceed :data:`FASTEST` are drawn again.
-    """
-    while True:
-        vigour = rng.uniform()
-        reach = scale * (1 + 2 * vigour)
-        drawn = {
-            "mean": reach * rng.uniform(-1, 1),
-            "amplitude_1": reach * rng.uniform(-1, 1),
-            "amplitude_2": reach * rng.uniform(-0.75, 0.75),
-            "amplitude_4": reach * rng.uniform(-0.75, 0.75),
-            "amplitude_8": reach * rng.uniform(-0.5, 0.5),
-        }
-        if sum(abs(value) for value in drawn.values()) <= FASTEST:
-            break
-    drawn["phase_a"], drawn["phase_b"] = rng.uniform(0, 2 * math.pi, 2)
-    drawn["forcing"] = 0.5 + 2.5 * (1 - vigour)
-    drawn["forcing_speed"] = rng.uniform(-0.4, 0.4)
-    return {name: np.asarray(value) for name, value in drawn.items()}
+def draw(rng: np.random.Generator) -> Parameters:
+    """Draw the waves of a family; ``reach`` is 0 for those of the three that aren't there."""
+    count = rng.integers(1, MOST_WAVES + 1)
+    start, end = np.zeros((2, MOST_WAVES, 2))
+    frequency, reach = np.zeros((2, MOST_WAVES))
+    for wave in range(count):
+        start[wave], end[wave] = draw_way(rng)
+        frequency[wave], reach[wave] = rng.uniform(2, 6), rng.uniform(0.08, 0.2)
+    return {
+        "start": start,
+        "end": end,
+        "frequency": frequency,
+        "reach": reach,
+        "noise": np.asarray(rng.choice([0.0, 0.15])),
+        "position": np.asarray(0.0),
+    }
 
 
-def initial_velocity(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-    """u(x, 0), shape (row, x); parameters are (row, 1)."""
+def solve(
+    parameters: dict[str, Tensor],
+    generators: Sequence[np.random.Generator],
+    size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Elevation (row, y, x, 1); see :data:`lsim.simulate.recipe.Solver`."""
     p = parameters
-    phases = (p["phase_a"], p["phase_b"], 0.4 * p["phase_a"], 0.3 * p["phase_b"])
-    return p["mean"] + _waves(p, x, phases)
+    pixels = (torch.arange(size, device=device, dtype=dtype) + 0.5) / size
+    y, x = pixels[:, None], pixels[None, :]
+    centre = p["start"] + (p["end"] - p["start"]) * p["position"][:, None, None]
+    image = torch.zeros(len(centre), size, size, device=device, dtype=dtype)
+    for wave in range(MOST_WAVES):
+        frequency, reach = (p[name][:, wave, None, None] for name in ("frequency", "reach"))
+        r = torch.hypot(y - centre[:, wave, 0, None, None], x - centre[:, wave, 1, None, None])
+        value = torch.cos(2 * math.pi * frequency * r) * torch.exp(-r / reach.clamp(min=1e-6))
+        image = image + torch.where(reach > 0, value, torch.zeros_like(value))
+    image = image + p["noise"][:, None, None] * pixel_noise(generators, len(centre), size).to(image)
+    return {"elevation": image[..., None]}
 
 
-def forcing(parameters: dict[str, Tensor], x: Tensor, time: float) -> Tensor:
-    """F(x, t), shape (row, x); parameters are (row, 1)."""
-    p = parameters
-    phases = (torch.zeros_like(p["phase_a"]), p["phase_a"], p["phase_b"], 0.7 * p["phase_a"])
-    shift = p["forcing_speed"] * (time * (0.5 + math.sin(3 * time)))
-    return p["forcing"] * _waves(p, x + shift, phases)
-
-
-def white_noise(generators: Sequence[np.random.Generator], frames: int, grid: PeriodicGrid) -> Tensor:
-    """Normal numbers (family · frame, time, x) without short waves: one stream a family, on the host."""
-    shape = (frames, grid.size, grid.size)
-    drawn = np.concatenate([rng.standard_normal(shape, dtype=np.float32) for rng in generators])
-    long_waves = grid.wavenumbers[-1] <= 2 * math.pi * (SHORTEST_NOISE + 0.5)
-    return grid.backward(grid.forward(torch.from_numpy(drawn).to(grid.laplacian)) * (grid.band * long_waves))
-
-
-def _waves(p: dict[str, Tensor], x: Tensor, phases: Sequence[Tensor]) -> Tensor:
-    total = torch.zeros_like(phases[0] + x)
-    for k, phase in zip(WAVES, phases, strict=True):
-        total = total + p[f"amplitude_{k}"] * torch.sin(2 * math.pi * k * x + phase)
-    return total
+RECIPE = Recipe(
+    name="waves",
+    title="damped circular waves moving along straight lines",
+    folder="waves",
+    fields=("elevation",),
+    draw=draw,
+    variations={"position": Variation(0.1, both_ways=False)},
+    solve=solve,
+    role="test",
+)
