@@ -6,20 +6,28 @@ that a metric defines; ``distance``, ``pairwise`` and the call on tensors are de
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import inspect
 import json
+import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Hashable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from lsim.preprocess import FramesError, Preprocessing, Scope, apply, as_frames, truncate_to_8bit
+from lsim.embedding import Embedding
+from lsim.prepared import Prepared, prepare
+from lsim.preprocess import FramesError, Preprocessing, Scope, as_frames
+
+Mask: TypeAlias = Literal["nan"] | ArrayLike | None
+"""What is left out of comparisons: pixels that are NaN in either frame, or where an array is false."""
 
 
 class SizeWarning(UserWarning):
@@ -48,6 +56,11 @@ class MetricInfo:
         Frame sizes, before and after resizing, outside of which it warns once.
     distance_to_itself : float
         The value for identical frames.
+    takes_mask : bool
+        Whether missing pixels can be left out of both frames, see :meth:`Metric.pairwise`.
+    one_channel_suffices : bool
+        Whether one channel gives the distance that three equal ones do: a scalar field then comes to
+        :meth:`Metric.embed` with one channel instead of three.
     lower_is_more_similar : bool
         Always true: similarities are negated or taken from one.
     """
@@ -60,23 +73,9 @@ class MetricInfo:
     minimum_size: int = 1
     advised_sizes: tuple[int, int] | None = None
     distance_to_itself: float = 0.0
+    takes_mask: bool = False
+    one_channel_suffices: bool = False
     lower_is_more_similar: bool = True
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """A metric's state per frame: named tensors that share their first axis, one entry a frame."""
-
-    parts: dict[str, Tensor] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(next(iter(self.parts.values())))
-
-    def __getitem__(self, frames: slice) -> Embedding:
-        return Embedding({name: part[frames] for name, part in self.parts.items()})
-
-    def __iter__(self) -> Iterator[Embedding]:
-        return (self[k : k + 1] for k in range(len(self)))
 
 
 class Metric(ABC):
@@ -99,15 +98,52 @@ class Metric(ABC):
     """Whether the published evaluation truncates to 8 bit for this metric; its ``computeDistance`` then
     doesn't resize either."""
 
-    def __init__(self, name: str, preprocessing: Preprocessing, device: torch.device) -> None:
+    shares_embedding: ClassVar[str] = ""
+    """Metrics with the same name here embed alike, so that a run embeds each frame once for all of them."""
+
+    def __init__(self, name: str, preprocessing: Preprocessing, device: torch.device, **options: Any) -> None:
+        if preprocessing.mask and not self.info.takes_mask:
+            raise ValueError(f"metric {name!r} cannot leave out single pixels: it takes no mask")
         self.name = name
         self.preprocessing = preprocessing
         self.device = device
+        self.options = options
+        self.source_sha256 = ""
+        """Of the file of a metric of one's own that is loaded by reference: another file, other distances."""
         self._warned = False
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        weights: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Make the metric. Metrics with weights override it; see :func:`lsim.load_metric`."""
+        if weights is not None:
+            raise ValueError(f"metric {name!r} has no weights; got weights={os.fspath(weights)!r}")
+        return cls(name, preprocessing, device, **options)
+
+    @classmethod
+    def why_unavailable(cls, name: str, weights: str | os.PathLike[str] | None = None) -> str:
+        """Empty when it can be loaded here, else the reason with the command that changes that."""
+        return ""
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """What the metric can be told besides the common settings: keyword-only arguments of its own."""
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
     @abstractmethod
     def embed(self, frames: Tensor) -> Embedding:
-        """Per-frame state of frames (n, y, x, channel) in the metric's :attr:`~MetricInfo.value_range`."""
+        """Per-frame state of frames (n, y, x, channel) in the metric's :attr:`~MetricInfo.value_range`.
+
+        Three channels; or one, where :attr:`MetricInfo.one_channel_suffices`. Metrics that take a mask are
+        given NaN for missing pixels, and no others are.
+        """
 
     @abstractmethod
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
@@ -122,12 +158,20 @@ class Metric(ABC):
 
     def specification(self) -> dict[str, Any]:
         """All that determines the metric's values, as JSON: what results record and fingerprints hash."""
-        return {
+        settings = asdict(self.preprocessing)
+        if not settings["mask"]:
+            del settings["mask"]
+        found = {
             "metric": self.name,
             "algorithm_version": self.algorithm_version,
-            "preprocessing": asdict(self.preprocessing),
+            "preprocessing": settings,
             "quantised": self.quantised,
         }
+        if self.options:
+            found["options"] = self.options
+        if self.source_sha256:
+            found["source_sha256"] = self.source_sha256
+        return found
 
     @property
     def specification_hash(self) -> str:
@@ -144,7 +188,7 @@ class Metric(ABC):
     def _follows_8bit_publication(self) -> bool:
         return self.published_on_8bit and self.preprocessing.compat == "published"
 
-    def distance(self, a: ArrayLike, b: ArrayLike, scope: Scope = "batch") -> np.ndarray:
+    def distance(self, a: ArrayLike, b: ArrayLike, scope: Scope = "batch", mask: Mask = None) -> np.ndarray:
         """Distances between two arrays, frame by frame.
 
         Parameters
@@ -154,11 +198,16 @@ class Metric(ABC):
         scope : str or (lo, hi), default "batch"
             Over which frames minimum and maximum are taken: ``"batch"``, jointly over both arguments
             and the whole batch, as published; ``"pair"``, over each pair alone; ``(lo, hi)``, fixed.
+        mask : "nan" or array_like of bool, optional
+            Leave missing pixels out of both frames, rather than their frames out of everything, for metrics
+            that take it (:attr:`MetricInfo.takes_mask`). ``"nan"``: those that are NaN or infinite in either
+            frame. An array (y, x), or of the frames' shape with or without the channel: besides those, where
+            it is false, in both.
 
         Returns
         -------
         ndarray of shape (batch,), float64
-            NaN where a frame holds NaN or infinity.
+            NaN where a frame holds NaN or infinity; with a mask, where no pixel is left.
 
         Raises
         ------
@@ -168,6 +217,9 @@ class Metric(ABC):
         first, second = _as_batch(a, "a"), _as_batch(b, "b")
         if first.shape != second.shape:
             raise ValueError(f"a and b differ in shape: {np.shape(a)} and {np.shape(b)}")
+        if mask is not None:
+            metric = self._masking()
+            return metric.distance(_where(first, mask), _where(second, mask), scope)
         if scope == "pair":
             pairs = zip(first, second, strict=True)
             return np.concatenate([self.distance(left[None], right[None], "batch") for left, right in pairs])
@@ -175,15 +227,15 @@ class Metric(ABC):
             np.concatenate([first, second]), scope, resized=not self._follows_8bit_publication
         )
         with torch.no_grad():
-            embedding = self.embed(self._tensor(prepared))
+            embedding = self.embed(self._frames(prepared))
             left, right = embedding[slice(0, len(first))], embedding[slice(len(first), None)]
             values = torch.cat([self.compare(x, y).reshape(1) for x, y in zip(left, right, strict=True)])
-        comparable = _comparable(prepared)
         distances = values.double().cpu().numpy()
+        comparable = prepared.comparable
         distances[~(comparable[: len(first)] & comparable[len(first) :])] = np.nan
         return distances
 
-    def pairwise(self, frames: ArrayLike, scope: Scope = "sequence") -> np.ndarray:
+    def pairwise(self, frames: ArrayLike, scope: Scope = "sequence", mask: Mask = None) -> np.ndarray:
         """All distances among the frames of a sequence; each frame is embedded once.
 
         Parameters
@@ -192,20 +244,25 @@ class Metric(ABC):
         scope : str or (lo, hi), default "sequence"
             Over which frames minimum and maximum are taken. ``"pair"`` normalises every pair for itself,
             and so has to embed each frame n−1 times.
+        mask : "nan" or array_like of bool, optional
+            As :meth:`distance` takes it.
 
         Returns
         -------
         ndarray of shape (n, n), float64
-            Symmetric; NaN in row and column of a frame that holds NaN or infinity. The diagonal is the
-            metric's distance of a frame to itself: 0, and −inf for PSNR.
+            Symmetric where the metric is; NaN in row and column of a frame that holds NaN or infinity. The
+            diagonal is the metric's distance of a frame to itself: 0, and −inf for PSNR.
         """
         array = as_frames(np.asarray(frames))
+        if mask is not None:
+            return self._masking().pairwise(_where(array, mask), scope)
         if scope != "pair":
             return self.all_pairs(self.prepare(array, scope))
         matrix = np.empty((len(array), len(array)))
         for i in range(len(array)):
             for j in range(i, len(array)):
-                matrix[i, j] = matrix[j, i] = self.all_pairs(self.prepare(array[[i, j]], "pair"))[0, 1]
+                both = self.all_pairs(self.prepare(array[[i, j]], "pair"))
+                matrix[i, j], matrix[j, i] = both[0, 1], both[1, 0]
         np.fill_diagonal(matrix, np.where(np.isnan(matrix.diagonal()), np.nan, self.info.distance_to_itself))
         return matrix
 
@@ -235,54 +292,71 @@ class Metric(ABC):
         self.check_size(reference.shape[2], reference.shape[3])
         self._warn_of_size(reference.shape[2], reference.shape[3])
         stacked = torch.cat([reference, other]).to(self.device).permute(0, 2, 3, 1)
-        if stacked.shape[-1] == 1:
+        if stacked.shape[-1] == 1 and not self.info.one_channel_suffices:
             stacked = stacked.expand(*stacked.shape[:-1], 3)
         if self.quantised:
             stacked = stacked.clamp(0, 255).floor()
         embedding = self.embed(stacked)
         return self.paired(embedding[slice(0, len(reference))], embedding[slice(len(reference), None)])
 
-    def prepare(self, frames: np.ndarray, scope: Scope, *, resized: bool = True) -> np.ndarray:
+    def prepare(self, frames: np.ndarray, scope: Scope, *, resized: bool = True) -> Prepared:
         """Apply the metric's preprocessing to (n, y, x, channel), and check the resulting size.
 
-        What it returns depends on :attr:`preprocessing` alone, so metrics with equal ones can share it.
+        What it returns depends on :attr:`preprocessing` and the device alone, so metrics with equal ones can
+        share it.
         """
-        settings = self.preprocessing
-        if not resized:
-            settings = Preprocessing(None, settings.order, settings.compat)
+        settings = self.preprocessing if resized else replace(self.preprocessing, size=None)
         size = settings.size
         y, x = (size, size) if size is not None else frames.shape[1:3]
         self.check_size(int(y), int(x))
         self._warn_of_size(frames.shape[1], frames.shape[2])
         self._warn_of_size(int(y), int(x))
-        return apply(settings, frames, scope)
+        return prepare(frames, settings, scope, self.device)
 
-    def all_pairs(self, prepared: np.ndarray) -> np.ndarray:
-        """:meth:`pairwise` for frames that :meth:`prepare` made: (n, y, x, 3) → (n, n) float64."""
-        self.check_size(prepared.shape[1], prepared.shape[2])
+    def all_pairs(self, prepared: Prepared) -> np.ndarray:
+        """:meth:`pairwise` for frames that :meth:`prepare` made: (n, n) float64."""
         with torch.no_grad():
-            embedding = self.embed(self._tensor(prepared))
-            matrix = self.compare(embedding, embedding).double().cpu().numpy()
+            embedding = self._embedding(prepared)
+            matrix = self.compare(embedding, embedding).double().cpu().numpy().copy()
         if "symmetric" in self.info.axioms:
             # To the last bit: some devices add d(i, j) and d(j, i) in another order.
             below = np.tril_indices(len(matrix), -1)
             matrix[below] = matrix.T[below]
         np.fill_diagonal(matrix, self.info.distance_to_itself)
-        comparable = _comparable(prepared)
-        matrix[~comparable] = np.nan
-        matrix[:, ~comparable] = np.nan
+        matrix[~prepared.comparable] = np.nan
+        matrix[:, ~prepared.comparable] = np.nan
         return matrix
 
-    def from_reference(self, prepared: np.ndarray) -> np.ndarray:
+    def from_reference(self, prepared: Prepared) -> np.ndarray:
         """Row 0 of :meth:`all_pairs` alone: distances of the first frame to all, (n,) float64."""
-        self.check_size(prepared.shape[1], prepared.shape[2])
         with torch.no_grad():
-            embedding = self.embed(self._tensor(prepared))
-            row = self.compare(embedding[slice(0, 1)], embedding)[0].double().cpu().numpy()
+            embedding = self._embedding(prepared)
+            row = self.compare(embedding[slice(0, 1)], embedding)[0].double().cpu().numpy().copy()
         row[0] = self.info.distance_to_itself
-        comparable = _comparable(prepared)
+        comparable = prepared.comparable
         row[~(comparable & comparable[0])] = np.nan
         return row
+
+    def _embedding(self, prepared: Prepared) -> Embedding:
+        self.check_size(prepared.values.shape[1], prepared.values.shape[2])
+        return prepared.embedding(self._shared_as, lambda: self.embed(self._frames(prepared)))
+
+    def _frames(self, prepared: Prepared) -> Tensor:
+        return prepared.frames(quantised=self.quantised, one_channel=self.info.one_channel_suffices)
+
+    @property
+    def _shared_as(self) -> Hashable:
+        return (self.shares_embedding, self.quantised) if self.shares_embedding else None
+
+    def _masking(self) -> Self:
+        """This metric, told to leave out what is missing."""
+        if self.preprocessing.mask:
+            return self
+        if not self.info.takes_mask:
+            raise ValueError(f"metric {self.name!r} cannot leave out single pixels: it takes no mask")
+        masking = copy.copy(self)
+        masking.preprocessing = replace(self.preprocessing, mask=True)
+        return masking
 
     def check_size(self, y: int, x: int) -> None:
         """Raise :class:`ValueError` for frames of a size that the metric cannot take."""
@@ -307,10 +381,6 @@ class Metric(ABC):
                 stacklevel=4,
             )
 
-    def _tensor(self, prepared: np.ndarray) -> Tensor:
-        values = truncate_to_8bit(prepared) if self.quantised else prepared
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(self.device)
-
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {json.dumps(self.specification(), default=str)} on {self.device}>"
 
@@ -334,6 +404,19 @@ def _as_batch(array: ArrayLike, what: str) -> np.ndarray:
     return as_frames(values[None] if values.ndim == 3 else values, what)
 
 
-def _comparable(prepared: np.ndarray) -> np.ndarray:
-    """Frames that hold no NaN; preparing makes a frame with NaN or infinity all NaN."""
-    return np.isfinite(prepared[:, 0, 0, 0])
+def _where(frames: np.ndarray, mask: Mask) -> np.ndarray:
+    """Frames (n, y, x, channel) in floating point, NaN where a mask leaves them out."""
+    if isinstance(mask, str):
+        if mask != "nan":
+            raise ValueError(f"mask must be 'nan' or an array of bool, got {mask!r}")
+        return frames
+    kept = np.asarray(mask)
+    if kept.dtype != np.bool_:
+        raise ValueError(f"mask must be 'nan' or an array of bool, got one of {kept.dtype}")
+    wanted = {frames.shape[1:3]: kept[None, ..., None], frames.shape[:3]: kept[..., None], frames.shape: kept}
+    if kept.shape not in wanted:
+        raise ValueError(
+            f"mask has shape {kept.shape}; expected {' or '.join(map(str, wanted))} for frames {frames.shape}"
+        )
+    dtype = frames.dtype if frames.dtype.kind == "f" else np.float64
+    return np.where(wanted[kept.shape], frames.astype(dtype, copy=False), np.array(np.nan, dtype))

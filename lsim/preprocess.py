@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -43,11 +44,15 @@ class Preprocessing:
     compat : {"default", "published"}
         ``"published"`` keeps the rim of zeros that scipy writes at some sizes (see :func:`resize`), and
         whole numbers where the input is integers of which some, but not all channels are constant.
+    mask : bool
+        Keep single pixels that are missing (NaN or infinite) as NaN, out of minimum and maximum, instead
+        of giving up their frame. For orders 0 and 1.
     """
 
     size: int | None = 224
     order: int = 0
     compat: Compat = "default"
+    mask: bool = False
 
     def __post_init__(self) -> None:
         # Equal settings have to hash alike: NumPy's integers become Python's, and True is not 1.
@@ -58,6 +63,10 @@ class Preprocessing:
         object.__setattr__(self, "order", _integer(self.order, f"order must be one of {ORDERS}"))
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {ORDERS}, got {self.order!r}")
+        if self.mask and self.order > 1:
+            raise ValueError(
+                f"a mask goes with order 0 or 1, got {self.order}: splines spread a missing pixel everywhere"
+            )
         if self.compat not in ("default", "published"):
             raise ValueError(f"compat must be 'default' or 'published', got {self.compat!r}")
 
@@ -113,14 +122,25 @@ def preprocess(
     array = np.asarray(frames)
     if array.ndim == 5 and array.size:
         if isinstance(scope, str) and scope == "sequence":
-            return np.stack([apply(settings, sequence, scope) for sequence in array])
-        flat = apply(settings, array.reshape(-1, *array.shape[2:]), scope)
+            return np.stack([_repeated(apply(settings, sequence, scope)) for sequence in array])
+        flat = _repeated(apply(settings, array.reshape(-1, *array.shape[2:]), scope))
         return flat.reshape(*array.shape[:2], *flat.shape[1:])
-    return apply(settings, as_frames(array), scope)
+    return _repeated(apply(settings, as_frames(array), scope))
 
 
 def apply(settings: Preprocessing, frames: np.ndarray, scope: Scope) -> np.ndarray:
-    """:func:`preprocess` for one stack (n, y, x, channel) over one scope, with the settings bundled."""
+    """:func:`preprocess` for one stack over one scope, with the settings bundled; a channel stays one.
+
+    Parameters
+    ----------
+    settings : Preprocessing
+    frames : ndarray of shape (n, y, x, channel)
+    scope : str or (lo, hi)
+
+    Returns
+    -------
+    ndarray of shape (n, y', x', 1 or 3), float32
+    """
     frames = drop_alpha(frames)
     if not isinstance(scope, str | tuple):
         raise ValueError(f"scope must be one of {SCOPES} or a tuple (lo, hi), got {scope!r}")
@@ -128,23 +148,41 @@ def apply(settings: Preprocessing, frames: np.ndarray, scope: Scope) -> np.ndarr
         raise ValueError(
             f"scope 'pair' is taken over two frames, got {len(frames)}; use 'sequence', 'batch' or (lo, hi)"
         )
+    if settings.mask:
+        frames = _missing_as_nan(frames)
     finite = finite_frames(frames)
     if settings.size is not None:
         frames = resize(frames, settings.size, settings.order, zero_rim=settings.compat == "published")
-    if not finite.all():
+    if not settings.mask and not finite.all():
         # Order 0 may step over the very pixel that is missing.
         frames = np.where(finite[:, None, None, None], frames, np.nan)
     whole_numbers = frames.dtype.kind in "iu"
     frames = _working_precision(frames)
-    lo, hi = _fixed_range(scope, frames.shape[-1]) if isinstance(scope, tuple) else value_range(frames, scope)
-    result = normalise(frames, lo, hi)
+    lo, hi = (
+        _fixed_range(scope, frames.shape[-1])
+        if isinstance(scope, tuple)
+        else value_range(frames, scope, masked=settings.mask)
+    )
+    result = normalise(frames, lo, hi, masked=settings.mask)
     if settings.compat == "published" and whole_numbers and (lo == hi).any() and not (lo == hi).all():
         # Where some channels are constant, the published code writes each channel back into the array of
         # integers that it came from.
         np.floor(result, out=result)
     # The published code, too, rounds to single precision before it truncates to 8 bit.
-    result = result.astype(np.float32, copy=False)
-    return np.repeat(result, 3, axis=-1) if result.shape[-1] == 1 else result
+    return result.astype(np.float32, copy=False)
+
+
+def _repeated(frames: np.ndarray) -> np.ndarray:
+    """One channel as three equal ones."""
+    return np.repeat(frames, 3, axis=-1) if frames.shape[-1] == 1 else frames
+
+
+def _missing_as_nan(frames: np.ndarray) -> np.ndarray:
+    """Infinite values are missing, too; a pixel is missing in all channels or in none."""
+    if frames.dtype.kind != "f":
+        return frames
+    missing = ~np.isfinite(frames).all(axis=-1, keepdims=True)
+    return np.where(missing, np.array(np.nan, frames.dtype), frames) if missing.any() else frames
 
 
 def as_frames(array: ArrayLike, what: str = "frames") -> np.ndarray:
@@ -282,7 +320,9 @@ def _spline(frames: np.ndarray, size: int, order: int, zero_rim: bool) -> np.nda
     return exact
 
 
-def value_range(frames: np.ndarray, where: str = "sequence") -> tuple[np.ndarray, np.ndarray]:
+def value_range(
+    frames: np.ndarray, where: str = "sequence", *, masked: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Minimum and maximum per channel over all frames that are finite throughout.
 
     Parameters
@@ -290,6 +330,8 @@ def value_range(frames: np.ndarray, where: str = "sequence") -> tuple[np.ndarray
     frames : ndarray of shape (n, y, x, channel)
     where : str
         The scope's name, checked to be a known one.
+    masked : bool, default False
+        Over all values but NaN instead.
 
     Returns
     -------
@@ -298,6 +340,11 @@ def value_range(frames: np.ndarray, where: str = "sequence") -> tuple[np.ndarray
     """
     if not isinstance(where, str) or where not in SCOPES:
         raise ValueError(f"scope must be one of {SCOPES} or (lo, hi), got {where!r}")
+    if masked:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="All-NaN")
+            lo, hi = (extreme(frames, axis=(0, 1, 2)) for extreme in (np.nanmin, np.nanmax))
+        return lo.astype(np.float64), hi.astype(np.float64)
     finite = finite_frames(frames)
     if not finite.any():
         return np.full(frames.shape[-1], np.nan), np.full(frames.shape[-1], np.nan)
@@ -319,7 +366,7 @@ def finite_frames(frames: np.ndarray) -> np.ndarray:
     return sums
 
 
-def normalise(frames: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+def normalise(frames: np.ndarray, lo: np.ndarray, hi: np.ndarray, *, masked: bool = False) -> np.ndarray:
     """255·((frames − lo)/(hi − lo)) per channel, in the precision of ``frames``; 0 where lo equals hi.
 
     Parameters
@@ -330,7 +377,7 @@ def normalise(frames: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
     Returns
     -------
     ndarray of shape (n, y, x, channel), dtype of ``frames``
-        Frames that are not finite throughout are all NaN.
+        Frames that are not finite throughout are all NaN; ``masked`` ones, only where they are NaN.
     """
     dtype = frames.dtype
     finite = finite_frames(frames)
@@ -338,7 +385,7 @@ def normalise(frames: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
         spread = hi.astype(dtype) - lo.astype(dtype)
     if dtype == np.float32 and not _comfortable(spread):
         # The range over- or underflows single precision.
-        return normalise(frames.astype(np.float64), lo, hi).astype(np.float32)
+        return normalise(frames.astype(np.float64), lo, hi, masked=masked).astype(np.float32)
     constant = spread == 0
     x = frames.shape[2]
     with np.errstate(over="ignore", invalid="ignore"):
@@ -348,7 +395,9 @@ def normalise(frames: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
     out = out.reshape(frames.shape)
     if constant.any():
         out[..., constant] = 0
-    if not finite.all():
+    if masked:
+        out[np.isnan(frames)] = np.nan
+    elif not finite.all():
         out[~finite] = np.nan
     return out
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
+import importlib
 import importlib.metadata
+import inspect
 import os
+import re
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,15 +23,7 @@ from lsim.metrics.learned import LSiM, LSiMAlex, LSiMSkip
 from lsim.metrics.pixel import L1, L2, PSNR
 from lsim.metrics.structural import SSIM
 from lsim.preprocess import Compat, Preprocessing
-from lsim.weights import (
-    SHIPPED,
-    MissingWeightsError,
-    WeightsError,
-    find_weights,
-    load_checkpoint,
-    read_metadata,
-    verified_bytes,
-)
+from lsim.weights import WeightsError, find_weights, read_metadata
 
 METRICS: dict[str, type[Metric]] = {
     "l1": L1,
@@ -41,7 +39,7 @@ METRICS: dict[str, type[Metric]] = {
 }
 """Name to class, in the order in which tables list them."""
 
-LEARNED: dict[str, type[LSiM]] = {"lsim": LSiM, "skip": LSiMSkip, "alex": LSiMAlex}
+LEARNED: dict[str, type[Metric]] = {"lsim": LSiM, "skip": LSiMSkip, "alex": LSiMAlex}
 """Name of a trunk, as a file of weights states it, to class."""
 
 ENTRY_POINT = "lsim.metrics"
@@ -86,13 +84,44 @@ class ListedMetric:
 
 
 def metric_class(name: str) -> type[Metric]:
-    """The class registered under ``name``; raises :class:`UnknownMetricError`."""
+    """The class registered under ``name``, or that ``"module:Class"`` refers to.
+
+    Raises
+    ------
+    UnknownMetricError
+        When there is none, or it is no metric.
+    """
+    if ":" in name:
+        return _imported(name)
     known = registered()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}"
         raise UnknownMetricError(f"no metric named {name!r}; {hint}")
     return known[name]
+
+
+def metric_name(name: str) -> str:
+    """What results call a metric: its name, or for ``"module:MyMetric"`` ``"my-metric"``."""
+    _, _, cls = name.partition(":")
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.rpartition(".")[2]).lower() if cls else name
+
+
+def _imported(reference: str) -> type[Metric]:
+    module, _, qualified = reference.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in qualified.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise UnknownMetricError(f"no metric at {reference!r}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Metric)):
+        raise UnknownMetricError(f"{reference!r} is no subclass of lsim.Metric, found {found!r}")
+    if (name := metric_name(reference)) in registered():
+        raise UnknownMetricError(
+            f"{reference!r} would be called {name!r}, as a metric that is there: call its class otherwise"
+        )
+    return found
 
 
 def learned_class(name: str, weights: str | os.PathLike[str]) -> type[Metric]:
@@ -136,19 +165,12 @@ def describe_metrics() -> list[ListedMetric]:
 
 
 def why_unavailable(name: str, weights: str | os.PathLike[str] | None = None) -> str:
-    """Empty when the metric can be loaded here, else the reason with the command that gets its weights."""
-    if weights is None and not issubclass(metric_class(name), LSiM):
-        return ""
+    """Empty when the metric can be loaded here, else the reason with the command that changes that."""
     try:
-        verified_bytes(find_weights(name, weights))
-    except MissingWeightsError as error:
-        wanted = str(weights or name)
-        if wanted in SHIPPED:
-            return str(error)
-        return f"its weights are not here; get them with 'lsim weights fetch {wanted}'"
+        cls = metric_class(name) if weights is None else learned_class(name, weights)
     except WeightsError as error:
         return str(error)
-    return ""
+    return cls.why_unavailable(name, weights)
 
 
 def default_metric() -> str:
@@ -163,14 +185,17 @@ def load_metric(
     size: int | None = 224,
     order: int = 0,
     compat: Compat = "default",
+    *,
+    mask: bool = False,
+    **options: Any,
 ) -> Metric:
     """Load a metric, ready to measure distances.
 
     Parameters
     ----------
     name : str, optional
-        One of :func:`list_metrics`; or any other, for ``weights`` of one's own. Default: see
-        :func:`default_metric`; the metric's ``name`` says which it is.
+        One of :func:`list_metrics`; any other, for ``weights`` of one's own; or ``"module:Class"``, a
+        metric of one's own. Default: see :func:`default_metric`; the metric's ``name`` says which it is.
     weights : path or str, optional
         For learned metrics: a file, or the name of published weights. Default: the metric's own, searched
         in ``$LSIM_WEIGHTS``, the user cache and the package.
@@ -182,8 +207,13 @@ def load_metric(
         Spline order of the resize.
     compat : {"default", "published"}
         ``"published"`` reproduces the published evaluation: ``l2``, ``psnr``, ``ssim`` and ``vi`` on
-        values truncated to 8 bit, which :meth:`Metric.distance` of these doesn't resize, and scipy's rim
-        of zeros after some resizes. In ``"default"`` all but ``vi`` keep floating-point values.
+        values truncated to 8 bit, which :meth:`Metric.distance` of these doesn't resize, LPIPS on frames in
+        [0, 255], and scipy's rim of zeros after some resizes. In ``"default"`` all but the metrics of
+        histograms keep floating-point values.
+    mask : bool, default False
+        Leave missing pixels (NaN) out of comparisons instead of their frames, for metrics that can.
+    **options
+        What the metric itself can be told, such as ``window="gaussian"`` of ``ssim``: see its class.
 
     Raises
     ------
@@ -197,11 +227,13 @@ def load_metric(
     if name is None:
         name = default_metric()
     cls = metric_class(name) if weights is None else learned_class(name, weights)
-    preprocessing = Preprocessing(size, order, compat)
-    target = resolve_device(device)
-    if issubclass(cls, LSiM):
-        checkpoint = load_checkpoint(find_weights(name, weights), cls.trunk_class)
-        return cls(name, preprocessing, target, checkpoint)
-    if weights is not None:
-        raise ValueError(f"metric {name!r} has no weights; got weights={os.fspath(weights)!r}")
-    return cls(name, preprocessing, target)
+    if unknown := sorted(options.keys() - set(cls.option_names())):
+        known = ", ".join(cls.option_names()) or "none"
+        raise ValueError(f"metric {name!r} has no option {', '.join(unknown)}; it has: {known}")
+    preprocessing = Preprocessing(size, order, compat, mask)
+    metric = cls.load(metric_name(name), preprocessing, resolve_device(device), weights, **options)
+    if ":" in name:
+        # Its author changes it between runs, and won't think of a version each time.
+        file = inspect.getsourcefile(cls)
+        metric.source_sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    return metric

@@ -201,13 +201,15 @@ def check_consistency(metric: Metric, frames: np.ndarray, kind: str = "given") -
     row = metric.from_reference(prepared)
     _agree(row, matrix[0], f"{where}: from_reference against row 0 of all_pairs")
 
-    planes = _planes(prepared)
+    planes = _planes(prepared.values)
     with torch.no_grad():
         called = metric(planes[first], planes[second]).double().cpu().numpy()
     _agree(called, flat, f"{where}: metric(reference, other) on prepared tensors against pairwise")
 
-    embedding = metric.embed(planes.permute(0, 2, 3, 1).float().to(metric.device))
     with torch.no_grad():
+        embedding = metric.embed(
+            prepared.frames(quantised=metric.quantised, one_channel=metric.info.one_channel_suffices)
+        )
         block = metric.compare(embedding[slice(0, 2)], embedding)
     _require(
         tuple(block.shape) == (2, len(frames)),
@@ -264,7 +266,7 @@ def check_gradients(metric: Metric, frames: np.ndarray) -> None:
     ------
     AssertionError
     """
-    planes = _planes(metric.prepare(frames, "sequence")).float()
+    planes = _planes(metric.prepare(frames, "sequence").values)
     where = f"metric {metric.name!r}"
     # The last pair is of equal frames: its gradients must not spoil those of the batch.
     reference = planes[[0, 0, 1]].clone().requires_grad_()
@@ -349,9 +351,9 @@ def write_random_checkpoint(
     return Path(path)
 
 
-def _planes(prepared: np.ndarray) -> Tensor:
+def _planes(values: Tensor) -> Tensor:
     """(n, y, x, channel) → (n, channel, y, x), as the call on tensors takes it."""
-    return torch.from_numpy(np.ascontiguousarray(prepared)).permute(0, 3, 1, 2)
+    return values.permute(0, 3, 1, 2)
 
 
 def _agree(found: np.ndarray, expected: np.ndarray, what: str, atol: float = 0.0) -> None:

@@ -174,6 +174,20 @@ def find_weights(name: str, weights: str | os.PathLike[str] | None = None) -> Pa
     )
 
 
+def why_missing(name: str, weights: str | os.PathLike[str] | None = None) -> str:
+    """Empty when a metric's weights are here and whole, else the reason with the command that gets them."""
+    try:
+        verified_bytes(find_weights(name, weights))
+    except MissingWeightsError as error:
+        wanted = str(weights or name)
+        if wanted in SHIPPED:
+            return str(error)
+        return f"its weights are not here; get them with 'lsim weights fetch {wanted}'"
+    except WeightsError as error:
+        return str(error)
+    return ""
+
+
 def search_folders() -> list[Path]:
     """Where weights are looked for, in order: ``$LSIM_WEIGHTS``, the user cache, the package."""
     named = [Path(p).expanduser() for p in os.environ.get("LSIM_WEIGHTS", "").split(os.pathsep) if p]

@@ -20,6 +20,7 @@ import numpy as np
 import pydantic
 
 from lsim.metric import Metric
+from lsim.prepared import Prepared
 from lsim.preprocess import (
     Compat,
     FramesError,
@@ -315,7 +316,7 @@ def compute_block(task: BlockTask) -> int:
     done: dict[str, dict[int, str]] = {metric.name: {} for metric in metrics}
     for row in sorted({row for rows in block.rows.values() for row in rows}):
         sequence = store.read(frames, row)
-        prepared: dict[Preprocessing, np.ndarray] = {}
+        prepared: dict[Preprocessing, Prepared] = {}
         for metric in metrics:
             if row not in block.rows[metric.name]:
                 continue
@@ -347,7 +348,7 @@ def compute_block(task: BlockTask) -> int:
 def _matrix(
     metric: Metric,
     sequence: np.ndarray,
-    prepared: dict[Preprocessing, np.ndarray],
+    prepared: dict[Preprocessing, Prepared],
     scope: Scope,
     pairs: Pairs,
 ) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from archives import archive_of, matrices_of, smooth_sequence, write_archive
 from commands import run_lsim
@@ -15,6 +16,7 @@ from commands import run_lsim
 import lsim
 from lsim.metrics.pixel import L2
 from lsim.networks import LsimTrunk
+from lsim.prepared import Prepared
 from lsim.testing import write_random_checkpoint
 from lsim.weights import load_checkpoint, save_checkpoint
 from pipeline import schema, store
@@ -163,7 +165,8 @@ def test_dataset_scope_is_that_of_the_library(tmp_path, size, channels):
     prepared = lsim.preprocess(np.stack(list(archive["A/density"].values())), size=size, scope="dataset")
     found = matrices_of(tmp_path / "d.zarr")["l2"]
     for row in range(2):
-        np.testing.assert_allclose(found[row], metric.all_pairs(prepared[row]), rtol=1e-6)
+        frames_of_row = Prepared(torch.from_numpy(prepared[row]), np.ones(len(prepared[row]), bool))
+        np.testing.assert_allclose(found[row], metric.all_pairs(frames_of_row), rtol=1e-6)
 
 
 def test_a_frame_with_nan_is_named_and_costs_only_its_own_pairs(tmp_path):

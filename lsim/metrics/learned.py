@@ -12,8 +12,9 @@ Euclidean distance of the vectors z: a frame is embedded once, a pair is one pas
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from lsim.networks import AlexTrunk, LsimTrunk, SkipTrunk
 from lsim.pairs import all_pairs, has_kernel, rows_in_torch, squared_differences
 from lsim.preprocess import FramesError, Preprocessing
 from lsim.threads import in_threads
-from lsim.weights import Checkpoint
+from lsim.weights import Checkpoint, find_weights, load_checkpoint, why_missing
 
 FRAMES_TOGETHER = 64
 """Frames in one pass of the network on a GPU, or where gradients are wanted."""
@@ -58,6 +59,22 @@ class LSiM(Metric):
         self._scales: dict[tuple[tuple[int, int], ...], list[Tensor]] = {}
         if preprocessing.size is not None:
             self.check_size(preprocessing.size, preprocessing.size)
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        weights: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> Self:
+        checkpoint = load_checkpoint(find_weights(name, weights), cls.trunk_class)
+        return cls(name, preprocessing, device, checkpoint, **options)
+
+    @classmethod
+    def why_unavailable(cls, name: str, weights: str | os.PathLike[str] | None = None) -> str:
+        return why_missing(name, weights)
 
     def specification(self) -> dict[str, Any]:
         return super().specification() | {"weights_sha256": self.weights_sha256}

@@ -1,0 +1,32 @@
+"""What a metric keeps of each frame, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A metric's state per frame: named tensors that share their first axis, one entry a frame."""
+
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    _derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, what: str, compute: Callable[[], Any]) -> Any:
+        """``compute()``, the first time; metrics that share this embedding then take the same again."""
+        if what not in self._derived:
+            self._derived[what] = compute()
+        return self._derived[what]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.parts.values())))
+
+    def __getitem__(self, frames: slice) -> Embedding:
+        return Embedding({name: part[frames] for name, part in self.parts.items()})
+
+    def __iter__(self) -> Iterator[Embedding]:
+        return (self[k : k + 1] for k in range(len(self)))

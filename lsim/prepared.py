@@ -1,0 +1,86 @@
+"""Frames as metrics take them, on their device, with what metrics share of them.
+
+Preparing depends on the settings alone, so all metrics of a run share it; a family of metrics that embeds
+alike shares the embedding, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lsim.embedding import Embedding
+from lsim.preprocess import Preprocessing, Scope, apply, truncate_to_8bit
+
+
+@dataclass(eq=False)
+class Prepared:
+    """A sequence's frames in [0, 255], ready for every metric with the same preprocessing.
+
+    Attributes
+    ----------
+    values : Tensor of shape (n, y, x, channel)
+        float32 on the metrics' device; one or three channels. One channel stands for three equal ones.
+        A frame that cannot be compared is all NaN; in ``masked`` frames single missing pixels are NaN.
+    comparable : ndarray of shape (n,), bool
+        Frames that have values to compare.
+    masked : bool
+        Whether pixels that are missing (NaN) are left out of comparisons, rather than their frames.
+    """
+
+    values: Tensor
+    comparable: np.ndarray
+    masked: bool = False
+    _embeddings: dict[Hashable, Embedding] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @cached_property
+    def truncated(self) -> Tensor:
+        """The same in whole numbers of 0 … 255, as float32."""
+        if self.values.device.type == "cpu":
+            return torch.from_numpy(truncate_to_8bit(self.values.numpy()))
+        return self.values.clamp(0, 255).floor()
+
+    def frames(self, *, quantised: bool, one_channel: bool) -> Tensor:
+        """The frames as a metric takes them: truncated or not, a single channel as one or as three."""
+        values = self.truncated if quantised else self.values
+        if one_channel or values.shape[-1] != 1:
+            return values
+        return values.expand(*values.shape[:-1], 3)
+
+    def embedding(self, shared_as: Hashable, embed: Callable[[], Embedding]) -> Embedding:
+        """``embed()``, kept for the metrics to come where it is shared under a name."""
+        if shared_as is None:
+            return embed()
+        if shared_as not in self._embeddings:
+            self._embeddings[shared_as] = embed()
+        return self._embeddings[shared_as]
+
+
+def prepare(frames: np.ndarray, settings: Preprocessing, scope: Scope, device: torch.device) -> Prepared:
+    """Resize and normalise a sequence, once for all metrics that want it so.
+
+    Parameters
+    ----------
+    frames : ndarray of shape (n, y, x, channel)
+    settings : Preprocessing
+    scope : str or (lo, hi)
+    device : torch.device
+
+    Raises
+    ------
+    lsim.FramesError
+        For shapes and channels that no metric takes.
+    """
+    values = apply(settings, frames, scope)
+    # Without a mask, preparing makes a frame with NaN or infinity all NaN.
+    comparable = np.isfinite(values if settings.mask else values[:, :1, :1, :1]).any(axis=(1, 2, 3))
+    tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(device)
+    return Prepared(tensor, comparable, settings.mask)
