@@ -110,6 +110,7 @@ class Metric(ABC):
         self.options = options
         self.source_sha256 = ""
         """Of the file of a metric of one's own that is loaded by reference: another file, other distances."""
+        self._symmetrised = False
         self._warned = False
 
     @classmethod
@@ -169,9 +170,24 @@ class Metric(ABC):
         }
         if self.options:
             found["options"] = self.options
+        if self._symmetrised:
+            found["symmetrised"] = True
         if self.source_sha256:
             found["source_sha256"] = self.source_sha256
         return found
+
+    def symmetrised(self) -> Self:
+        """The metric as ½ (d(a, b) + d(b, a)); one that is symmetric as it is stays so."""
+        if "symmetric" in self.axioms:
+            return self
+        both_ways = copy.copy(self)
+        both_ways._symmetrised = True
+        return both_ways
+
+    @property
+    def axioms(self) -> frozenset[str]:
+        """Those of :attr:`MetricInfo.axioms`, and symmetry where the metric is :meth:`symmetrised`."""
+        return self.info.axioms | {"symmetric"} if self._symmetrised else self.info.axioms
 
     @property
     def specification_hash(self) -> str:
@@ -229,7 +245,7 @@ class Metric(ABC):
         with torch.no_grad():
             embedding = self.embed(self._frames(prepared))
             left, right = embedding[slice(0, len(first))], embedding[slice(len(first), None)]
-            values = torch.cat([self.compare(x, y).reshape(1) for x, y in zip(left, right, strict=True)])
+            values = torch.cat([self._block(x, y).reshape(1) for x, y in zip(left, right, strict=True)])
         distances = values.double().cpu().numpy()
         comparable = prepared.comparable
         distances[~(comparable[: len(first)] & comparable[len(first) :])] = np.nan
@@ -297,7 +313,8 @@ class Metric(ABC):
         if self.quantised:
             stacked = stacked.clamp(0, 255).floor()
         embedding = self.embed(stacked)
-        return self.paired(embedding[slice(0, len(reference))], embedding[slice(len(reference), None)])
+        a, b = embedding[slice(0, len(reference))], embedding[slice(len(reference), None)]
+        return (self.paired(a, b) + self.paired(b, a)) / 2 if self._symmetrised else self.paired(a, b)
 
     def prepare(self, frames: np.ndarray, scope: Scope, *, resized: bool = True) -> Prepared:
         """Apply the metric's preprocessing to (n, y, x, channel), and check the resulting size.
@@ -317,8 +334,8 @@ class Metric(ABC):
         """:meth:`pairwise` for frames that :meth:`prepare` made: (n, n) float64."""
         with torch.no_grad():
             embedding = self._embedding(prepared)
-            matrix = self.compare(embedding, embedding).double().cpu().numpy().copy()
-        if "symmetric" in self.info.axioms:
+            matrix = self._block(embedding, embedding).double().cpu().numpy().copy()
+        if "symmetric" in self.axioms:
             # To the last bit: some devices add d(i, j) and d(j, i) in another order.
             below = np.tril_indices(len(matrix), -1)
             matrix[below] = matrix.T[below]
@@ -331,11 +348,15 @@ class Metric(ABC):
         """Row 0 of :meth:`all_pairs` alone: distances of the first frame to all, (n,) float64."""
         with torch.no_grad():
             embedding = self._embedding(prepared)
-            row = self.compare(embedding[slice(0, 1)], embedding)[0].double().cpu().numpy().copy()
+            row = self._block(embedding[slice(0, 1)], embedding)[0].double().cpu().numpy().copy()
         row[0] = self.info.distance_to_itself
         comparable = prepared.comparable
         row[~(comparable & comparable[0])] = np.nan
         return row
+
+    def _block(self, a: Embedding, b: Embedding) -> Tensor:
+        block = self.compare(a, b)
+        return (block + self.compare(b, a).T) / 2 if self._symmetrised else block
 
     def _embedding(self, prepared: Prepared) -> Embedding:
         self.check_size(prepared.values.shape[1], prepared.values.shape[2])

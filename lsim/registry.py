@@ -187,6 +187,7 @@ def load_metric(
     compat: Compat = "default",
     *,
     mask: bool = False,
+    symmetrise: bool = False,
     **options: Any,
 ) -> Metric:
     """Load a metric, ready to measure distances.
@@ -212,6 +213,8 @@ def load_metric(
         histograms keep floating-point values.
     mask : bool, default False
         Leave missing pixels (NaN) out of comparisons instead of their frames, for metrics that can.
+    symmetrise : bool, default False
+        Make ½ (d(a, b) + d(b, a)) of a metric that isn't symmetric; others stay as they are.
     **options
         What the metric itself can be told, such as ``window="gaussian"`` of ``ssim``: see its class.
 
@@ -236,4 +239,4 @@ def load_metric(
         # Its author changes it between runs, and won't think of a version each time.
         file = inspect.getsourcefile(cls)
         metric.source_sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
-    return metric
+    return metric.symmetrised() if symmetrise else metric
