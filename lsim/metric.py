@@ -356,7 +356,9 @@ class Metric(ABC):
 
     def _block(self, a: Embedding, b: Embedding) -> Tensor:
         block = self.compare(a, b)
-        return (block + self.compare(b, a).T) / 2 if self._symmetrised else block
+        if not self._symmetrised:
+            return block
+        return (block + (block if a is b else self.compare(b, a)).T) / 2
 
     def _embedding(self, prepared: Prepared) -> Embedding:
         self.check_size(prepared.values.shape[1], prepared.values.shape[2])
