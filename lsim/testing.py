@@ -35,7 +35,8 @@ def check_metric(metric: Metric, frame_size: int | None = None, seed: int = 0) -
     In this order: frames are left as they were; values are float64 and finite; the claimed axioms; one
     pair at a time equals a batch equals all pairs at once; the row of the reference equals the first row
     of the matrix; the call on tensors equals ``distance``; a frame with NaN or infinity makes its own
-    distances NaN and no others; gradients are finite, and zero at equal frames.
+    distances NaN and no others; missing pixels are left out, where it says so; gradients are finite, and zero
+    at equal frames.
 
     Parameters
     ----------
@@ -58,6 +59,7 @@ def check_metric(metric: Metric, frame_size: int | None = None, seed: int = 0) -
         check_axioms(metric, frames, kind)
         check_consistency(metric, frames, kind)
     check_missing_values(metric, kinds["random"])
+    check_mask(metric, kinds["random"])
     if metric.info.differentiable:
         check_gradients(metric, kinds["random"])
 
@@ -249,6 +251,55 @@ def check_missing_values(metric: Metric, frames: np.ndarray) -> None:
             np.isnan(pairs).tolist() == [False, True, True],
             f"{where}: distances of pairs (0, 2), (1, 0), (2, 1) are {pairs}; expected NaN in the last two",
         )
+
+
+def check_mask(metric: Metric, frames: np.ndarray) -> None:
+    """Check that missing pixels are left out of both frames, or that the metric refuses a mask.
+
+    With nothing missing a mask changes nothing; what lies under it doesn't matter; NaN in one frame counts as
+    a mask of that frame; and where no pixel is left the distance is NaN.
+
+    Parameters
+    ----------
+    metric : Metric
+    frames : ndarray of shape (n, y, x, channel)
+        At least three finite frames in floating point.
+
+    Raises
+    ------
+    AssertionError
+    """
+    where = f"metric {metric.name!r}, with a mask"
+    if not metric.info.takes_mask:
+        try:
+            metric.pairwise(frames, mask="nan")
+        except ValueError:
+            return
+        raise AssertionError(f"{where}: says that it takes none, and computes")
+    kept = np.ones(frames.shape[:3], bool)
+    _agree(metric.pairwise(frames, mask=kept), metric.pairwise(frames), f"{where} of nothing")
+    _, y, x, _ = frames.shape
+    kept[:, y // 4 : y // 3, x // 5 : x // 4] = False
+    kept[1, :2, :3] = False
+    masked = metric.pairwise(frames, mask=kept)
+    _require(bool(np.isfinite(masked).all()), f"{where}: not finite:\n{masked}")
+    _require(
+        not np.allclose(masked, metric.pairwise(frames), rtol=RTOL, atol=0),
+        f"{where}: makes no difference to the distances",
+    )
+    changed = np.where(kept[..., None], frames, frames.max() * 3 + 7)
+    _agree(metric.pairwise(changed, mask=kept), masked, f"{where}: depends on what lies under it")
+    spoilt = np.where(kept[..., None], frames, np.nan)
+    _agree(metric.pairwise(spoilt, mask="nan"), masked, f"{where}: NaN against an array that says where")
+    lo, hi = value_range(spoilt, masked=True)
+    pairs = metric.distance(spoilt[[0, 1]], spoilt[[1, 2]], (lo, hi), mask="nan")
+    _agree(pairs, masked[[0, 1], [1, 2]], f"{where}: distance against pairwise")
+    kept[2] = False
+    nothing = metric.pairwise(frames, mask=kept)
+    _require(
+        bool(np.isnan(nothing[2]).all() and np.isfinite(nothing[0, 1])),
+        f"{where}: frame 2 has no pixel left, expected NaN in its row alone, found\n{nothing}",
+    )
 
 
 def check_gradients(metric: Metric, frames: np.ndarray) -> None:
