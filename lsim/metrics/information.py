@@ -1,11 +1,20 @@
-"""Variation of information between the value histograms of two frames.
+"""What the values of one frame tell of another's: variation of information and mutual information.
 
-For joint and marginal histograms of 8-bit values the mean of the two conditional entropies is
-½ (H(x|y) + H(y|x)) = H(x, y) − ½ (H(x) + H(y)), in bits (Meilă 2007). Marginals are counted once per
-frame; a pair costs one joint histogram.
+All three metrics come from the joint histogram of two frames' 8-bit values and its entropies, in bits:
+
+    vi                  ½ (H(x|y) + H(y|x))          Meilă 2007, halved
+    mutual-information  max(H(x), H(y)) − I(x; y)     Kraskov et al. 2005
+    nmi                 1 − I(x; y) / H(x, y)         Rajski 1961
+
+Entropies of near-identical frames differ in their last digits only: with c values in a cell and N in all,
+N·H = N log₂ N − Σ c log₂ c. The terms are therefore whole numbers, c log₂ c in fixed point. Sums are then
+exact, whatever their order, and the same bits on every device.
 """
 
 from __future__ import annotations
+
+import functools
+import math
 
 import numba
 import numpy as np
@@ -13,21 +22,21 @@ import torch
 from torch import Tensor
 
 from lsim.metric import Embedding, Metric, MetricInfo
-from lsim.pairs import all_pairs
+from lsim.pairs import FAST, all_pairs, has_kernel, rows_in_torch
+from lsim.threads import in_threads
 
 LEVELS = 256
+SMALL_COUNT = 65_535
+"""Largest count of the small cells: a table of those stays in the second-level cache, beside the frames."""
+
+AT_ONCE = 1 << 25
+"""Values counted at once in torch: 256 MB of indices."""
 
 
-class VariationOfInformation(Metric):
-    """Mean of the two conditional entropies of 8-bit values, in bits; truncates to 8 bit in every mode."""
+class _JointHistogram(Metric):
+    """Truncates to 8 bit in every mode; the three metrics share the joint histograms of a run."""
 
-    info = MetricInfo(
-        title="variation of information of 8-bit values, mean of both conditional entropies, in bits",
-        source="Meilă 2007; skimage variation_of_information",
-        differentiable=False,
-        axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
-    )
-    published_on_8bit = True
+    shares_embedding = "joint histogram"
 
     @property
     def quantised(self) -> bool:
@@ -35,59 +44,198 @@ class VariationOfInformation(Metric):
         return True
 
     def embed(self, frames: Tensor) -> Embedding:
-        # In NumPy: torch's threads would go on spinning for a while, on the cores that compare.
-        flat = frames.detach().flatten(1).cpu().numpy()
-        with np.errstate(invalid="ignore"):
-            values = flat.astype(np.uint8)
-        counts = np.stack([np.bincount(frame, minlength=LEVELS) for frame in values])
-        # Σ c log₂ c over the levels, from the table that the joint histogram uses too and added up in the
-        # same order: then the distance of identical frames is exactly zero.
-        sums = _count_logs(values.shape[1])[counts].cumsum(axis=1)[:, -1]
-        # Of values in [0, 255] the sum is finite exactly where all of them are.
-        sums[~np.isfinite(flat.sum(axis=1))] = np.nan
-        return Embedding({"values": torch.from_numpy(values), "marginal": torch.from_numpy(sums)})
-
-    def compare(self, a: Embedding, b: Embedding) -> Tensor:
-        table = _count_logs(a.parts["values"].shape[1])
-        sides = [e.parts[name].numpy() for e in (a, b) for name in ("values", "marginal")]
-        pixels = a.parts["values"].shape[1]
-        return all_pairs(
-            variation_of_information, len(a), len(b), *sides, table, symmetric=a is b, operations=10 * pixels
+        """8-bit values (n, pixels), N·H in fixed point, the largest count, and whether all are finite."""
+        flat = frames.detach().flatten(1)
+        parts = in_threads(_histograms, flat.split(1)) if has_kernel(flat) else [_histograms(flat)]
+        names = ("values", "entropy", "peak", "finite")
+        return Embedding(
+            {name: torch.cat(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
         )
 
+    def compare(self, a: Embedding, b: Embedding) -> Tensor:
+        both = a.once("conditional", lambda: _conditional(a, a)) if a is b else _conditional(a, b)
+        return self._from_entropies(both, a.parts["entropy"][:, None], b.parts["entropy"], _unit(a))
 
-def _count_logs(pixels: int) -> np.ndarray:
-    """c log₂ c for every count c up to the number of pixels: (pixels + 1,) float64."""
+    def paired(self, a: Embedding, b: Embedding) -> Tensor:
+        both = _conditional_paired(a, b)
+        return self._from_entropies(both, a.parts["entropy"], b.parts["entropy"], _unit(a))
+
+    def _from_entropies(self, both: Tensor, x: Tensor, y: Tensor, unit: float) -> Tensor:
+        """The distance from ``both`` = N (H(x|y) + H(y|x)), N·H(x) and N·H(y), all in fixed point.
+
+        ``unit`` makes bits of them: 2⁻ᵏ / N.
+        """
+        raise NotImplementedError
+
+
+class VariationOfInformation(_JointHistogram):
+    """½ (H(x|y) + H(y|x)) of 8-bit values, in bits; 0 also where one frame is a recolouring of the other."""
+
+    info = MetricInfo(
+        title="variation of information of 8-bit values, mean of both conditional entropies, in bits",
+        source="Meilă 2007; skimage variation_of_information",
+        differentiable=False,
+        axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
+        one_channel_suffices=True,
+    )
+    published_on_8bit = True
+
+    def _from_entropies(self, both: Tensor, x: Tensor, y: Tensor, unit: float) -> Tensor:
+        return both * (unit / 2)
+
+
+class MutualInformation(_JointHistogram):
+    """max(H(x), H(y)) − I(x; y) of 8-bit values, in bits.
+
+    −I alone, as registration minimises it, is −H(x) for a frame and itself, another value for each frame;
+    counted from the larger entropy it is 0 there, and a metric. In bits, it is what the one frame does not
+    tell of the other, of the two ways the worse.
+    """
+
+    info = MetricInfo(
+        title="mutual information of 8-bit values, short of the larger entropy, in bits",
+        source="max(H(x), H(y)) − I(x; y): Kraskov, Stögbauer, Andrzejak, Grassberger 2005",
+        differentiable=False,
+        axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
+        one_channel_suffices=True,
+    )
+
+    def _from_entropies(self, both: Tensor, x: Tensor, y: Tensor, unit: float) -> Tensor:
+        return (both + (x - y).abs()) * (unit / 2)
+
+
+class NormalizedMutualInformation(_JointHistogram):
+    """2 − (H(x) + H(y)) / H(x, y) of 8-bit values: 0 for equal frames, 1 for independent ones.
+
+    It equals 1 − I(x; y) / H(x, y), a metric. Two constant frames have no entropy to share: their distance
+    is 0, as that of any two frames that tell all of each other.
+    """
+
+    info = MetricInfo(
+        title="2 − normalised mutual information of 8-bit values",
+        source="Studholme, Hill, Hawkes 1999; skimage normalized_mutual_information; Rajski 1961",
+        differentiable=False,
+        axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
+        one_channel_suffices=True,
+    )
+
+    def _from_entropies(self, both: Tensor, x: Tensor, y: Tensor, unit: float) -> Tensor:
+        twice_joint = both + (x + y)
+        # Not in place of the zero: NaN stays NaN.
+        return 2 * both / torch.where(twice_joint == 0, 1, twice_joint)
+
+
+def _histograms(flat: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The parts of an embedding for frames (n, pixels)."""
+    # Of values in [0, 255] the sum is finite exactly where all of them are.
+    finite = flat.sum(1).isfinite()
+    values = flat.to(torch.uint8)
+    counts = _counted(values.long(), LEVELS)
+    logs = _count_logs(flat.shape[1], flat.device)
+    return values, logs[-1] - logs[counts].sum(1), counts.amax(1), finite
+
+
+def _counted(cells: Tensor, size: int) -> Tensor:
+    """How often each of 0 … size − 1 occurs in each row: (n, size)."""
+    rows = torch.arange(len(cells), device=cells.device)[:, None]
+    return torch.bincount((cells + size * rows).flatten(), minlength=size * len(cells)).view(-1, size)
+
+
+def _conditional(a: Embedding, b: Embedding) -> Tensor:
+    """N (H(x|y) + H(y|x)) in fixed point, for all pairs: (len(a), len(b)) float64."""
+    if not has_kernel(a.parts["values"], b.parts["values"]):
+        return rows_in_torch(_conditional_paired, a, b)
+    pixels = a.parts["values"].shape[1]
+    # No cell of a joint histogram holds more than the fullest of either side.
+    peak = min(int(a.parts["peak"].max()), int(b.parts["peak"].max()))
+    one = np.ones(1, np.uint16 if peak <= SMALL_COUNT else np.int32)
+    sides = [e.parts[name].numpy() for e in (a, b) for name in ("values", "entropy")]
+    both = all_pairs(
+        conditional_entropies,
+        len(a),
+        len(b),
+        *sides,
+        _count_logs(pixels, torch.device("cpu")).numpy(),
+        one,
+        symmetric=a is b,
+        operations=6 * pixels,
+    )
+    return both.masked_fill_(~(a.parts["finite"][:, None] & b.parts["finite"]), math.nan)
+
+
+def _conditional_paired(a: Embedding, b: Embedding) -> Tensor:
+    """N (H(x|y) + H(y|x)) in fixed point for a[k] and b[k], or for a[0] and b[k]: (len(b),) float64."""
+    n, pixels = b.parts["values"].shape
+    logs = _count_logs(pixels, b.parts["values"].device)
+    x = a.parts["values"].expand(n, pixels)
+    chunk = max(1, AT_ONCE // (pixels + LEVELS**2))
+    joint = [
+        logs[-1] - logs[_counted(left.long() * LEVELS + right, LEVELS**2)].sum(1)
+        for left, right in zip(x.split(chunk), b.parts["values"].split(chunk), strict=True)
+    ]
+    both = (2 * torch.cat(joint) - a.parts["entropy"] - b.parts["entropy"]).double()
+    return both.masked_fill(~(a.parts["finite"] & b.parts["finite"]), math.nan)
+
+
+def _unit(embedding: Embedding) -> float:
+    """Bits per unit of the fixed point, divided by the number of values."""
+    pixels = embedding.parts["values"].shape[1]
+    return math.ldexp(1 / pixels, -_binary_places(pixels))
+
+
+def _binary_places(pixels: int) -> int:
+    """Binary places behind the point: as many as keep N log₂ N below 2⁶²."""
+    return 62 - math.ceil(pixels * math.log2(pixels)).bit_length()
+
+
+@functools.lru_cache(maxsize=4)
+def _count_logs(pixels: int, device: torch.device) -> Tensor:
+    """c log₂ c in fixed point for every count c up to the number of pixels: (pixels + 1,) int64."""
     counts = np.arange(pixels + 1, dtype=np.float64)
     counts[1:] *= np.log2(counts[1:])
-    return counts
+    fixed = np.rint(np.ldexp(counts, _binary_places(pixels))).astype(np.int64)
+    return torch.from_numpy(fixed).to(device)
 
 
-@numba.njit(nogil=True, cache=True)
-def variation_of_information(i, j, out, x, x_marginal, y, y_marginal, count_logs):  # type: ignore[no-untyped-def]
-    """out[p] for frames i[p] of x and j[p] of y, each (n, pixels) uint8, with Σ c log₂ c per frame.
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
+def conditional_entropies(i, j, out, x, x_entropy, y, y_entropy, count_logs, one):  # type: ignore[no-untyped-def]
+    """out[p] += N (H(x|y) + H(y|x)) for frames i[p] of x and j[p] of y, each (n, pixels) uint8.
 
-    H = log₂ N − Σ c log₂ c / N cancels the logarithm: N·VI = ½ (Σx + Σy) − Σxy.
+    Entropies are N·H in the fixed point of ``count_logs``; the dtype of ``one``, a 1, holds every count. Two
+    pairs that share their first frame are counted together: no increment waits for the last one's store.
     """
     pixels = x.shape[1]
-    half = pixels // 2
-    # Two tables break the chain of one increment waiting for the last one's store.
-    first = np.zeros(LEVELS * LEVELS, np.int32)
-    second = np.zeros(LEVELS * LEVELS, np.int32)
-    for p in range(i.shape[0]):
+    first = np.zeros(LEVELS * LEVELS, one.dtype)
+    second = np.zeros(LEVELS * LEVELS, one.dtype)
+    whole = count_logs[pixels]
+    p = 0
+    while p < i.shape[0]:
         a = x[i[p]]
         b = y[j[p]]
-        first[:] = 0
-        second[:] = 0
-        for k in range(half):
-            first[(np.int64(a[k]) << 8) | np.int64(b[k])] += 1
-            second[(np.int64(a[k + half]) << 8) | np.int64(b[k + half])] += 1
-        for k in range(2 * half, pixels):
-            first[(np.int64(a[k]) << 8) | np.int64(b[k])] += 1
-        joint = 0.0
-        for level in range(LEVELS * LEVELS):
-            count = first[level] + second[level]
-            if count > 0:
-                joint += count_logs[count]
-        value = (0.5 * (x_marginal[i[p]] + y_marginal[j[p]]) - joint) / pixels
-        out[p] += 0.0 if value < 0 else value  # NaN stays NaN
+        together = p + 1 < i.shape[0] and i[p + 1] == i[p]
+        if together:
+            c = y[j[p + 1]]
+            for k in range(pixels):
+                row = np.int64(a[k]) << 8
+                first[row | np.int64(b[k])] += one[0]
+                second[row | np.int64(c[k])] += one[0]
+            joint = whole - _sum_and_clear(second, count_logs)
+            out[p + 1] += 2 * joint - x_entropy[i[p]] - y_entropy[j[p + 1]]
+        else:
+            for k in range(pixels):
+                first[(np.int64(a[k]) << 8) | np.int64(b[k])] += one[0]
+        joint = whole - _sum_and_clear(first, count_logs)
+        out[p] += 2 * joint - x_entropy[i[p]] - y_entropy[j[p]]
+        p += 2 if together else 1
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
+def _sum_and_clear(table, count_logs):  # type: ignore[no-untyped-def]
+    """Σ c log₂ c over the cells of a histogram, which is emptied. Of 0 and 1, c log₂ c is 0."""
+    total = 0
+    for level in range(table.shape[0]):
+        count = table[level]
+        if count > 1:
+            total += count_logs[count]
+    table[:] = 0
+    return total
