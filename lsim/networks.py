@@ -141,6 +141,132 @@ class AlexTrunk(nn.Module):
         return [one, two, three, four, five]
 
 
+class VggTrunk(nn.Module):
+    """VGG16's thirteen convolutions (Simonyan & Zisserman 2015, as in torchvision): for ImageNet's weights.
+
+    Frames in [0, 255] are standardised as ImageNet's images were. Its five maps are those before each
+    pooling, and the last.
+    """
+
+    CHANNELS: ClassVar[tuple[int, ...]] = (64, 128, 256, 512, 512)
+    CHECKPOINT_KEYS: ClassVar[dict[str, str]] = {
+        "conv1_1": "features.0",
+        "conv1_2": "features.2",
+        "conv2_1": "features.5",
+        "conv2_2": "features.7",
+        "conv3_1": "features.10",
+        "conv3_2": "features.12",
+        "conv3_3": "features.14",
+        "conv4_1": "features.17",
+        "conv4_2": "features.19",
+        "conv4_3": "features.21",
+        "conv5_1": "features.24",
+        "conv5_2": "features.26",
+        "conv5_3": "features.28",
+    }
+    """Names of torchvision's VGG16."""
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1_1 = nn.Conv2d(3, 64, 3, padding=1)
+        self.conv1_2 = nn.Conv2d(64, 64, 3, padding=1)
+        self.conv2_1 = nn.Conv2d(64, 128, 3, padding=1)
+        self.conv2_2 = nn.Conv2d(128, 128, 3, padding=1)
+        self.conv3_1 = nn.Conv2d(128, 256, 3, padding=1)
+        self.conv3_2 = nn.Conv2d(256, 256, 3, padding=1)
+        self.conv3_3 = nn.Conv2d(256, 256, 3, padding=1)
+        self.conv4_1 = nn.Conv2d(256, 512, 3, padding=1)
+        self.conv4_2 = nn.Conv2d(512, 512, 3, padding=1)
+        self.conv4_3 = nn.Conv2d(512, 512, 3, padding=1)
+        self.conv5_1 = nn.Conv2d(512, 512, 3, padding=1)
+        self.conv5_2 = nn.Conv2d(512, 512, 3, padding=1)
+        self.conv5_3 = nn.Conv2d(512, 512, 3, padding=1)
+        _register_imagenet(self)
+
+    @staticmethod
+    def takes(n: int) -> bool:
+        """Whether the network can take frames of length ``n`` along an axis."""
+        return n >= 16
+
+    def forward(self, frames: Tensor) -> list[Tensor]:
+        x = F.relu(self.conv1_1((frames - self.mean) / self.deviation))
+        one = F.relu(self.conv1_2(x))
+        x = F.relu(self.conv2_1(F.max_pool2d(one, 2)))
+        two = F.relu(self.conv2_2(x))
+        x = F.relu(self.conv3_1(F.max_pool2d(two, 2)))
+        x = F.relu(self.conv3_2(x))
+        three = F.relu(self.conv3_3(x))
+        x = F.relu(self.conv4_1(F.max_pool2d(three, 2)))
+        x = F.relu(self.conv4_2(x))
+        four = F.relu(self.conv4_3(x))
+        x = F.relu(self.conv5_1(F.max_pool2d(four, 2)))
+        x = F.relu(self.conv5_2(x))
+        five = F.relu(self.conv5_3(x))
+        return [one, two, three, four, five]
+
+
+class Fire(nn.Module):
+    """SqueezeNet's block: few channels, then many, half of them by 1×1 and half by 3×3 kernels."""
+
+    def __init__(self, channels: int, squeezed: int, expanded: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(channels, squeezed, 1)
+        self.expand1x1 = nn.Conv2d(squeezed, expanded, 1)
+        self.expand3x3 = nn.Conv2d(squeezed, expanded, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.squeeze(x))
+        return F.relu(torch.cat([self.expand1x1(x), self.expand3x3(x)], 1))
+
+
+class SqueezeTrunk(nn.Module):
+    """SqueezeNet 1.1 (Iandola et al. 2016, as in torchvision): for ImageNet's weights.
+
+    Frames in [0, 255] are standardised as ImageNet's images were. Its seven maps are those before each
+    pooling, and the last four.
+    """
+
+    CHANNELS: ClassVar[tuple[int, ...]] = (64, 128, 256, 384, 384, 512, 512)
+    CHECKPOINT_KEYS: ClassVar[dict[str, str]] = {"conv1": "features.0"} | {
+        f"fire{k}.{part}": f"features.{k}.{part}"
+        for k in (3, 4, 6, 7, 9, 10, 11, 12)
+        for part in ("squeeze", "expand1x1", "expand3x3")
+    }
+    """Names of torchvision's SqueezeNet 1.1; blocks are numbered as there."""
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 3, stride=2)
+        self.fire3 = Fire(64, 16, 64)
+        self.fire4 = Fire(128, 16, 64)
+        self.fire6 = Fire(128, 32, 128)
+        self.fire7 = Fire(256, 32, 128)
+        self.fire9 = Fire(256, 48, 192)
+        self.fire10 = Fire(384, 48, 192)
+        self.fire11 = Fire(384, 64, 256)
+        self.fire12 = Fire(512, 64, 256)
+        _register_imagenet(self)
+
+    @staticmethod
+    def takes(n: int) -> bool:
+        """Whether the network can take frames of length ``n`` along an axis."""
+        return n >= 17
+
+    def forward(self, frames: Tensor) -> list[Tensor]:
+        one = F.relu(self.conv1((frames - self.mean) / self.deviation))
+        two = self.fire4(self.fire3(F.max_pool2d(one, 3, 2, ceil_mode=True)))
+        three = self.fire7(self.fire6(F.max_pool2d(two, 3, 2, ceil_mode=True)))
+        four = self.fire9(F.max_pool2d(three, 3, 2, ceil_mode=True))
+        five = self.fire10(four)
+        six = self.fire11(five)
+        seven = self.fire12(six)
+        return [one, two, three, four, five, six, seven]
+
+
 class NonSiamese(nn.Module):
     """The publication's baseline that sees both frames at once: six channels in, one distance out.
 
@@ -174,6 +300,8 @@ class NonSiamese(nn.Module):
 
 
 Trunk: TypeAlias = LsimTrunk | SkipTrunk | AlexTrunk
+ImageTrunk: TypeAlias = AlexTrunk | VggTrunk | SqueezeTrunk
+"""Those that take ImageNet's weights; ``mean`` and ``deviation`` are what they standardise frames by."""
 TRUNKS: dict[str, type[Trunk]] = {"lsim": LsimTrunk, "skip": SkipTrunk, "alex": AlexTrunk}
 
 
@@ -185,3 +313,10 @@ def _strided(n: int) -> int:
 def _pooled(n: int) -> int:
     """Output length of the poolings: kernel 4, stride 2."""
     return (n - 4) // 2 + 1
+
+
+def _register_imagenet(trunk: nn.Module) -> None:
+    """Mean and standard deviation of ImageNet's images, in [0, 255], as unsaved buffers (3, 1, 1)."""
+    mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    trunk.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None], persistent=False)
+    trunk.register_buffer("deviation", 255 * torch.tensor(deviation)[:, None, None], persistent=False)

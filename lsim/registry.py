@@ -18,8 +18,13 @@ from typing import Any
 import torch
 
 from lsim.metric import Metric, MetricInfo, resolve_device
-from lsim.metrics.information import VariationOfInformation
+from lsim.metrics.information import (
+    MutualInformation,
+    NormalizedMutualInformation,
+    VariationOfInformation,
+)
 from lsim.metrics.learned import LSiM, LSiMAlex, LSiMSkip
+from lsim.metrics.perceptual import LPIPS, LPIPSSqueeze, LPIPSVgg
 from lsim.metrics.pixel import L1, L2, PSNR
 from lsim.metrics.structural import SSIM
 from lsim.preprocess import Compat, Preprocessing
@@ -31,6 +36,11 @@ METRICS: dict[str, type[Metric]] = {
     "psnr": PSNR,
     "ssim": SSIM,
     "vi": VariationOfInformation,
+    "mutual-information": MutualInformation,
+    "nmi": NormalizedMutualInformation,
+    "lpips-alex": LPIPS,
+    "lpips-vgg": LPIPSVgg,
+    "lpips-squeeze": LPIPSSqueeze,
     "lsim-open": LSiM,
     "lsim": LSiM,
     "lsim-noiseless": LSiM,

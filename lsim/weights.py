@@ -4,7 +4,8 @@ Weights are searched in this order: an explicit path, the folders or files in ``
 cache, files shipped with the package. Nothing is loaded before its SHA-256 was checked where one is
 known, and nothing is unpickled but tensors (``weights_only=True``).
 
-Files of the authors are pickles (``.pth``). Ours are safetensors: the tensors
+Files of the authors are pickles (``.pth``). LPIPS needs two: its head, and the convolutions of a network for
+images, which come from another publisher or from a file of the user's. Ours are safetensors: the tensors
 ``trunk.<layer>.<weight|bias>``, ``channel_weights.<k>`` and ``deviation_squares.<k>``, and as metadata
 ``format`` ("lsim"), ``format_version``, ``trunk`` (a name in :data:`lsim.networks.TRUNKS`), ``counts``, and
 what training says of where they come from.
@@ -19,17 +20,26 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from lsim.networks import TRUNKS, Trunk
+from lsim.networks import TRUNKS, ImageTrunk, Trunk
 
 AUTHORS_REPOSITORY = "https://github.com/tum-pbs/LSIM/raw/a89a1d4"
 """The authors' repository at a pinned commit; MIT licence."""
+
+LPIPS_HEADS = (
+    "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/"
+    "082bb24f84c091ea94de2867d34c4544f68e0963/lpips/weights/v0.1"
+)
+"""LPIPS' linear heads, version 0.1, at a pinned commit; BSD-2-Clause licence."""
+
+TORCHVISION = "https://download.pytorch.org/models"
+"""Networks for images of torchvision, whose names begin with their hash; BSD-3-Clause licence."""
 
 
 class WeightsError(RuntimeError):
@@ -42,12 +52,13 @@ class MissingWeightsError(WeightsError):
 
 @dataclass(frozen=True)
 class Published:
-    """A file of weights that somebody published: where it is and what it must hash to."""
+    """A file of weights that somebody published: where it is, what it must hash to, and its size in MB."""
 
     file: str
     url: str
     sha256: str
     licence: str
+    megabytes: float
 
 
 PUBLISHED: dict[str, Published] = {
@@ -56,27 +67,80 @@ PUBLISHED: dict[str, Published] = {
         f"{AUTHORS_REPOSITORY}/Models/LSiM.pth",
         "6f9d3934e9a14222c25bcd58cb81e79e8c1e2bde5e2968ab04612d9b08057634",
         "MIT",
+        2.5,
     ),
     "lsim-noiseless": Published(
         "Lsim_DataNoiseless.pth",
         f"{AUTHORS_REPOSITORY}/Models/Experimental/Lsim_DataNoiseless.pth",
         "6230c5dd7f3f6ff68f2bd4a250b768b18357de145e2f573634e6f144f3c848f3",
         "MIT",
+        2.5,
     ),
     "lsim-strong-noise": Published(
         "Lsim_DataStrongNoise.pth",
         f"{AUTHORS_REPOSITORY}/Models/Experimental/Lsim_DataStrongNoise.pth",
         "6e8549e4b8765941e9cf5fd34eb43b7d3061a950e4e1a06f3e1ca6f5e4d0b26c",
         "MIT",
+        2.5,
     ),
     "lsim-skip": Published(
         "SkipConnections.pth",
         f"{AUTHORS_REPOSITORY}/Models/Experimental/SkipConnections.pth",
         "48093eb39957f581125bdaedfea662e531edeca5440ed975ae41f76da25087a4",
         "MIT",
+        2.5,
+    ),
+    "lpips-alex": Published(
+        "alex.pth",
+        f"{LPIPS_HEADS}/alex.pth",
+        "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
+        "BSD-2-Clause",
+        0.01,
+    ),
+    "alexnet": Published(
+        "alexnet-owt-7be5be79.pth",
+        f"{TORCHVISION}/alexnet-owt-7be5be79.pth",
+        "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+        "BSD-3-Clause",
+        244,
+    ),
+    "lpips-vgg": Published(
+        "vgg.pth",
+        f"{LPIPS_HEADS}/vgg.pth",
+        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+        "BSD-2-Clause",
+        0.01,
+    ),
+    "vgg16": Published(
+        "vgg16-397923af.pth",
+        f"{TORCHVISION}/vgg16-397923af.pth",
+        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+        "BSD-3-Clause",
+        553,
+    ),
+    "lpips-squeeze": Published(
+        "squeeze.pth",
+        f"{LPIPS_HEADS}/squeeze.pth",
+        "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76",
+        "BSD-2-Clause",
+        0.01,
+    ),
+    "squeezenet1_1": Published(
+        "squeezenet1_1-b8a52dc0.pth",
+        f"{TORCHVISION}/squeezenet1_1-b8a52dc0.pth",
+        "b8a52dc049b60e4b6ab68ad0df457362afab8b6304b2febdc1650a5dab4d7e7b",
+        "BSD-3-Clause",
+        5,
     ),
 }
+"""Each name is of one file; :data:`BACKBONES` says which metrics need a second."""
 
+BACKBONES: dict[str, str] = {
+    "lpips-alex": "alexnet",
+    "lpips-vgg": "vgg16",
+    "lpips-squeeze": "squeezenet1_1",
+}
+"""Published head to the published network that it stands on: a metric with the one needs the other, too."""
 
 SHIPPED: dict[str, Published] = {
     "lsim-open": Published(
@@ -84,12 +148,14 @@ SHIPPED: dict[str, Published] = {
         "",
         "5cbcac8f0b6b15cfca0e4175ac8582ee89bc78d13dc68bf77860dae77210530b",
         "MIT",
+        2.5,
     ),
     "lsim-untrained": Published(
         "lsim-untrained.safetensors",
         "",
         "8c2eee89a147b76d9a97482a028fd3bbc3f2444e2c65187845506a384550d69f",
         "MIT",
+        2.5,
     ),
 }
 """Weights that come with the package, so without ``url``; ``lsim-untrained`` is what training began from."""
@@ -160,7 +226,10 @@ def find_weights(name: str, weights: str | os.PathLike[str] | None = None) -> Pa
         return found
     wanted = str(weights) if weights is not None else name
     if wanted not in known:
-        raise WeightsError(f"metric {name!r} has no published weights; pass weights=PATH")
+        raise WeightsError(
+            f"no published weights of {name!r} are known here: train them with 'lsim train', then pass "
+            f"weights=FILE, or --weights {name}=FILE"
+        )
     file = known[wanted].file
     for folder in folders:
         candidate = folder if folder.name == file else folder / file
@@ -170,19 +239,61 @@ def find_weights(name: str, weights: str | os.PathLike[str] | None = None) -> Pa
     if wanted in SHIPPED:
         raise MissingWeightsError(f"{searched}. They come with the package: install it again")
     raise MissingWeightsError(
-        f"{searched}. Get them with 'lsim weights fetch {wanted}', or set LSIM_WEIGHTS to their folder"
+        f"{searched}. Get them with {_how_to_fetch(wanted)}, or set LSIM_WEIGHTS to their folder"
     )
+
+
+def find_head_and_backbone(name: str, weights: str | os.PathLike[str] | None = None) -> tuple[Path, Path]:
+    """The two files of a metric that has a head on somebody's network.
+
+    Parameters
+    ----------
+    name : str
+        One of :data:`BACKBONES`.
+    weights : path or str, optional
+        Of the network, as :func:`find_weights` takes it; None takes the published one. The head is
+        searched as usual, and then beside the network.
+
+    Raises
+    ------
+    WeightsError
+        When there is no such file; :class:`MissingWeightsError` where the search found none.
+    """
+    backbone = find_weights(BACKBONES[name], weights)
+    try:
+        return find_weights(name), backbone
+    except MissingWeightsError:
+        beside = backbone.parent / PUBLISHED[name].file
+        if not beside.is_file():
+            raise
+        return beside, backbone
+
+
+def _files_of(name: str) -> list[str]:
+    """Names of the published files that a metric of this name needs."""
+    return [name, BACKBONES[name]] if name in BACKBONES else [name]
+
+
+def _how_to_fetch(name: str) -> str:
+    """The command that gets published weights, and others that they are of no use without; its size."""
+    metric = next((head for head, backbone in BACKBONES.items() if backbone == name), name)
+    megabytes = sum(PUBLISHED[file].megabytes for file in _files_of(metric))
+    return f"'lsim weights fetch {metric}' ({megabytes:.3g} MB)"
 
 
 def why_missing(name: str, weights: str | os.PathLike[str] | None = None) -> str:
     """Empty when a metric's weights are here and whole, else the reason with the command that gets them."""
     try:
-        verified_bytes(find_weights(name, weights))
+        if name in BACKBONES:
+            for path in find_head_and_backbone(name, weights):
+                verified_sha256(path)
+        else:
+            verified_sha256(find_weights(name, weights))
     except MissingWeightsError as error:
-        wanted = str(weights or name)
+        wanted = str(weights) if str(weights) in PUBLISHED | SHIPPED else name
         if wanted in SHIPPED:
             return str(error)
-        return f"its weights are not here; get them with 'lsim weights fetch {wanted}'"
+        return f"its weights are not here; get them with {_how_to_fetch(wanted)}"
     except WeightsError as error:
         return str(error)
     return ""
@@ -203,14 +314,24 @@ def verified_bytes(path: Path) -> tuple[bytes, str]:
         When the file is named as published weights are, but is not those.
     """
     content = path.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
+    return content, _checked_sha256(path, io.BytesIO(content))
+
+
+def verified_sha256(path: Path) -> str:
+    """SHA-256 of a file, checked as :func:`verified_bytes` does, without holding the file in memory."""
+    with path.open("rb") as file:
+        return _checked_sha256(path, file)
+
+
+def _checked_sha256(path: Path, file: BinaryIO) -> str:
+    found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     for published in (PUBLISHED | SHIPPED).values():
         if published.file == path.name and published.sha256 != found:
             raise WeightsError(
                 f"{path}: SHA-256 is {found}, expected {published.sha256} of the published {published.file} "
-                f"({len(content)} bytes found). Damaged, or another file: fetch it again, or rename your own"
+                f"({file.tell()} bytes found). Damaged, or another file: fetch it again, or rename your own"
             )
-    return content, found
+    return found
 
 
 def save_checkpoint(
@@ -286,14 +407,7 @@ def load_checkpoint(path: Path, trunk_class: type[Trunk]) -> Checkpoint:
     content, sha256 = verified_bytes(path)
     if path.suffix == ".safetensors":
         return _load_safetensors(path, content, sha256, trunk_class)
-    try:
-        raw: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-    except Exception as error:  # whatever a file that is no checkpoint makes of the unpickler
-        # torch's own message goes on to advise reading the file unsafely.
-        reason = str(error).partition(". ")[0] or type(error).__name__
-        raise WeightsError(
-            f"{path}: not a checkpoint of tensors that torch can read safely: {reason}"
-        ) from error
+    raw = _unpickled(path, io.BytesIO(content))
     wanted_keys = {"stateDict", "normM2", "normCount"}
     if not isinstance(raw, dict) or not wanted_keys <= raw.keys():
         found_keys = sorted(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
@@ -325,6 +439,92 @@ def load_checkpoint(path: Path, trunk_class: type[Trunk]) -> Checkpoint:
         )
     squares, counts = _checked_maps(path, raw["normM2"], raw["normCount"])
     return Checkpoint(trunk, channel_weights, squares, counts, sha256)
+
+
+@dataclass(frozen=True)
+class PerceptualWeights:
+    """What LPIPS is made of.
+
+    Attributes
+    ----------
+    trunk : mapping of str to Tensor
+        State of the trunk module.
+    channel_weights : list of Tensor (channel,)
+        One per feature map, none negative.
+    sha256 : dict of str to str
+        Hashes of the files of ``"head"`` and ``"backbone"``.
+    """
+
+    trunk: Mapping[str, Tensor]
+    channel_weights: list[Tensor]
+    sha256: dict[str, str]
+
+
+def load_perceptual(head: Path, backbone: Path, trunk_class: type[ImageTrunk]) -> PerceptualWeights:
+    """Read a head of LPIPS and the convolutions of the network that it stands on.
+
+    Parameters
+    ----------
+    head : path
+        With the tensors ``lin<k>.model.1.weight`` (1, channel, 1, 1), as LPIPS' authors publish it.
+    backbone : path
+        A state dict with torchvision's names (``features.<k>.weight``): safetensors, or what torch saves.
+    trunk_class : type
+
+    Raises
+    ------
+    WeightsError
+        When hash, keys or shapes are not those expected; names file, expected and found.
+    """
+    state, backbone_sha256 = _read_state(backbone)
+    with torch.device("meta"):
+        expected = trunk_class().state_dict()
+    trunk = {
+        f"{layer}.{kind}": _checked(
+            state, f"{key}.{kind}", tuple(expected[f"{layer}.{kind}"].shape), backbone
+        )
+        for layer, key in trunk_class.CHECKPOINT_KEYS.items()
+        for kind in ("weight", "bias")
+    }
+    state, head_sha256 = _read_state(head)
+    channel_weights = [
+        _checked(state, f"lin{k}.model.1.weight", (1, channels, 1, 1), head).reshape(-1)
+        for k, channels in enumerate(trunk_class.CHANNELS)
+    ]
+    if (lowest := min(weights.min().item() for weights in channel_weights)) < 0:
+        raise WeightsError(
+            f"{head}: has negative channel weights, down to {lowest:.3g}, so distances could be negative; "
+            "LPIPS' heads of version 0.1 have none"
+        )
+    return PerceptualWeights(trunk, channel_weights, {"head": head_sha256, "backbone": backbone_sha256})
+
+
+def _read_state(path: Path) -> tuple[Mapping[str, Tensor], str]:
+    """Tensors of a file by name, and its SHA-256, without holding the file in memory besides."""
+    with path.open("rb") as file:
+        sha256 = _checked_sha256(path, file)
+        file.seek(0)
+        if path.suffix == ".safetensors":
+            try:
+                return safetensors.torch.load(file.read()), sha256
+            except safetensors.SafetensorError as error:
+                raise WeightsError(f"{path}: not a safetensors file: {error}") from error
+        state = _unpickled(path, file)
+    if not isinstance(state, Mapping):
+        raise WeightsError(f"{path}: expected tensors by name, found {type(state).__name__}")
+    return state, sha256
+
+
+def _unpickled(path: Path, file: BinaryIO) -> Any:
+    """What torch saved, if it is tensors in plain containers."""
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu")
+    except Exception as error:  # whatever a file that is no checkpoint makes of the unpickler
+        # torch's own message goes on to advise reading the file unsafely.
+        reason = str(error).partition(". ")[0] or type(error).__name__
+        raise WeightsError(
+            f"{path}: not a checkpoint of tensors that torch can read safely: {reason}"
+        ) from error
 
 
 def _load_safetensors(path: Path, content: bytes, sha256: str, trunk_class: type[Trunk]) -> Checkpoint:
@@ -368,6 +568,13 @@ def _checked_maps(
 def fetch_weights(name: str, folder: Path | None = None) -> Path:
     """Download published weights into the user cache (or ``folder``) and check their SHA-256.
 
+    For a metric that needs a second file, of :data:`BACKBONES`, that one too.
+
+    Returns
+    -------
+    Path
+        The file of that name.
+
     Raises
     ------
     WeightsError
@@ -375,20 +582,24 @@ def fetch_weights(name: str, folder: Path | None = None) -> Path:
     """
     if name not in PUBLISHED:
         raise WeightsError(f"no published weights named {name!r}; there are {', '.join(PUBLISHED)}")
+    fetched = {file: _fetch(PUBLISHED[file], folder or cache_folder()) for file in _files_of(name)}
+    return fetched[name]
+
+
+def _fetch(published: Published, folder: Path) -> Path:
     import pooch
 
-    published = PUBLISHED[name]
     try:
         path = pooch.retrieve(
             published.url,
             known_hash=f"sha256:{published.sha256}",
             fname=published.file,
-            path=folder or cache_folder(),
+            path=folder,
         )
     except (OSError, ValueError) as error:
         raise WeightsError(
             f"could not fetch {published.file} from {published.url}: {error}. Download it by other means and "
-            f"put it into {folder or cache_folder()}, or set LSIM_WEIGHTS to its folder"
+            f"put it into {folder}, or set LSIM_WEIGHTS to its folder"
         ) from error
     return Path(path)
 
@@ -412,11 +623,11 @@ def weights_status() -> list[WeightsStatus]:
         try:
             path = find_weights(name)
         except MissingWeightsError:
-            how = "comes with the package" if name in SHIPPED else f"lsim weights fetch {name}"
+            how = "comes with the package" if name in SHIPPED else _how_to_fetch(name)
             found.append(WeightsStatus(name, "absent", how))
             continue
         try:
-            verified_bytes(path)
+            verified_sha256(path)
         except WeightsError as error:
             found.append(WeightsStatus(name, "damaged", str(error)))
         else:
