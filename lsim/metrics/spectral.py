@@ -1,0 +1,159 @@
+"""Distances between amplitudes of the Fourier transform, on a logarithmic scale: blind to where things are.
+
+A frame on [0, 1] has the coefficients û(ky, kx) = 1/N Σ u exp(−2πi (ky·y/Y + kx·x/X)), each channel for
+itself, without a window: a frame is taken as periodic, and a step from its one edge to the other shows as
+energy at all wavenumbers, in both frames. Divided by the number N of pixels, neither amplitudes nor the
+root mean square over coefficients grow with the frame. û(0, 0) is the mean, and counts as any other.
+
+Energies span many decades, and none may be zero: the square of ``floor`` is added to |û|². Below it a
+difference fades out. Everything is in double precision: logarithms of near-identical frames hardly differ.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lsim.metric import Embedding, Metric, MetricInfo, safe_sqrt
+from lsim.pairs import all_pairs, has_kernel, rows_in_torch, squared_differences
+from lsim.preprocess import Preprocessing
+from lsim.threads import in_threads
+
+FULL_SCALE = 255.0
+FLOOR = 1e-6
+"""Amplitude that counts as none, as a share of the full range: single precision and resizing leave about
+1e-8 of rounding in a frame, and one grey level in one pixel of 224² is 8e-8 in every coefficient."""
+
+
+class _SpectralMetric(Metric):
+    """Euclidean distance of one part of the embedding, which both metrics share.
+
+    Parameters
+    ----------
+    name, preprocessing, device
+        As :class:`~lsim.metric.Metric` takes them.
+    floor : float, default 1e-6
+        Amplitude of a coefficient, as a share of the full range, that counts as none.
+    """
+
+    shares_embedding = "spectrum"
+    _part: str
+
+    def __init__(
+        self, name: str, preprocessing: Preprocessing, device: torch.device, *, floor: float = FLOOR
+    ) -> None:
+        if not 0 < floor < 1:
+            raise ValueError(f"floor must be a share of the full range, above 0 and below 1, got {floor!r}")
+        super().__init__(name, preprocessing, device, floor=float(floor))
+
+    @property
+    def _shared_as(self) -> tuple[object, ...]:
+        return (self.shares_embedding, self.options["floor"])
+
+    def embed(self, frames: Tensor) -> Embedding:
+        """Logarithms scaled such that the distance is the Euclidean one: (n, value) float64 each."""
+        spectra = functools.partial(_log_spectra, floor=self.options["floor"])
+        parts = in_threads(spectra, frames.split(1)) if has_kernel(frames) else [spectra(frames)]
+        shells, coefficients = zip(*parts, strict=True)
+        return Embedding({"shells": torch.cat(shells), "coefficients": torch.cat(coefficients)})
+
+    def compare(self, a: Embedding, b: Embedding) -> Tensor:
+        x, y = a.parts[self._part], b.parts[self._part]
+        if not has_kernel(x, y):
+            return rows_in_torch(self.paired, a, b)
+        sides = (x.numpy(), y.numpy())
+        squared = all_pairs(
+            squared_differences, len(x), len(y), *sides, symmetric=a is b, operations=x.shape[1]
+        )
+        return squared.sqrt()
+
+    def paired(self, a: Embedding, b: Embedding) -> Tensor:
+        return safe_sqrt((a.parts[self._part] - b.parts[self._part]).square().sum(1))
+
+
+class RadialSpectrum(_SpectralMetric):
+    """Root mean square difference of log₁₀ E(k), the radially averaged energy spectrum: in decades.
+
+    E(k) is the mean of |û|² over the shell of coefficients whose wavenumber rounds to k, in cycles along
+    the longer side; k = 0 … ⌊side / 2⌋, so that the corners beyond the last whole shell are left out. The
+    mean is taken over shells and channels.
+    """
+
+    info = MetricInfo(
+        title="L2 distance of log radially averaged energy spectra, in decades",
+        source="Gray, Markel 1976 (log spectral distance); spectra as in pysteps rapsd, Ravuri et al. 2021",
+        axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
+        one_channel_suffices=True,
+    )
+    _part = "shells"
+
+
+class FourierAmplitude(_SpectralMetric):
+    """Root mean square difference of log₁₀ |û| over all Y·X coefficients and channels: in decades."""
+
+    info = MetricInfo(
+        title="L2 distance of log Fourier amplitudes, in decades",
+        source="Gray, Markel 1976 (log spectral distance), in two dimensions",
+        axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
+        one_channel_suffices=True,
+    )
+    _part = "coefficients"
+
+
+def _log_spectra(frames: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """Scaled logarithms of the energy of every shell, and of every coefficient of the half plane.
+
+    Parameters
+    ----------
+    frames : Tensor of shape (n, y, x, channel)
+    floor : float
+
+    Returns
+    -------
+    Tensor of shape (n, channel · shells), Tensor of shape (n, channel · y · (x // 2 + 1))
+    """
+    y, x, channels = frames.shape[1:]
+    planes = frames.permute(0, 3, 1, 2).double() / FULL_SCALE
+    transform = torch.fft.rfft2(planes, norm="forward")
+    energy = (transform.real.square() + transform.imag.square()).flatten(2)
+    members, share, multiplicity = _half_plane(y, x, frames.device)
+    shells = (energy[:, :, members] * share).sum(-1)
+    log_shells = torch.log10(shells + floor**2) / (channels * shells.shape[-1]) ** 0.5
+    # Half the logarithm of the energy is that of the amplitude.
+    log_amplitudes = torch.log10(energy + floor**2) * (multiplicity / (4 * channels * y * x)).sqrt()
+    return log_shells.flatten(1), log_amplitudes.flatten(1)
+
+
+@functools.lru_cache(maxsize=16)
+def _half_plane(y: int, x: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the coefficients of a real transform of (y, x) belong.
+
+    Returns
+    -------
+    members : Tensor of shape (shell, member), int64
+        Coefficients of each shell, flattened; short rows are filled up with 0. To gather and add up is the
+        same to the last bit each time, which scattering isn't on a GPU.
+    share : Tensor of shape (shell, member), float64
+        What each counts in the shell's mean, 0 for the filling.
+    multiplicity : Tensor of shape (coefficient,), float64
+        How often each occurs in the whole plane, 1 or 2.
+    """
+    side = max(y, x)
+    ky = np.fft.fftfreq(y, 1 / side)[:, None]
+    kx = np.fft.rfftfreq(x, 1 / side)[None]
+    shell = np.rint(np.hypot(ky, kx)).astype(np.int64).ravel()
+    column = np.broadcast_to(np.arange(kx.size), (y, kx.size))
+    # A column stands for its mirror image too, but for the first, and the last of an even length.
+    twice = (column > 0) & (2 * column != x)
+    multiplicity = np.where(twice, 2.0, 1.0).ravel()
+    rows = [np.flatnonzero(shell == k) for k in range(side // 2 + 1)]
+    members = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    share = np.zeros(members.shape)
+    for k, row in enumerate(rows):
+        members[k, : len(row)] = row
+        share[k, : len(row)] = multiplicity[row] / multiplicity[row].sum()
+    tensors = (torch.from_numpy(array).to(device) for array in (members, share, multiplicity))
+    return next(tensors), next(tensors), next(tensors)
