@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lsim.metric import Metric, MetricInfo, resolve_device
+from lsim.metrics.flow import OpticalFlow
 from lsim.metrics.information import (
     MutualInformation,
     NormalizedMutualInformation,
@@ -26,7 +27,9 @@ from lsim.metrics.information import (
 from lsim.metrics.learned import LSiM, LSiMAlex, LSiMSkip
 from lsim.metrics.perceptual import LPIPS, LPIPSSqueeze, LPIPSVgg
 from lsim.metrics.pixel import L1, L2, PSNR
+from lsim.metrics.spectral import FourierAmplitude, RadialSpectrum
 from lsim.metrics.structural import SSIM
+from lsim.metrics.transport import SlicedWasserstein, Wasserstein
 from lsim.preprocess import Compat, Preprocessing
 from lsim.weights import WeightsError, find_weights, read_metadata
 
@@ -38,6 +41,11 @@ METRICS: dict[str, type[Metric]] = {
     "vi": VariationOfInformation,
     "mutual-information": MutualInformation,
     "nmi": NormalizedMutualInformation,
+    "spectral": RadialSpectrum,
+    "fft": FourierAmplitude,
+    "wasserstein": Wasserstein,
+    "sliced-wasserstein": SlicedWasserstein,
+    "flow": OpticalFlow,
     "lpips-alex": LPIPS,
     "lpips-vgg": LPIPSVgg,
     "lpips-squeeze": LPIPSSqueeze,

@@ -17,6 +17,7 @@ PACKAGES = ("lsim", "pipeline")
 STAGES = ("pipeline.convert", "pipeline.distances", "pipeline.correlate", "pipeline.report")
 PARTS_OF_STAGES = {
     "pipeline.blocks": "pipeline.distances",
+    "pipeline.compute": "pipeline.distances",
     "pipeline.shards": "pipeline.convert",
 }
 """Modules that belong to one stage; ``pipeline.statistics`` knows arrays alone, and is anybody's."""
@@ -143,7 +144,12 @@ def test_preprocessing_and_networks_are_below_the_metrics() -> None:
 
 @pytest.mark.parametrize(
     ("packages", "allowed"),
-    [(("dask", "distributed"), KNOW_DASK), (("zarr",), KNOW_ZARR), (("torchvision", "cv2", "pyiqa"), ())],
+    [
+        (("dask", "distributed"), KNOW_DASK),
+        (("zarr",), KNOW_ZARR),
+        (("cv2",), ("lsim.metrics.flow",)),
+        (("torchvision", "pyiqa"), ()),
+    ],
 )
 def test_who_knows_what(packages: tuple[str, ...], allowed: tuple[str, ...]) -> None:
     others = tuple(module for module in IMPORTS if module not in allowed)
