@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lsim.metric import Metric, MetricInfo, resolve_device
+from lsim.metrics.flow import OpticalFlow
 from lsim.metrics.information import (
     MutualInformation,
     NormalizedMutualInformation,
@@ -44,6 +45,7 @@ METRICS: dict[str, type[Metric]] = {
     "fft": FourierAmplitude,
     "wasserstein": Wasserstein,
     "sliced-wasserstein": SlicedWasserstein,
+    "flow": OpticalFlow,
     "lpips-alex": LPIPS,
     "lpips-vgg": LPIPSVgg,
     "lpips-squeeze": LPIPSSqueeze,
