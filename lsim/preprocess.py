@@ -2,26 +2,30 @@
 
 The published evaluation of LSiM resizes frames with :func:`scipy.ndimage.zoom`, then maps minimum and
 maximum of each channel, taken jointly over a *scope* of frames, to [0, 255]. This module does the same
-for whole stacks at once: order 0 by indexing, higher orders by one small matrix per axis.
+for whole stacks, each frame once. An array goes through compiled kernels in one thread, a tensor through
+plain torch on the device where it is; the rules are the same lines for both.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
-import warnings
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import numba
 import numpy as np
-import scipy.ndimage
+import torch
 from numpy.typing import ArrayLike
+from torch import Tensor
+
+from lsim.resampling import Frames, resample
 
 Compat: TypeAlias = Literal["default", "published"]
 Scope: TypeAlias = str | tuple[Any, Any]
 """Over which frames minimum and maximum are taken: ``"pair"``, ``"batch"``, ``"sequence"``, ``"dataset"``,
 or a fixed ``(lo, hi)``, each a number or one number per channel."""
+
+AnyFrames = TypeVar("AnyFrames", np.ndarray, Tensor)
 
 SCOPES = ("pair", "batch", "sequence", "dataset")
 ORDERS = (0, 1, 2, 3, 4, 5)
@@ -128,18 +132,21 @@ def preprocess(
     return _repeated(apply(settings, as_frames(array), scope))
 
 
-def apply(settings: Preprocessing, frames: np.ndarray, scope: Scope) -> np.ndarray:
+def apply(settings: Preprocessing, frames: AnyFrames, scope: Scope) -> AnyFrames:
     """:func:`preprocess` for one stack over one scope, with the settings bundled; a channel stays one.
 
     Parameters
     ----------
     settings : Preprocessing
-    frames : ndarray of shape (n, y, x, channel)
+    frames : ndarray or Tensor of shape (n, y, x, channel)
+        In the precision that they come in; a tensor on any device that has double precision.
     scope : str or (lo, hi)
 
     Returns
     -------
-    ndarray of shape (n, y', x', 1 or 3), float32
+    ndarray or Tensor of shape (n, y', x', 1 or 3), float32
+        New memory, on the device of ``frames``. Arrays and tensors give the same within 1e-6 of 255, at
+        orders 0 and 1 the same bits where divisions are IEEE's.
     """
     frames = drop_alpha(frames)
     if not isinstance(scope, str | tuple):
@@ -148,28 +155,58 @@ def apply(settings: Preprocessing, frames: np.ndarray, scope: Scope) -> np.ndarr
         raise ValueError(
             f"scope 'pair' is taken over two frames, got {len(frames)}; use 'sequence', 'batch' or (lo, hi)"
         )
-    if settings.mask:
-        frames = _missing_as_nan(frames)
-    finite = finite_frames(frames)
-    if settings.size is not None:
-        frames = resize(frames, settings.size, settings.order, zero_rim=settings.compat == "published")
-    if not settings.mask and not finite.all():
-        # Order 0 may step over the very pixel that is missing.
-        frames = np.where(finite[:, None, None, None], frames, np.nan)
-    whole_numbers = frames.dtype.kind in "iu"
-    frames = _working_precision(frames)
+    whole_numbers = _limits(frames) is not None
+    resized, complete = _resized(settings, frames)
     lo, hi = (
         _fixed_range(scope, frames.shape[-1])
         if isinstance(scope, tuple)
-        else value_range(frames, scope, masked=settings.mask)
+        else _range(resized, scope, None if settings.mask else complete)
     )
-    result = normalise(frames, lo, hi, masked=settings.mask)
-    if settings.compat == "published" and whole_numbers and (lo == hi).any() and not (lo == hi).all():
+    partly_constant = bool((lo == hi).any() and not (lo == hi).all())
+    return normalise(
+        resized,
+        lo,
+        hi,
         # Where some channels are constant, the published code writes each channel back into the array of
         # integers that it came from.
-        np.floor(result, out=result)
-    # The published code, too, rounds to single precision before it truncates to 8 bit.
-    return result.astype(np.float32, copy=False)
+        floor=settings.compat == "published" and whole_numbers and partly_constant,
+        complete=None if settings.mask else complete,
+    )
+
+
+def range_of(frames: np.ndarray, settings: Preprocessing) -> tuple[np.ndarray, np.ndarray]:
+    """Minimum and maximum per channel that :func:`apply` takes over all frames: the range of a scope.
+
+    Over several sequences it is the smallest ``lo`` and the largest ``hi`` that aren't NaN.
+
+    Parameters
+    ----------
+    frames : ndarray of shape (n, y, x, channel)
+    settings : Preprocessing
+        Of a mask, too: then single missing pixels don't count, rather than their frames.
+
+    Returns
+    -------
+    lo, hi : ndarray of shape (channel,), float64
+        NaN where nothing counts.
+    """
+    resized, complete = _resized(settings, drop_alpha(frames))
+    return _range(resized, "sequence", None if settings.mask else complete)
+
+
+def _resized(settings: Preprocessing, frames: AnyFrames) -> tuple[AnyFrames, np.ndarray]:
+    """Frames as they are to be normalised, and which of them hold neither NaN nor infinity: bool (n,)."""
+    limits = _limits(frames)
+    loaded = _loadable(frames)
+    known = _extremes(loaded)
+    complete = known.finite
+    if settings.mask and not complete.all():
+        loaded = _missing_as_nan(loaded)
+        known = _extremes(loaded)
+    if settings.size is not None:
+        zero_rim = settings.compat == "published"
+        loaded = _resize(loaded, settings.size, settings.order, zero_rim, limits, known)
+    return loaded, complete
 
 
 def _repeated(frames: np.ndarray) -> np.ndarray:
@@ -177,12 +214,16 @@ def _repeated(frames: np.ndarray) -> np.ndarray:
     return np.repeat(frames, 3, axis=-1) if frames.shape[-1] == 1 else frames
 
 
-def _missing_as_nan(frames: np.ndarray) -> np.ndarray:
+def _missing_as_nan(frames: AnyFrames) -> AnyFrames:
     """Infinite values are missing, too; a pixel is missing in all channels or in none."""
-    if frames.dtype.kind != "f":
-        return frames
-    missing = ~np.isfinite(frames).all(axis=-1, keepdims=True)
-    return np.where(missing, np.array(np.nan, frames.dtype), frames) if missing.any() else frames
+    if isinstance(frames, Tensor):
+        return frames.masked_fill(~frames.isfinite().all(-1, keepdim=True), torch.nan)
+    known = np.isfinite(frames)
+    # Channel by channel: NumPy is slow along an axis of three.
+    everywhere = np.logical_and.reduce([known[..., c] for c in range(frames.shape[-1])])
+    out = frames.copy()
+    out[~everywhere] = np.nan
+    return out
 
 
 def as_frames(array: ArrayLike, what: str = "frames") -> np.ndarray:
@@ -210,7 +251,7 @@ def as_frames(array: ArrayLike, what: str = "frames") -> np.ndarray:
     raise FramesError(f"{what}: expected (y, x), (n, y, x) or (n, y, x, channel), found shape {array.shape}")
 
 
-def drop_alpha(frames: np.ndarray) -> np.ndarray:
+def drop_alpha(frames: AnyFrames) -> AnyFrames:
     """Check the channels of (n, y, x, channel) and drop the fourth.
 
     Raises
@@ -255,69 +296,40 @@ def resize(frames: np.ndarray, size: int, order: int = 0, *, zero_rim: bool = Fa
         frames = frames.astype(np.float32)
     if frames.dtype == np.bool_:
         frames = frames.astype(np.uint8)
+    if order == 0:
+        # Without a detour by another dtype: integers of 64 bits aren't all whole numbers in double precision.
+        own = np.ascontiguousarray(frames)
+        return (
+            own
+            if own.shape[1:3] == (size, size)
+            else cast(np.ndarray, resample(own, size, 0, zero_rim=zero_rim))
+        )
+    loaded = _loadable(frames)
+    resized = _resize(loaded, size, order, zero_rim, _limits(frames), _extremes(loaded))
+    return resized.astype(frames.dtype, copy=False)
+
+
+def _resize(
+    frames: AnyFrames,
+    size: int,
+    order: int,
+    zero_rim: bool,
+    limits: tuple[float, float] | None,
+    known: _Extremes,
+) -> AnyFrames:
+    """:func:`resize` for frames as :func:`_loadable` gives them; with ``limits`` they are whole numbers."""
     if frames.shape[1:3] == (size, size):
         return frames
-    if order == 0:
-        rows, rows_lost = _nearest(frames.shape[1], size)
-        columns, columns_lost = _nearest(frames.shape[2], size)
-        out = frames.take(rows, axis=1).take(columns, axis=2)
-        if zero_rim:
-            out[:, rows_lost] = 0
-            out[:, :, columns_lost] = 0
-        return out
-    # NaN times a weight of zero is NaN: a frame with one NaN becomes all NaN, which it would anyway.
-    with np.errstate(invalid="ignore"):
-        exact = _bilinear(frames, size, zero_rim) if order == 1 else _spline(frames, size, order, zero_rim)
-    if order > 1 or not zero_rim:
+    resized = cast(
+        AnyFrames, resample(frames, size, order, zero_rim=zero_rim, limits=limits if order else None)
+    )
+    if order > 1 or (order == 1 and not zero_rim):
         # A constant stays that constant: rounding would pass for a range, and be stretched to [0, 255], as
         # it is by the published code. At order 1 that can be reproduced.
-        first = frames[:, :1, :1]
-        constant = (frames == first).all(axis=(1, 2), keepdims=True)
-        exact = np.where(constant & (exact != 0), first, exact) if constant.any() else exact
-    if frames.dtype.kind == "f":
-        return exact.astype(frames.dtype)
-    limits = np.iinfo(frames.dtype)
-    rounded = np.trunc(exact + np.copysign(0.5, exact))
-    return np.clip(rounded, limits.min, limits.max).astype(frames.dtype)
-
-
-def _bilinear(frames: np.ndarray, size: int, zero_rim: bool) -> np.ndarray:
-    """Order 1, term by term in scipy's own order: equal to the last bit. (n, size, size, channel) float64."""
-
-    def along(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        positions = _positions(n, size)
-        beyond = positions > n - 1
-        positions = np.minimum(positions, n - 1)
-        first = np.minimum(np.floor(positions).astype(np.intp), n - 1)
-        weight = 1.0 - (positions - first)
-        return first, np.minimum(first + 1, n - 1), weight, 1.0 - weight, beyond
-
-    y0, y1, above, below, beyond_y = along(frames.shape[1])
-    x0, x1, left, right, beyond_x = along(frames.shape[2])
-    exact = frames.astype(np.float64)
-    rows = ((exact.take(y0, axis=1), above), (exact.take(y1, axis=1), below))
-    columns = ((x0, left), (x1, right))
-    terms = (
-        values.take(x, axis=2) * weight_y[:, None, None] * weight_x[:, None]
-        for values, weight_y in rows
-        for x, weight_x in columns
-    )
-    out = next(terms)
-    for term in terms:
-        out += term
-    if zero_rim:
-        out[:, beyond_y] = 0
-        out[:, :, beyond_x] = 0
-    return out
-
-
-def _spline(frames: np.ndarray, size: int, order: int, zero_rim: bool) -> np.ndarray:
-    """Orders 2 to 5 by one matrix per axis: (n, size, size, channel) float64."""
-    along_y = _spline_matrix(frames.shape[1], size, order, zero_rim)
-    along_x = _spline_matrix(frames.shape[2], size, order, zero_rim)
-    half = np.einsum("yY,nYXc->nyXc", along_y, frames.astype(np.float64), optimize=True)
-    exact: np.ndarray = np.einsum("xX,nyXc->nyxc", along_x, half, optimize=True)
-    return exact
+        for f, c in np.argwhere((known.lo == known.hi) & np.isfinite(known.lo)):
+            plane = resized[f, ..., c]
+            resized[f, ..., c] = known.lo[f, c] * (plane != 0) + (plane - plane)  # NaN and the rim stay, too
+    return resized
 
 
 def value_range(
@@ -338,20 +350,77 @@ def value_range(
     lo, hi : ndarray of shape (channel,), float64
         NaN where no frame is finite.
     """
+    loaded = _loadable(frames)
+    return _range(loaded, where, None if masked else _extremes(loaded).finite)
+
+
+def _range(frames: Frames, where: str, complete: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`value_range` over the ``complete`` frames, or over all values but NaN."""
     if not isinstance(where, str) or where not in SCOPES:
         raise ValueError(f"scope must be one of {SCOPES} or (lo, hi), got {where!r}")
-    if masked:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="All-NaN")
-            lo, hi = (extreme(frames, axis=(0, 1, 2)) for extreme in (np.nanmin, np.nanmax))
-        return lo.astype(np.float64), hi.astype(np.float64)
-    finite = finite_frames(frames)
-    if not finite.any():
-        return np.full(frames.shape[-1], np.nan), np.full(frames.shape[-1], np.nan)
-    chosen = frames if finite.all() else frames[finite]
-    rows = _as_rows(chosen)
-    lo, hi = (extreme(axis=0).reshape(-1, frames.shape[-1]) for extreme in (rows.min, rows.max))
-    return lo.min(axis=0).astype(np.float64), hi.max(axis=0).astype(np.float64)
+    known = _extremes(frames)
+    counted = slice(None) if complete is None else complete
+    lo = known.lo[counted].min(axis=0, initial=np.inf)
+    hi = known.hi[counted].max(axis=0, initial=-np.inf)
+    return np.where(lo <= hi, lo, np.nan), np.where(lo <= hi, hi, np.nan)
+
+
+class _Extremes(NamedTuple):
+    """Of every frame: minimum and maximum of all but NaN, (n, channel) float64; whether all is finite, (n,).
+
+    Without any value, infinity and −infinity.
+    """
+
+    lo: np.ndarray
+    hi: np.ndarray
+    finite: np.ndarray
+
+
+def _extremes(frames: Frames) -> _Extremes:
+    n, y, x, channels = frames.shape
+    if isinstance(frames, np.ndarray):
+        lowest, highest = np.array(_limits(frames) or (-np.inf, np.inf), frames.dtype)
+        return _Extremes(*_walk_extremes(frames.reshape(n, y, x * channels), channels, lowest, highest))
+    pixels = frames.flatten(1, 2)
+    if frames.dtype.is_floating_point:
+        missing = pixels.isnan()
+        lo, hi = (
+            pixels.masked_fill(missing, torch.inf).amin(1),
+            pixels.masked_fill(missing, -torch.inf).amax(1),
+        )
+        finite = pixels.isfinite().all(2).all(1)
+    else:
+        lo, hi = pixels.amin(1), pixels.amax(1)
+        finite = torch.ones(n, dtype=torch.bool)
+    return _Extremes(lo.double().cpu().numpy(), hi.double().cpu().numpy(), finite.cpu().numpy())
+
+
+@numba.njit(nogil=True, cache=True)
+def _walk_extremes(frames, channels, lowest, highest):  # type: ignore[no-untyped-def]
+    n, y, wide = frames.shape
+    lo = np.empty((n, channels))
+    hi = np.empty((n, channels))
+    finite = np.ones(n, np.bool_)
+    # Whole rows: walked channel by channel, there would be nothing to vectorise.
+    low = np.empty(wide, frames.dtype)
+    high = np.empty(wide, frames.dtype)
+    spoilt = np.empty(wide, frames.dtype)
+    for f in range(n):
+        low[:] = highest
+        high[:] = lowest
+        spoilt[:] = 0
+        for r in range(y):
+            row = frames[f, r]
+            for k in range(wide):
+                value = row[k]
+                low[k] = value if value < low[k] else low[k]
+                high[k] = value if value > high[k] else high[k]
+                spoilt[k] += value - value
+        for c in range(channels):
+            lo[f, c] = low[c::channels].min()
+            hi[f, c] = high[c::channels].max()
+        finite[f] = (spoilt == 0).all()
+    return lo, hi, finite
 
 
 def finite_frames(frames: np.ndarray) -> np.ndarray:
@@ -366,40 +435,73 @@ def finite_frames(frames: np.ndarray) -> np.ndarray:
     return sums
 
 
-def normalise(frames: np.ndarray, lo: np.ndarray, hi: np.ndarray, *, masked: bool = False) -> np.ndarray:
-    """255·((frames − lo)/(hi − lo)) per channel, in the precision of ``frames``; 0 where lo equals hi.
+def normalise(
+    frames: AnyFrames, lo: np.ndarray, hi: np.ndarray, *, floor: bool, complete: np.ndarray | None
+) -> AnyFrames:
+    """255·((frames − lo)/(hi − lo)) per channel; 0 where lo equals hi.
+
+    Computed in single precision for float32 and, as by the published code, in double precision for
+    others: truncating to 8 bit shows the difference.
 
     Parameters
     ----------
-    frames : ndarray of shape (n, y, x, channel), float32 or float64
+    frames : ndarray or Tensor of shape (n, y, x, channel)
     lo, hi : ndarray of shape (channel,), float64
+    floor : bool
+        Round down to whole numbers.
+    complete : ndarray of shape (n,), bool, or None
+        All other frames become NaN. None: missing values are NaN, and stay so.
 
     Returns
     -------
-    ndarray of shape (n, y, x, channel), dtype of ``frames``
-        Frames that are not finite throughout are all NaN; ``masked`` ones, only where they are NaN.
+    ndarray or Tensor of shape (n, y, x, channel), float32
+        New memory. The published code, too, rounds to single precision before it truncates to 8 bit.
     """
-    dtype = frames.dtype
-    finite = finite_frames(frames)
+    single = frames.dtype == (torch.float32 if isinstance(frames, Tensor) else np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        spread = hi.astype(dtype) - lo.astype(dtype)
-    if dtype == np.float32 and not _comfortable(spread):
-        # The range over- or underflows single precision.
-        return normalise(frames.astype(np.float64), lo, hi, masked=masked).astype(np.float32)
+        low, spread = lo.astype(np.float32), hi.astype(np.float32) - lo.astype(np.float32)
+    if not single or not _comfortable(spread):
+        # Also where the range over- or underflows single precision.
+        low, spread = lo, hi - lo
     constant = spread == 0
-    x = frames.shape[2]
-    with np.errstate(over="ignore", invalid="ignore"):
-        out = _as_rows(frames) - np.tile(lo.astype(dtype), x)
-        out /= np.tile(np.where(constant, dtype.type(1), spread), x)
-        out *= dtype.type(255)
-    out = out.reshape(frames.shape)
-    if constant.any():
-        out[..., constant] = 0
-    if masked:
-        out[np.isnan(frames)] = np.nan
-    elif not finite.all():
-        out[~finite] = np.nan
+    divisor = np.where(constant, 1, spread).astype(spread.dtype)
+    kept = np.ones(len(frames), bool) if complete is None else complete
+    if isinstance(frames, Tensor):
+        return _normalised(frames, low, divisor, constant, floor, kept)
+    n, y, x, channels = frames.shape
+    low, divisor, constant = (np.tile(values, x) for values in (low, divisor, constant))
+    out = np.empty((n, y, x * channels), np.float32)
+    _normalise_rows(
+        frames.reshape(out.shape), low, divisor, constant, spread.dtype.type(255), floor, kept, out
+    )
+    return out.reshape(frames.shape)
+
+
+def _normalised(
+    frames: Tensor, lo: np.ndarray, divisor: np.ndarray, constant: np.ndarray, floor: bool, kept: np.ndarray
+) -> Tensor:
+    low, by, flat = (torch.from_numpy(values).to(frames.device) for values in (lo, divisor, constant))
+    exact = frames.to(low.dtype)
+    out = torch.where(flat, exact - exact, (exact - low).div_(by).mul_(255))  # NaN stays NaN in both
+    out = (out.floor_() if floor else out).float()
+    if not kept.all():
+        out[torch.from_numpy(~kept).to(out.device)] = torch.nan
     return out
+
+
+@numba.njit(nogil=True, cache=True)
+def _normalise_rows(frames, lo, divisor, constant, full, floor, kept, out):  # type: ignore[no-untyped-def]
+    for f in range(out.shape[0]):
+        for r in range(out.shape[1]):
+            row = frames[f, r]
+            target = out[f, r]
+            if not kept[f]:
+                target[:] = np.nan
+                continue
+            for k in range(target.shape[0]):
+                value = (row[k] - lo[k]) / divisor[k] * full
+                value = row[k] - row[k] if constant[k] else value  # NaN stays NaN
+                target[k] = np.floor(value) if floor else value
 
 
 def truncate_to_8bit(frames: np.ndarray) -> np.ndarray:
@@ -426,12 +528,37 @@ def _floor_within(values, out):  # type: ignore[no-untyped-def]
         out[k] = np.floor(value)
 
 
-def _working_precision(frames: np.ndarray) -> np.ndarray:
-    if frames.dtype == np.float32:
-        return frames
-    # Half precision, and short integers, are exact in single; but the published code divides integers
-    # in double precision, and truncating to 8 bit shows the difference.
-    return frames.astype(np.float32 if frames.dtype == np.float16 else np.float64)
+def _loadable(frames: AnyFrames) -> AnyFrames:
+    """Contiguous, and of a dtype that kernels take; numbers stay what they are.
+
+    Arrays become uint8, float32 or float64, for which kernels are compiled.
+    """
+    if isinstance(frames, Tensor):
+        if frames.dtype == torch.bool:
+            return frames.byte()
+        return frames.float() if frames.dtype == torch.float16 else frames
+    if frames.dtype == np.bool_:
+        frames = frames.view(np.uint8)
+    kind: Any = np.float64
+    if frames.dtype in (np.uint8, np.float32):
+        kind = frames.dtype.newbyteorder("=")
+    elif frames.dtype == np.float16:
+        kind = np.float32
+    # Writable, as well: kernels would be compiled once more for arrays that aren't.
+    return np.require(frames, kind, ["C", "W"])
+
+
+def _limits(frames: Frames) -> tuple[float, float] | None:
+    """Of an integer dtype; None for floating point."""
+    if isinstance(frames, Tensor):
+        if frames.dtype.is_floating_point:
+            return None
+        info: Any = torch.iinfo(torch.uint8 if frames.dtype == torch.bool else frames.dtype)
+    else:
+        if frames.dtype.kind == "f":
+            return None
+        info = np.iinfo(np.uint8 if frames.dtype == np.bool_ else frames.dtype)
+    return float(info.min), float(info.max)
 
 
 def _fixed_range(scope: tuple[Any, Any], channels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -449,38 +576,6 @@ def _fixed_range(scope: tuple[Any, Any], channels: int) -> tuple[np.ndarray, np.
     return lo, hi
 
 
-def _as_rows(frames: np.ndarray) -> np.ndarray:
-    """(n, y, x, channel) → (n·y, x·channel): NumPy walks long rows ten times faster than short ones."""
-    return frames.reshape(-1, frames.shape[2] * frames.shape[3])
-
-
 def _comfortable(spread: np.ndarray) -> bool:
     nonzero = spread[spread != 0]
     return bool(np.isfinite(spread).all() and (nonzero > 1e-30).all() and (nonzero < 1e37).all())
-
-
-def _positions(n: int, m: int) -> np.ndarray:
-    """Where scipy's zoom samples an axis of length ``n``, in double precision and its rounding."""
-    step = (n - 1) / (m - 1) if m > 1 else 1.0
-    return np.arange(m) * step
-
-
-@functools.lru_cache(maxsize=64)
-def _nearest(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nearest sample for each of ``m`` positions, and which positions scipy takes to be outside."""
-    positions = _positions(n, m)
-    return np.minimum(np.floor(positions + 0.5).astype(np.intp), n - 1), positions > n - 1
-
-
-@functools.lru_cache(maxsize=64)
-def _spline_matrix(n: int, m: int, order: int, zero_rim: bool) -> np.ndarray:
-    """The linear map of :func:`scipy.ndimage.zoom` along one axis: (m, n), float64."""
-    if n == m:
-        return np.eye(n)
-    matrix = scipy.ndimage.zoom(np.eye(n), (m / n, 1), order=order)
-    beyond = _positions(n, m) > n - 1
-    matrix[beyond] = 0
-    if not zero_rim:
-        # A spline interpolates: at the last sample it is the last sample.
-        matrix[beyond, n - 1] = 1
-    return matrix
