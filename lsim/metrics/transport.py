@@ -20,7 +20,7 @@ from lsim.preprocess import Preprocessing
 from lsim.threads import in_threads
 
 FULL_SCALE = 255.0
-DIRECTIONS = 16
+DIRECTIONS = 12
 
 AXIOMS = frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"})
 
@@ -62,16 +62,16 @@ class SlicedWasserstein(Metric):
     Every channel is scaled to the mass 1, which sits in the centres of pixels; negative values carry none.
     A channel without any mass counts as constant, and all constant channels are the same: evenly spread.
     The frame's longer side is 1. The result is the mean over channels and over all angles, each direction
-    weighted with the angle that it is the nearest to; a shift by s gives 2/π·s in the mean.
+    weighted with the angles that it is the nearest to: a shift by s is 2/π·s, to 0.8 % for 12 directions.
 
-    Directions are the shortest integer vectors (q, p), from (1, 0) to (3, ±2) and (2, ±3) for 16: the
+    Directions are the shortest integer vectors (q, p), from (1, 0) to (3, ±1) and (1, ±3) for 12: the
     positions q·x + p·y of pixels on them are whole numbers, so that nothing is rounded to a bin.
 
     Parameters
     ----------
     name, preprocessing, device
         As :class:`~lsim.metric.Metric` takes them.
-    directions : int, default 16
+    directions : int, default 12
         A multiple of 4. Both axes are among them.
     """
 
