@@ -7,7 +7,11 @@ checkpoints without their slice numbering; :data:`CHECKPOINT_KEYS` translates.
 
 from __future__ import annotations
 
-from typing import ClassVar, TypeAlias
+import contextlib
+import copy
+import threading
+from collections.abc import Iterator
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -289,13 +293,19 @@ class NonSiamese(nn.Module):
 
         ``keep`` (pair, 4608) multiplies the pooled features: a mask of dropout, in training.
         """
-        x = F.relu(self.conv1(frames))
-        x = F.relu(self.conv2(F.max_pool2d(x, 4, 2)))
+        x = self.pooled(self.conv1(frames))
+        return self.judged(x if keep is None else x * keep)
+
+    def pooled(self, first: Tensor) -> Tensor:
+        """What the first convolution makes of pairs, (pair, 32, y', x'), → features (pair, 4608)."""
+        x = F.relu(self.conv2(F.max_pool2d(F.relu(first), 4, 2)))
         x = F.relu(self.conv3(F.max_pool2d(x, 4, 2)))
         x = F.relu(self.conv5(F.relu(self.conv4(x))))
-        x = F.adaptive_avg_pool2d(x, 6).flatten(1)
-        x = x if keep is None else x * keep
-        x = F.relu(self.full2(F.relu(self.full1(x))))
+        return F.adaptive_avg_pool2d(x, 6).flatten(1)
+
+    def judged(self, features: Tensor) -> Tensor:
+        """Features (pair, 4608) → distances (pair,)."""
+        x = F.relu(self.full2(F.relu(self.full1(features))))
         return torch.sigmoid(self.full3(x))[:, 0]
 
 
@@ -303,6 +313,55 @@ Trunk: TypeAlias = LsimTrunk | SkipTrunk | AlexTrunk
 ImageTrunk: TypeAlias = AlexTrunk | VggTrunk | SqueezeTrunk
 """Those that take ImageNet's weights; ``mean`` and ``deviation`` are what they standardise frames by."""
 TRUNKS: dict[str, type[Trunk]] = {"lsim": LsimTrunk, "skip": SkipTrunk, "alex": AlexTrunk}
+
+Convolving = TypeVar("Convolving", bound=LsimTrunk | SkipTrunk)
+
+
+def for_one_channel(trunk: Convolving) -> Convolving:
+    """A trunk for frames (batch, 1, y, x) whose channel stands for three equal ones: a copy.
+
+    The weights of its first convolution are summed over the channels, in double precision.
+    """
+    grey = copy.deepcopy(trunk)
+    weight = grey.conv1.weight
+    summed = weight.detach().double().sum(1, keepdim=True).to(weight.dtype)
+    grey.conv1.weight = nn.Parameter(summed, requires_grad=weight.requires_grad)
+    grey.conv1.in_channels = 1
+    return grey
+
+
+_guard = threading.Lock()
+_inside = 0
+_before: list[Any] = []
+
+
+@contextlib.contextmanager
+def ieee_convolutions() -> Iterator[None]:
+    """Convolutions in IEEE single precision, whatever torch has been told of TF32 and bfloat16.
+
+    TF32, torch's default for convolutions on GPUs, is wrong by 11 % on nearly equal frames. The setting is
+    the whole process's: it is put back when the last of several threads leaves.
+    """
+    global _inside, _before
+    backends = [b for b in (torch.backends.cudnn, torch.backends.mkldnn) if hasattr(b, "conv")]
+    # torch before 2.9 knows one setting; where there are new ones, the old one cannot always be read.
+    settings: list[tuple[Any, str, Any]] = [(b.conv, "fp32_precision", "ieee") for b in backends] or [
+        (torch.backends.cudnn, "allow_tf32", False)
+    ]
+    with _guard:
+        if _inside == 0:
+            _before = [getattr(where, name) for where, name, _ in settings]
+            for where, name, exact in settings:
+                setattr(where, name, exact)
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _guard:
+            _inside -= 1
+            if _inside == 0:
+                for (where, name, _), value in zip(settings, _before, strict=True):
+                    setattr(where, name, value)
 
 
 def _strided(n: int) -> int:

@@ -8,6 +8,7 @@ of threads.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -28,6 +29,18 @@ def in_threads(function: Callable[..., T], tasks: Iterable[Any]) -> list[T]:
     if threads == 1:
         return [function(task) for task in tasks]
     return list(_pool(threads, os.getpid()).map(function, tasks))
+
+
+def batches(n: int, most: int) -> list[slice]:
+    """Cut ``n`` into slices of about equal length for :func:`in_threads`.
+
+    They are at most ``most`` long (3 or more) and, where ``n`` is, at least 2: some algorithms take a single
+    row otherwise than the same row among others, and round it otherwise.
+    """
+    threads = torch.get_num_threads()
+    count = max(1, min(threads * -(-n // (threads * most)), n // 2))
+    bounds = (n * k // count for k in range(count + 1))
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 @functools.cache

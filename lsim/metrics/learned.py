@@ -14,27 +14,54 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
+import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsim.metric import Embedding, Metric, MetricInfo, safe_sqrt
-from lsim.networks import AlexTrunk, LsimTrunk, SkipTrunk
+from lsim.networks import AlexTrunk, LsimTrunk, NonSiamese, SkipTrunk, for_one_channel, ieee_convolutions
 from lsim.pairs import all_pairs, has_kernel, rows_in_torch, squared_differences
 from lsim.preprocess import FramesError, Preprocessing
-from lsim.threads import in_threads
-from lsim.weights import Checkpoint, find_weights, load_checkpoint, why_missing
+from lsim.threads import batches, in_threads
+from lsim.weights import (
+    Checkpoint,
+    MissingWeightsError,
+    WeightsError,
+    find_weights,
+    load_checkpoint,
+    read_metadata,
+    verified_bytes,
+    why_missing,
+)
+
+Network = TypeVar("Network", bound=nn.Module)
+Precision = Literal["exact", "ranking"]
 
 FRAMES_TOGETHER = 64
-"""Frames in one pass of the network on a GPU, or where gradients are wanted."""
+"""Frames, or pairs, in one pass of a network on a GPU, or where gradients are wanted."""
+
+FRAMES_A_TASK = 8
+"""The same for a thread on a CPU: more are no faster."""
 
 AXIOMS = frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"})
 
 
 class LSiM(Metric):
-    """The learned simulation metric on the five maps of :class:`~lsim.networks.LsimTrunk`."""
+    """The learned simulation metric on the five maps of :class:`~lsim.networks.LsimTrunk`.
+
+    Parameters
+    ----------
+    precision : {"exact", "ranking"}
+        ``"exact"``: the network runs in IEEE single precision, whatever torch is told of TF32 or autocast.
+        ``"ranking"``: in bfloat16, for where only the order of distances matters. It ranks alike, but
+        distances of nearly equal frames are noise: six times as large as they should be, where TF32, which
+        GPUs would take by themselves, errs by 11 %.
+    """
 
     info = MetricInfo(
         title="learned simulation metric",
@@ -42,21 +69,36 @@ class LSiM(Metric):
         axioms=AXIOMS,
         minimum_size=44,
         advised_sizes=(128, 512),
+        one_channel_suffices=True,
     )
     trunk_class: ClassVar[type[LsimTrunk] | type[SkipTrunk] | type[AlexTrunk]] = LsimTrunk
 
     def __init__(
-        self, name: str, preprocessing: Preprocessing, device: torch.device, checkpoint: Checkpoint
+        self,
+        name: str,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        checkpoint: Checkpoint,
+        *,
+        precision: Precision = "exact",
     ) -> None:
-        super().__init__(name, preprocessing, device)
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision must be 'exact' or 'ranking', got {precision!r}")
+        # Stored results of the exact metric carry no precision.
+        super().__init__(
+            name, preprocessing, device, **({} if precision == "exact" else {"precision": precision})
+        )
+        self.precision = precision
         self.weights_sha256 = checkpoint.sha256
         trunk = self.trunk_class()
         trunk.load_state_dict(checkpoint.trunk)
-        self.trunk: nn.Module = trunk.to(device).requires_grad_(False).eval()
+        trunk.requires_grad_(False).eval()
+        self.trunk = _on(device, trunk)
+        self._grey = None if isinstance(trunk, AlexTrunk) else _on(device, for_one_channel(trunk))
         self._weights = [w.clamp(min=0).to(device) for w in checkpoint.channel_weights]
         self._squares = [m2.to(device) for m2 in checkpoint.deviation_squares]
         self._counts = checkpoint.counts
-        self._scales: dict[tuple[tuple[int, int], ...], list[Tensor]] = {}
+        self._scales: dict[tuple[int, int], list[Tensor]] = {}
         if preprocessing.size is not None:
             self.check_size(preprocessing.size, preprocessing.size)
 
@@ -89,38 +131,55 @@ class LSiM(Metric):
                 f"multiples of 16 always do: pass size={near}"
             )
 
-    def features(self, frames: Tensor) -> Sequence[Tensor]:
-        """The trunk's feature maps of (batch, 3, y, x) in [0, 255], in IEEE single precision."""
-        # TF32, torch's default for convolutions on GPUs, is wrong by 11 % on nearly equal frames.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            maps: Sequence[Tensor] = self.trunk(frames.contiguous(memory_format=torch.channels_last))
+    def features(self, planes: Tensor) -> Sequence[Tensor]:
+        """The trunk's feature maps of (batch, 3 or 1, y, x) in [0, 255], in the metric's precision."""
+        trunk = self.trunk
+        if planes.shape[1] == 1:
+            if self._grey is None:
+                planes = planes.expand(-1, 3, -1, -1)
+            else:
+                trunk = self._grey
+        ranking = self.precision == "ranking"
+        with torch.autocast(planes.device.type, torch.bfloat16, enabled=ranking):
+            maps: Sequence[Tensor] = trunk(planes.contiguous(memory_format=torch.channels_last))
         return maps
 
     def embed(self, frames: Tensor) -> Embedding:
         """z of every frame, (n, Σ_l C_l H_l W_l) float32; with gradients where ``frames`` carry them."""
         planes = frames.permute(0, 3, 1, 2).float()
-        if planes.shape[1] == 1:
-            planes = planes.expand(-1, 3, -1, -1)
-        # On a CPU one frame at a time: then a frame's features are the same bits whatever the batch around
-        # it, and a larger batch is no faster. Elsewhere as many as keep a device busy in bounded memory.
-        if has_kernel(planes):
-            parts = in_threads(self._scaled, planes.split(1))
-        else:
-            parts = [self._scaled(part) for part in planes.split(FRAMES_TOGETHER)]
-        return Embedding({"features": torch.cat(parts)})
+        scales = self._scales_for(*planes.shape[2:])
+        with ieee_convolutions():
+            if not has_kernel(planes):
+                parts = [self._scaled(part, scales) for part in planes.split(FRAMES_TOGETHER)]
+                return Embedding({"features": torch.cat(parts)})
+            features = _empty(len(planes), sum(scale.numel() for scale in scales))
 
-    def _scaled(self, planes: Tensor) -> Tensor:
-        maps = self.features(planes)
-        scaled = zip(maps, self._scales_for(maps), strict=True)
+            def fill(part: slice) -> None:
+                start = 0
+                for f, scale in zip(self.features(_two_or_more(planes[part])), scales, strict=True):
+                    into = features[part, start : start + scale.numel()].view(-1, *scale.shape)
+                    torch.mul(f[: len(into)], scale, out=into)
+                    start += scale.numel()
+
+            in_threads(fill, _tasks(planes))
+        return Embedding({"features": features})
+
+    def _scaled(self, planes: Tensor, scales: Sequence[Tensor]) -> Tensor:
+        scaled = zip(self.features(planes), scales, strict=True)
         return torch.cat([(f * scale).flatten(1) for f, scale in scaled], 1)
 
-    def _scales_for(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """z_l / f_l for maps of these sizes: (channel, y', x') each."""
-        sizes = tuple((m.shape[2], m.shape[3]) for m in maps)
-        if sizes not in self._scales:
-            parts = zip(self.scale_parts(), sizes, strict=True)
-            self._scales[sizes] = [feature_scale(*part, size) for part, size in parts]
-        return self._scales[sizes]
+    def _scales_for(self, y: int, x: int) -> list[Tensor]:
+        """z_l / f_l of frames of this size: (channel, y', x') each."""
+        if (y, x) not in self._scales:
+            with torch.device("meta"):
+                maps = self.trunk_class()(torch.empty(1, 3, y, x))
+            # Kept for passes to come, some of which may want gradients.
+            with torch.inference_mode(False):
+                self._scales[y, x] = [
+                    feature_scale(*part, (m.shape[2], m.shape[3]))
+                    for part, m in zip(self.scale_parts(), maps, strict=True)
+                ]
+        return self._scales[y, x]
 
     def scale_parts(self) -> list[tuple[Tensor, Tensor, int]]:
         """What :func:`feature_scale` takes of each feature map: channel weights, squares, and their count."""
@@ -150,6 +209,7 @@ class LSiMSkip(LSiM):
         axioms=AXIOMS,
         minimum_size=48,
         advised_sizes=(128, 512),
+        one_channel_suffices=True,
     )
     trunk_class = SkipTrunk
 
@@ -163,6 +223,7 @@ class LSiMAlex(LSiM):
         axioms=AXIOMS,
         minimum_size=31,
         advised_sizes=(128, 512),
+        one_channel_suffices=True,
     )
     trunk_class = AlexTrunk
 
@@ -191,3 +252,165 @@ def feature_scale(weight: Tensor, squares: Tensor, count: int, size: tuple[int, 
     # Not math.sqrt of the size: an exporter makes a constant of it.
     divisor = (deviation + 1e-10) * (math.sqrt(channels) - 1) * (size[0] * size[1]) ** 0.5
     return weight.sqrt()[:, None, None] / divisor
+
+
+NO_WEIGHTS = (
+    "its weights are published nowhere: train some with 'lsim train' and trunk: non-siamese, and pass them "
+    "as --weights non-siamese=FILE"
+)
+
+
+class NonSiameseMetric(Metric):
+    """The publication's baseline: one network that sees both frames of a pair, the reference first.
+
+    Not symmetric, and not 0 for identical frames. Its first convolution is linear, so each frame passes that
+    once, as reference and as the other; the rest of the network runs for every pair.
+    """
+
+    info = MetricInfo(
+        title="non-siamese network, the reference first",
+        source="Kohl, Um, Thuerey, ICML 2020, table 2 (Non-Siamese); trained by lsim.training",
+        axioms=frozenset({"non-negative"}),
+        minimum_size=44,
+        advised_sizes=(128, 512),
+        distance_to_itself=math.nan,
+    )
+
+    def __init__(
+        self,
+        name: str,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        state: dict[str, Tensor],
+        sha256: str,
+    ) -> None:
+        super().__init__(name, preprocessing, device)
+        self.weights_sha256 = sha256
+        network = NonSiamese()
+        network.load_state_dict(state)
+        self.network = _on(device, network.requires_grad_(False).eval())
+        if preprocessing.size is not None:
+            self.check_size(preprocessing.size, preprocessing.size)
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        weights: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> Self:
+        if weights is None:
+            raise MissingWeightsError(f"no weights for {name!r}: {NO_WEIGHTS}")
+        return cls(name, preprocessing, device, *load_non_siamese(find_weights(name, weights)), **options)
+
+    @classmethod
+    def why_unavailable(cls, name: str, weights: str | os.PathLike[str] | None = None) -> str:
+        return NO_WEIGHTS if weights is None else why_missing(name, weights)
+
+    def specification(self) -> dict[str, Any]:
+        return super().specification() | {"weights_sha256": self.weights_sha256}
+
+    def embed(self, frames: Tensor) -> Embedding:
+        """The first convolution of every frame on either side, (n, y', x', 32) float32, channels last."""
+        planes = frames.permute(0, 3, 1, 2).float()
+        first = self.network.conv1
+        sides = (first.weight[:, :3], first.bias), (first.weight[:, 3:], None)
+
+        def convolved(planes: Tensor) -> list[Tensor]:
+            scaled = (planes / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(planes.device.type, enabled=False):
+                maps = [F.conv2d(scaled, *side, first.stride, first.padding) for side in sides]
+            return [m.permute(0, 2, 3, 1) for m in maps]
+
+        with ieee_convolutions():
+            if has_kernel(planes):
+                parts = in_threads(
+                    lambda part: [m[: len(planes[part])] for m in convolved(_two_or_more(planes[part]))],
+                    _tasks(planes),
+                )
+            else:
+                parts = [convolved(part) for part in planes.split(FRAMES_TOGETHER)]
+        reference, other = (torch.cat(side) for side in zip(*parts, strict=True))
+        return Embedding({"reference": reference, "other": other})
+
+    def compare(self, a: Embedding, b: Embedding) -> Tensor:
+        i, j = (index.flatten() for index in torch.meshgrid(*map(_numbers, (a, b)), indexing="ij"))
+        return self._distances(a, b, i, j).view(len(a), len(b))
+
+    def paired(self, a: Embedding, b: Embedding) -> Tensor:
+        return self._distances(a, b, _numbers(a), _numbers(b))
+
+    def _distances(self, a: Embedding, b: Embedding, i: Tensor, j: Tensor) -> Tensor:
+        """Distances of the frames a[i] and b[j], float64."""
+        reference, other = a.parts["reference"], b.parts["other"]
+        on_threads = has_kernel(reference, other)
+
+        def distances(part: slice) -> Tensor:
+            first = (reference[i[part]] + other[j[part]]).permute(0, 3, 1, 2)
+            with torch.autocast(first.device.type, enabled=False):
+                if not on_threads:
+                    return self.network.judged(self.network.pooled(first))
+                features = self.network.pooled(_two_or_more(first))[: len(first)]
+                # How a product of matrices is rounded depends on how many rows there are: one at a time.
+                return torch.cat([self.network.judged(row) for row in features.split(1)])
+
+        with ieee_convolutions():
+            if on_threads:
+                parts = in_threads(distances, batches(len(i), FRAMES_A_TASK))
+            else:
+                starts = range(0, len(i), FRAMES_TOGETHER)
+                parts = [distances(slice(start, start + FRAMES_TOGETHER)) for start in starts]
+        return torch.cat(parts).double()
+
+
+def load_non_siamese(path: Path) -> tuple[dict[str, Tensor], str]:
+    """State of a :class:`~lsim.networks.NonSiamese` and the hash of its file, as training leaves it.
+
+    Raises
+    ------
+    WeightsError
+        When the file holds something else.
+    """
+    content, sha256 = verified_bytes(path)
+    trunk = read_metadata(path)["trunk"]
+    if trunk != "non-siamese":
+        raise WeightsError(f"{path}: weights of the trunk {trunk!r}, expected those of 'non-siamese'")
+    tensors = safetensors.torch.load(content)
+    with torch.device("meta"):
+        expected = {f"trunk.{name}": tuple(value.shape) for name, value in NonSiamese().state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if found != expected:
+        wrong = ", ".join(
+            f"{name} {found.get(name, 'missing')}"
+            for name in sorted(expected | found)
+            if found.get(name) != expected.get(name)
+        )
+        raise WeightsError(f"{path}: not the tensors of a non-siamese network: {wrong}")
+    return {name.removeprefix("trunk."): value.float() for name, value in tensors.items()}, sha256
+
+
+def _on(device: torch.device, network: Network) -> Network:
+    """There, with weights laid out as convolutions are fastest in."""
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _empty(n: int, length: int) -> Tensor:
+    """(n, length) to be filled. NumPy asks for large pages, which saves a tenth of the time to features."""
+    return torch.from_numpy(np.empty((n, length), np.float32))
+
+
+def _tasks(planes: Tensor) -> list[slice]:
+    """What each call of a thread takes of planes (n, channel, y, x): fewer of large ones, to save memory."""
+    y, x = planes.shape[2:]
+    return batches(len(planes), max(3, min(FRAMES_A_TASK, FRAMES_A_TASK * 256**2 // (y * x))))
+
+
+def _two_or_more(planes: Tensor) -> Tensor:
+    """One alone twice: torch convolves it by another algorithm than in a batch, to other bits."""
+    return planes if len(planes) != 1 else planes.expand(2, -1, -1, -1)
+
+
+def _numbers(embedding: Embedding) -> Tensor:
+    return torch.arange(len(embedding), device=embedding.parts["reference"].device)
