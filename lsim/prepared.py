@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lsim.embedding import Embedding
-from lsim.preprocess import Preprocessing, Scope, apply, truncate_to_8bit
+from lsim.preprocess import Preprocessing, Scope, apply, drop_alpha, truncate_to_8bit
 
 
 @dataclass(eq=False)
@@ -67,6 +67,9 @@ class Prepared:
 def prepare(frames: np.ndarray, settings: Preprocessing, scope: Scope, device: torch.device) -> Prepared:
     """Resize and normalise a sequence, once for all metrics that want it so.
 
+    On an NVIDIA or AMD GPU everything happens there, on frames that were moved as they are; else it
+    happens on the CPU, since other devices lack double precision. Both give the same within 1e-6 of 255.
+
     Parameters
     ----------
     frames : ndarray of shape (n, y, x, channel)
@@ -79,8 +82,18 @@ def prepare(frames: np.ndarray, settings: Preprocessing, scope: Scope, device: t
     lsim.FramesError
         For shapes and channels that no metric takes.
     """
-    values = apply(settings, frames, scope)
+    if device.type == "cuda":
+        values = apply(settings, moved(frames, device), scope)
+    else:
+        values = torch.from_numpy(apply(settings, frames, scope)).to(device)
     # Without a mask, preparing makes a frame with NaN or infinity all NaN.
-    comparable = np.isfinite(values if settings.mask else values[:, :1, :1, :1]).any(axis=(1, 2, 3))
-    tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(device)
-    return Prepared(tensor, comparable, settings.mask)
+    looked_at = values if settings.mask else values[:, :1, :1, :1]
+    return Prepared(values, looked_at.isfinite().flatten(1).any(1).cpu().numpy(), settings.mask)
+
+
+def moved(frames: np.ndarray, device: torch.device) -> Tensor:
+    """Frames (n, y, x, channel) on a device, in their own dtype and without alpha."""
+    own = drop_alpha(frames)
+    tensor = torch.from_numpy(np.require(own, own.dtype.newbyteorder("="), ["C", "W"]))
+    # Out of pinned memory the copy is faster, and does not keep this thread.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -480,7 +480,7 @@ def normalise(
 def _normalised(
     frames: Tensor, lo: np.ndarray, divisor: np.ndarray, constant: np.ndarray, floor: bool, kept: np.ndarray
 ) -> Tensor:
-    low, by, flat = (torch.from_numpy(values).to(frames.device) for values in (lo, divisor, constant))
+    low, by, flat = (torch.tensor(values, device=frames.device) for values in (lo, divisor, constant))
     exact = frames.to(low.dtype)
     out = torch.where(flat, exact - exact, (exact - low).div_(by).mul_(255))  # NaN stays NaN in both
     out = (out.floor_() if floor else out).float()
@@ -489,7 +489,8 @@ def _normalised(
     return out
 
 
-@numba.njit(nogil=True, cache=True)
+# Looking for divisions by zero would keep it from being vectorised: five times slower.
+@numba.njit(nogil=True, cache=True, error_model="numpy")
 def _normalise_rows(frames, lo, divisor, constant, full, floor, kept, out):  # type: ignore[no-untyped-def]
     for f in range(out.shape[0]):
         for r in range(out.shape[1]):
@@ -534,18 +535,21 @@ def _loadable(frames: AnyFrames) -> AnyFrames:
     Arrays become uint8, float32 or float64, for which kernels are compiled.
     """
     if isinstance(frames, Tensor):
+        if frames.dtype in (torch.uint16, torch.uint32, torch.uint64):
+            return frames.double()  # torch knows little more of these
         if frames.dtype == torch.bool:
             return frames.byte()
         return frames.float() if frames.dtype == torch.float16 else frames
     if frames.dtype == np.bool_:
         frames = frames.view(np.uint8)
-    kind: Any = np.float64
-    if frames.dtype in (np.uint8, np.float32):
-        kind = frames.dtype.newbyteorder("=")
-    elif frames.dtype == np.float16:
-        kind = np.float32
+    own = frames.dtype.newbyteorder("=")
+    kind: dict[Any, Any] = {
+        np.dtype(np.uint8): own,
+        np.dtype(np.float32): own,
+        np.dtype(np.float16): np.float32,
+    }
     # Writable, as well: kernels would be compiled once more for arrays that aren't.
-    return np.require(frames, kind, ["C", "W"])
+    return np.require(frames, kind.get(own, np.float64), ["C", "W"])
 
 
 def _limits(frames: Frames) -> tuple[float, float] | None:

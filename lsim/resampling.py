@@ -56,7 +56,7 @@ def resample(
         An array is contiguous; for orders above 0 it is uint8, float32 or float64.
     size, order : int
     zero_rim : bool
-        Zeros where rounding puts the last position beyond the last sample, as in scipy.
+        Zeros, but for NaN, where rounding puts the last position beyond the last sample, as in scipy.
     limits : (float, float), optional
         Round to whole numbers, halves away from zero, and clip to these.
 
@@ -77,8 +77,8 @@ def resample(
             exact = (exact + exact.sign() / 2).trunc().clamp(*limits)
         out = exact.to(frames.dtype) if frames.dtype.is_floating_point else exact
     if zero_rim:
-        out[:, size - _beyond(y, size) :] = 0
-        out[:, :, size - _beyond(x, size) :] = 0
+        for rim in (out[:, size - _beyond(y, size) :], out[:, :, size - _beyond(x, size) :]):
+            rim[rim == rim] = 0  # what is missing stays missing
     return out
 
 

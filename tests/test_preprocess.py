@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.ndimage
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lsim import preprocess
-from lsim.preprocess import Preprocessing, resize, truncate_to_8bit
+from lsim.preprocess import Preprocessing, apply, range_of, resize, truncate_to_8bit
 
 RIM_ZEROED = [(512, 224), (480, 224), (1000, 224), (128, 320), (448, 320)]
 """Lengths (from, to) at which scipy's last position rounds to beyond the last sample."""
@@ -383,3 +386,222 @@ def test_truncation_to_8bit(dtype: type) -> None:
     expected = np.array([[0, 0, 0, 1], [254, 255, 255, np.nan], [0, 255, 2, 3]])
     np.testing.assert_array_equal(truncate_to_8bit(values), expected)
     np.testing.assert_array_equal(truncate_to_8bit(values.T), expected.T)
+
+
+# --- any shape and dtype ----------------------------------------------------------------------------------
+
+PREPARED_DTYPES: dict[str, Any] = {
+    "?": np.uint8,
+    "u1": np.uint8,
+    "i2": np.int16,
+    "u2": np.uint16,
+    "f2": np.float32,
+    "f4": np.float32,
+    ">f4": np.dtype(">f4"),
+    "f8": np.float64,
+}
+"""Dtypes that come in, and in which they are resized."""
+
+
+@st.composite
+def any_frames(draw: st.DrawFn, dtypes: tuple[str, ...] = tuple(PREPARED_DTYPES)) -> np.ndarray:
+    """A few frames with axes down to one pixel, of one or three channels, with a large offset or none."""
+    shape = [draw(st.integers(1, high)) for high in (3, 24, 24)]
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    values = rng.normal(draw(st.sampled_from([0, 120])), 40, (*shape, draw(st.sampled_from([1, 3]))))
+    dtype = np.dtype(draw(st.sampled_from(dtypes)))
+    if dtype.kind == "b":
+        return values > 120
+    return (values.clip(0, 255) if dtype.kind == "u" else values).astype(dtype)
+
+
+def spoilt(frames: np.ndarray, seed: int) -> np.ndarray:
+    """The same with up to three values that are NaN or infinite."""
+    rng = np.random.default_rng(seed)
+    frames = frames.copy()
+    for _ in range(rng.integers(1, 4)):
+        frames[tuple(rng.integers(0, frames.shape))] = rng.choice([np.nan, np.inf, -np.inf])
+    return frames
+
+
+SEEDS = st.integers(0, 2**16)
+
+
+@given(frames=any_frames(), m=st.integers(1, 40), order=st.integers(0, 5))
+@settings(max_examples=150, deadline=None)
+def test_any_frames_are_resized_as_by_scipy(frames: np.ndarray, m: int, order: int) -> None:
+    taken = frames.astype(PREPARED_DTYPES[frames.dtype.str.lstrip("<|=").replace("b1", "?")])
+    found = resize(frames, m, order, zero_rim=True)
+    assert found.dtype == taken.dtype
+    if order < 2 and taken.dtype.kind == "f" and frames.shape[1:3] != (m, m):
+        np.testing.assert_array_equal(found, zoom(taken, m, order))
+        return
+    exact = zoom(taken.astype(np.float64), m, order)
+    if taken.dtype.kind == "u" or taken.dtype.kind == "i":
+        limits = np.iinfo(taken.dtype)
+        exact = np.clip(exact, limits.min, limits.max)
+        assert np.abs(found - exact).max() <= 0.5 + 1e-9
+    else:
+        np.testing.assert_allclose(found, exact, rtol=1e-7, atol=1e-6 * max(np.ptp(taken), 1e-30))
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_tensors_are_prepared_as_arrays_are(data: st.DataObject) -> None:
+    """The way of other devices, in plain torch, and compiled kernels."""
+    dtypes = tuple(name for name in PREPARED_DTYPES if not name.startswith(">"))
+    frames = data.draw(any_frames(dtypes))
+    if frames.dtype.kind == "f" and data.draw(st.booleans()):
+        frames = spoilt(frames, data.draw(SEEDS))
+    if data.draw(st.booleans()):
+        frames[..., 0] = frames[0, 0, 0, 0]
+    order = data.draw(st.integers(0, 5))
+    wanted = Preprocessing(
+        data.draw(st.sampled_from([None, 1, 7, 30])),
+        order,
+        data.draw(st.sampled_from(["default", "published"])),
+        mask=order < 2 and data.draw(st.booleans()),
+    )
+    scope: Any = data.draw(st.sampled_from(["sequence", (-20, 200), (50, 50)]))
+    found = apply(wanted, torch.from_numpy(frames), scope)
+    assert found.dtype == torch.float32
+    expected = apply(wanted, frames, scope)
+    if order < 2:
+        np.testing.assert_array_equal(found.numpy(), expected)
+    else:
+        span = max(255, np.nan_to_num(np.abs(expected)).max())
+        # Whole numbers may be rounded either way, where rounding decides.
+        near = 255 if frames.dtype.kind in "uib" else 1e-6 * span
+        np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=near)
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+def test_a_frame_is_the_same_bits_whatever_is_with_it(order: int) -> None:
+    frames = sample(np.float32, (5, 30, 50, 3))
+    wanted = Preprocessing(41, order)
+    together = apply(wanted, frames, (-100, 100))
+    for k in range(5):
+        np.testing.assert_array_equal(apply(wanted, frames[k : k + 1], (-100, 100))[0], together[k])
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+def test_memory_that_cannot_be_walked_or_written(order: int) -> None:
+    frames = sample(np.float32, (4, 20, 30, 3))
+    expected = preprocess(frames, 16, order)
+    locked = frames.copy()
+    locked.flags.writeable = False
+    turned = np.ascontiguousarray(frames[::-1].transpose(3, 2, 1, 0)).transpose(3, 2, 1, 0)[::-1]
+    for other in (locked, turned, frames.astype(">f4")):
+        np.testing.assert_array_equal(preprocess(other, 16, order), expected)
+
+
+# --- missing pixels ---------------------------------------------------------------------------------------
+
+
+def masked(size: int | None, order: int = 0, compat: str = "default") -> Preprocessing:
+    return Preprocessing(size, order, compat, mask=True)  # type: ignore[arg-type]
+
+
+@given(frames=any_frames(("f4", "f8")), m=st.integers(1, 40), order=st.integers(0, 1), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_missing_pixels_spread_as_far_as_their_weight(
+    frames: np.ndarray, m: int, order: int, data: st.DataObject
+) -> None:
+    """A sample is missing where it takes anything of a missing pixel, and else is what it would be."""
+    frames = spoilt(frames, data.draw(SEEDS))
+    missing = ~np.isfinite(frames).all(-1, keepdims=True)
+    filled = np.where(missing, 0, frames)
+    taken = resize(missing.astype(np.float64), m, order)[..., 0] > 0
+    resized = resize(filled, m, order)
+    found = apply(masked(m, order), frames, (0, 255))
+    np.testing.assert_array_equal(np.isnan(found), np.broadcast_to(taken[..., None], found.shape))
+    np.testing.assert_allclose(found[~taken], resized[~taken], rtol=1e-6, atol=1e-4)
+    if not taken.all():
+        lo, hi = range_of(frames, masked(m, order))
+        np.testing.assert_array_equal(lo, resized[~taken].min(0))
+        np.testing.assert_array_equal(hi, resized[~taken].max(0))
+
+
+def test_a_sample_on_a_pixel_does_not_take_of_the_missing_one_beside_it() -> None:
+    frames = sample(np.float64, (1, 9, 9, 3))
+    frames[0, 3, 3, 1] = np.inf
+    found = apply(masked(5, order=1), frames, "sequence")  # at every second pixel
+    assert np.isfinite(found).all()
+    found = apply(masked(17, order=1), frames, "sequence")  # and between them
+    assert np.argwhere(np.isnan(found[0, ..., 0])).tolist() == [[i, j] for i in (5, 6, 7) for j in (5, 6, 7)]
+
+
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("compat", ["default", "published"])
+def test_missing_pixels_do_not_count_in_the_range(order: int, compat: str) -> None:
+    """Nor do the values that their other channels have."""
+    frames = sample(np.float32, (3, 12, 10, 3))
+    frames[1, 4, 5] = [np.nan, 1e6, -1e6]
+    found = apply(masked(None, order, compat), frames, "sequence")
+    assert np.isnan(found[1, 4, 5]).all()
+    assert np.isnan(found).sum() == 3
+    assert np.nanmin(found, axis=(0, 1, 2)).tolist() == [0, 0, 0]
+    np.testing.assert_allclose(np.nanmax(found, axis=(0, 1, 2)), 255, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+@pytest.mark.parametrize("order", [0, 1])
+def test_constant_channels_with_missing_pixels_are_zero(order: int, kind: str) -> None:
+    frames = sample(np.float64, (2, 11, 8, 3))
+    frames[..., 1] = 7.3
+    frames[0, 2, 2] = [np.nan, 9, 9]  # with it, the second channel would vary
+    taken: Any = frames if kind == "array" else torch.from_numpy(frames)
+    found = np.asarray(apply(masked(30, order), taken, "sequence"))
+    assert np.isnan(found[0]).any()
+    assert not np.isnan(found[1]).any()
+    present = ~np.isnan(found[..., 1])
+    assert (found[..., 1][present] == 0).all()
+    assert (np.isnan(found) == ~present[..., None]).all()
+
+
+@pytest.mark.parametrize("compat", ["default", "published"])
+def test_a_frame_without_any_value_stays_so(compat: str) -> None:
+    """Also where the published resize writes a rim of zeros."""
+    n, m = RIM_ZEROED[3]
+    frames = sample(np.float32, (3, n, n, 1))
+    frames[1] = np.nan
+    found = apply(masked(m, 1, compat), frames, "sequence")
+    assert np.isnan(found[1]).all()
+    np.testing.assert_array_equal(found[[0, 2]], apply(masked(m, 1, compat), frames[[0, 2]], "sequence"))
+    assert np.isnan(apply(masked(m, 1, compat), frames[[1]], "sequence")).all()
+
+
+@given(
+    data=st.data(),
+    order=st.integers(0, 1),
+    mask=st.booleans(),
+    compat=st.sampled_from(["default", "published"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_ranges_of_sequences_join_to_that_of_the_data_set(
+    data: st.DataObject, order: int, mask: bool, compat: str
+) -> None:
+    frames = sample(np.float32, (6, 14, 9, 3), data.draw(st.integers(0, 99)))
+    if data.draw(st.booleans()):
+        frames = spoilt(frames, data.draw(SEEDS))
+    wanted = Preprocessing(8, order, compat, mask)  # type: ignore[arg-type]
+    ranges = [range_of(frames[part], wanted) for part in (slice(0, 2), slice(2, 6))]
+    lo, hi = np.nanmin([r[0] for r in ranges], axis=0), np.nanmax([r[1] for r in ranges], axis=0)
+    together = apply(wanted, frames, "dataset")
+    for part in (slice(0, 2), slice(2, 6)):
+        np.testing.assert_array_equal(apply(wanted, frames[part], (lo, hi)), together[part])
+
+
+@given(
+    frames=any_frames(("f4", "f8")), m=st.sampled_from([None, 1, 13]), order=st.integers(0, 3), data=st.data()
+)
+@settings(max_examples=60, deadline=None)
+def test_without_a_mask_a_missing_value_costs_its_frame_alone(
+    frames: np.ndarray, m: int | None, order: int, data: st.DataObject
+) -> None:
+    bad = spoilt(frames, data.draw(SEEDS))
+    complete = np.isfinite(bad).all(axis=(1, 2, 3))
+    found = preprocess(bad, m, order)
+    assert np.isnan(found[~complete]).all()
+    if complete.any():
+        np.testing.assert_array_equal(found[complete], preprocess(frames[complete], m, order))
