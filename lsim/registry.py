@@ -26,7 +26,7 @@ from lsim.metrics.information import (
 )
 from lsim.metrics.learned import LSiM, LSiMAlex, LSiMSkip
 from lsim.metrics.perceptual import LPIPS, LPIPSSqueeze, LPIPSVgg
-from lsim.metrics.pixel import L1, L2, PSNR
+from lsim.metrics.pixel import L1, L2, NRMSE, PSNR, RMSE, VRMSE, Correlation, Cosine
 from lsim.metrics.spectral import FourierAmplitude, RadialSpectrum
 from lsim.metrics.structural import SSIM
 from lsim.metrics.transport import SlicedWasserstein, Wasserstein
@@ -36,7 +36,12 @@ from lsim.weights import WeightsError, find_weights, read_metadata
 METRICS: dict[str, type[Metric]] = {
     "l1": L1,
     "l2": L2,
+    "rmse": RMSE,
+    "nrmse": NRMSE,
+    "vrmse": VRMSE,
     "psnr": PSNR,
+    "correlation": Correlation,
+    "cosine": Cosine,
     "ssim": SSIM,
     "vi": VariationOfInformation,
     "mutual-information": MutualInformation,
