@@ -22,6 +22,10 @@ from pipeline import schema, store
 
 Pairs: TypeAlias = Literal["all", "reference"]
 
+METRICS_PER_CHUNK = 64
+"""Of the texts in provenance: one chunk holds those of all metrics for a block's sequences, which one task
+writes at once, instead of a small file a metric. A block has one task at a time, whatever its metrics."""
+
 ROW_TEXTS = (schema.FAILURE, schema.CONTENT, schema.FINGERPRINT)
 """Texts that provenance has for every metric and sequence, the fingerprint last: as they are written."""
 
@@ -33,13 +37,14 @@ SATISFIED_BY: dict[Pairs, tuple[Pairs, ...]] = {"all": ("all",), "reference": ("
 class StaleBlock:
     """Sequences ``start:stop`` of a field; for each metric the rows to compute, with their fingerprints.
 
-    ``contents`` has the content hash of each row.
+    ``contents`` has the content hash of each row, and ``places`` the index of each metric in provenance.
     """
 
     start: int
     stop: int
     rows: Mapping[str, Mapping[int, str]]
     contents: Mapping[int, str]
+    places: Mapping[str, int]
 
 
 def fingerprint(content: str, specification_hash: str, scope: Scope, pairs: Pairs) -> str:
@@ -49,7 +54,11 @@ def fingerprint(content: str, specification_hash: str, scope: Scope, pairs: Pair
 
 
 def stale_blocks(
-    group: store.Group, contents: Sequence[str], specifications: Mapping[str, str], scope: Scope, pairs: Pairs
+    group: store.Group,
+    contents: Sequence[str],
+    specifications: Mapping[str, str],
+    scopes: Mapping[str, Scope],
+    pairs: Pairs,
 ) -> tuple[list[StaleBlock], int]:
     """The blocks of a field whose recorded fingerprints differ, and how many matrices are up to date.
 
@@ -61,6 +70,9 @@ def stale_blocks(
         Content hash of each sequence.
     specifications : mapping of str to str
         Hash of each metric's specification, by name.
+    scopes : mapping of str to scope
+        The scope of each metric, by name.
+    pairs : {"all", "reference"}
     """
     provenance = store.get_group(group, schema.PROVENANCE)
     names = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
@@ -69,7 +81,7 @@ def stale_blocks(
     stale: dict[int, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
     fresh = 0
     for name, specification in specifications.items():
-        found = recorded[names.index(name)]
+        found, scope = recorded[names.index(name)], scopes[name]
         for row, content in enumerate(contents):
             wanted = {p: fingerprint(content, specification, scope, p) for p in SATISFIED_BY[pairs]}
             if found[row] in wanted.values():
@@ -79,9 +91,9 @@ def stale_blocks(
     blocks = []
     for index in sorted(stale):
         start, stop = index * length, min((index + 1) * length, len(contents))
-        blocks.append(
-            StaleBlock(start, stop, dict(stale[index]), dict(enumerate(contents[start:stop], start)))
-        )
+        rows = dict(stale[index])
+        places = {name: names.index(name) for name in rows}
+        blocks.append(StaleBlock(start, stop, rows, dict(enumerate(contents[start:stop], start)), places))
     return blocks, fresh
 
 
@@ -187,8 +199,12 @@ def drop_vanished(root: store.Group, keys: Sequence[str]) -> None:
 def _add_metrics(group: store.Group, metrics: Sequence[str], rows: int, n: int, block: int) -> None:
     """Arrays for the metrics that the store doesn't have yet."""
     provenance = group.require_group(schema.PROVENANCE)
-    by_metric: dict[str, Any] = {"shape": (0,), "chunks": (1,), "dims": (schema.METRIC,)}
-    by_row: dict[str, Any] = {"shape": (0, rows), "chunks": (1, block), "dims": schema.PROVENANCE_DIMS}
+    by_metric: dict[str, Any] = {"shape": (0,), "chunks": (METRICS_PER_CHUNK,), "dims": (schema.METRIC,)}
+    by_row: dict[str, Any] = {
+        "shape": (0, rows),
+        "chunks": (METRICS_PER_CHUNK, block),
+        "dims": schema.PROVENANCE_DIMS,
+    }
     texts = dict.fromkeys((schema.METRIC, schema.SPECIFICATION), by_metric) | dict.fromkeys(ROW_TEXTS, by_row)
     for name, layout in texts.items():
         if name not in provenance:

@@ -7,15 +7,19 @@ quarantined or could not be compared; 130 interrupted, and a second run goes on 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import pydantic
 import typer
+import yaml
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -78,6 +82,30 @@ WeightsOption = Annotated[
     ),
 ]
 Metrics = Annotated[str, typer.Option(help="Names separated by commas, or 'all'.")]
+OwnMetrics = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metric",
+        metavar="MODULE:CLASS",
+        help="A metric of your own besides, importable from this folder; may be repeated.",
+    ),
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="METRIC.OPTION=VALUE",
+        help="What a metric is told, see 'lsim metrics NAME'; may be repeated.",
+    ),
+]
+MaskOption = Annotated[
+    str | None,
+    typer.Option("--mask", help="nan: leave missing pixels out, for metrics that take a mask; or none."),
+]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option("--precision", help="exact, or ranking: faster, the same ranking but for near-ties."),
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Make a metric that is not available an error.")]
 
 
@@ -137,6 +165,10 @@ def run(
     ] = None,
     data_dir: DataDir = None,
     metrics: Annotated[str | None, typer.Option(help="Instead of the workflow's: names, or 'all'.")] = None,
+    own: OwnMetrics = None,
+    option: Options = None,
+    mask: MaskOption = None,
+    precision: PrecisionOption = None,
     weights: WeightsOption = None,
     strict: Strict = False,
     cluster: ClusterOption = "local",
@@ -145,14 +177,17 @@ def run(
     """Run a workflow: fetch, convert, distances, correlate, report; only what is out of date."""
     from pipeline.cluster import Cluster, load_profile
     from pipeline.distances import Settings
+    from pipeline.resources import find_resource
     from pipeline.workflow import open_workflow, run_workflow
 
     chosen = open_workflow(workflow)
-    changes: dict[str, Any] = {"strict": strict or chosen.distances.strict}
-    if metrics is not None:
-        changes["metrics"] = _metric_names(metrics)
-    changes["weights"] = chosen.distances.weights | _weights(weights)
-    settings = Settings.model_validate(chosen.distances.model_dump() | changes)
+    there = chosen.distances
+    changes: dict[str, Any] = {"strict": strict or there.strict, "weights": there.weights | _weights(weights)}
+    changes["metrics"] = _metric_names(there.metrics if metrics is None else metrics, own)
+    changes["options"] = _options(option, there.options)
+    changes |= _mask_and_precision(mask, precision)
+    settings = Settings.model_validate(there.model_dump() | changes)
+    _make_importable(settings.metrics, Path.cwd(), find_resource("workflows", workflow).parent)
     chosen = chosen.model_copy(update={"distances": settings})
     with Cluster(load_profile(cluster, workers)) as pool:
         report = run_workflow(chosen, pool, out=out, data_dir=data_dir, progress=_stage(pool))
@@ -203,6 +238,10 @@ def distances_command(
     frames: Annotated[Path, typer.Argument(help="A frames.zarr.")],
     out: Annotated[Path, typer.Option(help="The store to make or bring up to date.")],
     metrics: Metrics = "all",
+    own: OwnMetrics = None,
+    option: Options = None,
+    mask: MaskOption = None,
+    precision: PrecisionOption = None,
     weights: WeightsOption = None,
     pairs: Annotated[str, typer.Option(help="all, or reference: frame 0 against the others only.")] = "all",
     scope: Annotated[
@@ -222,7 +261,9 @@ def distances_command(
 
     settings = Settings.model_validate(
         {
-            "metrics": _metric_names(metrics),
+            "metrics": _metric_names(metrics, own),
+            "options": _options(option, {}),
+            **_mask_and_precision(mask, precision),
             "weights": _weights(weights),
             "size": size or None,
             "order": order,
@@ -233,6 +274,7 @@ def distances_command(
             **({"block": block} if block else {}),
         }
     )
+    _make_importable(settings.metrics, Path.cwd())
     with Cluster(load_profile(cluster, workers)) as pool, _stage(pool)("distances") as show:
         report = compute_distances(frames, out, settings, cluster=pool, progress=show)
     _show_distances(report)
@@ -411,17 +453,74 @@ def export_command(
 
 
 @app.command("metrics")
-def metrics_command() -> None:
-    """List the metrics, and whether they can be used here."""
-    from lsim.registry import describe_metrics
-    from lsim.weights import PUBLISHED
+def metrics_command(
+    name: Annotated[
+        str | None, typer.Argument(help="All that is known of this one; or MODULE:CLASS.")
+    ] = None,
+) -> None:
+    """List the metrics, what they can do, and whether they can be used here."""
+    from lsim.registry import list_metrics, metric_class, why_unavailable
 
-    table = Table("metric", "what it is", "gradient", "here")
-    for entry in describe_metrics():
-        how = f"lsim weights fetch {entry.name}" if entry.name in PUBLISHED else entry.unavailable
-        here = f"no: {how}" if entry.unavailable else "yes"
-        _add_row(table, entry.name, entry.info.title, "yes" if entry.info.differentiable else "no", here)
-    output.print(table)
+    if name is not None:
+        _make_importable([name], Path.cwd())
+        _show_metric(name)
+        return
+    table = Table("metric", "what it is", "gradient", "mask", "symmetric", "options", "here", box=box.SIMPLE)
+    for column in table.columns[2:5]:
+        column.justify = "center"
+    how: dict[str, str] = {}
+    for known in list_metrics():
+        cls = metric_class(known)
+        how[known] = _command_in(why_unavailable(known))
+        info = cls.info
+        marks = (info.differentiable, info.takes_mask, "symmetric" in info.axioms)
+        here = "no" if how[known] else "yes"
+        options = ", ".join(cls.option_names())
+        _add_row(table, known, info.title, *("✓" if mark else "–" for mark in marks), options, here)
+    output.print(table, soft_wrap=False)
+    for commands in dict.fromkeys(filter(None, how.values())):
+        names = [known for known, command in how.items() if command == commands]
+        output.print(f"for {', '.join(names)}: {commands}", markup=False)
+    output.print(
+        "not symmetric: archives hold ½ (d(a, b) + d(b, a)). 'lsim metrics NAME' tells more", markup=False
+    )
+
+
+def _command_in(reason: str) -> str:
+    """The command that a reason names, where it names one on its own; else the reason."""
+    found = re.search(r"(?:pip install|lsim weights fetch) [^\s;,()`']+(?:\[[^\]]*\][^\s;,()`']*)?", reason)
+    return found.group() if found else reason
+
+
+def _show_metric(name: str) -> None:
+    from lsim.registry import metric_class, metric_name, why_unavailable
+
+    cls = metric_class(name)
+    info = cls.info
+    sizes = f"{info.minimum_size}×{info.minimum_size} at least"
+    if info.advised_sizes:
+        sizes += f", made for {info.advised_sizes[0]} to {info.advised_sizes[1]}"
+    symmetric = "symmetric" in info.axioms
+    about = {
+        "what it is": info.title,
+        "source": info.source,
+        "claims": ", ".join(sorted(info.axioms)) or "nothing",
+        "gradient": "yes" if info.differentiable else "no",
+        "mask": "yes: missing pixels can be left out" if info.takes_mask else "no",
+        "symmetric": "yes" if symmetric else "no: archives hold ½ (d(a, b) + d(b, a))",
+        "frames": sizes,
+        "to itself": f"{info.distance_to_itself:g}",
+        "options": ", ".join(map(str, _signature(cls))) or "none",
+        "here": why_unavailable(name) or "yes",
+    }
+    output.print(metric_name(name), style="bold", markup=False)
+    for label, text in about.items():
+        output.print(f"{label + ':':<12}{text}", markup=False)
+
+
+def _signature(cls: type) -> list[inspect.Parameter]:
+    parameters = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+    return [p.replace(annotation=p.empty) for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
 @catalog_app.command("list")
@@ -642,12 +741,21 @@ def _show_distances(report: Any) -> None:
         )
     elif not report.failures:
         output.print(f"nothing to do: {report.up_to_date} distance matrices are up to date")
+    if report.symmetrised:
+        console.print(
+            f"not symmetric, so half of d(a, b) + d(b, a): {', '.join(report.symmetrised)}", markup=False
+        )
     for name, reason in report.unavailable.items():
         console.print(f"left out: {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
     if report.failures:
-        table = Table("data set", "field", "sequence", "metric", "reason", title="Not compared")
+        table = Table("data set", "field", "sequence", "metrics", "reason", title="Not compared")
+        alike: dict[tuple[str, ...], list[str]] = {}
         for entry in report.failures:
-            _add_row(table, entry.dataset, entry.field, entry.sequence, entry.metric, entry.reason)
+            alike.setdefault((entry.dataset, entry.field, entry.sequence, entry.reason), []).append(
+                entry.metric
+            )
+        for (*where, reason), metrics in alike.items():
+            _add_row(table, *where, ", ".join(metrics), reason)
         console.print(table)
 
 
@@ -674,8 +782,45 @@ def _show_correlations(report: CorrelationReport) -> None:
     output.print(table)
 
 
-def _metric_names(text: str) -> Any:
-    return "all" if text == "all" else tuple(name.strip() for name in text.split(",") if name.strip())
+def _metric_names(named: Any, own: list[str] | None = None) -> Any:
+    """``"all"``, or names of metrics, and metrics of one's own besides."""
+    if isinstance(named, str) and named != "all":
+        named = [name.strip() for name in named.split(",") if name.strip()]
+    if not own:
+        return named if named == "all" else tuple(named)
+    if wrong := [name for name in own if ":" not in name]:
+        raise typer.BadParameter(f"--metric {wrong[0]!r}: expected MODULE:CLASS; names go into --metrics")
+    return (*(["all"] if named == "all" else named), *own)
+
+
+def _make_importable(metrics: Any, *folders: Path) -> None:
+    """Let metrics that are given by reference be found in these folders, by local workers as well.
+
+    After all else: a file of the user's, whatever its name, must not stand in for a module of others.
+    """
+    if any(":" in name for name in metrics):
+        sys.path += [folder for folder in map(str, folders) if folder not in sys.path]
+
+
+def _options(given: list[str] | None, there: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """METRIC.OPTION=VALUE by metric and option, over those that are there; values as in YAML."""
+    found = {metric: dict(options) for metric, options in there.items()}
+    for text in given or []:
+        name, equals, value = text.partition("=")
+        metric, dot, option = name.rpartition(".")
+        if not (equals and dot and metric and option):
+            raise typer.BadParameter(f"option {text!r}: expected METRIC.OPTION=VALUE")
+        try:
+            found.setdefault(metric, {})[option] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise typer.BadParameter(f"option {text!r}: the value is no YAML: {error}") from error
+    return found
+
+
+def _mask_and_precision(mask: str | None, precision: str | None) -> dict[str, Any]:
+    """Those that are given."""
+    changes: dict[str, Any] = {} if mask is None else {"mask": None if mask == "none" else mask}
+    return changes if precision is None else changes | {"precision": precision}
 
 
 def _weights(given: list[str] | None) -> dict[str, str]:

@@ -16,9 +16,9 @@ import signal
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
 
 import dask
 import pydantic
@@ -265,12 +265,16 @@ def single_threaded() -> Iterator[None]:
 # ---------------------------------------------------------------- metrics, once per worker process
 
 
+Option: TypeAlias = bool | int | float | str | None
+"""The value of a metric's option: one that YAML and a command line can write."""
+
+
 @dataclass(frozen=True)
 class MetricRequest:
-    """All that a worker needs to load a metric as the driver meant it.
+    """All that a worker needs to load a metric as the driver meant it, as :func:`lsim.load_metric` takes it.
 
-    ``specification_hash`` is checked after loading: a worker whose weights or version differ must not
-    mix its distances with the others'.
+    ``name`` may be a reference, ``"module:Class"``. ``specification_hash`` is checked after loading: a worker
+    whose weights, version or source differ must not mix its distances with the others'.
     """
 
     name: str
@@ -278,7 +282,22 @@ class MetricRequest:
     size: int | None
     order: int
     compat: Compat
-    specification_hash: str
+    mask: bool = False
+    symmetrise: bool = False
+    options: tuple[tuple[str, Option], ...] = ()
+    specification_hash: str = ""
+
+    def load(self, device: str) -> Metric:
+        """Load the metric, whatever its specification."""
+        options: dict[str, Any] = dict(self.options)
+        settings = (self.size, self.order, self.compat)
+        return load_metric(
+            self.name, self.weights, device, *settings, mask=self.mask, symmetrise=self.symmetrise, **options
+        )
+
+    def of(self, metric: Metric) -> MetricRequest:
+        """The request of this very metric, as it was loaded."""
+        return replace(self, specification_hash=metric.specification_hash)
 
 
 _lock = threading.Lock()
@@ -287,30 +306,48 @@ _loads: Counter[str] = Counter()
 _device: str = "auto"
 
 
-def get_metric(request: MetricRequest) -> Metric:
+def get_metric(request: MetricRequest, device: str | None = None) -> Metric:
     """This process's instance of a metric, loaded on first use.
+
+    Parameters
+    ----------
+    request : MetricRequest
+    device : str, optional
+        Default: the one that this process was told to use.
 
     Raises
     ------
+    ClusterError
+        When this worker cannot import a metric of one's own.
     lsim.WeightsError
         When this worker's weights, or its version of the metric, are not the driver's.
     """
     with _lock:
-        key = (request, _device)
+        key = (request, device or _device)
         if key not in _metrics:
-            metric = load_metric(
-                request.name, request.weights, _device, request.size, request.order, request.compat
-            )
-            _loads[request.name] += 1
+            try:
+                metric = request.load(key[1])
+            except UnknownMetricError as error:
+                if ":" not in request.name:
+                    raise
+                module = request.name.partition(":")[0]
+                raise ClusterError(
+                    f"{_this_worker()} cannot load metric {request.name!r} ({error}): the module {module!r} "
+                    "must be installed there, or lie in a folder of its PYTHONPATH"
+                ) from error
+            _loads[metric.name] += 1
             found = metric.specification_hash
             if found != request.specification_hash:
                 raise WeightsError(
-                    f"worker {platform.node()} (process {os.getpid()}) has another version or other "
-                    f"weights of metric {request.name!r}: specification {found}, expected "
-                    f"{request.specification_hash}"
+                    f"{_this_worker()} has another version, other weights or another source file of metric "
+                    f"{metric.name!r}: specification {found}, expected {request.specification_hash}"
                 )
             _metrics[key] = metric
         return _metrics[key]
+
+
+def _this_worker() -> str:
+    return f"worker {platform.node()} (process {os.getpid()})"
 
 
 def load_counts() -> dict[str, int]:
@@ -321,6 +358,24 @@ def load_counts() -> dict[str, int]:
 def prewarm(client: Client, requests: list[MetricRequest]) -> None:
     """Have every worker, also those that join later, load metrics ahead of their first task."""
     client.register_plugin(MetricLoader(requests))
+
+
+def check_own_metrics(client: Client, requests: Sequence[MetricRequest]) -> None:
+    """Have every worker of now load the metrics that are given by reference.
+
+    Raises
+    ------
+    ClusterError
+        Naming a worker that cannot, and what to do: rather than once for every block.
+    """
+    for request in requests:
+        if ":" in request.name:
+            client.run(get_metric_here, request)
+
+
+def get_metric_here(request: MetricRequest) -> None:
+    """:func:`get_metric` for :meth:`distributed.Client.run`: the metric itself doesn't travel."""
+    get_metric(request)
 
 
 class WorkerSetup(WorkerPlugin):
@@ -353,7 +408,7 @@ class MetricLoader(WorkerPlugin):
     async def setup(self, worker: Worker) -> None:
         for request in self.requests:
             # A worker whose setup fails joins all the same; the task that loads again raises.
-            with contextlib.suppress(WeightsError, UnknownMetricError):
+            with contextlib.suppress(WeightsError, UnknownMetricError, ClusterError):
                 await asyncio.to_thread(get_metric, request)
 
 

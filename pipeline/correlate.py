@@ -155,7 +155,7 @@ def correlate(
         return _load(out, record)
 
     selections, notes = _selections(archive)
-    notes += _unlike_settings(distances)
+    notes += _unlike_settings(distances) + _symmetrised(distances)
     correlations: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
     left_out: list[dict[str, Any]] = []
@@ -289,8 +289,10 @@ def _unlike_settings(path: Path) -> list[str]:
     for metric, specification in store.specifications(path):
         scope = specification.get("scope")
         # Ranges of a data set differ from field to field, and are meant to.
+        preprocessing = specification.get("preprocessing", {})
         settings = {"scope": "fixed" if isinstance(scope, list) else scope}
-        for name, value in (settings | specification.get("preprocessing", {})).items():
+        masked = {"mask": "nan" if preprocessing.get("mask") else "none"}
+        for name, value in (settings | preprocessing | masked).items():
             metrics = found.setdefault(name, {}).setdefault(str(value), [])
             metrics += [metric] if metric not in metrics else []
     return [
@@ -299,6 +301,17 @@ def _unlike_settings(path: Path) -> list[str]:
         for name, values in found.items()
         if len(values) > 1
     ]
+
+
+def _symmetrised(path: Path) -> list[str]:
+    """A note on metrics whose two directions differ, and of which the store holds the mean."""
+    found = [
+        metric for metric, specification in store.specifications(path) if specification.get("symmetrised")
+    ]
+    if not found:
+        return []
+    names = ", ".join(dict.fromkeys(found))
+    return [f"Metrics that are not symmetric are taken as half of d(a, b) + d(b, a): {names}"]
 
 
 def _problems(path: Path, key: str) -> dict[str, list[str]]:

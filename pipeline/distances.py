@@ -1,9 +1,7 @@
 """frames.zarr → distances.zarr: every out-of-date block of every metric, on Dask.
 
-A block is some sequences of one field. One task reads it, prepares its frames once per distinct
-preprocessing, runs the metrics that are out of date on it, and writes whole aligned blocks: distances
-first, then the fingerprints that say they are done (:mod:`pipeline.blocks`). Nothing but small counts
-travels through the scheduler.
+Here is what the driver does: choose the metrics, find the blocks that are out of date
+(:mod:`pipeline.blocks`), and hand one task per block to the workers (:mod:`pipeline.compute`).
 """
 
 from __future__ import annotations
@@ -11,8 +9,9 @@ from __future__ import annotations
 import datetime
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -20,21 +19,20 @@ import numpy as np
 import pydantic
 
 from lsim.metric import Metric
-from lsim.prepared import Prepared
-from lsim.preprocess import (
-    Compat,
-    FramesError,
-    Preprocessing,
-    Scope,
-    drop_alpha,
-    finite_frames,
-    resize,
-    value_range,
-)
-from lsim.registry import learned_class, list_metrics, load_metric, metric_class, why_unavailable
+from lsim.preprocess import Compat, Preprocessing, Scope
+from lsim.registry import learned_class, list_metrics, metric_class, metric_name, why_unavailable
 from pipeline import schema, store
-from pipeline.blocks import Pairs, StaleBlock, describe, drop_vanished, invalidate, lay_out, stale_blocks
-from pipeline.cluster import Cluster, MetricRequest, Profile, get_metric, prewarm, run_bounded
+from pipeline.blocks import Pairs, describe, drop_vanished, invalidate, lay_out, stale_blocks
+from pipeline.cluster import (
+    Cluster,
+    MetricRequest,
+    Option,
+    Profile,
+    check_own_metrics,
+    prewarm,
+    run_bounded,
+)
+from pipeline.compute import BlockResult, BlockTask, compute_block, sequence_range, write_provenance
 from pipeline.versions import versions
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -54,7 +52,15 @@ class Settings(pydantic.BaseModel):
     Attributes
     ----------
     metrics : list of str, or "all"
-        ``"all"`` leaves out those whose weights aren't here, and says so.
+        ``"all"`` leaves out those whose weights aren't here, and says so. In a list, too, it stands for all
+        that are registered; ``"module:Class"`` is a metric of one's own, which workers must be able to
+        import.
+    options : dict of str to dict
+        What single metrics are told, by their names and those of their options.
+    mask : "nan", optional
+        Metrics that take a mask leave missing pixels (NaN) out; the others, frames that have any.
+    precision : {"exact", "ranking"}
+        What metrics with that option are told, unless ``options`` say otherwise.
     size, order, compat
         As :func:`lsim.load_metric` takes them.
     weights : dict of str to str
@@ -75,6 +81,9 @@ class Settings(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     metrics: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] | Literal["all"] = "all"
+    options: dict[str, dict[str, Option]] = {}
+    mask: Literal["nan"] | None = None
+    precision: Literal["exact", "ranking"] = "exact"
     size: int | None = pydantic.Field(default=224, ge=1)
     order: int = pydantic.Field(default=0, ge=0, le=5)
     compat: Compat = "default"
@@ -118,6 +127,8 @@ class DistancesReport:
         All matrices of the store that are not there or have rows of NaN, whenever they were computed.
     unavailable : dict of str to str
         Metrics left out of ``"all"``, and how to get each.
+    symmetrised : list of str
+        Metrics that aren't symmetric: the store has ½ (d(a, b) + d(b, a)) of them.
     seconds : float
     cluster : dict
         The cluster that was used; empty where nothing was to be done.
@@ -128,21 +139,27 @@ class DistancesReport:
     blocks: int = 0
     failures: list[Failure] = field(default_factory=list)
     unavailable: dict[str, str] = field(default_factory=dict)
+    symmetrised: list[str] = field(default_factory=list)
     seconds: float = 0.0
     cluster: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class BlockTask:
-    """A stale block with all that a worker needs to compute it."""
+@dataclass
+class Totals:
+    """:class:`BlockResult` summed over a run; precision by field and metric."""
 
-    frames: str
-    out: str
-    key: str
-    block: StaleBlock
-    requests: tuple[MetricRequest, ...]
-    scope: Scope
-    pairs: Pairs
+    seconds_by_stage: Counter[str] = field(default_factory=Counter)
+    seconds_by_metric: Counter[str] = field(default_factory=Counter)
+    precision: dict[str, dict[str, Any]] = field(default_factory=dict)
+    devices: set[str] = field(default_factory=set)
+
+    def add(self, key: str, result: BlockResult) -> None:
+        self.seconds_by_stage.update(result.seconds_by_stage)
+        self.seconds_by_metric.update(result.seconds_by_metric)
+        self.devices.add(result.device)
+        here = self.precision.setdefault(key, {})
+        for metric, found in result.precision.items():
+            here[metric] = here[metric] + found if metric in here else found
 
 
 def compute_distances(
@@ -188,15 +205,15 @@ def compute_distances(
     # Workers may run in another folder.
     frames_path, out_path = Path(frames).absolute(), Path(out).absolute()
     names, unavailable = select_metrics(settings)
-    weights = {name: _everywhere(file) for name, file in settings.weights.items()}
-    metrics = [
-        load_metric(name, weights.get(name), "cpu", settings.size, settings.order, settings.compat)
-        for name in names
-    ]
-    requests = {metric.name: _request(metric, weights.get(metric.name)) for metric in metrics}
+    wanted = {name: _request(name, settings) for name in names}
+    metrics = [request.load("cpu") for request in wanted.values()]
+    requests = {
+        metric.name: request.of(metric) for metric, request in zip(metrics, wanted.values(), strict=True)
+    }
     source = store.open_store(frames_path)
     keys = _checked_fields(source, frames_path)
-    report = DistancesReport(unavailable=unavailable)
+    report = DistancesReport(unavailable=unavailable, symmetrised=_symmetrised(metrics))
+    totals = Totals()
     with store.locked(out_path):
         root = store.open_output(out_path, schema.DISTANCES_STORE)
         store.drop_consolidated(out_path)
@@ -211,10 +228,11 @@ def compute_distances(
             "pairs": settings.pairs,
             "scope": settings.scope,
             "compat": settings.compat,
+            "mask": settings.mask,
             "versions": versions(),
         }
         try:
-            _run(tasks, list(requests.values()), cluster, root, progress, report)
+            _run(tasks, list(requests.values()), cluster, root, progress, report, totals)
         finally:
             # Also of a run that is interrupted: what it computed stays, and says what made it.
             report.seconds = time.perf_counter() - began
@@ -222,7 +240,13 @@ def compute_distances(
             runs: list[Any] = list(root.attrs.get("runs", []))  # type: ignore[arg-type]
             if report.blocks:
                 counts = {"blocks": report.blocks, "matrices": report.computed}
-                runs.append(made_by | counts | {"seconds": round(report.seconds, 3)} | report.cluster)
+                spent = {
+                    "seconds": round(report.seconds, 3),
+                    "seconds_by_stage": _rounded(totals.seconds_by_stage),
+                    "seconds_by_metric": _rounded(totals.seconds_by_metric),
+                }
+                runs.append(made_by | counts | spent | report.cluster)
+                _record_precision(root, totals)
             carried = ("catalog", "title", "datasets", "pools")
             store.set_attributes(
                 root,
@@ -242,26 +266,77 @@ def select_metrics(settings: Settings) -> tuple[list[str], dict[str, str]]:
     """The metrics to compute, and those of ``"all"`` that are left out, each with the reason.
 
     What weights are given for is asked for by name, too.
+
+    Raises
+    ------
+    UnavailableMetricError, lsim.UnknownMetricError
+    ValueError
+        For names that are taken, and options that no metric has.
     """
     given = settings.weights
-    named = list_metrics() if settings.metrics == "all" else settings.metrics
-    wanted = list(dict.fromkeys([*named, *given]))
-    if reserved := sorted(schema.RESERVED & set(wanted)):
-        raise ValueError(
-            f"a metric cannot be named {', '.join(reserved)}: the store has variables of that name"
-        )
-    unavailable = {
-        name: reason
-        for name in wanted
-        if (reason := why_unavailable(name, given.get(name)) or _why_unfit(name, given.get(name)))
-    }
+    named = ["all"] if settings.metrics == "all" else settings.metrics
+    by_name = [name for name in (*named, *given) if name != "all"]
+    listed = [name for entry in named for name in (list_metrics() if entry == "all" else [entry])]
+    wanted = list(dict.fromkeys([*listed, *given]))
+    _check_names(wanted)
+    _check_options(settings, wanted)
+    unavailable = {name: reason for name in wanted if (reason := why_unavailable(name, given.get(name)))}
     names = [name for name in wanted if name not in unavailable]
-    by_name = wanted if settings.strict or settings.metrics != "all" else given
-    if faults := [name for name in by_name if name in unavailable]:
+    if faults := [name for name in (wanted if settings.strict else by_name) if name in unavailable]:
         raise UnavailableMetricError(
             "; ".join(f"metric {name!r} is not available: {unavailable[name]}" for name in faults)
         )
     return names, unavailable
+
+
+def _check_names(wanted: Sequence[str]) -> None:
+    """Two metrics of one name, or one named as a variable of the store, would overwrite each other."""
+    names = [metric_name(name) for name in wanted]
+    if reserved := sorted(schema.RESERVED & set(names)):
+        raise ValueError(
+            f"a metric cannot be named {', '.join(reserved)}: the store has variables of that name"
+        )
+    for name in names:
+        if names.count(name) > 1:
+            which = " and ".join(repr(one) for one in wanted if metric_name(one) == name)
+            raise ValueError(f"{which} would both be called {name!r}: call one of them otherwise")
+
+
+def _check_options(settings: Settings, wanted: Sequence[str]) -> None:
+    """Options are those of a metric that there is, and that has them, whether it is computed now or not."""
+    known = {metric_name(name): name for name in (*list_metrics(), *wanted)}
+    for name, options in settings.options.items():
+        if name not in known:
+            raise ValueError(f"options for {name!r}, which is no metric; there are {', '.join(known)}")
+        there = _class_of(known[name], settings).option_names()
+        if unknown := sorted(options.keys() - set(there)):
+            raise ValueError(
+                f"metric {name!r} has no option {', '.join(unknown)}; it has: {', '.join(there) or 'none'}"
+            )
+
+
+def _class_of(name: str, settings: Settings) -> type[Metric]:
+    weights = settings.weights.get(name)
+    return metric_class(name) if weights is None else learned_class(name, weights)
+
+
+def _request(name: str, settings: Settings) -> MetricRequest:
+    """How a metric is asked for under these settings; its specification is known once it is loaded."""
+    cls = _class_of(name, settings)
+    options = dict(settings.options.get(metric_name(name), {}))
+    if settings.precision != "exact" and "precision" in cls.option_names():
+        options.setdefault("precision", settings.precision)
+    weights = settings.weights.get(name)
+    return MetricRequest(
+        name,
+        None if weights is None else _everywhere(weights),
+        settings.size,
+        settings.order,
+        settings.compat,
+        mask=settings.mask is not None and cls.info.takes_mask,
+        symmetrise=True,
+        options=tuple(sorted(options.items())),
+    )
 
 
 def _everywhere(weights: str) -> str:
@@ -270,14 +345,8 @@ def _everywhere(weights: str) -> str:
     return str(path.absolute()) if path.is_file() else weights
 
 
-def _why_unfit(name: str, weights: str | None) -> str:
-    """Empty when a metric's distances make a matrix as the store holds them, else why not."""
-    cls = metric_class(name) if weights is None else learned_class(name, weights)
-    if "symmetric" in cls.info.axioms:
-        return ""
-    return (
-        "it doesn't claim to be symmetric, and the store holds symmetric matrices; symmetrise it in `compare`"
-    )
+def _symmetrised(metrics: Sequence[Metric]) -> list[str]:
+    return [metric.name for metric in metrics if metric.specification().get("symmetrised")]
 
 
 def list_failures(out: str | os.PathLike[str]) -> list[Failure]:
@@ -296,128 +365,6 @@ def list_failures(out: str | os.PathLike[str]) -> list[Failure]:
             for index, row in np.argwhere(reasons != "")
         ]
     return found
-
-
-# ---------------------------------------------------------------- on the workers
-
-
-def compute_block(task: BlockTask) -> int:
-    """Compute and write one block; returns how many matrices. Runs on a worker.
-
-    Frames are read a sequence at a time, so memory is that of one sequence whatever the block.
-    """
-    frames = store.get_array(store.get_group(store.open_store(task.frames), task.key), schema.FRAMES)
-    group = store.get_group(store.open_store(task.out, "r+"), task.key)
-    block = task.block
-    n = frames.shape[1]
-    metrics = [get_metric(request) for request in task.requests]
-    matrices: dict[str, dict[int, np.ndarray]] = {metric.name: {} for metric in metrics}
-    reasons: dict[str, dict[int, str]] = {metric.name: {} for metric in metrics}
-    done: dict[str, dict[int, str]] = {metric.name: {} for metric in metrics}
-    for row in sorted({row for rows in block.rows.values() for row in rows}):
-        sequence = store.read(frames, row)
-        prepared: dict[Preprocessing, Prepared] = {}
-        for metric in metrics:
-            if row not in block.rows[metric.name]:
-                continue
-            matrix, reason, final = np.full((n, n), np.nan), "", True
-            try:
-                matrix = _matrix(metric, sequence, prepared, task.scope, task.pairs)
-                reason = _incomparable(matrix, sequence, task.pairs)
-            except FramesError as error:
-                # The metric cannot take these frames, today or tomorrow: done, with the reason recorded.
-                reason = str(error)
-            except Exception as error:
-                # One sequence must not take down its block. Without a fingerprint the next run tries again.
-                reason, final = f"{type(error).__name__}: {error}", False
-            matrices[metric.name][row] = matrix
-            reasons[metric.name][row] = reason
-            if final:
-                done[metric.name][row] = block.rows[metric.name][row]
-    for metric in metrics:
-        name = metric.name
-        _write_matrices(group, name, block, matrices[name])
-        _write_provenance(group, schema.FAILURE, name, block, reasons[name])
-        computed_from = {row: block.contents[row] for row in matrices[name]}
-        _write_provenance(group, schema.CONTENT, name, block, computed_from)
-        # The fingerprint last: it says that all else is there.
-        _write_provenance(group, schema.FINGERPRINT, name, block, done[name])
-    return sum(len(rows) for rows in done.values())
-
-
-def _matrix(
-    metric: Metric,
-    sequence: np.ndarray,
-    prepared: dict[Preprocessing, Prepared],
-    scope: Scope,
-    pairs: Pairs,
-) -> np.ndarray:
-    """One sequence's distances, (n, n) with a zero diagonal; what is not asked for is NaN."""
-    if scope == "pair":
-        matrix = metric.pairwise(sequence, "pair")
-        if pairs == "reference":
-            matrix[1:, 1:] = np.nan
-    else:
-        if metric.preprocessing not in prepared:
-            prepared[metric.preprocessing] = metric.prepare(sequence, scope)
-        frames = prepared[metric.preprocessing]
-        if pairs == "all":
-            matrix = metric.all_pairs(frames)
-        else:
-            matrix = np.full((len(frames), len(frames)), np.nan)
-            matrix[0] = matrix[:, 0] = metric.from_reference(frames)
-    np.fill_diagonal(matrix, 0)
-    return matrix
-
-
-def _incomparable(matrix: np.ndarray, sequence: np.ndarray, pairs: Pairs) -> str:
-    """Why distances that were asked for are NaN; empty when none is."""
-    computed = matrix if pairs == "all" else matrix[0]
-    missing = int(np.isnan(computed).sum())
-    if not missing:
-        return ""
-    bad = np.flatnonzero(~finite_frames(sequence))
-    if len(bad):
-        return f"frames {', '.join(map(str, bad))} hold NaN or infinity"
-    return f"the metric gave NaN for {missing} of {computed.size} distances of finite frames"
-
-
-def _write_matrices(
-    group: store.Group, name: str, block: StaleBlock, matrices: Mapping[int, np.ndarray]
-) -> None:
-    """Write a block whole, keeping the rows that were up to date, and read it back."""
-    array = store.get_array(group, name)
-    values = store.read(array, slice(block.start, block.stop))
-    for row, matrix in matrices.items():
-        values[row - block.start] = matrix
-    store.write_rows(array, block.start, values)
-    written = store.read(array, slice(block.start, block.stop))
-    if not np.array_equal(written, values, equal_nan=True):
-        raise store.StoreError(f"{array.store_path}: block {block.start}:{block.stop} reads back differently")
-
-
-def _write_provenance(
-    group: store.Group, variable: str, metric: str, block: StaleBlock, texts: Mapping[int, str]
-) -> None:
-    provenance = store.get_group(group, schema.PROVENANCE)
-    at = store.read(store.get_array(provenance, schema.METRIC)).tolist().index(metric)
-    array = store.get_array(provenance, variable)
-    values = store.read(array, (slice(at, at + 1), slice(block.start, block.stop)))
-    for row, text in texts.items():
-        values[0, row - block.start] = text
-    store.write_block(array, (at, block.start), values)
-
-
-def sequence_range(
-    frames: str, key: str, row: int, settings: Preprocessing
-) -> tuple[list[float], list[float]]:
-    """Minimum and maximum per channel of one sequence, after the resize. Runs on a worker."""
-    array = store.get_array(store.get_group(store.open_store(frames), key), schema.FRAMES)
-    sequence = drop_alpha(store.read(array, row))
-    if settings.size is not None:
-        sequence = resize(sequence, settings.size, settings.order, zero_rim=settings.compat == "published")
-    lo, hi = value_range(sequence)
-    return lo.tolist(), hi.tolist()
 
 
 # ---------------------------------------------------------------- on the driver
@@ -459,19 +406,27 @@ def _stale_tasks(
     group = lay_out(root, origin, key, [metric.name for metric in metrics], settings.block)
     dataset = key.split("/")[0]
     store.set_attributes(store.get_group(root, dataset), dict(store.get_group(source, dataset).attrs))
-    scope: Scope = settings.scope
-    if scope == "dataset":
-        scope = _dataset_range(cluster, str(frames), group, key, contents, settings)
+    scopes: dict[bool, Scope] = {
+        masked: _dataset_range(cluster, str(frames), group, key, contents, settings, masked)
+        if settings.scope == "dataset"
+        else settings.scope
+        for masked in {metric.preprocessing.mask for metric in metrics}
+    }
     hashes = {metric.name: metric.specification_hash for metric in metrics}
-    blocks, fresh = stale_blocks(group, contents, hashes, scope, settings.pairs)
+    scope_of = {metric.name: scopes[metric.preprocessing.mask] for metric in metrics}
+    blocks, fresh = stale_blocks(group, contents, hashes, scope_of, settings.pairs)
     report.up_to_date += fresh
     invalidate(group, contents, blocks)
     stale = {name for block in blocks for name in block.rows}
-    made_with = {"scope": scope, "pairs": settings.pairs, "versions": versions()}
+    made_with = {"pairs": settings.pairs, "versions": versions()}
     describe(
         group,
         store.read(store.get_array(origin, schema.PARAMETER)),
-        {metric.name: metric.specification() | made_with for metric in metrics if metric.name in stale},
+        {
+            metric.name: metric.specification() | {"scope": scope_of[metric.name]} | made_with
+            for metric in metrics
+            if metric.name in stale
+        },
     )
     return [
         BlockTask(
@@ -480,18 +435,12 @@ def _stale_tasks(
             key,
             block,
             tuple(requests[name] for name in block.rows),
-            scope,
+            scopes,
             settings.pairs,
+            masking=settings.mask is not None,
         )
         for block in blocks
     ]
-
-
-def _request(metric: Metric, weights: str | None) -> MetricRequest:
-    settings = metric.preprocessing
-    return MetricRequest(
-        metric.name, weights, settings.size, settings.order, settings.compat, metric.specification_hash
-    )
 
 
 def _dataset_range(
@@ -501,12 +450,14 @@ def _dataset_range(
     key: str,
     contents: Sequence[str],
     settings: Settings,
+    masked: bool,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Minimum and maximum per channel over all sequences of a field; known ones aren't read again."""
-    preprocessing = Preprocessing(settings.size, settings.order, settings.compat)
+    preprocessing = Preprocessing(settings.size, settings.order, settings.compat, masked)
     label = f"{settings.size}/{settings.order}/{settings.compat}"
+    attribute = "masked_ranges" if masked else "ranges"
     provenance = store.get_group(group, schema.PROVENANCE)
-    recorded: Any = provenance.attrs.get("ranges", {})
+    recorded: Any = provenance.attrs.get(attribute, {})
     known = recorded.get("ranges", {}) if recorded.get("of") == label else {}
     ranges: dict[str, Any] = {content: known[content] for content in contents if content in known}
     missing = [
@@ -517,7 +468,7 @@ def _dataset_range(
             raise error
         ranges[contents[task[2]]] = result
     if missing:
-        store.set_attributes(provenance, {"ranges": {"of": label, "ranges": ranges}})
+        store.set_attributes(provenance, {attribute: {"of": label, "ranges": ranges}})
     lo, hi = (np.array([ranges[content][side] for content in contents]) for side in (0, 1))
     return tuple(np.nanmin(lo, axis=0).tolist()), tuple(np.nanmax(hi, axis=0).tolist())
 
@@ -529,12 +480,14 @@ def _run(
     root: store.Group,
     progress: Progress | None,
     report: DistancesReport,
+    totals: Totals,
 ) -> None:
     """Run the tasks. One that fails every time leaves its block to the next run, with the reason recorded."""
     if not tasks:
         return
     client = cluster.client
     if client is not None:
+        check_own_metrics(client, requests)
         prewarm(client, requests)
     if progress is not None:
         progress(0, len(tasks))
@@ -542,8 +495,9 @@ def _run(
     given_up = []
     for done, ((task,), result, error) in enumerate(outcomes, start=1):
         if error is None:
-            report.computed += result
+            report.computed += result.matrices
             report.blocks += 1
+            totals.add(task.key, result)
         else:
             given_up.append((task, f"{type(error).__name__}: {error}"))
         if progress is not None:
@@ -551,5 +505,23 @@ def _run(
     # Now nobody else writes. Without a fingerprint these are computed again by the next run.
     for task, reason in given_up:
         group = store.get_group(root, task.key)
-        for name, rows in task.block.rows.items():
-            _write_provenance(group, schema.FAILURE, name, task.block, dict.fromkeys(rows, reason))
+        failed = {name: dict.fromkeys(rows, reason) for name, rows in task.block.rows.items()}
+        write_provenance(group, schema.FAILURE, task.block, failed)
+
+
+def _record_precision(root: store.Group, totals: Totals) -> None:
+    """Say in each field's provenance how its metrics kept their promise of precision in this run."""
+    for key, by_metric in totals.precision.items():
+        records = {}
+        for name, precision in by_metric.items():
+            found = asdict(precision)
+            share = found["recomputed"] / max(found["pairs"], 1)
+            records[name] = found | {"share_recomputed": share, "device": " + ".join(sorted(totals.devices))}
+        if records:
+            provenance = store.get_group(root, f"{key}/{schema.PROVENANCE}")
+            known: Any = provenance.attrs.get("precision", {})
+            store.set_attributes(provenance, {"precision": known | records})
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in seconds.items()}

@@ -1,0 +1,273 @@
+"""What a worker does with a block: read it, prepare it once, run its metrics, write it, and say so.
+
+A block is some sequences of one field. Distances are written first, then the fingerprints that say they are
+done (:mod:`pipeline.blocks`). Nothing but small counts goes back through the scheduler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lsim.metric import Metric
+from lsim.prepared import Prepared
+from lsim.preprocess import (
+    FramesError,
+    Preprocessing,
+    Scope,
+    drop_alpha,
+    finite_frames,
+    resize,
+    value_range,
+)
+from pipeline import schema, store
+from pipeline.blocks import Pairs, StaleBlock
+from pipeline.cluster import MetricRequest, get_metric
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """A stale block with all that a worker needs to compute it."""
+
+    frames: str
+    out: str
+    key: str
+    block: StaleBlock
+    requests: tuple[MetricRequest, ...]
+    scopes: Mapping[bool, Scope]
+    """With and without a mask: minimum and maximum of a data set differ where single pixels are missing."""
+    pairs: Pairs
+    masking: bool
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What a worker tells of a block; the distances themselves are in the store.
+
+    Attributes
+    ----------
+    matrices : int
+        How many are done.
+    seconds_by_stage : Counter
+        Of ``open``, ``read``, ``prepare``, ``metrics``, ``write``: what the block waited for.
+    seconds_by_metric : Counter
+        ``metrics``, metric by metric; a family's embedding counts for the first of them.
+    precision : dict
+        By metric, what those that have a promise to keep say of how they kept it.
+    device : str
+        Kind of device that computed.
+    """
+
+    matrices: int
+    seconds_by_stage: Counter[str]
+    seconds_by_metric: Counter[str]
+    precision: dict[str, Any]
+    device: str
+
+
+@dataclass
+class _Sequence:
+    """A sequence's frames, and what metrics share of them; dropped before the next but one is read."""
+
+    frames: np.ndarray
+    prepared: dict[Preprocessing, Prepared] = field(default_factory=dict)
+
+    def for_metric(self, metric: Metric, scope: Scope) -> Prepared:
+        """The frames as the metric takes them, prepared for the first that takes them so."""
+        if metric.preprocessing not in self.prepared:
+            self.prepared[metric.preprocessing] = metric.prepare(self.frames, scope)
+        return self.prepared[metric.preprocessing]
+
+
+class _Clock:
+    """Seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - began  # type: ignore[assignment]
+
+
+def compute_block(task: BlockTask) -> BlockResult:
+    """Compute and write one block. Runs on a worker.
+
+    Frames are read a sequence at a time, so memory is that of one sequence whatever the block (of two, where
+    a GPU computes one while the next is read).
+    """
+    stages, by_metric = _Clock(), _Clock()
+    with stages("open"):
+        frames = store.get_array(store.get_group(store.open_store(task.frames), task.key), schema.FRAMES)
+        group = store.get_group(store.open_store(task.out, "r+"), task.key)
+        metrics = [get_metric(request) for request in task.requests]
+    block, n = task.block, frames.shape[1]
+    matrices: dict[str, dict[int, np.ndarray]] = {metric.name: {} for metric in metrics}
+    reasons: dict[str, dict[int, str]] = {metric.name: {} for metric in metrics}
+    done: dict[str, dict[int, str]] = {metric.name: {} for metric in metrics}
+    rows = sorted({row for rows in block.rows.values() for row in rows})
+    sequences = _read(frames, rows, metrics, task)
+    for row in rows:
+        with stages("read"):
+            sequence = next(sequences)
+        for metric in metrics:
+            if row not in block.rows[metric.name]:
+                continue
+            scope = task.scopes[metric.preprocessing.mask]
+            matrix, reason, final = np.full((n, n), np.nan), "", True
+            try:
+                if scope != "pair":
+                    with stages("prepare"):
+                        sequence.for_metric(metric, scope)
+                with stages("metrics"), by_metric(metric.name):
+                    matrix = _matrix(metric, sequence, scope, task.pairs)
+                reason = _incomparable(matrix, sequence.frames, metric, task)
+            except FramesError as error:
+                # The metric cannot take these frames, today or tomorrow: done, with the reason recorded.
+                reason = str(error)
+            except Exception as error:
+                # One sequence must not take down its block. Without a fingerprint the next run tries again.
+                reason, final = f"{type(error).__name__}: {error}", False
+            matrices[metric.name][row] = matrix
+            reasons[metric.name][row] = reason
+            if final:
+                done[metric.name][row] = block.rows[metric.name][row]
+    with stages("write"):
+        for name, found in matrices.items():
+            _write_matrices(group, name, block, found)
+        write_provenance(group, schema.FAILURE, block, reasons)
+        computed_from = {
+            name: {row: block.contents[row] for row in found} for name, found in matrices.items()
+        }
+        write_provenance(group, schema.CONTENT, block, computed_from)
+        # The fingerprints last: they say that all else is there.
+        write_provenance(group, schema.FINGERPRINT, block, done)
+    precision = {metric.name: kept for metric in metrics if (kept := _take_precision(metric)) is not None}
+    return BlockResult(sum(len(rows) for rows in done.values()), stages.seconds, by_metric.seconds, precision)
+
+
+def _read(
+    frames: store.Array, rows: Sequence[int], metrics: Sequence[Metric], task: BlockTask
+) -> Iterator[_Sequence]:
+    """The sequences of a block, one after the other.
+
+    Where metrics are on a GPU the next is read, prepared and uploaded by a thread while this one is computed.
+    """
+    first_of = {metric.preprocessing: metric for metric in reversed(metrics)}
+
+    def load(row: int, *, prepared: bool) -> _Sequence:
+        sequence = _Sequence(store.read(frames, row))
+        for settings, metric in first_of.items() if prepared else ():
+            if (scope := task.scopes[settings.mask]) != "pair":
+                # What goes wrong does so again where the metric is asked, and is recorded there.
+                with contextlib.suppress(Exception):
+                    sequence.for_metric(metric, scope)
+        return sequence
+
+    if all(metric.device.type == "cpu" for metric in metrics):
+        yield from (load(row, prepared=False) for row in rows)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(load, rows[0], prepared=True)
+        for following in [*rows[1:], None]:
+            sequence = ahead.result()
+            if following is not None:
+                ahead = thread.submit(load, following, prepared=True)
+            yield sequence
+
+
+def _matrix(metric: Metric, sequence: _Sequence, scope: Scope, pairs: Pairs) -> np.ndarray:
+    """One sequence's distances, (n, n) with a zero diagonal; what is not asked for is NaN."""
+    if scope == "pair":
+        matrix = metric.pairwise(sequence.frames, "pair")
+        if pairs == "reference":
+            matrix[1:, 1:] = np.nan
+    else:
+        prepared = sequence.for_metric(metric, scope)
+        if pairs == "all":
+            matrix = metric.all_pairs(prepared)
+        else:
+            matrix = np.full((len(prepared), len(prepared)), np.nan)
+            matrix[0] = matrix[:, 0] = metric.from_reference(prepared)
+    np.fill_diagonal(matrix, 0)
+    return matrix
+
+
+def _incomparable(matrix: np.ndarray, frames: np.ndarray, metric: Metric, task: BlockTask) -> str:
+    """Why distances that were asked for are NaN; empty when none is."""
+    computed = matrix if task.pairs == "all" else matrix[0]
+    missing = int(np.isnan(computed).sum())
+    if not missing:
+        return ""
+    if metric.preprocessing.mask:
+        missing_pixels = "of frames with missing pixels, which may have none in common"
+        which = "of finite frames" if finite_frames(frames).all() else missing_pixels
+        return f"the metric gave NaN for {missing} of {computed.size} distances {which}"
+    if len(bad := np.flatnonzero(~finite_frames(frames))):
+        which = f"frames {', '.join(map(str, bad))} hold NaN or infinity"
+        return f"{which}, and this metric takes no mask" if task.masking else which
+    return f"the metric gave NaN for {missing} of {computed.size} distances of finite frames"
+
+
+def _take_precision(metric: Metric) -> Any:
+    """What a metric has counted of its precision since it was last asked; None of most."""
+    take = getattr(metric, "take_precision", None)
+    return take() if take is not None else None
+
+
+def _write_matrices(
+    group: store.Group, name: str, block: StaleBlock, matrices: Mapping[int, np.ndarray]
+) -> None:
+    """Write a block whole, keeping the rows that were up to date, and read it back."""
+    array = store.get_array(group, name)
+    rows = range(block.start, block.stop)
+    if all(row in matrices for row in rows):
+        values = np.stack([matrices[row] for row in rows])
+    else:
+        values = store.read(array, slice(block.start, block.stop))
+        for row, matrix in matrices.items():
+            values[row - block.start] = matrix
+    store.write_rows(array, block.start, values)
+    written = store.read(array, slice(block.start, block.stop))
+    if not np.array_equal(written, values, equal_nan=True):
+        raise store.StoreError(f"{array.store_path}: block {block.start}:{block.stop} reads back differently")
+
+
+def write_provenance(
+    group: store.Group, variable: str, block: StaleBlock, texts: Mapping[str, Mapping[int, str]]
+) -> None:
+    """Write the texts of metrics and rows, all at once; those of others stay.
+
+    A block's chunks hold all metrics, and have one writer: the block's task.
+    """
+    array = store.get_array(store.get_group(group, schema.PROVENANCE), variable)
+    values = store.read(array, (slice(None), slice(block.start, block.stop)))
+    for metric, by_row in texts.items():
+        for row, text in by_row.items():
+            values[block.places[metric], row - block.start] = text
+    store.write_block(array, (0, block.start), values)
+
+
+def sequence_range(
+    frames: str, key: str, row: int, settings: Preprocessing
+) -> tuple[list[float], list[float]]:
+    """Minimum and maximum per channel of one sequence, after the resize. Runs on a worker."""
+    array = store.get_array(store.get_group(store.open_store(frames), key), schema.FRAMES)
+    sequence = drop_alpha(store.read(array, row))
+    if settings.mask and sequence.dtype.kind == "f":
+        sequence = np.where(np.isfinite(sequence).all(axis=-1, keepdims=True), sequence, np.nan)
+    if settings.size is not None:
+        sequence = resize(sequence, settings.size, settings.order, zero_rim=settings.compat == "published")
+    lo, hi = value_range(sequence, masked=settings.mask)
+    return lo.tolist(), hi.tolist()
