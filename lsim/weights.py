@@ -476,16 +476,6 @@ def load_perceptual(head: Path, backbone: Path, trunk_class: type[ImageTrunk]) -
     WeightsError
         When hash, keys or shapes are not those expected; names file, expected and found.
     """
-    state, backbone_sha256 = _read_state(backbone)
-    with torch.device("meta"):
-        expected = trunk_class().state_dict()
-    trunk = {
-        f"{layer}.{kind}": _checked(
-            state, f"{key}.{kind}", tuple(expected[f"{layer}.{kind}"].shape), backbone
-        )
-        for layer, key in trunk_class.CHECKPOINT_KEYS.items()
-        for kind in ("weight", "bias")
-    }
     state, head_sha256 = _read_state(head)
     channel_weights = [
         _checked(state, f"lin{k}.model.1.weight", (1, channels, 1, 1), head).reshape(-1)
@@ -496,6 +486,16 @@ def load_perceptual(head: Path, backbone: Path, trunk_class: type[ImageTrunk]) -
             f"{head}: has negative channel weights, down to {lowest:.3g}, so distances could be negative; "
             "LPIPS' heads of version 0.1 have none"
         )
+    state, backbone_sha256 = _read_state(backbone)
+    with torch.device("meta"):
+        expected = trunk_class().state_dict()
+    trunk = {
+        f"{layer}.{kind}": _checked(
+            state, f"{key}.{kind}", tuple(expected[f"{layer}.{kind}"].shape), backbone
+        )
+        for layer, key in trunk_class.CHECKPOINT_KEYS.items()
+        for kind in ("weight", "bias")
+    }
     return PerceptualWeights(trunk, channel_weights, {"head": head_sha256, "backbone": backbone_sha256})
 
 

@@ -21,15 +21,20 @@ from lsim.networks import TRUNKS, LsimTrunk, SkipTrunk
 from lsim.registry import UnknownMetricError, default_metric
 from lsim.testing import check_metric, write_random_checkpoint
 from lsim.weights import (
+    BACKBONES,
     PUBLISHED,
     WeightsError,
     fetch_weights,
+    find_head_and_backbone,
     find_weights,
     load_checkpoint,
     read_metadata,
     save_checkpoint,
     weights_status,
+    why_missing,
 )
+
+AUTHORS = [name for name in PUBLISHED if name.startswith("lsim")]
 
 
 @pytest.fixture
@@ -101,12 +106,100 @@ def test_weights_by_published_name(empty_search: dict[str, Path]) -> None:
     assert find_weights("lsim", "lsim-noiseless") == file
 
 
+@pytest.mark.parametrize("name", ["non-siamese", "smoke-only"])
+def test_weights_that_nobody_published_are_to_be_trained(name: str) -> None:
+    with pytest.raises(
+        WeightsError, match=rf"'lsim train', then pass weights=FILE, or --weights {name}=FILE"
+    ):
+        find_weights(name)
+    assert "lsim train" in why_missing(name)
+    assert "fetch" not in why_missing(name)
+
+
 def test_absent_path_is_not_searched_elsewhere(empty_search: dict[str, Path], tmp_path: Path) -> None:
     (empty_search["cache"] / "LSiM.pth").write_bytes(b"x")
     with pytest.raises(
         WeightsError, match=r"no weights at .*absent\.pth: expected a file, there or .* one of the names"
     ):
         find_weights("lsim", tmp_path / "absent.pth")
+
+
+# --- a head and the network that it stands on --------------------------------------------------------------
+
+
+@pytest.fixture
+def two_files(empty_search: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """The two files of ``lpips-squeeze``, by name: bytes that are only hashed, and nowhere yet."""
+    content = {"lpips-squeeze": b"head", "squeezenet1_1": b"network"}
+    for name, value in content.items():
+        sha256 = hashlib.sha256(value).hexdigest()
+        monkeypatch.setitem(PUBLISHED, name, replace(PUBLISHED[name], sha256=sha256))
+    return {PUBLISHED[name].file: value for name, value in content.items()}
+
+
+def test_both_files_are_needed_and_one_command_gets_them(
+    empty_search: dict[str, Path], two_files: dict[str, bytes]
+) -> None:
+    assert why_missing("lpips-squeeze").endswith("'lsim weights fetch lpips-squeeze' (5.01 MB)")
+    for file, content in two_files.items():
+        path = empty_search["cache"] / file
+        path.write_bytes(content)
+        other = next(other for other in two_files if other != file)
+        with pytest.raises(WeightsError, match=rf"searched {other}.*'lsim weights fetch lpips-squeeze'"):
+            find_head_and_backbone("lpips-squeeze")
+        assert "lsim weights fetch lpips-squeeze" in why_missing("lpips-squeeze")
+        assert "lsim weights fetch lpips-squeeze" in lsim.registry.why_unavailable("lpips-squeeze")
+        path.unlink()
+
+
+@pytest.mark.parametrize("damaged", ["squeeze.pth", "squeezenet1_1-b8a52dc0.pth"])
+def test_both_files_are_checked(
+    empty_search: dict[str, Path], two_files: dict[str, bytes], damaged: str
+) -> None:
+    for file, content in two_files.items():
+        (empty_search["environment"] / file).write_bytes(content)
+    head, backbone = find_head_and_backbone("lpips-squeeze")
+    assert (head.name, backbone.name) == tuple(two_files)
+    assert why_missing("lpips-squeeze") == ""
+    (empty_search["environment"] / damaged).write_bytes(b"other")
+    assert f"{damaged}: SHA-256 is" in why_missing("lpips-squeeze")
+    assert f"{damaged}: SHA-256 is" in lsim.registry.why_unavailable("lpips-squeeze")
+
+
+def test_the_head_is_searched_first_and_then_beside_the_network(
+    empty_search: dict[str, Path], two_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    mine = folder / "features.safetensors"
+    mine.write_bytes(b"mine")
+    assert "lsim weights fetch lpips-squeeze" in why_missing("lpips-squeeze", mine)
+    (folder / "squeeze.pth").write_bytes(two_files["squeeze.pth"])
+    assert find_head_and_backbone("lpips-squeeze", mine) == (folder / "squeeze.pth", mine)
+    assert why_missing("lpips-squeeze", mine) == ""
+    (empty_search["cache"] / "squeeze.pth").write_bytes(two_files["squeeze.pth"])
+    assert find_head_and_backbone("lpips-squeeze", mine) == (empty_search["cache"] / "squeeze.pth", mine)
+    assert "no weights at" in why_missing("lpips-squeeze", tmp_path / "absent.pth")
+
+
+def test_fetching_a_head_fetches_its_network(
+    empty_search: dict[str, Path], two_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("lpips-squeeze", "squeezenet1_1"):
+        there = empty_search["package"] / PUBLISHED[name].file
+        there.write_bytes(two_files[there.name])
+        monkeypatch.setitem(PUBLISHED, name, replace(PUBLISHED[name], url=there.as_uri()))
+    monkeypatch.setattr("pooch.retrieve", _copy)
+    assert fetch_weights("lpips-squeeze") == empty_search["cache"] / "squeeze.pth"
+    assert {path.name for path in empty_search["cache"].iterdir()} == set(two_files)
+
+
+def _copy(url: str, known_hash: str, fname: str, path: Path) -> str:
+    """``pooch.retrieve`` for addresses of files."""
+    content = Path(url.removeprefix("file://")).read_bytes()
+    assert known_hash == f"sha256:{hashlib.sha256(content).hexdigest()}"
+    (path / fname).write_bytes(content)
+    return str(path / fname)
 
 
 # --- what is refused --------------------------------------------------------------------------------------
@@ -131,9 +224,19 @@ def test_one_flipped_bit_is_noticed(published_weights: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("name", list(PUBLISHED))
+@pytest.mark.parametrize("name", AUTHORS)
 def test_published_files_are_those(published_weights: Path, name: str) -> None:
     file = published_weights / PUBLISHED[name].file
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == PUBLISHED[name].sha256
+    assert find_weights(name) == file
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", BACKBONES)
+def test_published_heads_are_those(shared: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    folder = shared / "reference" / "lpips"
+    monkeypatch.setenv("LSIM_WEIGHTS", str(folder))
+    file = folder / PUBLISHED[name].file
     assert hashlib.sha256(file.read_bytes()).hexdigest() == PUBLISHED[name].sha256
     assert find_weights(name) == file
 
@@ -444,18 +547,24 @@ def test_fetch_of_an_unknown_name() -> None:
 def test_status_of_all(empty_search: dict[str, Path], published_is_mine: bytes) -> None:
     (empty_search["environment"] / "LSiM.pth").write_bytes(published_is_mine)
     (empty_search["cache"] / PUBLISHED["lsim-skip"].file).write_bytes(b"damaged")
-    states = {status.name: status.state for status in weights_status()}
-    assert states == {
-        "lsim-open": "absent",
-        "lsim-untrained": "absent",
+    found = {status.name: status for status in weights_status()}
+    others = dict.fromkeys(("lsim-open", "lsim-untrained", *PUBLISHED), "absent")
+    assert {name: status.state for name, status in found.items()} == others | {
         "lsim": "ok",
-        "lsim-noiseless": "absent",
-        "lsim-strong-noise": "absent",
         "lsim-skip": "damaged",
     }
+    for name in ("lpips-vgg", "vgg16"):
+        assert found[name].detail == "'lsim weights fetch lpips-vgg' (553 MB)"
 
 
-def test_downloads_are_pinned_to_one_commit() -> None:
-    for published in PUBLISHED.values():
-        assert published.url.startswith("https://github.com/tum-pbs/LSIM/raw/a89a1d4")
-        assert published.url.endswith(published.file)
+def test_downloads_are_pinned() -> None:
+    """To one commit of the authors, one of LPIPS' authors, and by the hash in the name."""
+    for name, published in PUBLISHED.items():
+        if name in AUTHORS:
+            assert published.url.startswith("https://github.com/tum-pbs/LSIM/raw/a89a1d4")
+        elif name in BACKBONES:
+            assert "/PerceptualSimilarity/082bb24f84c091ea94de2867d34c4544f68e0963/" in published.url
+        else:
+            assert f"-{published.sha256[:8]}.pth" in published.url
+        assert published.url.endswith(f"/{published.file}")
+        assert published.licence
