@@ -56,7 +56,8 @@ class _SpectralMetric(Metric):
     def embed(self, frames: Tensor) -> Embedding:
         """Logarithms scaled such that the distance is the Euclidean one: (n, value) float64 each."""
         spectra = functools.partial(_log_spectra, floor=self.options["floor"])
-        parts = in_threads(spectra, frames.split(1)) if has_kernel(frames) else [spectra(frames)]
+        run = in_threads if has_kernel(frames) else map
+        parts = list(run(spectra, frames.split(1)))
         shells, coefficients = zip(*parts, strict=True)
         return Embedding({"shells": torch.cat(shells), "coefficients": torch.cat(coefficients)})
 
