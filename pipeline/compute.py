@@ -154,7 +154,8 @@ def compute_block(task: BlockTask) -> BlockResult:
         # The fingerprints last: they say that all else is there.
         write_provenance(group, schema.FINGERPRINT, block, done)
     precision = {metric.name: kept for metric in metrics if (kept := _take_precision(metric)) is not None}
-    return BlockResult(sum(len(rows) for rows in done.values()), stages.seconds, by_metric.seconds, precision)
+    finished = sum(len(rows) for rows in done.values())
+    return BlockResult(finished, stages.seconds, by_metric.seconds, precision, metrics[0].device.type)
 
 
 def _read(

@@ -33,6 +33,8 @@ and in the child group ``provenance``: ``metric`` (metric), ``specification`` (m
 determines the metric's values, with scope, pairs and versions), ``fingerprint`` (metric, sequence; empty
 where the distances are out of date), ``content`` (metric, sequence; hash of the frames that they were
 computed from) and ``failure`` (metric, sequence; why distances are missing, empty where none are).
+Its attribute ``precision`` says by metric how sums over pairs were computed in the last run that did: method,
+promised and guaranteed relative error, pairs, how many were taken again, and on what device.
 The diagonal is zero by convention, not evaluated: PSNR of a frame with itself would be infinite.
 """
 

@@ -181,9 +181,9 @@ def test_a_worker_that_cannot_import_it_is_named_before_anything_is_computed(tmp
         monkeypatch.syspath_prepend(tmp_path)  # here, and not where the worker runs already
         settings = Settings(metrics=("l1", f"{own}:Energy"), size=None)
         message = f"worker .* the module '{own}' must be installed there"
-        with Cluster(Profile(kind="address", address=far.scheduler_address)) as cluster:
-            with pytest.raises(ClusterError, match=message):
-                compute_distances(frames, tmp_path / "d.zarr", settings, cluster=cluster)
+        profile = Profile(kind="address", address=far.scheduler_address)
+        with Cluster(profile) as cluster, pytest.raises(ClusterError, match=message):
+            compute_distances(frames, tmp_path / "d.zarr", settings, cluster=cluster)
     assert np.isnan(matrices_of(tmp_path / "d.zarr")["l1"]).all()
 
 
