@@ -278,7 +278,7 @@ def _how_to_fetch(name: str) -> str:
     """The command that gets published weights, and others that they are of no use without; its size."""
     metric = next((head for head, backbone in BACKBONES.items() if backbone == name), name)
     megabytes = sum(PUBLISHED[file].megabytes for file in _files_of(metric))
-    return f"'lsim weights fetch {metric}' ({megabytes:.3g} MB)"
+    return f"'lsim weights fetch {metric}' ({round(megabytes, 1):g} MB)"
 
 
 def why_missing(name: str, weights: str | os.PathLike[str] | None = None) -> str:

@@ -140,7 +140,7 @@ def two_files(empty_search: dict[str, Path], monkeypatch: pytest.MonkeyPatch) ->
 def test_both_files_are_needed_and_one_command_gets_them(
     empty_search: dict[str, Path], two_files: dict[str, bytes]
 ) -> None:
-    assert why_missing("lpips-squeeze").endswith("'lsim weights fetch lpips-squeeze' (5.01 MB)")
+    assert why_missing("lpips-squeeze").endswith("'lsim weights fetch lpips-squeeze' (5 MB)")
     for file, content in two_files.items():
         path = empty_search["cache"] / file
         path.write_bytes(content)
@@ -400,8 +400,8 @@ def test_an_unknown_name_needs_weights_that_state_their_trunk(checkpoint: Path, 
     with pytest.raises(UnknownMetricError, match=r"'smoke-only'.*mine\.pth doesn't state its trunk"):
         lsim.load_metric("smoke-only", checkpoint)
     path = tmp_path / "other.safetensors"
-    save_checkpoint(path, load_checkpoint(checkpoint, LsimTrunk), "non-siamese", {})
-    with pytest.raises(WeightsError, match="trunk 'non-siamese', which is no metric; there are lsim, skip"):
+    save_checkpoint(path, load_checkpoint(checkpoint, LsimTrunk), "resnet", {})
+    with pytest.raises(WeightsError, match="trunk 'resnet', which is no metric; there are lsim, skip"):
         lsim.load_metric("smoke-only", path)
 
 
