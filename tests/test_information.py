@@ -230,3 +230,16 @@ def test_a_run_counts_joint_histograms_once(
 def test_a_single_pixel(name: str) -> None:
     """One value has no entropy."""
     assert load(name).distance(np.zeros((1, 1)), np.ones((1, 1))) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_tensors_with_a_missing_value_are_not_comparable(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, name: str, compiled: bool
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(information, "has_kernel", lambda *tensors: False)
+    planes = torch.from_numpy(fields(rng, 3, 16, 16)).permute(0, 3, 1, 2)
+    planes[1, 2, 5, 5] = torch.nan
+    distances = load(name)(planes, planes.roll(1, 0))
+    assert distances.isnan().tolist() == [False, True, True]

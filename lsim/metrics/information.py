@@ -46,11 +46,19 @@ class _JointHistogram(Metric):
     def embed(self, frames: Tensor) -> Embedding:
         """8-bit values (n, pixels), N·H in fixed point, the largest count, and whether all are finite."""
         flat = frames.detach().flatten(1)
-        parts = in_threads(_histograms, flat.split(1)) if has_kernel(flat) else [_histograms(flat)]
-        names = ("values", "entropy", "peak", "finite")
-        return Embedding(
-            {name: torch.cat(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
-        )
+        if has_kernel(flat):
+            values, counts, finite = (
+                torch.from_numpy(np.stack(part))
+                for part in zip(*in_threads(levels, flat.float().numpy()), strict=True)
+            )
+        else:
+            values = flat.to(torch.uint8)
+            counts = _counted(values.long(), LEVELS)
+            # Of values in [0, 255] the sum is finite exactly where all of them are.
+            finite = flat.sum(1).isfinite()
+        logs = _count_logs(flat.shape[1], flat.device)
+        entropy = logs[-1] - logs[counts].sum(1)
+        return Embedding({"values": values, "entropy": entropy, "peak": counts.amax(1), "finite": finite})
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         both = a.once("conditional", lambda: _conditional(a, a)) if a is b else _conditional(a, b)
@@ -125,16 +133,6 @@ class NormalizedMutualInformation(_JointHistogram):
         return 2 * both / torch.where(twice_joint == 0, 1, twice_joint)
 
 
-def _histograms(flat: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The parts of an embedding for frames (n, pixels)."""
-    # Of values in [0, 255] the sum is finite exactly where all of them are.
-    finite = flat.sum(1).isfinite()
-    values = flat.to(torch.uint8)
-    counts = _counted(values.long(), LEVELS)
-    logs = _count_logs(flat.shape[1], flat.device)
-    return values, logs[-1] - logs[counts].sum(1), counts.amax(1), finite
-
-
 def _counted(cells: Tensor, size: int) -> Tensor:
     """How often each of 0 … size − 1 occurs in each row: (n, size)."""
     rows = torch.arange(len(cells), device=cells.device)[:, None]
@@ -195,6 +193,21 @@ def _count_logs(pixels: int, device: torch.device) -> Tensor:
     counts[1:] *= np.log2(counts[1:])
     fixed = np.rint(np.ldexp(counts, _binary_places(pixels))).astype(np.int64)
     return torch.from_numpy(fixed).to(device)
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
+def levels(frame):  # type: ignore[no-untyped-def]
+    """8-bit values of a frame (pixels,) float32, how often each occurs (256,), and whether all are finite."""
+    values = np.empty(frame.size, np.uint8)
+    known = True
+    for k in range(frame.size):
+        known &= not np.isnan(frame[k])
+        values[k] = np.uint8(frame[k]) if known else 0
+    # Four tables, since neighbours are often equal, and an increment waits for the last one's store.
+    counts = np.zeros((4, LEVELS), np.int64)
+    for k in range(frame.size):
+        counts[k & 3, values[k]] += 1
+    return values, counts.sum(axis=0), known
 
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST)
