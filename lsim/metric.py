@@ -55,7 +55,7 @@ class MetricInfo:
     advised_sizes : tuple of int or None
         Frame sizes, before and after resizing, outside of which it warns once.
     distance_to_itself : float
-        The value for identical frames.
+        The value for identical frames; NaN where it isn't the same for all of them, and so is computed.
     takes_mask : bool
         Whether missing pixels can be left out of both frames, see :meth:`Metric.pairwise`.
     one_channel_suffices : bool
@@ -150,7 +150,7 @@ class Metric(ABC):
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         """The (len(a), len(b)) block of distances, float64.
 
-        Where ``a is b`` the diagonal need not be computed.
+        Where ``a is b`` the diagonal need not be computed, unless ``distance_to_itself`` is NaN.
         """
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
@@ -279,7 +279,8 @@ class Metric(ABC):
             for j in range(i, len(array)):
                 both = self.all_pairs(self.prepare(array[[i, j]], "pair"))
                 matrix[i, j], matrix[j, i] = both[0, 1], both[1, 0]
-        np.fill_diagonal(matrix, np.where(np.isnan(matrix.diagonal()), np.nan, self.info.distance_to_itself))
+        diagonal = matrix.diagonal()
+        np.fill_diagonal(matrix, np.where(np.isnan(diagonal), np.nan, self._to_itself(diagonal)))
         return matrix
 
     def __call__(self, reference: Tensor, other: Tensor) -> Tensor:
@@ -339,7 +340,7 @@ class Metric(ABC):
             # To the last bit: some devices add d(i, j) and d(j, i) in another order.
             below = np.tril_indices(len(matrix), -1)
             matrix[below] = matrix.T[below]
-        np.fill_diagonal(matrix, self.info.distance_to_itself)
+        np.fill_diagonal(matrix, self._to_itself(matrix.diagonal()))
         matrix[~prepared.comparable] = np.nan
         matrix[:, ~prepared.comparable] = np.nan
         return matrix
@@ -349,10 +350,15 @@ class Metric(ABC):
         with torch.no_grad():
             embedding = self._embedding(prepared)
             row = self._block(embedding[slice(0, 1)], embedding)[0].double().cpu().numpy().copy()
-        row[0] = self.info.distance_to_itself
+        row[:1] = self._to_itself(row[:1])
         comparable = prepared.comparable
         row[~(comparable & comparable[0])] = np.nan
         return row
+
+    def _to_itself(self, computed: np.ndarray) -> np.ndarray:
+        """Distances of frames to themselves, given what was computed for them."""
+        known = self.info.distance_to_itself
+        return computed.copy() if np.isnan(known) else np.full_like(computed, known)
 
     def _block(self, a: Embedding, b: Embedding) -> Tensor:
         block = self.compare(a, b)
