@@ -24,7 +24,7 @@ from lsim.metrics.information import (
     NormalizedMutualInformation,
     VariationOfInformation,
 )
-from lsim.metrics.learned import LSiM, LSiMAlex, LSiMSkip
+from lsim.metrics.learned import LSiM, LSiMAlex, LSiMSkip, NonSiameseMetric
 from lsim.metrics.perceptual import LPIPS, LPIPSSqueeze, LPIPSVgg
 from lsim.metrics.pixel import L1, L2, NRMSE, PSNR, RMSE, VRMSE, Correlation, Cosine
 from lsim.metrics.spectral import FourierAmplitude, RadialSpectrum
@@ -59,10 +59,16 @@ METRICS: dict[str, type[Metric]] = {
     "lsim-noiseless": LSiM,
     "lsim-strong-noise": LSiM,
     "lsim-skip": LSiMSkip,
+    "non-siamese": NonSiameseMetric,
 }
 """Name to class, in the order in which tables list them."""
 
-LEARNED: dict[str, type[Metric]] = {"lsim": LSiM, "skip": LSiMSkip, "alex": LSiMAlex}
+LEARNED: dict[str, type[Metric]] = {
+    "lsim": LSiM,
+    "skip": LSiMSkip,
+    "alex": LSiMAlex,
+    "non-siamese": NonSiameseMetric,
+}
 """Name of a trunk, as a file of weights states it, to class."""
 
 ENTRY_POINT = "lsim.metrics"
