@@ -41,6 +41,9 @@ THREADED_FROM = 1 << 25
 TILE = 4
 """Rows on either side that are compared with one another in registers."""
 
+COPIED_FROM = 48
+"""Rows on one side from which on it pays to copy the columns in hand."""
+
 ROWS_TOGETHER = 128
 """Rows on either side that are worked on at once: a block of their columns fits the second-level cache."""
 
@@ -98,18 +101,18 @@ class PairPrecision:
 class ReportsPrecision:
     """For metrics: keeps count of the precision of their sums, until somebody takes the record."""
 
-    precision: PairPrecision | None = None
+    pair_precision: PairPrecision | None = None
     """Of all sums since the last :meth:`take_precision`; None where there were none."""
 
     def note_precision(self, record: PairPrecision) -> None:
-        """Add a record to :attr:`precision`."""
+        """Add a record to :attr:`pair_precision`."""
         with _noting:
-            self.precision = record if self.precision is None else self.precision + record
+            self.pair_precision = record if self.pair_precision is None else self.pair_precision + record
 
     def take_precision(self) -> PairPrecision | None:
-        """:attr:`precision`, and start anew."""
+        """:attr:`pair_precision`, and start anew."""
         with _noting:
-            record, self.precision = self.precision, None
+            record, self.pair_precision = self.pair_precision, None
         return record
 
 
@@ -146,34 +149,40 @@ def _term(a, b, squared, known):  # type: ignore[no-untyped-def]
 def _sum_over_columns(*, squared: bool, known: bool = False) -> TileKernel:
     """Compile the sum of absolute or squared differences over columns, over all or those without NaN.
 
-    Tiles at the edges are whole ones, filled up with rows of zeros: other instructions could round
-    differently. The columns in hand are copied first, so that rows are aligned to cache lines and don't
-    compete for the same ones; frames of 224² would.
+    Tiles at the edges are whole ones, filled up with a row again: other instructions could round
+    differently. Of many rows, the columns in hand are copied, so that they are aligned to cache lines and
+    don't compete for the same ones, as those of 224² pixels do; few rows are through before that pays.
     """
+    # Absolute differences of 8 bit add up exactly for longer.
+    block = BLOCK if squared else 2 * BLOCK
 
     @numba.njit(nogil=True, cache=True, fastmath=FAST)
     def compiled(x, y, out, symmetric):  # type: ignore[no-untyped-def]
         zero = x.dtype.type(0)
-        n = -(-x.shape[0] // TILE) * TILE
-        m = -(-y.shape[0] // TILE) * TILE
-        left = _aligned(n, x)
-        right = left if symmetric else _aligned(m, y)
-        sums = np.zeros((n, m))
-        for start in range(0, x.shape[1], BLOCK):
-            width = min(BLOCK, x.shape[1] - start)
-            _copy_columns(x, start, width, left)
-            if not symmetric:
-                _copy_columns(y, start, width, right)
+        n = x.shape[0]
+        m = y.shape[0]
+        copied = max(n, m) >= COPIED_FROM
+        left = _aligned(n, block, x) if copied else x
+        right = left if symmetric else (_aligned(m, block, y) if copied else y)
+        sums = np.zeros((n + TILE, m + TILE))
+        for start in range(0, x.shape[1], block):
+            width = min(block, x.shape[1] - start)
+            if copied:
+                _copy_columns(x, start, width, left)
+                if not symmetric:
+                    _copy_columns(y, start, width, right)
+            first = 0 if copied else start
+            last = first + width
             for i in range(0, n, TILE):
-                x0 = left[i]
-                x1 = left[i + 1]
-                x2 = left[i + 2]
-                x3 = left[i + 3]
+                x0 = left[i, first:last]
+                x1 = left[min(i + 1, n - 1), first:last]
+                x2 = left[min(i + 2, n - 1), first:last]
+                x3 = left[min(i + 3, n - 1), first:last]
                 for j in range(i if symmetric else 0, m, TILE):
-                    y0 = right[j]
-                    y1 = right[j + 1]
-                    y2 = right[j + 2]
-                    y3 = right[j + 3]
+                    y0 = right[j, first:last]
+                    y1 = right[min(j + 1, m - 1), first:last]
+                    y2 = right[min(j + 2, m - 1), first:last]
+                    y3 = right[min(j + 3, m - 1), first:last]
                     s00 = s01 = s02 = s03 = zero
                     s10 = s11 = s12 = s13 = zero
                     s20 = s21 = s22 = s23 = zero
@@ -212,17 +221,18 @@ def _sum_over_columns(*, squared: bool, known: bool = False) -> TileKernel:
                     tile[3, 1] += s31
                     tile[3, 2] += s32
                     tile[3, 3] += s33
-        out[:] = sums[: x.shape[0], : y.shape[0]]
+        out[:] = sums[:n, :m]
 
     return TileKernel(compiled)
 
 
 @numba.njit(nogil=True, cache=True)
-def _aligned(rows, like):  # type: ignore[no-untyped-def]
-    """Zeros (rows, BLOCK) of the dtype of ``like``, at a multiple of 64 bytes."""
-    room = np.zeros(rows * BLOCK + 64 // like.itemsize, like.dtype)
-    start = -(room.ctypes.data // like.itemsize) % (64 // like.itemsize)
-    return room[start : start + rows * BLOCK].reshape(rows, BLOCK)
+def _aligned(rows, columns, like):  # type: ignore[no-untyped-def]
+    """Room for (rows, columns) of the dtype of ``like``, from a multiple of 64 bytes on."""
+    line = 64 // like.itemsize
+    room = np.empty(rows * columns + line, like.dtype)
+    start = -(room.ctypes.data // like.itemsize) % line
+    return room[start : start + rows * columns].reshape(rows, columns)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -272,7 +282,7 @@ def all_pairs(
     threads = max(1, min(torch.get_num_threads(), count, count * operations // THREADED_FROM))
     out = np.zeros((n, m))
     if isinstance(kernel, TileKernel):
-        x, y = arguments
+        x, y = (np.ascontiguousarray(side) for side in arguments)
         _in_tiles(kernel.compiled, out, x, y, symmetric, threads)
         return torch.from_numpy(np.triu(out, 1) + np.triu(out, 1).T if symmetric else out)
     i, j = np.triu_indices(n, 1) if symmetric else (a.ravel() for a in np.indices((n, m)))
@@ -374,8 +384,8 @@ def known_in_both(x: Tensor, y: Tensor) -> Tensor:
 
 
 def directly(n: int, m: int, *, symmetric: bool) -> PairPrecision:
-    """The record of sums by the compiled kernels."""
-    return PairPrecision(DIRECTLY, PROMISE, _rounding_of_sum(BLOCK), _count(n, m, symmetric))
+    """The record of sums by the compiled kernels, or by others no less right."""
+    return PairPrecision(DIRECTLY, PROMISE, _rounding_of_sum(2 * BLOCK), _count(n, m, symmetric))
 
 
 def squared_differences_in_torch(
