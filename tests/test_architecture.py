@@ -201,6 +201,12 @@ def test_simulated_data_sets_are_made_from_the_command_alone() -> None:
     assert used <= {"convert", "cluster", "catalog"}
 
 
+def test_the_accessor_knows_metrics_and_no_store() -> None:
+    used = {n.split(".")[1] for n in IMPORTS["pipeline.accessor"] if n.startswith("pipeline.")}
+    assert used == {"cluster"}
+    assert not [m for m in IMPORTS if "pipeline.accessor" in IMPORTS[m]]
+
+
 def test_readers_know_the_catalog_and_not_the_reverse() -> None:
     assert list(offenders("pipeline.readers", "pipeline.catalog"))
     assert not list(offenders("pipeline.catalog", "pipeline.readers"))

@@ -1,0 +1,288 @@
+"""``array.lsim``: metrics on labelled arrays, in memory or lazily on Dask.
+
+>>> import pipeline.accessor  # registers it
+>>> ds["density"].lsim.pairwise("time", "ssim")          # doctest: +SKIP
+
+Importing this loads neither torch nor Dask. A task of a lazy result holds how the metric is to be loaded; the
+metric itself is loaded once per process, as on the workers of a run (:func:`pipeline.cluster.get_metric`).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+import xarray as xr
+
+if TYPE_CHECKING:
+    from lsim.metric import Metric
+    from pipeline.cluster import MetricRequest
+
+Mask: TypeAlias = Literal["nan"] | xr.DataArray | None
+Range: TypeAlias = tuple[Any, Any]
+
+
+@xr.register_dataarray_accessor("lsim")
+class Distances:
+    """Distances between the frames of an array; see :meth:`pairwise` and :meth:`distance`."""
+
+    def __init__(self, array: xr.DataArray) -> None:
+        self._array = array
+
+    def pairwise(
+        self,
+        dim: Hashable,
+        metric: str | None = None,
+        *,
+        spatial: Sequence[Hashable] | None = None,
+        channel: Hashable | None = None,
+        scope: Literal["sequence", "pair"] | Range = "sequence",
+        mask: Mask = None,
+        device: str | None = None,
+        **settings: Any,
+    ) -> xr.DataArray:
+        """All distances among the frames along a dimension.
+
+        Parameters
+        ----------
+        dim : hashable
+            The frames' dimension, such as ``"time"``. All others but ``spatial`` and ``channel`` are looped
+            over: an ensemble gives a matrix per member.
+        metric : str, optional
+            As :func:`lsim.load_metric` takes it.
+        spatial : two hashables, optional
+            Dimensions of a frame, y and x. Default: the last two besides ``dim`` and ``channel``.
+        channel : hashable, optional
+            Dimension of channels, 1, 3 or 4 of them.
+        scope : {"sequence", "pair"} or (lo, hi), default "sequence"
+            Over which frames minimum and maximum are taken: those of a matrix, each pair's, or fixed.
+        mask : "nan" or DataArray of bool, optional
+            Leave out single pixels: those that are NaN, and where the array is false.
+        device : str, optional
+            Default: the process's own, a GPU where it has one.
+        **settings
+            ``weights``, ``size``, ``order``, ``compat``, ``symmetrise`` and the metric's options, as
+            :func:`lsim.load_metric` takes them.
+
+        Returns
+        -------
+        DataArray of dims (…, dim, f"{dim}_other"), float64
+            With the coordinates of ``dim`` on both, called after the metric; title, specification (JSON) and
+            units in its attributes. Equal to :meth:`lsim.Metric.pairwise` to the bit. Lazy where the array
+            is: chunks along ``dim``, ``spatial`` and ``channel`` are merged into one, the others stay.
+
+        Raises
+        ------
+        ValueError
+            For dimensions that aren't there, and settings that the metric cannot take; before computing.
+        """
+        other = f"{dim}_other"
+        array = _masked(self._array, mask)
+        frame = _frame_dims(array, dim, spatial, channel)
+        if other in array.dims:
+            raise ValueError(f"the result's second dimension would be {other!r}, which the array has, too")
+        if scope not in ("sequence", "pair") and not _is_range(scope):
+            raise ValueError(f"scope must be 'sequence', 'pair' or (lo, hi), got {scope!r}")
+        loaded, request = _request(metric, mask is not None, settings)
+        core = (dim, *frame)
+        count = array.sizes[dim]
+        found: xr.DataArray = xr.apply_ufunc(
+            functools.partial(
+                _pairwise, request=request, device=device, scope=scope, channels=channel is not None
+            ),
+            _in_one_chunk(array, core),
+            input_core_dims=[core],
+            output_core_dims=[(dim, other)],
+            dask="parallelized",
+            output_dtypes=[np.float64],
+            dask_gufunc_kwargs={"output_sizes": {dim: count, other: count}},
+        )
+        # Coordinates along the frames, and not those that have a frame's dimensions, too.
+        along = {name: c for name, c in array.coords.items() if c.dims == (dim,)}
+        found = found.assign_coords(
+            {f"{name}_other": (other, c.values, c.attrs) for name, c in along.items()}
+        )
+        return _described(found, loaded)
+
+    def distance(
+        self,
+        other: xr.DataArray,
+        metric: str | None = None,
+        *,
+        dim: Hashable | None = None,
+        spatial: Sequence[Hashable] | None = None,
+        channel: Hashable | None = None,
+        scope: Range | None = None,
+        mask: Mask = None,
+        device: str | None = None,
+        **settings: Any,
+    ) -> xr.DataArray:
+        """Distances to the frames of another array, frame by frame.
+
+        Parameters
+        ----------
+        other : DataArray
+            Shared dimensions must have equal coordinates; others are looped over, so that a single reference
+            is compared with every member.
+        metric : str, optional
+        dim : hashable, optional
+            Minimum and maximum are taken over all frames along it, of both arrays, as
+            :meth:`lsim.Metric.distance` does for a batch. Default: each pair's own.
+        scope : (lo, hi), optional
+            A fixed range instead.
+        spatial, channel, mask, device, **settings
+            As :meth:`pairwise` takes them; ``spatial`` is by default the last two that both arrays have.
+
+        Returns
+        -------
+        DataArray, float64
+            Of all dimensions but ``spatial`` and ``channel``.
+        """
+        if scope is not None and not _is_range(scope):
+            raise ValueError(f"scope must be (lo, hi), got {scope!r}; dim says over which frames it is taken")
+        one, two = _masked(self._array, mask), _masked(other, mask)
+        if spatial is None:
+            spatial = _last_two([name for name in one.dims if name in two.dims], dim, channel)
+        frame = _frame_dims(one, dim, spatial, channel)
+        if missing := [name for name in (*frame, *([] if dim is None else [dim])) if name not in two.dims]:
+            raise ValueError(f"the other array has no dimension {missing[0]!r}; it has {tuple(two.dims)}")
+        loaded, request = _request(metric, mask is not None, settings)
+        core = frame if dim is None else (dim, *frame)
+        found: xr.DataArray = xr.apply_ufunc(
+            functools.partial(
+                _distance, request=request, device=device, scope=scope or "batch",
+                batch=dim is not None, channels=channel is not None,
+            ),
+            _in_one_chunk(one, core),
+            _in_one_chunk(two, core),
+            input_core_dims=[core, core],
+            output_core_dims=[() if dim is None else (dim,)],
+            dask="parallelized",
+            output_dtypes=[np.float64],
+        )  # fmt: skip
+        return _described(found, loaded)
+
+
+# ---------------------------------------------------------------- in tasks
+
+
+def _pairwise(
+    frames: np.ndarray, *, request: MetricRequest, device: str | None, scope: Any, channels: bool
+) -> np.ndarray:
+    """(…, n, y, x[, channel]) → (…, n, n)."""
+    from pipeline.cluster import get_metric
+
+    metric, mask = get_metric(request, device), "nan" if request.mask else None
+    frames = frames if channels else frames[..., None]
+    outer, n = frames.shape[:-4], frames.shape[-4]
+    out = np.empty((*outer, n, n))
+    for index in np.ndindex(outer):
+        out[index] = metric.pairwise(frames[index], scope, mask)
+    return out
+
+
+def _distance(
+    one: np.ndarray,
+    two: np.ndarray,
+    *,
+    request: MetricRequest,
+    device: str | None,
+    scope: Any,
+    batch: bool,
+    channels: bool,
+) -> np.ndarray:
+    """(…, [n,] y, x[, channel]) of both → (…[, n])."""
+    from pipeline.cluster import get_metric
+
+    metric, mask = get_metric(request, device), "nan" if request.mask else None
+    one, two = (a if channels else a[..., None] for a in (one, two))
+    one, two = (a if batch else a[..., None, :, :, :] for a in (one, two))
+    outer = np.broadcast_shapes(one.shape[:-4], two.shape[:-4])
+    one, two = (np.broadcast_to(a, (*outer, *a.shape[-4:])) for a in (one, two))
+    out = np.empty((*outer, one.shape[-4]))
+    for index in np.ndindex(outer):
+        out[index] = metric.distance(one[index], two[index], scope, mask)
+    return out if batch else out[..., 0]
+
+
+# ---------------------------------------------------------------- before
+
+
+def _request(name: str | None, masked: bool, settings: dict[str, Any]) -> tuple[Metric, MetricRequest]:
+    """The metric, for what is known of it, and how tasks are to load it: wrong settings are errors here."""
+    from lsim.registry import default_metric
+    from pipeline.cluster import MetricRequest
+
+    own = dict(settings)
+    weights = own.pop("weights", None)
+    common = {key: own.pop(key, default) for key, default in
+              (("size", 224), ("order", 0), ("compat", "default"), ("symmetrise", False))}  # fmt: skip
+    request = MetricRequest(
+        default_metric() if name is None else name,
+        None if weights is None else os.fspath(weights),
+        mask=masked,
+        options=tuple(sorted(own.items())),
+        **common,
+    )
+    metric = request.load("cpu")
+    return metric, request.of(metric)
+
+
+def _frame_dims(
+    array: xr.DataArray, dim: Hashable | None, spatial: Sequence[Hashable] | None, channel: Hashable | None
+) -> tuple[Hashable, ...]:
+    """The dimensions of a frame: y, x, and the channel where there is one."""
+    if spatial is None:
+        spatial = _last_two(array.dims, dim, channel)
+    if len(spatial) != 2:
+        raise ValueError(
+            f"a frame has two dimensions, got {tuple(spatial)} of an array of {tuple(array.dims)}"
+        )
+    named = [*([] if dim is None else [dim]), *spatial, *([] if channel is None else [channel])]
+    if missing := [name for name in named if name not in array.dims]:
+        raise ValueError(f"no dimension {missing[0]!r}; the array has {tuple(array.dims)}")
+    if len(set(named)) < len(named):
+        raise ValueError(f"frames, y, x and channels need a dimension each, got {tuple(named)}")
+    return tuple(named if dim is None else named[1:])
+
+
+def _last_two(dims: Sequence[Hashable], *but: Hashable | None) -> list[Hashable]:
+    return [name for name in dims if name not in but][-2:]
+
+
+def _masked(array: xr.DataArray, mask: Mask) -> xr.DataArray:
+    """The array, NaN where a mask of labels leaves it out."""
+    if mask is None or isinstance(mask, str):
+        if mask not in (None, "nan"):
+            raise ValueError(f"mask must be 'nan' or a DataArray of bool, got {mask!r}")
+        return array
+    if not isinstance(mask, xr.DataArray) or mask.dtype != np.bool_:
+        raise ValueError(f"mask must be 'nan' or a DataArray of bool, got {type(mask).__name__}")
+    if extra := [name for name in mask.dims if name not in array.dims]:
+        raise ValueError(f"the mask has a dimension {extra[0]!r} that the array doesn't have")
+    floating = array if array.dtype.kind == "f" else array.astype(np.float64)
+    return floating.where(mask).transpose(*array.dims)
+
+
+def _in_one_chunk(array: xr.DataArray, dims: Sequence[Hashable]) -> xr.DataArray:
+    """A lazy array with its frames whole; one in memory as it is."""
+    return array if array.chunks is None else array.chunk(dict.fromkeys(dims, -1))
+
+
+def _is_range(scope: Any) -> bool:
+    return isinstance(scope, tuple) and len(scope) == 2
+
+
+def _described(found: xr.DataArray, metric: Metric) -> xr.DataArray:
+    found.name = metric.name
+    found.attrs = {
+        "long_name": metric.info.title,
+        "title": metric.info.title,
+        "units": getattr(metric.info, "units", "1"),
+        "specification": json.dumps(metric.specification(), sort_keys=True),
+    }
+    return found
