@@ -269,7 +269,6 @@ class Cosine(_PixelMetric):
             )
         else:
             distances = _rows(self.paired, a, b)
-        distances = _without_noise(distances)
         self.note_precision(_precision_of_angles(distances.detach(), x.shape[1], symmetric=a is b))
         return distances
 
@@ -285,14 +284,13 @@ class Cosine(_PixelMetric):
             )
         else:
             squared = _in_rows(lambda left, right: (left - right).square().sum(1), u, v)
-        return (squared + _one_is_flat(_is_flat(u)[:, None], _is_flat(v))) / 2
+        return _from_units(squared, _is_flat(u)[:, None], _is_flat(v))
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         known = _known(self, a, b)
         x, y = torch.broadcast_tensors(a.parts["values"], b.parts["values"])
         u, v = _units(x, known, self.centred), _units(y, known, self.centred)
-        distances = ((u - v).square().sum(1) + _one_is_flat(_is_flat(u), _is_flat(v))) / 2
-        distances = _without_noise(distances)
+        distances = _from_units((u - v).square().sum(1), _is_flat(u), _is_flat(v))
         return distances if known is None else torch.where(known.any(1), distances, math.nan)
 
 
@@ -352,14 +350,10 @@ def _is_flat(units: Tensor) -> Tensor:
     return (units == 0).all(1)
 
 
-def _one_is_flat(left: Tensor, right: Tensor) -> Tensor:
-    """What a unit vector lacks to be at √2 from one of length 0, in squares."""
-    return (left ^ right).double()
-
-
-def _without_noise(distances: Tensor) -> Tensor:
-    """0 for frames that are multiples of one another."""
-    return torch.where(distances < NOISE, 0, distances)
+def _from_units(squared: Tensor, left_is_flat: Tensor, right_is_flat: Tensor) -> Tensor:
+    """½ |u − v|²; 0 for frames that are multiples of one another; 1 where one alone has length 0."""
+    distances = torch.where(squared < 2 * NOISE, 0, squared / 2)
+    return torch.where((left_is_flat ^ right_is_flat) & ~squared.isnan(), 1, distances)
 
 
 @numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")
@@ -418,7 +412,7 @@ def _known_angles(i, j, out, x, y, centred):  # type: ignore[no-untyped-def]
                 known = a[k] == a[k] and b[k] == b[k]
                 difference = (a[k] - mean_a) * scale_a - (b[k] - mean_b) * scale_b
                 squares += difference * difference if known else 0.0
-            out[p] = squares / 2
+            out[p] = squares / 2 if squares >= 2 * NOISE else 0.0
 
 
 @numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")
