@@ -28,7 +28,7 @@ from lsim.metrics.learned import LSiM, LSiMAlex, LSiMSkip, NonSiameseMetric
 from lsim.metrics.perceptual import LPIPS, LPIPSSqueeze, LPIPSVgg
 from lsim.metrics.pixel import L1, L2, NRMSE, PSNR, RMSE, VRMSE, Correlation, Cosine
 from lsim.metrics.spectral import FourierAmplitude, RadialSpectrum
-from lsim.metrics.structural import SSIM
+from lsim.metrics.structural import SSIM, GaussianSSIM, MultiScaleSSIM
 from lsim.metrics.transport import SlicedWasserstein, Wasserstein
 from lsim.preprocess import Compat, Preprocessing
 from lsim.weights import WeightsError, find_weights, read_metadata
@@ -43,6 +43,8 @@ METRICS: dict[str, type[Metric]] = {
     "correlation": Correlation,
     "cosine": Cosine,
     "ssim": SSIM,
+    "ssim-gaussian": GaussianSSIM,
+    "ms-ssim": MultiScaleSSIM,
     "vi": VariationOfInformation,
     "mutual-information": MutualInformation,
     "nmi": NormalizedMutualInformation,
