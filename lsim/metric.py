@@ -56,6 +56,8 @@ class MetricInfo:
         Frame sizes, before and after resizing, outside of which it warns once.
     distance_to_itself : float
         The value for identical frames; NaN where it isn't the same for all of them, and so is computed.
+    saturates_at : float
+        The largest value there is, reached by frames that differ in many ways: gradients are 0 there.
     takes_mask : bool
         Whether missing pixels can be left out of both frames, see :meth:`Metric.pairwise`.
     one_channel_suffices : bool
@@ -73,6 +75,7 @@ class MetricInfo:
     minimum_size: int = 1
     advised_sizes: tuple[int, int] | None = None
     distance_to_itself: float = 0.0
+    saturates_at: float = float("inf")
     takes_mask: bool = False
     one_channel_suffices: bool = False
     lower_is_more_similar: bool = True
