@@ -309,3 +309,50 @@ def test_markdown_table_has_every_metric_and_set_and_intervals_of_pools(made: Pa
     good = chosen[chosen.metric == "good"].iloc[0]
     cell = rows["*All*"][head[1:].index("`good`")]
     assert cell == f"**{good.value:.2f}** ({good.low:.2f}–{good.high:.2f})"
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of thirty metrics on two sets."""
+    folder = tmp_path_factory.mktemp("many")
+    metrics = {f"metric-number-{k:02}": 0.02 + 0.03 * k for k in range(30)}
+    make_distances(folder / "d.zarr", {"A/x": 4, "B/x": 4}, metrics=metrics)
+    correlate(folder / "d.zarr", folder / "results", replicates=20)
+    return folder / "results"
+
+
+def test_many_metrics_are_rows_of_the_markdown_table_and_all_on_the_page(many: Path):
+    page = Page(write_report(many))
+    lines = (many / "report/correlations.md").read_text().splitlines()
+    assert [cell.strip() for cell in lines[0].strip("|").split("|")] == ["spearman (published)", "A", "B"]
+    assert len(lines) == 32
+    cards = [attrs for tag, attrs in page.tags if tag == "li" and attrs.get("class") == "card"]
+    assert len(cards) == 2 * 30
+    assert page.text.count("18 other metrics on") == 2
+    drawn = [attrs["alt"] for tag, attrs in page.tags if tag == "img" and "matrix" in str(attrs.get("class"))]
+    assert len(set(drawn)) == 2 * 30
+
+
+def test_names_of_many_metrics_do_not_overlap_in_the_picture(many: Path):
+    write_report(many)
+    image = Image.open(many / "report/overview.png").convert("L")
+    ink = (np.asarray(image)[:, : image.width // 2] < 128).any(axis=1)
+    lines = np.flatnonzero(np.diff(ink.astype(int)) == 1)  # where a line of text begins
+    assert len(lines) >= 30
+    assert image.height < 1.2 * image.width
+
+
+@pytest.mark.parametrize(
+    ("values", "start"),
+    [
+        ([], 0),
+        ([0.7, 0.9], 0.5),
+        ([0.5, 0.9], 0),
+        ([-0.01, 1], -0.2),
+        ([-0.3], -0.6),
+        ([-1.0], -1),
+        ([-0.7], -1),
+    ],
+)
+def test_axes_begin_below_all_values_at_a_round_figure(values: list[float], start: float):
+    assert pictures.axis_start(values) == start

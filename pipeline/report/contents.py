@@ -22,6 +22,8 @@ ILLUSTRATED = 16
 SHOWN_FIELDS = 3
 """Fields of a set whose frames are shown; the rest is named."""
 SHOWN_FRAMES = 11
+BESIDE = 12
+"""Metrics that a table for a README has as columns; more of them are its rows."""
 
 
 class ReportError(ValueError):
@@ -106,28 +108,30 @@ def number_range(low: float | None, high: float | None, digits: int = 2) -> str:
 def markdown(contents: Contents) -> str:
     """The main table for a README: a column a metric, a row a set; pools first, with intervals.
 
-    The best of a row is bold, as are those that it isn't certainly better than.
+    The best of a set is bold, as are those that it isn't certainly better than. With more than
+    :data:`BESIDE` metrics these are the rows.
     """
     sets = sorted(range(len(contents.columns)), key=lambda k: not contents.columns[k]["pool"])
-    lines = [
-        f"| {contents.statistic} ({contents.protocol}) | "
-        + " | ".join(f"`{m}`" for m in contents.metrics)
-        + " |",
-        "| --- |" + " --- |" * len(contents.metrics),
-    ]
+    table = [[f"{contents.statistic} ({contents.protocol})", *(f"`{name}`" for name in contents.metrics)]]
     for k in sets:
         column = contents.columns[k]
-        cells = []
-        for row in contents.rows:
-            cell = row["cells"][k]
-            text = number(cell["value"], 2)
-            if cell["mark"]:
-                text = f"**{text}**"
-            span = number_range(cell["low"], cell["high"]) if column["pool"] else ""
-            cells.append(f"{text} ({span.replace(' to ', '–')})" if span else text)
-        name = f"*{column['name']}*" if column["pool"] else column["title"] or column["name"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        table.append([_set_name(column), *(_cell(row["cells"][k], column) for row in contents.rows)])
+    if len(contents.metrics) > BESIDE:
+        table = [list(row) for row in zip(*table, strict=True)]
+    lines = [f"| {' | '.join(row)} |" for row in table]
+    return "\n".join([lines[0], "| --- |" + " --- |" * (len(table[0]) - 1), *lines[1:]]) + "\n"
+
+
+def _set_name(column: dict[str, Any]) -> str:
+    return f"*{column['name']}*" if column["pool"] else column["title"] or column["name"]
+
+
+def _cell(cell: dict[str, Any], column: dict[str, Any]) -> str:
+    text = number(cell["value"], 2)
+    if cell["mark"]:
+        text = f"**{text}**"
+    span = number_range(cell["low"], cell["high"]) if column["pool"] else ""
+    return f"{text} ({span.replace(' to ', '–')})" if span else text
 
 
 def gather(results: Path, protocol: str | None, statistic: str) -> Contents:

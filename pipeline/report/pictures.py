@@ -33,6 +33,10 @@ MISSING = np.array([0x80, 0x80, 0x80], np.uint8)
 
 ACCENT, INK, SOFT, LINE = "#1f6f8b", "#1b1f27", "#5b6472", "#dde1e7"
 OVERVIEW_SETS, OVERVIEW_FRAMES = 4, 5
+AXIS_STARTS = (0.0, -0.2, -0.6, -1.0)
+"""Where an axis of correlations may begin, each with four round steps to 1."""
+
+WIDTH_INCHES = 11
 
 WIDTH, HEIGHT, PAD = 160, 116, 12
 
@@ -227,10 +231,7 @@ def forest(contents: Contents) -> dict[str, Any]:
     index = [column["name"] for column in contents.columns].index(contents.headline["dataset"])
     cells = [row["cells"][index] for row in contents.rows]
     known = [v for c in cells for v in (c["value"], c["low"], c["high"]) if not math.isnan(v)]
-    low = min([0.0, *known])
-    low = -1.0 if low < 0 else 0.0
-    if low == 0 and known and min(known) > 0.5:
-        low = 0.5
+    low = axis_start(known)
 
     def at(value: float) -> float | None:
         return None if math.isnan(value) else round(100 * (value - low) / (1 - low), 2)
@@ -246,6 +247,12 @@ def forest(contents: Contents) -> dict[str, Any]:
     }
 
 
+def axis_start(values: list[float]) -> float:
+    """Where an axis of correlations that ends at 1 begins."""
+    lowest = min(values, default=0.0)
+    return 0.5 if lowest > 0.5 else next(start for start in AXIS_STARTS if start <= max(lowest, -1.0))
+
+
 # -- One picture of it all ----------------------------------------------------------------------------
 
 
@@ -257,21 +264,24 @@ def overview(contents: Contents) -> bytes:
     strips = strips[:OVERVIEW_SETS]
     index = [column["name"] for column in contents.columns].index(contents.headline["dataset"])
     cells = [row["cells"][index] for row in contents.rows][::-1]
-    figure = Figure(figsize=(11, max(2.6, 0.34 * len(cells) + 1.0, 1.25 * len(strips))), dpi=150)
+    # Many metrics stand closer, and few large frames fill the height beside them.
+    height = max(2.6, (0.34 if len(cells) <= 16 else 0.25) * len(cells) + 1.0, 1.25 * len(strips))
+    figure = Figure(figsize=(WIDTH_INCHES, height), dpi=150)
     FigureCanvasAgg(figure)
     halves = figure.add_gridspec(
         1, 2, width_ratios=(1.25, 1) if strips else (0.001, 1),
-        left=0.02, right=0.97, top=0.9, bottom=0.13, wspace=0.34,
+        left=0.02, right=0.97, top=1 - 0.3 / height, bottom=0.5 / height, wspace=0.34,
     )  # fmt: skip
     if strips:
-        rows = halves[0].subgridspec(len(strips), OVERVIEW_FRAMES, wspace=0.05, hspace=0.28)
+        count = _frames_beside(strips, height - 0.8)
+        rows = halves[0].subgridspec(len(strips), count, wspace=0.05, hspace=0.28)
         for k, strip in enumerate(strips):
             assert strip.frames is not None
             images = colour(strip.frames)
-            chosen = np.linspace(0, len(images) - 1, min(OVERVIEW_FRAMES, len(images))).round().astype(int)
+            chosen = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)
             for n, position in enumerate(chosen):
                 axes = figure.add_subplot(rows[k, n])
-                axes.imshow(np.asarray(shrink(images[position], 160)))
+                axes.imshow(np.asarray(shrink(images[position], 320)))
                 axes.set_axis_off()
                 if n == 0:
                     axes.set_title(strip.dataset, loc="left", fontsize=9, color=INK, pad=3)
@@ -284,8 +294,9 @@ def overview(contents: Contents) -> bytes:
     axes.set_yticks(places, [cell["metric"] for cell in cells], fontsize=9, color=INK)
     for tick, cell in zip(axes.get_yticklabels(), cells, strict=True):
         tick.set_fontweight("bold" if cell["mark"] == "best" else "normal")
-    lowest = np.nanmin(np.append(bounds, values), initial=1.0) if np.isfinite(values).any() else 0.0
-    axes.set_xlim(-1 if lowest < 0 else 0.5 if lowest > 0.5 else 0, 1.005)
+    start = axis_start([v for v in (*bounds.ravel(), *values) if math.isfinite(v)])
+    axes.set_xlim(start - 0.005, 1.01)
+    axes.set_xticks(np.linspace(start, 1, 5))
     axes.set_ylim(-0.6, len(cells) - 0.4)
     axes.tick_params(axis="x", labelsize=8, colors=SOFT, length=0)
     axes.tick_params(axis="y", length=0)
@@ -298,3 +309,13 @@ def overview(contents: Contents) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white")
     return buffer.getvalue()
+
+
+def _frames_beside(strips: list[Strip], height: float) -> int:
+    """How many frames of each strip: as few, and so as large, as fit above one another in so many inches."""
+    inches = 0.5 * WIDTH_INCHES
+    ratios = [strip.frames.shape[1] / strip.frames.shape[2] for strip in strips if strip.frames is not None]
+    for count in range(3, OVERVIEW_FRAMES):
+        if sum(1.28 * ratio * inches / count for ratio in ratios) <= height:
+            return count
+    return OVERVIEW_FRAMES
