@@ -69,9 +69,9 @@ class _Structural(Metric):
         self._c1 = (0.01 * data_range) ** 2
         self._c2 = (0.03 * data_range) ** 2
 
-    def _parts(self, planes: Tensor, scale: int) -> dict[str, Tensor]:
-        """Planes (n, channel, y, x), and of each of their windows µ² + C₁/2 and σ² + C₂/2 in float32."""
-        if has_kernel(planes):
+    def _parts(self, planes: Tensor, scale: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Planes (n, channel, y, x), and of each of their windows µ² + C₁/2 and σ² + C₂/2."""
+        if has_kernel(planes) and dtype is torch.float32:
             found = window_moments(planes.float().numpy(), self._window == "gaussian")
             mean, variance = map(torch.from_numpy, found)
         else:
@@ -79,8 +79,8 @@ class _Structural(Metric):
             mean, variance = _moments(torch.where(planes.isnan(), 0, planes).double(), self._window)
         return {
             f"frames{scale}": planes,
-            f"luminance{scale}": (mean.square() + self._c1 / 2).float(),
-            f"contrast{scale}": (variance + self._c2 / 2).float(),
+            f"luminance{scale}": (mean.square() + self._c1 / 2).to(dtype),
+            f"contrast{scale}": (variance + self._c2 / 2).to(dtype),
         }
 
     def _all_pairs(self, a: Embedding, b: Embedding, channels: range, scale: int, luminance: bool) -> Tensor:
@@ -89,16 +89,17 @@ class _Structural(Metric):
         parts = [f"{part}{scale}" for part in ("frames", bright, "contrast")]
         gaussian = self._window == "gaussian"
         sides = [side.parts[part].numpy() for side in (a, b) for part in parts]
-        windows = a.parts[f"contrast{scale}"][0, 0].numel() * len(channels)
+        rough = a.parts[f"contrast{scale}"]
+        double = rough.dtype is torch.float64
         return all_pairs(
-            structural_difference(gaussian, luminance, self.preprocessing.mask),
+            structural_difference(gaussian, luminance, self.preprocessing.mask, double),
             len(a),
             len(b),
             channels.start,
             channels.stop,
             *sides,
             symmetric=a is b,
-            operations=(100 if gaussian else 50) * windows,
+            operations=(1000 if double else 100) * rough[0, 0].numel() * len(channels),
         )
 
     def _paired(self, a: Embedding, b: Embedding, scale: int, luminance: bool) -> Tensor:
@@ -237,13 +238,18 @@ class MultiScaleSSIM(_Structural):
         super().__init__(name, preprocessing, device, "gaussian", data_range)
 
     def embed(self, frames: Tensor) -> Embedding:
-        """For each scale what SSIM keeps; the coarser frames in float64, since differences of them count."""
+        """For each scale what SSIM keeps.
+
+        The coarser frames in float64, since differences of them count; all of the coarsest in float64, since
+        what counts of it is SSIM, which is small where a bright frame meets a dark one.
+        """
         planes = _channel_first(frames)
         parts = self._parts(planes, 0)
         for scale in range(1, len(SCALES)):
             y, x = planes.shape[2:]
             planes = F.avg_pool2d(planes.double(), 2, padding=(y % 2, x % 2))
-            parts |= self._parts(planes, scale)
+            last = scale == len(SCALES) - 1
+            parts |= self._parts(planes, scale, torch.float64 if last else torch.float32)
         if not self.preprocessing.mask:
             for scale in range(len(SCALES) - 1):
                 del parts[f"luminance{scale}"]
@@ -313,23 +319,26 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 @functools.cache
-def structural_difference(gaussian: bool, luminance: bool, masked: bool) -> PairKernel:
+def structural_difference(gaussian: bool, luminance: bool, masked: bool, double: bool) -> PairKernel:
     """Compile ``out[p] +=`` mean over windows of 1 − SSIM, or of Q alone, for frames i[p] of x and j[p] of y.
 
     Over the channels from ``start`` to before ``stop`` of (n, channel, y, x); ``bright`` is µ² + C₁/2 and
     ``rough`` σ² + C₂/2. Where ``masked``, windows with NaN are left out, of all channels alike. Channels are
     walked outside of pairs, so that one frame's stays in the second-level cache while others pass.
+    ``double`` is for few Gaussian windows, and slow.
     """
+
+    dtype = np.float64 if double else np.float32
 
     @_compiled
     def kernel(i, j, out, start, stop, x, x_bright, x_rough, y, y_bright, y_rough):  # type: ignore[no-untyped-def]
         rows, columns = x.shape[2:]
         height, width = x_bright.shape[2:]
-        difference = np.empty((rows, columns), np.float32)
-        sums = np.empty(columns, np.float32)
-        squares = np.empty(columns, np.float32)
-        mean = np.empty(width, np.float32)
-        value = np.empty(width, np.float32)
+        difference = np.empty((rows, columns), dtype)
+        sums = np.empty(columns, dtype)
+        squares = np.empty(columns, dtype)
+        mean = np.empty(width, dtype)
+        value = np.empty(width, dtype)
         for c in range(start, stop):
             for p in range(i.shape[0]):
                 _subtract(x[i[p], c], y[j[p], c], difference)
@@ -338,7 +347,9 @@ def structural_difference(gaussian: bool, luminance: bool, masked: bool) -> Pair
                 total = 0.0
                 count = 0
                 for r in range(height):
-                    if gaussian:
+                    if double:
+                        _windows_in_double(difference, r, mean, value)
+                    elif gaussian:
                         _gaussian_columns(difference, r, sums, squares)
                         _gaussian_windows(sums, squares, mean, value)
                     else:
@@ -476,6 +487,23 @@ def _gaussian_windows(m, v, mean, variance):  # type: ignore[no-untyped-def]
 
 
 @_compiled
+def _windows_in_double(plane, r, mean, variance):  # type: ignore[no-untyped-def]
+    """Weighted mean and variance in the Gaussian windows whose first row is r, point by point."""
+    for k in range(mean.shape[0]):
+        average = 0.0
+        for q in range(11):
+            for p in range(11):
+                average += _BELL[abs(q - 5)] * _BELL[abs(p - 5)] * plane[r + q, k + p]
+        square = 0.0
+        for q in range(11):
+            for p in range(11):
+                apart = plane[r + q, k + p] - average
+                square += _BELL[abs(q - 5)] * _BELL[abs(p - 5)] * apart * apart
+        mean[k] = average
+        variance[k] = square
+
+
+@_compiled
 def _one_minus_ssim(mean, value, r, x_bright, y_bright, x_rough, y_rough):  # type: ignore[no-untyped-def]
     """From the variance of differences in ``value`` to P + Q − P·Q, with one division."""
     for k in range(value.shape[0]):
@@ -501,7 +529,7 @@ def _subtract(x, y, difference):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _sum(values):  # type: ignore[no-untyped-def]
-    total = np.float32(0)
+    total = values.dtype.type(0)
     for k in range(values.shape[0]):
         total += values[k]
     return total
@@ -513,6 +541,6 @@ def _drop_missing(values):  # type: ignore[no-untyped-def]
     count = 0
     for k in range(values.shape[0]):
         present = values[k] == values[k]
-        values[k] = values[k] if present else np.float32(0)
+        values[k] = values[k] if present else values.dtype.type(0)
         count += present
     return count
