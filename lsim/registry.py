@@ -19,6 +19,7 @@ import torch
 
 from lsim.metric import Metric, MetricInfo, resolve_device
 from lsim.metrics.flow import OpticalFlow
+from lsim.metrics.gradients import GMSD, GradientDifference
 from lsim.metrics.information import (
     MutualInformation,
     NormalizedMutualInformation,
@@ -45,6 +46,8 @@ METRICS: dict[str, type[Metric]] = {
     "ssim": SSIM,
     "ssim-gaussian": GaussianSSIM,
     "ms-ssim": MultiScaleSSIM,
+    "gmsd": GMSD,
+    "gradient": GradientDifference,
     "vi": VariationOfInformation,
     "mutual-information": MutualInformation,
     "nmi": NormalizedMutualInformation,
