@@ -379,8 +379,13 @@ def known_in_both(x: Tensor, y: Tensor) -> Tensor:
     for start in range(0, x.shape[1], CHUNK * CHUNKS_TOGETHER):
         columns = slice(start, start + CHUNK * CHUNKS_TOGETHER)
         # Zeros and ones: right in any precision that a program may have set for products.
-        counts += (~x[:, columns].isnan()).float() @ (~y[:, columns].isnan()).float().T
+        left = _is_known(x[:, columns])
+        counts += left @ (left if x is y else _is_known(y[:, columns])).T
     return counts
+
+
+def _is_known(values: Tensor) -> Tensor:
+    return (values == values).float()
 
 
 def directly(n: int, m: int, *, symmetric: bool) -> PairPrecision:
@@ -511,26 +516,36 @@ def _directly_in_torch(x: Tensor, y: Tensor, i: Tensor, j: Tensor) -> Tensor:
 @contextmanager
 def _ieee_products(device: torch.device) -> Iterator[None]:
     """Products of matrices in single precision proper: no TF32, no bfloat16, whatever the program has set."""
-    matmul = torch.backends.cuda.matmul
     # Settings are the process's: another thread's end must not bring them back halfway through.
     with _multiplying, torch.autocast(device.type, enabled=False):
-        if hasattr(matmul, "fp32_precision"):
-            backends = (matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-            before = [backend.fp32_precision for backend in backends]
-            try:
-                for backend in backends:
-                    backend.fp32_precision = "ieee"
-                yield
-            finally:
-                for backend, setting in zip(backends, before, strict=True):
-                    backend.fp32_precision = setting
-        else:  # torch before 2.9
-            of_all = torch.get_float32_matmul_precision()
-            try:
-                torch.set_float32_matmul_precision("highest")
-                yield
-            finally:
-                torch.set_float32_matmul_precision(of_all)
+        restore = _settings_of_products()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            restore()
+
+
+def _settings_of_products() -> Callable[[], None]:
+    """What sets them again as they are now."""
+    backends = [torch.backends.cuda.matmul]
+    if hasattr(backends[0], "fp32_precision"):  # torch 2.9 on
+        backends.append(torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+        single = [backend.fp32_precision for backend in backends]
+    else:
+        single = []
+    try:
+        of_all = torch.get_float32_matmul_precision()
+    except RuntimeError:  # only the single ones have been told
+        of_all = None
+
+    def restore() -> None:
+        if of_all is not None:
+            torch.set_float32_matmul_precision(of_all)
+        for backend, setting in zip(backends, single, strict=False):
+            backend.fp32_precision = setting
+
+    return restore
 
 
 _multiplying = threading.Lock()

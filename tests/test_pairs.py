@@ -252,18 +252,42 @@ def test_bound_of_products_holds_on_correlated_rows(rng: np.random.Generator) ->
     assert 30 < record.recomputed < record.pairs == 900
 
 
-def test_settings_of_the_program_for_products_are_kept_and_not_followed(rng: np.random.Generator) -> None:
+def _tell_all() -> None:
+    torch.set_float32_matmul_precision("medium")
+
+
+def _tell_cuda() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+@pytest.mark.parametrize("tell", [_tell_all, _tell_cuda])
+def test_settings_of_the_program_for_products_are_kept_and_not_followed(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, tell: Callable[[], None]
+) -> None:
+    matmul = torch.backends.cuda.matmul
+    if tell is _tell_cuda and not hasattr(matmul, "fp32_precision"):
+        pytest.skip("torch before 2.9 has no such setting")
     rows = torch.from_numpy(rng.uniform(0, 255, (5, 2000)).astype(np.float32))
     expected, _ = squared_differences_in_torch(rows, rows)
-    before = torch.get_float32_matmul_precision()
+    allowed = []
+    product = torch.bmm
+
+    def watched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        allowed.append(matmul.allow_tf32)
+        return product(a, b)
+
+    monkeypatch.setattr(torch, "bmm", watched)
+    undo = pairs._settings_of_products()
     try:
-        torch.set_float32_matmul_precision("medium")
+        tell()
+        told = getattr(matmul, "fp32_precision", None)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found, _ = squared_differences_in_torch(rows, rows)
-        assert torch.get_float32_matmul_precision() == "medium"
-        assert torch.backends.cuda.matmul.allow_tf32
+        assert allowed == [False]
+        assert getattr(matmul, "fp32_precision", None) == told
+        assert tell is _tell_cuda or torch.get_float32_matmul_precision() == "medium"
     finally:
-        torch.set_float32_matmul_precision(before)
+        undo()
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 

@@ -85,7 +85,7 @@ class L1(_PixelMetric):
         kernel = known_absolute_differences if masked else absolute_differences
         sides = (x.numpy(), y.numpy())
         sums = all_pairs(kernel, len(x), len(y), *sides, symmetric=a is b, operations=x.shape[1])
-        return sums / ((known_in_both(x, y) if masked else x.shape[1]) * FULL_SCALE)
+        return sums / ((known_in_both(x, x if a is b else y) if masked else x.shape[1]) * FULL_SCALE)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         known = _known(self, a, b)
@@ -284,7 +284,8 @@ class Cosine(_PixelMetric):
             )
         else:
             squared = _in_rows(lambda left, right: (left - right).square().sum(1), u, v)
-        return _from_units(squared, _is_flat(u)[:, None], _is_flat(v))
+        flat = _is_flat(v)
+        return _from_units(squared, (flat if u is v else _is_flat(u))[:, None], flat)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         known = _known(self, a, b)
@@ -347,7 +348,7 @@ def _units(values: Tensor, known: Tensor | None, centred: bool) -> Tensor:
 
 def _is_flat(units: Tensor) -> Tensor:
     """Rows of zeros: (rows,)."""
-    return (units == 0).all(1)
+    return torch.linalg.vector_norm(units, dim=1) == 0
 
 
 def _from_units(squared: Tensor, left_is_flat: Tensor, right_is_flat: Tensor) -> Tensor:
