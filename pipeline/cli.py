@@ -465,24 +465,25 @@ def metrics_command(
         _make_importable([name], Path.cwd())
         _show_metric(name)
         return
-    table = Table("metric", "what it is", "gradient", "mask", "symmetric", "options", "here", box=box.SIMPLE)
+    table = Table("metric", "what it is", "grad.", "mask", "sym.", "options", "here", box=box.SIMPLE)
     for column in table.columns[2:5]:
         column.justify = "center"
-    how: dict[str, str] = {}
+    table.columns[5].max_width = 12
+    missing: dict[str, list[str]] = {}
     for known in list_metrics():
         cls = metric_class(known)
-        how[known] = _command_in(why_unavailable(known))
-        info = cls.info
-        marks = (info.differentiable, info.takes_mask, "symmetric" in info.axioms)
-        here = "no" if how[known] else "yes"
-        options = ", ".join(cls.option_names())
-        _add_row(table, known, info.title, *("✓" if mark else "–" for mark in marks), options, here)
+        if reason := why_unavailable(known):
+            missing.setdefault(_command_in(reason).replace(f"fetch {known}", "fetch NAME"), []).append(known)
+        marks = (cls.info.differentiable, cls.info.takes_mask, "symmetric" in cls.info.axioms)
+        here, options = "no" if reason else "yes", ", ".join(cls.option_names())
+        _add_row(table, known, cls.info.title, *("✓" if mark else "–" for mark in marks), options, here)
     output.print(table, soft_wrap=False)
-    for commands in dict.fromkeys(filter(None, how.values())):
-        names = [known for known, command in how.items() if command == commands]
-        output.print(f"for {', '.join(names)}: {commands}", markup=False)
+    for command, names in missing.items():
+        output.print(f"to have {', '.join(names)}: {command}", markup=False)
     output.print(
-        "not symmetric: archives hold ½ (d(a, b) + d(b, a)). 'lsim metrics NAME' tells more", markup=False
+        "grad.: has a gradient; mask: can leave out missing pixels; sym.: symmetric, and where not, archives "
+        "hold ½ (d(a, b) + d(b, a)). More: lsim metrics NAME",
+        markup=False,
     )
 
 

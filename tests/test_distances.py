@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -196,17 +197,35 @@ def test_a_field_no_metric_can_take_fails_with_the_way_out_and_the_others_go_on(
 def test_an_unavailable_metric_is_an_error_by_name_and_left_out_of_all(tmp_path, monkeypatch):
     monkeypatch.setenv("LSIM_WEIGHTS", str(tmp_path / "nowhere"))
     monkeypatch.setattr("lsim.weights.cache_folder", lambda: tmp_path / "no-cache")
-    frames = write_archive(tmp_path / "frames.zarr", archive_of(1))
-    with pytest.raises(UnavailableMetricError, match="lsim weights fetch lsim"):
-        compute(frames, tmp_path / "d.zarr", metrics=("l1", "lsim"))
-    assert not (tmp_path / "d.zarr").exists()
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(1, frames=3))
+    for wrong, message in (
+        ("lsim", "lsim weights fetch lsim"),
+        ("flow", "OpenCV"),
+        ("lpips-vgg", "lsim weights"),
+    ):
+        with pytest.raises(UnavailableMetricError, match=message):
+            compute(frames, tmp_path / "d.zarr", metrics=("l1", wrong))
+        with pytest.raises(UnavailableMetricError, match=message):
+            compute(frames, tmp_path / "d.zarr", metrics=("all", wrong))
     with pytest.raises(UnavailableMetricError):
         compute(frames, tmp_path / "d.zarr", metrics="all", strict=True)
-    report = compute(frames, tmp_path / "d.zarr", metrics="all")
+    assert not (tmp_path / "d.zarr").exists()
+    report = compute(frames, tmp_path / "d.zarr", metrics="all", size=176)
+    missing = {"flow", "lpips-alex", "lpips-vgg", "lpips-squeeze", "lsim", "lsim-noiseless", "lsim-skip"}
+    assert missing <= report.unavailable.keys()
     assert "lsim weights fetch lsim-skip" in report.unavailable["lsim-skip"]
+    assert "OpenCV" in report.unavailable["flow"]
     root = store.open_store(tmp_path / "d.zarr")
     assert root.attrs["unavailable"] == report.unavailable
-    assert set(matrices_of(tmp_path / "d.zarr")) == {*CLASSIC, "lsim-open"}
+    found = matrices_of(tmp_path / "d.zarr")
+    assert found.keys() == set(lsim.list_metrics()) - report.unavailable.keys()
+    assert {*CLASSIC, "lsim-open"} <= found.keys()
+    assert not report.failures
+    assert all(np.isfinite(matrices).all() for matrices in found.values())
+    correlate(tmp_path / "d.zarr", tmp_path / "results", replicates=0)
+    page = write_report(tmp_path / "results").read_text()
+    assert all(name in page[page.index("Metrics that were not available") :] for name in missing)
 
 
 def test_an_unknown_metric_suggests_near_names(tmp_path):

@@ -284,6 +284,17 @@ def test_a_metric_that_is_not_symmetric_is_stored_as_the_mean_of_both_ways(tmp_p
     assert "rise" in page[page.index("not symmetric") :][:200]
 
 
+def test_a_source_that_changes_under_a_running_process_is_not_taken_for_what_it_computes(tmp_path, imported):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(2))
+    compute(frames, tmp_path / "d.zarr", metrics=(f"{imported}:Energy",))
+    before = matrices_of(tmp_path / "d.zarr")["energy"]
+    (tmp_path / f"{imported}.py").write_text(SOURCE.replace("factor = 1.0", "factor = 10.0"))
+    # This process has the old class; the new file's distances are for a new one to compute.
+    report = compute(frames, tmp_path / "d.zarr", metrics=(f"{imported}:Energy",))
+    assert (report.computed, report.up_to_date) == (0, 2)
+    np.testing.assert_array_equal(matrices_of(tmp_path / "d.zarr")["energy"], before)
+
+
 def test_names_that_are_taken_are_errors_before_anything_starts(tmp_path, imported, monkeypatch):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(1))
     (tmp_path / f"{imported}_b.py").write_text(SOURCE)
