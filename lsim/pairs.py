@@ -421,7 +421,7 @@ def squared_differences_in_torch(
 
     Notes
     -----
-    Besides the result and as much again for its bounds, memory is 200 MB at most, however many rows.
+    Memory is that of three results, and 250 MB at most besides, however many and long the rows.
     """
     symmetric = x is y
     whole = _is_whole(x) and (symmetric or _is_whole(y))
