@@ -158,6 +158,13 @@ def _imported(reference: str) -> type[Metric]:
     return found
 
 
+@functools.cache
+def _source_sha256(cls: type[Metric]) -> str:
+    """Of the file of a class, as it was first seen: what is imported stays, whatever becomes of the file."""
+    file = inspect.getsourcefile(cls)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+
+
 def learned_class(name: str, weights: str | os.PathLike[str]) -> type[Metric]:
     """The class for a metric with weights of one's own: the one of that name, else that of their trunk.
 
@@ -271,6 +278,5 @@ def load_metric(
     metric = cls.load(metric_name(name), preprocessing, resolve_device(device), weights, **options)
     if ":" in name:
         # Its author changes it between runs, and won't think of a version each time.
-        file = inspect.getsourcefile(cls)
-        metric.source_sha256 = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+        metric.source_sha256 = _source_sha256(cls)
     return metric.symmetrised() if symmetrise else metric
