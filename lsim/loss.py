@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lsim.metric import Metric, SizeWarning, safe_sqrt
 from lsim.metrics.learned import LSiM, feature_scale
+from lsim.networks import ieee_convolutions
 from lsim.preprocess import FramesError
 from lsim.registry import load_metric
 
@@ -308,7 +309,7 @@ def _plainly(trunk: nn.Module, planes: Tensor) -> Sequence[Tensor]:
 @torch.compiler.disable
 def _without_tf32(trunk: nn.Module, planes: Tensor) -> Sequence[Tensor]:
     """In IEEE precision. A compiled graph would drop the setting, so this stays out of it."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with ieee_convolutions():
         return _plainly(trunk, planes)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lsim.metric import Embedding, Metric, MetricInfo
-from lsim.networks import AlexTrunk, ImageTrunk, SqueezeTrunk, VggTrunk
+from lsim.networks import AlexTrunk, ImageTrunk, SqueezeTrunk, VggTrunk, ieee_convolutions
 from lsim.pairs import all_pairs, has_kernel, rows_in_torch, squared_differences
 from lsim.preprocess import Preprocessing
 from lsim.threads import in_threads
@@ -110,8 +110,7 @@ class LPIPS(Metric):
         """z of every frame, (n, Σ_l C_l H_l W_l) float32; with gradients where ``frames`` carry them."""
         planes = frames.permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1)
         if not has_kernel(planes):
-            # TF32, torch's default for convolutions on GPUs, is wrong on nearly equal frames.
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            with ieee_convolutions():
                 parts = [torch.cat(self._scaled(part), 1) for part in planes.split(FRAMES_TOGETHER)]
             return Embedding({"features": torch.cat(parts)})
         # One frame at a time: then its features are the same bits whatever the batch around it. Into their

@@ -35,7 +35,7 @@ from torch import distributed as dist
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lsim.metric import resolve_device
-from lsim.networks import TRUNKS, LsimTrunk
+from lsim.networks import TRUNKS, LsimTrunk, ieee_convolutions
 from lsim.preprocess import preprocess
 from lsim.ranking import pooled_spearman
 from lsim.training.loss import sequence_loss
@@ -797,8 +797,7 @@ def _torch_settings(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     try:
-        # TF32, torch's default for convolutions on GPUs, is too coarse for frames that are near one another.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with ieee_convolutions():
             yield
     finally:
         torch.set_flush_denormal(flushed_before)
