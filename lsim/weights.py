@@ -329,7 +329,8 @@ def _checked_sha256(path: Path, file: BinaryIO) -> str:
         if published.file == path.name and published.sha256 != found:
             raise WeightsError(
                 f"{path}: SHA-256 is {found}, expected {published.sha256} of the published {published.file} "
-                f"({path.stat().st_size} bytes found). Damaged, or another file: fetch it again, or rename your own"
+                f"({path.stat().st_size} bytes found). Damaged, or another file: fetch it again, or rename "
+                "your own"
             )
     return found
 
