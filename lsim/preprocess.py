@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numba
 import numpy as np
@@ -24,8 +24,6 @@ Compat: TypeAlias = Literal["default", "published"]
 Scope: TypeAlias = str | tuple[Any, Any]
 """Over which frames minimum and maximum are taken: ``"pair"``, ``"batch"``, ``"sequence"``, ``"dataset"``,
 or a fixed ``(lo, hi)``, each a number or one number per channel."""
-
-AnyFrames = TypeVar("AnyFrames", np.ndarray, Tensor)
 
 SCOPES = ("pair", "batch", "sequence", "dataset")
 ORDERS = (0, 1, 2, 3, 4, 5)
@@ -132,7 +130,7 @@ def preprocess(
     return _repeated(apply(settings, as_frames(array), scope))
 
 
-def apply(settings: Preprocessing, frames: AnyFrames, scope: Scope) -> AnyFrames:
+def apply(settings: Preprocessing, frames: Frames, scope: Scope) -> Frames:
     """:func:`preprocess` for one stack over one scope, with the settings bundled; a channel stays one.
 
     Parameters
@@ -194,7 +192,7 @@ def range_of(frames: np.ndarray, settings: Preprocessing) -> tuple[np.ndarray, n
     return _range(resized, "sequence", None if settings.mask else complete)
 
 
-def _resized(settings: Preprocessing, frames: AnyFrames) -> tuple[AnyFrames, np.ndarray]:
+def _resized(settings: Preprocessing, frames: Frames) -> tuple[Frames, np.ndarray]:
     """Frames as they are to be normalised, and which of them hold neither NaN nor infinity: bool (n,)."""
     limits = _limits(frames)
     loaded = _loadable(frames)
@@ -214,7 +212,7 @@ def _repeated(frames: np.ndarray) -> np.ndarray:
     return np.repeat(frames, 3, axis=-1) if frames.shape[-1] == 1 else frames
 
 
-def _missing_as_nan(frames: AnyFrames) -> AnyFrames:
+def _missing_as_nan(frames: Frames) -> Frames:
     """Infinite values are missing, too; a pixel is missing in all channels or in none."""
     if isinstance(frames, Tensor):
         return frames.masked_fill(~frames.isfinite().all(-1, keepdim=True), torch.nan)
@@ -251,7 +249,7 @@ def as_frames(array: ArrayLike, what: str = "frames") -> np.ndarray:
     raise FramesError(f"{what}: expected (y, x), (n, y, x) or (n, y, x, channel), found shape {array.shape}")
 
 
-def drop_alpha(frames: AnyFrames) -> AnyFrames:
+def drop_alpha(frames: Frames) -> Frames:
     """Check the channels of (n, y, x, channel) and drop the fourth.
 
     Raises
@@ -296,39 +294,34 @@ def resize(frames: np.ndarray, size: int, order: int = 0, *, zero_rim: bool = Fa
         frames = frames.astype(np.float32)
     if frames.dtype == np.bool_:
         frames = frames.astype(np.uint8)
+    if frames.shape[1:3] == (size, size):
+        return frames
     if order == 0:
-        # Without a detour by another dtype: integers of 64 bits aren't all whole numbers in double precision.
-        own = np.ascontiguousarray(frames)
-        return (
-            own
-            if own.shape[1:3] == (size, size)
-            else cast(np.ndarray, resample(own, size, 0, zero_rim=zero_rim))
-        )
+        # Without a detour by another dtype: not all integers of 64 bits are there in double precision.
+        return resample(np.ascontiguousarray(frames), size, 0, zero_rim=zero_rim)
     loaded = _loadable(frames)
     resized = _resize(loaded, size, order, zero_rim, _limits(frames), _extremes(loaded))
     return resized.astype(frames.dtype, copy=False)
 
 
 def _resize(
-    frames: AnyFrames,
+    frames: Frames,
     size: int,
     order: int,
     zero_rim: bool,
     limits: tuple[float, float] | None,
     known: _Extremes,
-) -> AnyFrames:
+) -> Frames:
     """:func:`resize` for frames as :func:`_loadable` gives them; with ``limits`` they are whole numbers."""
     if frames.shape[1:3] == (size, size):
         return frames
-    resized = cast(
-        AnyFrames, resample(frames, size, order, zero_rim=zero_rim, limits=limits if order else None)
-    )
+    resized = resample(frames, size, order, zero_rim=zero_rim, limits=limits)
     if order > 1 or (order == 1 and not zero_rim):
         # A constant stays that constant: rounding would pass for a range, and be stretched to [0, 255], as
         # it is by the published code. At order 1 that can be reproduced.
         for f, c in np.argwhere((known.lo == known.hi) & np.isfinite(known.lo)):
             plane = resized[f, ..., c]
-            resized[f, ..., c] = known.lo[f, c] * (plane != 0) + (plane - plane)  # NaN and the rim stay, too
+            resized[f, ..., c] = (plane - plane + known.lo.item(f, c)) * (plane != 0)  # NaN and the rim stay
     return resized
 
 
@@ -436,8 +429,8 @@ def finite_frames(frames: np.ndarray) -> np.ndarray:
 
 
 def normalise(
-    frames: AnyFrames, lo: np.ndarray, hi: np.ndarray, *, floor: bool, complete: np.ndarray | None
-) -> AnyFrames:
+    frames: Frames, lo: np.ndarray, hi: np.ndarray, *, floor: bool, complete: np.ndarray | None
+) -> Frames:
     """255·((frames − lo)/(hi − lo)) per channel; 0 where lo equals hi.
 
     Computed in single precision for float32 and, as by the published code, in double precision for
@@ -529,7 +522,7 @@ def _floor_within(values, out):  # type: ignore[no-untyped-def]
         out[k] = np.floor(value)
 
 
-def _loadable(frames: AnyFrames) -> AnyFrames:
+def _loadable(frames: Frames) -> Frames:
     """Contiguous, and of a dtype that kernels take; numbers stay what they are.
 
     Arrays become uint8, float32 or float64, for which kernels are compiled.

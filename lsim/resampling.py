@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from lsim.pairs import FAST
 
-Frames: TypeAlias = np.ndarray | Tensor
+Frames = TypeVar("Frames", np.ndarray, Tensor)
 """(n, y, x, channel): an array, which compiled kernels take, or a tensor on any device."""
 
 POLES = {
@@ -58,7 +59,7 @@ def resample(
     zero_rim : bool
         Zeros, but for NaN, where rounding puts the last position beyond the last sample, as in scipy.
     limits : (float, float), optional
-        Round to whole numbers, halves away from zero, and clip to these.
+        Round to whole numbers, halves away from zero, and clip to these; order 0 has no need of it.
 
     Returns
     -------
@@ -67,7 +68,7 @@ def resample(
     """
     y, x = frames.shape[1:3]
     if isinstance(frames, np.ndarray):
-        out: Frames = _compiled(frames, size, order, limits)
+        out: Any = _compiled(frames, size, order, limits)
     elif order == 0:
         rows, columns = (_on_device(_nearest, frames.device, n, size)[0] for n in (y, x))
         out = frames.index_select(1, rows).index_select(2, columns)
@@ -142,7 +143,9 @@ def _spline_matrix(n: int, m: int, order: int) -> tuple[np.ndarray]:
 
 
 @functools.lru_cache(maxsize=256)
-def _on_device(table, device: torch.device, *arguments: int) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+def _on_device(
+    table: Callable[..., tuple[np.ndarray, ...]], device: torch.device, *arguments: int
+) -> tuple[Tensor, ...]:
     return tuple(torch.from_numpy(part).to(device) for part in table(*arguments))
 
 

@@ -428,7 +428,7 @@ SEEDS = st.integers(0, 2**16)
 
 
 @given(frames=any_frames(), m=st.integers(1, 40), order=st.integers(0, 5))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_frames_are_resized_as_by_scipy(frames: np.ndarray, m: int, order: int) -> None:
     taken = frames.astype(PREPARED_DTYPES[frames.dtype.str.lstrip("<|=").replace("b1", "?")])
     found = resize(frames, m, order, zero_rim=True)
@@ -446,7 +446,7 @@ def test_any_frames_are_resized_as_by_scipy(frames: np.ndarray, m: int, order: i
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_tensors_are_prepared_as_arrays_are(data: st.DataObject) -> None:
     """The way of other devices, in plain torch, and compiled kernels."""
     dtypes = tuple(name for name in PREPARED_DTYPES if not name.startswith(">"))
