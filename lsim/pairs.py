@@ -421,7 +421,8 @@ def squared_differences_in_torch(
 
     Notes
     -----
-    Memory is that of three results, and 250 MB at most besides, however many and long the rows.
+    Memory is that of three results, and 250 MB at most besides, for any number of rows of up to 8 million
+    values.
     """
     symmetric = x is y
     whole = _is_whole(x) and (symmetric or _is_whole(y))
