@@ -323,7 +323,8 @@ def test_a_run_says_where_its_time_went_and_how_precise_its_metrics_were(tmp_pat
     assert run["seconds_by_metric"].keys() == {"l1", "promising"}
     assert sum(run["seconds_by_stage"].values()) <= run["seconds"]
     kept = store.get_group(root, "A/density/provenance").attrs["precision"]
-    assert kept.keys() == {"promising"}
+    assert kept.keys() == {"l1", "promising"}
+    assert 0 <= kept["l1"]["bound"] <= kept["l1"]["promise"]
     expected = {"method": "by hand", "promise": 1e-5, "bound": 2e-6, "pairs": 24, "recomputed": 6}
     assert expected.items() <= kept["promising"].items()
     assert kept["promising"]["share_recomputed"] == 0.25
