@@ -13,9 +13,16 @@ from lsim import registry
 from lsim.testing import check_metric, write_random_checkpoint
 
 NAMES = [
-    *("l1", "l2", "psnr", "ssim", "vi"),
-    *("lsim-open", "lsim", "lsim-noiseless", "lsim-strong-noise", "lsim-skip"),
+    *("l1", "l2", "rmse", "nrmse", "vrmse", "psnr", "correlation", "cosine"),
+    *("ssim", "ssim-gaussian", "ms-ssim", "gmsd", "gradient"),
+    *("vi", "mutual-information", "nmi"),
+    *("spectral", "fft", "wasserstein", "sliced-wasserstein"),
+    *("flow", "lpips-alex", "lpips-vgg", "lpips-squeeze"),
+    *("lsim-open", "lsim", "lsim-noiseless", "lsim-strong-noise", "lsim-skip", "non-siamese"),
 ]
+NOT_SYMMETRIC = {"nrmse", "vrmse", "non-siamese"}
+NOT_DIFFERENTIABLE = {"vi", "mutual-information", "nmi", "flow"}
+TAKE_MASKS = set(NAMES[: NAMES.index("vi")])
 
 
 def test_names_in_order() -> None:
