@@ -19,9 +19,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lsim.ieee import ieee_convolutions
 from lsim.metric import Metric, SizeWarning, safe_sqrt
 from lsim.metrics.learned import LSiM, feature_scale
-from lsim.networks import ieee_convolutions
 from lsim.preprocess import FramesError
 from lsim.registry import load_metric
 

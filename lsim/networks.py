@@ -7,11 +7,8 @@ checkpoints without their slice numbering; :data:`CHECKPOINT_KEYS` translates.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import threading
-from collections.abc import Iterator
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -328,40 +325,6 @@ def for_one_channel(trunk: Convolving) -> Convolving:
     grey.conv1.weight = nn.Parameter(summed, requires_grad=weight.requires_grad)
     grey.conv1.in_channels = 1
     return grey
-
-
-_guard = threading.Lock()
-_inside = 0
-_before: list[Any] = []
-
-
-@contextlib.contextmanager
-def ieee_convolutions() -> Iterator[None]:
-    """Convolutions in IEEE single precision, whatever torch has been told of TF32 and bfloat16.
-
-    TF32, torch's default for convolutions on GPUs, is wrong by 11 % on nearly equal frames. The setting is
-    the whole process's: it is put back when the last of several threads leaves.
-    """
-    global _inside, _before
-    backends = [b for b in (torch.backends.cudnn, torch.backends.mkldnn) if hasattr(b, "conv")]
-    # torch before 2.9 knows one setting; where there are new ones, the old one cannot always be read.
-    settings: list[tuple[Any, str, Any]] = [(b.conv, "fp32_precision", "ieee") for b in backends] or [
-        (torch.backends.cudnn, "allow_tf32", False)
-    ]
-    with _guard:
-        if _inside == 0:
-            _before = [getattr(where, name) for where, name, _ in settings]
-            for where, name, exact in settings:
-                setattr(where, name, exact)
-        _inside += 1
-    try:
-        yield
-    finally:
-        with _guard:
-            _inside -= 1
-            if _inside == 0:
-                for (where, name, _), value in zip(settings, _before, strict=True):
-                    setattr(where, name, value)
 
 
 def _strided(n: int) -> int:

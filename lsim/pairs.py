@@ -5,26 +5,25 @@ those are what simulations make. On the CPU, four rows meet four in registers, a
 blocks that stay in the first-level cache, summed in the rows' own precision within a block and in double
 across blocks: exact for 8-bit values (256 · 255² < 2²⁴), within 2e-7 otherwise. Every pair goes through
 the same instructions in the same order, wherever in a tile it stands and whichever thread has it, so the
-result depends on its two rows alone. Other devices multiply matrices, bound the error of every pair, and
-take those pairs again by differences that the product doesn't get right.
+result depends on its two rows alone. Other devices take squared differences by products of matrices, see
+:mod:`lsim.products`.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numba
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lsim.precision import CONFIDENCE, DIRECTLY, HALF_ULP, PROMISE, PairPrecision, number_of_pairs
+from lsim.products import squared_differences_in_torch
 from lsim.threads import in_threads
 
 BLOCK = 256
@@ -46,85 +45,6 @@ COPIED_FROM = 48
 
 ROWS_TOGETHER = 128
 """Rows on either side that are worked on at once: a block of their columns fits the second-level cache."""
-
-
-# --- how right the sums are --------------------------------------------------------------------------------
-
-PROMISE = 1e-5
-"""Largest relative error of a sum."""
-
-CONFIDENCE = 5.0
-"""λ of Higham & Mary (SIAM J. Sci. Comput. 41, 2019): a rounding is beyond the bound with 2 exp(−λ²/2)."""
-
-HALF_ULP = 2.0**-24
-"""Relative rounding error of single precision."""
-
-DIRECTLY = "direct differences"
-BY_PRODUCT = "centred product"
-
-
-@dataclass(frozen=True)
-class PairPrecision:
-    """How the sums over pairs were computed, and how right they are for sure; records add up.
-
-    Attributes
-    ----------
-    method : str
-        ``"direct differences"``, ``"centred product"``, or several, joined by ``" + "``.
-    promise : float
-        The relative error of a sum that is allowed.
-    bound : float
-        The largest relative error that a sum can have: not above ``promise``.
-    pairs : int
-        How many sums there are.
-    recomputed : int
-        How many of them were taken again by differences, since the product could not keep the promise.
-    """
-
-    method: str
-    promise: float
-    bound: float
-    pairs: int
-    recomputed: int = 0
-
-    def __add__(self, other: PairPrecision) -> PairPrecision:
-        methods = {*self.method.split(" + "), *other.method.split(" + ")}
-        return PairPrecision(
-            " + ".join(sorted(methods)),
-            max(self.promise, other.promise),
-            max(self.bound, other.bound),
-            self.pairs + other.pairs,
-            self.recomputed + other.recomputed,
-        )
-
-
-class ReportsPrecision:
-    """For metrics: keeps count of the precision of their sums, until somebody takes the record."""
-
-    pair_precision: PairPrecision | None = None
-    """Of all sums since the last :meth:`take_precision`; None where there were none."""
-
-    def note_precision(self, record: PairPrecision) -> None:
-        """Add a record to :attr:`pair_precision`."""
-        with _noting:
-            self.pair_precision = record if self.pair_precision is None else self.pair_precision + record
-
-    def take_precision(self) -> PairPrecision | None:
-        """:attr:`pair_precision`, and start anew."""
-        with _noting:
-            record, self.pair_precision = self.pair_precision, None
-        return record
-
-
-_noting = threading.Lock()
-
-
-def _rounding_of_sum(terms: int) -> float:
-    """Relative error of a sum of non-negative terms that are a rounded difference each, squared or not."""
-    return (CONFIDENCE * math.sqrt(terms) + 3) * HALF_ULP
-
-
-# --- on the CPU: compiled ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -338,19 +258,6 @@ def rows_in_torch(
     return torch.stack([torch.cat([paired(a[k : k + 1], part) for part in parts]) for k in range(len(a))])
 
 
-# --- squared differences, on any device ---------------------------------------------------------------------
-
-CHUNK = 128
-"""Columns that one product of matrices adds up in single precision."""
-
-CHUNKS_TOGETHER = 64
-ROWS_OF_PRODUCT = 512
-"""Working memory of a product: 512 · 8192 values in double on either side, and 64 · 512² in single."""
-
-VALUES_TOGETHER = 1 << 23
-"""Differences taken at once where pairs are taken one by one: 64 MB of doubles."""
-
-
 def squared_distances(x: Tensor, y: Tensor) -> tuple[Tensor, PairPrecision]:
     """Σ_k (x[i, k] − y[j, k])² for all pairs, the best way that their device has.
 
@@ -362,191 +269,27 @@ def squared_distances(x: Tensor, y: Tensor) -> tuple[Tensor, PairPrecision]:
     Returns
     -------
     Tensor of shape (n, m), float64
-        Within :data:`PROMISE` of the sum of the exact differences, relatively. On the CPU, the same bits
-        whatever the other rows.
+        With gradients where the rows carry them. Within :data:`~lsim.precision.PROMISE` of the sum of the
+        exact differences, relatively. On the CPU, the same bits whatever the other rows.
     PairPrecision
     """
-    if not has_kernel(x, y):
-        return squared_differences_in_torch(x.detach(), x.detach() if x is y else y.detach())
     n, m, columns = len(x), len(y), x.shape[1]
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        rows = [(row - y).square().sum(1, dtype=torch.float64) for row in x]
+        return torch.stack(rows), directly(n, m, symmetric=x is y)
+    if not has_kernel(x, y):
+        return squared_differences_in_torch(x, y)
     sums = all_pairs(squared_differences, n, m, x.numpy(), y.numpy(), symmetric=x is y, operations=columns)
     return sums, directly(n, m, symmetric=x is y)
 
 
-def known_in_both(x: Tensor, y: Tensor) -> Tensor:
-    """How many columns are NaN in neither row, for all pairs: (n, m) float64, exact."""
-    counts = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
-    for start in range(0, x.shape[1], CHUNK * CHUNKS_TOGETHER):
-        columns = slice(start, start + CHUNK * CHUNKS_TOGETHER)
-        # Zeros and ones: right in any precision that a program may have set for products.
-        left = _is_known(x[:, columns])
-        counts += left @ (left if x is y else _is_known(y[:, columns])).T
-    return counts
-
-
-def _is_known(values: Tensor) -> Tensor:
-    return (values == values).float()
-
-
 def directly(n: int, m: int, *, symmetric: bool) -> PairPrecision:
     """The record of sums by the compiled kernels, or by others no less right."""
-    return PairPrecision(DIRECTLY, PROMISE, _rounding_of_sum(2 * BLOCK), _count(n, m, symmetric))
+    return PairPrecision(
+        DIRECTLY, PROMISE, _rounding_of_sum(2 * BLOCK), number_of_pairs(n, m, symmetric=symmetric)
+    )
 
 
-def squared_differences_in_torch(
-    x: Tensor, y: Tensor, promise: float = PROMISE
-) -> tuple[Tensor, PairPrecision]:
-    """Σ_k (x[i, k] − y[j, k])² by products of matrices, on any device; close pairs by differences.
-
-    A row is subtracted from all in double, which makes products small where frames are alike, and what is
-    left is rounded to single. Then |x|² + |y|² − 2xy, in double but for the product of each chunk of
-    columns, which is in IEEE single precision: off by at most λ √chunk u |x||y| (Higham & Mary 2019), and
-    the rounding moves the distance, the root of the sum, by at most u (|x| + |y|). Pairs for which
-    that is more than ``promise`` of the sum are summed again directly. Whole numbers up to 255 are left as
-    they are: all of their products and sums are exact.
-
-    Parameters
-    ----------
-    x, y : Tensor of shape (n, k) and (m, k), float32
-        On one device, without gradients. A row with NaN has NaN for its sums. Where ``x is y``, only i < j
-        is computed and mirrored, and the diagonal is 0.
-    promise : float
-        The relative error of a sum that is allowed.
-
-    Returns
-    -------
-    Tensor of shape (n, m), float64
-        Other than from the kernels, the last bits depend on what rows are computed together.
-    PairPrecision
-
-    Notes
-    -----
-    Memory is that of three results, and 250 MB at most besides, for any number of rows of up to 8 million
-    values.
-    """
-    symmetric = x is y
-    whole = _is_whole(x) and (symmetric or _is_whole(y))
-    squares_x, squares_y, sums = _centred_products(x, y, centred=not whole)
-    sums.mul_(-2).add_(squares_x[:, None]).add_(squares_y).clamp_(min=0)
-    if symmetric:
-        sums = sums.triu(1)
-    worst, recomputed = 0.0, 0
-    if not whole:
-        for start in range(0, len(x), ROWS_OF_PRODUCT):
-            part = slice(start, start + ROWS_OF_PRODUCT)
-            bound = _bound_of_product(sums[part], squares_x[part], squares_y, x.shape[1])
-            if symmetric:
-                bound = bound.triu(1 + start)
-            again = bound > promise
-            kept = bound[bound <= promise]
-            worst = max(worst, kept.max().item() if len(kept) else 0.0)
-            i, j = again.nonzero(as_tuple=True)
-            sums[part][i, j] = _directly_in_torch(x, y, i + start, j)
-            recomputed += len(i)
-    if recomputed:
-        worst = max(worst, 3 * HALF_ULP)
-    if symmetric:
-        sums += sums.T.clone()
-    pairs = _count(len(x), len(y), symmetric)
-    return sums, PairPrecision(BY_PRODUCT, promise, worst, pairs, recomputed)
-
-
-def _count(n: int, m: int, symmetric: bool) -> int:
-    return n * (n - 1) // 2 if symmetric else n * m
-
-
-def _is_whole(rows: Tensor) -> bool:
-    """Whether all are whole numbers whose products add up exactly over a chunk; NaN apart."""
-    parts = rows.split(max(1, VALUES_TOGETHER // max(rows.shape[1], 1)))
-    return all(bool((((part == part.round()) & (part.abs() <= 255)) | part.isnan()).all()) for part in parts)
-
-
-def _centred_products(x: Tensor, y: Tensor, *, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """|x|², |y|² and xy of the rows, less a row amid them if ``centred``: double, from single precision."""
-    symmetric = x is y
-    products = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
-    squares_x, squares_y = products.new_zeros(len(x)), products.new_zeros(len(y))
-    with _ieee_products(x.device):
-        for start in range(0, x.shape[1], CHUNK * CHUNKS_TOGETHER):
-            columns = slice(start, start + CHUNK * CHUNKS_TOGETHER)
-            centre = _row_amid(x, y, columns) if centred else None
-            for i in range(0, len(x), ROWS_OF_PRODUCT):
-                rows = slice(i, i + ROWS_OF_PRODUCT)
-                left = _in_chunks(x[rows, columns], centre)
-                squares_x[rows] += left.double().square().sum((0, 2))
-                for j in range(i if symmetric else 0, len(y), ROWS_OF_PRODUCT):
-                    others = slice(j, j + ROWS_OF_PRODUCT)
-                    right = _in_chunks(y[others, columns], centre)
-                    if i == 0:
-                        squares_y[others] += right.double().square().sum((0, 2))
-                    products[rows, others] += torch.bmm(left, right.mT).sum(0, dtype=torch.float64)
-    return squares_x, squares_y, products
-
-
-def _row_amid(x: Tensor, y: Tensor, columns: slice) -> Tensor:
-    """The mean of some rows, in double; which row it is changes how much is left to round, and no more."""
-    some = torch.cat([x[:ROWS_OF_PRODUCT, columns], y[:ROWS_OF_PRODUCT, columns]])
-    return some.double().nanmean(0).nan_to_num()
-
-
-def _in_chunks(values: Tensor, centre: Tensor | None) -> Tensor:
-    """(rows, columns) → (chunks, rows, CHUNK), filled up with zeros."""
-    if centre is not None:
-        values = (values.double() - centre).float()
-    values = F.pad(values, (0, -values.shape[1] % CHUNK))
-    return values.unflatten(1, (-1, CHUNK)).transpose(0, 1)
-
-
-def _bound_of_product(sums: Tensor, squares_x: Tensor, squares_y: Tensor, columns: int) -> Tensor:
-    """Relative error of ``sums`` = |x|² + |y|² − 2xy; infinite where no digit is sure."""
-    x, y = squares_x.sqrt()[:, None], squares_y.sqrt()
-    error = 2 * CONFIDENCE * math.sqrt(CHUNK) * HALF_ULP * x * y
-    error += (2 * sums.sqrt() + HALF_ULP * (x + y)) * HALF_ULP * (x + y)
-    error += CONFIDENCE * math.sqrt(columns) * 2.0**-53 * (squares_x[:, None] + squares_y)
-    error += columns * 2.0**-125  # products too small for single precision
-    return torch.where(sums <= error, math.inf, error / (sums - error))
-
-
-def _directly_in_torch(x: Tensor, y: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """Σ_k (x[i[p], k] − y[j[p], k])² of pairs, added up in double: (len(i),)."""
-    step = max(1, VALUES_TOGETHER // max(x.shape[1], 1))
-    parts = zip(i.split(step), j.split(step), strict=True)
-    return torch.cat([(x[left] - y[right]).double().square().sum(1) for left, right in parts])
-
-
-@contextmanager
-def _ieee_products(device: torch.device) -> Iterator[None]:
-    """Products of matrices in single precision proper: no TF32, no bfloat16, whatever the program has set."""
-    # Settings are the process's: another thread's end must not bring them back halfway through.
-    with _multiplying, torch.autocast(device.type, enabled=False):
-        restore = _settings_of_products()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            restore()
-
-
-def _settings_of_products() -> Callable[[], None]:
-    """What sets them again as they are now."""
-    backends = [torch.backends.cuda.matmul]
-    if hasattr(backends[0], "fp32_precision"):  # torch 2.9 on
-        backends.append(torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-        single = [backend.fp32_precision for backend in backends]
-    else:
-        single = []
-    try:
-        of_all = torch.get_float32_matmul_precision()
-    except RuntimeError:  # only the single ones have been told
-        of_all = None
-
-    def restore() -> None:
-        if of_all is not None:
-            torch.set_float32_matmul_precision(of_all)
-        for backend, setting in zip(backends, single, strict=False):
-            backend.fp32_precision = setting
-
-    return restore
-
-
-_multiplying = threading.Lock()
+def _rounding_of_sum(terms: int) -> float:
+    """Relative error of a sum of non-negative terms that are a rounded difference each, squared or not."""
+    return (CONFIDENCE * math.sqrt(terms) + 3) * HALF_ULP

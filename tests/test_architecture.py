@@ -136,6 +136,10 @@ def test_preprocessing_and_networks_are_below_the_metrics() -> None:
         "lsim.prepared",
         "lsim.networks",
         "lsim.pairs",
+        "lsim.products",
+        "lsim.precision",
+        "lsim.ieee",
+        "lsim.resampling",
         "lsim.weights",
     )
     assert not list(offenders(lower, "lsim.metric", "lsim.metrics", "lsim.registry"))

@@ -11,21 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsim import pairs
+from lsim import ieee, products
 from lsim.pairs import (
-    PROMISE,
-    PairPrecision,
     TileKernel,
     absolute_differences,
     all_pairs,
     known_absolute_differences,
-    known_in_both,
     known_squared_differences,
     rows_in_torch,
     squared_differences,
-    squared_differences_in_torch,
     squared_distances,
 )
+from lsim.precision import PROMISE, PairPrecision
+from lsim.products import known_in_both, squared_differences_in_torch
 
 KERNELS = {
     "squared": squared_differences,
@@ -201,9 +199,9 @@ def test_rows_need_not_lie_side_by_side(rng: np.random.Generator) -> None:
 def test_tiles_and_chunks_of_products_fit_together(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, symmetric: bool
 ) -> None:
-    monkeypatch.setattr(pairs, "ROWS_OF_PRODUCT", 3)
-    monkeypatch.setattr(pairs, "CHUNKS_TOGETHER", 2)
-    monkeypatch.setattr(pairs, "VALUES_TOGETHER", 700)
+    monkeypatch.setattr(products, "ROWS_OF_PRODUCT", 3)
+    monkeypatch.setattr(products, "CHUNKS_TOGETHER", 2)
+    monkeypatch.setattr(products, "VALUES_TOGETHER", 700)
     rows = torch.from_numpy(rng.uniform(0, 255, (11, 601)).astype(np.float32))
     rows[7:] = rows[3] + torch.from_numpy(rng.uniform(0, 0.01, (4, 601)).astype(np.float32))
     others = rows if symmetric else rows[:8].clone()
@@ -277,7 +275,7 @@ def test_settings_of_the_program_for_products_are_kept_and_not_followed(
         return product(a, b)
 
     monkeypatch.setattr(torch, "bmm", watched)
-    undo = pairs._settings_of_products()
+    undo = ieee._settings_of_products()
     try:
         tell()
         told = getattr(matmul, "fp32_precision", None)

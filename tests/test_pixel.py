@@ -12,7 +12,7 @@ from skimage.metrics import normalized_root_mse
 
 import lsim
 from lsim.metric import Metric
-from lsim.pairs import PROMISE
+from lsim.precision import PROMISE
 from lsim.testing import check_metric
 
 EPSILON = 1e-7

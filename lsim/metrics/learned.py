@@ -23,9 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lsim.ieee import ieee_convolutions
 from lsim.metric import Embedding, Metric, MetricInfo, safe_sqrt
-from lsim.networks import AlexTrunk, LsimTrunk, NonSiamese, SkipTrunk, for_one_channel, ieee_convolutions
-from lsim.pairs import all_pairs, has_kernel, rows_in_torch, squared_differences
+from lsim.networks import AlexTrunk, LsimTrunk, NonSiamese, SkipTrunk, for_one_channel
+from lsim.pairs import has_kernel, squared_distances
+from lsim.precision import ReportsPrecision
 from lsim.preprocess import FramesError, Preprocessing
 from lsim.threads import batches, in_threads
 from lsim.weights import (
@@ -51,7 +53,7 @@ FRAMES_A_TASK = 8
 AXIOMS = frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"})
 
 
-class LSiM(Metric):
+class LSiM(ReportsPrecision, Metric):
     """The learned simulation metric on the five maps of :class:`~lsim.networks.LsimTrunk`.
 
     Parameters
@@ -186,14 +188,10 @@ class LSiM(Metric):
         return list(zip(self._weights, self._squares, self._counts, strict=True))
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
-        x, y = a.parts["features"], b.parts["features"]
-        if not has_kernel(x, y):
-            return rows_in_torch(self.paired, a, b)
-        sides = (x.numpy(), y.numpy())
-        squared = all_pairs(
-            squared_differences, len(x), len(y), *sides, symmetric=a is b, operations=x.shape[1]
-        )
-        return squared.sqrt()
+        x = a.parts["features"]
+        squared, record = squared_distances(x, x if a is b else b.parts["features"])
+        self.note_precision(record)
+        return safe_sqrt(squared)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         squared = (a.parts["features"] - b.parts["features"]).square().sum(1, dtype=torch.float64)

@@ -18,9 +18,11 @@ from typing import Any, ClassVar, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
+from lsim.ieee import ieee_convolutions
 from lsim.metric import Embedding, Metric, MetricInfo
-from lsim.networks import AlexTrunk, ImageTrunk, SqueezeTrunk, VggTrunk, ieee_convolutions
-from lsim.pairs import all_pairs, has_kernel, rows_in_torch, squared_differences
+from lsim.networks import AlexTrunk, ImageTrunk, SqueezeTrunk, VggTrunk
+from lsim.pairs import has_kernel, squared_distances
+from lsim.precision import ReportsPrecision
 from lsim.preprocess import Preprocessing
 from lsim.threads import in_threads
 from lsim.weights import PerceptualWeights, find_head_and_backbone, load_perceptual, why_missing
@@ -36,7 +38,7 @@ TINY = 1e-10
 SOURCE = "Zhang et al., CVPR 2018, version 0.1; https://github.com/richzhang/PerceptualSimilarity"
 
 
-class LPIPS(Metric):
+class LPIPS(ReportsPrecision, Metric):
     """Learned perceptual image patch similarity on AlexNet's five maps.
 
     Single-precision features leave a relative error of 2e-6 in distances, and of up to 2e-3 where frames
@@ -149,11 +151,10 @@ class LPIPS(Metric):
         return self._lengths[y, x]
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
-        x, y = a.parts["features"], b.parts["features"]
-        if not has_kernel(x, y):
-            return rows_in_torch(self.paired, a, b)
-        sides = (x.numpy(), y.numpy())
-        return all_pairs(squared_differences, len(x), len(y), *sides, symmetric=a is b, operations=x.shape[1])
+        x = a.parts["features"]
+        squared, record = squared_distances(x, x if a is b else b.parts["features"])
+        self.note_precision(record)
+        return squared
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         return (a.parts["features"] - b.parts["features"]).square().sum(1, dtype=torch.float64)

@@ -18,24 +18,26 @@ from torch import Tensor
 
 from lsim.metric import Embedding, Metric, MetricInfo, safe_sqrt
 from lsim.pairs import (
-    CONFIDENCE,
-    DIRECTLY,
     FAST,
-    PROMISE,
-    VALUES_TOGETHER,
-    PairPrecision,
-    ReportsPrecision,
     absolute_differences,
     all_pairs,
     directly,
     has_kernel,
     known_absolute_differences,
-    known_in_both,
     known_squared_differences,
     rows_in_torch,
     squared_differences,
     squared_distances,
 )
+from lsim.precision import (
+    CONFIDENCE,
+    DIRECTLY,
+    PROMISE,
+    PairPrecision,
+    ReportsPrecision,
+    number_of_pairs,
+)
+from lsim.products import VALUES_TOGETHER, known_in_both
 
 FULL_SCALE = 255.0
 
@@ -460,7 +462,7 @@ def _precision_of_angles(distances: Tensor, columns: int, *, symmetric: bool) ->
     bound = CONFIDENCE * math.sqrt(columns) * 2.0**-53
     if len(apart):
         bound += 2.0**-51 / math.sqrt(2 * apart.min().item())
-    return PairPrecision(DIRECTLY, PROMISE, bound, n * (n - 1) // 2 if symmetric else n * m)
+    return PairPrecision(DIRECTLY, PROMISE, bound, number_of_pairs(n, m, symmetric=symmetric))
 
 
 # --- all pairs ---------------------------------------------------------------------------------------------

@@ -1,0 +1,85 @@
+"""Torch's arithmetic in IEEE single precision, whatever it has been told: no TF32, no bfloat16.
+
+Their eight or eleven bits are for training networks: two frames that hardly differ become equal, or different
+by several times their distance. The settings are the whole process's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_guard = threading.Lock()
+_inside = 0
+_before: list[Any] = []
+
+
+@contextlib.contextmanager
+def ieee_convolutions() -> Iterator[None]:
+    """Convolutions in IEEE single precision, whatever torch has been told of TF32 and bfloat16.
+
+    TF32, torch's default for convolutions on GPUs, is wrong by 11 % on nearly equal frames. The setting is
+    the whole process's: it is put back when the last of several threads leaves.
+    """
+    global _inside, _before
+    backends = [b for b in (torch.backends.cudnn, torch.backends.mkldnn) if hasattr(b, "conv")]
+    # torch before 2.9 knows one setting; where there are new ones, the old one cannot always be read.
+    settings: list[tuple[Any, str, Any]] = [(b.conv, "fp32_precision", "ieee") for b in backends] or [
+        (torch.backends.cudnn, "allow_tf32", False)
+    ]
+    with _guard:
+        if _inside == 0:
+            _before = [getattr(where, name) for where, name, _ in settings]
+            for where, name, exact in settings:
+                setattr(where, name, exact)
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _guard:
+            _inside -= 1
+            if _inside == 0:
+                for (where, name, _), value in zip(settings, _before, strict=True):
+                    setattr(where, name, value)
+
+
+_multiplying = threading.Lock()
+
+
+@contextlib.contextmanager
+def ieee_products(device: torch.device) -> Iterator[None]:
+    """Products of matrices in single precision proper: no TF32, no bfloat16, whatever the program has set."""
+    # Settings are the process's: another thread's end must not bring them back halfway through.
+    with _multiplying, torch.autocast(device.type, enabled=False):
+        restore = _settings_of_products()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            restore()
+
+
+def _settings_of_products() -> Callable[[], None]:
+    """What sets them again as they are now."""
+    backends = [torch.backends.cuda.matmul]
+    if hasattr(backends[0], "fp32_precision"):  # torch 2.9 on
+        backends.append(torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+        single = [backend.fp32_precision for backend in backends]
+    else:
+        single = []
+    try:
+        of_all = torch.get_float32_matmul_precision()
+    except RuntimeError:  # only the single ones have been told
+        of_all = None
+
+    def restore() -> None:
+        if of_all is not None:
+            torch.set_float32_matmul_precision(of_all)
+        for backend, setting in zip(backends, single, strict=False):
+            backend.fp32_precision = setting
+
+    return restore

@@ -1,0 +1,79 @@
+"""How right sums over pairs of frames are, as results say it."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+PROMISE = 1e-5
+"""Largest relative error of a sum."""
+
+CONFIDENCE = 5.0
+"""λ of Higham & Mary (SIAM J. Sci. Comput. 41, 2019): a rounding is beyond the bound with 2 exp(−λ²/2)."""
+
+HALF_ULP = 2.0**-24
+"""Relative rounding error of single precision."""
+
+DIRECTLY = "direct differences"
+BY_PRODUCT = "centred product"
+
+
+@dataclass(frozen=True)
+class PairPrecision:
+    """How the sums over pairs were computed, and how right they are for sure; records add up.
+
+    Attributes
+    ----------
+    method : str
+        ``"direct differences"``, ``"centred product"``, or several, joined by ``" + "``.
+    promise : float
+        The relative error of a sum that is allowed.
+    bound : float
+        The largest relative error that a sum can have: not above ``promise``.
+    pairs : int
+        How many sums there are.
+    recomputed : int
+        How many of them were taken again by differences, since the product could not keep the promise.
+    """
+
+    method: str
+    promise: float
+    bound: float
+    pairs: int
+    recomputed: int = 0
+
+    def __add__(self, other: PairPrecision) -> PairPrecision:
+        methods = {*self.method.split(" + "), *other.method.split(" + ")}
+        return PairPrecision(
+            " + ".join(sorted(methods)),
+            max(self.promise, other.promise),
+            max(self.bound, other.bound),
+            self.pairs + other.pairs,
+            self.recomputed + other.recomputed,
+        )
+
+
+class ReportsPrecision:
+    """For metrics: keeps count of the precision of their sums, until somebody takes the record."""
+
+    pair_precision: PairPrecision | None = None
+    """Of all sums since the last :meth:`take_precision`; None where there were none."""
+
+    def note_precision(self, record: PairPrecision) -> None:
+        """Add a record to :attr:`pair_precision`."""
+        with _noting:
+            self.pair_precision = record if self.pair_precision is None else self.pair_precision + record
+
+    def take_precision(self) -> PairPrecision | None:
+        """:attr:`pair_precision`, and start anew."""
+        with _noting:
+            record, self.pair_precision = self.pair_precision, None
+        return record
+
+
+_noting = threading.Lock()
+
+
+def number_of_pairs(n: int, m: int, *, symmetric: bool) -> int:
+    """How many sums n rows and m others have: those i < j where both sides are the same."""
+    return n * (n - 1) // 2 if symmetric else n * m

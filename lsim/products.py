@@ -1,0 +1,158 @@
+"""Squared differences of all pairs by products of matrices, on any device, and as right as differences.
+
+|x|² + |y|² − 2xy loses every digit on frames that hardly differ. Here each pair has a bound on its error,
+and those that the product doesn't get right are taken again by differences.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lsim.ieee import ieee_products
+from lsim.precision import BY_PRODUCT, CONFIDENCE, HALF_ULP, PROMISE, PairPrecision, number_of_pairs
+
+CHUNK = 128
+"""Columns that one product of matrices adds up in single precision."""
+
+CHUNKS_TOGETHER = 64
+ROWS_OF_PRODUCT = 512
+"""Working memory of a product: 512 · 8192 values in double on either side, and 64 · 512² in single."""
+
+VALUES_TOGETHER = 1 << 23
+"""Differences taken at once where pairs are taken one by one: 64 MB of doubles."""
+
+
+def squared_differences_in_torch(
+    x: Tensor, y: Tensor, promise: float = PROMISE
+) -> tuple[Tensor, PairPrecision]:
+    """Σ_k (x[i, k] − y[j, k])² by products of matrices, on any device; close pairs by differences.
+
+    A row is subtracted from all in double, which makes products small where frames are alike, and what is
+    left is rounded to single. Then |x|² + |y|² − 2xy, in double but for the product of each chunk of
+    columns, which is in IEEE single precision: off by at most λ √chunk u |x||y| (Higham & Mary 2019), and
+    the rounding moves the distance, the root of the sum, by at most u (|x| + |y|). Pairs for which
+    that is more than ``promise`` of the sum are summed again directly. Whole numbers up to 255 are left as
+    they are: all of their products and sums are exact.
+
+    Parameters
+    ----------
+    x, y : Tensor of shape (n, k) and (m, k), float32
+        On one device, without gradients. A row with NaN has NaN for its sums. Where ``x is y``, only i < j
+        is computed and mirrored, and the diagonal is 0.
+    promise : float
+        The relative error of a sum that is allowed.
+
+    Returns
+    -------
+    Tensor of shape (n, m), float64
+        Other than from the kernels, the last bits depend on what rows are computed together.
+    PairPrecision
+
+    Notes
+    -----
+    Memory is that of three results, and 250 MB at most besides, for any number of rows of up to 8 million
+    values.
+    """
+    symmetric = x is y
+    whole = _is_whole(x) and (symmetric or _is_whole(y))
+    squares_x, squares_y, sums = _centred_products(x, y, centred=not whole)
+    sums.mul_(-2).add_(squares_x[:, None]).add_(squares_y).clamp_(min=0)
+    if symmetric:
+        sums = sums.triu(1)
+    worst, recomputed = 0.0, 0
+    if not whole:
+        for start in range(0, len(x), ROWS_OF_PRODUCT):
+            part = slice(start, start + ROWS_OF_PRODUCT)
+            bound = _bound_of_product(sums[part], squares_x[part], squares_y, x.shape[1])
+            if symmetric:
+                bound = bound.triu(1 + start)
+            again = bound > promise
+            kept = bound[bound <= promise]
+            worst = max(worst, kept.max().item() if len(kept) else 0.0)
+            i, j = again.nonzero(as_tuple=True)
+            sums[part][i, j] = _directly_in_torch(x, y, i + start, j)
+            recomputed += len(i)
+    if recomputed:
+        worst = max(worst, 3 * HALF_ULP)
+    if symmetric:
+        sums += sums.T.clone()
+    pairs = number_of_pairs(len(x), len(y), symmetric=symmetric)
+    return sums, PairPrecision(BY_PRODUCT, promise, worst, pairs, recomputed)
+
+
+def _is_whole(rows: Tensor) -> bool:
+    """Whether all are whole numbers whose products add up exactly over a chunk; NaN apart."""
+    parts = rows.split(max(1, VALUES_TOGETHER // max(rows.shape[1], 1)))
+    return all(bool((((part == part.round()) & (part.abs() <= 255)) | part.isnan()).all()) for part in parts)
+
+
+def _centred_products(x: Tensor, y: Tensor, *, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """|x|², |y|² and xy of the rows, less a row amid them if ``centred``: double, from single precision."""
+    symmetric = x is y
+    products = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
+    squares_x, squares_y = products.new_zeros(len(x)), products.new_zeros(len(y))
+    with ieee_products(x.device):
+        for start in range(0, x.shape[1], CHUNK * CHUNKS_TOGETHER):
+            columns = slice(start, start + CHUNK * CHUNKS_TOGETHER)
+            centre = _row_amid(x, y, columns) if centred else None
+            for i in range(0, len(x), ROWS_OF_PRODUCT):
+                rows = slice(i, i + ROWS_OF_PRODUCT)
+                left = _in_chunks(x[rows, columns], centre)
+                squares_x[rows] += left.double().square().sum((0, 2))
+                for j in range(i if symmetric else 0, len(y), ROWS_OF_PRODUCT):
+                    others = slice(j, j + ROWS_OF_PRODUCT)
+                    right = _in_chunks(y[others, columns], centre)
+                    if i == 0:
+                        squares_y[others] += right.double().square().sum((0, 2))
+                    products[rows, others] += torch.bmm(left, right.mT).sum(0, dtype=torch.float64)
+    return squares_x, squares_y, products
+
+
+def _row_amid(x: Tensor, y: Tensor, columns: slice) -> Tensor:
+    """The mean of some rows, in double; which row it is changes how much is left to round, and no more."""
+    some = torch.cat([x[:ROWS_OF_PRODUCT, columns], y[:ROWS_OF_PRODUCT, columns]])
+    return some.double().nanmean(0).nan_to_num()
+
+
+def _in_chunks(values: Tensor, centre: Tensor | None) -> Tensor:
+    """(rows, columns) → (chunks, rows, CHUNK), filled up with zeros."""
+    if centre is not None:
+        values = (values.double() - centre).float()
+    values = F.pad(values, (0, -values.shape[1] % CHUNK))
+    return values.unflatten(1, (-1, CHUNK)).transpose(0, 1)
+
+
+def _bound_of_product(sums: Tensor, squares_x: Tensor, squares_y: Tensor, columns: int) -> Tensor:
+    """Relative error of ``sums`` = |x|² + |y|² − 2xy; infinite where no digit is sure."""
+    x, y = squares_x.sqrt()[:, None], squares_y.sqrt()
+    error = 2 * CONFIDENCE * math.sqrt(CHUNK) * HALF_ULP * x * y
+    error += (2 * sums.sqrt() + HALF_ULP * (x + y)) * HALF_ULP * (x + y)
+    error += CONFIDENCE * math.sqrt(columns) * 2.0**-53 * (squares_x[:, None] + squares_y)
+    error += columns * 2.0**-125  # products too small for single precision
+    return torch.where(sums <= error, math.inf, error / (sums - error))
+
+
+def _directly_in_torch(x: Tensor, y: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Σ_k (x[i[p], k] − y[j[p], k])² of pairs, added up in double: (len(i),)."""
+    step = max(1, VALUES_TOGETHER // max(x.shape[1], 1))
+    parts = zip(i.split(step), j.split(step), strict=True)
+    return torch.cat([(x[left] - y[right]).double().square().sum(1) for left, right in parts])
+
+
+def known_in_both(x: Tensor, y: Tensor) -> Tensor:
+    """How many columns are NaN in neither row, for all pairs: (n, m) float64, exact."""
+    counts = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
+    for start in range(0, x.shape[1], CHUNK * CHUNKS_TOGETHER):
+        columns = slice(start, start + CHUNK * CHUNKS_TOGETHER)
+        # Zeros and ones: right in any precision that a program may have set for products.
+        left = _is_known(x[:, columns])
+        counts += left @ (left if x is y else _is_known(y[:, columns])).T
+    return counts
+
+
+def _is_known(values: Tensor) -> Tensor:
+    return (values == values).float()
