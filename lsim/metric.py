@@ -63,6 +63,8 @@ class MetricInfo:
     one_channel_suffices : bool
         Whether one channel gives the distance that three equal ones do: a scalar field then comes to
         :meth:`Metric.embed` with one channel instead of three.
+    units : str
+        What the values are in: "dB", "bit", "pixel", "decade"; "1" of numbers without a unit.
     lower_is_more_similar : bool
         Always true: similarities are negated or taken from one.
     """
@@ -78,6 +80,7 @@ class MetricInfo:
     saturates_at: float = float("inf")
     takes_mask: bool = False
     one_channel_suffices: bool = False
+    units: str = "1"
     lower_is_more_similar: bool = True
 
 

@@ -282,7 +282,7 @@ def _described(found: xr.DataArray, metric: Metric) -> xr.DataArray:
     found.attrs = {
         "long_name": metric.info.title,
         "title": metric.info.title,
-        "units": getattr(metric.info, "units", "1"),
+        "units": metric.info.units,
         "specification": json.dumps(metric.specification(), sort_keys=True),
     }
     return found

@@ -132,7 +132,7 @@ def describe(
 
 
 def lay_out(
-    root: store.Group, frames: store.Group, key: str, metrics: Sequence[str], block: int
+    root: store.Group, frames: store.Group, key: str, metrics: Mapping[str, str], block: int
 ) -> store.Group:
     """Bring a field's group into the shape of its frames, with an array for every metric.
 
@@ -146,8 +146,8 @@ def lay_out(
         The field in ``frames.zarr``.
     key : str
         ``<dataset>/<field>``.
-    metrics : sequence of str
-        Names of the metrics to have; those already in the store stay.
+    metrics : mapping of str to str
+        Names of the metrics to have, and the units of each; those already in the store stay.
     block : int
         Sequences per block, for a group that is new; an existing group keeps its own.
     """
@@ -196,7 +196,7 @@ def drop_vanished(root: store.Group, keys: Sequence[str]) -> None:
             del root[key]
 
 
-def _add_metrics(group: store.Group, metrics: Sequence[str], rows: int, n: int, block: int) -> None:
+def _add_metrics(group: store.Group, metrics: Mapping[str, str], rows: int, n: int, block: int) -> None:
     """Arrays for the metrics that the store doesn't have yet."""
     provenance = group.require_group(schema.PROVENANCE)
     by_metric: dict[str, Any] = {"shape": (0,), "chunks": (METRICS_PER_CHUNK,), "dims": (schema.METRIC,)}
@@ -209,12 +209,12 @@ def _add_metrics(group: store.Group, metrics: Sequence[str], rows: int, n: int, 
     for name, layout in texts.items():
         if name not in provenance:
             store.create_array(provenance, name, dtype=str, **layout)
-    for name in metrics:
+    for name, units in metrics.items():
         if name not in group:
             shape, chunks = (rows, n, n), (block, n, n)
             store.create_array(
                 group, name, shape=shape, chunks=chunks, dims=schema.DISTANCE_DIMS, dtype="float64"
-            )
+            ).update_attributes({"units": units})
     # A resize that was interrupted leaves a nameless entry.
     known = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC)) if name]
     known += [name for name in metrics if name not in known]

@@ -511,6 +511,7 @@ def _show_metric(name: str) -> None:
         "symmetric": "yes" if symmetric else "no: archives hold ½ (d(a, b) + d(b, a))",
         "frames": sizes,
         "to itself": f"{info.distance_to_itself:g}",
+        "units": "none" if info.units == "1" else info.units,
         "options": ", ".join(map(str, _signature(cls))) or "none",
         "here": why_unavailable(name) or "yes",
     }

@@ -51,6 +51,7 @@ class OpticalFlow(Metric):
         differentiable=False,
         minimum_size=12,
         one_channel_suffices=True,
+        units="pixel",
     )
 
     def __init__(

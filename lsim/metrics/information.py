@@ -85,6 +85,7 @@ class VariationOfInformation(_JointHistogram):
         differentiable=False,
         axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
         one_channel_suffices=True,
+        units="bit",
     )
     published_on_8bit = True
 
@@ -106,6 +107,7 @@ class MutualInformation(_JointHistogram):
         differentiable=False,
         axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
         one_channel_suffices=True,
+        units="bit",
     )
 
     def _from_entropies(self, both: Tensor, x: Tensor, y: Tensor, unit: float) -> Tensor:

@@ -234,6 +234,7 @@ class PSNR(_OfSquares):
         distance_to_itself=-float("inf"),
         takes_mask=True,
         one_channel_suffices=True,
+        units="dB",
     )
     published_on_8bit = True
 

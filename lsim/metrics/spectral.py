@@ -88,6 +88,7 @@ class RadialSpectrum(_SpectralMetric):
         source="Gray, Markel 1976 (log spectral distance); spectra as in pysteps rapsd, Ravuri et al. 2021",
         axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
         one_channel_suffices=True,
+        units="decade",
     )
     _part = "shells"
 
@@ -100,6 +101,7 @@ class FourierAmplitude(_SpectralMetric):
         source="Gray, Markel 1976 (log spectral distance), in two dimensions",
         axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
         one_channel_suffices=True,
+        units="decade",
     )
     _part = "coefficients"
 
