@@ -35,7 +35,9 @@ Downloads and simulations lie under the *data root*: ``data_dir`` where it is gi
 else the user's cache. ``filter`` lists substrings of a sequence's name, dots included; a sequence is taken
 when any of them occurs in it, and an empty filter takes all. ``fields`` selects fields of a source by name,
 or makes new ones of some channels: ``{velocity-x: {source: velocity, channel: 0}}``; metrics take frames of
-one, three or four channels. Unknown keys are errors.
+one, three or four channels. ``missing: keep`` converts frames with NaN or infinity as they are, for metrics
+that leave out missing pixels; by default (``quarantine``) their sequences are left out. Unknown keys are
+errors.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 from urllib.parse import urlparse
 
 import yaml
@@ -71,6 +73,9 @@ from pipeline.resources import ResourceError, find_resource, shipped_names
 
 GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """What a data set or a field may be called: it names a group of the store, and a folder."""
+
+Missing: TypeAlias = Literal["quarantine", "keep"]
+"""What becomes of sequences that hold NaN or infinity."""
 
 _MADE_FROM = ".made-from.json"
 _UNPACKED_FROM = ".unpacked-from.json"
@@ -152,6 +157,7 @@ class Dataset(_Strict):
     options: dict[str, Any] = {}
     filter: list[str] = []
     fields: list[str] | dict[str, FieldChoice] = []
+    missing: Missing = "quarantine"
     role: Literal["train", "validation", "test"] = "test"
     licence: str | None = None
     citation: str | None = None

@@ -7,6 +7,7 @@ done (:mod:`pipeline.blocks`). Nothing but small counts goes back through the sc
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,15 +19,7 @@ import numpy as np
 
 from lsim.metric import Metric
 from lsim.prepared import Prepared
-from lsim.preprocess import (
-    FramesError,
-    Preprocessing,
-    Scope,
-    drop_alpha,
-    finite_frames,
-    resize,
-    value_range,
-)
+from lsim.preprocess import FramesError, Preprocessing, Scope, finite_frames, range_of
 from pipeline import schema, store
 from pipeline.blocks import Pairs, StaleBlock
 from pipeline.cluster import MetricRequest, get_metric
@@ -262,13 +255,11 @@ def write_provenance(
 
 def sequence_range(
     frames: str, key: str, row: int, settings: Preprocessing
-) -> tuple[list[float], list[float]]:
-    """Minimum and maximum per channel of one sequence, after the resize. Runs on a worker."""
+) -> tuple[list[float | None], list[float | None]]:
+    """Minimum and maximum per channel of one sequence as metrics take them; None where nothing counts.
+
+    Runs on a worker.
+    """
     array = store.get_array(store.get_group(store.open_store(frames), key), schema.FRAMES)
-    sequence = drop_alpha(store.read(array, row))
-    if settings.mask and sequence.dtype.kind == "f":
-        sequence = np.where(np.isfinite(sequence).all(axis=-1, keepdims=True), sequence, np.nan)
-    if settings.size is not None:
-        sequence = resize(sequence, settings.size, settings.order, zero_rim=settings.compat == "published")
-    lo, hi = value_range(sequence, masked=settings.mask)
-    return lo.tolist(), hi.tolist()
+    lo, hi = (side.tolist() for side in range_of(store.read(array, row), settings))
+    return [None if math.isnan(v) else v for v in lo], [None if math.isnan(v) else v for v in hi]

@@ -26,8 +26,9 @@ What is quarantined
 -------------------
 The first good sequence of a field, in natural order of the names, gives the field its shape and dtype. A
 sequence that has another, that cannot be decoded, that holds NaN or infinity, or whose parameter doesn't
-rise within [0, 1] is listed with file and reason in the attribute ``quarantined`` of ``/<dataset>``. It is
-tried again when its files change. Where nothing is left of a field, the field is made anew from all that
+rise within [0, 1] is listed with file and reason in the attribute ``quarantined`` of ``/<dataset>``. With
+``missing: keep`` in the catalog, only a frame without any finite value does so. A sequence is tried again
+when its files change, or that key. Where nothing is left of a field, the field is made anew from all that
 its sequences now are, whatever its shape was.
 """
 

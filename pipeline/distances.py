@@ -403,7 +403,8 @@ def _stale_tasks(
     """Bring a field's group into shape, declare what is out of date, and give the tasks that mend it."""
     origin = store.get_group(source, key)
     contents = [str(content) for content in store.read(store.get_array(origin, schema.CONTENT))]
-    group = lay_out(root, origin, key, [metric.name for metric in metrics], settings.block)
+    units = {metric.name: metric.info.units for metric in metrics}
+    group = lay_out(root, origin, key, units, settings.block)
     dataset = key.split("/")[0]
     store.set_attributes(store.get_group(root, dataset), dict(store.get_group(source, dataset).attrs))
     scopes: dict[bool, Scope] = {
@@ -469,7 +470,9 @@ def _dataset_range(
         ranges[contents[task[2]]] = result
     if missing:
         store.set_attributes(provenance, {attribute: {"of": label, "ranges": ranges}})
-    lo, hi = (np.array([ranges[content][side] for content in contents]) for side in (0, 1))
+    lo, hi = (np.array([ranges[content][side] for content in contents], float) for side in (0, 1))
+    if np.isnan(lo).all():
+        return (0.0,), (0.0,)  # nothing counts in any sequence: distances will be NaN whatever the range
     return tuple(np.nanmin(lo, axis=0).tolist()), tuple(np.nanmax(hi, axis=0).tolist())
 
 

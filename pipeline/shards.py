@@ -68,12 +68,15 @@ def describe(sequence: LazySequence, folder: str) -> dict[str, Any]:
     return {
         "decoder": type(sequence).__qualname__,
         "settings": json.loads(json.dumps(sequence.settings)),
+        "missing": sequence.missing,
         # Relative, so that an archive may be moved as a whole.
         "files": [[os.path.relpath(f.path, top), f.size, f.mtime_ns] for f in sequence.files],
     }
 
 
 def same_look(record: dict[str, Any], look: dict[str, Any]) -> bool:
+    """Whether a record was made of what :func:`describe` sees now."""
+    record = {"missing": "quarantine"} | record  # those of earlier versions don't say
     return all(record.get(key) == value for key, value in look.items())
 
 
@@ -327,8 +330,16 @@ def _checked(
         )
     if frames.dtype.kind == "f":
         for number, frame in enumerate(frames):
-            if not np.isfinite(frame).all():
-                kind = "NaN" if np.isnan(frame).any() else "infinity"
-                file = sequence.files[number].path if len(sequence.files) == len(frames) else ""
-                raise ReaderError(f"{here}: frame {number} holds {kind}; expected finite values", file)
+            finite = np.isfinite(frame)
+            if finite.all() or (sequence.missing == "keep" and finite.any()):
+                continue
+            kind = "NaN" if np.isnan(frame).any() else "infinity"
+            file = sequence.files[number].path if len(sequence.files) == len(frames) else ""
+            if sequence.missing == "keep":
+                raise ReaderError(f"{here}: frame {number} has no finite value, {kind} alone", file)
+            raise ReaderError(
+                f"{here}: frame {number} holds {kind}; expected finite values (missing: keep takes them as "
+                "they are)",
+                file,
+            )
     return frames, parameter

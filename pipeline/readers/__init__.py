@@ -22,11 +22,11 @@ and imports heavy libraries inside the call::
     READERS["raw"] = read
 
 The rest is done for it: the catalog's ``filter`` and ``fields``, the natural order, and the checks that a
-sequence's name stands once, that frames are finite, of one shape, and that the parameter rises. What is
-broken in one sequence is raised by its ``read`` as :class:`~pipeline.readers.base.ReaderError`, which
-quarantines that sequence; one that cannot even be listed is given as
-:class:`~pipeline.readers.base.BrokenSequence`. What is wrong with the whole entry is raised by the reader
-and stops the run.
+sequence's name stands once, that frames are finite (unless the catalog says ``missing: keep``), of one
+shape, and that the parameter rises. What is broken in one sequence is raised by its ``read`` as
+:class:`~pipeline.readers.base.ReaderError`, which quarantines that sequence; one that cannot even be listed
+is given as :class:`~pipeline.readers.base.BrokenSequence`. What is wrong with the whole entry is raised by
+the reader and stops the run.
 Options come from ``entry.options``; check them with :func:`pipeline.catalog.reader_options`, for which an
 unknown key is an error. Whatever besides the files decides what is decoded belongs into ``settings``.
 
@@ -95,7 +95,8 @@ def list_sequences(entry: Dataset, folder: Path) -> list[LazySequence]:
     """
     here = f"dataset {entry.name} ({folder})"
     try:
-        found = [s for s in find_reader(entry.reader)(entry, folder) if entry.selects(s.name)]
+        listed = find_reader(entry.reader)(entry, folder)
+        found = [replace(s, missing=entry.missing) for s in listed if entry.selects(s.name)]
     except ReaderError as error:
         raise CatalogError(f"dataset {entry.name}, reader {entry.reader!r}: {error}") from error
     except OSError as error:
@@ -164,6 +165,7 @@ def _choose_fields(found: list[LazySequence], entry: Dataset, here: str) -> list
                 files=s.files,
                 settings={**s.settings, "channels": list(channels)},
                 attributes=s.attributes,
+                missing=s.missing,
                 source=s,
                 channels=channels,
             )

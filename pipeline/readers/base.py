@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from pipeline.catalog import Missing
+
 
 class ReaderError(ValueError):
     """A sequence that cannot be decoded: what is wrong, and in which file where that is known."""
@@ -60,6 +62,8 @@ class LazySequence(ABC):
         What else decides the outcome of :meth:`read`; a change is decoded again.
     attributes : dict of JSON values
         Attributes for the field's ``frames``, such as ``units``.
+    missing : {"quarantine", "keep"}
+        Whether frames may hold NaN and infinity, as the catalog says; set after listing.
     """
 
     name: str
@@ -67,6 +71,7 @@ class LazySequence(ABC):
     files: tuple[SourceFile, ...]
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    missing: Missing = "quarantine"
 
     @abstractmethod
     def read(self) -> tuple[np.ndarray, np.ndarray]:

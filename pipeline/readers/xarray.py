@@ -16,7 +16,7 @@ Options
 ``variables`` : list of names, or mapping of field to name; default: every variable with the three dims.
 ``parameter`` : name of a variable or coordinate with the dim frame, or sequence and frame; or a list of
     numbers that holds for all sequences; default "parameter".
-``fill`` : number that replaces masked values and NaN, default none: they quarantine their sequence.
+``fill`` : number that replaces masked values and NaN, whatever ``missing`` says; default none: they are NaN.
 ``group`` : group of the file or store.
 ``engine`` : xarray's name of the format, where it can't tell.
 """
@@ -148,11 +148,12 @@ class LabelledSequence(LazySequence):
             missing = np.isnan(frames)
             if options.fill is not None:
                 frames = np.where(missing, frames.dtype.type(options.fill), frames)
-            elif missing.any():
+            elif missing.any() and self.missing == "quarantine":
                 number = int(np.argmax(missing.reshape(len(frames), -1).any(axis=1)))
                 raise ReaderError(
                     f"sequence {self.name}: frame {number} of {self.variable} holds NaN, or masked values; "
-                    "expected finite values (options.fill states a number that replaces them)",
+                    "expected finite values (options.fill states a number that replaces them; missing: keep "
+                    "takes them as they are)",
                     path,
                 )
         return frames if frames.ndim == 4 else frames[..., None], scaled
