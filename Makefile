@@ -43,7 +43,8 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/sequence.py
+	$(BIN)/python benchmarks/metrics.py
+	$(BIN)/python benchmarks/preprocess.py
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/simulate.py --families 2
