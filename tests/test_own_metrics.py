@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from distributed import LocalCluster
 
 import lsim
 from pipeline import schema, store
+from pipeline.cli import main
 from pipeline.cluster import Cluster, ClusterError, Profile
 from pipeline.correlate import correlate
 from pipeline.distances import Settings, compute_distances
@@ -53,7 +55,9 @@ class MeanPower(Energy):
 class Rise(Energy):
     """How much more energy the second frame has: of no use the other way round."""
 
-    info = MetricInfo(title="rise of energy", source="this test", axioms=frozenset({"non-negative"}))
+    info = MetricInfo(
+        title="rise of energy", source="this test", axioms=frozenset({"non-negative"}), units="levels²"
+    )
 
     def compare(self, a, b):
         return (b.parts["energy"][None, :] - a.parts["energy"][:, None]).clamp(min=0)
@@ -123,42 +127,54 @@ def compute(frames: Path, out: Path, **settings):
 def energies(sequence: np.ndarray, exponent: float = 2.0) -> np.ndarray:
     """The matrix of :class:`Energy`, by NumPy."""
     mean = (lsim.preprocess(sequence, size=None).astype(float) ** exponent).mean(axis=(1, 2, 3))
-    return np.abs(mean[:, None] - mean[None, :])
+    matrix = np.abs(mean[:, None] - mean[None, :])
+    np.fill_diagonal(matrix, 0)
+    return matrix
 
 
 def test_from_the_command_line_on_any_cluster_and_again_when_its_source_changes(tmp_path, own):
-    archive = archive_of(3)
+    archive = archive_of(3, size=16)
+    archive["A/density"]["s0"][3, 1, 1] = np.nan
     frames = write_archive(tmp_path / "frames.zarr", archive)
 
     def run(*cluster: str) -> str:
-        metrics = ("--metrics", "l2", "--metric", f"{own}:Energy", "--metric", f"{own}:MeanPower")
-        settings = ("--option", "mean-power.exponent=3", "--size", "0", "--block", "1", *cluster)
-        code, text = run_lsim("distances", frames, "--out", "d.zarr", *metrics, *settings)
-        assert code == 0, text
+        metrics = ("--metrics", f"l2,{own}:CommonMean,{own}:Rise", "--metric", f"{own}:Energy")
+        metrics += ("--metric", f"{own}:MeanPower", "--option", "mean-power.exponent=3", "--mask", "nan")
+        code, text = run_lsim(
+            "distances", frames, "--out", "d.zarr", *metrics, "--size", "0", "--block", "1", *cluster
+        )
+        assert code == 3, text
+        assert "takes no mask" in text
         return text
 
-    assert "9 distance matrices computed" in run("--workers", "2")
-    found = matrices_of(tmp_path / "d.zarr")
-    assert found.keys() == {"l2", "energy", "mean-power"}
-    for row, sequence in enumerate(archive["A/density"].values()):
-        np.testing.assert_allclose(found["energy"][row], energies(sequence), rtol=1e-9)
-        np.testing.assert_allclose(found["mean-power"][row], energies(sequence, 3), rtol=1e-9)
+    def check(factor: float) -> None:
+        found = matrices_of(tmp_path / "d.zarr")
+        assert found.keys() == {"l2", "common-mean", "rise", "energy", "mean-power"}
+        for row, sequence in enumerate(archive["A/density"].values()):
+            np.testing.assert_allclose(found["energy"][row], factor * energies(sequence), rtol=1e-9)
+            np.testing.assert_allclose(found["mean-power"][row], energies(sequence, 3), rtol=1e-9)
+            np.testing.assert_allclose(found["rise"][row], factor * energies(sequence) / 2, rtol=1e-9)
+        assert np.isnan(found["energy"][0, 3, :3]).all()
+        assert np.isfinite(found["common-mean"]).all()
+
+    text = run("--cluster", "none")
+    assert "15 distance matrices computed" in text
+    assert "not symmetric, so half of d(a, b) + d(b, a): rise" in text
+    check(1)
     specification = dict(store.specifications(tmp_path / "d.zarr"))["mean-power"]
     assert specification["options"] == {"exponent": 3, "precision": "exact"}
-    assert "nothing to do: 9 distance matrices" in run("--workers", "1")
 
-    for factor, cluster in ((10, ("--workers", "1")), (100, ("--cluster", "none"))):
-        (tmp_path / f"{own}.py").write_text(SOURCE.replace("factor = 1.0", f"factor = {factor}"))
-        assert "6 distance matrices computed, 3 up to date" in run(*cluster)
-        again = matrices_of(tmp_path / "d.zarr")["energy"]
-        np.testing.assert_allclose(again, factor * found["energy"], rtol=1e-9)
+    # All metrics of a file that has changed: only l2 is as it was.
+    (tmp_path / f"{own}.py").write_text(SOURCE.replace("factor = 1.0", "factor = 10.0"))
+    assert "12 distance matrices computed, 3 up to date" in run("--workers", "2")
+    check(10)
 
 
 def test_beside_a_workflow_and_besides_its_metrics(tmp_path, own):
     folder = tmp_path / "study"
     folder.mkdir()
     (tmp_path / f"{own}.py").rename(folder / f"{own}.py")
-    np.savez(folder / "s1.npz", frames=smooth_sequence(1, frames=4), parameter=np.arange(4))
+    np.savez(folder / "s1.npz", frames=smooth_sequence(1, frames=4, size=16), parameter=np.arange(4))
     (folder / "catalog.yaml").write_text(
         "name: study\ndatasets:\n"
         "- {name: A, source: {path: s1.npz}, reader: stack, options: {field: density}}\n"
@@ -168,7 +184,7 @@ def test_beside_a_workflow_and_besides_its_metrics(tmp_path, own):
         "  options: {mean-power: {exponent: 3}}\ncorrelate: {replicates: 0}\n"
     )
     besides = ("--metric", f"{own}:MeanPower", "--option", "mean-power.precision=ranking")
-    code, text = run_lsim("run", folder / "study.yaml", "--out", "out", *besides, "--workers", 1)
+    code, text = run_lsim("run", folder / "study.yaml", "--out", "out", *besides, "--cluster", "none")
     assert code == 0, text
     assert matrices_of(tmp_path / "out/distances.zarr").keys() == {"l1", "energy", "mean-power"}
     specification = dict(store.specifications(tmp_path / "out/distances.zarr"))["mean-power"]
@@ -239,20 +255,14 @@ def test_missing_pixels_are_left_out_where_a_metric_can_and_their_frames_where_n
         assert {f.metric for f in without.failures} == {"energy", "common-mean"}
 
 
-def test_masks_and_metrics_that_are_not_symmetric_from_the_command_line(tmp_path, own):
-    archive = archive_of(1)
-    archive["A/density"]["s0"][3, 1, 1] = np.nan
-    frames = write_archive(tmp_path / "frames.zarr", archive)
-    metrics = ("--metrics", f"{own}:CommonMean,{own}:Rise", "--mask", "nan", "--size", "0")
-    code, text = run_lsim("distances", frames, "--out", "d.zarr", *metrics, "--workers", "1")
-    assert code == 3, text
-    assert "takes no mask" in text
-    assert "not symmetric, so half of d(a, b) + d(b, a): rise" in text
-    found = matrices_of(tmp_path / "d.zarr")
-    assert np.isfinite(found["common-mean"]).all()
-    assert np.isnan(found["rise"][0, 3, :3]).all()
-    code, text = run_lsim("metrics", f"{own}:Rise")
-    assert (code, "½ (d(a, b) + d(b, a))" in text) == (0, True), text
+def test_what_is_known_of_it_is_shown(own, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["lsim", "metrics", f"{own}:Rise"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    shown = capsys.readouterr().out
+    assert "½ (d(a, b) + d(b, a))" in shown
+    assert re.search(r"units: +levels²", shown)
 
 
 @pytest.mark.parametrize(
