@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lsim.metric import Embedding, Metric, MetricInfo, safe_sqrt
 from lsim.pairs import FAST, all_pairs, has_kernel, rows_in_torch
 from lsim.preprocess import Preprocessing
+from lsim.threads import in_threads
 
 FULL_SCALE = 255.0
 STABILISER = 170.0
@@ -66,6 +67,8 @@ class GMSD(Metric):
 
     def embed(self, frames: Tensor) -> Embedding:
         """Gradient magnitudes (n, channel, y, x): float64, since near-identical ones are subtracted."""
+        if has_kernel(frames):
+            return Embedding({"magnitude": torch.stack(in_threads(self._compiled_magnitude, frames))})
         planes = frames.permute(0, 3, 1, 2).contiguous().double()
         if not self.preprocessing.mask:
             return Embedding({"magnitude": self._magnitude(planes)})
@@ -73,6 +76,10 @@ class GMSD(Metric):
         # Before anything is computed of them: NaN would spread into gradients.
         magnitude = self._magnitude(torch.where(missing, 0, planes))
         return Embedding({"magnitude": torch.where(self._touched(missing.float()), math.nan, magnitude)})
+
+    def _compiled_magnitude(self, frame: Tensor) -> Tensor:
+        planes = frame.permute(2, 0, 1).to(torch.float64, memory_format=torch.contiguous_format)
+        return torch.from_numpy(gradient_magnitude(planes.numpy(), 2 if self._downsample else 1))
 
     def _magnitude(self, planes: Tensor) -> Tensor:
         if self._downsample:
@@ -175,6 +182,38 @@ class GradientDifference(Metric):
 def _even(planes: Tensor) -> Tensor:
     """With a row and a column of zeros after the last where their number is odd."""
     return F.pad(planes, (0, planes.shape[3] % 2, 0, planes.shape[2] % 2))
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
+def gradient_magnitude(planes, step):  # type: ignore[no-untyped-def]
+    """Prewitt's of one frame (channel, y, x) float64, averaged over step×step before: of the same axes.
+
+    NaN wherever one is among the pixels of a window, its centre too.
+    """
+    channels, rows, columns = planes.shape
+    height, width = -(-rows // step), -(-columns // step)
+    out = np.empty((channels, height, width))
+    around = np.zeros((height + 2, width + 2))
+    for c in range(channels):
+        around[1:-1, 1:-1] = 0
+        for r in range(rows):
+            into = around[1 + r // step, 1:]
+            row = planes[c, r]
+            for start in range(step):
+                every = row[start::step]
+                for k in range(every.shape[0]):
+                    into[k] += every[k]
+        for r in range(height):
+            above, centre, below = around[r], around[r + 1], around[r + 2]
+            for k in range(width):
+                left = above[k] + centre[k] + below[k]
+                right = above[k + 2] + centre[k + 2] + below[k + 2]
+                top = above[k] + above[k + 1] + above[k + 2]
+                bottom = below[k] + below[k + 1] + below[k + 2]
+                square = (right - left) * (right - left) + (bottom - top) * (bottom - top)
+                known = centre[k + 1] == centre[k + 1]
+                out[c, r, k] = np.sqrt(square) / (3 * step * step) if known else np.nan
+    return out
 
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
