@@ -83,6 +83,13 @@ def test_parity_with_scipy_for_large_frames(rng: np.random.Generator, size: int)
         assert found == pytest.approx(BY_SCIPY[name](a[..., :1], b[..., :1]), rel=1e-6), name
 
 
+@pytest.mark.parametrize("count", [1, 2, 1000, 100_003])
+def test_values_are_sorted_as_numpy_does(rng: np.random.Generator, count: int) -> None:
+    values = (rng.standard_normal(count) * 10.0 ** rng.integers(-44, 38, count)).astype(np.float32)
+    values[:6] = np.array([np.inf, -np.inf, 0, -0.0, 1, 1], np.float32)[:count]
+    assert np.array_equal(transport.sorted_values(values), np.sort(values))
+
+
 def test_sliced_parity_with_pot(rng: np.random.Generator) -> None:
     """Both its exact solver on the line and its sliced distance, which takes points with weights."""
     frames = fields(rng, 2, 24, 32)[..., :1]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lsim.metric import Embedding, Metric, MetricInfo
-from lsim.pairs import absolute_differences, all_pairs, has_kernel, rows_in_torch
+from lsim.pairs import FAST, absolute_differences, all_pairs, has_kernel, rows_in_torch
 from lsim.preprocess import Preprocessing
 from lsim.threads import in_threads
 
@@ -43,7 +43,7 @@ class Wasserstein(Metric):
         flat = frames.flatten(1).float()
         if not has_kernel(flat):
             return Embedding({"values": flat.sort(1).values})
-        rows = in_threads(np.sort, flat.numpy())
+        rows = in_threads(sorted_values, flat.numpy())
         return Embedding({"values": torch.from_numpy(np.stack(rows))})
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
@@ -128,6 +128,36 @@ def _sums_of_differences(x: Tensor, y: Tensor, symmetric: bool) -> Tensor:
     )
 
 
+@numba.njit(nogil=True, cache=True)
+def sorted_values(values):  # type: ignore[no-untyped-def]
+    """Sorted float32 (n,), by three digits of eleven bits from the last to the first; NaN at either end.
+
+    NumPy's is as fast on some processors, and five times slower on others: AMD's Zen 4 stores the results
+    of its AVX-512 sort one by one.
+    """
+    sign, digit = np.uint32(1 << 31), np.uint32(2047)
+    keys = np.empty(values.shape[0], np.uint32)
+    ordered = np.empty_like(keys)
+    counts = np.zeros((3, 2048), np.uint32)
+    bits = values.view(np.uint32)
+    for k in range(bits.shape[0]):
+        # As whole numbers, positive ones rise with their bits, and negative ones fall.
+        key = ~bits[k] if bits[k] & sign else bits[k] | sign
+        keys[k] = key
+        for d in range(3):
+            counts[d, key >> np.uint32(11 * d) & digit] += np.uint32(1)
+    for d in range(3):
+        following = np.cumsum(counts[d]) - counts[d]
+        for k in range(keys.shape[0]):
+            at = keys[k] >> np.uint32(11 * d) & digit
+            ordered[following[at]] = keys[k]
+            following[at] += 1
+        keys, ordered = ordered, keys
+    for k in range(keys.shape[0]):
+        keys[k] = keys[k] & ~sign if keys[k] & sign else ~keys[k]
+    return keys.view(np.float32)
+
+
 @functools.cache
 def directions_and_weights(count: int) -> tuple[np.ndarray, np.ndarray]:
     """The shortest integer vectors (q, p) along (x, y), and the share of all angles that each is nearest to.
@@ -177,7 +207,7 @@ def cumulative_masses(planes, vectors, weights):  # type: ignore[no-untyped-def]
             for k in range(width):
                 value = np.float64(planes[c, r, k])
                 mass[r, k] = 0.0 if value < 0 else value
-                total += mass[r, k]
+            total += _sum(mass[r])
         if total == 0:
             mass[:] = 1
             total = np.float64(height * width)
@@ -188,8 +218,14 @@ def cumulative_masses(planes, vectors, weights):  # type: ignore[no-untyped-def]
             for r in range(height):
                 # The corner with the smallest position has 0.
                 along_row = line[p * r if p >= 0 else -p * (height - 1 - r) :]
-                for k in range(width):
-                    along_row[q * k] += mass[r, k]
+                if q == 0:
+                    along_row[0] += _sum(mass[r])
+                elif q == 1:  # the same as below, but vectorised
+                    for k in range(width):
+                        along_row[k] += mass[r, k]
+                else:
+                    for k in range(width):
+                        along_row[q * k] += mass[r, k]
             scale = weights[d] / (math.sqrt(q * q + p * p) * max(height, width) * channels)
             sum_so_far = 0.0
             for t in range(positions):
@@ -197,6 +233,14 @@ def cumulative_masses(planes, vectors, weights):  # type: ignore[no-untyped-def]
                 out[start + t] = sum_so_far / total * scale
             start += positions
     return out
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
+def _sum(values):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for k in range(values.shape[0]):
+        total += values[k]
+    return total
 
 
 def _cumulative(planes: Tensor, vectors: np.ndarray, weights: np.ndarray) -> Tensor:
