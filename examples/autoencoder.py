@@ -31,6 +31,7 @@ from lsim.simulate import simulate_families
 
 RECIPE, FIELD, FIELD_RANGE = "smoke", "density", (0.0, 1.0)
 BATCH, LEARNING_RATE = 8, 2e-3
+OF_SQUARED_ERROR = ("l2", "rmse", "nrmse", "vrmse", "psnr")
 CODE_CHANNELS = 4
 SHOWN = 3
 
@@ -171,10 +172,15 @@ def judge(
 ) -> list[Judgement]:
     """Distances of two reconstructions (family, frame, 1, y, x).
 
-    By the metric of the second training, with the weights that it had there, and by all others whose weights
-    are here.
+    By the metric of the second training, with the weights that it had there, and by all others that are here
+    and take frames of this size.
     """
-    names = [listed.name for listed in lsim.describe_metrics() if not listed.unavailable]
+    side = min(original.shape[-2:])
+    names = [
+        listed.name
+        for listed in lsim.describe_metrics()
+        if not listed.unavailable and listed.info.minimum_size <= side
+    ]
     judgements = []
     for name in dict.fromkeys([*names, trained_on.name]):
         metric = trained_on if name == trained_on.name else lsim.load_metric(name, device="cpu", size=None)
@@ -196,7 +202,7 @@ def distances(metric: lsim.Metric, original: Tensor, other: Tensor) -> np.ndarra
 
 def seen_in_training(metric: lsim.Metric, trained_on: lsim.Metric) -> str:
     """What a metric has to do with the two losses, if anything."""
-    if metric.name in ("l2", "psnr"):
+    if metric.name in OF_SQUARED_ERROR:
         return "both, as MSE"
     if metric is trained_on:
         return "the second"
