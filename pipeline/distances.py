@@ -19,7 +19,7 @@ import numpy as np
 import pydantic
 
 from lsim.metric import Metric
-from lsim.preprocess import Compat, Preprocessing, Scope
+from lsim.preprocess import Compat, FramesError, Preprocessing, Scope
 from lsim.registry import learned_class, list_metrics, metric_class, metric_name, why_unavailable
 from pipeline import schema, store
 from pipeline.blocks import Pairs, describe, drop_vanished, invalidate, lay_out, stale_blocks
@@ -465,6 +465,8 @@ def _dataset_range(
         (frames, key, row, preprocessing) for row, content in enumerate(contents) if content not in ranges
     ]
     for task, result, error in run_bounded(cluster.client if missing else None, sequence_range, missing):
+        if isinstance(error, FramesError):
+            return (0.0,), (0.0,)  # no metric can take this field: each will say why
         if error is not None:
             raise error
         ranges[contents[task[2]]] = result

@@ -185,10 +185,11 @@ def test_a_frame_with_nan_is_named_and_costs_only_its_own_pairs(tmp_path):
     assert len(compute(frames, tmp_path / "d.zarr", metrics=CLASSIC).failures) == len(CLASSIC)
 
 
-def test_a_field_no_metric_can_take_fails_with_the_way_out_and_the_others_go_on(tmp_path):
+@pytest.mark.parametrize("scope", ["sequence", "dataset"])
+def test_a_field_no_metric_can_take_fails_with_the_way_out_and_the_others_go_on(tmp_path, scope):
     both = archive_of(2) | archive_of(2, key="A/velocity", channels=2)
     frames = write_archive(tmp_path / "frames.zarr", both)
-    report = compute(frames, tmp_path / "d.zarr")
+    report = compute(frames, tmp_path / "d.zarr", scope=scope)
     assert {(f.field, f.sequence) for f in report.failures} == {("velocity", "s0"), ("velocity", "s1")}
     assert all("separate fields" in failure.reason for failure in report.failures)
     assert not np.isnan(matrices_of(tmp_path / "d.zarr")["l1"]).any()
