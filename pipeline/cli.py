@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -465,24 +466,24 @@ def metrics_command(
         _make_importable([name], Path.cwd())
         _show_metric(name)
         return
-    table = Table("metric", "what it is", "grad.", "mask", "sym.", "options", "here", box=box.SIMPLE)
+    table = Table("metric", "what it is", "grad.", "mask", "sym.", "here", box=box.SIMPLE)
+    table.columns[0].no_wrap = True
     for column in table.columns[2:5]:
         column.justify = "center"
-    table.columns[5].max_width = 12
     missing: dict[str, list[str]] = {}
     for known in list_metrics():
         cls = metric_class(known)
         if reason := why_unavailable(known):
             missing.setdefault(_command_in(reason).replace(f"fetch {known}", "fetch NAME"), []).append(known)
         marks = (cls.info.differentiable, cls.info.takes_mask, "symmetric" in cls.info.axioms)
-        here, options = "no" if reason else "yes", ", ".join(cls.option_names())
-        _add_row(table, known, cls.info.title, *("✓" if mark else "–" for mark in marks), options, here)
+        here = "no" if reason else "yes"
+        _add_row(table, known, cls.info.title, *("✓" if mark else "–" for mark in marks), here)
     output.print(table, soft_wrap=False)
     for command, names in missing.items():
         output.print(f"to have {', '.join(names)}: {command}", markup=False)
     output.print(
         "grad.: has a gradient; mask: can leave out missing pixels; sym.: symmetric, and where not, archives "
-        "hold ½ (d(a, b) + d(b, a)). More: lsim metrics NAME",
+        "hold ½ (d(a, b) + d(b, a)). Options, and all else of one: lsim metrics NAME",
         markup=False,
     )
 
@@ -510,7 +511,7 @@ def _show_metric(name: str) -> None:
         "mask": "yes: missing pixels can be left out" if info.takes_mask else "no",
         "symmetric": "yes" if symmetric else "no: archives hold ½ (d(a, b) + d(b, a))",
         "frames": sizes,
-        "to itself": f"{info.distance_to_itself:g}",
+        "to itself": "depends on the frame" if math.isnan(own := info.distance_to_itself) else f"{own:g}",
         "units": "none" if info.units == "1" else info.units,
         "options": ", ".join(map(str, _signature(cls))) or "none",
         "here": why_unavailable(name) or "yes",
