@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from lsim.metric import Embedding, Metric, MetricInfo
 from lsim.pairs import FAST, PairKernel, all_pairs, has_kernel, rows_in_torch
 from lsim.preprocess import Preprocessing
+from lsim.threads import in_threads
 
 Window: TypeAlias = Literal["uniform", "gaussian"]
 
@@ -74,13 +75,15 @@ class _Structural(Metric):
         if has_kernel(planes) and dtype is torch.float32:
             found = window_moments(planes.float().numpy(), self._window == "gaussian")
             mean, variance = map(torch.from_numpy, found)
+            luminance, contrast = mean.square_().add_(self._c1 / 2), variance.add_(self._c2 / 2)
         else:
             # Windows with missing pixels are left out later, by the differences of a pair.
             mean, variance = _moments(torch.where(planes.isnan(), 0, planes).double(), self._window)
+            luminance, contrast = mean.square() + self._c1 / 2, variance + self._c2 / 2
         return {
             f"frames{scale}": planes,
-            f"luminance{scale}": (mean.square() + self._c1 / 2).to(dtype),
-            f"contrast{scale}": (variance + self._c2 / 2).to(dtype),
+            f"luminance{scale}": luminance.to(dtype),
+            f"contrast{scale}": contrast.to(dtype),
         }
 
     def _all_pairs(self, a: Embedding, b: Embedding, channels: range, scale: int, luminance: bool) -> Tensor:
@@ -246,8 +249,7 @@ class MultiScaleSSIM(_Structural):
         planes = _channel_first(frames)
         parts = self._parts(planes, 0)
         for scale in range(1, len(SCALES)):
-            y, x = planes.shape[2:]
-            planes = F.avg_pool2d(planes.double(), 2, padding=(y % 2, x % 2))
+            planes = _halved(planes)
             last = scale == len(SCALES) - 1
             parts |= self._parts(planes, scale, torch.float64 if last else torch.float32)
         if not self.preprocessing.mask:
@@ -284,6 +286,14 @@ class MultiScaleSSIM(_Structural):
 
 def _channel_first(frames: Tensor) -> Tensor:
     return frames.permute(0, 3, 1, 2).float().contiguous()
+
+
+def _halved(planes: Tensor) -> Tensor:
+    """Averages of 2×2 of (n, channel, y, x), an odd side beginning with a zero: float64."""
+    if has_kernel(planes):
+        return torch.from_numpy(np.stack(in_threads(averages, planes.numpy())))
+    y, x = planes.shape[2:]
+    return F.avg_pool2d(planes.double(), 2, padding=(y % 2, x % 2))
 
 
 def _moments(planes: Tensor, window: Window) -> tuple[Tensor, Tensor]:
@@ -388,6 +398,23 @@ def window_moments(planes, gaussian):  # type: ignore[no-untyped-def]
                     _uniform_columns(planes[f, c], r, sums, squares)
                     _uniform_windows(sums, squares, mean[f, c, r], variance[f, c, r])
     return mean, variance
+
+
+@_compiled
+def averages(planes):  # type: ignore[no-untyped-def]
+    """Of 2×2 of one frame (channel, y, x), an odd side beginning with a zero: the same in half, float64."""
+    channels, rows, columns = planes.shape
+    odd = columns % 2
+    out = np.zeros((channels, (rows + 1) // 2, (columns + 1) // 2))
+    for c in range(channels):
+        for r in range(rows):
+            row = planes[c, r]
+            into = out[c, (r + rows % 2) // 2]
+            if odd:
+                into[0] += row[0] / 4
+            for k in range(columns // 2):
+                into[odd + k] += (np.float64(row[odd + 2 * k]) + np.float64(row[odd + 2 * k + 1])) / 4
+    return out
 
 
 @_compiled
