@@ -84,7 +84,7 @@ def registered() -> dict[str, type[Metric]]:
     """This package's metrics, then those that installed packages register under ``lsim.metrics``.
 
     An entry point names a subclass of :class:`~lsim.metric.Metric` that is made as
-    ``cls(name, preprocessing, device)``. One that cannot be imported is left out with a warning.
+    ``cls(name, preprocessing, device)``. One that cannot be imported, or is none, is left out with a warning.
     """
     found = dict(METRICS)
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT):
@@ -92,9 +92,11 @@ def registered() -> dict[str, type[Metric]]:
             warnings.warn(f"{entry.value} would replace metric {entry.name!r}: ignored", stacklevel=2)
             continue
         try:
-            found[entry.name] = entry.load()
-        except (ImportError, AttributeError) as error:
-            warnings.warn(f"metric {entry.name!r} ({entry.value}) is left out: {error}", stacklevel=2)
+            found[entry.name] = _checked(entry.load(), entry.value)
+        except Exception as error:
+            # Somebody else's code, that may raise anything: the other metrics are none the worse for it.
+            cause = f"{type(error).__name__}: {error}"
+            warnings.warn(f"metric {entry.name!r} ({entry.value}) is left out: {cause}", stacklevel=2)
     return found
 
 
@@ -123,7 +125,7 @@ def metric_class(name: str) -> type[Metric]:
     Raises
     ------
     UnknownMetricError
-        When there is none, or it is no metric.
+        When there is none, or it is no metric, or lacks what a metric has to define.
     """
     if ":" in name:
         return _imported(name)
@@ -149,12 +151,23 @@ def _imported(reference: str) -> type[Metric]:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise UnknownMetricError(f"no metric at {reference!r}: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Metric)):
-        raise UnknownMetricError(f"{reference!r} is no subclass of lsim.Metric, found {found!r}")
+    cls = _checked(found, reference)
     if (name := metric_name(reference)) in registered():
         raise UnknownMetricError(
             f"{reference!r} would be called {name!r}, as a metric that is there: call its class otherwise"
         )
+    return cls
+
+
+def _checked(found: Any, reference: str) -> type[Metric]:
+    """What a reference or an entry point led to, once it is known to be a metric, and a whole one."""
+    if not (isinstance(found, type) and issubclass(found, Metric)):
+        raise UnknownMetricError(f"{reference!r} is no subclass of lsim.Metric, found {found!r}")
+    lacking = sorted(found.__abstractmethods__)
+    if not isinstance(getattr(found, "info", None), MetricInfo):
+        lacking.append("info, an lsim.MetricInfo")
+    if lacking:
+        raise UnknownMetricError(f"{reference!r} is no whole metric: it lacks {', '.join(lacking)}")
     return found
 
 
@@ -265,6 +278,8 @@ def load_metric(
         For a name that is not registered.
     lsim.weights.WeightsError
         When weights are absent, damaged or of another network.
+    lsim.FramesError
+        When the metric cannot take frames of that size.
     ValueError
         For settings that the metric cannot take.
     """
@@ -276,6 +291,8 @@ def load_metric(
         raise ValueError(f"metric {name!r} has no option {', '.join(unknown)}; it has: {known}")
     preprocessing = Preprocessing(size, order, compat, mask)
     metric = cls.load(metric_name(name), preprocessing, resolve_device(device), weights, **options)
+    if preprocessing.size is not None:
+        metric.check_size(preprocessing.size, preprocessing.size)
     if ":" in name:
         # Its author changes it between runs, and won't think of a version each time.
         metric.source_sha256 = _source_sha256(cls)

@@ -78,7 +78,8 @@ class Distances:
         Raises
         ------
         ValueError
-            For dimensions that aren't there, and settings that the metric cannot take; before computing.
+            For dimensions that aren't there, settings that the metric cannot take, and a mask of other
+            coordinates; for frames whose dtype, size or number of channels it cannot take. Before computing.
         """
         other = f"{dim}_other"
         array = _masked(self._array, mask)
@@ -90,6 +91,7 @@ class Distances:
         loaded, request = _request(metric, mask is not None, settings)
         core = (dim, *frame)
         count = array.sizes[dim]
+        _check_frames(loaded, self._array, dim, frame, scope, resized=loaded.preprocessing.size is not None)
         found: xr.DataArray = xr.apply_ufunc(
             functools.partial(
                 _pairwise, request=request, device=device, scope=scope, channels=channel is not None
@@ -152,6 +154,12 @@ class Distances:
             raise ValueError(f"the other array has no dimension {missing[0]!r}; it has {tuple(two.dims)}")
         loaded, request = _request(metric, mask is not None, settings)
         core = frame if dim is None else (dim, *frame)
+        settled = loaded.preprocessing
+        # As published, metrics on 8 bit compare frames of the size that they have.
+        as_they_are = loaded.published_on_8bit and settled.compat == "published"
+        resized = settled.size is not None and not as_they_are
+        for given in (self._array, other):
+            _check_frames(loaded, given, dim, frame, scope or "batch", resized=resized)
         found: xr.DataArray = xr.apply_ufunc(
             functools.partial(
                 _distance, request=request, device=device, scope=scope or "batch",
@@ -250,6 +258,28 @@ def _frame_dims(
     return tuple(named if dim is None else named[1:])
 
 
+def _check_frames(
+    metric: Metric,
+    array: xr.DataArray,
+    dim: Hashable | None,
+    frame: Sequence[Hashable],
+    scope: Any,
+    *,
+    resized: bool,
+) -> None:
+    """Refuse what a task would, as far as dtype, sizes and scope tell: a lazy array would say so too late."""
+    import torch
+
+    from lsim.preprocess import Preprocessing, apply, as_frames
+
+    y, x, channels = (*(array.sizes[name] for name in frame), 1)[:3]
+    n = 1 if dim is None else array.sizes[dim]
+    as_frames(np.broadcast_to(np.zeros((), array.dtype), (n, y, x, channels)))
+    apply(Preprocessing(size=None), torch.zeros(2, 1, 1, channels), scope)
+    if not resized:
+        metric.check_size(y, x)
+
+
 def _last_two(dims: Sequence[Hashable], *but: Hashable | None) -> list[Hashable]:
     return [name for name in dims if name not in but][-2:]
 
@@ -264,6 +294,7 @@ def _masked(array: xr.DataArray, mask: Mask) -> xr.DataArray:
         raise ValueError(f"mask must be 'nan' or a DataArray of bool, got {type(mask).__name__}")
     if extra := [name for name in mask.dims if name not in array.dims]:
         raise ValueError(f"the mask has a dimension {extra[0]!r} that the array doesn't have")
+    array, mask = xr.align(array, mask, join="exact", copy=False)
     floating = array if array.dtype.kind == "f" else array.astype(np.float64)
     return floating.where(mask).transpose(*array.dims)
 

@@ -107,7 +107,7 @@ PrecisionOption = Annotated[
     str | None,
     typer.Option("--precision", help="exact, or ranking: faster, the same ranking but for near-ties."),
 ]
-Strict = Annotated[bool, typer.Option("--strict", help="Make a metric that is not available an error.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Make a metric that 'all' would leave out an error.")]
 
 
 def main() -> NoReturn:

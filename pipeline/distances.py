@@ -52,9 +52,9 @@ class Settings(pydantic.BaseModel):
     Attributes
     ----------
     metrics : list of str, or "all"
-        ``"all"`` leaves out those whose weights aren't here, and says so. In a list, too, it stands for all
-        that are registered; ``"module:Class"`` is a metric of one's own, which workers must be able to
-        import.
+        ``"all"`` leaves out those whose weights aren't here or that can't take frames of ``size``, and says
+        so. In a list, too, it stands for all that are registered; ``"module:Class"`` is a metric of one's
+        own, which workers must be able to import.
     options : dict of str to dict
         What single metrics are told, by their names and those of their options.
     mask : "nan", optional
@@ -73,7 +73,7 @@ class Settings(pydantic.BaseModel):
     pairs : {"all", "reference"}
         ``"reference"`` computes frame 0 against the others only.
     strict : bool
-        Make an unavailable metric an error also for ``"all"``.
+        Make what is left out of ``"all"`` an error.
     block : int
         Sequences per block of a store that is new.
     """
@@ -103,6 +103,25 @@ class Settings(pydantic.BaseModel):
 
 
 @dataclass(frozen=True)
+class ChosenMetrics:
+    """The metrics that settings ask for.
+
+    Attributes
+    ----------
+    metrics : list of Metric
+        Loaded on the CPU.
+    requests : dict of str to MetricRequest
+        By name, how workers load the same.
+    unavailable : dict of str to str
+        Those of ``"all"`` that are left out, each with the reason.
+    """
+
+    metrics: list[Metric]
+    requests: dict[str, MetricRequest]
+    unavailable: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Failure:
     """A sequence for which a metric gave no distances, or not all, and why."""
 
@@ -126,7 +145,7 @@ class DistancesReport:
     failures : list of Failure
         All matrices of the store that are not there or have rows of NaN, whenever they were computed.
     unavailable : dict of str to str
-        Metrics left out of ``"all"``, and how to get each.
+        Metrics left out of ``"all"``, each with the reason and, where there is one, the remedy.
     symmetrised : list of str
         Metrics that aren't symmetric: the store has ½ (d(a, b) + d(b, a)) of them.
     seconds : float
@@ -190,10 +209,8 @@ def compute_distances(
 
     Raises
     ------
-    UnavailableMetricError
-        When a metric asked for by name (or any, with ``strict``) can't be loaded; before any computing.
-    lsim.UnknownMetricError
-        For an unknown name.
+    ValueError, lsim.UnknownMetricError, lsim.WeightsError
+        For metrics that :func:`choose_metrics` refuses; before any computing.
     pipeline.store.StoreError
         When ``frames`` is no store.
     """
@@ -204,15 +221,11 @@ def compute_distances(
     began = time.perf_counter()
     # Workers may run in another folder.
     frames_path, out_path = Path(frames).absolute(), Path(out).absolute()
-    names, unavailable = select_metrics(settings)
-    wanted = {name: _request(name, settings) for name in names}
-    metrics = [request.load("cpu") for request in wanted.values()]
-    requests = {
-        metric.name: request.of(metric) for metric, request in zip(metrics, wanted.values(), strict=True)
-    }
+    chosen = choose_metrics(settings)
+    metrics, requests = chosen.metrics, chosen.requests
     source = store.open_store(frames_path)
     keys = _checked_fields(source, frames_path)
-    report = DistancesReport(unavailable=unavailable, symmetrised=_symmetrised(metrics))
+    report = DistancesReport(unavailable=chosen.unavailable, symmetrised=_symmetrised(metrics))
     totals = Totals()
     with store.locked(out_path):
         root = store.open_output(out_path, schema.DISTANCES_STORE)
@@ -262,16 +275,23 @@ def compute_distances(
     return report
 
 
-def select_metrics(settings: Settings) -> tuple[list[str], dict[str, str]]:
-    """The metrics to compute, and those of ``"all"`` that are left out, each with the reason.
+def choose_metrics(settings: Settings) -> ChosenMetrics:
+    """Load the metrics that settings ask for: what is wrong with the settings is an error here.
 
     What weights are given for is asked for by name, too.
 
     Raises
     ------
-    UnavailableMetricError, lsim.UnknownMetricError
+    UnavailableMetricError
+        When a metric asked for by name (or any, with ``strict``) isn't there to be loaded.
+    lsim.UnknownMetricError
+        For an unknown name.
+    lsim.FramesError
+        When a metric asked for by name (or any, with ``strict``) can't take frames of that size.
+    lsim.WeightsError
+        For weights of another network.
     ValueError
-        For names that are taken, and options that no metric has.
+        For names that are taken, and options that no metric has or that it can't take.
     """
     given = settings.weights
     named = ["all"] if settings.metrics == "all" else settings.metrics
@@ -281,12 +301,26 @@ def select_metrics(settings: Settings) -> tuple[list[str], dict[str, str]]:
     _check_names(wanted)
     _check_options(settings, wanted)
     unavailable = {name: reason for name in wanted if (reason := why_unavailable(name, given.get(name)))}
-    names = [name for name in wanted if name not in unavailable]
-    if faults := [name for name in (wanted if settings.strict else by_name) if name in unavailable]:
+    needed = wanted if settings.strict else by_name
+    if faults := [name for name in needed if name in unavailable]:
         raise UnavailableMetricError(
             "; ".join(f"metric {name!r} is not available: {unavailable[name]}" for name in faults)
         )
-    return names, unavailable
+    chosen = ChosenMetrics([], {}, unavailable)
+    for name in wanted:
+        if name in unavailable:
+            continue
+        request = _request(name, settings)
+        try:
+            metric = request.load("cpu")
+        except FramesError as error:
+            if name in needed:
+                raise
+            unavailable[name] = str(error)
+            continue
+        chosen.metrics.append(metric)
+        chosen.requests[metric.name] = request.of(metric)
+    return chosen
 
 
 def _check_names(wanted: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from pipeline.catalog import fetch, open_catalog
 from pipeline.cluster import Cluster
 from pipeline.convert import ConversionReport, convert
 from pipeline.correlate import CorrelationReport, correlate
-from pipeline.distances import DistancesReport, Settings, compute_distances
+from pipeline.distances import DistancesReport, Settings, choose_metrics, compute_distances
 from pipeline.report import write_report
 from pipeline.resources import find_resource, read_yaml, validated
 
@@ -137,10 +137,13 @@ def run_workflow(
     ------
     pipeline.catalog.MissingDataError
         When source data is absent; says what to download.
+    ValueError, lsim.UnknownMetricError, lsim.WeightsError
+        For metrics that :func:`pipeline.distances.choose_metrics` refuses; before anything is fetched.
     """
     folder = Path(out if out is not None else workflow.out)
     frames, distances, results = folder / "frames.zarr", folder / "distances.zarr", folder / "results"
     catalog = open_catalog(workflow.catalog)
+    choose_metrics(workflow.distances)
     if workflow.fetch:
         with progress("fetch"):
             fetch(catalog, workflow.datasets, data_dir)

@@ -182,11 +182,54 @@ def test_frames_at_other_times_are_not_compared(ensemble):
         ({"spatial": ("lat", "time")}, "need a dimension each"),
         ({"size": 0}, "size must be"),
         ({"spatial": ("lat",)}, "a frame has two dimensions"),
+        ({"size": 6}, "'ssim' cannot take frames of 6×6"),
+        ({"size": None, "metric": "ssim", "spatial": ("member", "lat")}, "cannot take frames of 3×24"),
+        ({"scope": (2.0, 1.0)}, r"fixed scope \(2.0, 1.0\): expected finite lo <= hi"),
+        ({"scope": ([0, 0], [1, 1])}, "expected one value or 1, one per channel"),
+        ({"channel": "member", "scope": ([0, 0], [1, 1])}, "expected one value or 3, one per channel"),
+        ({"metric": "vi", "mask": "nan"}, "takes no mask"),
     ],
 )
 def test_wrong_arguments_are_errors_before_anything_is_computed(ensemble, arguments, message):
     with pytest.raises((ValueError, lsim.UnknownMetricError), match=message):
         ensemble.chunk().lsim.pairwise(**({"dim": "time", "metric": "ssim"} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "arguments", "message"),
+    [
+        (lambda a: a.astype(complex), {}, "expected an integer or floating dtype, found complex128"),
+        (lambda a: a.astype("datetime64[s]"), {}, "found datetime64"),
+        (lambda a: a.isel(member=[0, 1]), {"channel": "member"}, "frames have 2 channels"),
+        (lambda a: a.isel(lon=slice(0, 0)), {}, "empty"),
+        (lambda a: a.isel(lon=slice(0, 6)), {"size": None}, "cannot take frames of 24×6"),
+        (lambda a: a, {"scope": (2.0, 1.0)}, "expected finite lo <= hi"),
+    ],
+    ids=["complex", "dates", "channels", "empty", "size", "scope"],
+)
+def test_frames_that_no_task_could_take_are_errors_before_anything_is_computed(
+    ensemble, wrong, arguments, message
+):
+    lazy = wrong(ensemble).chunk(time=1)
+    with pytest.raises(ValueError, match=message):
+        lazy.lsim.pairwise("time", "ssim", **arguments)
+    with pytest.raises(ValueError, match=message):
+        lazy.lsim.distance(lazy.isel(time=0, drop=True), "ssim", **arguments)
+
+
+def test_metrics_published_on_8_bit_are_asked_for_the_size_that_frames_have(ensemble):
+    small = ensemble.isel(lat=slice(0, 6)).chunk()
+    published = {"metric": "ssim", "size": 24, "compat": "published"}
+    assert small.lsim.pairwise("time", **published).compute().notnull().all()
+    with pytest.raises(ValueError, match="cannot take frames of 6×32"):
+        small.lsim.distance(small, **published)
+
+
+def test_a_mask_of_other_frames_is_refused(ensemble):
+    kept = xr.DataArray(np.ones(5, bool), dims="time", coords={"time": ensemble.time})
+    later = kept.assign_coords(time=ensemble.time + np.timedelta64(1, "D"))
+    with pytest.raises(ValueError, match="time"):
+        ensemble.lsim.pairwise("time", "l1", mask=later)
 
 
 def test_results_are_written_as_netcdf(ensemble, tmp_path):

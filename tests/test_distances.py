@@ -495,6 +495,41 @@ def test_weights_are_wanted_by_name_whatever_metrics_are_listed(tmp_path):
         compute(frames, tmp_path / "d.zarr", metrics="all", weights=weights, size=64)
 
 
+def test_metrics_that_cannot_take_the_size_are_left_out_of_all_with_the_reason(tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(1, frames=3))
+    report = compute(frames, tmp_path / "d.zarr", metrics="all", size=5)
+    too_small = {"ssim", "ssim-gaussian", "ms-ssim", "flow", "lsim-open"}
+    assert too_small <= report.unavailable.keys()
+    assert "cannot take frames of 5×5; the smallest that works is 7×7" in report.unavailable["ssim"]
+    assert report.failures == []
+    found = matrices_of(tmp_path / "d.zarr").keys()
+    assert {"l1", "gmsd", "vi"} <= found
+    assert not too_small & found
+    recorded = store.open_store(tmp_path / "d.zarr").attrs["unavailable"]
+    assert recorded == report.unavailable
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprit"),
+    [
+        ({"metrics": ("all", "ms-ssim")}, "ms-ssim"),
+        ({"metrics": "all", "weights": {"mine": "mine.safetensors"}, "size": 40}, "mine"),
+        ({"metrics": ("l1", "all"), "strict": True}, "ms-ssim"),
+    ],
+)
+def test_a_size_that_a_metric_asked_for_cannot_take_is_an_error_before_anything_starts(
+    tmp_path, monkeypatch, changes, culprit
+):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(1, frames=3))
+    own_weights(tmp_path / "mine.safetensors")
+    monkeypatch.chdir(tmp_path)
+    # Whatever is not here for another reason.
+    monkeypatch.setattr("pipeline.distances.list_metrics", lambda: ["l1", "ssim", "ms-ssim"])
+    with pytest.raises(lsim.FramesError, match=f"metric '{culprit}' cannot take frames of"):
+        compute(frames, tmp_path / "d.zarr", **({"size": 100} | changes))
+    assert not (tmp_path / "d.zarr").exists()
+
+
 @pytest.mark.parametrize("name", ["sequence", "parameter", "provenance", "frame"])
 def test_a_metric_named_as_a_variable_of_the_store_is_refused(tmp_path, name):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(1, frames=4))

@@ -98,6 +98,21 @@ class Promising(Energy):
 
 class Sequence(Energy):
     """Named as a variable of the store."""
+
+
+class Halfway(Metric):
+    """Compares nothing yet."""
+
+    info = MetricInfo(title="nothing yet", source="this test")
+
+    def embed(self, frames):
+        return Embedding({"frames": frames})
+
+
+class Nameless(Metric):
+    """Says nothing of itself."""
+
+    embed, compare = CommonMean.embed, CommonMean.compare
 '''
 
 
@@ -305,7 +320,9 @@ def test_a_source_that_changes_under_a_running_process_is_not_taken_for_what_it_
     np.testing.assert_array_equal(matrices_of(tmp_path / "d.zarr")["energy"], before)
 
 
-def test_names_that_are_taken_are_errors_before_anything_starts(tmp_path, imported, monkeypatch):
+def test_names_that_are_taken_and_classes_that_are_no_metrics_are_errors_before_anything_starts(
+    tmp_path, imported, monkeypatch
+):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(1))
     (tmp_path / f"{imported}_b.py").write_text(SOURCE)
     (tmp_path / f"{imported}_c.py").write_text(
@@ -317,6 +334,9 @@ def test_names_that_are_taken_are_errors_before_anything_starts(tmp_path, import
         "called 'l2', as a metric that is there": (f"{imported}_c:L2",),
         "no metric at 'nowhere_at_all:Energy'": ("l1", "nowhere_at_all:Energy"),
         "no metric at .*:Enrgy": (f"{imported}:Enrgy",),
+        "Halfway' is no whole metric: it lacks compare$": (f"{imported}:Halfway",),
+        "Nameless' is no whole metric: it lacks info": (f"{imported}:Nameless",),
+        "lsim:Metric' is no whole metric: it lacks compare, embed, info": ("l1", "lsim:Metric"),
     }
     for message, metrics in wrong.items():
         with pytest.raises((ValueError, lsim.UnknownMetricError), match=message):

@@ -119,8 +119,32 @@ def test_metrics_of_other_packages_replace_none(installed: Callable[..., None]) 
         assert type(lsim.load_metric("l2")).__name__ == "L2"
 
 
-@pytest.mark.parametrize("module", ["import a_module_that_is_not_there\n", ""])
-def test_broken_package_leaves_the_others(installed: Callable[..., None], module: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "cause"),
+    [
+        ("import a_module_that_is_not_there\n", "No module named 'a_module_that_is_not_there'"),
+        ("", "has no attribute 'Theirs'"),
+        ("raise RuntimeError('no licence')\n", "RuntimeError: no licence"),
+        ("Theirs: int =\n", "SyntaxError: invalid syntax"),
+        ("class Theirs: pass\n", "is no subclass of lsim.Metric"),
+        ("def Theirs(): pass\n", "is no subclass of lsim.Metric"),
+        ("from lsim import Metric\nclass Theirs(Metric): pass\n", "it lacks compare, embed, info"),
+    ],
+)
+def test_broken_package_leaves_the_others(installed: Callable[..., None], module: str, cause: str) -> None:
     installed(module, "theirs = their_metrics:Theirs")
-    with pytest.warns(UserWarning, match=r"'theirs' \(their_metrics:Theirs\) is left out"):
+    with pytest.warns(UserWarning, match=r"'theirs' \(their_metrics:Theirs\) is left out: ") as warned:
         assert lsim.list_metrics() == NAMES
+    assert cause in str(warned[0].message)
+    assert [metric.name for metric in lsim.describe_metrics()] == NAMES
+    with pytest.raises(lsim.UnknownMetricError, match="no metric named 'theirs'"):
+        lsim.load_metric("theirs")
+
+
+@pytest.mark.parametrize(
+    ("name", "smallest"), [("ssim", 7), ("ms-ssim", 161), ("gmsd", 3), ("lsim-open", 44)]
+)
+def test_a_size_that_a_metric_cannot_take_is_an_error_of_loading_it(name: str, smallest: int) -> None:
+    assert lsim.load_metric(name, size=smallest, device="cpu").preprocessing.size == smallest
+    with pytest.raises(lsim.FramesError, match=f"{name!r}.*smallest that works is {smallest}×{smallest}"):
+        lsim.load_metric(name, size=smallest - 1, device="cpu")

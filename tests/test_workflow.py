@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
 from commands import run_lsim
 
+import lsim
 from pipeline.catalog import open_catalog
+from pipeline.cluster import Cluster, Profile
+from pipeline.distances import Settings
 from pipeline.resources import shipped_names
 from pipeline.train import open_training
-from pipeline.workflow import WorkflowError, open_workflow
+from pipeline.workflow import Workflow, WorkflowError, open_workflow, run_workflow
 
 TRAINING = [name for name in shipped_names("workflows") if name.startswith("train_")]
 RUNS = [name for name in shipped_names("workflows") if name not in TRAINING]
@@ -60,3 +64,37 @@ def test_weights_on_the_command_line_need_a_name(tmp_path: Path):
     code, text = run_lsim("run", "demo", "--weights", "mine.safetensors", "--out", tmp_path / "out")
     assert code == 2
     assert "expected NAME=FILE" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"metrics": ("l1", "nosuch")}, "no metric named 'nosuch'"),
+        ({"metrics": ("lpips-vgg",)}, "'lpips-vgg' is not available: .*lsim weights fetch lpips-vgg"),
+        ({"metrics": ("ssim",), "options": {"ssim": {"widow": 1}}}, "has no option widow"),
+        ({"options": {"ssim": {"window": "round"}}}, "window must be one of"),
+        ({"metrics": ("ms-ssim",), "size": 100}, "'ms-ssim' cannot take frames of 100×100"),
+        ({"weights": {"mine": "absent.safetensors"}}, "no weights at absent"),
+        ({"mask": "nan", "order": 3}, "a mask goes with order 0 or 1"),
+    ],
+    ids=["name", "unavailable", "option", "value", "size", "weights", "mask"],
+)
+def test_wrong_settings_of_metrics_are_errors_before_any_stage(tmp_path, monkeypatch, settings, message):
+    monkeypatch.setenv("LSIM_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr("lsim.weights.cache_folder", lambda: tmp_path / "cache")
+    begun = []
+
+    def progress(title):
+        begun.append(title)
+        return contextlib.nullcontext(lambda done, total: None)
+
+    out = tmp_path / "out"
+    workflow = Workflow(catalog="demo", fetch=True, out=str(out), distances=Settings(**settings))
+    with (
+        Cluster(Profile(kind="none")) as cluster,
+        pytest.raises((ValueError, lsim.UnknownMetricError, lsim.WeightsError), match=message),
+    ):
+        run_workflow(workflow, cluster, data_dir=tmp_path / "data", progress=progress)
+    assert begun == []
+    assert not out.exists()
+    assert not (tmp_path / "data").exists()
