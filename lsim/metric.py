@@ -10,6 +10,7 @@ import copy
 import hashlib
 import inspect
 import json
+import math
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -23,7 +24,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from lsim.embedding import Embedding
-from lsim.prepared import Prepared, prepare
+from lsim.prepared import Prepared, prepare, prepare_pairs
 from lsim.preprocess import FramesError, Preprocessing, Scope, as_frames
 
 Mask: TypeAlias = Literal["nan"] | ArrayLike | None
@@ -251,7 +252,10 @@ class Metric(ABC):
         with torch.no_grad():
             embedding = self.embed(self._frames(prepared))
             left, right = embedding[slice(0, len(first))], embedding[slice(len(first), None)]
-            values = torch.cat([self._block(x, y).reshape(1) for x, y in zip(left, right, strict=True)])
+            if self.device.type == "cpu":
+                values = torch.cat([self._block(x, y).reshape(1) for x, y in zip(left, right, strict=True)])
+            else:  # where each pair by itself would be as many launches
+                values = self._elementwise(left, right)
         distances = values.double().cpu().numpy()
         comparable = prepared.comparable
         distances[~(comparable[: len(first)] & comparable[len(first) :])] = np.nan
@@ -265,7 +269,7 @@ class Metric(ABC):
         frames : array_like of shape (n, y, x, channel) or (n, y, x)
         scope : str or (lo, hi), default "sequence"
             Over which frames minimum and maximum are taken. ``"pair"`` normalises every pair for itself,
-            and so has to embed each frame n−1 times.
+            and so has to embed each frame n−1 times; frames are resized once all the same.
         mask : "nan" or array_like of bool, optional
             As :meth:`distance` takes it.
 
@@ -280,11 +284,11 @@ class Metric(ABC):
             return self._masking().pairwise(_where(array, mask), scope)
         if scope != "pair":
             return self.all_pairs(self.prepare(array, scope))
+        self._check_sizes(self.preprocessing, array)
         matrix = np.empty((len(array), len(array)))
-        for i in range(len(array)):
-            for j in range(i, len(array)):
-                both = self.all_pairs(self.prepare(array[[i, j]], "pair"))
-                matrix[i, j], matrix[j, i] = both[0, 1], both[1, 0]
+        for i, j, prepared in prepare_pairs(array, self.preprocessing, self.device):
+            both = self.all_pairs(prepared)
+            matrix[i, j], matrix[j, i] = both[0, 1], both[1, 0]
         diagonal = matrix.diagonal()
         np.fill_diagonal(matrix, np.where(np.isnan(diagonal), np.nan, self._to_itself(diagonal)))
         return matrix
@@ -320,8 +324,7 @@ class Metric(ABC):
         if self.quantised:
             stacked = stacked.clamp(0, 255).floor()
         embedding = self.embed(stacked)
-        a, b = embedding[slice(0, len(reference))], embedding[slice(len(reference), None)]
-        return (self.paired(a, b) + self.paired(b, a)) / 2 if self._symmetrised else self.paired(a, b)
+        return self._elementwise(embedding[slice(0, len(reference))], embedding[slice(len(reference), None)])
 
     def prepare(self, frames: np.ndarray, scope: Scope, *, resized: bool = True) -> Prepared:
         """Apply the metric's preprocessing to (n, y, x, channel), and check the resulting size.
@@ -330,12 +333,15 @@ class Metric(ABC):
         share it.
         """
         settings = self.preprocessing if resized else replace(self.preprocessing, size=None)
+        self._check_sizes(settings, frames)
+        return prepare(frames, settings, scope, self.device)
+
+    def _check_sizes(self, settings: Preprocessing, frames: np.ndarray) -> None:
         size = settings.size
         y, x = (size, size) if size is not None else frames.shape[1:3]
         self.check_size(int(y), int(x))
         self._warn_of_size(frames.shape[1], frames.shape[2])
         self._warn_of_size(int(y), int(x))
-        return prepare(frames, settings, scope, self.device)
 
     def all_pairs(self, prepared: Prepared) -> np.ndarray:
         """:meth:`pairwise` for frames that :meth:`prepare` made: (n, n) float64."""
@@ -366,8 +372,16 @@ class Metric(ABC):
         known = self.info.distance_to_itself
         return computed.copy() if np.isnan(known) else np.full_like(computed, known)
 
+    def _elementwise(self, a: Embedding, b: Embedding) -> Tensor:
+        return (self.paired(a, b) + self.paired(b, a)) / 2 if self._symmetrised else self.paired(a, b)
+
     def _block(self, a: Embedding, b: Embedding) -> Tensor:
         block = self.compare(a, b)
+        if block.shape != (len(a), len(b)):
+            raise TypeError(
+                f"metric {self.name!r}: compare gave a block of shape {tuple(block.shape)} for {len(a)} and "
+                f"{len(b)} frames; expected {(len(a), len(b))}"
+            )
         if not self._symmetrised:
             return block
         return (block + (block if a is b else self.compare(b, a)).T) / 2
@@ -413,11 +427,18 @@ class Metric(ABC):
                 f"metric {self.name!r} was made for frames of {advised[0]} to {advised[1]} pixels a side, "
                 f"not {y}×{x}: its distances may rank worse",
                 SizeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {json.dumps(self.specification(), default=str)} on {self.device}>"
+
+
+def positive_number(metric: str, option: str, value: Any) -> float:
+    """An option's value as a float; :class:`ValueError`, naming both, unless it is a number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"option {option!r} of metric {metric!r} must be a positive number, got {value!r}")
+    return float(value)
 
 
 def safe_sqrt(squared: Tensor) -> Tensor:

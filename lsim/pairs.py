@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lsim.precision import CONFIDENCE, DIRECTLY, HALF_ULP, PROMISE, PairPrecision, number_of_pairs
-from lsim.products import squared_differences_in_torch
+from lsim.products import VALUES_TOGETHER, squared_differences_in_torch
 from lsim.threads import in_threads
 
 BLOCK = 256
@@ -251,9 +251,12 @@ def rows_in_torch(
 ) -> Tensor:
     """The (len(a), len(b)) block of distances, row by row, from an elementwise formula in torch.
 
-    The way for devices without a compiled kernel; memory is that of one row, or of ``together`` pairs of it.
+    The way for devices without a compiled kernel. Memory is that of ``together`` pairs of a row: by default
+    as many as have :data:`~lsim.products.VALUES_TOGETHER` values.
     """
-    step = max(together or len(b), 1)
+    if together is None:
+        together = VALUES_TOGETHER // max(sum(part.shape[1:].numel() for part in b.parts.values()), 1)
+    step = max(together, 1)
     parts = [b[k : k + step] for k in range(0, len(b), step)] or [b]
     return torch.stack([torch.cat([paired(a[k : k + 1], part) for part in parts]) for k in range(len(a))])
 

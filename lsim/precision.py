@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 PROMISE = 1e-5
 """Largest relative error of a sum."""
@@ -25,7 +25,8 @@ class PairPrecision:
     Attributes
     ----------
     method : str
-        ``"direct differences"``, ``"centred product"``, or several, joined by ``" + "``.
+        ``"direct differences"``, ``"centred product"``, or several, joined by ``" + "``; ``"… of a network's
+        features"`` where it is features, rounded by the network, whose differences are as right as that.
     promise : float
         The relative error of a sum that is allowed.
     bound : float
@@ -51,6 +52,12 @@ class PairPrecision:
             self.pairs + other.pairs,
             self.recomputed + other.recomputed,
         )
+
+
+def of_features(record: PairPrecision) -> PairPrecision:
+    """The record of sums over a network's features, whose own rounding is not in its bound."""
+    methods = sorted({f"{method} of a network's features" for method in record.method.split(" + ")})
+    return replace(record, method=" + ".join(methods))
 
 
 class ReportsPrecision:

@@ -6,7 +6,7 @@ alike shares the embedding, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lsim.embedding import Embedding
-from lsim.preprocess import Preprocessing, Scope, apply, drop_alpha, truncate_to_8bit
+from lsim.preprocess import Preprocessing, Scope, apply, apply_to_pairs, drop_alpha, truncate_to_8bit
 
 
 @dataclass(eq=False)
@@ -86,6 +86,22 @@ def prepare(frames: np.ndarray, settings: Preprocessing, scope: Scope, device: t
         values = apply(settings, moved(frames, device), scope)
     else:
         values = torch.from_numpy(apply(settings, frames, scope)).to(device)
+    return _prepared(values, settings)
+
+
+def prepare_pairs(
+    frames: np.ndarray, settings: Preprocessing, device: torch.device
+) -> Iterator[tuple[int, int, Prepared]]:
+    """:func:`prepare` for each pair i <= j by itself: i, j, and the two; every frame is resized once."""
+    if device.type == "cuda":
+        for i, j, values in apply_to_pairs(settings, moved(frames, device)):
+            yield i, j, _prepared(values, settings)
+        return
+    for i, j, array in apply_to_pairs(settings, frames):
+        yield i, j, _prepared(torch.from_numpy(array).to(device), settings)
+
+
+def _prepared(values: Tensor, settings: Preprocessing) -> Prepared:
     # Without a mask, preparing makes a frame with NaN or infinity all NaN.
     looked_at = values if settings.mask else values[:, :1, :1, :1]
     return Prepared(values, looked_at.isfinite().flatten(1).any(1).cpu().numpy(), settings.mask)

@@ -9,6 +9,7 @@ plain torch on the device where it is; the rules are the same lines for both.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -153,10 +154,33 @@ def apply(settings: Preprocessing, frames: Frames, scope: Scope) -> Frames:
         raise ValueError(
             f"scope 'pair' is taken over two frames, got {len(frames)}; use 'sequence', 'batch' or (lo, hi)"
         )
-    whole_numbers = _limits(frames) is not None
     resized, complete = _resized(settings, frames)
+    return _over_scope(settings, resized, complete, scope, _limits(frames) is not None)
+
+
+def apply_to_pairs(settings: Preprocessing, frames: Frames) -> Iterator[tuple[int, int, Frames]]:
+    """:func:`apply` to each pair i <= j over the pair's own scope; every frame is resized once.
+
+    Yields
+    ------
+    i, j : int
+    ndarray or Tensor of shape (2, y', x', 1 or 3), float32
+    """
+    frames = drop_alpha(frames)
+    resized, complete = _resized(settings, frames)
+    whole_numbers = _limits(frames) is not None
+    for i in range(len(frames)):
+        for j in range(i, len(frames)):
+            both = [i, j]
+            yield i, j, _over_scope(settings, resized[both], complete[both], "pair", whole_numbers)
+
+
+def _over_scope(
+    settings: Preprocessing, resized: Frames, complete: np.ndarray, scope: Scope, whole_numbers: bool
+) -> Frames:
+    """Normalise frames of the final size over one scope."""
     lo, hi = (
-        _fixed_range(scope, frames.shape[-1])
+        _fixed_range(scope, resized.shape[-1])
         if isinstance(scope, tuple)
         else _range(resized, scope, None if settings.mask else complete)
     )

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from lsim.metric import Metric
 from lsim.prepared import Prepared
@@ -156,7 +157,8 @@ def _read(
 ) -> Iterator[_Sequence]:
     """The sequences of a block, one after the other.
 
-    Where metrics are on a GPU the next is read, prepared and uploaded by a thread while this one is computed.
+    Where metrics are on a GPU the next is read, uploaded and prepared by a thread on a stream of its own,
+    while this one is computed.
     """
     first_of = {metric.preprocessing: metric for metric in reversed(metrics)}
 
@@ -169,15 +171,27 @@ def _read(
                     sequence.for_metric(metric, scope)
         return sequence
 
-    if all(metric.device.type == "cpu" for metric in metrics):
+    device = metrics[0].device
+    if device.type != "cuda":
         yield from (load(row, prepared=False) for row in rows)
         return
+    stream = torch.cuda.Stream(device)
+
+    def load_ahead(row: int) -> tuple[_Sequence, torch.cuda.Event]:
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            return load(row, prepared=True), stream.record_event()
+
     with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(load, rows[0], prepared=True)
+        ahead = thread.submit(load_ahead, rows[0])
         for following in [*rows[1:], None]:
-            sequence = ahead.result()
+            sequence, arrived = ahead.result()
             if following is not None:
-                ahead = thread.submit(load, following, prepared=True)
+                ahead = thread.submit(load_ahead, following)
+            computing = torch.cuda.current_stream(device)
+            computing.wait_event(arrived)
+            for prepared in sequence.prepared.values():
+                # Its memory may be given to the other stream only when this one is done with it.
+                prepared.values.record_stream(computing)
             yield sequence
 
 

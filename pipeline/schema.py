@@ -34,7 +34,8 @@ determines the metric's values, with scope, pairs and versions), ``fingerprint``
 where the distances are out of date), ``content`` (metric, sequence; hash of the frames that they were
 computed from) and ``failure`` (metric, sequence; why distances are missing, empty where none are).
 Its attribute ``precision`` says by metric how sums over pairs were computed in the last run that did: method,
-promised and guaranteed relative error, pairs, how many were taken again, and on what device.
+promised relative error and its bound, pairs, how many were taken again, and on what device; for networks
+it is that of sums over their features.
 The diagonal is zero by convention, not evaluated: PSNR of a frame with itself would be infinite.
 """
 

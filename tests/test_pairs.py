@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsim import ieee, products
+from lsim import ieee, pairs, products
+from lsim.embedding import Embedding
 from lsim.pairs import (
     TileKernel,
     absolute_differences,
@@ -297,13 +298,18 @@ def test_records_add_up() -> None:
     assert both + one == PairPrecision("centred product + direct differences", 1e-5, 8e-6, 40, 3)
 
 
-def test_rows_in_torch_a_few_at_a_time(rng: np.random.Generator) -> None:
+def test_rows_in_torch_a_few_at_a_time(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = torch.from_numpy(rng.standard_normal((3, 8))), torch.from_numpy(rng.standard_normal((7, 8)))
     sizes = []
 
-    def paired(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def paired(a: Embedding, b: Embedding) -> torch.Tensor:
         sizes.append(len(b))
-        return (a - b).square().sum(1)
+        return (a.parts["x"] - b.parts["x"]).square().sum(1)
 
-    assert torch.equal(rows_in_torch(paired, x, y, together=3), rows_in_torch(paired, x, y))
+    a, b = Embedding({"x": x}), Embedding({"x": y})
+    assert torch.equal(rows_in_torch(paired, a, b, together=3), rows_in_torch(paired, a, b))
     assert sizes == [3, 3, 1] * 3 + [7] * 3
+    sizes.clear()
+    monkeypatch.setattr(pairs, "VALUES_TOGETHER", 8 * 2)
+    rows_in_torch(paired, a, b)
+    assert max(sizes) == 2, "memory is bounded without being told"

@@ -156,9 +156,9 @@ def test_energy_below_the_floor_fades_out(rng: np.random.Generator) -> None:
         assert distances[0] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("floor", [0, -1e-6, 1, float("nan")])
+@pytest.mark.parametrize("floor", [0, -1e-6, 1, float("nan"), "x"])
 def test_floors_that_are_none(floor: float) -> None:
-    with pytest.raises(ValueError, match="floor must be a share of the full range, above 0 and below 1"):
+    with pytest.raises(ValueError, match="'floor' of metric 'spectral'"):
         load("spectral", floor=floor)
 
 

@@ -270,9 +270,16 @@ def test_bits_depend_on_neither_threads_nor_other_frames(rng: np.random.Generato
 def test_what_options_must_be() -> None:
     with pytest.raises(ValueError, match="window must be one of 'uniform', 'gaussian', got 'gauss'"):
         load("ssim", window="gauss")
-    for value in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="data_range must be a positive number"):
+    for value in (0.0, -1.0, float("inf"), float("nan"), "abc", True):
+        with pytest.raises(ValueError, match="'data_range' of metric 'ms-ssim' must be a positive number"):
             load("ms-ssim", data_range=value)
+    with pytest.raises(ValueError, match="'ssim-gaussian' has no option window"):
+        load("ssim-gaussian", window="uniform")
+
+
+def test_the_title_says_which_window() -> None:
+    assert "Gaussian" in load("ssim", window="gaussian").info.title
+    assert "uniform" in load("ssim").info.title
 
 
 def test_ms_ssim_names_its_smallest_size(rng: np.random.Generator) -> None:

@@ -155,7 +155,7 @@ def test_direction_sets() -> None:
 
 @pytest.mark.parametrize("directions", [0, 2, 6, 16.0, True])
 def test_directions_that_are_none(directions: int) -> None:
-    with pytest.raises(ValueError, match="directions must be a multiple of 4"):
+    with pytest.raises(ValueError, match="'directions' of metric 'sliced-wasserstein' is a multiple of 4"):
         load("sliced-wasserstein", directions=directions)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lsim.metric import Embedding, Metric, MetricInfo, safe_sqrt
+from lsim.metric import Embedding, Metric, MetricInfo, positive_number, safe_sqrt
 from lsim.pairs import FAST, all_pairs, has_kernel, rows_in_torch
 from lsim.preprocess import Preprocessing
 from lsim.threads import in_threads
@@ -57,12 +57,13 @@ class GMSD(Metric):
         downsample: bool = True,
         data_range: float = 255.0,
     ) -> None:
-        if not 0 < data_range < math.inf:
-            raise ValueError(f"data_range must be a positive number, got {data_range!r}")
-        super().__init__(
-            name, preprocessing, device, downsample=bool(downsample), data_range=float(data_range)
-        )
-        self._downsample = bool(downsample)
+        data_range = positive_number(name, "data_range", data_range)
+        if not isinstance(downsample, bool):
+            raise ValueError(
+                f"option 'downsample' of metric {name!r} must be true or false, got {downsample!r}"
+            )
+        super().__init__(name, preprocessing, device, downsample=downsample, data_range=data_range)
+        self._downsample = downsample
         self._stabiliser = STABILISER * (data_range / FULL_SCALE) ** 2
 
     def embed(self, frames: Tensor) -> Embedding:

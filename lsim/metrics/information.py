@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import abstractmethod
 
 import numba
 import numpy as np
@@ -68,12 +69,12 @@ class _JointHistogram(Metric):
         both = _conditional_paired(a, b)
         return self._from_entropies(both, a.parts["entropy"], b.parts["entropy"], _unit(a))
 
+    @abstractmethod
     def _from_entropies(self, both: Tensor, x: Tensor, y: Tensor, unit: float) -> Tensor:
         """The distance from ``both`` = N (H(x|y) + H(y|x)), N·H(x) and N·H(y), all in fixed point.
 
         ``unit`` makes bits of them: 2⁻ᵏ / N.
         """
-        raise NotImplementedError
 
 
 class VariationOfInformation(_JointHistogram):
@@ -87,6 +88,7 @@ class VariationOfInformation(_JointHistogram):
         one_channel_suffices=True,
         units="bit",
     )
+    algorithm_version = 2
     published_on_8bit = True
 
     def _from_entropies(self, both: Tensor, x: Tensor, y: Tensor, unit: float) -> Tensor:

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lsim.ieee import ieee_convolutions
+from lsim.ieee import ieee_convolutions, ieee_products
 from lsim.metric import Embedding, Metric, MetricInfo, safe_sqrt
 from lsim.networks import AlexTrunk, LsimTrunk, NonSiamese, SkipTrunk, for_one_channel
 from lsim.pairs import has_kernel, squared_distances
-from lsim.precision import ReportsPrecision
+from lsim.precision import ReportsPrecision, of_features
 from lsim.preprocess import FramesError, Preprocessing
 from lsim.threads import batches, in_threads
 from lsim.weights import (
@@ -73,6 +73,7 @@ class LSiM(ReportsPrecision, Metric):
         advised_sizes=(128, 512),
         one_channel_suffices=True,
     )
+    algorithm_version = 2
     trunk_class: ClassVar[type[LsimTrunk] | type[SkipTrunk] | type[AlexTrunk]] = LsimTrunk
 
     def __init__(
@@ -92,7 +93,7 @@ class LSiM(ReportsPrecision, Metric):
         )
         self.precision = precision
         self.weights_sha256 = checkpoint.sha256
-        trunk = self.trunk_class()
+        trunk = self.trunk_class().float()  # whatever torch takes by default
         trunk.load_state_dict(checkpoint.trunk)
         trunk.requires_grad_(False).eval()
         self.trunk = _on(device, trunk)
@@ -190,7 +191,7 @@ class LSiM(ReportsPrecision, Metric):
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         x = a.parts["features"]
         squared, record = squared_distances(x, x if a is b else b.parts["features"])
-        self.note_precision(record)
+        self.note_precision(of_features(record))
         return safe_sqrt(squared)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
@@ -354,7 +355,7 @@ class NonSiameseMetric(Metric):
                 # How a product of matrices is rounded depends on how many rows there are: one at a time.
                 return torch.cat([self.network.judged(row) for row in features.split(1)])
 
-        with ieee_convolutions():
+        with ieee_convolutions(), ieee_products(reference.device):
             if on_threads:
                 parts = in_threads(distances, batches(len(i), FRAMES_A_TASK))
             else:

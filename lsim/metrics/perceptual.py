@@ -22,7 +22,7 @@ from lsim.ieee import ieee_convolutions
 from lsim.metric import Embedding, Metric, MetricInfo
 from lsim.networks import AlexTrunk, ImageTrunk, SqueezeTrunk, VggTrunk
 from lsim.pairs import has_kernel, squared_distances
-from lsim.precision import ReportsPrecision
+from lsim.precision import ReportsPrecision, of_features
 from lsim.preprocess import Preprocessing
 from lsim.threads import in_threads
 from lsim.weights import PerceptualWeights, find_head_and_backbone, load_perceptual, why_missing
@@ -72,7 +72,10 @@ class LPIPS(ReportsPrecision, Metric):
     ) -> None:
         if precision not in get_args(Precision):
             raise ValueError(f"precision must be 'exact' or 'ranking', got {precision!r}")
-        super().__init__(name, preprocessing, device, precision=precision)
+        # Stored results of the exact metric carry no precision.
+        super().__init__(
+            name, preprocessing, device, **({} if precision == "exact" else {"precision": precision})
+        )
         self.precision = precision
         self.weights_sha256 = weights.sha256
         trunk = self.trunk_class()
@@ -122,7 +125,8 @@ class LPIPS(ReportsPrecision, Metric):
         def fill(k: int) -> None:
             torch.cat(self._scaled(planes[k : k + 1]), 1, out=features[k : k + 1])
 
-        in_threads(fill, range(len(planes)))
+        with ieee_convolutions():
+            in_threads(fill, range(len(planes)))
         return Embedding({"features": features})
 
     def features(self, planes: Tensor) -> Sequence[Tensor]:
@@ -153,7 +157,7 @@ class LPIPS(ReportsPrecision, Metric):
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         x = a.parts["features"]
         squared, record = squared_distances(x, x if a is b else b.parts["features"])
-        self.note_precision(record)
+        self.note_precision(of_features(record))
         return squared
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:

@@ -77,6 +77,7 @@ class L1(_PixelMetric):
         takes_mask=True,
         one_channel_suffices=True,
     )
+    algorithm_version = 2
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = a.parts["values"], b.parts["values"]
@@ -150,6 +151,7 @@ class L2(_OfSquares):
         takes_mask=True,
         one_channel_suffices=True,
     )
+    algorithm_version = 2
     published_on_8bit = True
 
     def _from(self, squared: Tensor, divisor: Tensor | float) -> Tensor:
@@ -236,6 +238,7 @@ class PSNR(_OfSquares):
         one_channel_suffices=True,
         units="dB",
     )
+    algorithm_version = 2
     published_on_8bit = True
 
     def _from(self, squared: Tensor, divisor: Tensor | float) -> Tensor:

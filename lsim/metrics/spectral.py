@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lsim.metric import Embedding, Metric, MetricInfo, safe_sqrt
+from lsim.metric import Embedding, Metric, MetricInfo, positive_number, safe_sqrt
 from lsim.pairs import all_pairs, has_kernel, rows_in_torch, squared_differences
 from lsim.preprocess import Preprocessing
 from lsim.threads import in_threads
@@ -45,8 +45,8 @@ class _SpectralMetric(Metric):
     def __init__(
         self, name: str, preprocessing: Preprocessing, device: torch.device, *, floor: float = FLOOR
     ) -> None:
-        if not 0 < floor < 1:
-            raise ValueError(f"floor must be a share of the full range, above 0 and below 1, got {floor!r}")
+        if positive_number(name, "floor", floor) >= 1:
+            raise ValueError(f"option 'floor' of metric {name!r} is a share of the full range, got {floor!r}")
         super().__init__(name, preprocessing, device, floor=float(floor))
 
     @property

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lsim.metric import Embedding, Metric, MetricInfo
+from lsim.metric import Embedding, Metric, MetricInfo, positive_number
 from lsim.pairs import FAST, PairKernel, all_pairs, has_kernel, rows_in_torch
 from lsim.preprocess import Preprocessing
 from lsim.threads import in_threads
@@ -35,6 +35,10 @@ from lsim.threads import in_threads
 Window: TypeAlias = Literal["uniform", "gaussian"]
 
 TAPS = {"uniform": 7, "gaussian": 11}
+TITLES: dict[Window, str] = {
+    "uniform": "1 − SSIM, uniform 7×7 window",
+    "gaussian": "1 − SSIM, Gaussian window, σ 1.5",
+}
 SAMPLE = 49 / 48
 """From the variance of a uniform window's 49 values to the sample covariance, skimage's default."""
 
@@ -63,9 +67,8 @@ class _Structural(Metric):
     ) -> None:
         if averaged_by not in TAPS:
             raise ValueError(f"window must be one of {', '.join(map(repr, TAPS))}, got {averaged_by!r}")
-        if not 0 < data_range < math.inf:
-            raise ValueError(f"data_range must be a positive number, got {data_range!r}")
-        super().__init__(name, preprocessing, device, **options, data_range=float(data_range))
+        data_range = positive_number(name, "data_range", data_range)
+        super().__init__(name, preprocessing, device, **options, data_range=data_range)
         self._window = averaged_by
         self._c1 = (0.01 * data_range) ** 2
         self._c2 = (0.03 * data_range) ** 2
@@ -133,7 +136,7 @@ class _SSIM(_Structural):
         self, name: str, preprocessing: Preprocessing, device: torch.device, window: Window, data_range: float
     ) -> None:
         super().__init__(name, preprocessing, device, window, data_range, window=window)
-        self.info = replace(self.info, minimum_size=TAPS[window])  # type: ignore[misc]
+        self.info = replace(self.info, title=TITLES[window], minimum_size=TAPS[window])  # type: ignore[misc]
 
     def embed(self, frames: Tensor) -> Embedding:
         """Frames channel-first, and the denominators of their windows: none for half a window at the rim."""
@@ -162,13 +165,14 @@ class SSIM(_SSIM):
     """
 
     info = MetricInfo(
-        title="1 − SSIM, uniform 7×7 window",
+        title=TITLES["uniform"],
         source="Wang, Bovik, Sheikh, Simoncelli 2004, eq. 13; skimage structural_similarity",
         minimum_size=TAPS["uniform"],
         takes_mask=True,
         one_channel_suffices=True,
     )
     published_on_8bit = True
+    algorithm_version = 2
 
     def __init__(
         self,
@@ -183,11 +187,11 @@ class SSIM(_SSIM):
 
 
 class GaussianSSIM(_SSIM):
-    """1 − mean SSIM of all channels with a Gaussian window; options as those of :class:`SSIM`."""
+    """1 − mean SSIM of all channels with a Gaussian window: :class:`SSIM` under a name of its own."""
 
     info = replace(
         SSIM.info,
-        title="1 − SSIM, Gaussian window, σ 1.5",
+        title=TITLES["gaussian"],
         source="Wang, Bovik, Sheikh, Simoncelli 2004, eq. 13; pytorch-msssim ssim",
         minimum_size=TAPS["gaussian"],
     )
@@ -198,10 +202,9 @@ class GaussianSSIM(_SSIM):
         preprocessing: Preprocessing,
         device: torch.device,
         *,
-        window: Window = "gaussian",
         data_range: float = 255.0,
     ) -> None:
-        super().__init__(name, preprocessing, device, window, data_range)
+        super().__init__(name, preprocessing, device, "gaussian", data_range)
 
 
 class MultiScaleSSIM(_Structural):

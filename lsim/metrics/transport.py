@@ -91,7 +91,9 @@ class SlicedWasserstein(Metric):
             or directions < 4
             or directions % 4
         ):
-            raise ValueError(f"directions must be a multiple of 4, 4 or more, got {directions!r}")
+            raise ValueError(
+                f"option 'directions' of metric {name!r} is a multiple of 4, 4 or more, got {directions!r}"
+            )
         super().__init__(name, preprocessing, device, directions=directions)
 
     def embed(self, frames: Tensor) -> Embedding:
@@ -262,7 +264,7 @@ def _cumulative(planes: Tensor, vectors: np.ndarray, weights: np.ndarray) -> Ten
 def _order_along(q: int, p: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Pixels by their position along (q, p), and the last at or before each position but the last.
 
-    To gather and accumulate is the same to the last bit each time, which scattering isn't on a GPU.
+    To gather and accumulate in one order is the same to the last bit on a CPU; a GPU may add in another.
     """
     y, x = np.indices((height, width))
     position = (q * x + p * y).ravel()
