@@ -26,6 +26,7 @@ from lsim.metric import Metric
 from lsim.networks import LsimTrunk, SkipTrunk
 from lsim.weights import load_checkpoint
 
+SIZE = 224
 Reference: TypeAlias = Callable[[np.ndarray, np.ndarray], float]
 
 
@@ -195,7 +196,7 @@ def transform(frames: np.ndarray, pairs: np.ndarray, size: int) -> tuple[np.ndar
 
 
 class PairNetwork:
-    """LSiM as published: both frames through the network, normalised features, weighted squares."""
+    """LSiM as published, at 224²: both frames through the network, normalised features, weighted squares."""
 
     def __init__(self, file: Path, trunk_class: type[LsimTrunk] | type[SkipTrunk]) -> None:
         checkpoint = load_checkpoint(file, trunk_class)
@@ -203,7 +204,14 @@ class PairNetwork:
         self.trunk.load_state_dict(checkpoint.trunk)
         self.heads = [weight.clamp(min=0)[None, :, None, None] for weight in checkpoint.channel_weights]
         parts = zip(checkpoint.deviation_squares, checkpoint.counts, strict=True)
-        self.deviations = [(squares / (count - 1)).sqrt() for squares, count in parts]
+        sizes = [m.shape[2:] for m in self.trunk(torch.zeros(1, 3, SIZE, SIZE))]
+        self.deviations = [
+            (
+                F.interpolate(squares[None, None], size, mode="bilinear", align_corners=True)[0, 0]
+                / (count - 1)
+            ).sqrt()
+            for (squares, count), size in zip(parts, sizes, strict=True)
+        ]
         # The published code takes off the mean of the training data, which cancels: the work is the same.
         self.means = [torch.zeros_like(deviation) for deviation in self.deviations]
 

@@ -226,7 +226,7 @@ def test_an_unavailable_metric_is_an_error_by_name_and_left_out_of_all(tmp_path,
     assert all(np.isfinite(matrices).all() for matrices in found.values())
     correlate(tmp_path / "d.zarr", tmp_path / "results", replicates=0)
     page = write_report(tmp_path / "results").read_text()
-    assert all(name in page[page.index("Metrics that were not available") :] for name in missing)
+    assert all(name in page[page.index("Metrics that were left out") :] for name in missing)
 
 
 def test_an_unknown_metric_suggests_near_names(tmp_path):

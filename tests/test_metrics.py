@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +150,36 @@ def test_contract_finds_what_is_broken(fault: str, message: str) -> None:
     check_metric(Broken("nothing"))
     with pytest.raises(AssertionError, match=f"broken-{fault}.*({message})"):
         check_metric(Broken(fault))
+
+
+def test_a_block_of_another_shape_is_refused_by_name() -> None:
+    class Flat(Broken):
+        def compare(self, a: Embedding, b: Embedding) -> Tensor:
+            return super().compare(a, b).flatten()
+
+    with pytest.raises(TypeError, match=r"'broken-nothing': compare gave a block of shape \(9,\).*\(3, 3\)"):
+        Flat("nothing").pairwise(np.random.default_rng(0).random((3, 16, 16, 3)))
+
+
+@pytest.mark.parametrize("name", ["l2", "ssim"])
+def test_pairs_of_their_own_scope_resize_each_frame_once(
+    load: Load, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    frames = rng.normal(size=(5, 40, 50, 3)) * np.arange(1, 6)[:, None, None, None]
+    metric = load(name, size=32, order=1)
+    expected = [[metric.distance(a, b)[0] for b in frames] for a in frames]
+    resized: list[int] = []
+    module = sys.modules["lsim.preprocess"]  # lsim.preprocess is a function, too
+    resize = module._resize
+
+    def counted(frames: np.ndarray, *settings: object) -> np.ndarray:
+        resized.append(len(frames))
+        return resize(frames, *settings)
+
+    monkeypatch.setattr(module, "_resize", counted)
+    matrix = metric.pairwise(frames, scope="pair")
+    np.testing.assert_allclose(matrix[~np.eye(5, dtype=bool)], np.array(expected)[~np.eye(5, dtype=bool)])
+    assert resized == [5]
 
 
 def test_contract_finds_a_false_triangle_claim() -> None:
