@@ -23,7 +23,7 @@ from lsim.metric import Embedding, Metric, MetricInfo
 from lsim.metrics.learned import LSiM
 from lsim.networks import LsimTrunk, SkipTrunk
 from lsim.preprocess import Preprocessing
-from lsim.testing import check_metric, write_random_checkpoint
+from lsim.testing import check_axioms, check_metric, example_frames, write_random_checkpoint
 
 CLASSIC = ("l1", "l2", "psnr", "ssim", "vi")
 LEARNED = ("lsim", "lsim-noiseless", "lsim-strong-noise", "lsim-skip")
@@ -80,6 +80,23 @@ def test_contract(load: Load, name: str, compat: str) -> None:
 @pytest.mark.parametrize("name", [*CLASSIC, "lsim", "lsim-skip"])
 def test_contract_without_resizing(load: Load, name: str) -> None:
     check_metric(load(name, size=None), frame_size=48, seed=1)
+
+
+WITHOUT_WEIGHTS = [
+    name for name in lsim.list_metrics() if not name.startswith(("lsim", "lpips", "non-siamese"))
+]
+
+
+@pytest.mark.parametrize("side", [128, 512])
+@pytest.mark.parametrize("name", WITHOUT_WEIGHTS)
+def test_axioms_on_frames_of_the_sizes_that_are_in_use(name: str, side: int) -> None:
+    """The contract's whole run is on small frames; sums grow with them, and so could their rounding."""
+    if reason := lsim.registry.why_unavailable(name):
+        pytest.skip(reason)
+    metric = lsim.load_metric(name, device="cpu", size=None)
+    kinds = example_frames(max(side, metric.info.minimum_size))
+    for kind in ("random", "constant", "one grey level apart in one pixel", "huge"):
+        check_axioms(metric, kinds[kind], kind)
 
 
 @pytest.mark.shared
