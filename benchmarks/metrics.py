@@ -58,6 +58,8 @@ EXPECTED_SHARE = {"l2": 0.7}
 """At 128 frames of three channels, of the machine's limit."""
 EXPECTED_WITH_PREPROCESSING = {11: 15.0, 128: 120.0}
 EXPECTED_OF_NETWORKS = 0.9
+AGREEMENT = 1e-5
+"""Relative deviation allowed from a reference; ten times that from networks, single-precision on both sides."""
 LARGEST_STAGE = 0.15
 """What anything but the metrics may take of a run."""
 
@@ -477,7 +479,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """0 when all agree with their references to 1e-5, else 1; how fast it is does not change it."""
+    """0 when all agree with their references, else 1; how fast it is does not change it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--metrics", default="all", help="names separated by commas")
@@ -490,7 +492,11 @@ def main() -> int:
         warnings.simplefilter("ignore", lsim.SizeWarning)
         result = measure(options)
     print(json.dumps(result, indent=2) if options.json else table(result))
-    wrong = {r["metric"] for r in result["metrics"] if r["maximum_relative_deviation"] > 1e-5}
+    wrong = {
+        row["metric"]
+        for row in result["metrics"]
+        if row["maximum_relative_deviation"] > AGREEMENT * (10 if row["metric"] in LEARNED else 1)
+    }
     if wrong:
         print(f"deviates from its reference: {', '.join(sorted(wrong))}", file=sys.stderr)
     return 1 if wrong else 0
