@@ -59,7 +59,7 @@ EXPECTED_SHARE = {"l2": 0.7}
 EXPECTED_WITH_PREPROCESSING = {11: 15.0, 128: 120.0}
 EXPECTED_OF_NETWORKS = 0.9
 AGREEMENT = 1e-5
-"""Relative deviation allowed from a reference; ten times that from networks, single-precision on both sides."""
+"""Relative deviation allowed from a reference; ten times that from networks, single on both sides."""
 LARGEST_STAGE = 0.15
 """What anything but the metrics may take of a run."""
 
