@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import processor
 from references import BY_LIBRARY, IN_SINGLE, SIZE, PairNetwork, Reference, one_pair_at_a_time, transform
 from threadpoolctl import threadpool_limits
 from torch import nn
@@ -404,18 +405,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def _in_stage(metrics: dict[str, Metric], folder: Path) -> list[str]:
     """Those that a run of the stage has at hand: not the ones with random weights."""
     return [name for name in metrics if (file := _weights(name, folder)) is None or file.parent != folder]
-
-
-def processor(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
-    )
 
 
 def table(result: dict[str, Any]) -> str:

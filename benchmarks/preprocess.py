@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import scipy.ndimage
 import torch
+from common import processor
 from threadpoolctl import threadpool_limits
 
 from lsim.metric import resolve_device
@@ -121,7 +122,7 @@ def measure(repeats: int, device: torch.device) -> dict[str, Any]:
         "threads": 1,
         "device": str(device),
         "target_seconds": TARGET,
-        "machine": {"processor": platform.processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
+        "machine": {"processor": processor(device), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -25,7 +25,7 @@ import numba
 import numpy as np
 import scipy
 import torch
-from sequence import processor
+from common import processor
 from threadpoolctl import threadpool_limits
 
 from lsim.simulate import RECIPES, simulate_families

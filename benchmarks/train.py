@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sequence import FRAMES, PAIRS, SIDE, Stopwatch, make_sequence, processor
+from common import FRAMES, PAIRS, SIDE, Stopwatch, make_sequence, processor
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
