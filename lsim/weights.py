@@ -286,7 +286,7 @@ def why_missing(name: str, weights: str | os.PathLike[str] | None = None) -> str
     try:
         if name in BACKBONES:
             for path in find_head_and_backbone(name, weights):
-                verified_sha256(path)
+                verified_sha256(path, perceptual=True)
         else:
             verified_sha256(find_weights(name, weights))
     except MissingWeightsError as error:
@@ -314,18 +314,24 @@ def verified_bytes(path: Path) -> tuple[bytes, str]:
         When the file is named as published weights are, but is not those.
     """
     content = path.read_bytes()
-    return content, _checked_sha256(path, io.BytesIO(content))
+    return content, _checked_sha256(path, io.BytesIO(content), perceptual=False)
 
 
-def verified_sha256(path: Path) -> str:
-    """SHA-256 of a file, checked as :func:`verified_bytes` does, without holding the file in memory."""
+def verified_sha256(path: Path, *, perceptual: bool = False) -> str:
+    """SHA-256 of a file, checked as :func:`verified_bytes` does, without holding the file in memory.
+
+    LPIPS' heads have names that others' files may well have, ``alex.pth``: those are checked only where
+    ``perceptual`` says that LPIPS is what the file is for.
+    """
     with path.open("rb") as file:
-        return _checked_sha256(path, file)
+        return _checked_sha256(path, file, perceptual)
 
 
-def _checked_sha256(path: Path, file: BinaryIO) -> str:
+def _checked_sha256(path: Path, file: BinaryIO, perceptual: bool) -> str:
     found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-    for published in (PUBLISHED | SHIPPED).values():
+    for name, published in (PUBLISHED | SHIPPED).items():
+        if name in BACKBONES and not perceptual:
+            continue
         if published.file == path.name and published.sha256 != found:
             raise WeightsError(
                 f"{path}: SHA-256 is {found}, expected {published.sha256} of the published {published.file} "
@@ -503,7 +509,7 @@ def load_perceptual(head: Path, backbone: Path, trunk_class: type[ImageTrunk]) -
 def _read_state(path: Path) -> tuple[Mapping[str, Tensor], str]:
     """Tensors of a file by name, and its SHA-256, without holding the file in memory besides."""
     with path.open("rb") as file:
-        sha256 = _checked_sha256(path, file)
+        sha256 = _checked_sha256(path, file, perceptual=True)
         file.seek(0)
         if path.suffix == ".safetensors":
             try:
@@ -628,7 +634,7 @@ def weights_status() -> list[WeightsStatus]:
             found.append(WeightsStatus(name, "absent", how))
             continue
         try:
-            verified_sha256(path)
+            verified_sha256(path, perceptual=True)
         except WeightsError as error:
             found.append(WeightsStatus(name, "damaged", str(error)))
         else:

@@ -17,7 +17,7 @@ import torch
 
 import lsim
 from lsim import weights
-from lsim.networks import TRUNKS, LsimTrunk, SkipTrunk
+from lsim.networks import TRUNKS, AlexTrunk, LsimTrunk, SkipTrunk
 from lsim.registry import UnknownMetricError, default_metric
 from lsim.testing import check_metric, write_random_checkpoint
 from lsim.weights import (
@@ -30,6 +30,7 @@ from lsim.weights import (
     load_checkpoint,
     read_metadata,
     save_checkpoint,
+    verified_sha256,
     weights_status,
     why_missing,
 )
@@ -568,3 +569,10 @@ def test_downloads_are_pinned() -> None:
             assert f"-{published.sha256[:8]}.pth" in published.url
         assert published.url.endswith(f"/{published.file}")
         assert published.licence
+
+
+def test_a_file_of_ones_own_may_be_called_as_the_heads_of_lpips_are(tmp_path: Path) -> None:
+    path = write_random_checkpoint(tmp_path / "alex.pth", AlexTrunk, size=64)
+    assert load_checkpoint(path, AlexTrunk).counts
+    with pytest.raises(WeightsError, match=r"alex\.pth: SHA-256 is"):
+        verified_sha256(path, perceptual=True)
