@@ -41,6 +41,7 @@ import lsim
 from lsim.metric import Metric, resolve_device
 from lsim.networks import LsimTrunk, SkipTrunk
 from lsim.prepared import Prepared
+from lsim.registry import why_unavailable
 from lsim.testing import write_random_checkpoint
 from lsim.weights import WeightsError, find_weights
 
@@ -136,7 +137,7 @@ def load_metrics(names: list[str], device: str, folder: Path) -> tuple[dict[str,
         try:
             metrics[name] = lsim.load_metric(name, _weights(name, folder), device)
         except (WeightsError, ImportError, ValueError) as error:
-            absent[name] = str(error)
+            absent[name] = why_unavailable(name) or str(error)
     return metrics, absent
 
 
