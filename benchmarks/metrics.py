@@ -61,7 +61,11 @@ EXPECTED_SHARE = {"l2": 0.7}
 EXPECTED_WITH_PREPROCESSING = {11: 15.0, 128: 120.0}
 EXPECTED_OF_NETWORKS = 0.9
 AGREEMENT = 1e-5
-"""Relative deviation allowed from a reference; ten times that from networks, single on both sides."""
+"""Relative deviation allowed from a reference.
+
+Twice that where both sides are networks in single precision: each is up to 8e-6 from double precision on
+neighbours among 128 frames, and 3e-7 on frames that are far apart.
+"""
 LARGEST_STAGE = 0.15
 """What anything but the metrics may take of a run."""
 
@@ -485,7 +489,7 @@ def main() -> int:
     wrong = {
         row["metric"]
         for row in result["metrics"]
-        if row["maximum_relative_deviation"] > AGREEMENT * (10 if row["metric"] in LEARNED else 1)
+        if row["maximum_relative_deviation"] > AGREEMENT * (2 if row["metric"] in LEARNED else 1)
     }
     if wrong:
         print(f"deviates from its reference: {', '.join(sorted(wrong))}", file=sys.stderr)
