@@ -332,8 +332,9 @@ def measure_registry(sequences: int, folder: Path, device: str, metrics: list[st
     A store of one sequence goes first, so that nothing is loaded or compiled in the time that is measured.
     """
     from pipeline import store
-    from pipeline.cluster import Cluster, Profile
+    from pipeline.cluster import Cluster
     from pipeline.distances import Settings, compute_distances
+    from pipeline.profiles import Profile
 
     settings = Settings(metrics=tuple(metrics))
     with Cluster(Profile(kind="none", device=device)) as cluster:

@@ -6,38 +6,32 @@ quarantined or could not be compared; 130 interrupted, and a second run goes on 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import json
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import pydantic
 import typer
 import yaml
 from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
-from rich.text import Text
 
-if TYPE_CHECKING:
-    from pipeline.correlate import CorrelationReport
+from pipeline.display import (
+    add_row,
+    console,
+    output,
+    show_calibration,
+    show_correlations,
+    show_distances,
+    show_quarantined,
+    show_simulation,
+    stage,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,14 +46,10 @@ weights_app = typer.Typer(no_args_is_help=True, help="Weights of the learned met
 app.add_typer(catalog_app, name="catalog")
 app.add_typer(weights_app, name="weights")
 
-console = Console(stderr=True, highlight=False)
-output = Console(highlight=False, soft_wrap=True)
-
 RANK_AND_PROCESSES = (("RANK", "0"), ("WORLD_SIZE", "1"))
 """What torchrun tells each process, and what holds without it."""
 
 INCOMPLETE = 3
-SHOWN = 8  # names of a list that may be long
 INTERRUPTED = 130
 
 Names = Annotated[
@@ -132,8 +122,8 @@ def _explain(error: Exception) -> int | None:
     from lsim.registry import UnknownMetricError
     from lsim.simulate import UnknownRecipeError
     from lsim.weights import WeightsError
-    from pipeline.cluster import ClusterError
     from pipeline.convert import ConversionError
+    from pipeline.profiles import ClusterError
     from pipeline.resources import ResourceError
     from pipeline.simulate import SimulationError
     from pipeline.store import StoreError
@@ -176,8 +166,9 @@ def run(
     workers: Workers = None,
 ) -> None:
     """Run a workflow: fetch, convert, distances, correlate, report; only what is out of date."""
-    from pipeline.cluster import Cluster, load_profile
+    from pipeline.cluster import Cluster
     from pipeline.distances import Settings
+    from pipeline.profiles import load_profile
     from pipeline.resources import find_resource
     from pipeline.workflow import open_workflow, run_workflow
 
@@ -191,10 +182,10 @@ def run(
     _make_importable(settings.metrics, Path.cwd(), find_resource("workflows", workflow).parent)
     chosen = chosen.model_copy(update={"distances": settings})
     with Cluster(load_profile(cluster, workers)) as pool:
-        report = run_workflow(chosen, pool, out=out, data_dir=data_dir, progress=_stage(pool))
-    _show_quarantined(report.conversion.quarantined)
-    _show_distances(report.distances)
-    _show_correlations(report.correlation)
+        report = run_workflow(chosen, pool, out=out, data_dir=data_dir, progress=stage(pool))
+    show_quarantined(report.conversion.quarantined)
+    show_distances(report.distances)
+    show_correlations(report.correlation)
     output.print(f"report: {report.page}", markup=False)
     _exit(report.complete)
 
@@ -210,10 +201,11 @@ def convert_command(
 ) -> None:
     """Convert source files to frames.zarr; only new and changed ones."""
     from pipeline.catalog import open_catalog
-    from pipeline.cluster import Cluster, load_profile
+    from pipeline.cluster import Cluster
     from pipeline.convert import convert
+    from pipeline.profiles import load_profile
 
-    with Cluster(load_profile(cluster, workers)) as pool, _stage(pool)("convert") as show:
+    with Cluster(load_profile(cluster, workers)) as pool, stage(pool)("convert") as show:
         report = convert(
             open_catalog(catalog),
             out,
@@ -230,7 +222,7 @@ def convert_command(
         )
     else:
         output.print(f"nothing to do: {len(report.unchanged)} sequences are up to date")
-    _show_quarantined(report.quarantined)
+    show_quarantined(report.quarantined)
     _exit(not report.quarantined)
 
 
@@ -257,8 +249,9 @@ def distances_command(
     workers: Workers = None,
 ) -> None:
     """Compute distance matrices; only blocks that are new or out of date."""
-    from pipeline.cluster import Cluster, load_profile
+    from pipeline.cluster import Cluster
     from pipeline.distances import Settings, compute_distances
+    from pipeline.profiles import load_profile
 
     settings = Settings.model_validate(
         {
@@ -276,9 +269,9 @@ def distances_command(
         }
     )
     _make_importable(settings.metrics, Path.cwd())
-    with Cluster(load_profile(cluster, workers)) as pool, _stage(pool)("distances") as show:
+    with Cluster(load_profile(cluster, workers)) as pool, stage(pool)("distances") as show:
         report = compute_distances(frames, out, settings, cluster=pool, progress=show)
-    _show_distances(report)
+    show_distances(report)
     _exit(not report.failures)
 
 
@@ -297,7 +290,7 @@ def correlate_command(
 
     protocols: Any = protocol or ["published"]
     report = correlate(distances, out, protocol=protocols, replicates=replicates, seed=seed)
-    _show_correlations(report)
+    show_correlations(report)
     for note in report.notes:
         console.print(note, markup=False)
     if len(report.left_out):
@@ -337,17 +330,18 @@ def simulate_command(
     workers: Workers = None,
 ) -> None:
     """Make simulations: families of a reference and ten more, only those that are not there yet."""
-    from pipeline.cluster import Cluster, load_profile
+    from pipeline.cluster import Cluster
+    from pipeline.profiles import load_profile
     from pipeline.simulate import measure_hardness, simulate
 
     if calibrate:
-        _show_calibration(recipe, families, size, seed)
+        show_calibration(recipe, families, size, seed)
         return
     if out is None:
         raise typer.BadParameter("--out is needed: the folder of data sets")
-    with Cluster(load_profile(cluster, workers)) as pool, _stage(pool)("simulate") as show:
+    with Cluster(load_profile(cluster, workers)) as pool, stage(pool)("simulate") as show:
         report = simulate(recipe, out, families, size, seed, format, cluster=pool, progress=show)  # type: ignore[arg-type]
-    _show_simulation(report, *measure_hardness(report))
+    show_simulation(report, *measure_hardness(report))
     _exit(report.complete)
 
 
@@ -390,13 +384,14 @@ def train_command(
             soft_wrap=True,
         )
     if missing and processes == 1:
-        from pipeline.cluster import Cluster, load_profile
+        from pipeline.cluster import Cluster
+        from pipeline.profiles import load_profile
         from pipeline.simulate import simulate
 
         with Cluster(load_profile(cluster, workers)) as pool:
             for recipe in missing:
                 asked = run.simulate[recipe]
-                with _stage(pool)(recipe) as show:
+                with stage(pool)(recipe) as show:
                     report = simulate(
                         *(recipe, run.data, asked.families, asked.size, asked.seed),
                         cluster=pool,
@@ -477,7 +472,7 @@ def metrics_command(
             missing.setdefault(_command_in(reason).replace(f"fetch {known}", "fetch NAME"), []).append(known)
         marks = (cls.info.differentiable, cls.info.takes_mask, "symmetric" in cls.info.axioms)
         here = "no" if reason else "yes"
-        _add_row(table, known, cls.info.title, *("✓" if mark else "–" for mark in marks), here)
+        add_row(table, known, cls.info.title, *("✓" if mark else "–" for mark in marks), here)
     output.print(table, soft_wrap=False)
     for command, names in missing.items():
         output.print(f"to have {', '.join(names)}: {command}", markup=False)
@@ -535,7 +530,7 @@ def catalog_list() -> None:
     table = Table("catalog", "title", "data sets")
     for name in shipped_names("catalogs"):
         catalog = open_catalog(name)
-        _add_row(table, name, catalog.title, ", ".join(entry.name for entry in catalog.datasets))
+        add_row(table, name, catalog.title, ", ".join(entry.name for entry in catalog.datasets))
     output.print(table)
 
 
@@ -554,7 +549,7 @@ def catalog_show(
     table = Table("data set", "title", "role", "reader", "here")
     for entry in opened.datasets:
         found = locate(opened, entry, data_dir)
-        _add_row(table, entry.name, entry.title, entry.role, entry.reader, str(found) if found else "no")
+        add_row(table, entry.name, entry.title, entry.role, entry.reader, str(found) if found else "no")
     output.print(table)
     for pool, members in opened.pools.items():
         output.print(f"pool {pool}: {', '.join(members)}", markup=False)
@@ -597,7 +592,7 @@ def weights_list() -> None:
 
     table = Table("weights", "state", "where, or how to get them", "licence")
     for entry in weights_status():
-        _add_row(table, entry.name, entry.state, entry.detail, (SHIPPED | PUBLISHED)[entry.name].licence)
+        add_row(table, entry.name, entry.state, entry.detail, (SHIPPED | PUBLISHED)[entry.name].licence)
     output.print(table)
 
 
@@ -623,166 +618,7 @@ def weights_verify() -> None:
     raise typer.Exit(1 if any(entry.state == "damaged" for entry in entries) else 0)
 
 
-# ---------------------------------------------------------------- how things are shown
-
-
-class _Rate(ProgressColumn):
-    """Steps per second."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f}/s", style="progress.data.speed")
-
-
-def _stage(cluster: Any) -> Callable[[str], contextlib.AbstractContextManager[Callable[[int, int], None]]]:
-    """A progress bar a stage, with rate, remaining time, and the dashboard's address once there is one."""
-
-    @contextlib.contextmanager
-    def stage(title: str) -> Iterator[Callable[[int, int], None]]:
-        columns = (
-            *(TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), _Rate()),
-            *(TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[dashboard]}")),
-        )
-        with Progress(*columns, console=console) as bars:
-            bar = bars.add_task(title, total=None, dashboard="")
-
-            def show(done: int, total: int) -> None:
-                bars.update(bar, completed=done, total=total, dashboard=cluster.dashboard or "")
-
-            yield show
-            task = bars.tasks[0]
-            bars.update(bar, total=task.completed or 1, completed=task.completed or 1)
-
-    return stage
-
-
-def _add_row(table: Table, *cells: str) -> None:
-    """A row of plain text: brackets in a path or a reason are no markup."""
-    table.add_row(*map(escape, cells))
-
-
-def _show_simulation(report: Any, hardness: dict[str, float], measured: int) -> None:
-    if report.made:
-        rate = 60 * len(report.made) / max(report.seconds, 1e-9)
-        output.print(
-            f"{report.recipe}: {len(report.made)} families made, {len(report.present)} there already, "
-            f"in {report.seconds:.1f} s ({rate:.1f}/min)",
-            markup=False,
-        )
-    elif not report.unusable:
-        written = report.conversion is not None and report.conversion.changed
-        state = "no families to make" if written else "nothing to do"
-        output.print(f"{state}: {len(report.present)} families are there", markup=False)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(report.discarded.items()))
-    output.print(f"draws discarded: {reasons or 'none'}", markup=False)
-    if hardness:
-        figures = ", ".join(f"{name} {value:.2f}" for name, value in hardness.items())
-        output.print(
-            f"hardness (Spearman correlation of the mean squared error, {measured} families): {figures}",
-            markup=False,
-        )
-    if report.others:
-        console.print(
-            f"{len(report.others)} folders of other families lie in {report.folder}, too",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
-        )
-    if report.unlike:
-        more = f" and {len(report.unlike) - SHOWN} more" if len(report.unlike) > SHOWN else ""
-        console.print(
-            f"made with other settings: {', '.join(report.unlike[:SHOWN])}{more}",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
-        )
-    if report.store:
-        found = report.conversion
-        output.print(
-            f"store: {report.store}: {len(found.converted)} sequences written, {len(found.unchanged)} up to "
-            f"date, {len(found.removed)} removed",
-            markup=False,
-        )
-    if report.unusable:
-        table = Table("family", "reason", title="Unusable: not made")
-        for number, reason in sorted(report.unusable.items()):
-            _add_row(table, str(number), reason)
-        console.print(table)
-    if report.conversion:
-        _show_quarantined(report.conversion.quarantined)
-
-
-def _show_calibration(recipe: str, families: int, size: int, seed: int) -> None:
-    from lsim.simulate import find_recipe
-    from lsim.simulate.hardness import TARGET, calibrate_step
-
-    found = calibrate_step(find_recipe(recipe), families=families, size=size, seed=seed)
-    table = Table("factor of the steps", "hardness")
-    for factor, hardness in found.evaluations:
-        _add_row(table, f"{factor:.3f}", f"{hardness:.3f}")
-    output.print(table)
-    wanted = f"{TARGET[0]:g} to {TARGET[1]:g}"
-    state = f"within {wanted}" if found.reached else f"the nearest to {wanted} found"
-    output.print(f"{recipe}: factor {found.factor:.3f}, hardness {found.hardness:.3f}: {state}", markup=False)
-
-
-def _show_quarantined(quarantined: list[Any]) -> None:
-    if not quarantined:
-        return
-    table = Table("data set", "field", "sequence", "file", "reason", title="Quarantined: not converted")
-    for entry in quarantined:
-        _add_row(table, entry.dataset, entry.field, entry.sequence, entry.file, entry.reason)
-    console.print(table)
-
-
-def _show_distances(report: Any) -> None:
-    if report.blocks:
-        rate = report.computed / max(report.seconds, 1e-9)
-        output.print(
-            f"{report.computed} distance matrices computed, {report.up_to_date} up to date, "
-            f"in {report.seconds:.1f} s ({rate:.1f}/s)"
-        )
-    elif not report.failures:
-        output.print(f"nothing to do: {report.up_to_date} distance matrices are up to date")
-    if report.symmetrised:
-        console.print(
-            f"not symmetric, so half of d(a, b) + d(b, a): {', '.join(report.symmetrised)}", markup=False
-        )
-    for name, reason in report.unavailable.items():
-        console.print(f"left out: {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
-    if report.failures:
-        table = Table("data set", "field", "sequence", "metrics", "reason", title="Not compared")
-        alike: dict[tuple[str, ...], list[str]] = {}
-        for entry in report.failures:
-            alike.setdefault((entry.dataset, entry.field, entry.sequence, entry.reason), []).append(
-                entry.metric
-            )
-        for (*where, reason), metrics in alike.items():
-            _add_row(table, *where, ", ".join(metrics), reason)
-        console.print(table)
-
-
-def _show_correlations(report: CorrelationReport) -> None:
-    """Pooled Spearman per data set, best marked; the pools alone where a line doesn't hold all sets."""
-    correlations = report.correlations
-    protocol = correlations["protocol"].iloc[0] if len(correlations) else ""
-    rows = correlations.query("statistic == 'spearman' and field == 'all' and protocol == @protocol")
-    datasets = list(dict.fromkeys(rows["dataset"]))
-    if sum(max(len(name), 5) + 3 for name in ["lsim-strong-noise", *datasets]) > output.width:
-        pools = json.loads((report.out / "correlations.json").read_text())["pools"]
-        datasets = [name for name in datasets if name in pools] or datasets
-    table = Table(
-        "metric", *map(escape, datasets), title=f"Spearman correlation with ground truth ({protocol})"
-    )
-    best = rows.groupby("dataset")["value"].max()
-    for metric in dict.fromkeys(rows["metric"]):
-        cells = []
-        for dataset in datasets:
-            found = rows.query("metric == @metric and dataset == @dataset")["value"]
-            value = float(found.iloc[0]) if len(found) else float("nan")
-            cells.append(f"[bold]{value:.3f}[/]" if value == best[dataset] else f"{value:.3f}")
-        table.add_row(escape(metric), *cells)
-    output.print(table)
+# ---------------------------------------------------------------- what options mean
 
 
 def _metric_names(named: Any, own: list[str] | None = None) -> Any:

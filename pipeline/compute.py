@@ -23,7 +23,7 @@ from lsim.prepared import Prepared
 from lsim.preprocess import FramesError, Preprocessing, Scope, finite_frames, range_of
 from pipeline import schema, store
 from pipeline.blocks import Pairs, StaleBlock
-from pipeline.cluster import MetricRequest, get_metric
+from pipeline.resident import MetricRequest, get_metric
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,6 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import schema, store
 from pipeline.catalog import Catalog, Dataset, where
-from pipeline.cluster import run_bounded
 from pipeline.readers import LazySequence, list_sequences
 from pipeline.shards import (
     COLUMNS,
@@ -60,6 +59,7 @@ from pipeline.shards import (
     open_field,
     same_look,
 )
+from pipeline.submission import run_bounded
 from pipeline.versions import versions
 
 if TYPE_CHECKING:

@@ -23,16 +23,11 @@ from lsim.preprocess import Compat, FramesError, Preprocessing, Scope
 from lsim.registry import learned_class, list_metrics, metric_class, metric_name, why_unavailable
 from pipeline import schema, store
 from pipeline.blocks import Pairs, describe, drop_vanished, invalidate, lay_out, stale_blocks
-from pipeline.cluster import (
-    Cluster,
-    MetricRequest,
-    Option,
-    Profile,
-    check_own_metrics,
-    prewarm,
-    run_bounded,
-)
+from pipeline.cluster import Cluster
 from pipeline.compute import BlockResult, BlockTask, compute_block, sequence_range, write_provenance
+from pipeline.profiles import Profile
+from pipeline.resident import MetricRequest, Option, check_own_metrics, prewarm
+from pipeline.submission import run_bounded
 from pipeline.versions import versions
 
 Progress: TypeAlias = Callable[[int, int], None]

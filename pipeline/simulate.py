@@ -28,8 +28,9 @@ from lsim.simulate.families import ground_truth
 from lsim.simulate.hardness import reference_errors
 from lsim.simulate.layout import Format, read_frames, read_record, settings
 from pipeline.catalog import Catalog, Dataset, Source
-from pipeline.cluster import Cluster, run_bounded
+from pipeline.cluster import Cluster
 from pipeline.convert import ConversionReport, convert
+from pipeline.submission import run_bounded
 
 Output: TypeAlias = Literal["npz", "png", "zarr"]
 OUTPUTS: tuple[Output, ...] = ("npz", "png", "zarr")

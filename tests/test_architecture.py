@@ -22,7 +22,9 @@ PARTS_OF_STAGES = {
 }
 """Modules that belong to one stage; ``pipeline.statistics`` knows arrays alone, and is anybody's."""
 LEAVES = ("pipeline.versions", "pipeline.resources", "pipeline.statistics")
-KNOW_DASK = ("pipeline.cluster", "pipeline.convert", "pipeline.distances", "pipeline.workflow")
+WORKERS = ("pipeline.cluster", "pipeline.profiles", "pipeline.resident", "pipeline.submission")
+"""How stages get at workers; :mod:`pipeline.profiles` below, :mod:`pipeline.cluster` above."""
+KNOW_DASK = (*WORKERS, "pipeline.convert", "pipeline.distances", "pipeline.workflow")
 KNOW_ZARR = ("pipeline.store", "pipeline.schema")
 
 
@@ -83,7 +85,7 @@ def offenders(importers: str | tuple[str, ...], *imported: str) -> Iterator[str]
 
 def test_modules_are_read() -> None:
     assert {"lsim.metric", "lsim.metrics.learned", "pipeline.store", "pipeline.cluster"} <= IMPORTS.keys()
-    assert any(is_within(name, "lsim") for name in IMPORTS["pipeline.cluster"])
+    assert any(is_within(name, "lsim") for name in IMPORTS["pipeline.resident"])
 
 
 def test_imports_are_found_wherever_they_stand() -> None:
@@ -182,16 +184,19 @@ def _siblings(stage: str) -> list[str]:
 
 def test_nothing_below_imports_what_is_above() -> None:
     above = {
-        ("pipeline.schema", "pipeline.store"): (*STAGES, "pipeline.cluster", "pipeline.catalog"),
-        ("pipeline.cluster",): (*STAGES, "pipeline.store", "pipeline.schema", "pipeline.readers"),
-        ("pipeline.catalog",): (*STAGES, "pipeline.readers", "pipeline.store", "pipeline.cluster"),
-        ("pipeline.readers",): (*STAGES, "pipeline.store", "pipeline.cluster"),
+        ("pipeline.schema", "pipeline.store"): (*STAGES, *WORKERS, "pipeline.catalog"),
+        WORKERS: (*STAGES, "pipeline.store", "pipeline.schema", "pipeline.readers"),
+        ("pipeline.profiles",): ("pipeline.cluster", "pipeline.resident", "pipeline.submission"),
+        ("pipeline.resident",): ("pipeline.cluster", "pipeline.submission"),
+        ("pipeline.catalog",): (*STAGES, "pipeline.readers", "pipeline.store", *WORKERS),
+        ("pipeline.readers",): (*STAGES, "pipeline.store", *WORKERS),
         (*STAGES,): ("pipeline.workflow",),
     }
     for below, higher in above.items():
         assert not list(offenders(below, *higher))
     command = ("pipeline.cli", "pipeline.__main__")
     everything_but_cli = tuple(module for module in IMPORTS if module not in command)
+    assert {m for m in IMPORTS if "pipeline.display" in IMPORTS[m]} == {"pipeline.cli"}
     for module in everything_but_cli:
         assert "pipeline.cli" not in IMPORTS[module], module
         if module != "pipeline.workflow":
@@ -202,12 +207,12 @@ def test_simulated_data_sets_are_made_from_the_command_alone() -> None:
     users = {m for m in IMPORTS if m != "pipeline.simulate" and list(offenders(m, "pipeline.simulate"))}
     assert users <= {"pipeline", "pipeline.cli", "pipeline.train"}  # the package names what it offers
     used = {n.split(".")[1] for n in IMPORTS["pipeline.simulate"] if n.startswith("pipeline.")}
-    assert used <= {"convert", "cluster", "catalog"}
+    assert used <= {"convert", "cluster", "submission", "catalog"}
 
 
 def test_the_accessor_knows_metrics_and_no_store() -> None:
     used = {n.split(".")[1] for n in IMPORTS["pipeline.accessor"] if n.startswith("pipeline.")}
-    assert used == {"cluster"}
+    assert used == {"resident"}
     assert not [m for m in IMPORTS if "pipeline.accessor" in IMPORTS[m]]
 
 

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from archives import archive_of, write_archive
 
-from pipeline.cluster import Cluster, ClusterError, Profile, load_counts, load_profile, run_bounded
+from pipeline.cluster import Cluster
 from pipeline.distances import Settings, compute_distances
+from pipeline.profiles import ClusterError, Profile, load_profile
+from pipeline.resident import load_counts
+from pipeline.submission import run_bounded
 
 SETTINGS = Settings(metrics=("l1", "ssim"), size=None, block=1)
 

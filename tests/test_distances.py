@@ -21,9 +21,10 @@ from lsim.prepared import Prepared
 from lsim.testing import write_random_checkpoint
 from lsim.weights import load_checkpoint, save_checkpoint
 from pipeline import schema, store, versions
-from pipeline.cluster import Cluster, Profile
+from pipeline.cluster import Cluster
 from pipeline.correlate import CorrelationError, correlate
 from pipeline.distances import Settings, UnavailableMetricError, compute_distances
+from pipeline.profiles import Profile
 from pipeline.report import write_report
 
 CLASSIC = ("l1", "l2", "psnr", "ssim", "vi")

@@ -14,9 +14,10 @@ from commands import run_lsim
 import lsim
 from pipeline import schema, store
 from pipeline.catalog import CatalogError, open_catalog
-from pipeline.cluster import Cluster, Profile
+from pipeline.cluster import Cluster
 from pipeline.convert import ConversionReport, convert
 from pipeline.distances import Settings, compute_distances
+from pipeline.profiles import Profile
 from pipeline.shards import content_hash
 
 QUICK = Settings(metrics=("l1", "vi"), size=None)

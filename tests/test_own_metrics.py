@@ -16,9 +16,10 @@ from distributed import LocalCluster
 import lsim
 from pipeline import schema, store
 from pipeline.cli import main
-from pipeline.cluster import Cluster, ClusterError, Profile
+from pipeline.cluster import Cluster
 from pipeline.correlate import correlate
 from pipeline.distances import Settings, compute_distances
+from pipeline.profiles import ClusterError, Profile
 from pipeline.report import write_report
 
 SOURCE = '''

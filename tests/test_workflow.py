@@ -10,8 +10,9 @@ from commands import run_lsim
 
 import lsim
 from pipeline.catalog import open_catalog
-from pipeline.cluster import Cluster, Profile
+from pipeline.cluster import Cluster
 from pipeline.distances import Settings
+from pipeline.profiles import Profile
 from pipeline.resources import shipped_names
 from pipeline.train import open_training
 from pipeline.workflow import Workflow, WorkflowError, open_workflow, run_workflow

@@ -17,8 +17,9 @@ import pytest
 from archives import archive_of, matrices_of, write_archive
 
 from pipeline import schema, store
-from pipeline.cluster import Cluster, Profile
+from pipeline.cluster import Cluster
 from pipeline.distances import Settings, compute_distances
+from pipeline.profiles import Profile
 
 METRICS = ("l2", "ssim", "vi")
 SEQUENCES = 60

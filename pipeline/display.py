@@ -1,0 +1,191 @@
+"""How the command line shows what was done: progress bars, tables, one line where one will do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from pipeline.correlate import CorrelationReport
+
+console = Console(stderr=True, highlight=False)
+output = Console(highlight=False, soft_wrap=True)
+
+SHOWN = 8
+"""Names of a list that may be long."""
+
+
+class _Rate(ProgressColumn):
+    """Steps per second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f}/s", style="progress.data.speed")
+
+
+def stage(cluster: Any) -> Callable[[str], contextlib.AbstractContextManager[Callable[[int, int], None]]]:
+    """A progress bar a stage, with rate, remaining time, and the dashboard's address once there is one."""
+
+    @contextlib.contextmanager
+    def bar_of(title: str) -> Iterator[Callable[[int, int], None]]:
+        columns = (
+            *(TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), _Rate()),
+            *(TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[dashboard]}")),
+        )
+        with Progress(*columns, console=console) as bars:
+            bar = bars.add_task(title, total=None, dashboard="")
+
+            def show(done: int, total: int) -> None:
+                bars.update(bar, completed=done, total=total, dashboard=cluster.dashboard or "")
+
+            yield show
+            task = bars.tasks[0]
+            bars.update(bar, total=task.completed or 1, completed=task.completed or 1)
+
+    return bar_of
+
+
+def add_row(table: Table, *cells: str) -> None:
+    """A row of plain text: brackets in a path or a reason are no markup."""
+    table.add_row(*map(escape, cells))
+
+
+def show_simulation(report: Any, hardness: dict[str, float], measured: int) -> None:
+    if report.made:
+        rate = 60 * len(report.made) / max(report.seconds, 1e-9)
+        output.print(
+            f"{report.recipe}: {len(report.made)} families made, {len(report.present)} there already, "
+            f"in {report.seconds:.1f} s ({rate:.1f}/min)",
+            markup=False,
+        )
+    elif not report.unusable:
+        written = report.conversion is not None and report.conversion.changed
+        state = "no families to make" if written else "nothing to do"
+        output.print(f"{state}: {len(report.present)} families are there", markup=False)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(report.discarded.items()))
+    output.print(f"draws discarded: {reasons or 'none'}", markup=False)
+    if hardness:
+        figures = ", ".join(f"{name} {value:.2f}" for name, value in hardness.items())
+        output.print(
+            f"hardness (Spearman correlation of the mean squared error, {measured} families): {figures}",
+            markup=False,
+        )
+    if report.others:
+        console.print(
+            f"{len(report.others)} folders of other families lie in {report.folder}, too",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+    if report.unlike:
+        more = f" and {len(report.unlike) - SHOWN} more" if len(report.unlike) > SHOWN else ""
+        console.print(
+            f"made with other settings: {', '.join(report.unlike[:SHOWN])}{more}",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+    if report.store:
+        found = report.conversion
+        output.print(
+            f"store: {report.store}: {len(found.converted)} sequences written, {len(found.unchanged)} up to "
+            f"date, {len(found.removed)} removed",
+            markup=False,
+        )
+    if report.unusable:
+        table = Table("family", "reason", title="Unusable: not made")
+        for number, reason in sorted(report.unusable.items()):
+            add_row(table, str(number), reason)
+        console.print(table)
+    if report.conversion:
+        show_quarantined(report.conversion.quarantined)
+
+
+def show_calibration(recipe: str, families: int, size: int, seed: int) -> None:
+    from lsim.simulate import find_recipe
+    from lsim.simulate.hardness import TARGET, calibrate_step
+
+    found = calibrate_step(find_recipe(recipe), families=families, size=size, seed=seed)
+    table = Table("factor of the steps", "hardness")
+    for factor, hardness in found.evaluations:
+        add_row(table, f"{factor:.3f}", f"{hardness:.3f}")
+    output.print(table)
+    wanted = f"{TARGET[0]:g} to {TARGET[1]:g}"
+    state = f"within {wanted}" if found.reached else f"the nearest to {wanted} found"
+    output.print(f"{recipe}: factor {found.factor:.3f}, hardness {found.hardness:.3f}: {state}", markup=False)
+
+
+def show_quarantined(quarantined: list[Any]) -> None:
+    if not quarantined:
+        return
+    table = Table("data set", "field", "sequence", "file", "reason", title="Quarantined: not converted")
+    for entry in quarantined:
+        add_row(table, entry.dataset, entry.field, entry.sequence, entry.file, entry.reason)
+    console.print(table)
+
+
+def show_distances(report: Any) -> None:
+    if report.blocks:
+        rate = report.computed / max(report.seconds, 1e-9)
+        output.print(
+            f"{report.computed} distance matrices computed, {report.up_to_date} up to date, "
+            f"in {report.seconds:.1f} s ({rate:.1f}/s)"
+        )
+    elif not report.failures:
+        output.print(f"nothing to do: {report.up_to_date} distance matrices are up to date")
+    if report.symmetrised:
+        console.print(
+            f"not symmetric, so half of d(a, b) + d(b, a): {', '.join(report.symmetrised)}", markup=False
+        )
+    for name, reason in report.unavailable.items():
+        console.print(f"left out: {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
+    if report.failures:
+        table = Table("data set", "field", "sequence", "metrics", "reason", title="Not compared")
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for entry in report.failures:
+            alike.setdefault((entry.dataset, entry.field, entry.sequence, entry.reason), []).append(
+                entry.metric
+            )
+        for (*where, reason), metrics in alike.items():
+            add_row(table, *where, ", ".join(metrics), reason)
+        console.print(table)
+
+
+def show_correlations(report: CorrelationReport) -> None:
+    """Pooled Spearman per data set, best marked; the pools alone where a line doesn't hold all sets."""
+    correlations = report.correlations
+    protocol = correlations["protocol"].iloc[0] if len(correlations) else ""
+    rows = correlations.query("statistic == 'spearman' and field == 'all' and protocol == @protocol")
+    datasets = list(dict.fromkeys(rows["dataset"]))
+    if sum(max(len(name), 5) + 3 for name in ["lsim-strong-noise", *datasets]) > output.width:
+        pools = json.loads((report.out / "correlations.json").read_text())["pools"]
+        datasets = [name for name in datasets if name in pools] or datasets
+    table = Table(
+        "metric", *map(escape, datasets), title=f"Spearman correlation with ground truth ({protocol})"
+    )
+    best = rows.groupby("dataset")["value"].max()
+    for metric in dict.fromkeys(rows["metric"]):
+        cells = []
+        for dataset in datasets:
+            found = rows.query("metric == @metric and dataset == @dataset")["value"]
+            value = float(found.iloc[0]) if len(found) else float("nan")
+            cells.append(f"[bold]{value:.3f}[/]" if value == best[dataset] else f"{value:.3f}")
+        table.add_row(escape(metric), *cells)
+    output.print(table)

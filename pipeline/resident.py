@@ -1,0 +1,192 @@
+"""Metrics that stay on their worker, and the process that they are in.
+
+Metrics are loaded by :func:`get_metric`, inside the task, from this installed module, under a lock: a
+cache in ``__main__`` would be pickled by value with every task, ``lru_cache`` lets two threads load the
+same weights twice, and an actor is lost with its worker. A thin plugin only loads ahead; a worker that is
+restarted simply loads again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import platform
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from distributed import Client, Worker, WorkerPlugin
+from threadpoolctl import threadpool_limits
+
+from lsim.metric import Metric
+from lsim.preprocess import Compat
+from lsim.registry import UnknownMetricError, load_metric
+from lsim.weights import WeightsError
+from pipeline.profiles import ClusterError
+
+Option: TypeAlias = bool | int | float | str | None
+"""The value of a metric's option: one that YAML and a command line can write."""
+
+
+@dataclass(frozen=True)
+class MetricRequest:
+    """All that a worker needs to load a metric as the driver meant it, as :func:`lsim.load_metric` takes it.
+
+    ``name`` may be a reference, ``"module:Class"``. ``specification_hash`` is checked after loading: a worker
+    whose weights, version or source differ must not mix its distances with the others'.
+    """
+
+    name: str
+    weights: str | None
+    size: int | None
+    order: int
+    compat: Compat
+    mask: bool = False
+    symmetrise: bool = False
+    options: tuple[tuple[str, Option], ...] = ()
+    specification_hash: str = ""
+
+    def load(self, device: str) -> Metric:
+        """Load the metric, whatever its specification."""
+        options: dict[str, Any] = dict(self.options)
+        settings = (self.size, self.order, self.compat)
+        return load_metric(
+            self.name, self.weights, device, *settings, mask=self.mask, symmetrise=self.symmetrise, **options
+        )
+
+    def of(self, metric: Metric) -> MetricRequest:
+        """The request of this very metric, as it was loaded."""
+        return replace(self, specification_hash=metric.specification_hash)
+
+
+_lock = threading.Lock()
+_metrics: dict[tuple[MetricRequest, str], Metric] = {}
+_loads: Counter[str] = Counter()
+
+
+def get_metric(request: MetricRequest, device: str | None = None) -> Metric:
+    """This process's instance of a metric, loaded on first use.
+
+    Parameters
+    ----------
+    request : MetricRequest
+    device : str, optional
+        Default: the one that this process was told to use.
+
+    Raises
+    ------
+    ClusterError
+        When this worker cannot import a metric of one's own.
+    lsim.WeightsError
+        When this worker's weights, or its version of the metric, are not the driver's.
+    """
+    with _lock:
+        key = (request, device or _device)
+        if key not in _metrics:
+            try:
+                metric = request.load(key[1])
+            except UnknownMetricError as error:
+                if ":" not in request.name:
+                    raise
+                module = request.name.partition(":")[0]
+                raise ClusterError(
+                    f"{_this_worker()} cannot load metric {request.name!r} ({error}): the module {module!r} "
+                    "must be installed there, or lie in a folder of its PYTHONPATH"
+                ) from error
+            _loads[metric.name] += 1
+            found = metric.specification_hash
+            if found != request.specification_hash:
+                raise WeightsError(
+                    f"{_this_worker()} has another version, other weights or another source file of metric "
+                    f"{metric.name!r}: specification {found}, expected {request.specification_hash}"
+                )
+            _metrics[key] = metric
+        return _metrics[key]
+
+
+def _this_worker() -> str:
+    return f"worker {platform.node()} (process {os.getpid()})"
+
+
+def load_counts() -> dict[str, int]:
+    """How many times this process has loaded each metric."""
+    return dict(_loads)
+
+
+def prewarm(client: Client, requests: list[MetricRequest]) -> None:
+    """Have every worker, also those that join later, load metrics ahead of their first task."""
+    client.register_plugin(MetricLoader(requests))
+
+
+def check_own_metrics(client: Client, requests: Sequence[MetricRequest]) -> None:
+    """Have every worker of now load the metrics that are given by reference.
+
+    Raises
+    ------
+    ClusterError
+        Naming a worker that cannot, and what to do: rather than once for every block.
+    """
+    for request in requests:
+        if ":" in request.name:
+            client.run(get_metric_here, request)
+
+
+def get_metric_here(request: MetricRequest) -> None:
+    """:func:`get_metric` for :meth:`distributed.Client.run`: the metric itself doesn't travel."""
+    get_metric(request)
+
+
+class MetricLoader(WorkerPlugin):
+    """Loads metrics in a thread: a blocking setup would stop the worker's heartbeat."""
+
+    name = "lsim-metrics"
+
+    def __init__(self, requests: list[MetricRequest]) -> None:
+        self.requests = requests
+
+    async def setup(self, worker: Worker) -> None:
+        for request in self.requests:
+            # A worker whose setup fails joins all the same; the task that loads again raises.
+            with contextlib.suppress(WeightsError, UnknownMetricError, ClusterError):
+                await asyncio.to_thread(get_metric, request)
+
+
+# ---------------------------------------------------------------- the process
+
+
+_device: str = "auto"
+
+
+def set_up_process(device: str, worker_name: object) -> None:
+    """Choose this process's device and limit its numerical libraries to one thread."""
+    torch.set_num_threads(1)
+    threadpool_limits(limits=1)
+    # Local workers are numbered; others have names, that spread them well enough.
+    choose_device(
+        device, worker_name if isinstance(worker_name, int) else zlib.crc32(str(worker_name).encode())
+    )
+
+
+def choose_device(device: str, number: int) -> None:
+    """The device that this process loads metrics on; ``"auto"`` takes turns where there are several GPUs."""
+    global _device
+    if device == "auto" and torch.cuda.is_available() and torch.cuda.device_count() > 1:
+        device = f"cuda:{number % torch.cuda.device_count()}"
+    _device = device
+
+
+@contextlib.contextmanager
+def single_threaded() -> Iterator[None]:
+    """One thread in torch and BLAS: sums then add in one order, whatever the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(limits=1):
+            yield
+    finally:
+        torch.set_num_threads(threads)
