@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 import zarr
-from zarr.codecs import BloscCodec
+from zarr.codecs import BloscCodec, Crc32cCodec
 
 from pipeline import schema
 
@@ -33,6 +33,8 @@ Group = zarr.Group
 Array = zarr.Array
 
 COMPRESSION = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle")
+CHECKSUM = Crc32cCodec()
+"""Last codec of every chunk: one that was damaged raises when it is read, and never gives other values."""
 SHARD_BYTES = 128 * 2**20
 """Target size of a shard of decoded frames; it holds a whole number of sequences, at least one."""
 SHARD_CHUNKS = 4096
@@ -189,7 +191,7 @@ def create_array(
         dtype=dtype,
         fill_value=fill_value,
         dimension_names=dims,
-        compressors=None if is_text else COMPRESSION,
+        compressors=(CHECKSUM,) if is_text else (COMPRESSION, CHECKSUM),
         config={"write_empty_chunks": True},
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from pipeline import schema, store
 
@@ -57,3 +58,28 @@ def test_stale_consolidated_metadata_hides_nothing(tmp_path):
     store.create_array(root, "late", shape=(1,), chunks=(1,), dims=("a",), dtype="f8")
     assert "late" in store.open_store(tmp_path / "s.zarr")
     assert store.open_store(tmp_path / "s.zarr").attrs["kind"] == schema.FRAMES_STORE
+
+
+def test_a_damaged_chunk_raises_and_xarray_reads_what_is_whole(tmp_path):
+    path = tmp_path / "s.zarr"
+    group = store.create_group(store.open_store(path, "a"), "d/f")
+    rows = np.arange(8.0).reshape(4, 2)
+    for name, shards in (("plain", None), ("sharded", (4, 2))):
+        store.create_array(
+            group, name, shape=(4, 2), chunks=(1, 2), shards=shards, dims=("a", "b"), dtype="f8"
+        )
+        store.write_rows(store.get_array(group, name), 0, rows)
+    text = store.create_array(group, "text", shape=(4,), chunks=(4,), dims=("a",), dtype=str)
+    store.write_rows(text, 0, np.array(list("abcd"), dtype=object))
+    store.consolidate(path)
+    with xr.open_datatree(path, engine="zarr") as tree:
+        assert tree["d/f"]["text"].values.tolist() == list("abcd")
+        assert np.array_equal(tree["d/f/plain"], rows)
+        assert np.array_equal(tree["d/f/sharded"], rows)
+    for chunk in (path / "d/f/plain/c/0/0", path / "d/f/sharded/c/0/0", path / "d/f/text/c/0"):
+        whole = chunk.read_bytes()
+        for damaged in (whole[:-3], whole[:20] + bytes([whole[20] ^ 4]) + whole[21:]):
+            chunk.write_bytes(damaged)
+            with pytest.raises(ValueError, match="checksum"):
+                store.read(store.get_array(group, chunk.relative_to(path / "d/f").parts[0]))
+        chunk.write_bytes(whole)
