@@ -32,9 +32,9 @@ from scipy.ndimage import gaussian_filter
 
 from pipeline import store
 from pipeline.catalog import open_catalog
+from pipeline.content import content_hash
 from pipeline.convert import convert
 from pipeline.readers import list_sequences
-from pipeline.shards import content_hash
 
 FRAMES = 11
 

@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 from pipeline import schema, store
+from pipeline.content import content_hash
 from pipeline.readers import LazySequence, ReaderError
 
 COLUMNS = (schema.CONTENT, schema.SOURCE, schema.SEQUENCE, schema.PARAMETER, schema.FRAMES)
@@ -95,22 +96,6 @@ def _hash_files(sequence: LazySequence) -> str:
         with open(file.path, "rb") as stream:
             while block := stream.read(2**20):
                 digest.update(block)
-    return digest.hexdigest()
-
-
-def content_hash(frames: np.ndarray, parameter: np.ndarray) -> str:
-    """xxh3 (128 bits, hex) of decoded frames and parameter: dtype, shape and bytes of both.
-
-    Parameters
-    ----------
-    frames : ndarray of shape (n, y, x, channel)
-    parameter : ndarray of shape (n,)
-    """
-    digest = xxhash.xxh3_128()
-    for values in (frames, parameter):
-        little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
-        digest.update(f"{little.dtype.str} {little.shape}\n".encode())
-        digest.update(little.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -8,12 +8,15 @@ input, so :func:`write_rows` does.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import itertools
 import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +24,7 @@ import numpy as np
 import xarray as xr
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.sync import sync
 
 from pipeline import schema
 
@@ -43,6 +47,14 @@ SHARD_CHUNKS = 4096
 
 class StoreError(RuntimeError):
     """A store that cannot be opened or a write that would damage one."""
+
+
+class DamagedError(StoreError):
+    """Values in a store that are not those that were written."""
+
+
+UNREADABLE = (ValueError, RuntimeError, SystemError, MemoryError)
+"""What codecs raise for bytes that they did not write: each has kinds of its own."""
 
 
 def open_store(path: str | os.PathLike[str], mode: Literal["r", "r+", "a"] = "r") -> Group:
@@ -249,9 +261,82 @@ def write_rows(array: Array, start: int, values: np.ndarray) -> None:
 
 
 def read(array: Array, region: Any = ...) -> np.ndarray:
-    """Read a region of an array as NumPy; text comes as a ``str`` object array."""
-    values = np.asarray(array[region])
+    """Read a region of an array as NumPy; text comes as a ``str`` object array.
+
+    Raises
+    ------
+    DamagedError
+        Naming the chunks that cannot be decoded.
+    """
+    try:
+        values = np.asarray(array[region])
+    except (*UNREADABLE, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EIO:
+            raise
+        damaged = damaged_chunks(array, region)
+        if not damaged:
+            raise
+        raise DamagedError(f"{array.store_path}: {damaged_text(damaged)}") from error
     return values.astype(object) if values.dtype.kind == "T" else values
+
+
+@dataclass(frozen=True)
+class DamagedChunk:
+    """A chunk that cannot be decoded: its key, the index of its first value, and what decoding it says.
+
+    Chunks of one shard have the key of the shard.
+    """
+
+    key: str
+    start: tuple[int, ...]
+    reason: str
+
+
+def damaged_text(damaged: Sequence[DamagedChunk], shown: int = 3) -> str:
+    """Damaged chunks in words, the first few by name."""
+    named = "; ".join(f"chunk {c.key} (from {c.start}) is damaged: {c.reason}" for c in damaged[:shown])
+    return named + (f"; and {len(damaged) - shown} more" if len(damaged) > shown else "")
+
+
+def damaged_chunks(array: Array, region: Any = ...) -> list[DamagedChunk]:
+    """The chunks that a region touches and that cannot be decoded, found by reading each by itself."""
+    found = []
+    for start in chunk_starts(array, region):
+        try:
+            read_chunk(array, start)
+        except (*UNREADABLE, OSError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            found.append(DamagedChunk(chunk_key(array, start), start, reason))
+    return found
+
+
+def missing_chunks(array: Array, region: Any = ...) -> list[str]:
+    """Keys of the chunks (or shards) that a region touches and that are not in the store."""
+    keys = dict.fromkeys(chunk_key(array, start) for start in chunk_starts(array, region))
+    return [key for key in keys if not sync(array.store.exists(f"{array.path}/{key}"))]
+
+
+def chunk_starts(array: Array, region: Any = ...) -> Iterator[tuple[int, ...]]:
+    """Index of the first value of every chunk that a region of slices and whole numbers touches."""
+    parts = region if isinstance(region, tuple) else () if region is ... else (region,)
+    spans = []
+    for axis, (length, chunk) in enumerate(zip(array.shape, array.chunks, strict=True)):
+        part = parts[axis] if axis < len(parts) else slice(None)
+        whole = part if isinstance(part, slice) else slice(int(part), int(part) + 1)
+        first, stop, _ = whole.indices(length)
+        spans.append(range(first - first % chunk, stop, chunk))
+    yield from itertools.product(*spans)
+
+
+def read_chunk(array: Array, start: tuple[int, ...]) -> np.ndarray:
+    """The chunk whose first value is at ``start``, as it is in the store; may raise whatever codecs do."""
+    return np.asarray(array[tuple(slice(a, a + chunk) for a, chunk in zip(start, array.chunks, strict=True))])
+
+
+def chunk_key(array: Array, start: tuple[int, ...]) -> str:
+    """Key, below its array, of the chunk or shard that holds the value at ``start``."""
+    units = array.shards or array.chunks
+    return array.metadata.encode_chunk_key(tuple(a // unit for a, unit in zip(start, units, strict=True)))
 
 
 def resize_rows(array: Array, length: int, *, axis: int = 0) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import schema, store
+from pipeline.content import content_hash
 
 
 def smooth_sequence(seed: int, frames: int = 5, size: int = 40, channels: int = 1) -> np.ndarray:
@@ -32,15 +32,11 @@ def write_archive(path: Path, fields: Mapping[str, Mapping[str, np.ndarray]]) ->
         group = root.require_group(key)
         frames = np.stack(list(sequences.values()))
         count, n = frames.shape[:2]
-        contents = [hashlib.sha256(s.tobytes()).hexdigest()[:16] for s in sequences.values()]
+        parameter = np.tile(np.linspace(0, 1, n), (count, 1))
+        contents = [content_hash(*of_sequence) for of_sequence in zip(frames, parameter, strict=True)]
         arrays = {
             schema.FRAMES: (frames, schema.FRAMES_DIMS, frames.dtype, (1, 1, *frames.shape[2:])),
-            schema.PARAMETER: (
-                np.tile(np.linspace(0, 1, n), (count, 1)),
-                schema.PARAMETER_DIMS,
-                "float64",
-                (count, n),
-            ),
+            schema.PARAMETER: (parameter, schema.PARAMETER_DIMS, "float64", (count, n)),
             schema.SEQUENCE: (np.array(list(sequences), object), (schema.SEQUENCE,), str, (count,)),
             schema.CONTENT: (np.array(contents, object), (schema.SEQUENCE,), str, (count,)),
         }

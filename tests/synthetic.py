@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import schema, store
+from pipeline.content import content_hash
 
 NOISE = {"good": 0.02, "fair": 0.15, "poor": 0.6}
 """Metrics of :func:`random_distances`: standard deviation of their noise, in steps of the parameter."""
@@ -104,12 +105,14 @@ def make_frames(path: Path, fields: Mapping[str, tuple[int, str, int]], *, frame
         values = (127.5 * (1 + waves)).astype(dtype) if dtype == "uint8" else (40 * waves).astype(dtype)
         group = root.create_group(key)
         sequences = np.array([f"{key.split('/')[0].lower()}{n}" for n in range(count)], dtype=object)
+        parameter = parameters(count, frames)
+        contents = np.array([content_hash(*both) for both in zip(values, parameter, strict=True)], object)
         _write(
             group,
             {
                 schema.SEQUENCE: ((schema.SEQUENCE,), sequences, str),
-                schema.CONTENT: ((schema.SEQUENCE,), sequences, str),
-                schema.PARAMETER: (schema.PARAMETER_DIMS, parameters(count, frames), np.float64),
+                schema.CONTENT: ((schema.SEQUENCE,), contents, str),
+                schema.PARAMETER: (schema.PARAMETER_DIMS, parameter, np.float64),
                 schema.FRAMES: (schema.FRAMES_DIMS, values, values.dtype),
             },
         )

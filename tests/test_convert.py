@@ -22,9 +22,9 @@ from PIL import Image
 
 from pipeline import schema, store
 from pipeline.catalog import Catalog, CatalogError, open_catalog
+from pipeline.content import content_hash
 from pipeline.convert import ConversionError, ConversionReport, convert
 from pipeline.readers import READERS, LazySequence, lsim
-from pipeline.shards import content_hash
 
 SHAPE = (6, 8, 3)
 FRAMES = 3
