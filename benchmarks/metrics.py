@@ -306,10 +306,20 @@ def with_preprocessing(
 def write_frames(path: Path, sequences: int) -> None:
     """A ``frames.zarr`` of sequences of 11 frames of 256²×3."""
     from pipeline import schema, store
+    from pipeline.content import content_hash
 
     group = store.open_store(path, "a").require_group("Waves/density")
-    names, contents = (np.array([f"{letter}{k}" for k in range(sequences)], object) for letter in "sc")
+    names = np.array([f"s{k}" for k in range(sequences)], object)
+    contents = np.empty(sequences, object)
     parameter = np.tile(np.linspace(0, 1, 11), (sequences, 1))
+    shape = (sequences, 11, SIDE, SIDE, 3)
+    array = store.create_array(
+        group, schema.FRAMES, shape=shape, chunks=(1, 1, *shape[2:]), dims=schema.FRAMES_DIMS, dtype="float32"
+    )
+    for k in range(sequences):
+        frames = make_frames(11, 3, seed=k).astype("float32")
+        store.write_rows(array, k, frames[None])
+        contents[k] = content_hash(frames, parameter[k])
     arrays: dict[str, tuple[tuple[str, ...], np.ndarray, Any, tuple[int, ...]]] = {
         schema.SEQUENCE: ((schema.SEQUENCE,), names, str, (8,)),
         schema.CONTENT: ((schema.SEQUENCE,), contents, str, (8,)),
@@ -318,12 +328,6 @@ def write_frames(path: Path, sequences: int) -> None:
     for name, (dims, values, dtype, chunks) in arrays.items():
         array = store.create_array(group, name, shape=values.shape, chunks=chunks, dims=dims, dtype=dtype)
         store.write_rows(array, 0, values)
-    shape = (sequences, 11, SIDE, SIDE, 3)
-    array = store.create_array(
-        group, schema.FRAMES, shape=shape, chunks=(1, 1, *shape[2:]), dims=schema.FRAMES_DIMS, dtype="float32"
-    )
-    for k in range(sequences):
-        store.write_rows(array, k, make_frames(11, 3, seed=k)[None])
 
 
 def measure_registry(sequences: int, folder: Path, device: str, metrics: list[str]) -> dict[str, Any]:
@@ -332,8 +336,9 @@ def measure_registry(sequences: int, folder: Path, device: str, metrics: list[st
     A store of one sequence goes first, so that nothing is loaded or compiled in the time that is measured.
     """
     from pipeline import store
+    from pipeline.choice import Settings
     from pipeline.cluster import Cluster
-    from pipeline.distances import Settings, compute_distances
+    from pipeline.distances import compute_distances
     from pipeline.profiles import Profile
 
     settings = Settings(metrics=tuple(metrics))

@@ -13,14 +13,13 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from lsim.preprocess import Scope
 from pipeline import schema, store
-
-Pairs: TypeAlias = Literal["all", "reference"]
+from pipeline.schema import Pairs
 
 METRICS_PER_CHUNK = 64
 """Of the texts in provenance: one chunk holds those of all metrics for a block's sequences, which one task

@@ -166,8 +166,8 @@ def run(
     workers: Workers = None,
 ) -> None:
     """Run a workflow: fetch, convert, distances, correlate, report; only what is out of date."""
+    from pipeline.choice import Settings
     from pipeline.cluster import Cluster
-    from pipeline.distances import Settings
     from pipeline.profiles import load_profile
     from pipeline.resources import find_resource
     from pipeline.workflow import open_workflow, run_workflow
@@ -249,8 +249,9 @@ def distances_command(
     workers: Workers = None,
 ) -> None:
     """Compute distance matrices; only blocks that are new or out of date."""
+    from pipeline.choice import Settings
     from pipeline.cluster import Cluster
-    from pipeline.distances import Settings, compute_distances
+    from pipeline.distances import compute_distances
     from pipeline.profiles import load_profile
 
     settings = Settings.model_validate(

@@ -13,107 +13,25 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
-import pydantic
 
 from lsim.metric import Metric
-from lsim.preprocess import Compat, FramesError, Preprocessing, Scope
-from lsim.registry import learned_class, list_metrics, metric_class, metric_name, why_unavailable
+from lsim.preprocess import Preprocessing, Scope
 from pipeline import schema, store
-from pipeline.blocks import Pairs, describe, drop_vanished, invalidate, lay_out, stale_blocks
+from pipeline.blocks import describe, drop_vanished, invalidate, lay_out, stale_blocks
+from pipeline.choice import Settings, choose_metrics
 from pipeline.cluster import Cluster
-from pipeline.compute import BlockResult, BlockTask, compute_block, sequence_range, write_provenance
+from pipeline.compute import BlockResult, BlockTask, compute_block, write_provenance
 from pipeline.profiles import Profile
-from pipeline.resident import MetricRequest, Option, check_own_metrics, prewarm
+from pipeline.resident import MetricRequest, check_own_metrics, prewarm
+from pipeline.scopes import dataset_range
 from pipeline.submission import run_bounded
 from pipeline.versions import versions
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (blocks done, blocks in all)."""
-
-SEQUENCES_PER_BLOCK = 4
-"""Default of a new store; about a second of work for ten metrics on 11 frames of 256²."""
-
-
-class UnavailableMetricError(ValueError):
-    """A metric asked for by name that cannot be loaded here."""
-
-
-class Settings(pydantic.BaseModel):
-    """Which distances are computed; unknown names and wrong values are errors.
-
-    Attributes
-    ----------
-    metrics : list of str, or "all"
-        ``"all"`` leaves out those whose weights aren't here or that can't take frames of ``size``, and says
-        so. In a list, too, it stands for all that are registered; ``"module:Class"`` is a metric of one's
-        own, which workers must be able to import.
-    options : dict of str to dict
-        What single metrics are told, by their names and those of their options.
-    mask : "nan", optional
-        Metrics that take a mask leave missing pixels (NaN) out; the others, frames that have any.
-    precision : {"exact", "ranking"}
-        What metrics with that option are told, unless ``options`` say otherwise.
-    size, order, compat
-        As :func:`lsim.load_metric` takes them.
-    weights : dict of str to str
-        Weights of one's own by the name of their metric: files that ``lsim train`` wrote, under any name,
-        which is then a metric as others are, whatever ``metrics`` lists; or others for a learned metric
-        that is registered. A file must lie at the same path, or in the same search folder, on every worker.
-    scope : str or (lo, hi)
-        Over which frames minimum and maximum are taken: ``"sequence"``, ``"pair"``, ``"dataset"`` (all
-        sequences of a field) or fixed.
-    pairs : {"all", "reference"}
-        ``"reference"`` computes frame 0 against the others only.
-    strict : bool
-        Make what is left out of ``"all"`` an error.
-    block : int
-        Sequences per block of a store that is new.
-    """
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
-
-    metrics: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] | Literal["all"] = "all"
-    options: dict[str, dict[str, Option]] = {}
-    mask: Literal["nan"] | None = None
-    precision: Literal["exact", "ranking"] = "exact"
-    size: int | None = pydantic.Field(default=224, ge=1)
-    order: int = pydantic.Field(default=0, ge=0, le=5)
-    compat: Compat = "default"
-    weights: dict[Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")], str] = {}
-    scope: Literal["sequence", "pair", "dataset"] | tuple[float, float] = "sequence"
-    pairs: Pairs = "all"
-    strict: bool = False
-
-    block: int = pydantic.Field(default=SEQUENCES_PER_BLOCK, ge=1)
-
-    @pydantic.field_validator("scope")
-    @classmethod
-    def _scope_rises(cls, scope: Any) -> Any:
-        if isinstance(scope, tuple) and not scope[0] < scope[1]:
-            raise ValueError(f"a fixed scope is LO,HI with LO below HI, got {scope}")
-        return scope
-
-
-@dataclass(frozen=True)
-class ChosenMetrics:
-    """The metrics that settings ask for.
-
-    Attributes
-    ----------
-    metrics : list of Metric
-        Loaded on the CPU.
-    requests : dict of str to MetricRequest
-        By name, how workers load the same.
-    unavailable : dict of str to str
-        Those of ``"all"`` that are left out, each with the reason.
-    """
-
-    metrics: list[Metric]
-    requests: dict[str, MetricRequest]
-    unavailable: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -270,110 +188,6 @@ def compute_distances(
     return report
 
 
-def choose_metrics(settings: Settings) -> ChosenMetrics:
-    """Load the metrics that settings ask for: what is wrong with the settings is an error here.
-
-    What weights are given for is asked for by name, too.
-
-    Raises
-    ------
-    UnavailableMetricError
-        When a metric asked for by name (or any, with ``strict``) isn't there to be loaded.
-    lsim.UnknownMetricError
-        For an unknown name.
-    lsim.FramesError
-        When a metric asked for by name (or any, with ``strict``) can't take frames of that size.
-    lsim.WeightsError
-        For weights of another network.
-    ValueError
-        For names that are taken, and options that no metric has or that it can't take.
-    """
-    given = settings.weights
-    named = ["all"] if settings.metrics == "all" else settings.metrics
-    by_name = [name for name in (*named, *given) if name != "all"]
-    listed = [name for entry in named for name in (list_metrics() if entry == "all" else [entry])]
-    wanted = list(dict.fromkeys([*listed, *given]))
-    _check_names(wanted)
-    _check_options(settings, wanted)
-    unavailable = {name: reason for name in wanted if (reason := why_unavailable(name, given.get(name)))}
-    needed = wanted if settings.strict else by_name
-    if faults := [name for name in needed if name in unavailable]:
-        raise UnavailableMetricError(
-            "; ".join(f"metric {name!r} is not available: {unavailable[name]}" for name in faults)
-        )
-    chosen = ChosenMetrics([], {}, unavailable)
-    for name in wanted:
-        if name in unavailable:
-            continue
-        request = _request(name, settings)
-        try:
-            metric = request.load("cpu")
-        except FramesError as error:
-            if name in needed:
-                raise
-            unavailable[name] = str(error)
-            continue
-        chosen.metrics.append(metric)
-        chosen.requests[metric.name] = request.of(metric)
-    return chosen
-
-
-def _check_names(wanted: Sequence[str]) -> None:
-    """Two metrics of one name, or one named as a variable of the store, would overwrite each other."""
-    names = [metric_name(name) for name in wanted]
-    if reserved := sorted(schema.RESERVED & set(names)):
-        raise ValueError(
-            f"a metric cannot be named {', '.join(reserved)}: the store has variables of that name"
-        )
-    for name in names:
-        if names.count(name) > 1:
-            which = " and ".join(repr(one) for one in wanted if metric_name(one) == name)
-            raise ValueError(f"{which} would both be called {name!r}: call one of them otherwise")
-
-
-def _check_options(settings: Settings, wanted: Sequence[str]) -> None:
-    """Options are those of a metric that there is, and that has them, whether it is computed now or not."""
-    known = {metric_name(name): name for name in (*list_metrics(), *wanted)}
-    for name, options in settings.options.items():
-        if name not in known:
-            raise ValueError(f"options for {name!r}, which is no metric; there are {', '.join(known)}")
-        there = _class_of(known[name], settings).option_names()
-        if unknown := sorted(options.keys() - set(there)):
-            raise ValueError(
-                f"metric {name!r} has no option {', '.join(unknown)}; it has: {', '.join(there) or 'none'}"
-            )
-
-
-def _class_of(name: str, settings: Settings) -> type[Metric]:
-    weights = settings.weights.get(name)
-    return metric_class(name) if weights is None else learned_class(name, weights)
-
-
-def _request(name: str, settings: Settings) -> MetricRequest:
-    """How a metric is asked for under these settings; its specification is known once it is loaded."""
-    cls = _class_of(name, settings)
-    options = dict(settings.options.get(metric_name(name), {}))
-    if settings.precision != "exact" and "precision" in cls.option_names():
-        options.setdefault("precision", settings.precision)
-    weights = settings.weights.get(name)
-    return MetricRequest(
-        name,
-        None if weights is None else _everywhere(weights),
-        settings.size,
-        settings.order,
-        settings.compat,
-        mask=settings.mask is not None and cls.info.takes_mask,
-        symmetrise=True,
-        options=tuple(sorted(options.items())),
-    )
-
-
-def _everywhere(weights: str) -> str:
-    """A file of weights as workers find it, who may run in another folder; names stay as they are."""
-    path = Path(weights).expanduser()
-    return str(path.absolute()) if path.is_file() else weights
-
-
 def _symmetrised(metrics: Sequence[Metric]) -> list[str]:
     return [metric.name for metric in metrics if metric.specification().get("symmetrised")]
 
@@ -436,8 +250,16 @@ def _stale_tasks(
     group = lay_out(root, origin, key, units, settings.block)
     dataset = key.split("/")[0]
     store.set_attributes(store.get_group(root, dataset), dict(store.get_group(source, dataset).attrs))
+    provenance = store.get_group(group, schema.PROVENANCE)
+    rows = [(key, row, content) for row, content in enumerate(contents)]
     scopes: dict[bool, Scope] = {
-        masked: _dataset_range(cluster, str(frames), group, key, contents, settings, masked)
+        masked: dataset_range(
+            cluster,
+            str(frames),
+            rows,
+            provenance,
+            Preprocessing(settings.size, settings.order, settings.compat, masked),
+        )
         if settings.scope == "dataset"
         else settings.scope
         for masked in {metric.preprocessing.mask for metric in metrics}
@@ -471,40 +293,6 @@ def _stale_tasks(
         )
         for block in blocks
     ]
-
-
-def _dataset_range(
-    cluster: Cluster,
-    frames: str,
-    group: store.Group,
-    key: str,
-    contents: Sequence[str],
-    settings: Settings,
-    masked: bool,
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Minimum and maximum per channel over all sequences of a field; known ones aren't read again."""
-    preprocessing = Preprocessing(settings.size, settings.order, settings.compat, masked)
-    label = f"{settings.size}/{settings.order}/{settings.compat}"
-    attribute = "masked_ranges" if masked else "ranges"
-    provenance = store.get_group(group, schema.PROVENANCE)
-    recorded: Any = provenance.attrs.get(attribute, {})
-    known = recorded.get("ranges", {}) if recorded.get("of") == label else {}
-    ranges: dict[str, Any] = {content: known[content] for content in contents if content in known}
-    missing = [
-        (frames, key, row, preprocessing) for row, content in enumerate(contents) if content not in ranges
-    ]
-    for task, result, error in run_bounded(cluster.client if missing else None, sequence_range, missing):
-        if isinstance(error, FramesError):
-            return (0.0,), (0.0,)  # no metric can take this field: each will say why
-        if error is not None:
-            raise error
-        ranges[contents[task[2]]] = result
-    if missing:
-        store.set_attributes(provenance, {attribute: {"of": label, "ranges": ranges}})
-    lo, hi = (np.array([ranges[content][side] for content in contents], float) for side in (0, 1))
-    if np.isnan(lo).all():
-        return (0.0,), (0.0,)  # nothing counts in any sequence: distances will be NaN whatever the range
-    return tuple(np.nanmin(lo, axis=0).tolist()), tuple(np.nanmax(hi, axis=0).tolist())
 
 
 def _run(

@@ -42,7 +42,7 @@ The diagonal is zero by convention, not evaluated: PSNR of a frame with itself w
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import xarray as xr
@@ -83,6 +83,10 @@ CARRIED = frozenset({PARAMETER, SEQUENCE})
 
 RESERVED = CARRIED | {FRAME, FRAME_OTHER, PROVENANCE}
 """Names that no metric can have in a ``distances.zarr``."""
+
+
+Pairs: TypeAlias = Literal["all", "reference"]
+"""Which pairs of a sequence have distances: all, or frame 0 with the others."""
 
 
 class SchemaError(ValueError):

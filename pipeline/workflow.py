@@ -16,10 +16,11 @@ from typing import Any, Literal, TypeAlias
 import pydantic
 
 from pipeline.catalog import fetch, open_catalog
+from pipeline.choice import Settings, choose_metrics
 from pipeline.cluster import Cluster
 from pipeline.convert import ConversionReport, convert
 from pipeline.correlate import CorrelationReport, correlate
-from pipeline.distances import DistancesReport, Settings, choose_metrics, compute_distances
+from pipeline.distances import DistancesReport, compute_distances
 from pipeline.report import write_report
 from pipeline.resources import find_resource, read_yaml, validated
 
@@ -138,7 +139,7 @@ def run_workflow(
     pipeline.catalog.MissingDataError
         When source data is absent; says what to download.
     ValueError, lsim.UnknownMetricError, lsim.WeightsError
-        For metrics that :func:`pipeline.distances.choose_metrics` refuses; before anything is fetched.
+        For metrics that :func:`pipeline.choice.choose_metrics` refuses; before anything is fetched.
     """
     folder = Path(out if out is not None else workflow.out)
     frames, distances, results = folder / "frames.zarr", folder / "distances.zarr", folder / "results"

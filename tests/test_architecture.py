@@ -21,7 +21,9 @@ PARTS_OF_STAGES = {
     "pipeline.shards": "pipeline.convert",
 }
 """Modules that belong to one stage; ``pipeline.statistics`` knows arrays alone, and is anybody's."""
-LEAVES = ("pipeline.versions", "pipeline.resources", "pipeline.statistics")
+LEAVES = ("pipeline.versions", "pipeline.resources", "pipeline.statistics", "pipeline.mapping")
+SHARED_BY_STAGES = ("pipeline.choice", "pipeline.scopes")
+"""What several stages ask: which metrics, and over which range their frames are normalised."""
 WORKERS = ("pipeline.cluster", "pipeline.profiles", "pipeline.resident", "pipeline.submission")
 """How stages get at workers; :mod:`pipeline.profiles` below, :mod:`pipeline.cluster` above."""
 KNOW_DASK = (*WORKERS, "pipeline.convert", "pipeline.distances", "pipeline.workflow")
@@ -190,6 +192,7 @@ def test_nothing_below_imports_what_is_above() -> None:
         ("pipeline.resident",): ("pipeline.cluster", "pipeline.submission"),
         ("pipeline.catalog",): (*STAGES, "pipeline.readers", "pipeline.store", *WORKERS),
         ("pipeline.readers",): (*STAGES, "pipeline.store", *WORKERS),
+        SHARED_BY_STAGES: (*STAGES, *PARTS_OF_STAGES, "pipeline.workflow"),
         (*STAGES,): ("pipeline.workflow",),
     }
     for below, higher in above.items():

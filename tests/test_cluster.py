@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from archives import archive_of, write_archive
 
+from pipeline.choice import Settings
 from pipeline.cluster import Cluster
-from pipeline.distances import Settings, compute_distances
+from pipeline.distances import compute_distances
 from pipeline.profiles import ClusterError, Profile, load_profile
 from pipeline.resident import load_counts
 from pipeline.submission import run_bounded

@@ -21,9 +21,10 @@ from lsim.prepared import Prepared
 from lsim.testing import write_random_checkpoint
 from lsim.weights import load_checkpoint, save_checkpoint
 from pipeline import schema, store, versions
+from pipeline.choice import Settings, UnavailableMetricError
 from pipeline.cluster import Cluster
 from pipeline.correlate import CorrelationError, correlate
-from pipeline.distances import Settings, UnavailableMetricError, compute_distances
+from pipeline.distances import compute_distances
 from pipeline.profiles import Profile
 from pipeline.report import write_report
 
@@ -525,7 +526,7 @@ def test_a_size_that_a_metric_asked_for_cannot_take_is_an_error_before_anything_
     own_weights(tmp_path / "mine.safetensors")
     monkeypatch.chdir(tmp_path)
     # Whatever is not here for another reason.
-    monkeypatch.setattr("pipeline.distances.list_metrics", lambda: ["l1", "ssim", "ms-ssim"])
+    monkeypatch.setattr("pipeline.choice.list_metrics", lambda: ["l1", "ssim", "ms-ssim"])
     with pytest.raises(lsim.FramesError, match=f"metric '{culprit}' cannot take frames of"):
         compute(frames, tmp_path / "d.zarr", **({"size": 100} | changes))
     assert not (tmp_path / "d.zarr").exists()

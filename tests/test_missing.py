@@ -14,11 +14,12 @@ from commands import run_lsim
 import lsim
 from pipeline import schema, store
 from pipeline.catalog import CatalogError, open_catalog
+from pipeline.choice import Settings
 from pipeline.cluster import Cluster
+from pipeline.content import content_hash
 from pipeline.convert import ConversionReport, convert
-from pipeline.distances import Settings, compute_distances
+from pipeline.distances import compute_distances
 from pipeline.profiles import Profile
-from pipeline.shards import content_hash
 
 QUICK = Settings(metrics=("l1", "vi"), size=None)
 

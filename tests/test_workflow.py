@@ -10,8 +10,8 @@ from commands import run_lsim
 
 import lsim
 from pipeline.catalog import open_catalog
+from pipeline.choice import Settings
 from pipeline.cluster import Cluster
-from pipeline.distances import Settings
 from pipeline.profiles import Profile
 from pipeline.resources import shipped_names
 from pipeline.train import open_training

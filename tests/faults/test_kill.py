@@ -17,8 +17,9 @@ import pytest
 from archives import archive_of, matrices_of, write_archive
 
 from pipeline import schema, store
+from pipeline.choice import Settings
 from pipeline.cluster import Cluster
-from pipeline.distances import Settings, compute_distances
+from pipeline.distances import compute_distances
 from pipeline.profiles import Profile
 
 METRICS = ("l2", "ssim", "vi")

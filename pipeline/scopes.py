@@ -1,0 +1,88 @@
+"""Minimum and maximum over a data set: the scope that all of its frames are normalised by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from lsim.preprocess import FramesError, Preprocessing, range_of
+from pipeline import store
+from pipeline.cluster import Cluster
+from pipeline.content import read_sequence
+from pipeline.submission import run_bounded
+
+Range: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
+"""Minimum and maximum per channel."""
+
+
+def dataset_range(
+    cluster: Cluster,
+    frames: str,
+    sequences: Sequence[tuple[str, int, str]],
+    provenance: store.Group,
+    preprocessing: Preprocessing,
+) -> Range:
+    """Minimum and maximum per channel over sequences of a ``frames.zarr``; known ones aren't read again.
+
+    Parameters
+    ----------
+    cluster : Cluster
+        Reads what isn't known.
+    frames : str
+        Where workers find the store.
+    sequences : sequence of (str, int, str)
+        Key of the field, row and content of each.
+    provenance : Group
+        Of the results: its attributes keep the range of every sequence, by content.
+    preprocessing : Preprocessing
+        Ranges are those of frames as metrics take them.
+
+    Returns
+    -------
+    lo, hi : tuple of float
+        ``(0.0,), (0.0,)`` where no frame counts, or none has a shape that a metric takes.
+    """
+    label = f"{preprocessing.size}/{preprocessing.order}/{preprocessing.compat}"
+    attribute = "masked_ranges" if preprocessing.mask else "ranges"
+    contents = [content for _, _, content in sequences]
+    recorded: Any = provenance.attrs.get(attribute, {})
+    known = recorded.get("ranges", {}) if recorded.get("of") == label else {}
+    ranges: dict[str, Any] = {content: known[content] for content in contents if content in known}
+    missing = [
+        (frames, key, row, preprocessing, content) for key, row, content in sequences if content not in ranges
+    ]
+    for task, result, error in run_bounded(cluster.client if missing else None, sequence_range, missing):
+        if isinstance(error, FramesError):
+            return (0.0,), (0.0,)  # no metric can take this field: each will say why
+        if isinstance(error, store.DamagedError):
+            continue  # quarantined: its block says so
+        if error is not None:
+            raise error
+        ranges[task[-1]] = result
+    if missing:
+        store.set_attributes(provenance, {attribute: {"of": label, "ranges": ranges}})
+    there = [ranges[content] for content in contents if content in ranges]
+    lo, hi = (np.array([found[side] for found in there], float) for side in (0, 1))
+    if np.isnan(lo).all():
+        return (0.0,), (0.0,)  # nothing counts in any sequence: distances will be NaN whatever the range
+    return tuple(np.nanmin(lo, axis=0).tolist()), tuple(np.nanmax(hi, axis=0).tolist())
+
+
+def sequence_range(
+    frames: str, key: str, row: int, settings: Preprocessing, content: str
+) -> tuple[list[float | None], list[float | None]]:
+    """Minimum and maximum per channel of one sequence as metrics take them; None where nothing counts.
+
+    Runs on a worker. ``content`` says whose they are.
+
+    Raises
+    ------
+    DamagedError
+        When its frames are not those that were converted.
+    """
+    group = store.get_group(store.open_store(frames), key)
+    lo, hi = (side.tolist() for side in range_of(read_sequence(group, row, content), settings))
+    return [None if math.isnan(v) else v for v in lo], [None if math.isnan(v) else v for v in hi]
