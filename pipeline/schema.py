@@ -1,6 +1,6 @@
-"""Names, dimensions and dtypes of the two stores, and what makes a store valid.
+"""Names, dimensions and dtypes of the stores, and what makes a store valid.
 
-Both stores are Zarr format 3 hierarchies with one group per ``<dataset>/<field>``; every group reads
+All stores are Zarr format 3 hierarchies with one group per ``<dataset>/<field>``; every group reads
 as a dense :class:`xarray.Dataset` with plain :func:`xarray.open_datatree`.
 
 ``frames.zarr``, group ``/<dataset>/<field>``:
@@ -37,6 +37,31 @@ Its attribute ``precision`` says by metric how sums over pairs were computed in 
 promised relative error and its bound, pairs, how many were taken again, and on what device; for networks
 it is that of sums over their features.
 The diagonal is zero by convention, not evaluated: PSNR of a frame with itself would be infinite.
+
+``archive.zarr``, one matrix over all frames of a group ``/<dataset>/<field>``, or of several groups together,
+``/together/<name>``:
+
+=============== ================================== ============ =========================================
+variable        dims                               dtype        meaning
+=============== ================================== ============ =========================================
+one per metric  frame, frame_other                 float32      distances; symmetric, zero diagonal, NaN
+                                                                where not compared; chunks are square tiles
+``field``       frame                              str          ``<dataset>/<field>`` that the frame is of
+``sequence``    frame                              str          its sequence
+``number``      frame                              int32        its index within the sequence
+``parameter``   frame                              float64      ground truth
+=============== ================================== ============ =========================================
+
+Frames stand in the order of their groups' keys, then of sequences, then of their numbers. The child group
+``provenance`` has ``metric`` (metric), ``specification`` (metric, JSON), ``failure`` (metric, frame; why a
+frame has no distances, empty where it has), ``content`` (tile; hash of the frames of a block) and
+``fingerprint`` (metric, tile, tile_other; of the tiles on and above the diagonal, empty where they are out of
+date; it is written after the tile and its mirror image). Attributes of a group: ``groups``, its fields;
+``scope``; and of the root: ``frames``, where they are from; ``plan``, as it was shown; ``runs``.
+
+``embeddings.zarr``, the same groups as ``archive.zarr``: ``field``, ``sequence``, ``number``, ``parameter``,
+and a variable for each part of a metric's embedding, (frame, …): ``features`` (frame, feature; float32) of the
+learned metrics. The attribute ``euclidean`` is true where the metric is the Euclidean distance of its features.
 """
 
 from __future__ import annotations
@@ -52,11 +77,19 @@ SCHEMA_VERSION = 1
 
 FRAMES_STORE = "frames"
 DISTANCES_STORE = "distances"
+ARCHIVE_STORE = "archive"
+EMBEDDINGS_STORE = "embeddings"
+TOGETHER = "together"
+"""The group of matrices over several fields of an archive."""
 
 SEQUENCE = "sequence"
 FRAME = "frame"
 FRAME_OTHER = "frame_other"
 METRIC = "metric"
+FIELD = "field"
+NUMBER = "number"
+TILE = "tile"
+TILE_OTHER = "tile_other"
 
 FRAMES = "frames"
 PARAMETER = "parameter"
@@ -73,6 +106,11 @@ FRAMES_DIMS = (SEQUENCE, FRAME, "y", "x", "channel")
 PARAMETER_DIMS = (SEQUENCE, FRAME)
 DISTANCE_DIMS = (SEQUENCE, FRAME, FRAME_OTHER)
 PROVENANCE_DIMS = (METRIC, SEQUENCE)
+ARCHIVE_DIMS = (FRAME, FRAME_OTHER)
+FINGERPRINT_DIMS = (METRIC, TILE, TILE_OTHER)
+
+VALIDATED_TOGETHER = 1024
+"""Rows of an archive's matrix that are looked at together."""
 
 FRAME_DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float16", "float32", "float64")
 """Dtypes that ``frames`` may have: what image libraries and simulation codes write."""
@@ -80,9 +118,11 @@ FRAME_DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float16"
 CARRIED = frozenset({PARAMETER, SEQUENCE})
 """Variables of a ``distances.zarr`` group that are not metrics."""
 
+CARRIED_BY_ARCHIVE = frozenset({FIELD, SEQUENCE, NUMBER, PARAMETER})
+"""Variables of an ``archive.zarr`` group that are not metrics."""
 
-RESERVED = CARRIED | {FRAME, FRAME_OTHER, PROVENANCE}
-"""Names that no metric can have in a ``distances.zarr``."""
+RESERVED = CARRIED | CARRIED_BY_ARCHIVE | {FRAME, FRAME_OTHER, PROVENANCE}
+"""Names that no metric can have in a ``distances.zarr`` or an ``archive.zarr``."""
 
 
 Pairs: TypeAlias = Literal["all", "reference"]
@@ -96,6 +136,11 @@ class SchemaError(ValueError):
 def metric_names(variables: Iterable[str]) -> list[str]:
     """Names of the metrics among the variables of a ``distances.zarr`` group."""
     return sorted(str(name) for name in variables if str(name) not in CARRIED)
+
+
+def archive_metric_names(variables: Iterable[str]) -> list[str]:
+    """Names of the metrics among the variables of an ``archive.zarr`` group."""
+    return sorted(str(name) for name in variables if str(name) not in CARRIED_BY_ARCHIVE)
 
 
 def validate_parameter(parameter: np.ndarray, where: str) -> None:
@@ -143,6 +188,29 @@ def validate_distances(group: xr.Dataset, where: str) -> None:
         diagonal = np.diagonal(matrices, axis1=1, axis2=2)
         if np.any((diagonal != 0) & ~np.isnan(diagonal)):
             raise SchemaError(f"{where}: {name} has values other than 0 on the diagonal")
+
+
+def validate_archive(group: xr.Dataset, where: str) -> None:
+    """Raise :class:`SchemaError` unless ``group`` is a valid group of ``archive.zarr``.
+
+    Checks names, dims and dtypes, and that each matrix is symmetric with a zero diagonal; in memory it has two
+    bands of a matrix at a time.
+    """
+    for name, dtypes in ((FIELD, None), (SEQUENCE, None), (NUMBER, ("int32",)), (PARAMETER, ("float64",))):
+        _expect_variable(group, name, (FRAME,), dtypes, where)
+    n = group.sizes[FRAME]
+    for name in archive_metric_names(map(str, group.variables)):
+        _expect_variable(group, name, ARCHIVE_DIMS, ("float32",), where)
+        if group.sizes[FRAME_OTHER] != n:
+            raise SchemaError(f"{where}: {name} has shape {group[name].shape}; expected {(n, n)}")
+        for start in range(0, n, VALIDATED_TOGETHER):
+            part = slice(start, start + VALIDATED_TOGETHER)
+            rows, columns = group[name][part].values, group[name][:, part].values
+            if not np.array_equal(rows, columns.T, equal_nan=True):
+                raise SchemaError(f"{where}: {name} is not symmetric, in rows from {start} on")
+            diagonal = np.diagonal(rows, start)
+            if np.any((diagonal != 0) & ~np.isnan(diagonal)):
+                raise SchemaError(f"{where}: {name} has values other than 0 on the diagonal")
 
 
 def _expect_variable(
