@@ -1,0 +1,124 @@
+"""Several hosts under TLS: a worker cut off in mid-run that comes back, clocks that differ, strangers.
+
+The hosts share this machine's disk, as those of a cluster share theirs: a network that fails takes the scheduler
+away from a worker, not the stores.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import paced
+import pytest
+from archives import archive_of, matrices_of, write_archive
+from commands import run_lsim
+from hosts import ADDRESSES, ROOT, SCHEDULER, Hosts, Membership, netns, why_no_hosts, write_credentials
+
+from pipeline import schema, store
+
+pytestmark = [pytest.mark.netns, pytest.mark.timeout(300)]
+
+TESTS = Path(paced.__file__).parent
+SEQUENCES = 60
+KEY = "A/density"
+SETTINGS = ("--metrics", "l2,paced:Paced", "--size", "0", "--block", "1")
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory) -> Path:
+    return write_archive(tmp_path_factory.mktemp("archive") / "frames.zarr", archive_of(SEQUENCES, frames=4))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(frames, tmp_path_factory) -> dict[str, np.ndarray]:
+    """Matrices by metric, computed in one process."""
+    out = tmp_path_factory.mktemp("undisturbed") / "d.zarr"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
+        code, text = run_lsim("distances", frames, "--out", out, *SETTINGS, "--cluster", "none")
+    assert code == 0, text
+    return matrices_of(out)
+
+
+@pytest.fixture(scope="module")
+def credentials(tmp_path_factory) -> dict[str, str]:
+    """Environment in which Dask uses the credentials of these hosts."""
+    return write_credentials(tmp_path_factory.mktemp("credentials"))
+
+
+@pytest.fixture
+def hosts(tmp_path, credentials) -> Iterator[Hosts]:
+    """Hosts that are connected, with a scheduler on h0 and nothing else."""
+    if reason := why_no_hosts():
+        pytest.skip(reason)
+    netns("down")  # what a session that was killed has left
+    netns("up")
+    search = os.pathsep.join([str(TESTS), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("DASK_")}
+    environment = bare | credentials | {"PYTHONPATH": search, "COLUMNS": "400"}
+    environment[paced.LOG] = str(tmp_path / "attempts.txt")
+    found = Hosts(tmp_path, environment)
+    try:
+        scheduler = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", ADDRESSES["h0"]]
+        found.start("h0", *scheduler, "--port", "8786", "--no-dashboard", log="scheduler.log")
+        yield found
+    finally:
+        for process in found.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        netns("down")
+
+
+def chunk_times(out: Path) -> dict[str, int]:
+    """Time of writing of the chunks of all finished matrices, by path."""
+    group = store.get_group(store.open_store(out), f"{KEY}/{schema.PROVENANCE}")
+    names = store.read(store.get_array(group, schema.METRIC))
+    done = store.read(store.get_array(group, schema.FINGERPRINT)) != ""
+    paths = [out / KEY / str(names[i]) / "c" / str(row) / "0" / "0" for i, row in np.argwhere(done)]
+    return {str(path): path.stat().st_mtime_ns for path in paths}
+
+
+def test_a_host_cut_off_costs_its_blocks_and_comes_back(hosts, frames, undisturbed, capsys):
+    out = hosts.folder / "d.zarr"
+    attempts = paced.Attempts(hosts.folder / "attempts.txt")
+    members = Membership(hosts)
+    for host in ("h1", "h2"):
+        hosts.start_worker(host, **{paced.PACE: "0.7"})
+    paced.wait_until("two workers", lambda: members.names == ["h1", "h2"], 60, hosts.trouble)
+    run = hosts.start_lsim(
+        "h0", "distances", frames, "--out", out, *SETTINGS, "--cluster", SCHEDULER, log="run.log"
+    )
+    paced.wait_until("both computed", lambda: attempts.workers() == {"h1", "h2"}, 60, hosts.trouble)
+    paced.wait_until("some blocks", lambda: len(attempts.lines("end")) >= 8, 60, hosts.trouble)
+
+    netns("cut", "h2")
+    cut = time.time()
+    finished = chunk_times(out)
+    assert finished
+    paced.wait_until("the scheduler gives h2 up", lambda: members.names == ["h1"], 60, hosts.trouble)
+    lost = members.changes[-1]["time"]
+    assert run.poll() is None, "the run was over before the host was given up: nothing was tested"
+    paced.wait_until("h1 goes on", lambda: "h1" in attempts.workers(since=lost), 60, hosts.trouble)
+
+    netns("mend", "h2")
+    mended = time.time()
+    paced.wait_until("h2 is back", lambda: members.names == ["h1", "h2"], 120, hosts.trouble)
+    back = members.changes[-1]["time"]
+    assert run.wait(timeout=200) == 0, hosts.log("run.log")
+    with capsys.disabled():
+        print(
+            f"\nhost given up {lost - cut:.1f} s after it was cut off, "
+            f"back {back - mended:.1f} s after the network was mended"
+        )
+    assert "h2" in attempts.workers(since=back), "h2 came back and was given nothing to do"
+    np.testing.assert_equal(matrices_of(out), undisturbed)
+    assert {path: time for path, time in chunk_times(out).items() if path in finished} == finished
+    assert len({sequence for sequence, _, _ in attempts.lines("end")}) == SEQUENCES

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# A Dask worker that comes back.
+#
+# A worker that loses its scheduler (a switch restarts, a cable is pulled) leaves for good, whatever Dask's options.
+# This script starts it again, whatever it ended of, until
+#   - the script is told to stop (SIGTERM or Ctrl-C): the worker finishes what it is computing, and leaves; or
+#   - no scheduler has answered for PATIENCE seconds (default 3600): exit code 1.
+#
+#   worker.sh tls://HOST:8786 [more options of 'dask worker', such as --nthreads 1 --interface ib0]
+#
+# As a batch job; SLURM then warns the script alone, a minute ahead:
+#   sbatch --time 08:00:00 --signal B:TERM@60 worker.sh tls://HOST:8786 --nthreads 1
+# As a systemd unit:
+#   ExecStart=/opt/lsim/worker.sh tls://HOST:8786 --nthreads 1
+#   KillMode=mixed
+#
+# Workers must see the stores at the paths that the driver uses. PYTHON names the interpreter that lsim is installed
+# for (default: python). Credentials, and all else, come from Dask's configuration: files that DASK_CONFIG names, or
+#   DASK_DISTRIBUTED__COMM__TLS__CA_FILE  …__TLS__WORKER__CERT  …__TLS__WORKER__KEY
+set -u
+[ $# -ge 1 ] || { sed -n '/^#   worker.sh/s/^# *//p' "$0" >&2; exit 2; }
+patience=${PATIENCE:-3600}
+answered=$SECONDS
+stopped=
+worker=
+
+stop() {
+  stopped=yes
+  [ -z "$worker" ] || kill -TERM "$worker" 2> /dev/null
+}
+trap stop TERM INT
+
+while [ -z "$stopped" ]; do
+  "${PYTHON:-python}" -m distributed.cli.dask_worker --no-dashboard --death-timeout 60 "$@" &
+  worker=$!
+  [ -z "$stopped" ] || stop
+  # A trapped signal ends wait, not the worker.
+  wait "$worker"
+  status=$?
+  while kill -0 "$worker" 2> /dev/null; do
+    wait "$worker"
+    status=$?
+  done
+  worker=
+  [ -z "$stopped" ] || exit 0
+  # A worker that had a scheduler and lost it ends with 0.
+  [ "$status" -ne 0 ] || answered=$SECONDS
+  if [ $((SECONDS - answered)) -ge "$patience" ]; then
+    echo "worker.sh: no scheduler has answered for $patience s: $1" >&2
+    exit 1
+  fi
+  echo "worker.sh: the worker ended with exit code $status; starting it again" >&2
+  sleep 1
+done
