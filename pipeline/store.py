@@ -50,7 +50,15 @@ class StoreError(RuntimeError):
 
 
 class DamagedError(StoreError):
-    """Values in a store that are not those that were written."""
+    """Values in a store that are not those that were written; ``damage`` says which, and names no folder."""
+
+    def __init__(self, where: str, damage: str) -> None:
+        super().__init__(where, damage)
+        self.damage = damage
+
+    def __str__(self) -> str:
+        where, damage = self.args
+        return f"{where}: {damage}; 'lsim verify' lists all that is damaged in a store"
 
 
 UNREADABLE = (ValueError, RuntimeError, SystemError, MemoryError)
@@ -276,7 +284,7 @@ def read(array: Array, region: Any = ...) -> np.ndarray:
         damaged = damaged_chunks(array, region)
         if not damaged:
             raise
-        raise DamagedError(f"{array.store_path}: {damaged_text(damaged)}") from error
+        raise DamagedError(str(array.store_path), damaged_text(damaged)) from error
     return values.astype(object) if values.dtype.kind == "T" else values
 
 
@@ -306,6 +314,8 @@ def damaged_chunks(array: Array, region: Any = ...) -> list[DamagedChunk]:
             read_chunk(array, start)
         except (*UNREADABLE, OSError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
+            if "checksum do not match" in reason:
+                reason = "its checksum does not match"
             found.append(DamagedChunk(chunk_key(array, start), start, reason))
     return found
 
