@@ -276,8 +276,16 @@ def read(array: Array, region: Any = ...) -> np.ndarray:
     DamagedError
         Naming the chunks that cannot be decoded.
     """
-    try:
+    with damage_named(array, region):
         values = np.asarray(array[region])
+    return values.astype(object) if values.dtype.kind == "T" else values
+
+
+@contextlib.contextmanager
+def damage_named(array: Array, region: Any = ...) -> Iterator[None]:
+    """Make an error of reading a region a :class:`DamagedError` that names the chunks, where some are damaged."""
+    try:
+        yield
     except (*UNREADABLE, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EIO:
             raise
@@ -285,7 +293,6 @@ def read(array: Array, region: Any = ...) -> np.ndarray:
         if not damaged:
             raise
         raise DamagedError(str(array.store_path), damaged_text(damaged)) from error
-    return values.astype(object) if values.dtype.kind == "T" else values
 
 
 @dataclass(frozen=True)
@@ -367,10 +374,26 @@ def open_dataset(path: str | os.PathLike[str], key: str) -> xr.Dataset:
     return xr.open_zarr(str(path), group=key, consolidated=False, chunks=None)
 
 
+def load_dataset(path: str | os.PathLike[str], key: str, names: Sequence[str] | None = None) -> xr.Dataset:
+    """One group of a store with variables in memory: those of ``names``, or all; the others stay lazy.
+
+    Raises
+    ------
+    DamagedError
+        Naming the chunks that cannot be decoded.
+    """
+    dataset, group = open_dataset(path, key), get_group(open_store(path), key)
+    for name in map(str, dataset.variables) if names is None else names:
+        if name in dataset.variables:
+            with damage_named(get_array(group, name)):
+                dataset.variables[name].load()
+    return dataset
+
+
 def iterate_datasets(path: str | os.PathLike[str], variable: str) -> Iterator[tuple[str, xr.Dataset]]:
-    """All ``(<dataset>/<field>, dataset)`` of a store whose group holds ``variable``."""
+    """All ``(<dataset>/<field>, dataset)`` of a store whose group holds ``variable``, in memory one by one."""
     for key in field_keys(open_store(path), variable):
-        yield key, open_dataset(path, key)
+        yield key, load_dataset(path, key)
 
 
 def specifications(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
