@@ -283,7 +283,7 @@ def read(array: Array, region: Any = ...) -> np.ndarray:
 
 @contextlib.contextmanager
 def damage_named(array: Array, region: Any = ...) -> Iterator[None]:
-    """Make an error of reading a region a :class:`DamagedError` that names the chunks, where some are damaged."""
+    """Make an error of reading a region a :class:`DamagedError` that names the damaged chunks, if any are."""
     try:
         yield
     except (*UNREADABLE, OSError) as error:
@@ -391,9 +391,9 @@ def load_dataset(path: str | os.PathLike[str], key: str, names: Sequence[str] | 
 
 
 def iterate_datasets(path: str | os.PathLike[str], variable: str) -> Iterator[tuple[str, xr.Dataset]]:
-    """All ``(<dataset>/<field>, dataset)`` of a store whose group holds ``variable``, in memory one by one."""
+    """All ``(<dataset>/<field>, dataset)`` of a store whose group holds ``variable``."""
     for key in field_keys(open_store(path), variable):
-        yield key, load_dataset(path, key)
+        yield key, open_dataset(path, key)
 
 
 def specifications(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
