@@ -25,13 +25,10 @@ import xarray as xr
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.sync import sync
+from zarr.storage import ObjectStore
 
-from pipeline import schema
-
-try:
-    import fcntl
-except ImportError:  # not on this platform: runs there have to keep out of each other's way themselves
-    fcntl = None  # type: ignore[assignment]
+from pipeline import locks, objects, schema
+from pipeline.address import absolute, is_address
 
 Group = zarr.Group
 Array = zarr.Array
@@ -39,6 +36,7 @@ Array = zarr.Array
 COMPRESSION = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle")
 CHECKSUM = Crc32cCodec()
 """Last codec of every chunk: one that was damaged raises when it is read, and never gives other values."""
+_DOCUMENT = "zarr.json"
 SHARD_BYTES = 128 * 2**20
 """Target size of a shard of decoded frames; it holds a whole number of sequences, at least one."""
 SHARD_CHUNKS = 4096
@@ -73,11 +71,47 @@ def open_store(path: str | os.PathLike[str], mode: Literal["r", "r+", "a"] = "r"
     StoreError
         When there is no Zarr group at ``path`` and ``mode`` is not ``"a"``.
     """
-    # Never fsspec for local paths: it shows half-written chunks. A string makes zarr use its LocalStore.
     try:
-        return zarr.open_group(str(path), mode=mode, zarr_format=3, use_consolidated=False)
+        return zarr.open_group(_storage(path), mode=mode, zarr_format=3, use_consolidated=False)
     except FileNotFoundError as error:
         raise StoreError(f"{path}: no Zarr store here") from error
+
+
+class _AddressStore(ObjectStore[Any]):
+    """Zarr's store of an address, which messages call by the address."""
+
+    def __init__(self, store: Any, *, read_only: bool = False, address: str = "") -> None:
+        super().__init__(store, read_only=read_only)
+        self._address = address
+
+    def with_read_only(self, read_only: bool = False) -> _AddressStore:
+        return type(self)(self.store, read_only=read_only, address=self._address)
+
+    def __str__(self) -> str:
+        return self._address
+
+
+def _storage(path: str | os.PathLike[str]) -> str | _AddressStore:
+    """What zarr and xarray open: obstore for an address; for a path itself, of which zarr makes a LocalStore.
+
+    Never fsspec for paths: it shows half-written chunks.
+    """
+    location = absolute(path)
+    return _AddressStore(objects.connect(location), address=location) if is_address(location) else location
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a store at a path or address."""
+    return _read_document(path) is not None
+
+
+def _read_document(path: str | os.PathLike[str]) -> bytes | None:
+    """The root's metadata document; None where there is none."""
+    location = absolute(path)
+    if is_address(location):
+        return objects.read(location, _DOCUMENT)
+    document = Path(location) / _DOCUMENT
+    return document.read_bytes() if document.exists() else None
 
 
 def open_output(path: str | os.PathLike[str], kind: str) -> Group:
@@ -88,7 +122,7 @@ def open_output(path: str | os.PathLike[str], kind: str) -> Group:
     StoreError
         When there is a store of another kind or version, which writing would damage.
     """
-    _refuse_foreign(Path(path))
+    _refuse_foreign(absolute(path))
     root = open_store(path, "a")
     found = (root.attrs.get("kind"), root.attrs.get("schema_version"))
     if found == (None, None) and next(iter(root.members()), None) is None:
@@ -101,11 +135,16 @@ def open_output(path: str | os.PathLike[str], kind: str) -> Group:
     return root
 
 
-def _refuse_foreign(path: Path) -> None:
+def _refuse_foreign(location: str) -> None:
     """A folder with something else in it is nobody's to write to."""
+    if is_address(location):
+        if not exists(location) and (name := next(objects.names(location), None)) is not None:
+            raise StoreError(f"{location}: no Zarr store, and not empty ({name}); choose another address")
+        return
+    path = Path(location)
     if path.is_file():
         raise StoreError(f"{path}: expected a folder for the store, found a file")
-    if path.is_dir() and not (path / "zarr.json").exists() and any(path.iterdir()):
+    if path.is_dir() and not (path / _DOCUMENT).exists() and any(path.iterdir()):
         raise StoreError(f"{path}: a folder that is no Zarr store and not empty; choose another path")
 
 
@@ -118,22 +157,13 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     StoreError
         When another process does so already.
     """
-    _refuse_foreign(Path(path))
-    Path(path).mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    # On the folder itself: a file in it would read as a stray member, and the system lets go of this one
-    # however the process ends.
-    descriptor = os.open(path, os.O_RDONLY)
+    location = absolute(path)
+    _refuse_foreign(location)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreError(f"{path}: another run is writing to it; wait for that to end") from error
-        yield
-    finally:
-        os.close(descriptor)
+        with locks.hold(location):
+            yield
+    except locks.LockedError as error:
+        raise StoreError(str(error)) from error
 
 
 def revision(path: str | os.PathLike[str], variable: str) -> str:
@@ -371,7 +401,7 @@ def set_attributes(group: Group, attributes: Mapping[str, Any]) -> None:
 
 def open_dataset(path: str | os.PathLike[str], key: str) -> xr.Dataset:
     """One group of a store as a lazy :class:`xarray.Dataset` (no Dask)."""
-    return xr.open_zarr(str(path), group=key, consolidated=False, chunks=None)
+    return xr.open_zarr(_storage(path), group=key, consolidated=False, chunks=None)
 
 
 def load_dataset(path: str | os.PathLike[str], key: str, names: Sequence[str] | None = None) -> xr.Dataset:
@@ -415,30 +445,40 @@ def consolidate(path: str | os.PathLike[str]) -> None:
     with warnings.catch_warnings():
         # Readers that don't know it read the arrays' own metadata, which are there as well.
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
-        zarr.consolidate_metadata(str(path), zarr_format=3)
+        zarr.consolidate_metadata(_storage(path), zarr_format=3)
 
 
 def is_consolidated(path: str | os.PathLike[str]) -> bool:
     """Whether the store at ``path`` has consolidated metadata."""
-    document = Path(path) / "zarr.json"
-    return document.exists() and json.loads(document.read_text()).get("consolidated_metadata") is not None
+    document = _read_document(path)
+    return document is not None and json.loads(document).get("consolidated_metadata") is not None
 
 
 def drop_consolidated(path: str | os.PathLike[str]) -> None:
     """Remove consolidated metadata before the hierarchy changes: stale, it would hide what is new."""
-    document = Path(path) / "zarr.json"
-    if not document.exists():
+    location = absolute(path)
+    metadata = json.loads(_read_document(location) or b"{}")
+    if metadata.pop("consolidated_metadata", None) is None:
         return
-    metadata = json.loads(document.read_text())
-    if metadata.pop("consolidated_metadata", None) is not None:
-        partial = document.with_suffix(".json.tmp")
-        partial.write_text(json.dumps(metadata, indent=2))
-        partial.replace(document)
+    text = json.dumps(metadata, indent=2)
+    if is_address(location):
+        objects.write(location, _DOCUMENT, text.encode())
+        return
+    document = Path(location) / _DOCUMENT
+    partial = document.with_suffix(".json.tmp")
+    partial.write_text(text)
+    partial.replace(document)
 
 
 def remove_partials(path: str | os.PathLike[str]) -> None:
-    """Remove what a killed writer left half-written; only while nobody else writes to the store."""
-    for partial in Path(path).rglob("*.partial"):
+    """Remove what a killed writer left half-written; only while nobody else writes to the store.
+
+    Object stores have no such thing: an object is there whole, or not at all.
+    """
+    location = absolute(path)
+    if is_address(location):
+        return
+    for partial in Path(location).rglob("*.partial"):
         partial.unlink()
 
 

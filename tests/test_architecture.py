@@ -21,10 +21,24 @@ PARTS_OF_STAGES = {
     "pipeline.shards": "pipeline.convert",
 }
 """Modules that belong to one stage; ``pipeline.statistics`` knows arrays alone, and is anybody's."""
-LEAVES = ("pipeline.versions", "pipeline.resources", "pipeline.statistics", "pipeline.mapping")
+LEAVES = (
+    "pipeline.versions",
+    "pipeline.resources",
+    "pipeline.statistics",
+    "pipeline.mapping",
+    "pipeline.address",
+)
 SHARED_BY_STAGES = ("pipeline.choice", "pipeline.scopes")
 """What several stages ask: which metrics, and over which range their frames are normalised."""
-WORKERS = ("pipeline.cluster", "pipeline.profiles", "pipeline.resident", "pipeline.submission")
+WORKERS = (
+    "pipeline.cluster",
+    "pipeline.credentials",
+    "pipeline.departure",
+    "pipeline.deployment",
+    "pipeline.profiles",
+    "pipeline.resident",
+    "pipeline.submission",
+)
 """How stages get at workers; :mod:`pipeline.profiles` below, :mod:`pipeline.cluster` above."""
 KNOW_DASK = (*WORKERS, "pipeline.convert", "pipeline.distances", "pipeline.workflow")
 KNOW_ZARR = ("pipeline.store", "pipeline.schema")
@@ -155,6 +169,7 @@ def test_preprocessing_and_networks_are_below_the_metrics() -> None:
     [
         (("dask", "distributed"), KNOW_DASK),
         (("zarr",), KNOW_ZARR),
+        (("obstore",), ("pipeline.objects",)),
         (("cv2",), ("lsim.metrics.flow",)),
         (("torchvision", "pyiqa"), ()),
     ],
@@ -187,8 +202,11 @@ def _siblings(stage: str) -> list[str]:
 def test_nothing_below_imports_what_is_above() -> None:
     above = {
         ("pipeline.schema", "pipeline.store"): (*STAGES, *WORKERS, "pipeline.catalog"),
+        ("pipeline.locks", "pipeline.objects"): (*STAGES, *WORKERS, "pipeline.store", "pipeline.catalog"),
         WORKERS: (*STAGES, "pipeline.store", "pipeline.schema", "pipeline.readers"),
-        ("pipeline.profiles",): ("pipeline.cluster", "pipeline.resident", "pipeline.submission"),
+        ("pipeline.profiles", "pipeline.departure"): tuple(set(WORKERS) - {"pipeline.profiles"}),
+        ("pipeline.credentials",): ("pipeline.cluster", "pipeline.deployment"),
+        ("pipeline.deployment",): ("pipeline.cluster",),
         ("pipeline.resident",): ("pipeline.cluster", "pipeline.submission"),
         ("pipeline.catalog",): (*STAGES, "pipeline.readers", "pipeline.store", *WORKERS),
         ("pipeline.readers",): (*STAGES, "pipeline.store", *WORKERS),

@@ -80,6 +80,6 @@ def test_a_damaged_chunk_raises_and_xarray_reads_what_is_whole(tmp_path):
         whole = chunk.read_bytes()
         for damaged in (whole[:-3], whole[:20] + bytes([whole[20] ^ 4]) + whole[21:]):
             chunk.write_bytes(damaged)
-            with pytest.raises(ValueError, match="checksum"):
+            with pytest.raises(store.DamagedError, match="checksum"):
                 store.read(store.get_array(group, chunk.relative_to(path / "d/f").parts[0]))
         chunk.write_bytes(whole)

@@ -1,0 +1,118 @@
+"""Where stores lie: a path, or an address such as ``s3://bucket/archive/frames.zarr``.
+
+A *location* is either, as text. :func:`absolute` makes one of what a user gave; the others take it from
+there. An address never holds credentials: those are in the environment of each process that opens it.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+SCHEMES = ("s3", "gs")
+"""Object stores; ``file://`` is another way to write a path."""
+
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_HALVED = re.compile(r"(s3|gs|file):/[^/]")
+
+
+class AddressError(ValueError):
+    """An address that cannot be opened as it is. The message repeats nothing that may be a secret."""
+
+
+def is_address(location: str | os.PathLike[str]) -> bool:
+    """Whether a location is in an object store, and not a path."""
+    return isinstance(location, str) and location.partition("://")[0] in SCHEMES and "://" in location
+
+
+def absolute(location: str | os.PathLike[str]) -> str:
+    """The location that is meant: an absolute path, or an address without a slash at its end.
+
+    Raises
+    ------
+    AddressError
+        For a scheme that is unknown, credentials in an address, and a path that was an address once.
+    """
+    text = os.fspath(location)
+    found = _ADDRESS.fullmatch(text)
+    if found is None:
+        if halved := _HALVED.match(text):
+            scheme = halved.group(1)
+            raise AddressError(
+                f"{scheme}:/…: expected {scheme}://…; an address is a str, never a pathlib.Path"
+            )
+        return os.path.abspath(text)
+    scheme, rest = found.groups()
+    if scheme == "file":
+        return _local(text)
+    if scheme not in SCHEMES:
+        raise AddressError(
+            f"{scheme}://…: expected an address that begins with s3://, gs:// or file://, or a path"
+        )
+    return f"{scheme}://{_checked(scheme, rest)}"
+
+
+def _local(text: str) -> str:
+    parts = urlsplit(text)
+    if (
+        parts.netloc not in ("", "localhost")
+        or not parts.path.startswith("/")
+        or parts.query
+        or parts.fragment
+    ):
+        raise AddressError(
+            "file://…: expected file:/// and an absolute path, with % for what an address can't hold"
+        )
+    return os.path.abspath(unquote(parts.path))
+
+
+def _checked(scheme: str, rest: str) -> str:
+    """``bucket/key``, or an error that doesn't repeat it: it may hold a secret."""
+    if re.search(r"[@?#]", rest) or ":" in rest.partition("/")[0]:
+        raise AddressError(
+            f"{scheme}://…: an address holds a bucket and a name, and no credentials, '?', '#' or '@'; "
+            "these are read from the environment (AWS_ACCESS_KEY_ID and others, see docs/object-stores.md)"
+        )
+    bucket, *names = rest.rstrip("/").split("/")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]+", bucket) or {"", ".", ".."} & set(names):
+        raise AddressError(
+            f"{scheme}://{rest}: expected {scheme}://BUCKET/NAME/…, with no empty name, '.' or '..'"
+        )
+    return "/".join([bucket, *names])
+
+
+def join(location: str, *names: str) -> str:
+    """The location of what lies below another."""
+    return "/".join([location, *names]) if is_address(location) else os.path.join(location, *names)
+
+
+def split_bucket(address: str) -> tuple[str, str, str]:
+    """Scheme, bucket and the name in it of an address."""
+    scheme, _, rest = address.partition("://")
+    bucket, _, name = rest.partition("/")
+    return scheme, bucket, name
+
+
+def relative(location: str, start: str) -> str:
+    """How what lies at ``start`` names another location: relative where both may be moved together."""
+    if is_address(location) and is_address(start):
+        if split_bucket(location)[:2] != split_bucket(start)[:2]:
+            return location
+        return posixpath.relpath(f"/{split_bucket(location)[2]}", f"/{split_bucket(start)[2]}")
+    if is_address(location) or is_address(start):
+        return location
+    return os.path.relpath(Path(location).resolve(), Path(start).resolve())
+
+
+def resolve(named: str, start: str) -> str:
+    """The location that :func:`relative` named as seen from ``start``."""
+    if is_address(named) or os.path.isabs(named):
+        return absolute(named)
+    if not is_address(start):
+        return os.path.normpath(Path(start).resolve() / named)
+    scheme, bucket, name = split_bucket(start)
+    inside = posixpath.normpath(f"/{name}/{named}").lstrip("/")
+    return absolute(f"{scheme}://{bucket}/{inside}")

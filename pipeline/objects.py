@@ -1,0 +1,180 @@
+"""Object stores through obstore: connect by address, and read and write single objects.
+
+Credentials and endpoint are those of the environment (``AWS_…``, ``GOOGLE_…``) of the process that connects;
+nothing here takes, keeps or prints any.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from pipeline.address import join, split_bucket
+
+if TYPE_CHECKING:
+    from obstore.store import GCSStore, S3Store
+
+EXTRAS = {"s3": "s3", "gs": "gcs"}
+"""The extra of this package that a scheme needs."""
+ENVIRONMENT = {"s3": "AWS_", "gs": "GOOGLE_"}
+FIRST_RETRIES = 2
+FIRST_PATIENCE_S = 10
+"""How long a first contact is tried. Later requests have obstore's own patience, three minutes: a long run
+shall outlive a restart of the server."""
+
+
+class ObjectStoreError(OSError):
+    """An object store that cannot be reached, or that refuses."""
+
+
+class ChangedError(Exception):
+    """An object that was to be there, or not to be there, or to be unchanged, is not so."""
+
+
+def connect(address: str) -> S3Store | GCSStore:
+    """The part of an object store below an address, once it is known to answer.
+
+    Parameters
+    ----------
+    address : str
+        As :func:`pipeline.address.absolute` gives it.
+
+    Raises
+    ------
+    ObjectStoreError
+        When obstore isn't installed, the store doesn't answer, the bucket isn't there, or access is denied.
+    """
+    prefix = ENVIRONMENT[split_bucket(address)[0]]
+    # Of the environment as it is now: credentials may be renewed while a process lives.
+    now = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith(prefix)))
+    return _connect(address, now)
+
+
+@lru_cache(maxsize=64)
+def _connect(address: str, environment: tuple[tuple[str, str], ...]) -> S3Store | GCSStore:
+    scheme, bucket, name = split_bucket(address)
+    try:
+        import obstore
+        from obstore import store
+    except ImportError as error:
+        raise ObjectStoreError(f"{address}: needs obstore: pip install 'lsim[{EXTRAS[scheme]}]'") from error
+    settings = dict(environment)
+    endpoint = settings.get("AWS_ENDPOINT_URL") or settings.get("AWS_ENDPOINT") or ""
+    insecure = settings.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "yes", "on", "y", "t")
+    if scheme == "s3" and endpoint.startswith("http://") and not insecure:
+        raise ObjectStoreError(
+            f"{address}: the endpoint in AWS_ENDPOINT_URL is not encrypted (http://); AWS_ALLOW_HTTP=true "
+            "allows it"
+        )
+    opener = store.S3Store if scheme == "s3" else store.GCSStore
+    first: Any = {"max_retries": FIRST_RETRIES, "retry_timeout": timedelta(seconds=FIRST_PATIENCE_S)}
+    try:
+        next(iter(obstore.list(opener(bucket, retry_config=first), prefix=name or None, chunk_size=1)), None)
+        return opener(bucket, prefix=name or None)
+    except (obstore.exceptions.BaseError, OSError, ValueError) as error:
+        # Without its cause: that quotes the whole request.
+        raise ObjectStoreError(f"{address}: {_explained(error, bucket)}") from None
+
+
+def _explained(error: Exception, bucket: str) -> str:
+    """What is wrong, in one line and in words that hold nothing of the request."""
+    text = str(error)
+    if "NoSuchBucket" in text or ("404" in text and "bucket" in text.lower()):
+        return f"there is no bucket {bucket!r}"
+    if "169.254.169.254" in text or "metadata.google" in text:
+        return (
+            "no credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "GOOGLE_APPLICATION_CREDENTIALS), and this machine has none of its own"
+        )
+    if "403" in text or "401" in text or "AccessDenied" in text:
+        return f"access to bucket {bucket!r} is denied: look at the credentials in the environment"
+    # obstore goes on with a dump of its request.
+    return f"the object store does not answer: {text.partition('Debug source')[0].strip()[:300]}"
+
+
+def read(folder: str, name: str) -> bytes | None:
+    """The bytes of the object ``name`` below an address; None where there is none."""
+    return _found(folder, name)[0]
+
+
+def read_with_tag(folder: str, name: str) -> tuple[bytes | None, dict[str, Any]]:
+    """The bytes of an object, None where there is none, and which version of it they are."""
+    return _found(folder, name)
+
+
+def _found(folder: str, name: str) -> tuple[bytes | None, dict[str, Any]]:
+    import obstore
+
+    try:
+        response = obstore.get(connect(folder), name)
+        return bytes(response.bytes()), _version(response.meta)
+    except FileNotFoundError:
+        return None, {}
+
+
+def _version(meta: Any) -> dict[str, Any]:
+    return {name: meta[name] for name in ("e_tag", "version") if meta.get(name) is not None}
+
+
+def write(folder: str, name: str, content: bytes) -> None:
+    """Write an object, whole or not at all."""
+    import obstore
+
+    obstore.put(connect(folder), name, content)
+
+
+def write_if(folder: str, name: str, content: bytes, *, version: dict[str, Any] | None) -> dict[str, Any]:
+    """Write an object that isn't there (``version`` None), or that is still of this version.
+
+    Returns
+    -------
+    dict
+        The object's new version.
+
+    Raises
+    ------
+    ChangedError
+        When there is one already, or another.
+    """
+    import obstore
+
+    try:
+        result = obstore.put(connect(folder), name, content, mode="create" if version is None else version)  # type: ignore[arg-type]
+    except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError, FileNotFoundError):
+        raise ChangedError(join(folder, name)) from None
+    return _version(result)
+
+
+def delete(folder: str, name: str) -> None:
+    """Delete an object; nothing there is no error."""
+    import obstore
+
+    try:
+        obstore.delete(connect(folder), name)
+    except FileNotFoundError:
+        return
+
+
+def age_s(folder: str, name: str, probe: str) -> float:
+    """Seconds since an object was written, by the clock of the store; ``probe`` is written to read it."""
+    import obstore
+
+    store = connect(folder)
+    obstore.put(store, probe, b"")
+    try:
+        now, then = (obstore.head(store, one)["last_modified"] for one in (probe, name))
+    finally:
+        obstore.delete(store, probe)
+    return float((now - then).total_seconds())
+
+
+def names(folder: str) -> Iterator[str]:
+    """Names of all objects below an address."""
+    import obstore
+
+    for page in obstore.list(connect(folder)):
+        for found in page:
+            yield str(found["path"])
