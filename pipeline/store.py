@@ -412,7 +412,11 @@ def load_dataset(path: str | os.PathLike[str], key: str, names: Sequence[str] | 
     DamagedError
         Naming the chunks that cannot be decoded.
     """
-    dataset, group = open_dataset(path, key), get_group(open_store(path), key)
+    group = get_group(open_store(path), key)
+    for name, array in group.arrays():
+        if array.metadata.dimension_names == (name,):
+            read(array)  # xarray reads an index when it opens a group
+    dataset = open_dataset(path, key)
     for name in map(str, dataset.variables) if names is None else names:
         if name in dataset.variables:
             with damage_named(get_array(group, name)):
