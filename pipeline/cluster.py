@@ -9,28 +9,35 @@ from collections.abc import Iterator
 from typing import Any
 
 import dask
-from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster, Worker, WorkerPlugin
+from distributed import Client, Security, Worker, WorkerPlugin
 
+from pipeline.credentials import credentials, wants_tls, warn_if_open
+from pipeline.departure import PassOnSignal, leave_when_told
+from pipeline.deployment import FAULT_TOLERANCE as FAULT_TOLERANCE
+from pipeline.deployment import check_options, settings, start_cluster
 from pipeline.profiles import ClusterError, Profile
 from pipeline.resident import choose_device, set_up_process
 
-WAIT_FOR_WORKERS_S = 60
-"""How long to wait for a running scheduler's first worker."""
-ALLOWED_FAILURES = 3
-"""How many workers may die with a task before the task is given up."""
+OF_THIS_MACHINE = ("local", "cuda")
+"""Kinds whose workers are children of the driver, and stopped by it."""
 
 
 class Cluster:
     """Workers that start when they are first needed: a run with nothing to do starts none.
 
     A context manager; :attr:`client` starts them, and is None for the profile ``none``.
+
+    Raises
+    ------
+    ClusterError
+        For options that the library doesn't have, and for a package that is absent.
     """
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
         self._stack = contextlib.ExitStack()
         self._client: Client | None = None
+        check_options(profile)
         if profile.kind == "none":
             choose_device(profile.device, 0)
 
@@ -38,6 +45,7 @@ class Cluster:
     def client(self) -> Client | None:
         """The Dask client, started on first use; None where tasks run in this process."""
         if self.profile.kind != "none" and self._client is None:
+            warn_if_open(self.profile)
             self._client = self._stack.enter_context(_connect(self.profile))
         return self._client
 
@@ -56,6 +64,8 @@ class Cluster:
     def describe(self) -> dict[str, Any]:
         """What results record of the cluster."""
         description: dict[str, Any] = {"profile": self.profile.kind, "threads": self.profile.threads}
+        if self.profile.kind != "none":
+            description["tls"] = wants_tls(self.profile)
         if self._client is not None:
             description["workers"] = len(self._client.scheduler_info(n_workers=-1)["workers"])
         return description
@@ -63,39 +73,43 @@ class Cluster:
 
 @contextlib.contextmanager
 def _connect(profile: Profile) -> Iterator[Client]:
-    with dask.config.set({"distributed.scheduler.allowed-failures": ALLOWED_FAILURES}):
-        if profile.kind == "address":
-            try:
-                client = Client(profile.address, timeout="15s")
-            except OSError as error:
-                raise ClusterError(f"no scheduler answers at {profile.address}: {error}") from error
-            with client:
-                try:
-                    client.wait_for_workers(1, timeout=WAIT_FOR_WORKERS_S)
-                except TimeoutError as error:
-                    raise ClusterError(
-                        f"the scheduler at {profile.address} has no workers, {WAIT_FOR_WORKERS_S} s long"
-                    ) from error
-                client.register_plugin(WorkerSetup(profile.device, owned=False))
+    with dask.config.set(settings(profile)), credentials(profile) as security:
+        if profile.address is not None:
+            with _reach(profile.address, security) as client:
+                _set_up(client, profile)
                 yield client
             return
-        with (
-            LocalCluster(
-                n_workers=profile.workers or CPU_COUNT,
-                threads_per_worker=profile.threads,
-                memory_limit=profile.memory_limit,
-                host=profile.host,
-                dashboard_address=f"{profile.host}:0",
-                silence_logs=40,
-            ) as cluster,
-            Client(cluster) as client,
-        ):
-            client.register_plugin(WorkerSetup(profile.device, owned=True))
+        with start_cluster(profile, security) as cluster, Client(cluster, security=security) as client:
+            _set_up(client, profile)
             yield client
 
 
+def _reach(address: str, security: Security | None) -> Client:
+    """A client of a scheduler that runs already."""
+    try:
+        return Client(address, security=security, timeout="15s")
+    except OSError as error:
+        hint = "" if security is None else " to these certificates"
+        raise ClusterError(f"no scheduler answers{hint} at {address}: {error}") from error
+
+
+def _set_up(client: Client, profile: Profile) -> None:
+    """Wait for a first worker, and give it and all that follow what they need."""
+    owned = profile.kind in OF_THIS_MACHINE
+    client.register_plugin(WorkerSetup(profile.device, owned, profile.grace))
+    if not owned:
+        client.register_plugin(PassOnSignal(profile.grace))
+    try:
+        client.wait_for_workers(1, timeout=profile.wait_s)
+    except TimeoutError as error:
+        where = f"the scheduler at {profile.address}" if profile.address else f"the cluster {profile.kind!r}"
+        raise ClusterError(
+            f"{where} has no workers, {profile.wait_s:g} s long; start_timeout of the profile says how long"
+        ) from error
+
+
 class WorkerSetup(WorkerPlugin):
-    """One thread in the numerical libraries, and a device.
+    """One thread in the numerical libraries, a device, and a way to leave in good order.
 
     Workers that are ``owned`` leave Ctrl-C to the driver: the terminal sends it to them as well, and the
     driver is the one to stop them.
@@ -103,11 +117,13 @@ class WorkerSetup(WorkerPlugin):
 
     name = "lsim-worker-setup"
 
-    def __init__(self, device: str, owned: bool) -> None:
+    def __init__(self, device: str, owned: bool, grace: float) -> None:
         self.device = device
         self.owned = owned
+        self.grace = grace
 
     def setup(self, worker: Worker) -> None:
         set_up_process(self.device, worker.name)
+        leave_when_told(worker, self.grace)
         if self.owned and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)
