@@ -414,7 +414,7 @@ def load_dataset(path: str | os.PathLike[str], key: str, names: Sequence[str] | 
     """
     group = get_group(open_store(path), key)
     for name, array in group.arrays():
-        if array.metadata.dimension_names == (name,):
+        if getattr(array.metadata, "dimension_names", None) == (name,):
             read(array)  # xarray reads an index when it opens a group
     dataset = open_dataset(path, key)
     for name in map(str, dataset.variables) if names is None else names:
