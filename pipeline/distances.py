@@ -20,10 +20,12 @@ import numpy as np
 from lsim.metric import Metric
 from lsim.preprocess import Preprocessing, Scope
 from pipeline import schema, store
+from pipeline.address import absolute, relative
 from pipeline.blocks import describe, drop_vanished, invalidate, lay_out, stale_blocks
 from pipeline.choice import Settings, choose_metrics
 from pipeline.cluster import Cluster
 from pipeline.compute import BlockResult, BlockTask, compute_block, write_provenance
+from pipeline.fields import checked_fields
 from pipeline.profiles import Profile
 from pipeline.resident import MetricRequest, check_own_metrics, prewarm
 from pipeline.scopes import dataset_range
@@ -106,9 +108,9 @@ def compute_distances(
 
     Parameters
     ----------
-    frames : path
+    frames : path or address
         A store that :func:`pipeline.convert.convert` made.
-    out : path
+    out : path or address
         Created when absent; otherwise only what is out of date is computed.
     settings : Settings, optional
     cluster : Cluster, optional
@@ -133,11 +135,11 @@ def compute_distances(
     settings = settings or Settings()
     began = time.perf_counter()
     # Workers may run in another folder.
-    frames_path, out_path = Path(frames).absolute(), Path(out).absolute()
+    frames_path, out_path = absolute(frames), absolute(out)
     chosen = choose_metrics(settings)
     metrics, requests = chosen.metrics, chosen.requests
     source = store.open_store(frames_path)
-    keys = _checked_fields(source, frames_path)
+    keys = checked_fields(source, frames_path)
     report = DistancesReport(unavailable=chosen.unavailable, symmetrised=_symmetrised(metrics))
     totals = Totals()
     with store.locked(out_path):
@@ -178,7 +180,7 @@ def compute_distances(
                 root,
                 {name: source.attrs[name] for name in carried if name in source.attrs}
                 | {
-                    "frames": os.path.relpath(frames_path.resolve(), out_path.resolve()),
+                    "frames": relative(frames_path, out_path),
                     "unavailable": report.unavailable,
                     "runs": runs,
                 },
@@ -213,30 +215,12 @@ def list_failures(out: str | os.PathLike[str]) -> list[Failure]:
 # ---------------------------------------------------------------- on the driver
 
 
-def _checked_fields(source: store.Group, path: Path) -> list[str]:
-    """The fields of a ``frames.zarr``, once it is known to be one, and whole."""
-    if source.attrs.get("kind", schema.FRAMES_STORE) != schema.FRAMES_STORE:
-        raise store.StoreError(f"{path}: expected a store of frames, found one of {source.attrs['kind']}")
-    keys = store.field_keys(source, schema.FRAMES)
-    if not keys:
-        raise store.StoreError(f"{path}: expected groups <dataset>/<field> with frames, found none")
-    for key in keys:
-        content = store.read(store.get_array(store.get_group(source, key), schema.CONTENT)).tolist()
-        if "" in content:
-            raise store.StoreError(
-                f"{path}: {content.count('')} of {len(content)} sequences of {key} are not there: their "
-                "conversion was interrupted; run it again"
-            )
-        schema.validate_frames(store.open_dataset(path, key), f"{path}/{key}")
-    return keys
-
-
 def _stale_tasks(
     key: str,
     source: store.Group,
     root: store.Group,
-    frames: Path,
-    out: Path,
+    frames: str,
+    out: str,
     metrics: Sequence[Metric],
     requests: Mapping[str, MetricRequest],
     settings: Settings,
@@ -255,7 +239,7 @@ def _stale_tasks(
     scopes: dict[bool, Scope] = {
         masked: dataset_range(
             cluster,
-            str(frames),
+            frames,
             rows,
             provenance,
             Preprocessing(settings.size, settings.order, settings.compat, masked),
@@ -282,8 +266,8 @@ def _stale_tasks(
     )
     return [
         BlockTask(
-            str(frames),
-            str(out),
+            frames,
+            out,
             key,
             block,
             tuple(requests[name] for name in block.rows),

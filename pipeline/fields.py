@@ -1,0 +1,56 @@
+"""Which fields of a ``frames.zarr`` a stage computes from, once they are known to be whole."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Sequence
+
+from pipeline import schema, store
+
+
+def checked_fields(
+    source: store.Group, path: str | os.PathLike[str], groups: Sequence[str] | None = None
+) -> list[str]:
+    """Keys ``<dataset>/<field>`` of a store of frames, all of them or those chosen.
+
+    Parameters
+    ----------
+    source : Group
+        The store's root.
+    path : path
+        Where it is, for messages.
+    groups : sequence of str, optional
+        Keys, or patterns of them: ``Smoke/*``.
+
+    Raises
+    ------
+    pipeline.store.StoreError
+        For a store of another kind, without such fields, or whose conversion was interrupted.
+    pipeline.schema.SchemaError
+        For a field that is not as it should be.
+    """
+    if source.attrs.get("kind", schema.FRAMES_STORE) != schema.FRAMES_STORE:
+        raise store.StoreError(f"{path}: expected a store of frames, found one of {source.attrs['kind']}")
+    keys = store.field_keys(source, schema.FRAMES)
+    if not keys:
+        raise store.StoreError(f"{path}: expected groups <dataset>/<field> with frames, found none")
+    if groups is not None:
+        keys = _chosen(keys, path, groups)
+    for key in keys:
+        content = store.read(store.get_array(store.get_group(source, key), schema.CONTENT)).tolist()
+        if "" in content:
+            raise store.StoreError(
+                f"{path}: {content.count('')} of {len(content)} sequences of {key} are not there: their "
+                "conversion was interrupted; run it again"
+            )
+        small = (schema.PARAMETER, schema.SEQUENCE, schema.CONTENT)
+        schema.validate_frames(store.load_dataset(path, key, small), f"{path}/{key}")
+    return keys
+
+
+def _chosen(keys: Sequence[str], path: str | os.PathLike[str], groups: Sequence[str]) -> list[str]:
+    for pattern in groups:
+        if not any(fnmatch.fnmatchcase(key, pattern) for key in keys):
+            raise store.StoreError(f"{path}: no group {pattern!r}; there are {', '.join(keys)}")
+    return [key for key in keys if any(fnmatch.fnmatchcase(key, pattern) for pattern in groups)]
