@@ -28,7 +28,7 @@ LEAVES = (
     "pipeline.mapping",
     "pipeline.address",
 )
-SHARED_BY_STAGES = ("pipeline.choice", "pipeline.scopes")
+SHARED_BY_STAGES = ("pipeline.choice", "pipeline.fields", "pipeline.scopes")
 """What several stages ask: which metrics, and over which range their frames are normalised."""
 WORKERS = (
     "pipeline.cluster",
