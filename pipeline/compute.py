@@ -7,7 +7,6 @@ done (:mod:`pipeline.blocks`). Nothing but small counts goes back through the sc
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +19,10 @@ import torch
 
 from lsim.metric import Metric
 from lsim.prepared import Prepared
-from lsim.preprocess import FramesError, Preprocessing, Scope, finite_frames, range_of
+from lsim.preprocess import FramesError, Preprocessing, Scope, finite_frames
 from pipeline import schema, store
 from pipeline.blocks import Pairs, StaleBlock
+from pipeline.content import read_sequence
 from pipeline.resident import MetricRequest, get_metric
 
 
@@ -68,9 +68,13 @@ class BlockResult:
 
 @dataclass
 class _Sequence:
-    """A sequence's frames, and what metrics share of them; dropped before the next but one is read."""
+    """A sequence's frames, and what metrics share of them; dropped before the next but one is read.
+
+    ``damage`` says what is wrong with frames that are not those that were converted; there are none then.
+    """
 
     frames: np.ndarray
+    damage: str = ""
     prepared: dict[Preprocessing, Prepared] = field(default_factory=dict)
 
     def for_metric(self, metric: Metric, scope: Scope) -> Prepared:
@@ -103,15 +107,15 @@ def compute_block(task: BlockTask) -> BlockResult:
     """
     stages, by_metric = _Clock(), _Clock()
     with stages("open"):
-        frames = store.get_array(store.get_group(store.open_store(task.frames), task.key), schema.FRAMES)
+        source = store.get_group(store.open_store(task.frames), task.key)
         group = store.get_group(store.open_store(task.out, "r+"), task.key)
         metrics = [get_metric(request) for request in task.requests]
-    block, n = task.block, frames.shape[1]
+    block, n = task.block, store.get_array(source, schema.FRAMES).shape[1]
     matrices: dict[str, dict[int, np.ndarray]] = {metric.name: {} for metric in metrics}
     reasons: dict[str, dict[int, str]] = {metric.name: {} for metric in metrics}
     done: dict[str, dict[int, str]] = {metric.name: {} for metric in metrics}
     rows = sorted({row for rows in block.rows.values() for row in rows})
-    sequences = _read(frames, rows, metrics, task)
+    sequences = _read(source, rows, metrics, task)
     for row in rows:
         with stages("read"):
             sequence = next(sequences)
@@ -120,6 +124,10 @@ def compute_block(task: BlockTask) -> BlockResult:
                 continue
             scope = task.scopes[metric.preprocessing.mask]
             matrix, reason, final = np.full((n, n), np.nan), "", True
+            if sequence.damage:
+                # Not done: the next run looks whether the frames are whole again.
+                matrices[metric.name][row], reasons[metric.name][row] = matrix, sequence.damage
+                continue
             try:
                 if scope != "pair":
                     with stages("prepare"):
@@ -153,9 +161,9 @@ def compute_block(task: BlockTask) -> BlockResult:
 
 
 def _read(
-    frames: store.Array, rows: Sequence[int], metrics: Sequence[Metric], task: BlockTask
+    source: store.Group, rows: Sequence[int], metrics: Sequence[Metric], task: BlockTask
 ) -> Iterator[_Sequence]:
-    """The sequences of a block, one after the other.
+    """The sequences of a block, one after the other; a damaged one says so and holds up nobody.
 
     Where metrics are on a GPU the next is read, uploaded and prepared by a thread on a stream of its own,
     while this one is computed.
@@ -163,7 +171,10 @@ def _read(
     first_of = {metric.preprocessing: metric for metric in reversed(metrics)}
 
     def load(row: int, *, prepared: bool) -> _Sequence:
-        sequence = _Sequence(store.read(frames, row))
+        try:
+            sequence = _Sequence(read_sequence(source, row, task.block.contents[row]))
+        except store.DamagedError as error:
+            return _Sequence(np.empty(0), f"damaged frames: {error.damage}")
         for settings, metric in first_of.items() if prepared else ():
             if (scope := task.scopes[settings.mask]) != "pair":
                 # What goes wrong does so again where the metric is asked, and is recorded there.
@@ -265,15 +276,3 @@ def write_provenance(
         for row, text in by_row.items():
             values[block.places[metric], row - block.start] = text
     store.write_block(array, (0, block.start), values)
-
-
-def sequence_range(
-    frames: str, key: str, row: int, settings: Preprocessing
-) -> tuple[list[float | None], list[float | None]]:
-    """Minimum and maximum per channel of one sequence as metrics take them; None where nothing counts.
-
-    Runs on a worker.
-    """
-    array = store.get_array(store.get_group(store.open_store(frames), key), schema.FRAMES)
-    lo, hi = (side.tolist() for side in range_of(store.read(array, row), settings))
-    return [None if math.isnan(v) else v for v in lo], [None if math.isnan(v) else v for v in hi]

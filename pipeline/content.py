@@ -49,9 +49,10 @@ def read_sequence(group: store.Group, row: int, content: str) -> np.ndarray:
     found = content_hash(values, store.read(store.get_array(group, schema.PARAMETER), row))
     if found != content:
         if missing := store.missing_chunks(frames, row):
-            raise store.DamagedError(f"{frames.store_path}: row {row}: chunk {', '.join(missing)} is missing")
+            raise store.DamagedError(str(frames.store_path), f"chunk {', '.join(missing)} is missing")
         raise store.DamagedError(
-            f"{frames.store_path}: row {row}: frames and parameter are not those that were converted: their "
-            f"hash is {found}, expected {content}"
+            str(frames.store_path),
+            f"row {row}: frames and parameter are not those that were converted: their hash is {found}, "
+            f"expected {content}",
         )
     return values

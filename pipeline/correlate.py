@@ -18,7 +18,7 @@ import csv
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 import xxhash
 
 from pipeline import schema, statistics, store
@@ -256,10 +257,12 @@ def _read(path: Path) -> _Archive:
         raise CorrelationError(f"{path}: no distances here; expected groups <dataset>/<field>")
     fields = []
     for key in keys:
-        group = store.open_dataset(path, key).load()
+        group = store.load_dataset(path, key)
         schema.validate_distances(group, f"{path}/{key}")
         dataset, field = key.split("/")
         has_provenance = schema.PROVENANCE in store.get_group(root, key)
+        problems = _problems(path, f"{key}/{schema.PROVENANCE}") if has_provenance else {}
+        _refuse_lost(group, problems, f"{path}/{key}")
         fields.append(
             _Field(
                 dataset=dataset,
@@ -269,7 +272,7 @@ def _read(path: Path) -> _Archive:
                 matrices={
                     name: group[name].values for name in schema.metric_names(map(str, group.variables))
                 },
-                problems=_problems(path, f"{key}/{schema.PROVENANCE}") if has_provenance else {},
+                problems=problems,
             )
         )
     # In the order in which they were asked for, where the store tells; then by name.
@@ -320,7 +323,7 @@ def _problems(path: Path, key: str) -> dict[str, list[str]]:
     Values may be there all the same: those of a block that is out of date and failed to be computed
     again. The distances stage writes a failure for these, or takes the fingerprint away.
     """
-    provenance = store.open_dataset(path, key)
+    provenance = store.load_dataset(path, key)
     metrics = [str(name) for name in provenance[schema.METRIC].values]
     failure, fingerprint = (provenance[name].values for name in (schema.FAILURE, schema.FINGERPRINT))
     return {
@@ -331,6 +334,15 @@ def _problems(path: Path, key: str) -> dict[str, list[str]]:
         for k, metric in enumerate(metrics)
         if metric
     }
+
+
+def _refuse_lost(group: xr.Dataset, problems: Mapping[str, Sequence[str]], where: str) -> None:
+    """Raise where distances are recorded and not there: the diagonal of a matrix that was written is zero."""
+    for metric in problems.keys() & set(map(str, group.variables)):
+        for row, (problem, matrix) in enumerate(zip(problems[metric], group[metric].values, strict=True)):
+            if not problem and np.isnan(np.diagonal(matrix)).any():
+                name = str(group[schema.SEQUENCE].values[row])
+                raise store.DamagedError(f"{where}/{metric}", f"the distances of sequence {name} are lost")
 
 
 def _holds_all_pairs(fields: Iterable[_Field]) -> bool:

@@ -280,7 +280,8 @@ def _read_fields(path: Path, metrics: list[str], protocol: str, left_out: pd.Dat
     here = left_out[left_out.protocol == protocol]
     without = set(zip(here.dataset, here.field, here.sequence, here.metric, strict=True))
     fields = []
-    for key, group in store.iterate_datasets(path, schema.PARAMETER):
+    for key in store.field_keys(store.open_store(path), schema.PARAMETER):
+        group = store.load_dataset(path, key)
         dataset, field = key.split("/")
         sequences = [str(name) for name in group[schema.SEQUENCE].values]
         pairs = statistics.PAIRS[protocol](group.sizes[schema.FRAME])
@@ -304,18 +305,20 @@ def read_strip(frames: Path | None, key: str, sequence: str) -> Strip:
     nothing = Strip(dataset, field, sequence, None, [], [], "")
     if frames is None or key not in store.field_keys(store.open_store(frames), schema.FRAMES):
         return nothing
-    group = store.open_dataset(frames, key)
+    group = store.load_dataset(frames, key, (schema.SEQUENCE, schema.PARAMETER))
     names = [str(name) for name in group[schema.SEQUENCE].values]
     if sequence not in names:
         return nothing
     row, count = names.index(sequence), group.sizes[schema.FRAME]
     positions = np.unique(np.linspace(0, count - 1, min(count, SHOWN_FRAMES)).round().astype(int))
     array = group[schema.FRAMES]
+    with store.damage_named(store.get_array(store.open_store(frames), f"{key}/{schema.FRAMES}"), row):
+        shown = array[row, positions].values
     return Strip(
         dataset=dataset,
         field=field,
         sequence=sequence,
-        frames=array[row, positions].values,
+        frames=shown,
         positions=positions.tolist(),
         parameters=group[schema.PARAMETER].values[row, positions].tolist(),
         sizes=f"{array.sizes['y']} × {array.sizes['x']} × {array.sizes['channel']}, {array.dtype}",
