@@ -253,7 +253,7 @@ class Metric(ABC):
             embedding = self.embed(self._frames(prepared))
             left, right = embedding[slice(0, len(first))], embedding[slice(len(first), None)]
             if self.device.type == "cpu":
-                values = torch.cat([self._block(x, y).reshape(1) for x, y in zip(left, right, strict=True)])
+                values = torch.cat([self.between(x, y).reshape(1) for x, y in zip(left, right, strict=True)])
             else:  # where each pair by itself would be as many launches
                 values = self._elementwise(left, right)
         distances = values.double().cpu().numpy()
@@ -346,8 +346,8 @@ class Metric(ABC):
     def all_pairs(self, prepared: Prepared) -> np.ndarray:
         """:meth:`pairwise` for frames that :meth:`prepare` made: (n, n) float64."""
         with torch.no_grad():
-            embedding = self._embedding(prepared)
-            matrix = self._block(embedding, embedding).double().cpu().numpy().copy()
+            embedding = self.embedded(prepared)
+            matrix = self.between(embedding, embedding).double().cpu().numpy().copy()
         if "symmetric" in self.axioms:
             # To the last bit: some devices add d(i, j) and d(j, i) in another order.
             below = np.tril_indices(len(matrix), -1)
@@ -360,8 +360,8 @@ class Metric(ABC):
     def from_reference(self, prepared: Prepared) -> np.ndarray:
         """Row 0 of :meth:`all_pairs` alone: distances of the first frame to all, (n,) float64."""
         with torch.no_grad():
-            embedding = self._embedding(prepared)
-            row = self._block(embedding[slice(0, 1)], embedding)[0].double().cpu().numpy().copy()
+            embedding = self.embedded(prepared)
+            row = self.between(embedding[slice(0, 1)], embedding)[0].double().cpu().numpy().copy()
         row[:1] = self._to_itself(row[:1])
         comparable = prepared.comparable
         row[~(comparable & comparable[0])] = np.nan
@@ -375,7 +375,8 @@ class Metric(ABC):
     def _elementwise(self, a: Embedding, b: Embedding) -> Tensor:
         return (self.paired(a, b) + self.paired(b, a)) / 2 if self._symmetrised else self.paired(a, b)
 
-    def _block(self, a: Embedding, b: Embedding) -> Tensor:
+    def between(self, a: Embedding, b: Embedding) -> Tensor:
+        """:meth:`compare`, checked; both ways where the metric is :meth:`symmetrised`: (len(a), len(b))."""
         block = self.compare(a, b)
         if block.shape != (len(a), len(b)):
             raise TypeError(
@@ -386,15 +387,17 @@ class Metric(ABC):
             return block
         return (block + (block if a is b else self.compare(b, a)).T) / 2
 
-    def _embedding(self, prepared: Prepared) -> Embedding:
+    def embedded(self, prepared: Prepared) -> Embedding:
+        """:meth:`embed` for frames that :meth:`prepare` made; a family that embeds alike does so once."""
         self.check_size(prepared.values.shape[1], prepared.values.shape[2])
-        return prepared.embedding(self._shared_as, lambda: self.embed(self._frames(prepared)))
+        return prepared.embedding(self.shared_as, lambda: self.embed(self._frames(prepared)))
 
     def _frames(self, prepared: Prepared) -> Tensor:
         return prepared.frames(quantised=self.quantised, one_channel=self.info.one_channel_suffices)
 
     @property
-    def _shared_as(self) -> Hashable:
+    def shared_as(self) -> Hashable:
+        """Equal for metrics whose embeddings of the same prepared frames are; None where no other's is."""
         return (self.shares_embedding, self.quantised) if self.shares_embedding else None
 
     def _masking(self) -> Self:

@@ -56,12 +56,13 @@ Frames stand in the order of their groups' keys, then of sequences, then of thei
 ``provenance`` has ``metric`` (metric), ``specification`` (metric, JSON), ``failure`` (metric, frame; why a
 frame has no distances, empty where it has), ``content`` (tile; hash of the frames of a block) and
 ``fingerprint`` (metric, tile, tile_other; of the tiles on and above the diagonal, empty where they are out of
-date; it is written after the tile and its mirror image). Attributes of a group: ``groups``, its fields;
-``scope``; and of the root: ``frames``, where they are from; ``plan``, as it was shown; ``runs``.
+date; it is written after the tile and its mirror image), and ``missing`` (metric, tile, tile_other; how many
+distances of a tile are NaN although both frames can be compared). Attributes of a group: ``groups``, its
+fields; ``scope``; and of the root: ``frames``, where they are from; ``plan``, as it was shown; ``runs``.
 
-``embeddings.zarr``, the same groups as ``archive.zarr``: ``field``, ``sequence``, ``number``, ``parameter``,
-and a variable for each part of a metric's embedding, (frame, …): ``features`` (frame, feature; float32) of the
-learned metrics. The attribute ``euclidean`` is true where the metric is the Euclidean distance of its features.
+``embeddings.zarr``, the same groups: ``field``, ``sequence``, ``number``, ``parameter``, and a variable for
+each part of a metric's embedding, (frame, …): ``features`` (frame, feature; float32) of the learned metrics.
+The attribute ``euclidean`` is true where the metric is the Euclidean distance of its features.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ PROVENANCE = "provenance"
 FINGERPRINT = "fingerprint"
 FAILURE = "failure"
 SPECIFICATION = "specification"
+MISSING = "missing"
 
 FRAMES_DIMS = (SEQUENCE, FRAME, "y", "x", "channel")
 PARAMETER_DIMS = (SEQUENCE, FRAME)
@@ -193,8 +195,8 @@ def validate_distances(group: xr.Dataset, where: str) -> None:
 def validate_archive(group: xr.Dataset, where: str) -> None:
     """Raise :class:`SchemaError` unless ``group`` is a valid group of ``archive.zarr``.
 
-    Checks names, dims and dtypes, and that each matrix is symmetric with a zero diagonal; in memory it has two
-    bands of a matrix at a time.
+    Checks names, dims and dtypes, and that each matrix is symmetric with a zero diagonal. In memory it has
+    two bands of a matrix at a time.
     """
     for name, dtypes in ((FIELD, None), (SEQUENCE, None), (NUMBER, ("int32",)), (PARAMETER, ("float64",))):
         _expect_variable(group, name, (FRAME,), dtypes, where)

@@ -50,7 +50,7 @@ class _SpectralMetric(Metric):
         super().__init__(name, preprocessing, device, floor=float(floor))
 
     @property
-    def _shared_as(self) -> tuple[object, ...]:
+    def shared_as(self) -> tuple[object, ...]:
         return (self.shares_embedding, self.options["floor"])
 
     def embed(self, frames: Tensor) -> Embedding:
