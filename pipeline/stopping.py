@@ -1,0 +1,76 @@
+"""Stop in good order when a batch system says so: what runs is finished, and nothing else begins.
+
+A batch system sends SIGTERM to a job that it is about to end, and kills it a while later. While tasks are
+running (:func:`in_good_order`) the signal only asks for an end; otherwise it ends the process as Ctrl-C does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+EXIT_CODE = 128 + signal.SIGTERM
+"""Of a process that was stopped: 143, as shells have it."""
+
+GRACE_S = 30.0
+"""How long running tasks may go on, unless :func:`stop_on_sigterm` was told otherwise."""
+
+
+class Stopped(SystemExit):
+    """The process was asked to end; what is finished is kept."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_CODE)
+
+
+class _State:
+    """Of this process: signals are the process's, too."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self.deferring = 0
+        self.grace = GRACE_S
+
+
+_state = _State()
+
+
+def stop_on_sigterm() -> None:
+    """From now on SIGTERM raises :class:`Stopped`, or asks what is in good order to do so."""
+    signal.signal(signal.SIGTERM, _on_signal)
+
+
+def allow_grace(seconds: float) -> None:
+    """How long running tasks may go on once the process was asked to end."""
+    _state.grace = seconds
+
+
+def grace() -> float:
+    """Seconds that running tasks may go on."""
+    return _state.grace
+
+
+def asked() -> bool:
+    """Whether the process was asked to end."""
+    return _state.asked.is_set()
+
+
+@contextlib.contextmanager
+def in_good_order() -> Iterator[None]:
+    """Here SIGTERM only sets :func:`asked`: whoever enters looks at it often, and raises :class:`Stopped`."""
+    _state.deferring += 1
+    try:
+        yield
+    finally:
+        _state.deferring -= 1
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    # A second one changes nothing: the end is on its way, and SIGKILL is for those who can't wait.
+    first = not _state.asked.is_set()
+    _state.asked.set()
+    if first and not _state.deferring:
+        raise Stopped

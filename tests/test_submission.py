@@ -1,0 +1,288 @@
+"""Tasks in flight: few of them whatever their number, none lost, and no one waited for too long."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from distributed import Client, KilledWorker
+
+from pipeline import packed, stopping, submission
+from pipeline.cluster import Cluster
+from pipeline.profiles import ClusterError, Profile
+from pipeline.submission import run_bounded
+
+
+@pytest.fixture(scope="module")
+def two_workers() -> Iterator[Client]:
+    with Cluster(Profile(workers=2)) as cluster:
+        yield cluster.client
+
+
+def double(value: int) -> int:
+    return 2 * value
+
+
+def nap(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def die(number: int) -> int:
+    """Take the worker along for one number."""
+    if number == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def slow_at_first(folder: str, number: int) -> int:
+    """The first to run number 3 takes a minute; whoever runs it again does not."""
+    if number == 3:
+        try:
+            Path(folder, "taken").touch(exist_ok=False)
+        except FileExistsError:
+            return number
+        time.sleep(60)
+    time.sleep(0.05)
+    return number
+
+
+def fail_where_it_is_slow(folder: str, number: int) -> int:
+    """As :func:`slow_at_first`, but a second copy fails at once and the first one does not take so long."""
+    if number == 3:
+        try:
+            Path(folder, "taken").touch(exist_ok=False)
+        except FileExistsError:
+            raise ValueError("no") from None
+        time.sleep(4)
+    time.sleep(0.05)
+    return number
+
+
+def test_tasks_are_taken_as_others_finish(two_workers):
+    taken = 0
+
+    def tasks():
+        nonlocal taken
+        for number in range(1000):
+            taken += 1
+            yield (number,)
+
+    ahead, found = [], []
+    for done, ((number,), result, error) in enumerate(run_bounded(two_workers, double, tasks())):
+        assert (result, error) == (2 * number, None)
+        found.append(number)
+        # What has come in one message with this one is done, too.
+        ahead.append(taken - done)
+    assert sorted(found) == list(range(1000))
+    assert max(ahead) <= 2 * submission.IN_FLIGHT
+    assert ahead[0] <= submission.IN_FLIGHT
+
+
+def test_no_tasks_are_no_trouble(two_workers):
+    assert list(run_bounded(two_workers, double, [])) == []
+    assert list(run_bounded(None, double, [])) == []
+
+
+def test_the_window_follows_the_threads_that_join(monkeypatch):
+    monkeypatch.setattr(submission, "IN_FLIGHT", 2)
+    monkeypatch.setattr(submission, "COUNT_THREADS_S", 0.1)
+    stop = time.monotonic() + 60
+    taken, joined, windows = 0, 0.0, []
+
+    def tasks():
+        nonlocal taken
+        while time.monotonic() < stop:
+            taken += 1
+            yield (0.05,)
+
+    with Cluster(Profile(workers=1)) as cluster:
+        for done, _ in enumerate(run_bounded(cluster.client, nap, tasks())):
+            windows.append(taken - done)
+            if done == 20:
+                cluster.client.cluster.scale(2)
+            if not joined and len(cluster.client.nthreads()) == 2:
+                joined, stop = done, time.monotonic() + 2
+    assert joined, "no second worker in a minute"
+    assert max(windows[:20]) <= 2 * submission.IN_FLIGHT_PER_THREAD
+    assert max(windows) > 1.5 * max(windows[:20])
+
+
+def test_a_task_that_kills_its_workers_is_handed_back_and_the_others_go_on():
+    with Cluster(Profile(workers=2)) as cluster:
+        outcomes = {
+            number: error
+            for (number,), _, error in run_bounded(cluster.client, die, ((k,) for k in range(12)))
+        }
+    assert sorted(outcomes) == list(range(12))
+    assert isinstance(outcomes.pop(5), KilledWorker)
+    assert set(outcomes.values()) == {None}
+
+
+def test_a_straggler_gets_a_second_copy_and_the_first_result_counts(two_workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(submission, "STRAGGLER_SECONDS", 1.0)
+    tally: Counter[str] = Counter()
+    began = time.monotonic()
+    tasks = ((str(tmp_path), number) for number in range(12))
+    outcomes = list(run_bounded(two_workers, slow_at_first, tasks, tally=tally))
+    assert sorted(result for _, result, _ in outcomes) == list(range(12))
+    # One more where a task waited behind it on the same worker.
+    assert tally["copies"] in (1, 2)
+    assert time.monotonic() - began < 45  # the straggler itself takes a minute
+
+
+def test_a_copy_that_fails_leaves_the_task_to_the_first(two_workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(submission, "STRAGGLER_SECONDS", 0.5)
+    tally: Counter[str] = Counter()
+    tasks = ((str(tmp_path), number) for number in range(12))
+    outcomes = list(run_bounded(two_workers, fail_where_it_is_slow, tasks, tally=tally))
+    assert [(result, error) for (_, number), result, error in outcomes if number == 3] == [(3, None)]
+    assert len(outcomes) == 12
+    # One more where a task waited behind it on the same worker.
+    assert tally["copies"] in (1, 2)
+
+
+@contextlib.contextmanager
+def scheduler_process(*arguments: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A scheduler in a process of its own, on loopback: the process and its address."""
+    command = ["scheduler", "--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "distributed.cli.dask_scheduler", *command[1:], *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if "Scheduler at:" in line:
+                yield process, line.split()[-1]
+                break
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_scheduler_that_dies_is_an_error_and_no_wait_without_end():
+    with scheduler_process() as (process, address):
+        worker = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "distributed.cli.dask_worker",
+                address,
+                "--nworkers",
+                "1",
+                "--no-dashboard",
+            ]
+        )
+        try:
+            with Cluster(Profile(kind="address", address=address)) as cluster:
+                outcomes = run_bounded(cluster.client, nap, ((0.05,) for _ in range(10_000)))
+                next(outcomes)
+                process.send_signal(signal.SIGKILL)
+                began = time.monotonic()
+                with pytest.raises(ClusterError, match=r"lost the scheduler.*run the same command again"):
+                    for _ in outcomes:
+                        pass
+            assert time.monotonic() - began < 90
+        finally:
+            worker.kill()
+            worker.wait()
+
+
+def test_a_scheduler_needs_nothing_of_what_tasks_name():
+    """It imports what is submitted: one module, that imports nothing."""
+    with scheduler_process() as (_, address), Client(address) as client:
+        worker = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "distributed.cli.dask_worker",
+                address,
+                "--nworkers",
+                "1",
+                "--no-dashboard",
+            ],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        )
+        try:
+            client.wait_for_workers(1, timeout=60)
+            assert [result for _, result, _ in run_bounded(client, double, [(4,)])] == [8]
+            imported = client.run_on_scheduler(lambda: sorted(__import__("sys").modules))
+        finally:
+            worker.kill()
+            worker.wait()
+    assert packed.__name__ in imported
+    assert not {"torch", "zarr", "lsim", "test_submission"} & set(imported)
+
+
+# ---------------------------------------------------------------- stopped by a batch system
+
+
+@pytest.fixture
+def stop(monkeypatch) -> Iterator[None]:
+    """SIGTERM is handled as the command does, and what was asked is forgotten after."""
+    monkeypatch.setattr(stopping, "_state", stopping._State())
+    before = signal.getsignal(signal.SIGTERM)
+    stopping.stop_on_sigterm()
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def terminate_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_waits_for_what_runs_and_begins_nothing(two_workers, stop):
+    done = []
+
+    def stop_after_three() -> None:
+        for (number,), _, error in run_bounded(two_workers, nap, ((0.3 + k / 1000,) for k in range(500))):
+            done.append((number, error))
+            if len(done) == 3:
+                terminate_this_process()
+                terminate_this_process()  # a second one changes nothing
+
+    with pytest.raises(stopping.Stopped) as stopped:
+        stop_after_three()
+    assert stopped.value.code == 143
+    assert 3 < len(done) <= 9  # the two that ran, and what had finished by then
+    assert all(error is None for _, error in done)
+
+
+def test_sigterm_does_not_wait_longer_than_the_grace_time(two_workers, stop):
+    stopping.allow_grace(0.5)
+    threading.Timer(1.0, terminate_this_process).start()
+    began = time.monotonic()
+    with pytest.raises(stopping.Stopped):
+        list(run_bounded(two_workers, nap, [(40.0,)]))
+    assert time.monotonic() - began < 30
+
+
+def test_sigterm_in_this_process_ends_after_the_task_in_hand(stop):
+    done = []
+
+    def stop_after_four() -> None:
+        for (number,), _, _ in run_bounded(None, double, ((k,) for k in range(9))):
+            done.append(number)
+            if number == 4:
+                terminate_this_process()
+
+    with pytest.raises(stopping.Stopped):
+        stop_after_four()
+    assert done == [0, 1, 2, 3, 4]
+
+
+def test_sigterm_elsewhere_ends_at_once(stop):
+    with pytest.raises(stopping.Stopped):
+        terminate_this_process()
