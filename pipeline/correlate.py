@@ -262,7 +262,7 @@ def _read(path: Path) -> _Archive:
         dataset, field = key.split("/")
         has_provenance = schema.PROVENANCE in store.get_group(root, key)
         problems = _problems(path, f"{key}/{schema.PROVENANCE}") if has_provenance else {}
-        _refuse_lost(group, problems, f"{path}/{key}")
+        _refuse_lost(store.get_group(root, key), group, problems)
         fields.append(
             _Field(
                 dataset=dataset,
@@ -336,13 +336,16 @@ def _problems(path: Path, key: str) -> dict[str, list[str]]:
     }
 
 
-def _refuse_lost(group: xr.Dataset, problems: Mapping[str, Sequence[str]], where: str) -> None:
-    """Raise where distances are recorded and not there: the diagonal of a matrix that was written is zero."""
-    for metric in problems.keys() & set(map(str, group.variables)):
-        for row, (problem, matrix) in enumerate(zip(problems[metric], group[metric].values, strict=True)):
-            if not problem and np.isnan(np.diagonal(matrix)).any():
-                name = str(group[schema.SEQUENCE].values[row])
-                raise store.DamagedError(f"{where}/{metric}", f"the distances of sequence {name} are lost")
+def _refuse_lost(group: store.Group, values: xr.Dataset, problems: Mapping[str, Sequence[str]]) -> None:
+    """Raise where distances are recorded and their chunk is gone: it would read as NaN, of no reason."""
+    for metric in problems.keys() & set(map(str, values.variables)):
+        lost = np.isnan(np.diagonal(values[metric].values, axis1=1, axis2=2)).any(
+            axis=1
+        )  # zero where written
+        for row in np.flatnonzero(lost & (np.array(problems[metric], dtype=object) == "")):
+            array = store.get_array(group, metric)
+            if missing := store.missing_chunks(array, int(row)):
+                raise store.DamagedError(str(array.store_path), f"chunk {', '.join(missing)} is missing")
 
 
 def _holds_all_pairs(fields: Iterable[_Field]) -> bool:
