@@ -24,8 +24,10 @@ A ``source`` is exactly one of
 
 ``url``
     A download with a checksum, unpacked where it is a zip or tar archive. ``file`` names the download
-    where the address doesn't end in its name, ``folder`` the part of the archive that is meant, ``size``
-    is said before anything is downloaded. Data sets with the same ``url`` share one download.
+    where the address doesn't end in its name, ``folder`` the part of the archive that is meant. ``size``
+    (``3.9 GB``) is said before anything is downloaded, and no more is. ``unpacked`` (a size) and ``members``
+    (a number) are the most that the archive may hold; by default a multiple of its own size, and a million
+    files, see :mod:`pipeline.limits`. Data sets with the same ``url`` share one download.
 ``path``
     A folder or file on this machine; relative paths start at the catalog's own folder.
 ``simulate``
@@ -36,8 +38,9 @@ else the user's cache. ``filter`` lists substrings of a sequence's name, dots in
 when any of them occurs in it, and an empty filter takes all. ``fields`` selects fields of a source by name,
 or makes new ones of some channels: ``{velocity-x: {source: velocity, channel: 0}}``; metrics take frames of
 one, three or four channels. ``missing: keep`` converts frames with NaN or infinity as they are, for metrics
-that leave out missing pixels; by default (``quarantine``) their sequences are left out. Unknown keys are
-errors.
+that leave out missing pixels; by default (``quarantine``) their sequences are left out.
+``largest_sequence: 40 GB`` is the most that one decoded sequence may take, 16 GiB where nothing is stated.
+Unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -48,18 +51,16 @@ import json
 import os
 import re
 import shutil
-import stat
-import tarfile
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from typing import IO, Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 from urllib.parse import urlparse
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -69,10 +70,10 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline import limits
+from pipeline.names import group_fault, printable, shown
 from pipeline.resources import ResourceError, find_resource, shipped_names
-
-GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-"""What a data set or a field may be called: it names a group of the store, and a folder."""
+from pipeline.unpack import UnpackError, unpack
 
 Missing: TypeAlias = Literal["quarantine", "keep"]
 """What becomes of sequences that hold NaN or infinity."""
@@ -80,6 +81,8 @@ Missing: TypeAlias = Literal["quarantine", "keep"]
 _MADE_FROM = ".made-from.json"
 _UNPACKED_FROM = ".unpacked-from.json"
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
+_DOWNLOADS = "downloads"
+_CHECKSUMS_BYTES = 2**24
 
 
 class CatalogError(ValueError):
@@ -88,6 +91,15 @@ class CatalogError(ValueError):
 
 class MissingDataError(CatalogError):
     """Data that a catalog describes but that is not on this machine; the message says how to get it."""
+
+
+def _checked_size(text: str) -> str:
+    limits.parse_size(text)
+    return text
+
+
+Size = Annotated[str, AfterValidator(_checked_size)]
+"""Bytes as people write them: ``3.9 GB``."""
 
 
 class _Strict(BaseModel):
@@ -120,15 +132,19 @@ class Source(_Strict):
     simulate: Simulation | None = None
     folder: str = ""
     file: str | None = None
-    size: str | None = None
+    size: Size | None = None
+    unpacked: Size | None = None
+    members: Annotated[int, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Source:
         given = [key for key in ("url", "path", "simulate") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"expected exactly one of url, path, simulate; found {given or 'none'}")
-        if self.url is None and (self.file or self.size):
-            raise ValueError("file and size belong to a url")
+        if self.url is None and (self.file or self.size or self.unpacked or self.members):
+            raise ValueError("file, size, unpacked and members belong to a url")
+        if self.url is not None:
+            _check_download_name(self.download_name)
         inside = PurePosixPath(self.folder)
         if inside.is_absolute() or ".." in inside.parts:
             raise ValueError(f"folder {self.folder!r} leads out of the source")
@@ -158,6 +174,7 @@ class Dataset(_Strict):
     filter: list[str] = []
     fields: list[str] | dict[str, FieldChoice] = []
     missing: Missing = "quarantine"
+    largest_sequence: Size | None = None
     role: Literal["train", "validation", "test"] = "test"
     licence: str | None = None
     citation: str | None = None
@@ -192,6 +209,12 @@ class Dataset(_Strict):
         if self.source.url is not None and self.checksum is None:
             raise ValueError("a source with a url needs a checksum")
         return self
+
+    @property
+    def sequence_bytes(self) -> int:
+        """The most that one decoded sequence may take."""
+        stated = self.largest_sequence
+        return limits.SEQUENCE_BYTES if stated is None else limits.parse_size(stated)
 
     def selects(self, name: str) -> bool:
         """Whether the filter takes a sequence of this name."""
@@ -475,7 +498,7 @@ def verify(
         folder = locate(catalog, entry, data_dir)
         checksum: Literal["ok", "differs", "unchecked"] = "unchecked"
         detail = str(folder) if folder is not None else how_to_get(catalog, entry, data_dir)
-        archive = root / "downloads" / entry.source.download_name
+        archive = root / _DOWNLOADS / entry.source.download_name
         if entry.source.url is not None and archive.is_file():
             expected = _expected_checksum(entry, root, download=False)
             if expected is not None:
@@ -495,26 +518,27 @@ def verify(
 
 
 def _download(entry: Dataset, root: Path) -> None:
-    import pooch
-
     source = entry.source
     expected = _expected_checksum(entry, root, download=True)
-    try:
-        archive = pooch.retrieve(
-            url=source.url,
-            known_hash=expected,
-            fname=source.download_name,
-            path=root / "downloads",
-            progressbar=False,
-        )
-    except ValueError as error:  # pooch's report of a checksum that differs; the file is already gone
-        raise CatalogError(f"dataset {entry.name}: {source.url}: {error}") from error
+    size = limits.DOWNLOAD_BYTES if source.size is None else limits.parse_size(source.size)
+    archive = _retrieve(
+        f"dataset {entry.name}",
+        source.url or "",
+        root / _DOWNLOADS / source.download_name,
+        expected,
+        int(size * limits.DOWNLOAD_SLACK),
+    )
     target = _unpacked_folder(root, source)
+    if target.exists() and not (target / _UNPACKED_FROM).is_file():
+        raise CatalogError(
+            f"dataset {entry.name}: {target} is there, and was not unpacked from a download; move it away"
+        )
     # Unpacked beside its place and renamed: a folder under the final name is complete.
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=root))
     try:
         if source.download_name.endswith(_ARCHIVES):
-            _unpack(Path(archive), partial)
+            most = None if source.unpacked is None else limits.parse_size(source.unpacked)
+            unpack(archive, partial, most_bytes=most, most_members=source.members)
         else:
             shutil.copy2(archive, partial / source.download_name)
         (partial / _UNPACKED_FROM).write_text(json.dumps({"url": source.url, "checksum": expected}))
@@ -522,30 +546,68 @@ def _download(entry: Dataset, root: Path) -> None:
             shutil.rmtree(target)
         partial.chmod(0o755)
         partial.rename(target)
+    except UnpackError as error:
+        raise CatalogError(f"dataset {entry.name}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _retrieve(label: str, url: str, path: Path, checksum: str | None, most: int) -> Path:
+    """Download to ``path``, unless it lies there with that checksum; no more than ``most`` bytes."""
+    import pooch
+
+    def download(url: str, output_file: str, _: Any) -> None:
+        with open(output_file, "wb") as file:
+            pooch.downloaders.choose_downloader(url)(url, _Counted(file, most), None)
+
+    try:
+        return Path(
+            pooch.retrieve(
+                url=url, known_hash=checksum, fname=path.name, path=path.parent, downloader=download
+            )
+        )
+    except ValueError as error:  # pooch's report of a checksum that differs, or of too much: the file is gone
+        raise CatalogError(f"{label}: {url}: {error}") from error
+
+
+class _Counted:
+    """A file that refuses to grow beyond ``most`` bytes, whatever a server says of their number."""
+
+    def __init__(self, file: IO[bytes], most: int) -> None:
+        self._file, self._most, self._written = file, most, 0
+
+    def write(self, data: bytes) -> int:
+        self._written += len(data)
+        if self._written > self._most:
+            raise CatalogError(
+                f"more than {limits.readable(self._most)} were sent; a catalog that expects more states "
+                "it as size"
+            )
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 def _unpacked_folder(root: Path, source: Source) -> Path:
-    name = source.download_name
+    return root / _stem(source.download_name)
+
+
+def _stem(name: str) -> str:
     ending = next((suffix for suffix in _ARCHIVES if name.endswith(suffix)), "")
-    return root / (name.removesuffix(ending) if ending else PurePosixPath(name).stem)
+    return name.removesuffix(ending) if ending else PurePosixPath(name).stem
 
 
-def _unpack(archive: Path, folder: Path) -> None:
-    if archive.name.endswith(".zip"):
-        with zipfile.ZipFile(archive) as members:
-            for member in members.infolist():
-                path = PurePosixPath(member.filename.replace("\\", "/"))
-                if path.is_absolute() or ".." in path.parts or stat.S_ISLNK(member.external_attr >> 16):
-                    raise CatalogError(f"{archive}: {member.filename!r} would be written outside {folder}")
-            members.extractall(folder)
-        return
-    with tarfile.open(archive) as members:
-        try:
-            members.extractall(folder, filter="data")
-        except tarfile.FilterError as error:
-            raise CatalogError(f"{archive}: {error}") from error
+def _check_download_name(name: str) -> None:
+    """Raise unless a download of this name, and the folder of what is in it, lie within the data root."""
+    plain = name == PurePosixPath(name.replace("\\", "/")).name and printable(name, keep="") == name
+    if (
+        not plain
+        or _stem(name).startswith(".")
+        or _stem(name) in ("", _DOWNLOADS)
+        or len(name.encode()) > 200
+    ):
+        raise ValueError(f"download {shown(name)!r}: expected the plain name of a file (file states another)")
 
 
 def _expected_checksum(entry: Dataset, root: Path, *, download: bool) -> str | None:
@@ -553,14 +615,12 @@ def _expected_checksum(entry: Dataset, root: Path, *, download: bool) -> str | N
     checksum = entry.checksum
     if not isinstance(checksum, ChecksumFile):
         return checksum
-    file = root / "downloads" / f"{entry.source.download_name}.{checksum.algorithm}"
+    file = root / _DOWNLOADS / f"{entry.source.download_name}.{checksum.algorithm}"
     if download:
-        import pooch
-
         # The list lies beside the data on the publisher's server: it guards against damage on the way,
         # not against a publisher who changes both.
         file.unlink(missing_ok=True)
-        pooch.retrieve(url=checksum.url, known_hash=None, fname=file.name, path=file.parent)
+        _retrieve(f"dataset {entry.name}", checksum.url, file, None, _CHECKSUMS_BYTES)
     elif not file.is_file():
         return None
     for line in file.read_text(encoding="utf-8").splitlines():
@@ -612,8 +672,8 @@ def _handle(catalog: Catalog) -> str:
 
 
 def _group_name(name: str) -> str:
-    if not GROUP_NAME.fullmatch(name):
-        raise ValueError(f"{name!r}: expected letters, digits, '.', '_' and '-', beginning with no sign")
+    if fault := group_fault(name):
+        raise ValueError(fault)
     return name
 
 

@@ -16,7 +16,7 @@ import xxhash
 
 from pipeline import schema, store
 from pipeline.content import content_hash
-from pipeline.readers import LazySequence, ReaderError
+from pipeline.readers import LazySequence, ReaderError, TooLargeError
 
 COLUMNS = (schema.CONTENT, schema.SOURCE, schema.SEQUENCE, schema.PARAMETER, schema.FRAMES)
 """All arrays of a field, `content` first: so they shrink."""
@@ -271,8 +271,8 @@ def _failure(error: Exception, sequence: LazySequence) -> dict[str, Any]:
         failure["found"] = error.found
     if isinstance(error, OSError) and not reader_error and error.errno is not None:
         failure["files"] = []  # the disk's or network's fault: tried again at every run
-    if isinstance(error, MemoryError):
-        failure["files"] = []  # a header that claims too much, or a machine with too little left
+    if isinstance(error, MemoryError | TooLargeError):
+        failure["files"] = []  # a machine with too little left, or a bound that may have been raised
     return failure
 
 

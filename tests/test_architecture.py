@@ -27,6 +27,8 @@ LEAVES = (
     "pipeline.statistics",
     "pipeline.mapping",
     "pipeline.address",
+    "pipeline.names",
+    "pipeline.limits",
 )
 SHARED_BY_STAGES = ("pipeline.choice", "pipeline.fields", "pipeline.scopes")
 """What several stages ask: which metrics, and over which range their frames are normalised."""

@@ -58,7 +58,7 @@ def write_catalog(folder: Path, datasets: str, more: str = "") -> Path:
             ["fields.u.chanel", "'channel'"],
         ),
         (
-            "- {name: A, source: {url: 'http://x'}, reader: lsim, checksum: {url: x, entry: y, algoritm: z}}",
+            "- {name: A, source: {url: 'x/a'}, reader: lsim, checksum: {url: x, entry: y, algoritm: z}}",
             "",
             ["checksum.algoritm", "'algorithm'"],
         ),

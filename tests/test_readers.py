@@ -295,7 +295,7 @@ def test_stacks_with_several_fields(tmp_path: Path, rng: np.random.Generator):
         ({"frames": np.zeros((3, 4, 4)), "parameter": [0, 2, 1]}, r"does not rise: 0, 2, 1"),
         ({"frames": np.zeros((3, 4, 4)), "parameter": [0, np.nan, 1]}, r"not finite"),
         ({"frames": np.zeros((4, 4)), "parameter": np.arange(4)}, r"shape \(4, 4\); expected"),
-        ({"frames": np.array([{}]), "parameter": np.arange(4)}, r"cannot be decoded"),
+        ({"frames": np.array([{}]), "parameter": np.arange(4)}, r"'frames' holds Python objects"),
     ],
 )
 def test_wrong_stacks_name_file_and_fault(tmp_path: Path, arrays: dict[str, Any], pattern: str):

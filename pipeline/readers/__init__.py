@@ -36,6 +36,7 @@ An installed package offers a reader by an entry point of the group ``lsim.reade
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
@@ -44,9 +45,18 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.catalog import GROUP_NAME, CatalogError, Dataset, FieldChoice
+from pipeline.catalog import CatalogError, Dataset, FieldChoice
+from pipeline.names import group_fault, sequence_fault, shown
 from pipeline.readers import lsim, stack, xarray
-from pipeline.readers.base import BrokenSequence, LazySequence, ReaderError, SourceFile, natural_key
+from pipeline.readers.base import (
+    BrokenSequence,
+    LazySequence,
+    ReaderError,
+    SourceFile,
+    TooLargeError,
+    natural_key,
+)
+from pipeline.readers.containers import is_within
 
 __all__ = [
     "READERS",
@@ -55,6 +65,7 @@ __all__ = [
     "Reader",
     "ReaderError",
     "SourceFile",
+    "TooLargeError",
     "find_reader",
     "list_sequences",
 ]
@@ -96,7 +107,11 @@ def list_sequences(entry: Dataset, folder: Path) -> list[LazySequence]:
     here = f"dataset {entry.name} ({folder})"
     try:
         listed = find_reader(entry.reader)(entry, folder)
-        found = [replace(s, missing=entry.missing) for s in listed if entry.selects(s.name)]
+        selected = [s for s in listed if entry.selects(s.name)]
+        found = [
+            replace(s, missing=entry.missing, most_bytes=entry.sequence_bytes)
+            for s in _quarantine_unsafe(selected, folder)
+        ]
     except ReaderError as error:
         raise CatalogError(f"dataset {entry.name}, reader {entry.reader!r}: {error}") from error
     except OSError as error:
@@ -118,9 +133,39 @@ def list_sequences(entry: Dataset, folder: Path) -> list[LazySequence]:
                 f"{here}: fields {other!r} and {field!r} differ in case alone; where names of files don't "
                 "count case they would be one group"
             )
-        if not GROUP_NAME.fullmatch(field):
-            raise CatalogError(f"{here}: field {field!r} cannot name a group: letters, digits, '.', '_', '-'")
+        if fault := group_fault(field):
+            raise CatalogError(f"{here}: field {fault}")
     return chosen_fields
+
+
+def _quarantine_unsafe(sequences: Iterable[LazySequence], folder: Path) -> list[LazySequence]:
+    """Sequences with a name that can't be shown, or a file that lies elsewhere, as broken ones.
+
+    A link within a data set could lead to any file of this machine. The data set's own folder may be one.
+    """
+    top = os.path.realpath(folder if folder.is_dir() else folder.parent)
+    folders: dict[str, str] = {}
+
+    def is_inside(path: str) -> bool:
+        parent, name = os.path.split(path)
+        if parent not in folders:
+            folders[parent] = os.path.realpath(parent)
+        real = os.path.realpath(path) if os.path.islink(path) else os.path.join(folders[parent], name)
+        return is_within(real, top) or path == os.fspath(folder)
+
+    result = []
+    for sequence in sequences:
+        outside = next((file.path for file in sequence.files if not is_inside(file.path)), None)
+        reason = sequence_fault(sequence.name)
+        if outside is not None:
+            reason = "a link that leads out of the data set's folder, and is not followed"
+        if reason:
+            file = outside or (sequence.files[0].path if sequence.files else "")
+            sequence = BrokenSequence.of(
+                shown(sequence.name), sequence.field, file, ReaderError(reason, file)
+            )
+        result.append(sequence)
+    return result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +211,7 @@ def _choose_fields(found: list[LazySequence], entry: Dataset, here: str) -> list
                 settings={**s.settings, "channels": list(channels)},
                 attributes=s.attributes,
                 missing=s.missing,
+                most_bytes=s.most_bytes,
                 source=s,
                 channels=channels,
             )

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import lzma
 import os
 import re
+import zipfile
+import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from pipeline import limits
 from pipeline.catalog import Missing
 
 
@@ -25,6 +31,60 @@ class ReaderError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.file}: {self.reason}" if self.file else self.reason
+
+
+SEQUENCE_RULE = "a sequence may take {} (largest_sequence in the catalog states another size)"
+
+
+class TooLargeError(ReaderError):
+    """A sequence that claims more than it may take, or than this machine has."""
+
+
+def check_size(
+    shape: Iterable[int], itemsize: int, most: int, path: str, what: str, rule: str = SEQUENCE_RULE
+) -> int:
+    """Size of an array in bytes, before it is allocated.
+
+    Parameters
+    ----------
+    shape : iterable of int
+    itemsize : int
+        Bytes of one value.
+    most : int
+        Bytes that it may take, as a sequence's ``most_bytes``.
+    path, what, rule : str
+        Named in the error; ``rule`` says who may have ``most``.
+
+    Raises
+    ------
+    TooLargeError
+        When that is more than ``most``, or than the memory of this machine.
+    """
+    shape = tuple(shape)
+    nbytes, memory = limits.array_bytes(shape, itemsize), limits.memory_bytes()
+    if nbytes <= min(most, memory):
+        return nbytes
+    bound = f"this machine has {limits.readable(memory)} of memory"
+    if most < memory:
+        bound = rule.format(limits.readable(most))
+    raise TooLargeError(f"{what} of shape {shape} would take {limits.readable(nbytes)}; {bound}", path)
+
+
+@contextlib.contextmanager
+def decoding(path: str, what: str = "") -> Iterator[None]:
+    """Turn whatever libraries make of a damaged file into :class:`ReaderError`; faults of the disk pass."""
+    try:
+        yield
+    except ReaderError:
+        raise
+    except OSError as error:
+        if error.errno is not None:  # the disk's fault, not the file's
+            raise
+        raise ReaderError(f"{what}cannot be decoded: {error}", path) from error
+    except (ValueError, SyntaxError, EOFError, KeyError, RuntimeError, OverflowError) as error:
+        raise ReaderError(f"{what}cannot be decoded: {error}", path) from error
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+        raise ReaderError(f"{what}cannot be decoded: {error}", path) from error
 
 
 class SourceFile(NamedTuple):
@@ -64,6 +124,8 @@ class LazySequence(ABC):
         Attributes for the field's ``frames``, such as ``units``.
     missing : {"quarantine", "keep"}
         Whether frames may hold NaN and infinity, as the catalog says; set after listing.
+    most_bytes : int
+        What the decoded frames may take, as the catalog says; set after listing. :func:`check_size` compares.
     """
 
     name: str
@@ -72,6 +134,7 @@ class LazySequence(ABC):
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
     missing: Missing = "quarantine"
+    most_bytes: int = limits.SEQUENCE_BYTES
 
     @abstractmethod
     def read(self) -> tuple[np.ndarray, np.ndarray]:

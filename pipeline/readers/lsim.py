@@ -21,8 +21,6 @@ Options: ``field`` (default "frames"), ``frames`` (default: as most sequences ha
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +35,14 @@ from pipeline.readers.base import (
     LazySequence,
     ReaderError,
     SourceFile,
+    check_size,
+    decoding,
     field_in_name,
     list_folder,
     scale_parameter,
     with_channel,
 )
+from pipeline.readers.npy import load_npz
 
 
 class LsimOptions(BaseModel):
@@ -141,6 +142,9 @@ class ImageSequence(LazySequence):
         for index, file in enumerate(self.files):
             frame = self._decode(file.path)
             if frames is None:
+                check_size(
+                    (len(self.files), *frame.shape), frame.itemsize, self.most_bytes, file.path, "sequence"
+                )
                 frames = np.empty((len(self.files), *frame.shape), frame.dtype)
             if frame.shape != frames.shape[1:] or frame.dtype != frames.dtype:
                 raise ReaderError(
@@ -163,18 +167,13 @@ class ImageSequence(LazySequence):
         return int(digits)
 
     def _decode(self, path: str) -> np.ndarray:
-        try:
-            frame = (
-                _read_png(path) if path.lower().endswith(".png") else _read_npz(path, self.settings["key"])
-            )
-        except ReaderError:
-            raise
-        except OSError as error:
-            if error.errno is not None:  # the disk's fault, not the file's
-                raise
-            raise ReaderError(f"cannot be decoded: {error}", path) from error
-        except (ValueError, SyntaxError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ReaderError(f"cannot be decoded: {error}", path) from error
+        with decoding(path):
+            if path.lower().endswith(".png"):
+                frame = _read_png(path)
+            else:
+                (frame,) = load_npz(path, [self.settings["key"]], self.most_bytes)
+                # As the published evaluation: four channels are RGB and alpha.
+                frame = frame[..., :3] if frame.ndim == 3 and frame.shape[2] == 4 else frame
         if frame.ndim not in (2, 3):
             raise ReaderError(f"frame of shape {frame.shape}; expected (y, x) or (y, x, channel)", path)
         return with_channel(frame[None])[0]
@@ -184,7 +183,18 @@ def _read_png(path: str) -> np.ndarray:
     """A PNG file as (y, x) or (y, x, 3)."""
     from PIL import Image
 
-    with Image.open(path) as image:
+    try:
+        opened = Image.open(path)
+    except Image.DecompressionBombError as error:
+        raise ReaderError(f"{error} Store larger frames as NPZ", path) from error
+    with opened as image:
+        most = Image.MAX_IMAGE_PIXELS
+        if most is not None and image.width * image.height > most:
+            raise ReaderError(
+                f"an image of {image.width} × {image.height} pixels, which may be a decompression bomb; "
+                f"expected {most} pixels at most. Store larger frames as NPZ",
+                path,
+            )
         raw_mode = str(image.tile[0][3]) if image.tile else ""
         if image.mode in ("RGB", "RGBA", "LA") and "16" in raw_mode:
             raise ReaderError("16 bits in each of several channels would be cut to 8; store NPZ", path)
@@ -194,12 +204,3 @@ def _read_png(path: str) -> np.ndarray:
         if image.mode == "RGBA":
             return pixels[..., :3]
         return pixels[..., 0] if image.mode == "LA" else pixels
-
-
-def _read_npz(path: str, key: str) -> np.ndarray:
-    with np.load(path, allow_pickle=False) as arrays:
-        if key not in arrays.files:
-            raise ReaderError(f"no array {key!r}; found {', '.join(arrays.files) or 'none'}", path)
-        frame = arrays[key]
-    # As the published evaluation: four channels are RGB and alpha.
-    return frame[..., :3] if frame.ndim == 3 and frame.shape[2] == 4 else frame

@@ -13,8 +13,6 @@ numbers that holds for all sequences).
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +25,13 @@ from pipeline.readers.base import (
     LazySequence,
     ReaderError,
     SourceFile,
+    decoding,
     field_in_name,
     natural_key,
     scale_parameter,
     with_channel,
 )
+from pipeline.readers.npy import load_npy, load_npz
 
 _BESIDE = ".parameter.npy"
 
@@ -88,34 +88,20 @@ class StackSequence(LazySequence):
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Decode the stack and its parameter."""
         path, key, parameter = self.files[0].path, self.settings["key"], self.settings["parameter"]
-        try:
+        with decoding(path):
             if path.lower().endswith(".npy"):
-                frames = np.load(path, allow_pickle=False)
+                frames = load_npy(path, self.most_bytes)
                 if isinstance(parameter, str):
                     if len(self.files) < 2:
                         raise ReaderError(
                             f"no parameter: expected it in {Path(path).stem}.parameter{Path(path).suffix}",
                             path,
                         )
-                    parameter = np.load(self.files[1].path, allow_pickle=False)
+                    parameter = load_npy(self.files[1].path, self.most_bytes)
+            elif isinstance(parameter, str):
+                frames, parameter = load_npz(path, [key, parameter], self.most_bytes)
             else:
-                with np.load(path, allow_pickle=False) as arrays:
-                    wanted = [key, parameter] if isinstance(parameter, str) else [key]
-                    missing = [name for name in wanted if name not in arrays.files]
-                    if missing:
-                        raise ReaderError(
-                            f"no array {missing[0]!r}; found {', '.join(arrays.files) or 'none'}", path
-                        )
-                    frames = arrays[key]
-                    parameter = arrays[parameter] if isinstance(parameter, str) else parameter
-        except ReaderError:
-            raise
-        except OSError as error:
-            if error.errno is not None:  # the disk's fault, not the file's
-                raise
-            raise ReaderError(f"cannot be decoded: {error}", path) from error
-        except (ValueError, SyntaxError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ReaderError(f"cannot be decoded: {error}", path) from error
+                (frames,) = load_npz(path, [key], self.most_bytes)
         if frames.ndim not in (3, 4):
             raise ReaderError(
                 f"array of shape {frames.shape}; expected (frame, y, x) or (frame, y, x, channel), "

@@ -33,15 +33,20 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.catalog import Dataset, reader_options
+from pipeline.limits import LISTED_SEQUENCES
+from pipeline.names import group_fault, printable
 from pipeline.readers.base import (
     BrokenSequence,
     LazySequence,
     ReaderError,
     SourceFile,
+    check_size,
+    decoding,
     list_folder,
     opening_error,
     scale_parameter,
 )
+from pipeline.readers.containers import check_container
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -87,6 +92,7 @@ def read(entry: Dataset, folder: Path) -> list[LazySequence]:
     for path in sources:
         try:
             file = SourceFile.of(path)
+            check_container(path)
             with _open(path, options.group, options.engine) as dataset:
                 for field, variable in _variables(dataset, options, path).items():
                     sequences += _sequences_of(
@@ -114,30 +120,22 @@ class LabelledSequence(LazySequence):
         """Decode the variable at this index, and its parameter."""
         path, options = self.files[0].path, XarrayOptions.model_validate(self.settings)
         dims = options.dims
-        try:
-            with _open(Path(path), options.group, options.engine) as dataset:
-                here = dataset if self.index is None else dataset.isel({dims.sequence: self.index})
-                order = [dims.frame, dims.y, dims.x]
-                data = here[self.variable]
-                if dims.channel in data.dims:
-                    order.append(dims.channel)
-                frames = data.transpose(*order).values
-                if isinstance(options.parameter, str):
-                    if options.parameter not in here.variables:
-                        raise ReaderError(
-                            f"no parameter {options.parameter!r}; found {_names(dataset)}", path
-                        )
-                    parameter = here[options.parameter].values
-                else:
-                    parameter = np.asarray(options.parameter)
-        except ReaderError:
-            raise
-        except OSError as error:
-            if error.errno is not None:  # the disk's fault, not the file's
-                raise
-            raise ReaderError(f"{self.variable} cannot be decoded: {error}", path) from error
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise ReaderError(f"{self.variable} cannot be decoded: {error}", path) from error
+        with (
+            decoding(path, f"{self.variable} "),
+            _open(Path(path), options.group, options.engine) as dataset,
+        ):
+            here = dataset if self.index is None else dataset.isel({dims.sequence: self.index})
+            order = [dims.frame, dims.y, dims.x]
+            data = here[self.variable]
+            if dims.channel in data.dims:
+                order.append(dims.channel)
+            frames = self._values(data.transpose(*order))
+            if isinstance(options.parameter, str):
+                if options.parameter not in here.variables:
+                    raise ReaderError(f"no parameter {options.parameter!r}; found {_names(dataset)}", path)
+                parameter = self._values(here[options.parameter])
+            else:
+                parameter = np.asarray(options.parameter)
         try:
             scaled = scale_parameter(parameter, self.name)
         except ReaderError as error:
@@ -157,6 +155,14 @@ class LabelledSequence(LazySequence):
                     path,
                 )
         return frames if frames.ndim == 4 else frames[..., None], scaled
+
+    def _values(self, data: xr.DataArray) -> np.ndarray:
+        """Decode, once it is known how large it, and each chunk of it, is."""
+        path, what = self.files[0].path, f"variable {data.name!r}"
+        for shape in (data.shape, data.encoding.get("chunksizes"), data.encoding.get("chunks")):
+            if shape is not None:
+                check_size(shape, data.dtype.itemsize, self.most_bytes, path, what)
+        return data.values
 
 
 def _open(path: Path, group: str | None, engine: str | None) -> xr.Dataset:
@@ -199,6 +205,8 @@ def _variables(dataset: xr.Dataset, options: XarrayOptions, path: Path) -> Mappi
     allowed = needed | {dims.sequence, dims.channel}
     chosen = options.variables or [str(n) for n, v in dataset.data_vars.items() if needed <= set(v.dims)]
     fields = chosen if isinstance(chosen, dict) else {name: name for name in chosen}
+    if not options.variables and (fault := next(filter(None, map(group_fault, fields)), "")):
+        raise ReaderError(f"a variable that can't name a field, {fault}", str(path))
     for name in fields.values():
         if name not in dataset.data_vars:
             raise ReaderError(f"no variable {name!r}; found {_names(dataset)}", str(path))
@@ -228,6 +236,8 @@ def _sequences_of(
     names = [stem]
     if along in dataset[variable].dims:
         count = dataset.sizes[along]
+        if count > LISTED_SEQUENCES:
+            raise ReaderError(f"{count} sequences; expected {LISTED_SEQUENCES} at most", file.path)
         indices = list(range(count))
         # One by one: NumPy can't cast its own variable-length strings to fixed ones.
         labels = (
@@ -241,7 +251,7 @@ def _sequences_of(
             field=field,
             files=(file,),
             settings=options.model_dump(),
-            attributes={"units": str(units)} if units is not None else {},
+            attributes={"units": printable(str(units))[:100]} if units is not None else {},
             variable=variable,
             index=index,
         )
