@@ -12,6 +12,8 @@ from pathlib import Path
 
 import jinja2
 
+from pipeline.address import absolute, is_address, join
+from pipeline.mirror import local_folder
 from pipeline.report import contents, pictures
 from pipeline.report.contents import ReportError
 
@@ -30,15 +32,15 @@ def write_report(
     protocol: str | None = None,
     statistic: str = "spearman",
     title: str | None = None,
-) -> Path:
+) -> Path | str:
     """Write the report of a folder of correlations.
 
     Parameters
     ----------
-    results : path
+    results : path or address
         Folder that :func:`pipeline.correlate.correlate` wrote. Its record names the ``distances.zarr``,
         and that names the ``frames.zarr``.
-    out : path, optional
+    out : path or address, optional
         Folder of the page and its tables; default ``<results>/report``.
     protocol : str, optional
         The protocol to show first; default the first one that was computed.
@@ -49,7 +51,7 @@ def write_report(
 
     Returns
     -------
-    Path
+    Path, or str for an address
         The page, ``index.html``. Beside it lie ``correlations.csv``, ``differences.csv``,
         ``sequences.csv``, ``left_out.csv``, ``quarantined.csv``, ``unavailable.csv``,
         ``correlations.md``, the main table for a README, and ``overview.png``, frames and values in one
@@ -61,9 +63,10 @@ def write_report(
         When there are no correlations in ``results``, the distances aren't where they say, or
         ``protocol`` or ``statistic`` is not among them.
     """
-    results = Path(results)
-    out = results / "report" if out is None else Path(out)
-    found = contents.gather(results, protocol, statistic)
+    location = absolute(results)
+    place = join(location, "report") if out is None else absolute(out)
+    with local_folder(location) as folder:
+        found = contents.gather(location, folder, protocol, statistic)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.report", "."),
         autoescape=True,
@@ -78,12 +81,13 @@ def write_report(
         heading=title or TITLE,
         **vars(found),
     )
-    out.mkdir(parents=True, exist_ok=True)
-    for name, table in found.tables.items():
-        table.to_csv(out / f"{name}.csv", index=False)
-    (out / MARKDOWN).write_text(contents.markdown(found), encoding="utf-8")
-    (out / PICTURE).write_bytes(pictures.overview(found))
-    partial = out / (PAGE + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(out / PAGE)
-    return out / PAGE
+    with local_folder(place) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, table in found.tables.items():
+            table.to_csv(folder / f"{name}.csv", index=False)
+        (folder / MARKDOWN).write_text(contents.markdown(found), encoding="utf-8")
+        (folder / PICTURE).write_bytes(pictures.overview(found))
+        partial = folder / (PAGE + ".partial")
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(folder / PAGE)
+    return join(place, PAGE) if is_address(place) else Path(place, PAGE)

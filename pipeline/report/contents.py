@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline import schema, statistics, store
+from pipeline.address import absolute, resolve
 
 WORST = 6
 """How many of the worst-ranked sequences are shown."""
@@ -134,25 +135,28 @@ def _cell(cell: dict[str, Any], column: dict[str, Any]) -> str:
     return f"{text} ({span.replace(' to ', '–')})" if span else text
 
 
-def gather(results: Path, protocol: str | None, statistic: str) -> Contents:
-    """Read all that the report shows; see :func:`pipeline.report.write_report`."""
-    record = _read_record(results)
-    correlations = pd.read_parquet(results / "correlations.parquet")
-    differences = pd.read_parquet(results / "differences.parquet")
-    left_out = pd.read_csv(results / "left_out.csv", dtype=str, keep_default_na=False)
+def gather(results: str, folder: Path, protocol: str | None, statistic: str) -> Contents:
+    """Read all that the report shows; see :func:`pipeline.report.write_report`.
+
+    ``folder`` holds the files of ``results``, which may be an address.
+    """
+    record = _read_record(results, folder)
+    correlations = pd.read_parquet(folder / "correlations.parquet")
+    differences = pd.read_parquet(folder / "differences.parquet")
+    left_out = pd.read_csv(folder / "left_out.csv", dtype=str, keep_default_na=False)
     protocols, protocol = _choose_protocol(record, protocol)
     if statistic not in statistics.POOLED:
         raise ReportError(f"unknown statistic {statistic!r}; expected one of {', '.join(statistics.POOLED)}")
 
-    distances = results / record["distances"]
-    if not distances.exists():
+    distances = resolve(record["distances"], results)
+    if not store.exists(distances):
         raise ReportError(
             f"{results}/correlations.json names its distances as {record['distances']}, and there is nothing "
             "there; keep both folders in the same places to one another, or run correlate again"
         )
     root = store.open_store(distances)
     attributes: dict[str, Any] = dict(root.attrs)
-    frames, missing_frames = _find_frames(distances, attributes)
+    frames, missing_frames = find_frames(distances, attributes)
     about = _attributes_by_dataset(distances)
     about_frames = _attributes_by_dataset(frames) if frames else {}
     source: dict[str, Any] = dict(store.open_store(frames).attrs) if frames else {}
@@ -233,9 +237,9 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 # -- Reading ------------------------------------------------------------------------------------------
 
 
-def _read_record(results: Path) -> dict[str, Any]:
+def _read_record(results: str, folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((results / "correlations.json").read_text())
+        return json.loads((folder / "correlations.json").read_text())
     except FileNotFoundError as error:
         raise ReportError(
             f"{results}: no correlations.json here; run 'lsim correlate DISTANCES --out {results}' first"
@@ -251,7 +255,7 @@ def _choose_protocol(record: dict[str, Any], protocol: str | None) -> tuple[list
     return protocols, protocol
 
 
-def _outdated(record: dict[str, Any], distances: Path) -> list[str]:
+def _outdated(record: dict[str, Any], distances: str) -> list[str]:
     """A note where the distances have changed since they were correlated."""
     if record.get("revision") == store.revision(distances, schema.FINGERPRINT):
         return []
@@ -261,22 +265,22 @@ def _outdated(record: dict[str, Any], distances: Path) -> list[str]:
     ]
 
 
-def _find_frames(distances: Path, attributes: dict[str, Any]) -> tuple[Path | None, str]:
+def find_frames(distances: str | os.PathLike[str], attributes: dict[str, Any]) -> tuple[str | None, str]:
     """The ``frames.zarr`` that the distances name, or why there are no pictures of frames."""
     named = attributes.get("frames")
     if not named:
         return None, "The distances don't say which frames they were computed from."
-    path = Path(os.path.normpath(distances.resolve() / str(named)))
-    if not path.exists():
+    path = resolve(str(named), absolute(distances))
+    if not store.exists(path):
         return None, f"The frames were at {named} beside the distances, and are there no more."
     return path, ""
 
 
-def _attributes_by_dataset(path: Path) -> dict[str, dict[str, Any]]:
+def _attributes_by_dataset(path: str) -> dict[str, dict[str, Any]]:
     return {name: dict(group.attrs) for name, group in store.open_store(path).groups()}
 
 
-def _read_fields(path: Path, metrics: list[str], protocol: str, left_out: pd.DataFrame) -> list[Field]:
+def _read_fields(path: str, metrics: list[str], protocol: str, left_out: pd.DataFrame) -> list[Field]:
     here = left_out[left_out.protocol == protocol]
     without = set(zip(here.dataset, here.field, here.sequence, here.metric, strict=True))
     fields = []
@@ -299,7 +303,7 @@ def _read_fields(path: Path, metrics: list[str], protocol: str, left_out: pd.Dat
     return fields
 
 
-def read_strip(frames: Path | None, key: str, sequence: str) -> Strip:
+def read_strip(frames: str | None, key: str, sequence: str) -> Strip:
     """Up to :data:`SHOWN_FRAMES` frames of a sequence, first and last among them; ``None`` without frames."""
     dataset, field = key.split("/")
     nothing = Strip(dataset, field, sequence, None, [], [], "")
@@ -475,7 +479,7 @@ def _describe_set(
     name: str,
     main: pd.DataFrame,
     fields: list[Field],
-    frames: Path | None,
+    frames: str | None,
     order: list[str],
     about: dict[str, Any],
 ) -> dict[str, Any]:
@@ -517,7 +521,7 @@ def _describe_set(
 
 
 def _worst(
-    fields: list[Field], best: str | None, order: list[str], members: Iterable[str], frames: Path | None
+    fields: list[Field], best: str | None, order: list[str], members: Iterable[str], frames: str | None
 ) -> list[dict[str, Any]]:
     """The sequences of ``members`` that the best metric ranks worst."""
     if best is None:
@@ -571,10 +575,10 @@ def _condense(left_out: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _made_by(
     record: dict[str, Any],
-    distances: Path,
+    distances: str,
     attributes: dict[str, Any],
     source: dict[str, Any],
-    frames: Path | None,
+    frames: str | None,
 ) -> dict[str, Any]:
     runs = attributes.get("runs", [])
     spent = sum(float(run.get("seconds", 0)) for run in runs)
@@ -620,7 +624,7 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _specifications(path: Path) -> dict[str, str]:
+def _specifications(path: str) -> dict[str, str]:
     """Each metric's specification, from the first field that has it, and laid out to be read."""
     found: dict[str, str] = {}
     for metric, specification in store.specifications(path):
