@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import schema, store
+from pipeline.address import absolute
 from pipeline.catalog import Catalog, Dataset, where
 from pipeline.readers import LazySequence, list_sequences
 from pipeline.shards import (
@@ -124,7 +125,7 @@ def convert(
     Parameters
     ----------
     catalog : Catalog
-    out : path
+    out : path or address
         The store; created when absent.
     datasets : iterable of str, optional
         Data sets or pools of the catalog; all by default.
@@ -144,7 +145,7 @@ def convert(
         When ``out`` is a Zarr store of another kind or version.
     """
     started = time.perf_counter()
-    path = str(Path(out).absolute())
+    path = absolute(out)
     entries = catalog.select(datasets)
     folders = {entry.name: where(catalog, entry, data_dir) for entry in entries}
     sequences = {entry.name: list_sequences(entry, folders[entry.name]) for entry in entries}
