@@ -28,6 +28,7 @@ from pipeline.display import (
     show_calibration,
     show_correlations,
     show_distances,
+    show_neighbours,
     show_quarantined,
     show_simulation,
     stage,
@@ -312,6 +313,33 @@ def report_command(
     from pipeline.report import write_report
 
     output.print(f"report: {write_report(results, out=out)}", markup=False)
+
+
+@app.command("neighbours")
+def neighbours_command(
+    distances: Annotated[
+        str, typer.Argument(help="An archive.zarr; or a distances.zarr, sequence by sequence.")
+    ],
+    of: Annotated[
+        str, typer.Option(help="The frame, <dataset>/<field>/<sequence>:<number>, or an end of that.")
+    ],
+    k: Annotated[int, typer.Option("--k", min=1, help="How many.")] = 10,
+    metric: Annotated[
+        str | None, typer.Option(help="What orders them; default lsim, lsim-open, or the first there is.")
+    ] = None,
+    matrix: Annotated[
+        str | None, typer.Option(help="Group of the matrix, where the frame is in several.")
+    ] = None,
+    other_sequences: Annotated[
+        bool, typer.Option("--other-sequences", help="Leave out the frames of its own sequence.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """The frames nearest to a frame, of a matrix over a whole archive."""
+    from pipeline.neighbours import find_neighbours
+
+    found = find_neighbours(distances, of, k, metric, matrix=matrix, other_sequences=other_sequences)
+    show_neighbours(found, as_json=as_json)
 
 
 @app.command("simulate")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from pipeline.correlate import CorrelationReport
+    from pipeline.neighbours import Neighbours
 
 console = Console(stderr=True, highlight=False)
 output = Console(highlight=False, soft_wrap=True)
@@ -168,6 +170,43 @@ def show_distances(report: Any) -> None:
         console.print(table)
 
 
+def show_neighbours(found: Neighbours, *, as_json: bool) -> None:
+    """A table of the nearest frames, with their distances by every metric; or the same as JSON."""
+    nearest = [
+        {"name": near.frame.name, "parameter": near.frame.parameter, "distances": near.distances}
+        for near in found.nearest
+    ]
+    if as_json:
+        about = {"of": found.of.name, "matrix": found.of.matrix, "metric": found.metric, "nearest": nearest}
+        counts = {"compared": found.compared, "without_distance": found.without_distance}
+        output.print(json.dumps(_without_nan(about | counts), ensure_ascii=False), markup=False)
+        return
+    metrics = [found.metric, *(name for name in found.nearest[0].distances if name != found.metric)]
+    table = Table("frame", "parameter", *map(escape, metrics))
+    table.title = f"nearest to {escape(found.of.name)} by {escape(found.metric)}"
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for near in found.nearest:
+        distances = [f"{near.distances[name]:.4g}" for name in metrics]
+        add_row(table, near.frame.name, f"{near.frame.parameter:.3g}", *distances)
+    output.print(table)
+    if found.without_distance:
+        verb = "has" if found.without_distance == 1 else "have"
+        console.print(
+            f"{found.without_distance} of {found.compared} frames {verb} no distance to it: not comparable",
+            style="yellow",
+        )
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def show_correlations(report: CorrelationReport) -> None:
     """Pooled Spearman per data set, best marked; the pools alone where a line doesn't hold all sets."""
     correlations = report.correlations
@@ -175,8 +214,7 @@ def show_correlations(report: CorrelationReport) -> None:
     rows = correlations.query("statistic == 'spearman' and field == 'all' and protocol == @protocol")
     datasets = list(dict.fromkeys(rows["dataset"]))
     if sum(max(len(name), 5) + 3 for name in ["lsim-strong-noise", *datasets]) > output.width:
-        pools = json.loads((report.out / "correlations.json").read_text())["pools"]
-        datasets = [name for name in datasets if name in pools] or datasets
+        datasets = [name for name in datasets if name in report.pools] or datasets
     table = Table(
         "metric", *map(escape, datasets), title=f"Spearman correlation with ground truth ({protocol})"
     )

@@ -117,3 +117,74 @@ def make_frames(path: Path, fields: Mapping[str, tuple[int, str, int]], *, frame
             },
         )
     return path
+
+
+def make_archive(
+    path: Path,
+    matrices: Mapping[str, Mapping[str, int]],
+    *,
+    metrics: Sequence[str] = ("good", "lsim"),
+    frames: int = 11,
+    tile: int = 16,
+    failures: Mapping[str, str] | None = None,
+    attributes: Mapping[str, Any] | None = None,
+) -> Path:
+    """An ``archive.zarr`` of frames on planar curves, so that distances by every metric are Euclidean.
+
+    ``matrices`` has by group the number of sequences of each ``<dataset>/<field>`` in it; ``failures`` the
+    reason, by name, of frames that have no distances. The metrics have scales of their own: 1, 2, ….
+    """
+    root = store.open_store(path, "a")
+    store.set_attributes(root, {"kind": schema.ARCHIVE_STORE, "schema_version": schema.SCHEMA_VERSION})
+    for key, fields in matrices.items():
+        points, names = [], []
+        for field, count in fields.items():
+            for n in range(count):
+                turn = np.linspace(0, 1.5, frames)[:, None] + n
+                curve = np.concatenate([np.cos(turn), np.sin(turn)], axis=1) * (1 + 0.2 * n)
+                points.append(curve + 3 * list(fields).index(field))
+                names += [(field, f"{field.split('/')[0].lower()}{n}", k) for k in range(frames)]
+        at = np.concatenate(points)
+        reasons = [(failures or {}).get(f"{field}/{sequence}:{k}", "") for field, sequence, k in names]
+        there = np.array([not reason for reason in reasons])
+        distances = np.sqrt(((at[:, None] - at[None]) ** 2).sum(axis=-1)).astype(np.float32)
+        distances[~there] = distances[:, ~there] = np.nan
+        np.fill_diagonal(distances, 0)
+        group = root.require_group(key)
+        columns = {
+            schema.FIELD: ([name[0] for name in names], object, str),
+            schema.SEQUENCE: ([name[1] for name in names], object, str),
+            schema.NUMBER: ([name[2] for name in names], np.int32, np.int32),
+            schema.PARAMETER: ([name[2] / (frames - 1) for name in names], np.float64, np.float64),
+        }
+        arrays = {
+            name: ((schema.FRAME,), np.array(values, dtype), kind)
+            for name, (values, dtype, kind) in columns.items()
+        }
+        _write(group, arrays)
+        for scale, metric in enumerate(metrics, start=1):
+            array = store.create_array(
+                group,
+                metric,
+                shape=distances.shape,
+                chunks=(tile, tile),
+                dims=schema.ARCHIVE_DIMS,
+                dtype="float32",
+            )
+            store.write_rows(array, 0, scale * distances)
+        about = [f'{{"metric": "{metric}", "scope": [0, 1]}}' for metric in metrics]
+        _write(
+            group.create_group(schema.PROVENANCE),
+            {
+                schema.METRIC: ((schema.METRIC,), np.array(metrics, object), str),
+                schema.SPECIFICATION: ((schema.METRIC,), np.array(about, object), str),
+                schema.FAILURE: (
+                    (schema.METRIC, schema.FRAME),
+                    np.array([reasons] * len(metrics), object),
+                    str,
+                ),
+            },
+        )
+        store.set_attributes(group, {"groups": list(fields), "scope": "dataset"})
+    store.set_attributes(root, {"runs": [], **(attributes or {})})
+    return path
