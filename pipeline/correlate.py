@@ -32,6 +32,8 @@ import xarray as xr
 import xxhash
 
 from pipeline import schema, statistics, store
+from pipeline.address import absolute, is_address, relative
+from pipeline.mirror import local_folder
 from pipeline.statistics import Protocol
 from pipeline.versions import versions
 
@@ -72,10 +74,12 @@ class CorrelationReport:
 
     Attributes
     ----------
-    out : Path
+    out : Path, or str for an address
         Folder of the results.
     correlations, differences, left_out : DataFrame
         The tables, as written.
+    pools : dict of str to list of str
+        Data sets that the tables pool, by the pool's name.
     notes : list of str
         What a reader of the tables must know, such as missing members of a pool.
     up_to_date : bool
@@ -84,10 +88,11 @@ class CorrelationReport:
         Time it took to compute them.
     """
 
-    out: Path
+    out: Path | str
     correlations: pd.DataFrame
     differences: pd.DataFrame
     left_out: pd.DataFrame
+    pools: dict[str, list[str]]
     notes: list[str]
     up_to_date: bool
     seconds: float
@@ -112,9 +117,9 @@ def correlate(
 
     Parameters
     ----------
-    distances : path
+    distances : path or address
         A ``distances.zarr``.
-    out : path
+    out : path or address
         Folder of the results; made where absent.
     protocol : {"published", "all-pairs"} or several of them
     replicates : int
@@ -134,9 +139,17 @@ def correlate(
     pipeline.schema.SchemaError
         When a group of the store is not as its schema says.
     """
-    started, begin = datetime.now(UTC), time.perf_counter()
-    distances, out = Path(distances), Path(out)
     protocols = _check_settings(protocol, replicates)
+    location = absolute(out)
+    with local_folder(location) as folder:
+        return _correlate(absolute(distances), location, folder, protocols, replicates, seed)
+
+
+def _correlate(
+    distances: str, location: str, out: Path, protocols: list[str], replicates: int, seed: int
+) -> CorrelationReport:
+    """Write the results into the folder ``out``, which is that at ``location`` or a copy of it."""
+    started, begin = datetime.now(UTC), time.perf_counter()
     archive = _read(distances)
     if "all-pairs" in protocols and not _holds_all_pairs(archive.fields):
         raise CorrelationError(
@@ -153,7 +166,7 @@ def correlate(
         "level": LEVEL,
     }
     if (record := _valid_record(out, identity)) is not None:
-        return _load(out, record)
+        return _load(location, out, record)
 
     selections, notes = _selections(archive)
     notes += _unlike_settings(distances) + _symmetrised(distances)
@@ -180,7 +193,7 @@ def correlate(
     _write_tables(out, tables, protocols[0], columns, archive.metrics)
     seconds = time.perf_counter() - begin
     record = {
-        "distances": os.path.relpath(distances.resolve(), out.resolve()),
+        "distances": relative(distances, location),
         "identity": identity,
         "columns": columns,
         "pools": archive.pools,
@@ -195,14 +208,19 @@ def correlate(
     # Last: without the record, what is there does not count.
     _replace(out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     return CorrelationReport(
-        out=out,
+        out=_named(location),
         correlations=tables[CORRELATIONS],
         differences=tables[DIFFERENCES],
         left_out=tables[LEFT_OUT],
+        pools=archive.pools,
         notes=notes,
         up_to_date=False,
         seconds=seconds,
     )
+
+
+def _named(location: str) -> Path | str:
+    return location if is_address(location) else Path(location)
 
 
 # -- Reading ------------------------------------------------------------------------------------------
@@ -244,7 +262,7 @@ class _Selection:
         return self.dataset if self.compared else f"{self.dataset}/{self.field}"
 
 
-def _read(path: Path) -> _Archive:
+def _read(path: str) -> _Archive:
     root = store.open_store(path)
     kind = root.attrs.get("kind", schema.DISTANCES_STORE)
     if kind != schema.DISTANCES_STORE:
@@ -286,7 +304,7 @@ def _read(path: Path) -> _Archive:
     return _Archive(fields, metrics, pools)
 
 
-def _unlike_settings(path: Path) -> list[str]:
+def _unlike_settings(path: str) -> list[str]:
     """A note where metrics were computed with settings that make them hard to compare."""
     found: dict[str, dict[str, list[str]]] = {}
     for metric, specification in store.specifications(path):
@@ -306,7 +324,7 @@ def _unlike_settings(path: Path) -> list[str]:
     ]
 
 
-def _symmetrised(path: Path) -> list[str]:
+def _symmetrised(path: str) -> list[str]:
     """A note on metrics whose two directions differ, and of which the store holds the mean."""
     found = [
         metric for metric, specification in store.specifications(path) if specification.get("symmetrised")
@@ -317,7 +335,7 @@ def _symmetrised(path: Path) -> list[str]:
     return [f"Metrics that are not symmetric are taken as half of d(a, b) + d(b, a): {names}"]
 
 
-def _problems(path: Path, key: str) -> dict[str, list[str]]:
+def _problems(path: str, key: str) -> dict[str, list[str]]:
     """Per metric and sequence, why its distances do not count; empty where they do.
 
     Values may be there all the same: those of a block that is out of date and failed to be computed
@@ -624,12 +642,13 @@ def _valid_record(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     return record if intact else None
 
 
-def _load(out: Path, record: dict[str, Any]) -> CorrelationReport:
+def _load(location: str, out: Path, record: dict[str, Any]) -> CorrelationReport:
     return CorrelationReport(
-        out=out,
+        out=_named(location),
         correlations=pd.read_parquet(out / CORRELATIONS),
         differences=pd.read_parquet(out / DIFFERENCES),
         left_out=pd.read_csv(out / LEFT_OUT, dtype=str, keep_default_na=False),
+        pools=record["pools"],
         notes=record["notes"],
         up_to_date=True,
         seconds=record["seconds"],

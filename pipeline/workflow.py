@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import pydantic
 
+from pipeline.address import absolute, join
 from pipeline.catalog import fetch, open_catalog
 from pipeline.choice import Settings, choose_metrics
 from pipeline.cluster import Cluster
@@ -77,8 +78,8 @@ class WorkflowReport:
     conversion: ConversionReport
     distances: DistancesReport
     correlation: CorrelationReport
-    page: Path
-    stores: dict[str, Path] = field(default_factory=dict)
+    page: Path | str
+    stores: dict[str, str] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -127,7 +128,7 @@ def run_workflow(
     workflow : Workflow
     cluster : Cluster
         Shared by the stages, started when the first has something to do.
-    out : path, optional
+    out : path or address, optional
         Instead of the workflow's own folder.
     data_dir : path, optional
         Where source data lies, see :mod:`pipeline.catalog`.
@@ -141,8 +142,8 @@ def run_workflow(
     ValueError, lsim.UnknownMetricError, lsim.WeightsError
         For metrics that :func:`pipeline.choice.choose_metrics` refuses; before anything is fetched.
     """
-    folder = Path(out if out is not None else workflow.out)
-    frames, distances, results = folder / "frames.zarr", folder / "distances.zarr", folder / "results"
+    folder = absolute(out if out is not None else workflow.out)
+    frames, distances, results = (join(folder, name) for name in ("frames.zarr", "distances.zarr", "results"))
     catalog = open_catalog(workflow.catalog)
     choose_metrics(workflow.distances)
     if workflow.fetch:
