@@ -153,7 +153,7 @@ def run(
         str, typer.Argument(help="Name of a shipped workflow (demo, lsim2d) or a YAML file.")
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder of stores and results; default the workflow's.")
+        str | None, typer.Option(help="Folder or address of stores and results; default the workflow's.")
     ] = None,
     data_dir: DataDir = None,
     metrics: Annotated[str | None, typer.Option(help="Instead of the workflow's: names, or 'all'.")] = None,
@@ -194,7 +194,7 @@ def run(
 @app.command("convert")
 def convert_command(
     catalog: Annotated[str, typer.Argument(help="Name of a shipped catalog or a YAML file.")],
-    out: Annotated[Path, typer.Option(help="The store to make or bring up to date.")],
+    out: Annotated[str, typer.Option(help="The store to make or bring up to date; a path or an address.")],
     dataset: Names = None,
     data_dir: DataDir = None,
     cluster: ClusterOption = "local",
@@ -229,8 +229,8 @@ def convert_command(
 
 @app.command("distances")
 def distances_command(
-    frames: Annotated[Path, typer.Argument(help="A frames.zarr.")],
-    out: Annotated[Path, typer.Option(help="The store to make or bring up to date.")],
+    frames: Annotated[str, typer.Argument(help="A frames.zarr; a path or an address, s3:// or gs://.")],
+    out: Annotated[str, typer.Option(help="The store to make or bring up to date; a path or an address.")],
     metrics: Metrics = "all",
     own: OwnMetrics = None,
     option: Options = None,
@@ -279,8 +279,8 @@ def distances_command(
 
 @app.command("correlate")
 def correlate_command(
-    distances: Annotated[Path, typer.Argument(help="A distances.zarr.")],
-    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    distances: Annotated[str, typer.Argument(help="A distances.zarr; a path or an address.")],
+    out: Annotated[str, typer.Option(help="Folder or address of the results.")],
     protocol: Annotated[
         list[str] | None, typer.Option(help="published or all-pairs; may be repeated. Default published.")
     ] = None,
@@ -288,7 +288,8 @@ def correlate_command(
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
 ) -> None:
     """Correlate distances with ground truth, with bootstrap intervals over sequences."""
-    from pipeline.correlate import correlate
+    from pipeline.address import join
+    from pipeline.correlate import LEFT_OUT, correlate
 
     protocols: Any = protocol or ["published"]
     report = correlate(distances, out, protocol=protocols, replicates=replicates, seed=seed)
@@ -297,7 +298,7 @@ def correlate_command(
         console.print(note, markup=False)
     if len(report.left_out):
         console.print(
-            f"{len(report.left_out)} (sequence, metric) left out, named in {out / 'left_out.csv'}",
+            f"{len(report.left_out)} (sequence, metric) left out, named in {join(out, LEFT_OUT)}",
             markup=False,
         )
     if report.up_to_date:
@@ -306,8 +307,8 @@ def correlate_command(
 
 @app.command("report")
 def report_command(
-    results: Annotated[Path, typer.Argument(help="The folder that 'lsim correlate' wrote.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the page; default RESULTS/report.")] = None,
+    results: Annotated[str, typer.Argument(help="The folder or address that 'lsim correlate' wrote to.")],
+    out: Annotated[str | None, typer.Option(help="Folder of the page; default RESULTS/report.")] = None,
 ) -> None:
     """Write the HTML report."""
     from pipeline.report import write_report
