@@ -25,10 +25,11 @@ import xarray as xr
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.sync import sync
-from zarr.storage import ObjectStore
+from zarr.storage import LocalStore, ObjectStore
 
-from pipeline import locks, objects, schema
+from pipeline import limits, locks, objects, schema
 from pipeline.address import absolute, is_address
+from pipeline.texts import read_texts
 
 Group = zarr.Group
 Array = zarr.Array
@@ -305,10 +306,56 @@ def read(array: Array, region: Any = ...) -> np.ndarray:
     ------
     DamagedError
         Naming the chunks that cannot be decoded.
+    StoreError
+        When the region is larger than the memory of this machine; nothing is allocated.
     """
+    check_fits(array, region)
+    if (found := _read_text_files(array, region)) is not None:
+        return found
     with damage_named(array, region):
         values = np.asarray(array[region])
     return values.astype(object) if values.dtype.kind == "T" else values
+
+
+def _read_text_files(array: Array, region: Any) -> np.ndarray | None:
+    """A region of text in files, past Zarr; None where Zarr has to read it, or say what is damaged."""
+    parts = region if isinstance(region, tuple) else () if region is ... else (region,)
+    codecs = [codec.to_dict()["name"] for codec in array.metadata.codecs]  # type: ignore[union-attr]
+    if (
+        codecs not in (["vlen-utf8"], ["vlen-utf8", "crc32c"])
+        or not isinstance(array.store, LocalStore)
+        or not all(isinstance(part, slice) and part.step in (None, 1) for part in parts)
+    ):
+        return None
+    parts = (*parts, *[slice(None)] * (array.ndim - len(parts)))
+    ranges = [part.indices(length) for part, length in zip(parts, array.shape, strict=True)]
+    return read_texts(
+        array.store.root / array.path,
+        array.metadata.encode_chunk_key,
+        array.chunks,
+        [slice(start, max(start, stop)) for start, stop, _ in ranges],
+        checked=len(codecs) == 2,
+        fill=str(array.fill_value),
+    )
+
+
+def check_fits(array: Array, region: Any = ...) -> None:
+    """Raise :class:`StoreError` where a region of slices and whole numbers, or a chunk, exceeds the memory.
+
+    Shapes are claims: metadata of a few bytes may speak of a petabyte.
+    """
+    parts = region if isinstance(region, tuple) else () if region is ... else (region,)
+    shape = [
+        len(range(*part.indices(length))) if isinstance(part, slice) else 1
+        for part, length in itertools.zip_longest(parts, array.shape, fillvalue=slice(None))
+    ]
+    memory = limits.memory_bytes()
+    for what, counts in (("values of shape", shape), ("a chunk of shape", array.chunks)):
+        if (nbytes := limits.array_bytes(counts, array.dtype.itemsize)) > memory:
+            raise StoreError(
+                f"{array.store_path}: {what} {tuple(counts)} would take {limits.readable(nbytes)}; this "
+                f"machine has {limits.readable(memory)} of memory"
+            )
 
 
 @contextlib.contextmanager
@@ -419,6 +466,7 @@ def load_dataset(path: str | os.PathLike[str], key: str, names: Sequence[str] | 
     dataset = open_dataset(path, key)
     for name in map(str, dataset.variables) if names is None else names:
         if name in dataset.variables:
+            check_fits(get_array(group, name))
             with damage_named(get_array(group, name)):
                 dataset.variables[name].load()
     return dataset

@@ -83,3 +83,38 @@ def test_a_damaged_chunk_raises_and_xarray_reads_what_is_whole(tmp_path):
             with pytest.raises(store.DamagedError, match="checksum"):
                 store.read(store.get_array(group, chunk.relative_to(path / "d/f").parts[0]))
         chunk.write_bytes(whole)
+
+
+# ---------------------------------------------------------------- small chunks of text
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunks"), [((3, 10), (64, 4)), ((70, 9), (64, 2)), ((5,), (2,)), ((2, 0), (64, 2))]
+)
+def test_text_is_read_past_zarr_as_zarr_reads_it(tmp_path, rng, shape, chunks):
+    root = store.open_store(tmp_path / "t.zarr", "a")
+    dims = ("metric", "sequence")[: len(shape)]
+    array = store.create_array(root, "texts", shape=shape, chunks=chunks, dims=dims, dtype=str)
+    values = np.array(["é" * int(n) for n in rng.integers(0, 9, shape).ravel()], object).reshape(shape)
+    assert (store.read(array) == "").all()
+    if values.size:
+        store.write_block(array, (0,) * len(shape), values)
+    regions = [..., slice(1, 3), slice(None, -1), (slice(None), slice(2, 7)), (slice(0, 1), slice(4, None))]
+    for region in regions[: 3 if len(shape) == 1 else None]:
+        found = store.read(array, region)
+        assert found.dtype == object
+        np.testing.assert_array_equal(found, np.asarray(array[region]).astype(object))
+
+
+def test_damaged_text_is_named_though_it_is_read_past_zarr(tmp_path):
+    root = store.open_store(tmp_path / "t.zarr", "a")
+    array = store.create_array(root, "texts", shape=(6,), chunks=(2,), dims=("sequence",), dtype=str)
+    store.write_rows(array, 0, np.array(list("abcdef"), object))
+    chunk = tmp_path / "t.zarr" / "texts" / "c" / "1"
+    whole = chunk.read_bytes()
+    for damaged in (whole[:5], whole[:-6] + b"x" + whole[-5:], b""):
+        chunk.write_bytes(damaged)
+        with pytest.raises(store.DamagedError, match="c/1"):
+            store.read(array)
+    chunk.write_bytes(whole)
+    assert store.read(array).tolist() == list("abcdef")
