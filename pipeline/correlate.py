@@ -35,6 +35,7 @@ from pipeline import schema, statistics, store
 from pipeline.address import absolute, is_address, relative
 from pipeline.mirror import local_folder
 from pipeline.statistics import Protocol
+from pipeline.tables import read_csv, write_csv
 from pipeline.versions import versions
 
 ALGORITHM = 1
@@ -647,7 +648,7 @@ def _load(location: str, out: Path, record: dict[str, Any]) -> CorrelationReport
         out=_named(location),
         correlations=pd.read_parquet(out / CORRELATIONS),
         differences=pd.read_parquet(out / DIFFERENCES),
-        left_out=pd.read_csv(out / LEFT_OUT, dtype=str, keep_default_na=False),
+        left_out=read_csv(out / LEFT_OUT),
         pools=record["pools"],
         notes=record["notes"],
         up_to_date=True,
@@ -662,7 +663,7 @@ def _write_tables(
     (out / RECORD).unlink(missing_ok=True)
     tables[CORRELATIONS].to_parquet(out / CORRELATIONS, index=False)
     tables[DIFFERENCES].to_parquet(out / DIFFERENCES, index=False)
-    tables[LEFT_OUT].to_csv(out / LEFT_OUT, index=False)
+    write_csv(tables[LEFT_OUT], out / LEFT_OUT)
 
     correlations = tables[CORRELATIONS]
     chosen = correlations[

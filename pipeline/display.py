@@ -23,12 +23,22 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.names import printable
+
 if TYPE_CHECKING:
     from pipeline.correlate import CorrelationReport
     from pipeline.neighbours import Neighbours
 
-console = Console(stderr=True, highlight=False)
-output = Console(highlight=False, soft_wrap=True)
+
+class _SafeConsole(Console):
+    """A console that writes out control characters: names and reasons of others don't command a terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
+console = _SafeConsole(stderr=True, highlight=False, emoji=False)
+output = _SafeConsole(highlight=False, soft_wrap=True, emoji=False)
 
 SHOWN = 8
 """Names of a list that may be long."""

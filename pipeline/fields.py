@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 from pipeline import schema, store
+from pipeline.names import group_fault
 
 
 def checked_fields(
@@ -38,6 +39,8 @@ def checked_fields(
     if groups is not None:
         keys = _chosen(keys, path, groups)
     for key in keys:
+        if fault := next(filter(None, map(group_fault, key.split("/"))), ""):
+            raise store.StoreError(f"{path}: a group called {fault}")
         content = store.read(store.get_array(store.get_group(source, key), schema.CONTENT)).tolist()
         if "" in content:
             raise store.StoreError(

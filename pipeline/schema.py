@@ -73,6 +73,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import xarray as xr
 
+from pipeline.names import sequence_fault, shown
+
 SCHEMA_VERSION = 1
 """Root attribute ``schema_version`` of both stores; the attribute ``kind`` tells them apart."""
 
@@ -231,5 +233,8 @@ def _expect_unique_sequences(group: xr.Dataset, where: str) -> None:
     if SEQUENCE not in group.variables:
         raise SchemaError(f"{where}: no variable {SEQUENCE!r}; found {sorted(map(str, group.variables))}")
     names, counts = np.unique(group[SEQUENCE].values.astype(object), return_counts=True)
+    for name in map(str, names):
+        if fault := sequence_fault(name):
+            raise SchemaError(f"{where}: sequence {shown(name)!r}: {fault}")
     if (counts > 1).any():
         raise SchemaError(f"{where}: sequence {names[counts > 1][0]!r} stands twice")

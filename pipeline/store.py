@@ -347,7 +347,7 @@ def check_fits(array: Array, region: Any = ...) -> None:
     parts = region if isinstance(region, tuple) else () if region is ... else (region,)
     shape = [
         len(range(*part.indices(length))) if isinstance(part, slice) else 1
-        for part, length in itertools.zip_longest(parts, array.shape, fillvalue=slice(None))
+        for part, length in zip((*parts, *[slice(None)] * array.ndim), array.shape, strict=False)
     ]
     memory = limits.memory_bytes()
     for what, counts in (("values of shape", shape), ("a chunk of shape", array.chunks)):

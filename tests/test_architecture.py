@@ -29,6 +29,7 @@ LEAVES = (
     "pipeline.address",
     "pipeline.names",
     "pipeline.limits",
+    "pipeline.tables",
 )
 SHARED_BY_STAGES = ("pipeline.choice", "pipeline.fields", "pipeline.scopes")
 """What several stages ask: which metrics, and over which range their frames are normalised."""

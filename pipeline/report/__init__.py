@@ -16,6 +16,7 @@ from pipeline.address import absolute, is_address, join
 from pipeline.mirror import local_folder
 from pipeline.report import contents, pictures
 from pipeline.report.contents import ReportError
+from pipeline.tables import write_csv
 
 __all__ = ["ReportError", "write_report"]
 
@@ -73,6 +74,7 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        finalize=contents.shown,
     )
     environment.filters |= {"number": contents.number, "range": contents.number_range}
     page = environment.get_template("page.html.jinja").render(
@@ -84,7 +86,7 @@ def write_report(
     with local_folder(place) as folder:
         folder.mkdir(parents=True, exist_ok=True)
         for name, table in found.tables.items():
-            table.to_csv(folder / f"{name}.csv", index=False)
+            write_csv(table, folder / f"{name}.csv")
         (folder / MARKDOWN).write_text(contents.markdown(found), encoding="utf-8")
         (folder / PICTURE).write_bytes(pictures.overview(found))
         partial = folder / (PAGE + ".partial")

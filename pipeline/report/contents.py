@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 
 from pipeline import schema, statistics, store
 from pipeline.address import absolute, resolve
+from pipeline.names import printable
+from pipeline.tables import read_csv
 
 WORST = 6
 """How many of the worst-ranked sequences are shown."""
@@ -92,6 +96,11 @@ class Contents:
     tables: dict[str, pd.DataFrame]
 
 
+def shown(value: Any) -> Any:
+    """A text of others as the page shows it: control characters are written out. Markup of ours stays."""
+    return value if isinstance(value, Markup) or not isinstance(value, str) else printable(value)
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """A figure as the page writes it; a dash where there is none."""
     if value is None or math.isnan(value):
@@ -113,7 +122,7 @@ def markdown(contents: Contents) -> str:
     :data:`BESIDE` metrics these are the rows.
     """
     sets = sorted(range(len(contents.columns)), key=lambda k: not contents.columns[k]["pool"])
-    table = [[f"{contents.statistic} ({contents.protocol})", *(f"`{name}`" for name in contents.metrics)]]
+    table = [[f"{contents.statistic} ({contents.protocol})", *map(_code, contents.metrics)]]
     for k in sets:
         column = contents.columns[k]
         table.append([_set_name(column), *(_cell(row["cells"][k], column) for row in contents.rows)])
@@ -124,7 +133,18 @@ def markdown(contents: Contents) -> str:
 
 
 def _set_name(column: dict[str, Any]) -> str:
-    return f"*{column['name']}*" if column["pool"] else column["title"] or column["name"]
+    name = _plain_markdown(column["title"] or column["name"])
+    return f"*{_plain_markdown(column['name'])}*" if column["pool"] else name
+
+
+def _plain_markdown(text: str) -> str:
+    """Text that Markdown takes as text: no markup, no elements, no end of a cell or a row."""
+    return re.sub(r"([\\`*_\[\]<>|~$&!#])", r"\\\1", printable(" ".join(text.split())))
+
+
+def _code(name: str) -> str:
+    """A metric's name as code, where it can be."""
+    return f"`{name}`" if re.fullmatch(r"[\w.:+-]+", name) else _plain_markdown(name)
 
 
 def _cell(cell: dict[str, Any], column: dict[str, Any]) -> str:
@@ -143,7 +163,7 @@ def gather(results: str, folder: Path, protocol: str | None, statistic: str) -> 
     record = _read_record(results, folder)
     correlations = pd.read_parquet(folder / "correlations.parquet")
     differences = pd.read_parquet(folder / "differences.parquet")
-    left_out = pd.read_csv(folder / "left_out.csv", dtype=str, keep_default_na=False)
+    left_out = read_csv(folder / "left_out.csv")
     protocols, protocol = _choose_protocol(record, protocol)
     if statistic not in statistics.POOLED:
         raise ReportError(f"unknown statistic {statistic!r}; expected one of {', '.join(statistics.POOLED)}")

@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from pipeline.names import printable
 from pipeline.report.contents import Contents, Strip, number
 
 FRAME_BYTES = 4_500_000
@@ -203,7 +204,7 @@ def curve(metric: str, dataset: str, curves: list[tuple[np.ndarray, np.ndarray]]
         on_grid.append(np.interp(grid, *lines[k]))
     thin = lines[:: max(1, math.ceil(len(lines) / LINES))]
     low, middle, high = np.quantile(np.stack(on_grid), [0.1, 0.5, 0.9], axis=0)
-    label = (
+    label = printable(
         f"{metric} on {dataset}: scaled distance against ground truth, {len(lines)} sequences; the median "
         f"goes from {number(float(middle[0]), 2)} to {number(float(middle[-1]), 2)}"
     )
@@ -284,14 +285,17 @@ def overview(contents: Contents) -> bytes:
                 axes.imshow(np.asarray(shrink(images[position], 320)))
                 axes.set_axis_off()
                 if n == 0:
-                    axes.set_title(strip.dataset, loc="left", fontsize=9, color=INK, pad=3)
+                    title = printable(strip.dataset)
+                    axes.set_title(title, loc="left", fontsize=9, color=INK, pad=3, parse_math=False)
     axes = figure.add_subplot(halves[1])
     places = np.arange(len(cells))
     values = np.array([cell["value"] for cell in cells])
     bounds = np.array([(cell["low"], cell["high"]) for cell in cells]).T
     axes.hlines(places, *bounds, color=ACCENT, alpha=0.45, linewidth=3)
     axes.plot(values, places, "o", color=ACCENT, markersize=6)
-    axes.set_yticks(places, [cell["metric"] for cell in cells], fontsize=9, color=INK)
+    # Names are no formulas, whatever dollars they hold.
+    metrics = [printable(cell["metric"]) for cell in cells]
+    axes.set_yticks(places, metrics, fontsize=9, color=INK, parse_math=False)
     for tick, cell in zip(axes.get_yticklabels(), cells, strict=True):
         tick.set_fontweight("bold" if cell["mark"] == "best" else "normal")
     start = axis_start([v for v in (*bounds.ravel(), *values) if math.isfinite(v)])
@@ -303,8 +307,9 @@ def overview(contents: Contents) -> bytes:
     axes.grid(axis="x", color=LINE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
-    title = f"{contents.statistic.title()} correlation with the ground truth, {contents.headline['dataset']}"
-    axes.set_title(title, loc="right", fontsize=9, color=INK)
+    where = printable(contents.headline["dataset"])
+    title = f"{contents.statistic.title()} correlation with the ground truth, {where}"
+    axes.set_title(title, loc="right", fontsize=9, color=INK, parse_math=False)
     axes.set_xlabel("95 % intervals over sequences · 1 is a perfect ranking", fontsize=8, color=SOFT)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white")
