@@ -410,6 +410,11 @@ def missing_chunks(array: Array, region: Any = ...) -> list[str]:
     return [key for key in keys if not sync(array.store.exists(f"{array.path}/{key}"))]
 
 
+def delete_chunk(array: Array, key: str) -> None:
+    """Delete a chunk (or shard) by its key: its values read as fill values; nothing there is no error."""
+    sync(array.store.delete(f"{array.path}/{key}"))
+
+
 def chunk_starts(array: Array, region: Any = ...) -> Iterator[tuple[int, ...]]:
     """Index of the first value of every chunk that a region of slices and whole numbers touches."""
     parts = region if isinstance(region, tuple) else () if region is ... else (region,)
