@@ -64,6 +64,9 @@ class MetricInfo:
     one_channel_suffices : bool
         Whether one channel gives the distance that three equal ones do: a scalar field then comes to
         :meth:`Metric.embed` with one channel instead of three.
+    feature_distance : str
+        What the metric is of its embeddings' ``features``, flat vectors, where it is that: "euclidean", or
+        "squared euclidean". An index over these vectors then finds by the metric.
     units : str
         What the values are in: "dB", "bit", "pixel", "decade"; "1" of numbers without a unit.
     lower_is_more_similar : bool
@@ -81,6 +84,7 @@ class MetricInfo:
     saturates_at: float = float("inf")
     takes_mask: bool = False
     one_channel_suffices: bool = False
+    feature_distance: Literal["", "euclidean", "squared euclidean"] = ""
     units: str = "1"
     lower_is_more_similar: bool = True
 

@@ -36,7 +36,7 @@ def check_metric(metric: Metric, frame_size: int | None = None, seed: int = 0) -
     pair at a time equals a batch equals all pairs at once; the row of the reference equals the first row
     of the matrix; the call on tensors equals ``distance``; a frame with NaN or infinity makes its own
     distances NaN and no others; missing pixels are left out, where it says so; gradients are finite, and zero
-    at equal frames.
+    at equal frames; it is that distance of its features that it says it is.
 
     Parameters
     ----------
@@ -63,6 +63,8 @@ def check_metric(metric: Metric, frame_size: int | None = None, seed: int = 0) -
     check_mask(metric, kinds["random"])
     if metric.info.differentiable:
         check_gradients(metric, kinds["random"])
+    if metric.info.feature_distance:
+        check_features(metric, kinds["random"])
 
 
 def example_frames(side: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -163,6 +165,31 @@ def check_axioms(metric: Metric, frames: np.ndarray, kind: str = "given") -> Non
                 f"{where}: claims the triangle inequality, but d({i}, {k}) = {matrix[i, k]!r} > {detour!r} "
                 f"= d({i}, {j}) + d({j}, {k})",
             )
+
+
+def check_features(metric: Metric, frames: np.ndarray, kind: str = "given") -> None:
+    """Check that the metric is what :attr:`MetricInfo.feature_distance` says it is: to 1e-5 relative.
+
+    Parameters
+    ----------
+    metric : Metric
+    frames : ndarray of shape (n, y, x, channel)
+        Finite.
+    kind : str
+        What error messages call the frames.
+
+    Raises
+    ------
+    AssertionError
+    """
+    with torch.no_grad():
+        features = metric.embedded(metric.prepare(frames, "sequence")).parts["features"].double().cpu()
+    squared = (features[:, None] - features[None]).square().flatten(2).sum(2).numpy()
+    found = squared if metric.info.feature_distance == "squared euclidean" else np.sqrt(squared)
+    where = (
+        f"metric {metric.name!r}, {kind} frames: the {metric.info.feature_distance} distance of its features"
+    )
+    _agree(found, metric.pairwise(frames), where, atol=ATOL)
 
 
 def check_consistency(metric: Metric, frames: np.ndarray, kind: str = "given") -> None:

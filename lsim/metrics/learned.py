@@ -72,6 +72,7 @@ class LSiM(ReportsPrecision, Metric):
         minimum_size=44,
         advised_sizes=(128, 512),
         one_channel_suffices=True,
+        feature_distance="euclidean",
     )
     algorithm_version = 2
     trunk_class: ClassVar[type[LsimTrunk] | type[SkipTrunk] | type[AlexTrunk]] = LsimTrunk
@@ -209,6 +210,7 @@ class LSiMSkip(LSiM):
         minimum_size=48,
         advised_sizes=(128, 512),
         one_channel_suffices=True,
+        feature_distance="euclidean",
     )
     trunk_class = SkipTrunk
 
@@ -223,6 +225,7 @@ class LSiMAlex(LSiM):
         minimum_size=31,
         advised_sizes=(128, 512),
         one_channel_suffices=True,
+        feature_distance="euclidean",
     )
     trunk_class = AlexTrunk
 

@@ -56,6 +56,7 @@ class LPIPS(ReportsPrecision, Metric):
         source=SOURCE,
         minimum_size=31,
         one_channel_suffices=True,
+        feature_distance="squared euclidean",
     )
     trunk_class: ClassVar[type[ImageTrunk]] = AlexTrunk
     published: ClassVar[str] = "lpips-alex"
@@ -172,6 +173,7 @@ class LPIPSVgg(LPIPS):
         source=SOURCE,
         minimum_size=16,
         one_channel_suffices=True,
+        feature_distance="squared euclidean",
     )
     trunk_class = VggTrunk
     published = "lpips-vgg"
@@ -185,6 +187,7 @@ class LPIPSSqueeze(LPIPS):
         source=SOURCE,
         minimum_size=17,
         one_channel_suffices=True,
+        feature_distance="squared euclidean",
     )
     trunk_class = SqueezeTrunk
     published = "lpips-squeeze"

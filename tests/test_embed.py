@@ -1,0 +1,261 @@
+"""Embeddings of an archive: the metric's own, in whole chunks, resumed, and the same on any workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from archives import archive_of, smooth_sequence, write_archive
+from commands import run_lsim
+from scipy.spatial import cKDTree
+from scipy.spatial.distance import pdist, squareform
+
+import lsim
+from pipeline import embed, schema, store
+from pipeline.choice import Settings
+from pipeline.cluster import Cluster
+from pipeline.embed import compute_embeddings
+from pipeline.profiles import Profile
+
+SETTINGS = Settings(metrics=("lsim-open",), size=64, scope="dataset")
+pytestmark = pytest.mark.filterwarnings("ignore::lsim.SizeWarning")
+
+
+@pytest.fixture
+def here():
+    """A cluster of this process alone."""
+    with Cluster(Profile(kind="none")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def frames(tmp_path: Path) -> Path:
+    return write_archive(tmp_path / "frames.zarr", archive_of(5) | archive_of(2, key="B/rgb", channels=3))
+
+
+def features(path: Path, key: str = "A/density") -> np.ndarray:
+    return store.read(store.get_array(store.open_store(path), f"{key}/features"))
+
+
+def all_frames(path: Path, key: str = "A/density") -> np.ndarray:
+    """(sequence · frame, y, x, channel)."""
+    values = store.read(store.get_array(store.open_store(path), f"{key}/frames"))
+    return values.reshape(-1, *values.shape[2:])
+
+
+@pytest.mark.parametrize("key", ["A/density", "B/rgb"])
+def test_their_euclidean_distance_is_the_metric(frames, tmp_path, here, key):
+    out = tmp_path / "embeddings.zarr"
+    report = compute_embeddings(frames, out, SETTINGS, cluster=here)
+    assert (report.computed, report.failures) == (35, [])
+    found = features(out, key)
+    assert found.dtype == np.float32
+    distances = squareform(pdist(found.astype(float)))
+    wanted = lsim.load_metric("lsim-open", size=64).pairwise(all_frames(frames, key), scope="dataset")
+    np.testing.assert_allclose(distances, wanted, rtol=1e-6, atol=1e-12)
+
+
+def test_a_fixed_scope_is_taken_as_it_is(frames, tmp_path, here):
+    settings = SETTINGS.model_copy(update={"scope": (-2.0, 3.0)})
+    compute_embeddings(frames, tmp_path / "embeddings.zarr", settings, groups=["A/*"], cluster=here)
+    distances = squareform(pdist(features(tmp_path / "embeddings.zarr").astype(float)))
+    wanted = lsim.load_metric("lsim-open", size=64).pairwise(all_frames(frames), scope=(-2.0, 3.0))
+    np.testing.assert_allclose(distances, wanted, rtol=1e-6, atol=1e-12)
+
+
+def test_a_search_tree_finds_what_the_metric_finds(frames, tmp_path, here):
+    compute_embeddings(frames, tmp_path / "embeddings.zarr", SETTINGS, cluster=here)
+    found = features(tmp_path / "embeddings.zarr")
+    distances, nearest = cKDTree(found).query(found[7], k=4)
+    row = lsim.load_metric("lsim-open", size=64).pairwise(all_frames(frames), scope="dataset")[7]
+    assert nearest.tolist() == np.argsort(row)[:4].tolist()
+    np.testing.assert_allclose(distances, np.sort(row)[:4], rtol=1e-6, atol=1e-12)
+
+
+def test_frames_are_named_and_the_store_says_what_it_holds(frames, tmp_path, here):
+    compute_embeddings(frames, tmp_path / "embeddings.zarr", SETTINGS, cluster=here)
+    tree = xr.open_datatree(tmp_path / "embeddings.zarr", engine="zarr")
+    assert tree.attrs["kind"] == "embeddings"
+    group = tree["A/density"]
+    assert group["features"].dims == ("frame", "feature")
+    assert group["sequence"].values.tolist() == [f"s{k}" for k in range(5) for _ in range(5)]
+    assert group["number"].values.tolist() == [*range(5)] * 5
+    assert group["field"].values.tolist() == ["A/density"] * 25
+    assert group["parameter"].values.tolist() == [*np.linspace(0, 1, 5)] * 5
+    assert group.attrs["metric"] == "lsim-open"
+    assert group.attrs["euclidean"] is True
+    assert group.attrs["specification"]["weights_sha256"]
+    lo, hi = group.attrs["scope"]
+    assert lo[0] < hi[0]
+
+
+@pytest.mark.parametrize("block_bytes", [1, 4 * 18480 * 3, 4 * 18480 * 12])
+def test_bits_do_not_depend_on_blocks_or_workers(frames, tmp_path, here, monkeypatch, block_bytes):
+    compute_embeddings(frames, tmp_path / "whole.zarr", SETTINGS, cluster=here)
+    monkeypatch.setattr(embed, "BLOCK_BYTES", block_bytes)
+    report = compute_embeddings(frames, tmp_path / "parts.zarr", SETTINGS, cluster=here)
+    assert report.blocks > 2
+    for key in ("A/density", "B/rgb"):
+        assert np.array_equal(features(tmp_path / "whole.zarr", key), features(tmp_path / "parts.zarr", key))
+
+
+def test_workers_give_the_same_bits(frames, tmp_path, here, monkeypatch):
+    monkeypatch.setattr(embed, "BLOCK_BYTES", 4 * 20000 * 5)
+    compute_embeddings(frames, tmp_path / "here.zarr", SETTINGS, cluster=here)
+    with Cluster(Profile(workers=2)) as cluster:
+        report = compute_embeddings(frames, tmp_path / "workers.zarr", SETTINGS, cluster=cluster)
+    assert report.cluster["workers"] == 2
+    for key in ("A/density", "B/rgb"):
+        assert np.array_equal(features(tmp_path / "here.zarr", key), features(tmp_path / "workers.zarr", key))
+
+
+def test_chunks_are_whole_frames_of_a_block():
+    assert embed._block_of(11, embed.BLOCK_BYTES // 70) == (6, 66)
+    assert embed._block_of(100, embed.BLOCK_BYTES // 70) == (1, 50)
+    assert embed._block_of(101, embed.BLOCK_BYTES // 70) == (1, 1)
+    assert embed._block_of(11, 10 * embed.BLOCK_BYTES) == (1, 1)
+
+
+def test_what_is_up_to_date_is_not_computed_again(frames, tmp_path, here, monkeypatch):
+    monkeypatch.setattr(embed, "BLOCK_BYTES", 1)
+    out = tmp_path / "embeddings.zarr"
+    compute_embeddings(frames, out, SETTINGS, cluster=here)
+    again = compute_embeddings(frames, out, SETTINGS, cluster=here)
+    assert (again.computed, again.up_to_date, again.blocks) == (0, 35, 0)
+    assert not again.cluster
+
+    # One more sequence, and one that has changed; the range stays the same, as it is fixed.
+    fixed = SETTINGS.model_copy(update={"scope": (-3.0, 3.0)})
+    everything = compute_embeddings(frames, out, fixed, cluster=here)
+    assert everything.computed == 35
+    fields = archive_of(6) | archive_of(2, key="B/rgb", channels=3)
+    fields["A/density"]["s2"] = smooth_sequence(77)
+    write_archive(frames, fields)
+    report = compute_embeddings(frames, out, fixed, cluster=here)
+    assert (report.computed, report.up_to_date) == (10, 30)
+    compute_embeddings(frames, tmp_path / "new.zarr", fixed, cluster=here)
+    assert np.array_equal(features(out), features(tmp_path / "new.zarr"))
+
+
+def test_other_weights_or_sizes_are_computed_again(frames, tmp_path, here):
+    out = tmp_path / "embeddings.zarr"
+    compute_embeddings(frames, out, SETTINGS, cluster=here)
+    longer = SETTINGS.model_copy(update={"size": 96})
+    assert compute_embeddings(frames, out, longer, cluster=here).computed == 35
+    assert features(out).shape[1] > 18480
+    with pytest.raises(
+        store.StoreError, match="holds embeddings by lsim-open, not by l2: choose another path"
+    ):
+        compute_embeddings(frames, out, Settings(metrics=("l2",), scope="dataset"), cluster=here)
+
+
+def test_a_run_that_died_goes_on(frames, tmp_path, here, monkeypatch):
+    monkeypatch.setattr(embed, "BLOCK_BYTES", 1)
+    out = tmp_path / "embeddings.zarr"
+    blocks = []
+
+    def stop_after_three(done: int, total: int) -> None:
+        blocks.append(total)
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compute_embeddings(frames, out, SETTINGS, cluster=here, progress=stop_after_three)
+    report = compute_embeddings(frames, out, SETTINGS, cluster=here)
+    assert (report.up_to_date, report.computed) == (15, 20)
+    compute_embeddings(frames, tmp_path / "undisturbed.zarr", SETTINGS, cluster=here)
+    assert np.array_equal(features(out), features(tmp_path / "undisturbed.zarr"))
+    assert len(store.open_store(out).attrs["runs"]) == 2
+
+
+def test_frames_that_cannot_be_embedded_are_named(tmp_path, here):
+    fields = archive_of(3)
+    fields["A/density"]["s1"][[2, 4], 0, 0] = np.nan
+    frames = write_archive(tmp_path / "frames.zarr", fields)
+    out = tmp_path / "embeddings.zarr"
+    report = compute_embeddings(frames, out, SETTINGS, cluster=here)
+    (failure,) = report.failures
+    assert (failure.field, failure.sequence, failure.numbers) == ("A/density", "s1", (2, 4))
+    assert failure.reason == "the frame holds NaN or infinity"
+    missing = np.isnan(features(out)).all(axis=1)
+    assert np.flatnonzero(missing).tolist() == [7, 9]
+    assert np.isfinite(features(out)[~missing]).all()
+    # It is known, and nothing to be tried again.
+    again = compute_embeddings(frames, out, SETTINGS, cluster=here)
+    assert (again.computed, again.failures) == (0, [failure])
+
+
+def test_a_damaged_sequence_is_named_and_tried_again(tmp_path, here):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(3))
+    good = store.read(store.get_array(store.open_store(frames), "A/density/frames"), 1)
+    array = store.get_array(store.open_store(frames, "r+"), "A/density/frames")
+    store.write_rows(array, 1, good[None] + 1)
+    out = tmp_path / "embeddings.zarr"
+    fixed = SETTINGS.model_copy(update={"scope": (-3.0, 3.0)})
+    report = compute_embeddings(frames, out, fixed, cluster=here)
+    (failure,) = report.failures
+    assert (failure.sequence, failure.numbers) == ("s1", (0, 1, 2, 3, 4))
+    assert failure.reason.startswith("damaged frames: ")
+    assert np.isnan(features(out)[5:10]).all()
+    assert np.isfinite(features(out)[[0, 14]]).all()
+
+    store.write_rows(array, 1, good[None])
+    healed = compute_embeddings(frames, out, fixed, cluster=here)
+    assert healed.failures == []
+    assert np.isfinite(features(out)).all()
+
+
+def test_fields_that_are_gone_are_dropped_and_those_not_chosen_stay(frames, tmp_path, here):
+    out = tmp_path / "embeddings.zarr"
+    compute_embeddings(frames, out, SETTINGS, cluster=here)
+    assert compute_embeddings(frames, out, SETTINGS, groups=["A/density"], cluster=here).up_to_date == 25
+    assert store.field_keys(store.open_store(out), schema.NUMBER) == ["A/density", "B/rgb"]
+    write_archive(frames, archive_of(5))
+    compute_embeddings(frames, out, SETTINGS, cluster=here)
+    assert store.field_keys(store.open_store(out), schema.NUMBER) == ["A/density"]
+
+
+def test_metrics_of_several_parts_keep_each(frames, tmp_path, here):
+    settings = Settings(metrics=("mutual-information",), size=32, scope="dataset")
+    compute_embeddings(frames, tmp_path / "embeddings.zarr", settings, groups=["A/*"], cluster=here)
+    group = xr.open_datatree(tmp_path / "embeddings.zarr", engine="zarr")["A/density"]
+    assert group.attrs["euclidean"] is False
+    assert group["entropy"].dims == ("frame",)
+    assert group["values"].shape == (25, 32 * 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scope": "sequence"}, "scope 'sequence': embeddings can be compared only where all frames are"),
+        ({"scope": "pair"}, "scope 'pair'"),
+        ({"metrics": ("l1", "l2")}, "those of one metric, expected its name; got l1, l2"),
+        ({"metrics": "all"}, "those of one metric"),
+    ],
+)
+def test_wrong_settings_are_errors_before_anything_is_made(frames, tmp_path, here, changes, message):
+    with pytest.raises(ValueError, match=message):
+        compute_embeddings(frames, tmp_path / "out.zarr", SETTINGS.model_copy(update=changes), cluster=here)
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_the_command(tmp_path):
+    fields = archive_of(2)
+    frames = write_archive(tmp_path / "frames.zarr", fields)
+    told = ("--metric", "lsim-open", "--size", 64, "--out", tmp_path / "embeddings.zarr", "--cluster", "none")
+    code, text = run_lsim("embed", frames, *told)
+    assert code == 0, text
+    assert "10 embeddings of 18480 values computed" in " ".join(text.split())
+    assert "Euclidean distance of two embeddings is lsim-open" in text
+    code, text = run_lsim("embed", frames, *told)
+    assert (code, "nothing to do: 10 embeddings are up to date" in text) == (0, True)
+    code, text = run_lsim("embed", frames, *told, "--groups", "Q/*")
+    assert (code, "no group 'Q/*'; there are A/density" in text) == (1, True)
+
+    fields["A/density"]["s1"][3] = np.nan
+    write_archive(frames, fields)
+    code, text = run_lsim("embed", frames, *told)
+    assert code == 3
+    assert "the frame holds NaN or infinity" in text
