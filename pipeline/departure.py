@@ -56,11 +56,11 @@ async def _leave(worker: Worker, grace: float) -> None:
     delivered = time.monotonic() + HANDING_OVER_S
     while worker.data and time.monotonic() < delivered:  # results that the client fetches and then releases
         await asyncio.sleep(POLL_S)
-    with contextlib.suppress(OSError, asyncio.TimeoutError):  # a scheduler that is gone needs no word
+    # Its tasks go back unsuspected, and results that nobody has fetched to other workers where there are some.
+    # A scheduler that is gone needs no word.
+    with contextlib.suppress(OSError, asyncio.TimeoutError):
         await asyncio.wait_for(
-            worker.scheduler.unregister(
-                address=worker.address, expected=True, close=False, stimulus_id=f"told-to-go-{time.time()}"
-            ),
+            worker.scheduler.retire_workers(workers=[worker.address], remove=True, close_workers=False),
             timeout=HANDING_OVER_S,
         )
     # The nanny, too, was told: here it only sees that its process has ended.
