@@ -21,9 +21,10 @@ from typing import Any, TypeAlias
 
 import torch
 from distributed import Client, Worker, WorkerPlugin
+from distributed.worker import thread_state
 from threadpoolctl import threadpool_limits
 
-from lsim.metric import Metric
+from lsim.metric import Metric, resolve_device
 from lsim.preprocess import Compat
 from lsim.registry import UnknownMetricError, load_metric
 from lsim.weights import WeightsError
@@ -178,6 +179,23 @@ def choose_device(device: str, number: int) -> None:
     if device == "auto" and torch.cuda.is_available() and torch.cuda.device_count() > 1:
         device = f"cuda:{number % torch.cuda.device_count()}"
     _device = device
+
+
+def this_device() -> torch.device:
+    """The device that this process loads metrics on."""
+    return resolve_device(_device)
+
+
+def still_wanted() -> bool:
+    """Whether anybody waits for the task that runs in this thread; always so outside of a Dask worker.
+
+    Dask cannot stop a thread: a task goes on when its run is over, or when another copy of it was faster.
+    """
+    worker = getattr(thread_state, "execution_state", {}).get("worker")
+    if worker is None:
+        return True
+    state = worker.state.tasks.get(thread_state.key)
+    return state is not None and state.state not in ("cancelled", "resumed", "released", "forgotten")
 
 
 @contextlib.contextmanager

@@ -45,12 +45,8 @@ def dataset_range(
     lo, hi : tuple of float
         ``(0.0,), (0.0,)`` where no frame counts, or none has a shape that a metric takes.
     """
-    label = f"{preprocessing.size}/{preprocessing.order}/{preprocessing.compat}"
-    attribute = "masked_ranges" if preprocessing.mask else "ranges"
-    contents = [content for _, _, content in sequences]
-    recorded: Any = provenance.attrs.get(attribute, {})
-    known = recorded.get("ranges", {}) if recorded.get("of") == label else {}
-    ranges: dict[str, Any] = {content: known[content] for content in contents if content in known}
+    known = _recorded(provenance, preprocessing)
+    ranges = {content: known[content] for _, _, content in sequences if content in known}
     missing = [
         (frames, key, row, preprocessing, content) for key, row, content in sequences if content not in ranges
     ]
@@ -63,9 +59,36 @@ def dataset_range(
             raise error
         ranges[task[-1]] = result
     if missing:
+        attribute, label = _recorded_under(preprocessing)
         store.set_attributes(provenance, {attribute: {"of": label, "ranges": ranges}})
-    there = [ranges[content] for content in contents if content in ranges]
-    lo, hi = (np.array([found[side] for found in there], float) for side in (0, 1))
+    return _over_all(list(ranges.values()))
+
+
+def recorded_range(
+    sequences: Sequence[tuple[str, int, str]], provenance: store.Group, preprocessing: Preprocessing
+) -> Range | None:
+    """:func:`dataset_range` where it is known without reading a frame, else None."""
+    known = _recorded(provenance, preprocessing)
+    contents = [content for _, _, content in sequences]
+    return _over_all([known[c] for c in contents]) if all(c in known for c in contents) else None
+
+
+def _recorded(provenance: store.Group, preprocessing: Preprocessing) -> dict[str, Any]:
+    """Known ranges by content."""
+    attribute, label = _recorded_under(preprocessing)
+    recorded: Any = provenance.attrs.get(attribute, {})
+    ranges: dict[str, Any] = recorded.get("ranges", {}) if recorded.get("of") == label else {}
+    return ranges
+
+
+def _recorded_under(preprocessing: Preprocessing) -> tuple[str, str]:
+    """The attribute that has ranges, and what it has to be of."""
+    label = f"{preprocessing.size}/{preprocessing.order}/{preprocessing.compat}"
+    return "masked_ranges" if preprocessing.mask else "ranges", label
+
+
+def _over_all(ranges: Sequence[Any]) -> Range:
+    lo, hi = (np.array([found[side] for found in ranges], float) for side in (0, 1))
     if np.isnan(lo).all():
         return (0.0,), (0.0,)  # nothing counts in any sequence: distances will be NaN whatever the range
     return tuple(np.nanmin(lo, axis=0).tolist()), tuple(np.nanmax(hi, axis=0).tolist())

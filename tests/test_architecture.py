@@ -14,11 +14,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("lsim", "pipeline")
-STAGES = ("pipeline.convert", "pipeline.distances", "pipeline.correlate", "pipeline.report")
+STAGES = (
+    "pipeline.convert",
+    "pipeline.distances",
+    "pipeline.correlate",
+    "pipeline.report",
+    "pipeline.archive",
+)
 PARTS_OF_STAGES = {
     "pipeline.blocks": "pipeline.distances",
     "pipeline.compute": "pipeline.distances",
+    "pipeline.sizing": "pipeline.distances",
     "pipeline.shards": "pipeline.convert",
+    "pipeline.embedded": "pipeline.archive",
+    "pipeline.frames": "pipeline.archive",
+    "pipeline.matrix": "pipeline.archive",
+    "pipeline.measuring": "pipeline.archive",
+    "pipeline.plan": "pipeline.archive",
+    "pipeline.tiles": "pipeline.archive",
 }
 """Modules that belong to one stage; ``pipeline.statistics`` knows arrays alone, and is anybody's."""
 LEAVES = (
@@ -43,7 +56,7 @@ WORKERS = (
     "pipeline.submission",
 )
 """How stages get at workers; :mod:`pipeline.profiles` below, :mod:`pipeline.cluster` above."""
-KNOW_DASK = (*WORKERS, "pipeline.convert", "pipeline.distances", "pipeline.workflow")
+KNOW_DASK = (*WORKERS, "pipeline.convert", "pipeline.distances", "pipeline.archive", "pipeline.workflow")
 KNOW_ZARR = ("pipeline.store", "pipeline.schema")
 
 

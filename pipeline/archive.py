@@ -1,0 +1,624 @@
+"""frames.zarr → archive.zarr: the distances of all pairs of frames of a field, or of several together.
+
+Here is what the driver does: measure what metrics take, plan and check the plan, find the tiles that are out
+of date (:mod:`pipeline.matrix`), and hand squares of them to the workers (:mod:`pipeline.tiles`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import psutil
+from distributed import Client
+from distributed.system import MEMORY_LIMIT
+
+from lsim.metric import Metric
+from lsim.preprocess import Scope
+from pipeline import schema, store
+from pipeline.address import absolute, relative
+from pipeline.choice import Settings, choose_metrics
+from pipeline.cluster import Cluster
+from pipeline.embedded import clear_cache
+from pipeline.fields import checked_fields
+from pipeline.frames import ArchiveFrames, FrameBlock, list_frames
+from pipeline.matrix import describe, invalidate, label, lay_out, metric_places, sides, stale_tiles
+from pipeline.measuring import Measured, device_of_worker, measure
+from pipeline.plan import (
+    FamilyPlan,
+    Plan,
+    Workers,
+    choose_sides,
+    describe_plan,
+    order_squares,
+    plan_family,
+    room_for,
+)
+from pipeline.profiles import Profile
+from pipeline.resident import MetricRequest, check_own_metrics, prewarm
+from pipeline.scopes import dataset_range, recorded_range
+from pipeline.submission import run_bounded
+from pipeline.tiles import TileTask, compute_tiles, embeds_as
+from pipeline.versions import versions
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with (tasks done, tasks in all)."""
+
+SHARE_OF_MEMORY = 0.6
+"""What a worker's embeddings and all else may take of its memory, unless told: Dask pauses it at 80 %."""
+SHARE_OF_GPU = 0.85
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What is asked of an archive's matrix besides :class:`~pipeline.choice.Settings`.
+
+    Attributes
+    ----------
+    groups : tuple of str
+        Keys of fields, or patterns such as ``B/*``; all where there are none.
+    together : str, optional
+        One matrix over all these fields, under this name, instead of one for each.
+    tile : int, optional
+        Frames on a side of a tile, of a store that is new. Default: as many as suit.
+    memory : int, optional
+        Bytes that each worker may take, or its GPU has. Default: a share of what there is.
+    """
+
+    groups: tuple[str, ...] = ()
+    together: str | None = None
+    tile: int | None = None
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.together is not None and not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", self.together):
+            raise ValueError(f"a name is made of letters, digits, '_', '.', '+', '-'; got {self.together!r}")
+        if self.tile is not None and self.tile < 1:
+            raise ValueError(f"tile must be at least 1 frame, got {self.tile}")
+
+
+@dataclass(frozen=True)
+class ArchiveFailure:
+    """Frames of a sequence, or tiles, for which a metric gave no distances, and why."""
+
+    group: str
+    metric: str
+    what: str
+    reason: str
+
+
+@dataclass
+class ArchiveReport:
+    """What a run of :func:`compute_archive` did.
+
+    Attributes
+    ----------
+    tiles, up_to_date : int
+        Tiles on and above the diagonal that were computed, and that were there, metric by metric.
+    frames, embeddings : int
+        Frames of all matrices, and how many times a frame was embedded.
+    plans : list of Plan
+        Empty where nothing was to be done.
+    failures : list of ArchiveFailure
+        All that the store records, and of this run.
+    unavailable : dict of str to str
+        Metrics left out of ``"all"``, with the reason.
+    seconds : float
+    seconds_by_stage : Counter
+        ``embed``, ``compare``, ``write``, summed over threads.
+    cluster : dict
+    """
+
+    tiles: int = 0
+    up_to_date: int = 0
+    frames: int = 0
+    embeddings: int = 0
+    plans: list[Plan] = field(default_factory=list)
+    failures: list[ArchiveFailure] = field(default_factory=list)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    seconds_by_stage: Counter[str] = field(default_factory=Counter)
+    cluster: dict[str, Any] = field(default_factory=dict)
+
+
+def compute_archive(
+    frames: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    settings: Settings,
+    matrix: Matrix | None = None,
+    *,
+    cluster: Cluster | None = None,
+    progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
+    plan_only: bool = False,
+) -> ArchiveReport:
+    """Bring ``archive.zarr`` up to date with ``frames.zarr``: distances of all pairs of frames.
+
+    Parameters
+    ----------
+    frames : path or address
+        A store that :func:`pipeline.convert.convert` made.
+    out : path or address
+        Created when absent; otherwise only tiles that are out of date are computed.
+    settings : Settings
+        With the scope ``"dataset"``, minimum and maximum over all frames of the matrix, or a fixed one.
+    matrix : Matrix, optional
+    cluster : Cluster, optional
+        Started only if there is something to do. Default: one worker process, with a thread a core.
+    progress : callable, optional
+    announce : callable, optional
+        Called with the plan of each matrix, in words, before anything is computed.
+    plan_only : bool
+        Plan, and stop: nothing is written.
+
+    Returns
+    -------
+    ArchiveReport
+
+    Raises
+    ------
+    ValueError, lsim.UnknownMetricError, lsim.WeightsError
+        For settings that a matrix can't have, and metrics that :func:`~pipeline.choice.choose_metrics`
+        refuses.
+    pipeline.plan.PlanError
+        When the plan doesn't fit the memory that there is; nothing has been computed then.
+    pipeline.store.StoreError
+        When ``frames`` is no store of frames, or ``out`` one of something else.
+    """
+    matrix = matrix or Matrix()
+    if cluster is None:
+        with Cluster(shared_memory_profile(Profile())) as own:
+            return compute_archive(
+                *(frames, out, settings, matrix),
+                cluster=own,
+                progress=progress,
+                announce=announce,
+                plan_only=plan_only,
+            )
+    _check(settings)
+    began = time.perf_counter()
+    # Workers may run in another folder.
+    frames_path, out_path = absolute(frames), absolute(out)
+    chosen = choose_metrics(settings)
+    source = store.open_store(frames_path)
+    keys = checked_fields(source, frames_path, matrix.groups or None)
+    report = ArchiveReport(unavailable=chosen.unavailable)
+    context = _Context(frames_path, out_path, settings, matrix, cluster, chosen.metrics, chosen.requests)
+    jobs = [_Job(context, key, source, fields) for key, fields in _matrices(keys, matrix)]
+    report.frames = sum(len(job.frames) for job in jobs)
+    there = store.exists(out_path)
+    if there:
+        _refuse_others(store.open_store(out_path), out_path, jobs)
+    if plan_only or not there or any(job.is_stale(out_path) for job in jobs):
+        report.plans = [job.plan(out_path) for job in jobs]
+        for plan in report.plans:
+            if announce is not None:
+                announce(describe_plan(plan))
+    if plan_only:
+        report.seconds = time.perf_counter() - began
+        return report
+    made_by = {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "scope": settings.scope,
+        "compat": settings.compat,
+        "mask": settings.mask,
+        "versions": versions(),
+    }
+    errors: list[ArchiveFailure] = []
+    with store.locked(out_path):
+        root = store.open_output(out_path, schema.ARCHIVE_STORE)
+        store.drop_consolidated(out_path)
+        _drop_vanished(root, source)
+        try:
+            tasks = [task for job in jobs for task in job.tasks(root, source, report)]
+            errors = _run(tasks, context, progress, report)
+        finally:
+            # Also of a run that is interrupted: what it computed stays, and says what made it.
+            report.seconds = time.perf_counter() - began
+            report.cluster = cluster.describe() if report.plans else {}
+            runs: list[Any] = list(root.attrs.get("runs", []))  # type: ignore[arg-type]
+            if report.tiles:
+                spent = {
+                    "tiles": report.tiles,
+                    "embeddings": report.embeddings,
+                    "seconds": round(report.seconds, 3),
+                    "seconds_by_stage": {k: round(v, 4) for k, v in report.seconds_by_stage.items()},
+                }
+                runs.append(made_by | spent | report.cluster)
+            carried = ("catalog", "title", "datasets")
+            attributes = {name: source.attrs[name] for name in carried if name in source.attrs}
+            attributes |= {
+                "frames": relative(frames_path, out_path),
+                "scope": settings.scope,
+                "unavailable": report.unavailable,
+                "runs": runs,
+            }
+            if report.plans:
+                attributes["plan"] = [describe_plan(plan) for plan in report.plans]
+            store.set_attributes(root, attributes)
+            store.consolidate(out_path)
+    report.failures = list_archive_failures(out_path) + errors
+    return report
+
+
+def shared_memory_profile(profile: Profile) -> Profile:
+    """A local cluster of one process a core, as one process with as many threads: they share embeddings."""
+    if profile.kind != "local" or profile.model_fields_set & {"workers", "threads"} or _has_gpu():
+        return profile
+    return profile.model_copy(update={"workers": 1, "threads": len(os.sched_getaffinity(0))})
+
+
+def list_archive_failures(out: str | os.PathLike[str]) -> list[ArchiveFailure]:
+    """All failures that an ``archive.zarr`` records: by sequence and reason, and NaN of finite frames."""
+    root = store.open_store(out)
+    found: list[ArchiveFailure] = []
+    for key in store.field_keys(root, schema.NUMBER):
+        group = store.get_group(root, key)
+        provenance = store.get_group(group, schema.PROVENANCE)
+        reasons, missing = (store.get_array(provenance, name) for name in (schema.FAILURE, schema.MISSING))
+        labels = [store.get_array(group, name) for name in (schema.FIELD, schema.SEQUENCE, schema.NUMBER)]
+        for name, place in metric_places(group).items():
+            texts = store.read(reasons, place)
+            by_sequence: dict[tuple[str, str], list[str]] = {}
+            bad = np.flatnonzero(texts != "")
+            if len(bad):
+                fields, sequences, numbers = (store.read(array) for array in labels)
+                for index in bad:
+                    which = f"{fields[index]}/{sequences[index]}"
+                    by_sequence.setdefault((which, str(texts[index])), []).append(str(numbers[index]))
+            for (which, reason), frames in by_sequence.items():
+                found.append(ArchiveFailure(key, name, f"{which}: frame {_few(frames)}", reason))
+            if count := int(store.read(missing, place).sum(dtype=np.int64)):
+                reason = f"the metric gave NaN for {count} distances of frames that it takes"
+                found.append(ArchiveFailure(key, name, "", reason))
+    return found
+
+
+def _few(names: Sequence[str], shown: int = 12) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+# ---------------------------------------------------------------- on the driver
+
+
+def _check(settings: Settings) -> None:
+    if settings.scope in ("sequence", "pair"):
+        raise ValueError(
+            f"scope {settings.scope!r} normalises a frame otherwise with every other frame, so it cannot be "
+            "embedded once for a whole archive: use scope 'dataset' (minimum and maximum of all frames) or "
+            "fixed, LO,HI"
+        )
+    if settings.pairs != "all":
+        raise ValueError("a matrix over an archive has all pairs; pairs 'reference' is for single sequences")
+
+
+def _matrices(keys: Sequence[str], matrix: Matrix) -> list[tuple[str, list[str]]]:
+    """Groups to write, with the fields of each."""
+    if matrix.together is None:
+        return [(key, [key]) for key in sorted(keys)]
+    return [(f"{schema.TOGETHER}/{matrix.together}", sorted(keys))]
+
+
+def _refuse_others(root: store.Group, path: str, jobs: Sequence[_Job]) -> None:
+    found = root.attrs.get("kind")
+    if found not in (None, schema.ARCHIVE_STORE):
+        raise store.StoreError(
+            f"{path}: expected a store of kind {schema.ARCHIVE_STORE!r}, found kind {found!r}: choose "
+            "another path"
+        )
+    there = [
+        key for key in store.field_keys(root, schema.NUMBER) if not key.startswith(f"{schema.TOGETHER}/")
+    ]
+    known = {field for job in jobs for field in job.all_fields}
+    if there and not set(there) & known:
+        raise store.StoreError(
+            f"{path} holds distances of {', '.join(there)}, and none of {', '.join(sorted(known))}: choose "
+            "another path"
+        )
+
+
+def _drop_vanished(root: store.Group, source: store.Group) -> None:
+    """Delete the fields that the frames no longer have."""
+    there = set(store.field_keys(source, schema.FRAMES))
+    for key in store.field_keys(root, schema.NUMBER):
+        if key not in there and not key.startswith(f"{schema.TOGETHER}/"):
+            store.delete(root, key)
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What all matrices of a run share."""
+
+    frames: str
+    out: str
+    settings: Settings
+    matrix: Matrix
+    cluster: Cluster
+    metrics: list[Metric]
+    requests: dict[str, MetricRequest]
+
+    def families(self) -> list[list[Metric]]:
+        """Metrics by what they are embedded as."""
+        found: dict[Any, list[Metric]] = {}
+        for metric in self.metrics:
+            found.setdefault(embeds_as(metric), []).append(metric)
+        return list(found.values())
+
+
+class _Job:
+    """One matrix: its frames, what of it is out of date, its plan and its tasks."""
+
+    def __init__(self, context: _Context, key: str, source: store.Group, fields: Sequence[str]) -> None:
+        self.context = context
+        self.key = key
+        self.fields = list(fields)
+        self.all_fields = store.field_keys(source, schema.FRAMES)
+        self.frames: ArchiveFrames = list_frames(source, fields)
+        self._measured: dict[str, Measured] = {}
+        self._workers: Workers | None = None
+        _check_shapes(self.frames, context.settings)
+
+    def _sequences(self) -> list[tuple[str, int, str]]:
+        return [(piece.key, piece.row, piece.content) for piece in self.frames.sequences]
+
+    def _group(self, out: str) -> store.Group | None:
+        """The group as it is in the store, where it is."""
+        if not store.exists(out):
+            return None
+        root = store.open_store(out)
+        complete = f"{self.key}/{schema.PROVENANCE}/{schema.FINGERPRINT}"
+        return store.get_group(root, self.key) if complete in root else None
+
+    def _known_scope(self, group: store.Group, metric: Metric) -> Scope | None:
+        if self.context.settings.scope != "dataset":
+            return self.context.settings.scope
+        provenance = store.get_group(group, schema.PROVENANCE)
+        return recorded_range(self._sequences(), provenance, metric.preprocessing)
+
+    def _stale(self, group: store.Group | None, tile: int) -> dict[str, np.ndarray]:
+        """Of every metric, the tiles that are out of date as far as is known without reading frames."""
+        blocks = self.frames.blocks(tile)
+        stale = {}
+        for metric in self.context.metrics:
+            scope = None if group is None else self._known_scope(group, metric)
+            if group is None or scope is None:
+                stale[metric.name] = np.triu(np.ones((len(blocks), len(blocks)), bool))
+            else:
+                stale[metric.name] = stale_tiles(group, metric.name, metric.specification_hash, scope, blocks)
+        return stale
+
+    def is_stale(self, out: str) -> bool:
+        """Whether anything may be to be done."""
+        group = self._group(out)
+        return group is None or any(one.any() for one in self._stale(group, sides(group)[0]).values())
+
+    def plan(self, out: str) -> Plan:
+        """Measure and plan; an error where it doesn't fit."""
+        context = self.context
+        self._workers = _find_workers(context.cluster, context.matrix.memory)
+        families = context.families()
+        for family in families:
+            self._measured[family[0].name] = self._measure(family)
+        measured = [self._measured[family[0].name] for family in families]
+        group = self._group(out)
+        if group is None:
+            tile, side = choose_sides(len(self.frames), measured, self._workers, context.matrix.tile)
+        else:
+            tile, side = sides(group)
+            if context.matrix.tile not in (None, tile):
+                raise ValueError(
+                    f"{out}/{self.key} has tiles of {tile} frames a side, not {context.matrix.tile}: leave "
+                    "--tile out, or choose another path"
+                )
+        stale = self._stale(group, tile)
+        planned = tuple(self._plan_family(family, stale, tile, side) for family in families)
+        return Plan(self.key, len(self.frames), tile, side, self._workers, planned)
+
+    def _plan_family(
+        self, family: Sequence[Metric], stale: Mapping[str, np.ndarray], tile: int, side: int
+    ) -> FamilyPlan:
+        assert self._workers is not None
+        names = [metric.name for metric in family]
+        measured = self._measured[names[0]]
+        tables = [stale[name] for name in names]
+        return plan_family(names, tables, len(self.frames), tile, side, measured, self._workers)
+
+    def _measure(self, family: Sequence[Metric]) -> Measured:
+        requests = tuple(self.context.requests[metric.name] for metric in family)
+        blocks = self.frames.blocks(8)[:3]
+        task = (self.context.frames, requests, tuple(blocks), self.frames.sequence_bytes)
+        for _, result, error in run_bounded(self.context.cluster.client, measure, [task]):
+            if error is not None:
+                raise error
+            return result
+        raise AssertionError("a task has an outcome")
+
+    def tasks(
+        self, root: store.Group, source: store.Group, report: ArchiveReport
+    ) -> Iterator[tuple[TileTask]]:
+        """Bring the group into shape, declare what is out of date, and give the tasks that mend it."""
+        context = self.context
+        group = self._group(context.out)
+        plan = next((plan for plan in report.plans if plan.key == self.key), None)
+        if group is not None:
+            tile, side = sides(group)
+        elif plan is not None:
+            tile, side = plan.tile, plan.side
+        else:
+            raise store.StoreError(f"{context.out}: {self.key} vanished while it was looked at")
+        units = {metric.name: metric.info.units for metric in context.metrics}
+        group = lay_out(root, self.key, self.frames, units, tile, side)
+        provenance = store.get_group(group, schema.PROVENANCE)
+        scopes = {metric.name: self._scope(provenance, metric) for metric in context.metrics}
+        blocks = self.frames.blocks(tile)
+        stale = {
+            metric.name: stale_tiles(
+                group, metric.name, metric.specification_hash, scopes[metric.name], blocks
+            )
+            for metric in context.metrics
+        }
+        invalidate(group, blocks, stale)
+        label(group, self.frames)
+        store.set_attributes(group, {"groups": self.fields, "scope": context.settings.scope})
+        describe(
+            group,
+            {
+                metric.name: metric.specification() | {"scope": scopes[metric.name], "versions": versions()}
+                for metric in context.metrics
+                if stale[metric.name].any()
+            },
+        )
+        report.up_to_date += sum(
+            len(blocks) * (len(blocks) + 1) // 2 - int(table.sum()) for table in stale.values()
+        )
+        for family in context.families():
+            if any(stale[metric.name].any() for metric in family):
+                yield from self._tasks_of(family, stale, blocks, side, scopes[family[0].name], group)
+
+    def _scope(self, provenance: store.Group, metric: Metric) -> Scope:
+        context = self.context
+        if context.settings.scope != "dataset":
+            return context.settings.scope
+        return dataset_range(
+            context.cluster, context.frames, self._sequences(), provenance, metric.preprocessing
+        )
+
+    def _tasks_of(
+        self,
+        family: Sequence[Metric],
+        stale: Mapping[str, np.ndarray],
+        blocks: Sequence[FrameBlock],
+        side: int,
+        scope: Scope,
+        group: store.Group,
+    ) -> Iterator[tuple[TileTask]]:
+        context = self.context
+        if self._workers is None:
+            # Only what was taken for up to date is not: a range changed between a look and the lock.
+            self.plan(context.out)
+        assert self._workers is not None
+        measured = self._measured[family[0].name]
+        tile = len(blocks[0])
+        room = room_for(measured, self._workers, tile)
+        places = metric_places(group)
+        tables = {metric.name: stale[metric.name] for metric in family}
+        for row, column in order_squares(np.logical_or.reduce(list(tables.values())), side):
+            tiles = {}
+            for name, table in tables.items():
+                part = table[row * side : (row + 1) * side, column * side : (column + 1) * side]
+                found = tuple((row * side + int(i), column * side + int(j)) for i, j in np.argwhere(part))
+                if found:
+                    tiles[name] = found
+            needed = sorted({index for found in tiles.values() for pair in found for index in pair})
+            yield (
+                TileTask(
+                    context.frames,
+                    context.out,
+                    self.key,
+                    tuple(context.requests[name] for name in tiles),
+                    {name: places[name] for name in tiles},
+                    tiles,
+                    {index: blocks[index] for index in needed},
+                    scope,
+                    measured.frame_bytes,
+                    room,
+                ),
+            )
+
+
+def _check_shapes(frames: ArchiveFrames, settings: Settings) -> None:
+    """Frames of several fields can be compared where they come out alike."""
+    channels = {3 if shape[2] == 4 else shape[2] for shape in frames.shapes.values()}
+    sizes = {shape[:2] for shape in frames.shapes.values()}
+    if len(channels) > 1 or (settings.size is None and len(sizes) > 1):
+        shapes = ", ".join(f"{key} {'×'.join(map(str, shape))}" for key, shape in frames.shapes.items())
+        raise ValueError(
+            f"frames of different channels, or of different sizes that aren't resized, have no distances: "
+            f"{shapes}; choose --groups that agree, or give --size"
+        )
+
+
+def _run(
+    tasks: list[tuple[TileTask]], context: _Context, progress: Progress | None, report: ArchiveReport
+) -> list[ArchiveFailure]:
+    """Run the tasks. What fails every time is left to the next run."""
+    if not tasks:
+        return []
+    client = context.cluster.client
+    if client is not None:
+        check_own_metrics(client, list(context.requests.values()))
+        prewarm(client, list(context.requests.values()))
+    if progress is not None:
+        progress(0, len(tasks))
+    errors: list[ArchiveFailure] = []
+    try:
+        for done, ((task,), result, error) in enumerate(run_bounded(client, compute_tiles, tasks), start=1):
+            if error is None:
+                report.tiles += result.tiles
+                report.embeddings += result.embedded
+                report.seconds_by_stage.update(result.seconds)
+                errors += [
+                    ArchiveFailure(task.key, name, f"{_tiles_of(task)}: {result.undone} tiles", reason)
+                    for name, reason in result.errors.items()
+                ]
+            else:
+                reason = f"{type(error).__name__}: {error}"
+                errors += [ArchiveFailure(task.key, name, _tiles_of(task), reason) for name in task.tiles]
+            if progress is not None:
+                progress(done, len(tasks))
+    finally:
+        _forget(client)
+    return errors
+
+
+def _tiles_of(task: TileTask) -> str:
+    tiles = [tile for found in task.tiles.values() for tile in found]
+    first, last = min(tiles), max(tiles)
+    return f"tiles {first[0]},{first[1]} to {last[0]},{last[1]}"
+
+
+def _forget(client: Client | None) -> None:
+    """Give back the memory of embeddings, of this process and of workers that go on living."""
+    clear_cache()
+    if client is not None and client.status == "running":
+        client.run(clear_cache, on_error="ignore")
+
+
+def _find_workers(cluster: Cluster, memory: int | None) -> Workers:
+    """Who computes, and what memory each has."""
+    client = cluster.client
+    if client is None:
+        device, free = device_of_worker()
+        there = int(SHARE_OF_GPU * free) if device != "cpu" else _share_of_this_machine(1)
+        return Workers(1, 1, memory or there, device)
+    information = client.scheduler_info(n_workers=-1)["workers"]
+    devices: dict[str, tuple[str, int]] = client.run(device_of_worker)
+    kinds = {device for device, _ in devices.values()}
+    device = "cpu" if kinds == {"cpu"} else next(iter(sorted(kinds - {"cpu"})))
+    if device != "cpu":
+        there = int(SHARE_OF_GPU * min(free for kind, free in devices.values() if kind == device))
+    else:
+        unlimited = MEMORY_LIMIT // len(information)
+        there = int(SHARE_OF_MEMORY * min(one["memory_limit"] or unlimited for one in information.values()))
+        if cluster.profile.kind == "local":
+            there = min(there, _share_of_this_machine(len(information)))
+    threads = max(worker["nthreads"] for worker in information.values())
+    return Workers(len(information), threads, memory or there, device)
+
+
+def _share_of_this_machine(workers: int) -> int:
+    free = min(psutil.virtual_memory().available, MEMORY_LIMIT)
+    return int(SHARE_OF_MEMORY * free / workers)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,196 @@
+"""The store of an archive's matrix: its template, the labels of its frames, which tiles are out of date.
+
+A tile is done when its fingerprint says so: a hash of the frames of both of its blocks, the metric's
+specification with the hash of its weights, and the scope.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lsim.preprocess import Scope
+from pipeline import schema, store
+from pipeline.frames import ArchiveFrames, FrameBlock
+
+LABELS_TOGETHER = 16384
+"""Frames whose field, sequence, number and parameter are one chunk."""
+
+
+def tile_fingerprint(rows: str, columns: str, specification_hash: str, scope: Scope) -> str:
+    """What a tile is recorded under: a hash of all that determines its values.
+
+    Parameters
+    ----------
+    rows, columns : str
+        Hashes of the blocks' frames, see :attr:`pipeline.frames.FrameBlock.content`.
+    specification_hash : str
+    scope : (lo, hi)
+    """
+    made_of = {"rows": rows, "columns": columns, "specification": specification_hash, "scope": scope}
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def lay_out(
+    root: store.Group, key: str, frames: ArchiveFrames, metrics: Mapping[str, str], tile: int, side: int
+) -> store.Group:
+    """Bring a group into the shape of its frames, with an array for every metric.
+
+    Metadata first: after this and :func:`label`, tasks write values and nothing else.
+
+    Parameters
+    ----------
+    root : Group
+        Of ``archive.zarr``.
+    key : str
+        ``<dataset>/<field>`` or ``together/<name>``.
+    frames : ArchiveFrames
+    metrics : mapping of str to str
+        Names of the metrics to have, and the units of each; those already in the store stay.
+    tile : int
+        Frames on a side of a tile.
+    side : int
+        Tiles on a side of a task: one chunk of fingerprints, which has one writer.
+    """
+    n, count = len(frames), -(-len(frames) // tile)
+    group = root.require_group(key)
+    dtypes = {
+        schema.FIELD: str,
+        schema.SEQUENCE: str,
+        schema.NUMBER: "int32",
+        schema.PARAMETER: "float64",
+    }
+    for name, dtype in dtypes.items():
+        if name not in group:
+            store.create_array(
+                group, name, shape=(n,), chunks=(LABELS_TOGETHER,), dims=(schema.FRAME,), dtype=dtype
+            )
+        store.resize_rows(store.get_array(group, name), n)
+    for name, units in metrics.items():
+        if name not in group:
+            array = store.create_array(
+                group, name, shape=(n, n), chunks=(tile, tile), dims=schema.ARCHIVE_DIMS, dtype="float32"
+            )
+            array.update_attributes({"units": units})
+    for name in schema.archive_metric_names(group.array_keys()):
+        for axis in (0, 1):
+            store.resize_rows(store.get_array(group, name), n, axis=axis)
+    _lay_out_provenance(group, list(metrics), n, count, tile, side)
+    return group
+
+
+def _lay_out_provenance(
+    group: store.Group, metrics: Sequence[str], n: int, count: int, tile: int, side: int
+) -> None:
+    provenance = group.require_group(schema.PROVENANCE)
+    by_metric: dict[str, Any] = {"chunks": (64,), "dims": (schema.METRIC,), "dtype": str}
+    squares: dict[str, Any] = {"chunks": (1, side, side), "dims": schema.FINGERPRINT_DIMS}
+    layouts: dict[str, dict[str, Any]] = {
+        schema.METRIC: {"shape": (0,), **by_metric},
+        schema.SPECIFICATION: {"shape": (0,), **by_metric},
+        schema.CONTENT: {"shape": (count,), "chunks": (4096,), "dims": (schema.TILE,), "dtype": str},
+        schema.FAILURE: {
+            "shape": (0, n),
+            "chunks": (1, tile),
+            "dims": (schema.METRIC, schema.FRAME),
+            "dtype": str,
+        },
+        schema.MISSING: {"shape": (0, count, count), "dtype": "int32", **squares},
+        schema.FINGERPRINT: {"shape": (0, count, count), "dtype": str, **squares},
+    }
+    for name, layout in layouts.items():
+        if name not in provenance:
+            store.create_array(provenance, name, **layout)
+    arrays = {name: store.get_array(provenance, name) for name in layouts}
+    store.resize_rows(arrays[schema.CONTENT], count)
+    store.resize_rows(arrays[schema.FAILURE], n, axis=1)
+    for name in (schema.MISSING, schema.FINGERPRINT):
+        for axis in (1, 2):
+            store.resize_rows(arrays[name], count, axis=axis)
+    # A resize that was interrupted leaves a nameless entry.
+    known = [str(name) for name in store.read(arrays[schema.METRIC]) if name]
+    known += [name for name in metrics if name not in known]
+    for name in layouts.keys() - {schema.CONTENT}:
+        store.resize_rows(arrays[name], len(known))
+    store.write_rows(arrays[schema.METRIC], 0, np.array(known, dtype=object))
+
+
+def label(group: store.Group, frames: ArchiveFrames) -> None:
+    """Write what each frame is; only once the tiles of other frames are known to be out of date."""
+    labels = {
+        schema.FIELD: frames.field,
+        schema.SEQUENCE: frames.sequence,
+        schema.NUMBER: frames.number,
+        schema.PARAMETER: frames.parameter,
+    }
+    for name, values in labels.items():
+        store.write_rows(store.get_array(group, name), 0, values)
+
+
+def metric_places(group: store.Group) -> dict[str, int]:
+    """The index of each metric in a group's provenance."""
+    names = store.read(store.get_array(store.get_group(group, schema.PROVENANCE), schema.METRIC))
+    return {str(name): index for index, name in enumerate(names)}
+
+
+def sides(group: store.Group) -> tuple[int, int]:
+    """Frames on a side of a tile, and tiles on a side of a task, of a group that :func:`lay_out` made."""
+    provenance = store.get_group(group, schema.PROVENANCE)
+    return (
+        store.get_array(provenance, schema.FAILURE).chunks[1],
+        store.get_array(provenance, schema.FINGERPRINT).chunks[1],
+    )
+
+
+def stale_tiles(
+    group: store.Group, name: str, specification_hash: str, scope: Scope, blocks: Sequence[FrameBlock]
+) -> np.ndarray:
+    """Which tiles (i, j), i <= j, of a metric are out of date: (tile, tile_other) bool."""
+    count = len(blocks)
+    stale = np.triu(np.ones((count, count), bool))
+    places = metric_places(group) if schema.PROVENANCE in group else {}
+    if name not in places:
+        return stale
+    array = store.get_array(store.get_group(group, schema.PROVENANCE), schema.FINGERPRINT)
+    recorded = store.read(array, places[name])
+    for i, j in np.argwhere(stale[: len(recorded), : len(recorded)]):
+        found = recorded[i, j]
+        if found and found == tile_fingerprint(
+            blocks[i].content, blocks[j].content, specification_hash, scope
+        ):
+            stale[i, j] = False
+    return stale
+
+
+def invalidate(group: store.Group, blocks: Sequence[FrameBlock], stale: Mapping[str, np.ndarray]) -> None:
+    """Take the fingerprint from all tiles that are out of date, before anything else changes.
+
+    Those are the ``stale`` ones, and of metrics that aren't computed now those whose frames have changed.
+    """
+    provenance = store.get_group(group, schema.PROVENANCE)
+    array = store.get_array(provenance, schema.CONTENT)
+    contents = np.array([block.content for block in blocks], object)
+    changed = store.read(array) != contents
+    fingerprints = store.get_array(provenance, schema.FINGERPRINT)
+    for name, place in metric_places(group).items():
+        gone = stale[name] if name in stale else changed[:, None] | changed
+        recorded = store.read(fingerprints, place)
+        if (recorded[gone] != "").any():
+            recorded[gone] = ""
+            store.write_block(fingerprints, (place, 0, 0), recorded[None])
+    if changed.any():
+        store.write_rows(array, 0, contents)
+
+
+def describe(group: store.Group, specifications: Mapping[str, Mapping[str, Any]]) -> None:
+    """Record the specification of the metrics that are about to be computed."""
+    array = store.get_array(store.get_group(group, schema.PROVENANCE), schema.SPECIFICATION)
+    texts = store.read(array)
+    for name, place in metric_places(group).items():
+        if name in specifications:
+            texts[place] = json.dumps(specifications[name], sort_keys=True)
+    store.write_rows(array, 0, texts)

@@ -1,0 +1,242 @@
+"""What a worker does with tiles of an archive's matrix: hold two blocks of frames, compare, write both sides.
+
+A task is a square of tiles, so that it touches few blocks for many tiles. Of each tile the distances are
+written first, on either side of the diagonal, then the fingerprint that says it is done.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from lsim.metric import Metric
+from lsim.preprocess import Scope
+from pipeline import schema, store
+from pipeline.embedded import EmbeddedBlock, cache, embed_block
+from pipeline.frames import FrameBlock
+from pipeline.matrix import tile_fingerprint
+from pipeline.resident import MetricRequest, get_metric, still_wanted
+
+Tile = tuple[int, int]
+
+ROWS_AT_ONCE = 64
+"""Frames on either side that a CPU compares at once: metrics that copy them, in double, copy no more."""
+
+
+@dataclass(frozen=True)
+class TileTask:
+    """A square of tiles with all that a worker needs to compute it.
+
+    Attributes
+    ----------
+    frames, out, key : str
+        Where frames are read, and the group of the store that is written.
+    requests : tuple of MetricRequest
+        A family that embeds alike.
+    places : mapping of str to int
+        The index of each metric in provenance.
+    tiles : mapping of str to tuple of (int, int)
+        By metric, the tiles (i, j), i <= j, that are out of date, in the order to compute them.
+    blocks : mapping of int to FrameBlock
+        Those that the tiles are of.
+    scope : (lo, hi)
+    frame_bytes : int
+        Of a frame's embedding.
+    room : int
+        Bytes of embeddings that the worker may keep.
+    """
+
+    frames: str
+    out: str
+    key: str
+    requests: tuple[MetricRequest, ...]
+    places: Mapping[str, int]
+    tiles: Mapping[str, tuple[Tile, ...]]
+    blocks: Mapping[int, FrameBlock]
+    scope: Scope
+    frame_bytes: int
+    room: int
+
+
+@dataclass(frozen=True)
+class TileResult:
+    """What a worker tells of a task; the distances themselves are in the store.
+
+    Attributes
+    ----------
+    tiles : int
+        Tiles that are done, metric by metric.
+    errors : dict of str to str
+        By metric, what its last tile that could not be computed said.
+    undone : int
+        Tiles without a fingerprint: the next run tries them again.
+    embedded : int
+        Frames that were embedded.
+    seconds : Counter
+        Of ``embed``, ``compare``, ``write``.
+    device : str
+    """
+
+    tiles: int
+    errors: dict[str, str]
+    undone: int
+    embedded: int
+    seconds: Counter[str]
+    device: str
+
+
+@dataclass
+class _Record:
+    """The fingerprints, and counts of missing distances, of a task's square; it is their only writer."""
+
+    group: store.Group
+    place: int
+    tiles: Sequence[Tile]
+    arrays: dict[str, store.Array] = field(init=False)
+    origin: Tile = field(init=False)
+    part: tuple[slice, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        provenance = store.get_group(self.group, schema.PROVENANCE)
+        self.arrays = {
+            name: store.get_array(provenance, name) for name in (schema.MISSING, schema.FINGERPRINT)
+        }
+        side = self.arrays[schema.FINGERPRINT].chunks[1]
+        i, j = self.tiles[0]
+        self.origin = (i - i % side, j - j % side)
+        self.part = tuple(slice(start, start + side) for start in self.origin)
+
+    def write(self, tile: Tile, fingerprint: str, missing: int) -> None:
+        """Say that a tile is done; the fingerprint last."""
+        at = tile[0] - self.origin[0], tile[1] - self.origin[1]
+        for name, value in ((schema.MISSING, missing), (schema.FINGERPRINT, fingerprint)):
+            # Read again each time: a second copy of the task may be writing as well, the same values.
+            values = store.read(self.arrays[name], (self.place, *self.part))
+            values[at] = value
+            store.write_block(self.arrays[name], (self.place, *self.origin), values[None])
+
+
+def compute_tiles(task: TileTask) -> TileResult:
+    """Compute and write a task's tiles. Runs on a worker.
+
+    In memory are at most ``task.room`` bytes of embeddings, and what one comparison and one batch of frames
+    take.
+    """
+    source = store.open_store(task.frames)
+    group = store.get_group(store.open_store(task.out, "r+"), task.key)
+    metrics = {metric.name: metric for metric in map(get_metric, task.requests)}
+    first = next(iter(metrics.values()))
+    records = {name: _Record(group, task.places[name], tiles) for name, tiles in task.tiles.items() if tiles}
+    seconds: Counter[str] = Counter()
+    errors: dict[str, str] = {}
+    done, undone, embedded = 0, 0, [0]
+
+    def wanted(index: int) -> tuple[int, Any]:
+        block = task.blocks[index]
+
+        def compute() -> EmbeddedBlock:
+            embedded[0] += len(block)
+            return embed_block(source, block, first, task.scope)
+
+        return len(block) * task.frame_bytes, compute
+
+    keys = {index: (embeds_as(first), task.scope, block.content) for index, block in task.blocks.items()}
+    for i, j in _in_order(task.tiles.values()):
+        if not still_wanted():
+            # Another copy was faster, or the run is over and the next may be writing.
+            raise store.StoreError(f"{task.out}: nobody waits for tile {i},{j} of {task.key} any more")
+        names = [name for name, tiles in task.tiles.items() if (i, j) in tiles]
+        began = time.perf_counter()
+        with cache.hold({keys[k]: wanted(k) for k in sorted({i, j})}, task.room) as held:
+            seconds["embed"] += time.perf_counter() - began  # type: ignore[assignment]
+            rows, columns = held[0], held[-1]
+            for name in names:
+                metric = metrics[name]
+                began = time.perf_counter()
+                try:
+                    values = compare_blocks(metric, rows, columns)
+                except Exception as error:
+                    # One tile must not take down its task. Without a fingerprint the next run tries again.
+                    errors[name], undone = f"{type(error).__name__}: {error}", undone + 1
+                    continue
+                finally:
+                    seconds["compare"] += time.perf_counter() - began  # type: ignore[assignment]
+                began = time.perf_counter()
+                whole = rows.whole and columns.whole
+                _write_tile(group, task, name, (i, j), values, rows)
+                if whole:
+                    both = rows.comparable[:, None] & columns.comparable
+                    missing = int((np.isnan(values) & both).sum())
+                    contents = task.blocks[i].content, task.blocks[j].content
+                    made_of = tile_fingerprint(*contents, metric.specification_hash, task.scope)
+                    records[name].write((i, j), made_of, missing)
+                done, undone = done + whole, undone + (not whole)
+                seconds["write"] += time.perf_counter() - began  # type: ignore[assignment]
+    return TileResult(done, errors, undone, embedded[0], seconds, first.device.type)
+
+
+def embeds_as(metric: Metric) -> Hashable:
+    """Equal for metrics that can be computed from one another's embeddings."""
+    shared = metric.shared_as
+    return (metric.preprocessing, metric.specification_hash if shared is None else shared)
+
+
+def compare_blocks(metric: Metric, rows: EmbeddedBlock, columns: EmbeddedBlock) -> np.ndarray:
+    """The tile of two blocks, (rows, columns) float32; symmetric, with a zero diagonal, of one with itself.
+
+    A pair's bits depend on its two frames alone on a CPU, wherever in whatever tile it stands.
+    """
+    n, m = len(rows.comparable), len(columns.comparable)
+    values = np.full((n, m), np.nan)
+    diagonal = rows is columns
+    if rows.embedding is not None and columns.embedding is not None:
+        at_once = ROWS_AT_ONCE if metric.device.type == "cpu" else max(n, m)
+        with torch.no_grad():
+            for start in range(0, n, at_once):
+                # New ones each time: what comparisons derive from an embedding stays with it.
+                left = rows.embedding[start : start + at_once]
+                for other in range(start if diagonal else 0, m, at_once):
+                    same = diagonal and start == other
+                    right = left if same else columns.embedding[other : other + at_once]
+                    part = metric.between(left, right)
+                    values[start : start + at_once, other : other + at_once] = part.double().cpu().numpy()
+    if diagonal:
+        below = np.tril_indices(n, -1)
+        values[below] = values.T[below]
+        np.fill_diagonal(values, 0)
+    values[~rows.comparable] = np.nan
+    values[:, ~columns.comparable] = np.nan
+    return values.astype(np.float32)
+
+
+def _in_order(tiles: Iterable[Sequence[Tile]]) -> list[Tile]:
+    """All tiles, row by row, to and fro: each shares a block with the one before."""
+    order: list[Tile] = []
+    there = sorted(set(itertools.chain.from_iterable(tiles)))
+    for number, (_, row) in enumerate(itertools.groupby(there, lambda tile: tile[0])):
+        order += list(row)[:: -1 if number % 2 else 1]
+    return order
+
+
+def _write_tile(
+    group: store.Group, task: TileTask, name: str, tile: Tile, values: np.ndarray, rows: EmbeddedBlock
+) -> None:
+    """Write a tile and its mirror image; that of a block with itself comes with what is wrong with frames."""
+    array = store.get_array(group, name)
+    start, other = (task.blocks[index].start for index in tile)
+    store.write_block(array, (start, other), values)
+    if start != other:
+        store.write_block(array, (other, start), np.ascontiguousarray(values.T))
+        return
+    failure = store.get_array(store.get_group(group, schema.PROVENANCE), schema.FAILURE)
+    texts = np.full((1, len(values)), "", object)
+    for place, reason in rows.reasons.items():
+        texts[0, place] = reason
+    store.write_block(failure, (task.places[name], start), texts)
