@@ -250,7 +250,7 @@ def compute_archive(
 
 def shared_memory_profile(profile: Profile) -> Profile:
     """A local cluster of one process a core, as one process with as many threads: they share embeddings."""
-    if profile.kind != "local" or profile.model_fields_set & {"workers", "threads"} or _has_gpu():
+    if profile.kind != "local" or profile.workers is not None or profile.threads > 1 or _has_gpu():
         return profile
     return profile.model_copy(update={"workers": 1, "threads": len(os.sched_getaffinity(0))})
 

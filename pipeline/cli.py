@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import pydantic
 import typer
@@ -25,14 +25,22 @@ from pipeline.display import (
     add_row,
     console,
     output,
+    show_archive,
     show_calibration,
     show_correlations,
     show_distances,
+    show_embeddings,
     show_neighbours,
     show_quarantined,
     show_simulation,
+    show_verified,
     stage,
 )
+
+if TYPE_CHECKING:
+    from pipeline.archive import Matrix
+    from pipeline.choice import Settings
+    from pipeline.profiles import Profile
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -72,6 +80,9 @@ WeightsOption = Annotated[
         metavar="NAME=FILE",
         help="Weights of your own as a metric of that name; may be repeated.",
     ),
+]
+Groups = Annotated[
+    str | None, typer.Option(help="Only these <dataset>/<field>, or patterns of them: A/density,B/*.")
 ]
 Metrics = Annotated[str, typer.Option(help="Names separated by commas, or 'all'.")]
 OwnMetrics = Annotated[
@@ -244,12 +255,27 @@ def distances_command(
     compat: Annotated[str, typer.Option(help="default, or published: the authors' evaluation.")] = "default",
     size: Annotated[int, typer.Option(help="Frames are resized to it; 0 keeps their size.")] = 224,
     order: Annotated[int, typer.Option(help="Spline order of the resize, 0 to 5.")] = 0,
+    matrix: Annotated[
+        str,
+        typer.Option(help="sequence: one a sequence; archive: one over all frames, see docs/archives.md."),
+    ] = "sequence",
+    groups: Groups = None,
+    together: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of an archive: one matrix over all groups, so called.")
+    ] = None,
+    tile: Annotated[
+        int | None, typer.Option(min=1, help="Of an archive: frames on a side of a tile of a new store.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of an archive: what a worker may take, as in 8GB.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Of an archive: say what it takes, and stop.")] = False,
     block: Annotated[int | None, typer.Option(min=1, help="Sequences per block of a new store.")] = None,
     strict: Strict = False,
     cluster: ClusterOption = "local",
     workers: Workers = None,
 ) -> None:
-    """Compute distance matrices; only blocks that are new or out of date."""
+    """Compute distance matrices, of sequences or of a whole archive; only what is new or out of date."""
     from pipeline.choice import Settings
     from pipeline.cluster import Cluster
     from pipeline.distances import compute_distances
@@ -271,10 +297,50 @@ def distances_command(
         }
     )
     _make_importable(settings.metrics, Path.cwd())
+    if matrix not in ("sequence", "archive"):
+        raise typer.BadParameter(f"--matrix {matrix!r}: expected sequence or archive")
+    if matrix == "archive":
+        wanted = _matrix(groups, together, tile, memory)
+        _compute_archive(frames, out, settings, wanted, load_profile(cluster, workers), plan_only=plan)
+        return
+    of_archives = {"groups": groups, "together": together, "tile": tile, "memory": memory, "plan": plan}
+    if given := [name for name, value in of_archives.items() if value]:
+        raise typer.BadParameter(f"--{given[0]} is for --matrix archive")
     with Cluster(load_profile(cluster, workers)) as pool, stage(pool)("distances") as show:
         report = compute_distances(frames, out, settings, cluster=pool, progress=show)
     show_distances(report)
     _exit(not report.failures)
+
+
+def _matrix(groups: str | None, together: str | None, tile: int | None, memory: str | None) -> Matrix:
+    """What is asked of an archive's matrix."""
+    from pipeline.archive import Matrix
+
+    try:
+        room = None if memory is None else pydantic.TypeAdapter(pydantic.ByteSize).validate_python(memory)
+    except pydantic.ValidationError as error:
+        raise typer.BadParameter(f"--memory {memory!r}: expected a size, as in 8GB") from error
+    return Matrix(tuple(_separated(groups) or ()), together, tile, room)
+
+
+def _compute_archive(
+    frames: str, out: str, settings: Settings, matrix: Matrix, profile: Profile, *, plan_only: bool
+) -> None:
+    """The command ``distances`` with ``--matrix archive``."""
+    from pipeline.archive import compute_archive, shared_memory_profile
+    from pipeline.cluster import Cluster
+
+    with Cluster(shared_memory_profile(profile)) as pool, stage(pool)("archive") as show:
+        report = compute_archive(
+            *(frames, out, settings, matrix),
+            cluster=pool,
+            progress=show,
+            announce=lambda text: output.print(text, markup=False),
+            plan_only=plan_only,
+        )
+    if not plan_only:
+        show_archive(report)
+        _exit(not report.failures)
 
 
 @app.command("correlate")
@@ -341,6 +407,77 @@ def neighbours_command(
 
     found = find_neighbours(distances, of, k, metric, matrix=matrix, other_sequences=other_sequences)
     show_neighbours(found, as_json=as_json)
+
+
+@app.command("embed")
+def embed_command(
+    frames: Annotated[str, typer.Argument(help="A frames.zarr.")],
+    metric: Annotated[str, typer.Option(help="Whose embeddings: a name, or MODULE:CLASS.")],
+    out: Annotated[str, typer.Option(help="The store to make or bring up to date.")],
+    groups: Groups = None,
+    scope: Annotated[
+        str, typer.Option(help="Of minimum and maximum: dataset, all of a field; or LO,HI.")
+    ] = "dataset",
+    option: Options = None,
+    mask: MaskOption = None,
+    precision: PrecisionOption = None,
+    weights: WeightsOption = None,
+    compat: Annotated[str, typer.Option(help="default, or published: the authors' evaluation.")] = "default",
+    size: Annotated[int, typer.Option(help="Frames are resized to it; 0 keeps their size.")] = 224,
+    order: Annotated[int, typer.Option(help="Spline order of the resize, 0 to 5.")] = 0,
+    cluster: ClusterOption = "local",
+    workers: Workers = None,
+) -> None:
+    """Write a metric's embedding of every frame, for search libraries; only what is new or out of date."""
+    from pipeline.choice import Settings
+    from pipeline.cluster import Cluster
+    from pipeline.embed import compute_embeddings
+    from pipeline.profiles import load_profile
+
+    settings = Settings.model_validate(
+        {
+            "metrics": (metric,),
+            "options": _options(option, {}),
+            **_mask_and_precision(mask, precision),
+            "weights": _weights(weights),
+            "size": size or None,
+            "order": order,
+            "compat": compat,
+            "scope": _scope(scope),
+        }
+    )
+    _make_importable(settings.metrics, Path.cwd())
+    with Cluster(load_profile(cluster, workers)) as pool, stage(pool)("embed") as show:
+        chosen = _separated(groups)
+        report = compute_embeddings(frames, out, settings, groups=chosen, cluster=pool, progress=show)
+    show_embeddings(report)
+    _exit(not report.failures)
+
+
+@app.command("verify")
+def verify_command(
+    path: Annotated[str, typer.Argument(metavar="STORE", help="A frames.zarr, distances.zarr, ….")],
+    mend: Annotated[
+        bool,
+        typer.Option(
+            "--repair", help="Take away the record of what is damaged: the next run makes it again."
+        ),
+    ] = False,
+    threads: Annotated[int, typer.Option(min=1, help="That read and check.")] = 8,
+) -> None:
+    """Check a store: every chunk against its checksum, and what is in it against what is recorded."""
+    from pipeline.repair import repair
+    from pipeline.verify import verify
+
+    with stage(None)("verify") as show:
+        report = verify(path, threads=threads, progress=show)
+    show_verified(report)
+    if mend and not report.whole:
+        count = repair(path, report)
+        stage_of = {"frames": "convert", "distances": "distances"}[report.kind]
+        output.print(f"{count} of what is recorded taken away: run 'lsim {stage_of}' again to make it anew")
+    if not report.whole:
+        raise typer.Exit(1)
 
 
 @app.command("simulate")
@@ -651,10 +788,15 @@ def weights_verify() -> None:
 # ---------------------------------------------------------------- what options mean
 
 
+def _separated(text: str | None) -> list[str] | None:
+    """What commas separate; None of nothing."""
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
 def _metric_names(named: Any, own: list[str] | None = None) -> Any:
     """``"all"``, or names of metrics, and metrics of one's own besides."""
     if isinstance(named, str) and named != "all":
-        named = [name.strip() for name in named.split(",") if name.strip()]
+        named = _separated(named)
     if not own:
         return named if named == "all" else tuple(named)
     if wrong := [name for name in own if ":" not in name]:

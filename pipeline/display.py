@@ -26,7 +26,9 @@ from rich.text import Text
 from pipeline.names import printable
 
 if TYPE_CHECKING:
+    from pipeline.archive import ArchiveReport
     from pipeline.correlate import CorrelationReport
+    from pipeline.embed import EmbeddingsReport
     from pipeline.neighbours import Neighbours
 
 
@@ -65,7 +67,9 @@ def stage(cluster: Any) -> Callable[[str], contextlib.AbstractContextManager[Cal
             bar = bars.add_task(title, total=None, dashboard="")
 
             def show(done: int, total: int) -> None:
-                bars.update(bar, completed=done, total=total, dashboard=cluster.dashboard or "")
+                bars.update(
+                    bar, completed=done, total=total, dashboard=getattr(cluster, "dashboard", None) or ""
+                )
 
             yield show
             task = bars.tasks[0]
@@ -180,6 +184,51 @@ def show_distances(report: Any) -> None:
         console.print(table)
 
 
+def show_archive(report: ArchiveReport) -> None:
+    if report.tiles:
+        output.print(
+            f"{report.tiles} tiles computed, {report.up_to_date} up to date, from {report.embeddings} "
+            f"embeddings of {report.frames} frames, in {report.seconds:.1f} s"
+        )
+    elif not report.failures:
+        output.print(f"nothing to do: {report.up_to_date} tiles are up to date")
+    for name, reason in report.unavailable.items():
+        console.print(f"left out: {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
+    if report.failures:
+        table = Table("group", "metric", "frames", "reason", title="Not compared")
+        for entry in report.failures:
+            add_row(table, entry.group, entry.metric, entry.what, entry.reason)
+        console.print(table)
+
+
+def show_embeddings(report: EmbeddingsReport) -> None:
+    values = " or ".join(sorted({str(length) for length in report.values.values()}, key=int))
+    if report.computed:
+        rate = report.computed / max(report.seconds, 1e-9)
+        output.print(
+            f"{report.computed} embeddings of {values} values computed, {report.up_to_date} up to date, in "
+            f"{report.seconds:.1f} s ({rate:.1f}/s)"
+        )
+    elif not report.failures:
+        output.print(f"nothing to do: {report.up_to_date} embeddings are up to date")
+    if report.feature_distance:
+        name = report.feature_distance.capitalize().replace("euclidean", "Euclidean")
+        output.print(f"the {name} distance of two embeddings is {report.metric}", markup=False)
+    else:
+        output.print(f"{report.metric} is no Euclidean distance of its embeddings", markup=False)
+    if report.failures:
+        table = Table("field", "sequence", "frames", "reason", title="Not embedded")
+        for entry in report.failures:
+            add_row(table, entry.field, entry.sequence, _numbers(entry.numbers), entry.reason)
+        console.print(table)
+
+
+def _numbers(numbers: tuple[int, ...]) -> str:
+    """The first few of some numbers, and how many more."""
+    more = f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else ""
+    return ", ".join(map(str, numbers[:SHOWN])) + more
+
+
 def show_neighbours(found: Neighbours, *, as_json: bool) -> None:
     """A table of the nearest frames, with their distances by every metric; or the same as JSON."""
     nearest = [
@@ -215,6 +264,18 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def show_verified(report: Any) -> None:
+    """What was read, and each damage with its chunk."""
+    counted = {"frames": "sequences", "distances": "matrices"}.get(report.kind, "records")
+    state = "whole" if report.whole else f"{len(report.damages)} damaged"
+    output.print(f"{report.kind}: {report.chunks} chunks read, {report.compared} {counted} compared: {state}")
+    if report.unfinished:
+        console.print(f"{report.unfinished} {counted} are not there yet: a run was stopped, or left them out")
+    for damage in report.damages:
+        where = "/".join(filter(None, (damage.group, damage.array, damage.chunk)))
+        output.print(f"damaged: {where} ({damage.what}): {damage.reason}", style="red", markup=False)
 
 
 def show_correlations(report: CorrelationReport) -> None:
