@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +31,13 @@ SATISFIED_BY: dict[Pairs, tuple[Pairs, ...]] = {"all": ("all",), "reference": ("
 """Which recorded pairs will do for those asked for: all pairs hold the reference's too."""
 
 
+ROWS_PER_CHUNK = 4096
+"""Of names and parameters, which the driver alone writes: 10⁵ sequences are a few files."""
+
+ROWS_AT_ONCE = 4096
+"""Rows whose texts are in memory at once while fingerprints are compared."""
+
+
 @dataclass(frozen=True)
 class StaleBlock:
     """Sequences ``start:stop`` of a field; for each metric the rows to compute, with their fingerprints.
@@ -46,20 +52,87 @@ class StaleBlock:
     places: Mapping[str, int]
 
 
+@dataclass(frozen=True)
+class StaleRows:
+    """What of a field is out of date: a flag a matrix, of which blocks are made when they are wanted.
+
+    Attributes
+    ----------
+    stale : dict of str to ndarray of bool
+        By metric, for every sequence.
+    length : int
+        Sequences per block.
+    contents : sequence of str
+    suffixes : dict of str to str
+        By metric, what fingerprints are made of besides the content.
+    places : dict of str to int
+        Index of each metric in provenance.
+    """
+
+    stale: Mapping[str, np.ndarray]
+    length: int
+    contents: Sequence[str]
+    suffixes: Mapping[str, str]
+    places: Mapping[str, int]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Those that anything is out of date of."""
+        return [name for name, rows in self.stale.items() if rows.any()]
+
+    @property
+    def fresh(self) -> int:
+        """How many matrices are up to date."""
+        return sum(int((~rows).sum()) for rows in self.stale.values())
+
+    @property
+    def starts(self) -> np.ndarray:
+        """First row of every block that is out of date."""
+        rows = np.flatnonzero(np.any([*self.stale.values()], axis=0))
+        return np.unique(rows // self.length) * self.length
+
+    def blocks(self) -> Iterator[StaleBlock]:
+        """The blocks, one after the other."""
+        for start in self.starts.tolist():
+            stop = min(start + self.length, len(self.contents))
+            rows: dict[str, dict[int, str]] = {}
+            for name, stale in self.stale.items():
+                if len(found := np.flatnonzero(stale[start:stop])):
+                    suffix = self.suffixes[name]
+                    rows[name] = {
+                        row: _hashed(self.contents[row], suffix) for row in (found + start).tolist()
+                    }
+            contents = dict(enumerate(self.contents[start:stop], start))
+            yield StaleBlock(start, stop, rows, contents, {name: self.places[name] for name in rows})
+
+
 def fingerprint(content: str, specification_hash: str, scope: Scope, pairs: Pairs) -> str:
     """What a block is recorded under: a hash of all that determines its values."""
-    made_of = {"content": content, "specification": specification_hash, "scope": scope, "pairs": pairs}
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
+    return _hashed(content, _suffix(specification_hash, scope, pairs))
 
 
-def stale_blocks(
+def _suffix(specification_hash: str, scope: Scope, pairs: Pairs) -> str:
+    """All that is hashed after the content: 10⁶ fingerprints of a metric differ in that alone."""
+    rest = {"pairs": pairs, "scope": scope, "specification": specification_hash}
+    return json.dumps(rest, sort_keys=True)[1:]
+
+
+def _hashed(content: str, suffix: str) -> str:
+    text = f'{{"content": {json.dumps(content)}, {suffix}'
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def find_stale(
     group: store.Group,
     contents: Sequence[str],
     specifications: Mapping[str, str],
     scopes: Mapping[str, Scope],
     pairs: Pairs,
-) -> tuple[list[StaleBlock], int]:
-    """The blocks of a field whose recorded fingerprints differ, and how many matrices are up to date.
+) -> StaleRows:
+    """What of a field is out of date, and its fingerprints taken from it before anything else changes.
+
+    Those that lose their fingerprint are the ones to compute, and distances of metrics that aren't computed
+    now whose frames have changed since: without one nobody takes them for distances of today's frames.
 
     Parameters
     ----------
@@ -75,63 +148,77 @@ def stale_blocks(
     """
     provenance = store.get_group(group, schema.PROVENANCE)
     names = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
-    recorded = store.read(store.get_array(provenance, schema.FINGERPRINT))
-    length = store.get_array(group, schema.SEQUENCE).chunks[0]
-    stale: dict[int, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
-    fresh = 0
-    for name, specification in specifications.items():
-        found, scope = recorded[names.index(name)], scopes[name]
-        for row, content in enumerate(contents):
-            wanted = {p: fingerprint(content, specification, scope, p) for p in SATISFIED_BY[pairs]}
-            if found[row] in wanted.values():
-                fresh += 1
-            else:
-                stale[row // length][name][row] = wanted[pairs]
-    blocks = []
-    for index in sorted(stale):
-        start, stop = index * length, min((index + 1) * length, len(contents))
-        rows = dict(stale[index])
-        places = {name: names.index(name) for name in rows}
-        blocks.append(StaleBlock(start, stop, rows, dict(enumerate(contents[start:stop], start)), places))
-    return blocks, fresh
+    places = {name: names.index(name) for name in specifications}
+    # All pairs will do where the reference's are asked for: the first suffix is the one to record.
+    suffixes = {
+        name: [_suffix(hashed, scopes[name], p) for p in SATISFIED_BY[pairs]]
+        for name, hashed in specifications.items()
+    }
+    fingerprints, computed_from = (
+        store.get_array(provenance, name) for name in (schema.FINGERPRINT, schema.CONTENT)
+    )
+    stale = {name: np.ones(len(contents), bool) for name in specifications}
+    length = fingerprints.chunks[1]
+    at_once = max(1, ROWS_AT_ONCE // length) * length
+    for start in range(0, len(contents), at_once):
+        rows = slice(start, min(start + at_once, len(contents)))
+        here = contents[rows]
+        found = store.read(fingerprints, (slice(None), rows))
+        if not (found != "").any():
+            continue
+        of_today = store.read(computed_from, (slice(None), rows)) == np.array(here, dtype=object)[None]
+        valid = np.where(of_today, found, "").astype(object)
+        for name, place in places.items():
+            wanted = suffixes[name]
+            stale[name][rows] = [
+                all(recorded != _hashed(content, suffix) for suffix in wanted)
+                for recorded, content in zip(found[place], here, strict=True)
+            ]
+            valid[place, stale[name][rows]] = ""
+        _write_changed(fingerprints, start, found, valid)
+    recorded_as = {name: wanted[0] for name, wanted in suffixes.items()}
+    return StaleRows(stale, length, contents, recorded_as, places)
 
 
-def invalidate(group: store.Group, contents: Sequence[str], blocks: Sequence[StaleBlock]) -> None:
-    """Take the fingerprint from all distances that are out of date, before anything else changes.
+def _write_changed(array: store.Array, start: int, old: np.ndarray, new: np.ndarray) -> None:
+    """Write those chunks along the second axis that have changed, neighbours at once."""
+    length = array.chunks[1]
+    changed = np.unique(np.flatnonzero((old != new).any(axis=0)) // length)
+    for run in np.split(changed, np.flatnonzero(np.diff(changed) > 1) + 1):
+        if len(run):
+            first, stop = int(run[0]) * length, (int(run[-1]) + 1) * length
+            store.write_block(array, (0, start + first), new[:, first:stop])
 
-    Those are the rows of ``blocks``, and those of metrics that aren't computed now whose frames have
-    changed since: without a fingerprint nobody takes them for distances of today's frames.
-    """
-    provenance = store.get_group(group, schema.PROVENANCE)
-    names = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
-    array = store.get_array(provenance, schema.FINGERPRINT)
-    found = store.read(array)
-    computed_from = store.read(store.get_array(provenance, schema.CONTENT))
-    valid = np.where(computed_from == np.array(contents, dtype=object)[None], found, "").astype(object)
-    for block in blocks:
-        for name, rows in block.rows.items():
-            valid[names.index(name), list(rows)] = ""
-    if (valid != found).any():
-        store.write_rows(array, 0, valid)
+
+def _block_length(group: store.Group) -> int | None:
+    """Sequences per block of a field that is there: a chunk of the texts that its tasks write."""
+    for name in ROW_TEXTS:
+        if f"{schema.PROVENANCE}/{name}" in group:
+            return int(store.get_array(store.get_group(group, schema.PROVENANCE), name).chunks[1])
+    return None
 
 
 def describe(
     group: store.Group, parameter: np.ndarray, specifications: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Record the parameter, and the specification of the metrics that are about to be computed."""
-    store.write_rows(store.get_array(group, schema.PARAMETER), 0, parameter)
+    array = store.get_array(group, schema.PARAMETER)
+    if not np.array_equal(store.read(array), parameter):
+        store.write_rows(array, 0, parameter)
     provenance = store.get_group(group, schema.PROVENANCE)
     names = store.read(store.get_array(provenance, schema.METRIC))
     array = store.get_array(provenance, schema.SPECIFICATION)
-    texts = store.read(array)
+    known = store.read(array)
+    texts = known.copy()
     for index, name in enumerate(names):
         if name in specifications:
             texts[index] = json.dumps(specifications[name], sort_keys=True)
-    store.write_rows(array, 0, texts)
+    if (texts != known).any():
+        store.write_rows(array, 0, texts)
 
 
 def lay_out(
-    root: store.Group, frames: store.Group, key: str, metrics: Mapping[str, str], block: int
+    root: store.Group, frames: store.Group, key: str, metrics: Mapping[str, str], choose: Callable[[], int]
 ) -> store.Group:
     """Bring a field's group into the shape of its frames, with an array for every metric.
 
@@ -147,8 +234,8 @@ def lay_out(
         ``<dataset>/<field>``.
     metrics : mapping of str to str
         Names of the metrics to have, and the units of each; those already in the store stay.
-    block : int
-        Sequences per block, for a group that is new; an existing group keeps its own.
+    choose : callable
+        Asked for the sequences per block of a group that is new; an existing group keeps its own.
     """
     n = store.get_array(frames, schema.FRAMES).shape[1]
     sequences = store.read(store.get_array(frames, schema.SEQUENCE))
@@ -158,15 +245,15 @@ def lay_out(
         if found != n:
             del root[key]
     group = root.require_group(key)
-    if schema.SEQUENCE in group:
-        block = store.get_array(group, schema.SEQUENCE).chunks[0]
-    else:
+    block = _block_length(group) or choose()
+    if schema.SEQUENCE not in group:
+        shape, rows = sequences.shape, (ROWS_PER_CHUNK,)
         store.create_array(
-            group, schema.SEQUENCE, shape=sequences.shape, chunks=(block,), dims=(schema.SEQUENCE,), dtype=str
+            group, schema.SEQUENCE, shape=shape, chunks=rows, dims=(schema.SEQUENCE,), dtype=str
         )
         store.write_rows(store.get_array(group, schema.SEQUENCE), 0, sequences)
     if schema.PARAMETER not in group:
-        shape, chunks = parameter.shape, (block, n)
+        shape, chunks = parameter.shape, (ROWS_PER_CHUNK, n)
         store.create_array(
             group, schema.PARAMETER, shape=shape, chunks=chunks, dims=schema.PARAMETER_DIMS, dtype="float64"
         )
@@ -246,11 +333,13 @@ def _align_rows(group: store.Group, sequences: list[str]) -> None:
     known = {name: _rearranged(store.read(array), origin, "", axis=1) for name, array in texts.items()}
     fingerprints = texts[schema.FINGERPRINT]
     store.resize_rows(fingerprints, len(sequences), axis=1)
-    store.write_rows(fingerprints, 0, np.where(moved, "", known[schema.FINGERPRINT]).astype(object))
+    unmoved = np.where(moved, "", known[schema.FINGERPRINT]).astype(object)
+    _write_changed(fingerprints, 0, store.read(fingerprints), unmoved)
+    rearranged = (origin[moved] >= 0).any()
     for array in matrices:
-        values = _rearranged(store.read(array), origin, np.nan, axis=0)
+        values = _rearranged(store.read(array), origin, np.nan, axis=0) if rearranged else None
         store.resize_rows(array, len(sequences))
-        if (origin[moved] >= 0).any():
+        if values is not None:
             store.write_rows(array, 0, values)
     store.resize_rows(parameter, len(sequences))
     store.resize_rows(names, len(sequences))
@@ -258,7 +347,7 @@ def _align_rows(group: store.Group, sequences: list[str]) -> None:
     for name, array in texts.items():
         # The fingerprints last: only now do names, values and they speak of the same rows again.
         store.resize_rows(array, len(sequences), axis=1)
-        store.write_rows(array, 0, known[name])
+        _write_changed(array, 0, store.read(array), known[name])
 
 
 def _rearranged(values: np.ndarray, origin: np.ndarray, missing: Any, axis: int) -> np.ndarray:

@@ -16,9 +16,6 @@ from pipeline import schema
 from pipeline.resident import MetricRequest, Option
 from pipeline.schema import Pairs
 
-SEQUENCES_PER_BLOCK = 4
-"""Default of a new store; about a second of work for ten metrics on 11 frames of 256²."""
-
 
 class UnavailableMetricError(ValueError):
     """A metric asked for by name that cannot be loaded here."""
@@ -52,8 +49,8 @@ class Settings(pydantic.BaseModel):
         ``"reference"`` computes frame 0 against the others only.
     strict : bool
         Make what is left out of ``"all"`` an error.
-    block : int
-        Sequences per block of a store that is new.
+    block : int, optional
+        Sequences per block of a store that is new; default as many as take about two seconds.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
@@ -70,7 +67,7 @@ class Settings(pydantic.BaseModel):
     pairs: Pairs = "all"
     strict: bool = False
 
-    block: int = pydantic.Field(default=SEQUENCES_PER_BLOCK, ge=1)
+    block: int | None = pydantic.Field(default=None, ge=1)
 
     @pydantic.field_validator("scope")
     @classmethod

@@ -1,39 +1,51 @@
 """frames.zarr → distances.zarr: every out-of-date block of every metric, on Dask.
 
 Here is what the driver does: choose the metrics, find the blocks that are out of date
-(:mod:`pipeline.blocks`), and hand one task per block to the workers (:mod:`pipeline.compute`).
+(:mod:`pipeline.blocks`), and hand them to the workers (:mod:`pipeline.compute`), as many to a task as take a
+second or so (:mod:`pipeline.sizing`). Tasks are made when they are submitted.
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from distributed import Client, KilledWorker
 
 from lsim.metric import Metric
 from lsim.preprocess import Preprocessing, Scope
 from pipeline import schema, store
 from pipeline.address import absolute, relative
-from pipeline.blocks import describe, drop_vanished, invalidate, lay_out, stale_blocks
+from pipeline.blocks import StaleBlock, StaleRows, describe, drop_vanished, find_stale, lay_out
 from pipeline.choice import Settings, choose_metrics
 from pipeline.cluster import Cluster
-from pipeline.compute import BlockResult, BlockTask, compute_block, write_provenance
+from pipeline.compute import (
+    BlockResult,
+    BlockTask,
+    compute_blocks,
+    seconds_per_sequence,
+    write_provenance,
+)
 from pipeline.fields import checked_fields
 from pipeline.profiles import Profile
 from pipeline.resident import MetricRequest, check_own_metrics, prewarm
 from pipeline.scopes import dataset_range
+from pipeline.sizing import BlockSize, Pace, block_size
 from pipeline.submission import run_bounded
 from pipeline.versions import versions
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (blocks done, blocks in all)."""
+
+WORTH_MEASURING = 16
+"""Sequences of a new field from which on one is timed to choose its blocks; fewer have one each."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,10 @@ class DistancesReport:
     seconds : float
     cluster : dict
         The cluster that was used; empty where nothing was to be done.
+    sizes : dict of str to BlockSize
+        By field, the blocks of those that are new in this run.
+    copies : int
+        Tasks that ran so long that a second copy was sent to another worker.
     """
 
     computed: int = 0
@@ -76,6 +92,8 @@ class DistancesReport:
     symmetrised: list[str] = field(default_factory=list)
     seconds: float = 0.0
     cluster: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, BlockSize] = field(default_factory=dict)
+    copies: int = 0
 
 
 @dataclass
@@ -142,15 +160,11 @@ def compute_distances(
     keys = checked_fields(source, frames_path)
     report = DistancesReport(unavailable=chosen.unavailable, symmetrised=_symmetrised(metrics))
     totals = Totals()
+    workers = _Workers(cluster, list(requests.values()))
     with store.locked(out_path):
         root = store.open_output(out_path, schema.DISTANCES_STORE)
         store.drop_consolidated(out_path)
         drop_vanished(root, keys)
-        tasks: list[BlockTask] = []
-        for key in keys:
-            tasks += _stale_tasks(
-                key, source, root, frames_path, out_path, metrics, requests, settings, cluster, report
-            )
         made_by = {
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "pairs": settings.pairs,
@@ -159,21 +173,28 @@ def compute_distances(
             "mask": settings.mask,
             "versions": versions(),
         }
+        fields = [
+            _bring_into_shape(
+                _Field(key, frames_path, out_path, requests, settings), source, root, metrics, workers, report
+            )
+            for key in keys
+        ]
         try:
-            _run(tasks, list(requests.values()), cluster, root, progress, report, totals)
+            _run(fields, workers, root, progress, report, totals)
         finally:
             # Also of a run that is interrupted: what it computed stays, and says what made it.
             report.seconds = time.perf_counter() - began
-            report.cluster = cluster.describe() if tasks else {}
+            report.cluster = workers.description
             runs: list[Any] = list(root.attrs.get("runs", []))  # type: ignore[arg-type]
             if report.blocks:
-                counts = {"blocks": report.blocks, "matrices": report.computed}
+                counts = {"blocks": report.blocks, "matrices": report.computed, "copies": report.copies}
                 spent = {
                     "seconds": round(report.seconds, 3),
                     "seconds_by_stage": _rounded(totals.seconds_by_stage),
                     "seconds_by_metric": _rounded(totals.seconds_by_metric),
                 }
-                runs.append(made_by | counts | spent | report.cluster)
+                sizes = {key: asdict(size) for key, size in report.sizes.items()}
+                runs.append(made_by | counts | spent | {"new_blocks": sizes} | report.cluster)
                 _record_precision(root, totals)
             carried = ("catalog", "title", "datasets", "pools")
             store.set_attributes(
@@ -215,31 +236,84 @@ def list_failures(out: str | os.PathLike[str]) -> list[Failure]:
 # ---------------------------------------------------------------- on the driver
 
 
-def _stale_tasks(
-    key: str,
+class _Workers:
+    """The cluster, once there is something to do: its workers have the metrics, or say why not."""
+
+    def __init__(self, cluster: Cluster, requests: list[MetricRequest]) -> None:
+        self.cluster = cluster
+        self.requests = requests
+        self.description: dict[str, Any] = {}
+        self.threads = 1
+
+    def client(self) -> Client | None:
+        """The client; asked for the first time, it starts the workers and has them load the metrics."""
+        client = self.cluster.client
+        if not self.description:
+            if client is not None:
+                check_own_metrics(client, self.requests)
+                prewarm(client, self.requests)
+                self.threads = max(1, sum(client.nthreads().values()))
+            self.description = self.cluster.describe()
+        return client
+
+
+@dataclass
+class _Field:
+    """A field, how it is to be computed, and what of it is out of date."""
+
+    key: str
+    frames: str
+    out: str
+    requests: Mapping[str, MetricRequest]
+    settings: Settings
+    scopes: dict[bool, Scope] = field(default_factory=dict)
+    stale: StaleRows | None = None
+
+    def blocks(self) -> Iterator[BlockTask]:
+        """Tasks of a block each, made one after the other."""
+        requests: dict[tuple[str, ...], tuple[MetricRequest, ...]] = {}
+        for block in self.stale.blocks() if self.stale is not None else ():
+            names = tuple(block.rows)
+            if names not in requests:  # one object, which is sent once for all blocks of a task
+                requests[names] = tuple(self.requests[name] for name in names)
+            yield self.task(block, requests[names], self.scopes)
+
+    def task(
+        self, block: StaleBlock, requests: tuple[MetricRequest, ...], scopes: Mapping[bool, Scope]
+    ) -> BlockTask:
+        pairs, masking = self.settings.pairs, self.settings.mask is not None
+        return BlockTask(self.frames, self.out, self.key, block, requests, scopes, pairs, masking)
+
+
+def _bring_into_shape(
+    this: _Field,
     source: store.Group,
     root: store.Group,
-    frames: str,
-    out: str,
     metrics: Sequence[Metric],
-    requests: Mapping[str, MetricRequest],
-    settings: Settings,
-    cluster: Cluster,
+    workers: _Workers,
     report: DistancesReport,
-) -> list[BlockTask]:
-    """Bring a field's group into shape, declare what is out of date, and give the tasks that mend it."""
+) -> _Field:
+    """Lay out a field's group, and declare and find what of it is out of date."""
+    key, settings = this.key, this.settings
     origin = store.get_group(source, key)
     contents = [str(content) for content in store.read(store.get_array(origin, schema.CONTENT))]
+
+    def choose() -> int:
+        if settings.block is not None:
+            return settings.block
+        report.sizes[key] = _measured_size(this, origin, contents, workers)
+        return report.sizes[key].sequences
+
     units = {metric.name: metric.info.units for metric in metrics}
-    group = lay_out(root, origin, key, units, settings.block)
+    group = lay_out(root, origin, key, units, choose)
     dataset = key.split("/")[0]
     store.set_attributes(store.get_group(root, dataset), dict(store.get_group(source, dataset).attrs))
     provenance = store.get_group(group, schema.PROVENANCE)
     rows = [(key, row, content) for row, content in enumerate(contents)]
-    scopes: dict[bool, Scope] = {
+    this.scopes = {
         masked: dataset_range(
-            cluster,
-            frames,
+            workers.cluster,
+            this.frames,
             rows,
             provenance,
             Preprocessing(settings.size, settings.order, settings.compat, masked),
@@ -249,11 +323,9 @@ def _stale_tasks(
         for masked in {metric.preprocessing.mask for metric in metrics}
     }
     hashes = {metric.name: metric.specification_hash for metric in metrics}
-    scope_of = {metric.name: scopes[metric.preprocessing.mask] for metric in metrics}
-    blocks, fresh = stale_blocks(group, contents, hashes, scope_of, settings.pairs)
-    report.up_to_date += fresh
-    invalidate(group, contents, blocks)
-    stale = {name for block in blocks for name in block.rows}
+    scope_of = {metric.name: this.scopes[metric.preprocessing.mask] for metric in metrics}
+    this.stale = find_stale(group, contents, hashes, scope_of, settings.pairs)
+    report.up_to_date += this.stale.fresh
     made_with = {"pairs": settings.pairs, "versions": versions()}
     describe(
         group,
@@ -261,58 +333,103 @@ def _stale_tasks(
         {
             metric.name: metric.specification() | {"scope": scope_of[metric.name]} | made_with
             for metric in metrics
-            if metric.name in stale
+            if metric.name in this.stale.metrics
         },
     )
-    return [
-        BlockTask(
-            frames,
-            out,
-            key,
-            block,
-            tuple(requests[name] for name in block.rows),
-            scopes,
-            settings.pairs,
-            masking=settings.mask is not None,
+    return this
+
+
+def _measured_size(
+    this: _Field, origin: store.Group, contents: Sequence[str], workers: _Workers
+) -> BlockSize:
+    """The blocks of a new field, from what one of its sequences takes on a worker."""
+    if len(contents) < WORTH_MEASURING:
+        return BlockSize(1)
+    # Another range of values would take as long, and that of a data set isn't known yet.
+    scopes = dict.fromkeys((False, True), "pair" if this.settings.scope == "pair" else "sequence")
+    requests = tuple(this.requests.values())
+    rows = dict.fromkeys((0, len(contents) // 2, len(contents) - 1))
+    for row in rows:
+        block = StaleBlock(
+            row,
+            row + 1,
+            {name: {row: ""} for name in this.requests},
+            {row: contents[row]},
+            dict.fromkeys(this.requests, 0),
         )
-        for block in blocks
-    ]
+        task = this.task(block, requests, scopes)
+        ((_, seconds, error),) = run_bounded(workers.client(), seconds_per_sequence, [(task,)])
+        if error is None:
+            frames = store.get_array(origin, schema.FRAMES).shape[1]
+            return block_size(max(seconds, 1e-6), len(contents), workers.threads, frames)
+    # What is wrong with them will be said where they are computed.
+    return BlockSize(1)
+
+
+def _tasks(fields: Sequence[_Field], pace: Pace) -> Iterator[tuple[tuple[BlockTask, ...]]]:
+    """Tasks of one block or several, made as they are asked for: blocks that are quick go together."""
+    for this in fields:
+        blocks, left = this.blocks(), 0 if this.stale is None else len(this.stale.starts)
+        while together := tuple(itertools.islice(blocks, pace.blocks_per_task(this.key, left))):
+            left -= len(together)
+            yield (together,)
 
 
 def _run(
-    tasks: list[BlockTask],
-    requests: list[MetricRequest],
-    cluster: Cluster,
+    fields: Sequence[_Field],
+    workers: _Workers,
     root: store.Group,
     progress: Progress | None,
     report: DistancesReport,
     totals: Totals,
 ) -> None:
-    """Run the tasks. One that fails every time leaves its block to the next run, with the reason recorded."""
-    if not tasks:
+    """Run the tasks. A block that fails every time is left to the next run, with the reason recorded."""
+    total = sum(len(this.stale.starts) for this in fields if this.stale is not None)
+    if not total:
         return
-    client = cluster.client
-    if client is not None:
-        check_own_metrics(client, requests)
-        prewarm(client, requests)
+    client = workers.client()
+    pace, tally = Pace(workers.threads), Counter[str]()
+    given_up: list[tuple[BlockTask, str]] = []
     if progress is not None:
-        progress(0, len(tasks))
-    outcomes = run_bounded(client, compute_block, ((task,) for task in tasks))
-    given_up = []
-    for done, ((task,), result, error) in enumerate(outcomes, start=1):
-        if error is None:
-            report.computed += result.matrices
-            report.blocks += 1
-            totals.add(task.key, result)
-        else:
-            given_up.append((task, f"{type(error).__name__}: {error}"))
-        if progress is not None:
-            progress(done, len(tasks))
-    # Now nobody else writes. Without a fingerprint these are computed again by the next run.
-    for task, reason in given_up:
-        group = store.get_group(root, task.key)
-        failed = {name: dict.fromkeys(rows, reason) for name, rows in task.block.rows.items()}
-        write_provenance(group, schema.FAILURE, task.block, failed)
+        progress(0, total)
+    done = 0
+
+    def run(tasks: Iterable[tuple[tuple[BlockTask, ...]]]) -> Iterator[tuple[BlockTask, ...]]:
+        """Run tasks, and give back the blocks of those that failed and had several."""
+        nonlocal done
+        for (together,), result, error in run_bounded(client, compute_blocks, tasks, tally=tally):
+            if error is None:
+                report.computed += result.matrices
+                report.blocks += len(together)
+                totals.add(together[0].key, result)
+                pace.note(together[0].key, len(together), sum(result.seconds_by_stage.values()))
+            elif len(together) > 1:
+                yield together
+                continue
+            else:
+                given_up.append((together[0], _reason(error)))
+            done += len(together)
+            if progress is not None:
+                progress(done, total)
+
+    try:
+        failed = list(run(_tasks(fields, pace)))
+        # One of them is to blame; the others are done when they run by themselves.
+        list(run(((one,),) for together in failed for one in together))
+    finally:
+        report.copies = tally["copies"]
+        # Now nobody else writes. Without a fingerprint these are computed again by the next run.
+        for task, reason in given_up:
+            group = store.get_group(root, task.key)
+            named = {name: dict.fromkeys(rows, reason) for name, rows in task.block.rows.items()}
+            write_provenance(group, schema.FAILURE, task.block, named)
+
+
+def _reason(error: Exception) -> str:
+    """Why a block was given up, in one line that says nothing of where workers ran."""
+    if isinstance(error, KilledWorker):
+        return f"KilledWorker: {1 + error.allowed_failures} workers died while they computed it"
+    return f"{type(error).__name__}: {error}"
 
 
 def _record_precision(root: store.Group, totals: Totals) -> None:
