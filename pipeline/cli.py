@@ -1,7 +1,8 @@
 """The command ``lsim``: one sub-command a stage, and ``run`` for all of them.
 
 Exit codes: 0 all is well; 1 an error, said in one line; 2 wrong usage; 3 finished, but some sequences were
-quarantined or could not be compared; 130 interrupted, and a second run goes on where this one stopped.
+quarantined or could not be compared; 130 interrupted, 143 ended by a batch system (SIGTERM), and a second
+run goes on where this one stopped.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import yaml
 from rich import box
 from rich.table import Table
 
+from pipeline import stopping
 from pipeline.display import (
     add_row,
     console,
@@ -115,14 +117,17 @@ Strict = Annotated[bool, typer.Option("--strict", help="Make a metric that 'all'
 def main() -> NoReturn:
     """Entry point: run a command, and turn what users can do something about into one line."""
     try:
+        stopping.stop_on_sigterm()
         code = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
+    except stopping.Stopped:
+        code = stopping.EXIT_CODE
     except Exception as error:
         code = _explain(error)
         if code is None:
             raise
-    if code == INTERRUPTED:  # typer turns Ctrl-C into this
+    if code in (INTERRUPTED, stopping.EXIT_CODE):  # typer turns Ctrl-C into this
         console.print("stopped; what is finished is kept, run the same command again to go on")
     sys.exit(code if isinstance(code, int) else 0)
 

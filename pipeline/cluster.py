@@ -17,6 +17,7 @@ from pipeline.deployment import FAULT_TOLERANCE as FAULT_TOLERANCE
 from pipeline.deployment import check_options, settings, start_cluster
 from pipeline.profiles import ClusterError, Profile
 from pipeline.resident import choose_device, set_up_process
+from pipeline.stopping import allow_grace
 
 OF_THIS_MACHINE = ("local", "cuda")
 """Kinds whose workers are children of the driver, and stopped by it."""
@@ -38,6 +39,7 @@ class Cluster:
         self._stack = contextlib.ExitStack()
         self._client: Client | None = None
         check_options(profile)
+        allow_grace(profile.grace)
         if profile.kind == "none":
             choose_device(profile.device, 0)
 

@@ -7,6 +7,7 @@ running (:func:`in_good_order`) the signal only asks for an end; otherwise it en
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ EXIT_CODE = 128 + signal.SIGTERM
 """Of a process that was stopped: 143, as shells have it."""
 
 GRACE_S = 30.0
-"""How long running tasks may go on, unless :func:`stop_on_sigterm` was told otherwise."""
+"""How long running tasks may go on, where neither the environment nor a profile says otherwise."""
+GRACE_VARIABLE = "LSIM_GRACE"
+"""Environment variable of those seconds; a profile of a cluster has them, too."""
 
 
 class Stopped(SystemExit):
@@ -33,24 +36,36 @@ class _State:
         self.asked = threading.Event()
         self.deferring = 0
         self.grace = GRACE_S
+        self.from_environment: float | None = None
 
 
 _state = _State()
 
 
 def stop_on_sigterm() -> None:
-    """From now on SIGTERM raises :class:`Stopped`, or asks what is in good order to do so."""
+    """From now on SIGTERM raises :class:`Stopped`, or asks what is in good order to do so.
+
+    Raises
+    ------
+    ValueError
+        When ``LSIM_GRACE`` is no number of seconds.
+    """
+    if text := os.environ.get(GRACE_VARIABLE):
+        try:
+            _state.from_environment = float(text)
+        except ValueError as error:
+            raise ValueError(f"{GRACE_VARIABLE}: expected seconds, found {text!r}") from error
     signal.signal(signal.SIGTERM, _on_signal)
 
 
 def allow_grace(seconds: float) -> None:
-    """How long running tasks may go on once the process was asked to end."""
+    """How long running tasks may go on once the process was asked to end; the environment knows better."""
     _state.grace = seconds
 
 
 def grace() -> float:
     """Seconds that running tasks may go on."""
-    return _state.grace
+    return _state.grace if _state.from_environment is None else _state.from_environment
 
 
 def asked() -> bool:
