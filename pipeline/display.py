@@ -167,11 +167,10 @@ def show_distances(report: Any) -> None:
     elif not report.failures:
         output.print(f"nothing to do: {report.up_to_date} distance matrices are up to date")
     if report.sizes:
-        lengths = sorted({size.sequences for size in report.sizes.values()})
+        lengths = {str(size.sequences) for size in report.sizes.values()}
         measured = [size.seconds for size in report.sizes.values() if size.seconds is not None]
-        took = f", {max(measured):.2g} s each or less as measured on one" if measured else ""
-        several = f"{lengths[0]} to {lengths[-1]} sequences" if len(lengths) > 1 else f"{lengths[0]} sequences"
-        console.print(f"new fields have blocks of {several if lengths[-1] > 1 else '1 sequence'}{took}")
+        took = f", {max(measured):.2g} s each at most, as measured on one sequence" if measured else ""
+        console.print(f"sequences per block of new fields: {' or '.join(sorted(lengths, key=int))}{took}")
     if report.copies:
         console.print(f"{report.copies} tasks ran so long that a second copy was sent to another worker")
     if report.symmetrised:
