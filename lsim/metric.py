@@ -112,6 +112,9 @@ class Metric(ABC):
     shares_embedding: ClassVar[str] = ""
     """Metrics with the same name here embed alike, so that a run embeds each frame once for all of them."""
 
+    copies_to_compare: ClassVar[bool] = True
+    """Whether :meth:`compare` on a CPU may copy both embeddings, in double: what plans of memory count."""
+
     def __init__(self, name: str, preprocessing: Preprocessing, device: torch.device, **options: Any) -> None:
         if preprocessing.mask and not self.info.takes_mask:
             raise ValueError(f"metric {name!r} cannot leave out single pixels: it takes no mask")

@@ -12,7 +12,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,6 +21,7 @@ from distributed import Client
 from distributed.system import MEMORY_LIMIT
 
 from lsim.metric import Metric
+from lsim.precision import PairPrecision
 from lsim.preprocess import Scope
 from pipeline import schema, store
 from pipeline.address import absolute, relative
@@ -113,6 +114,8 @@ class ArchiveReport:
     seconds : float
     seconds_by_stage : Counter
         ``embed``, ``compare``, ``write``, summed over threads.
+    precision : dict
+        By group and metric, how sums over pairs of this run kept their promise of precision.
     cluster : dict
     """
 
@@ -125,6 +128,7 @@ class ArchiveReport:
     unavailable: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     seconds_by_stage: Counter[str] = field(default_factory=Counter)
+    precision: dict[str, dict[str, PairPrecision]] = field(default_factory=dict)
     cluster: dict[str, Any] = field(default_factory=dict)
 
 
@@ -232,6 +236,7 @@ def compute_archive(
                     "seconds_by_stage": {k: round(v, 4) for k, v in report.seconds_by_stage.items()},
                 }
                 runs.append(made_by | spent | report.cluster)
+                _record_precision(root, report)
             carried = ("catalog", "title", "datasets")
             attributes = {name: source.attrs[name] for name in carried if name in source.attrs}
             attributes |= {
@@ -246,6 +251,15 @@ def compute_archive(
             store.consolidate(out_path)
     report.failures = list_archive_failures(out_path) + errors
     return report
+
+
+def _record_precision(root: store.Group, report: ArchiveReport) -> None:
+    """Say in each group's provenance how its metrics kept their promise of precision in this run."""
+    for key, by_metric in report.precision.items():
+        provenance = store.get_group(root, f"{key}/{schema.PROVENANCE}")
+        known: Any = provenance.attrs.get("precision", {})
+        found = {name: asdict(precision) for name, precision in by_metric.items()}
+        store.set_attributes(provenance, {"precision": known | found})
 
 
 def shared_memory_profile(profile: Profile) -> Profile:
@@ -564,6 +578,9 @@ def _run(
                 report.tiles += result.tiles
                 report.embeddings += result.embedded
                 report.seconds_by_stage.update(result.seconds)
+                here = report.precision.setdefault(task.key, {})
+                for name, kept in result.precision.items():
+                    here[name] = here[name] + kept if name in here else kept
                 errors += [
                     ArchiveFailure(task.key, name, f"{_tiles_of(task)}: {result.undone} tiles", reason)
                     for name, reason in result.errors.items()

@@ -37,6 +37,8 @@ class Measured:
         Of the process before it holds embeddings; 0 for the memory of a GPU.
     embed_seconds, pair_seconds : float
         A frame: read, prepare, embed. A pair: compare; all metrics of the family.
+    copies : bool
+        Whether comparisons may copy embeddings, in double.
     """
 
     frame_bytes: int
@@ -46,6 +48,7 @@ class Measured:
     process_bytes: int
     embed_seconds: float
     pair_seconds: float
+    copies: bool = False
 
 
 def measure(
@@ -81,6 +84,7 @@ def measure(
             process,
             embed_seconds,
             pair_seconds,
+            any(metric.copies_to_compare for metric in metrics),
         )
     return Measured(0, 0, 0, sequence_bytes, process, 0.0, 0.0)
 

@@ -147,8 +147,9 @@ def work_bytes(measured: Measured, workers: Workers, tile: int) -> int:
     reading = 2 * measured.sequence_bytes + batch * measured.raw_bytes
     embedding = batch * (2 * measured.raw_bytes + 6 * measured.prepared_bytes + measured.frame_bytes)
     if workers.device == "cpu":
-        # Both sides in double, as some metrics take them, and the tile.
-        comparing = 4 * ROWS_AT_ONCE * measured.frame_bytes + 24 * tile**2
+        # Both sides in double, where metrics take them so, and the tile.
+        copied = 4 * min(ROWS_AT_ONCE, tile) * measured.frame_bytes if measured.copies else 0
+        comparing = copied + 24 * tile**2
         return workers.threads * (reading + max(embedding, comparing))
     return workers.threads * (embedding + 32 * tile**2) + GPU_WORKSPACE
 

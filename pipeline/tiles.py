@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from lsim.metric import Metric
+from lsim.precision import PairPrecision, ReportsPrecision
 from lsim.preprocess import Scope
 from pipeline import schema, store
 from pipeline.embedded import EmbeddedBlock, cache, embed_block
@@ -26,7 +27,7 @@ from pipeline.resident import MetricRequest, get_metric, still_wanted
 
 Tile = tuple[int, int]
 
-ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 128
 """Frames on either side that a CPU compares at once: metrics that copy them, in double, copy no more."""
 
 
@@ -81,6 +82,8 @@ class TileResult:
         Frames that were embedded.
     seconds : Counter
         Of ``embed``, ``compare``, ``write``.
+    precision : dict
+        By metric, what those that have a promise to keep say of how they kept it.
     device : str
     """
 
@@ -89,6 +92,7 @@ class TileResult:
     undone: int
     embedded: int
     seconds: Counter[str]
+    precision: dict[str, PairPrecision]
     device: str
 
 
@@ -179,7 +183,12 @@ def compute_tiles(task: TileTask) -> TileResult:
                     records[name].write((i, j), made_of, missing)
                 done, undone = done + whole, undone + (not whole)
                 seconds["write"] += time.perf_counter() - began  # type: ignore[assignment]
-    return TileResult(done, errors, undone, embedded[0], seconds, first.device.type)
+    precision = {
+        name: kept
+        for name, metric in metrics.items()
+        if isinstance(metric, ReportsPrecision) and (kept := metric.take_precision()) is not None
+    }
+    return TileResult(done, errors, undone, embedded[0], seconds, precision, first.device.type)
 
 
 def embeds_as(metric: Metric) -> Hashable:

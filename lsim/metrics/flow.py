@@ -45,6 +45,8 @@ class OpticalFlow(Metric):
         refine less, and are wrong by up to a tenth of a pixel where frames moved by one.
     """
 
+    copies_to_compare = False
+
     info = MetricInfo(
         title="mean magnitude of DIS optical flow, both directions, in pixels",
         source="Kroeger et al., ECCV 2016, by OpenCV; the publication of LSiM compares with FlowNet2 instead",

@@ -40,6 +40,8 @@ class GMSD(Metric):
         T is 170 at 255, and goes with its square.
     """
 
+    copies_to_compare = False
+
     info = MetricInfo(
         title="gradient magnitude similarity deviation",
         source="Xue, Zhang, Mou, Bovik 2014, eq. 4–6; piq gmsd",
@@ -132,6 +134,8 @@ class GradientDifference(Metric):
     Differences of a pair are taken in double precision, so that a large offset between frames doesn't round
     the small slopes on top of it.
     """
+
+    copies_to_compare = False
 
     info = MetricInfo(
         title="mean absolute difference of gradients",

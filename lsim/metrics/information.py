@@ -37,6 +37,8 @@ AT_ONCE = 1 << 25
 class _JointHistogram(Metric):
     """Truncates to 8 bit in every mode; the three metrics share the joint histograms of a run."""
 
+    copies_to_compare = False
+
     shares_embedding = "joint histogram"
 
     @property

@@ -65,6 +65,8 @@ class LSiM(ReportsPrecision, Metric):
         by themselves, is by 11 %.
     """
 
+    copies_to_compare = False
+
     info = MetricInfo(
         title="learned simulation metric",
         source="Kohl, Um, Thuerey, ICML 2020; https://github.com/tum-pbs/LSIM",
@@ -268,6 +270,8 @@ class NonSiameseMetric(Metric):
     Not symmetric, and not 0 for identical frames. Its first convolution is linear, so each frame passes that
     once, as reference and as the other; the rest of the network runs for every pair.
     """
+
+    copies_to_compare = False
 
     info = MetricInfo(
         title="non-siamese network, the reference first",

@@ -51,6 +51,8 @@ class LPIPS(ReportsPrecision, Metric):
         nearly equal frames are noise.
     """
 
+    copies_to_compare = False
+
     info = MetricInfo(
         title="learned perceptual image patch similarity, AlexNet",
         source=SOURCE,

@@ -56,6 +56,8 @@ SYMMETRIC = frozenset({"non-negative", "symmetric", "zero-on-itself"})
 class _PixelMetric(ReportsPrecision, Metric):
     """The frame is its own embedding, flattened."""
 
+    copies_to_compare = False
+
     shares_embedding = "pixels"
 
     def embed(self, frames: Tensor) -> Embedding:
@@ -254,6 +256,8 @@ class Cosine(_PixelMetric):
     As differences of unit vectors, in double precision: one minus a cosine close to one is noise. A frame of
     zeros has no direction: it is at 1 from all others, and at 0 from another of zeros.
     """
+
+    copies_to_compare = True
 
     info = MetricInfo(
         title="one minus the cosine of the angle between frames",

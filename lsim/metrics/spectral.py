@@ -39,6 +39,8 @@ class _SpectralMetric(Metric):
         Amplitude of a coefficient, as a share of the full range, that counts as none.
     """
 
+    copies_to_compare = False
+
     shares_embedding = "spectrum"
     _part: str
 

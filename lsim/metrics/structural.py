@@ -56,6 +56,8 @@ SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 class _Structural(Metric):
     """Means over the windows of one scale: what SSIM and MS-SSIM are made of."""
 
+    copies_to_compare = False
+
     def __init__(
         self,
         name: str,

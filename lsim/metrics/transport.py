@@ -31,6 +31,8 @@ class Wasserstein(Metric):
     From all values, not from a histogram: mean |a₍ₖ₎ − b₍ₖ₎| of the sorted ones.
     """
 
+    copies_to_compare = False
+
     info = MetricInfo(
         title="Wasserstein-1 distance of the values",
         source="1/N Σ |a₍ₖ₎ − b₍ₖ₎| of sorted values; scipy wasserstein_distance",
@@ -74,6 +76,8 @@ class SlicedWasserstein(Metric):
     directions : int, default 12
         A multiple of 4. Both axes are among them.
     """
+
+    copies_to_compare = False
 
     info = MetricInfo(
         title="sliced Wasserstein-1 distance of the frame as mass on the plane",
