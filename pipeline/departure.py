@@ -25,10 +25,12 @@ logger = logging.getLogger("distributed.worker")
 HANDING_OVER_S = 2
 """For what comes after the blocks: results on their way to the client, word to the scheduler."""
 POLL_S = 0.05
+AHEAD_S = 1
+"""A worker leaves so long before the end of its lifetime, at which Dask takes running tasks away from it."""
 
 
 def leave_when_told(worker: Worker, grace: float) -> None:
-    """Have SIGTERM mean: finish within ``grace`` seconds.
+    """Have SIGTERM and the end of the worker's lifetime mean: finish within ``grace`` seconds.
 
     Only a main thread can; a worker with a nanny has one.
     """
@@ -37,14 +39,18 @@ def leave_when_told(worker: Worker, grace: float) -> None:
     loop = asyncio.get_running_loop()
     leaving: list[asyncio.Task[None]] = []
 
-    def start() -> None:
+    def start(with_nanny: bool) -> None:
         if not leaving:
-            leaving.append(loop.create_task(_leave(worker, grace)))
+            leaving.append(loop.create_task(_leave(worker, grace, with_nanny)))
 
-    signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(start))
+    # The nanny, too, is told by SIGTERM: it only sees that its process has ended.
+    signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(start, False))
+    if worker.lifetime:
+        age = time.time() - worker.monitor.proc.create_time()
+        loop.call_later(max(0.0, worker.lifetime - AHEAD_S - age), start, True)
 
 
-async def _leave(worker: Worker, grace: float) -> None:
+async def _leave(worker: Worker, grace: float, with_nanny: bool) -> None:
     """Take no new tasks, finish the running ones, and go in good order: nothing is lost or suspected."""
     logger.info("Told to go: finishing %d tasks within %g s", worker.state.executing_count, grace)
     deadline = time.monotonic() + grace
@@ -56,15 +62,14 @@ async def _leave(worker: Worker, grace: float) -> None:
     delivered = time.monotonic() + HANDING_OVER_S
     while worker.data and time.monotonic() < delivered:  # results that the client fetches and then releases
         await asyncio.sleep(POLL_S)
-    # Its tasks go back unsuspected, and results that nobody has fetched to other workers where there are some.
-    # A scheduler that is gone needs no word.
+    # Its tasks go back unsuspected, and results that nobody has fetched to other workers where there are
+    # some. A scheduler that is gone needs no word.
     with contextlib.suppress(OSError, asyncio.TimeoutError):
         await asyncio.wait_for(
             worker.scheduler.retire_workers(workers=[worker.address], remove=True, close_workers=False),
             timeout=HANDING_OVER_S,
         )
-    # The nanny, too, was told: here it only sees that its process has ended.
-    await worker.close(nanny=False, executor_wait=not unfinished, timeout=1, reason="told-to-go")
+    await worker.close(nanny=with_nanny, executor_wait=not unfinished, timeout=1, reason="told-to-go")
 
 
 class PassOnSignal(NannyPlugin):

@@ -35,6 +35,17 @@ FAULT_TOLERANCE: dict[str, Any] = yaml.safe_load(
 )
 """Settings of Dask with which what died is noticed soon; those of every cluster that is started here."""
 
+OF_THIS_MACHINE: tuple[Kind, ...] = ("local", "cuda")
+"""Kinds whose workers are children of the driver, and stopped by it."""
+REPLACED_BY_NOBODY: tuple[Kind, ...] = (*OF_THIS_MACHINE, "ssh")
+"""Kinds for which no batch system starts other workers."""
+LOCAL_WORKER_TTL = "60s"
+"""A process that dies here is noticed at once; silent ones are busy machines, and should not be restarted."""
+NO_WORKERS_TIMEOUT = "120s"
+"""Tasks that find no worker for so long fail, rather than wait forever."""
+PRELOAD = ("pipeline.cluster",)
+"""What takes long to import is imported ahead: a worker that has joined must not be silent."""
+
 LOOPBACK = "127.0.0.1"
 STARTUP_S = 30
 """What a job spends before its worker's lifetime begins to count: of the walltime, kept free."""
@@ -236,8 +247,15 @@ def start_cluster(profile: Profile, security: Security | None) -> DaskCluster:
 
 def settings(profile: Profile) -> dict[str, Any]:
     """Dask's configuration while a cluster of this profile runs, by full names; its processes inherit it."""
-    known = dask.config.get("distributed.nanny.environ")
-    return _flat(FAULT_TOLERANCE) | {"distributed.nanny.environ": known | profile.environment}
+    found = _flat(FAULT_TOLERANCE)
+    environ = dask.config.get("distributed.nanny.environ") | profile.environment
+    preload = dask.config.get("distributed.worker.preload")
+    found |= {"distributed.nanny.environ": environ, "distributed.worker.preload": [*preload, *PRELOAD]}
+    if profile.kind in REPLACED_BY_NOBODY:
+        found["distributed.scheduler.no-workers-timeout"] = NO_WORKERS_TIMEOUT
+    if profile.kind in OF_THIS_MACHINE:
+        found["distributed.scheduler.worker-ttl"] = LOCAL_WORKER_TTL
+    return found
 
 
 def _start_local(profile: Profile, security: Security | None) -> DaskCluster:
@@ -302,6 +320,7 @@ def jobs_cluster(profile: Profile, security: Security | None) -> Any:
         "--lifetime-stagger",
         f"{stagger:.0f}s",
         "--no-lifetime-restart",
+        *(word for module in PRELOAD for word in ("--preload", module)),
         *(["--resources", shlex.quote(_resources(profile))] if profile.resources else []),
         *map(str, options.pop("worker_extra_args", ())),
     ]

@@ -1,4 +1,4 @@
-"""A metric that takes its time and writes down who computed what: for tests of clusters in other processes.
+"""A metric that takes its time and writes down who computed what: for tests of clusters of other processes.
 
 It is given by reference, ``paced:Paced``, and finds this file through PYTHONPATH.
 """
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lsim import Embedding, Metric, MetricInfo
 
-PACE, LOG, WHO = "PACED_SECONDS", "PACED_LOG", "PACED_WHO"
-"""Environment variables: seconds per sequence, a file that all workers append to, and the worker's name."""
+FOLDER, WHO = "PACED_FOLDER", "PACED_WHO"
+"""Environment: a folder that test and workers share, and the worker's name (default: its SLURM job)."""
 
 
 class Paced(Metric):
@@ -25,52 +25,66 @@ class Paced(Metric):
     info = MetricInfo(title="paced mean difference", source="this test")
 
     def embed(self, frames: Tensor) -> Embedding:
-        sequence = f"{zlib.crc32(frames.numpy().tobytes()):08x}"
-        _note("begin", sequence)
-        time.sleep(float(os.environ.get(PACE, "0")))
-        _note("end", sequence)
+        if FOLDER in os.environ:
+            pace = Pace(Path(os.environ[FOLDER]))
+            sequence = f"{zlib.crc32(frames.numpy().tobytes()):08x}"
+            pace.note("begin", sequence)
+            time.sleep(pace.seconds)
+            pace.note("end", sequence)
         return Embedding({"frames": frames.double().flatten(1)})
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         return (a.parts["frames"][:, None] - b.parts["frames"][None]).abs().mean(2)
 
 
-def _note(what: str, sequence: str) -> None:
-    if LOG in os.environ:
-        with open(os.environ[LOG], "a") as log:
-            who = os.environ.get(WHO) or os.environ.get("SLURM_JOB_ID", "driver")
-            log.write(f"{what} {sequence} {who} {time.time():.3f}\n")
+class Pace:
+    """How long a sequence takes, and what workers have written down so far.
 
+    The pace may change in mid-run: a run goes slowly until what is tested has happened, whatever the load of
+    the machine, and then ends soon.
+    """
 
-class Attempts:
-    """What workers have written down so far."""
+    def __init__(self, folder: Path) -> None:
+        self.log, self.pace = folder / "attempts.txt", folder / "pace.txt"
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    @property
+    def seconds(self) -> float:
+        return float(self.pace.read_text())
 
-    def lines(self, what: str) -> list[tuple[str, str, float]]:
-        """(sequence, who, time) of all lines ``begin`` or ``end``."""
-        text = self.path.read_text() if self.path.exists() else ""
+    @seconds.setter
+    def seconds(self, seconds: float) -> None:
+        new = self.pace.with_suffix(".new")
+        new.write_text(str(seconds))
+        new.replace(self.pace)
+
+    def note(self, what: str, sequence: str) -> None:
+        who = os.environ.get(WHO) or os.environ.get("SLURM_JOB_ID", "driver")
+        with self.log.open("a") as log:
+            log.write(f"{what} {sequence} {who}\n")
+
+    def lines(self, what: str) -> list[tuple[str, str]]:
+        """(sequence, who) of all that was noted of ``begin`` or ``end``, in order."""
+        text = self.log.read_text() if self.log.exists() else ""
         lines = [line.split() for line in text.splitlines()]
-        return [(sequence, who, float(when)) for kind, sequence, who, when in lines if kind == what]
+        return [(sequence, who) for kind, sequence, who in lines if kind == what]
 
-    def workers(self, since: float = 0.0) -> set[str]:
-        """Who has finished a sequence after that time."""
-        return {who for _, who, when in self.lines("end") if when > since}
+    def workers(self, after: int = 0) -> set[str]:
+        """Who has finished a sequence, the first ``after`` of all left out."""
+        return {who for _, who in self.lines("end")[after:]}
 
-    def unfinished(self) -> list[tuple[str, str]]:
+    def unfinished(self) -> set[tuple[str, str]]:
         """(sequence, who) that were begun and never ended."""
-        ended = [(sequence, who) for sequence, who, _ in self.lines("end")]
-        return [pair for sequence, who, _ in self.lines("begin") if (pair := (sequence, who)) not in ended]
+        return set(self.lines("begin")) - set(self.lines("end"))
 
 
-def wait_until(what: str, condition: Callable[[], bool], seconds: float, alive: Callable[[], str]) -> float:
-    """Poll until ``condition()``, and return after how many seconds that was; ``alive`` tells of a premature end."""
+def wait_until(what: str, condition: Callable[[], bool], seconds: float, trouble: Callable[[], str]) -> float:
+    """Poll until ``condition()``; after how many seconds that was.
+
+    ``trouble`` says what has happened that makes waiting useless, and nothing as long as all is well.
+    """
     began = time.monotonic()
     while not condition():
-        if trouble := alive():
-            raise AssertionError(f"{what}: {trouble}")
-        if time.monotonic() - began > seconds:
-            raise AssertionError(f"{what}: not after {seconds} s")
+        assert not (found := trouble()), f"waiting for {what}: {found}"
+        assert time.monotonic() - began < seconds, f"waited {seconds} s for {what}"
         time.sleep(0.1)
     return time.monotonic() - began

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,9 @@ class Hosts:
 
     def log(self, name: str) -> str:
         return (self.folder / name).read_text()
+
+    def wait_until(self, what: str, condition: Callable[[], bool], seconds: float = 240) -> float:
+        return paced.wait_until(what, condition, seconds, self.trouble)
 
     def trouble(self) -> str:
         """Logs, when something that was started has ended with an error; empty as long as nothing has."""

@@ -1,13 +1,12 @@
 """Several hosts under TLS: a worker cut off in mid-run that comes back, clocks that differ, strangers.
 
-The hosts share this machine's disk, as those of a cluster share theirs: a network that fails takes the scheduler
-away from a worker, not the stores.
+The hosts share this machine's disk, as those of a cluster share theirs: a network that fails takes the
+scheduler away from a worker, not the stores.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
 import time
@@ -23,11 +22,13 @@ from hosts import ADDRESSES, ROOT, SCHEDULER, Hosts, Membership, netns, why_no_h
 
 from pipeline import schema, store
 
-pytestmark = [pytest.mark.netns, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.netns, pytest.mark.timeout(900)]
 
 TESTS = Path(paced.__file__).parent
-SEQUENCES = 60
+SEQUENCES = 150
 KEY = "A/density"
+RECOVERY_S = 60
+"""A bound of liveness on any machine; what it took is printed."""
 SETTINGS = ("--metrics", "l2,paced:Paced", "--size", "0", "--block", "1")
 
 
@@ -63,7 +64,8 @@ def hosts(tmp_path, credentials) -> Iterator[Hosts]:
     search = os.pathsep.join([str(TESTS), str(ROOT), os.environ.get("PYTHONPATH", "")])
     bare = {name: value for name, value in os.environ.items() if not name.startswith("DASK_")}
     environment = bare | credentials | {"PYTHONPATH": search, "COLUMNS": "400"}
-    environment[paced.LOG] = str(tmp_path / "attempts.txt")
+    environment[paced.FOLDER] = str(tmp_path)
+    environment["DASK_CONFIG"] = str(ROOT / "workflows" / "clusters" / "dask")
     found = Hosts(tmp_path, environment)
     try:
         scheduler = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", ADDRESSES["h0"]]
@@ -88,37 +90,39 @@ def chunk_times(out: Path) -> dict[str, int]:
 
 def test_a_host_cut_off_costs_its_blocks_and_comes_back(hosts, frames, undisturbed, capsys):
     out = hosts.folder / "d.zarr"
-    attempts = paced.Attempts(hosts.folder / "attempts.txt")
+    pace = paced.Pace(hosts.folder)
+    pace.seconds = 0.7
     members = Membership(hosts)
     for host in ("h1", "h2"):
-        hosts.start_worker(host, **{paced.PACE: "0.7"})
-    paced.wait_until("two workers", lambda: members.names == ["h1", "h2"], 60, hosts.trouble)
+        hosts.start_worker(host)
+    hosts.wait_until("two workers", lambda: members.names == ["h1", "h2"])
     run = hosts.start_lsim(
         "h0", "distances", frames, "--out", out, *SETTINGS, "--cluster", SCHEDULER, log="run.log"
     )
-    paced.wait_until("both computed", lambda: attempts.workers() == {"h1", "h2"}, 60, hosts.trouble)
-    paced.wait_until("some blocks", lambda: len(attempts.lines("end")) >= 8, 60, hosts.trouble)
+    hosts.wait_until("both compute", lambda: pace.workers() == {"h1", "h2"})
 
     netns("cut", "h2")
     cut = time.time()
     finished = chunk_times(out)
     assert finished
-    paced.wait_until("the scheduler gives h2 up", lambda: members.names == ["h1"], 60, hosts.trouble)
-    lost = members.changes[-1]["time"]
-    assert run.poll() is None, "the run was over before the host was given up: nothing was tested"
-    paced.wait_until("h1 goes on", lambda: "h1" in attempts.workers(since=lost), 60, hosts.trouble)
+    hosts.wait_until("the scheduler gives h2 up", lambda: members.names == ["h1"], RECOVERY_S)
+    lost = members.changes[-1]["time"] - cut
+    done = len(pace.lines("end"))
+    hosts.wait_until("h1 goes on", lambda: "h1" in pace.workers(after=done))
 
     netns("mend", "h2")
     mended = time.time()
-    paced.wait_until("h2 is back", lambda: members.names == ["h1", "h2"], 120, hosts.trouble)
-    back = members.changes[-1]["time"]
-    assert run.wait(timeout=200) == 0, hosts.log("run.log")
+    hosts.wait_until("h2 is back", lambda: members.names == ["h1", "h2"])
+    back = members.changes[-1]["time"] - mended
+    assert run.poll() is None, "the run was over before the host was back: nothing was tested"
+    done = len(pace.lines("end"))
+    hosts.wait_until("h2 computes again", lambda: "h2" in pace.workers(after=done))
+    pace.seconds = 0
+    assert run.wait(timeout=120) == 0, hosts.log("run.log")
     with capsys.disabled():
         print(
-            f"\nhost given up {lost - cut:.1f} s after it was cut off, "
-            f"back {back - mended:.1f} s after the network was mended"
+            f"\nh2 given up {lost:.1f} s after it was cut off, back {back:.1f} s after the network was mended"
         )
-    assert "h2" in attempts.workers(since=back), "h2 came back and was given nothing to do"
     np.testing.assert_equal(matrices_of(out), undisturbed)
     assert {path: time for path, time in chunk_times(out).items() if path in finished} == finished
-    assert len({sequence for sequence, _, _ in attempts.lines("end")}) == SEQUENCES
+    assert len({sequence for sequence, _ in pace.lines("end")}) == SEQUENCES

@@ -1,4 +1,4 @@
-"""Print the names of a scheduler's workers, a line of JSON each time they change. Runs on one of the hosts."""
+"""Print the names of a scheduler's workers, a line of JSON each time they change. Runs on a host."""
 
 from __future__ import annotations
 

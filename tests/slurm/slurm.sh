@@ -48,7 +48,8 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=16821 CPUs=2 RealMemory=8000 Gres=gpu:2
 NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=16822 CPUs=2 RealMemory=8000 Gres=gpu:2
-PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+# Jobs go to the node with the least to do, so that two run on two.
+PartitionName=debug Nodes=ALL Default=YES LLN=YES MaxTime=INFINITE State=UP
 CONF
   ln -sfn /dev/null "$folder/gpu0"
   ln -sfn /dev/null "$folder/gpu1"

@@ -22,26 +22,32 @@ set -u
 patience=${PATIENCE:-3600}
 answered=$SECONDS
 stopped=
-worker=
+trap 'stopped=yes' TERM INT
 
-stop() {
-  stopped=yes
-  [ -z "$worker" ] || kill -TERM "$worker" 2> /dev/null
-}
-trap stop TERM INT
+# The timeouts with which lsim's own clusters notice soon what died.
+timeouts=$(dirname "$0")/../clusters/dask
+if [ -z "${DASK_CONFIG:-}" ]; then
+  [ -d "$timeouts" ] || { echo "worker.sh: no $timeouts, set DASK_CONFIG to where it is" >&2; exit 2; }
+  export DASK_CONFIG=$timeouts
+fi
 
 while [ -z "$stopped" ]; do
-  "${PYTHON:-python}" -m distributed.cli.dask_worker --no-dashboard --death-timeout 60 "$@" &
+  # Dask acts on the first signal and dies of a second one, and a batch system signals all processes of a job: what
+  # comes after the first must be ignored.
+  # What takes long to import is imported ahead: a worker that has joined must not be silent.
+  (trap '' TERM INT; exec "${PYTHON:-python}" -m distributed.cli.dask_worker \
+    --no-dashboard --dashboard-address 127.0.0.1:0 --preload pipeline.cluster --death-timeout 60 "$@") &
   worker=$!
-  [ -z "$stopped" ] || stop
-  # A trapped signal ends wait, not the worker.
-  wait "$worker"
-  status=$?
   while kill -0 "$worker" 2> /dev/null; do
-    wait "$worker"
-    status=$?
+    if [ -n "$stopped" ]; then
+      # Again and again: a worker that is about to start doesn't hear the first.
+      kill -TERM "$worker" 2> /dev/null
+      sleep 1
+    else
+      wait "$worker"
+      status=$?
+    fi
   done
-  worker=
   [ -z "$stopped" ] || exit 0
   # A worker that had a scheduler and lost it ends with 0.
   [ "$status" -ne 0 ] || answered=$SECONDS
