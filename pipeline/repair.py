@@ -1,0 +1,92 @@
+"""Make the stages do again what :mod:`pipeline.verify` found damaged: their record of it is taken away.
+
+Nothing is computed here. A chunk of small values or of distances that cannot be decoded is deleted, so that
+it reads as fill values; then damaged sequences lose their ``content``, and damaged distances their
+fingerprints. The next ``lsim convert``, or ``lsim distances``, sees what isn't there and makes it.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from pipeline import schema, store
+from pipeline.verify import Damage, VerifyReport
+
+
+def repair(path: str | os.PathLike[str], report: VerifyReport) -> int:
+    """Take away the record of what is damaged, and the chunks that cannot be decoded.
+
+    Parameters
+    ----------
+    path : str or path
+        A ``frames.zarr`` or ``distances.zarr``.
+    report : VerifyReport
+        Of that store as it is now.
+
+    Returns
+    -------
+    count : int
+        Sequences, or matrices, that the next run makes again.
+
+    Raises
+    ------
+    StoreError
+        For a store of another kind, and while another run writes to it.
+    """
+    if report.kind not in (schema.FRAMES_STORE, schema.DISTANCES_STORE):
+        raise store.StoreError(f"{path}: only stores of frames and of distances can be repaired")
+    forget = _forget_frames if report.kind == schema.FRAMES_STORE else _forget_distances
+    count = 0
+    with store.locked(path):
+        root = store.open_store(path, "r+")
+        for name in dict.fromkeys(damage.group for damage in report.damages):
+            group = store.get_group(root, name)
+            damages = [damage for damage in report.damages if damage.group == name]
+            for damage in damages:
+                if damage.unreadable:
+                    store.delete_chunk(store.get_array(group, damage.array), damage.chunk)
+            count += forget(group, damages)
+    return count
+
+
+def _forget_frames(group: store.Group, damages: list[Damage]) -> int:
+    """Take the content of damaged sequences: without it they are not converted.
+
+    Frames stay where they share a shard with sound ones. A shard that holds nothing else is deleted: one
+    whose index is damaged could not be written again.
+    """
+    rows = sorted({row for damage in damages for row in damage.rows})
+    array = store.get_array(group, schema.CONTENT)
+    contents = store.read(array)
+    contents[rows] = ""
+    store.write_rows(array, 0, contents)
+    frames = store.get_array(group, schema.FRAMES)
+    unit = (frames.shards or frames.chunks)[0]
+    for damage in damages:
+        if damage.array == schema.FRAMES and damage.chunk:
+            first = damage.rows[0] - damage.rows[0] % unit
+            if not any(contents[first : first + unit]):
+                store.delete_chunk(frames, damage.chunk)
+    return len(rows)
+
+
+def _forget_distances(group: store.Group, damages: list[Damage]) -> int:
+    """Take the fingerprints of damaged distances, or of all metrics where it is their common record."""
+    provenance = store.get_group(group, schema.PROVENANCE)
+    names = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
+    array = store.get_array(provenance, schema.FINGERPRINT)
+    before = store.read(array)
+    after = before.copy()
+    for damage in damages:
+        if damage.metric in names:
+            after[names.index(damage.metric), list(damage.rows)] = ""
+        elif damage.array in (schema.PARAMETER, f"{schema.PROVENANCE}/{schema.FAILURE}"):
+            continue  # the parameter is written by every run; a lost failure is seen in its distances
+        elif damage.array.startswith(schema.PROVENANCE) and not damage.rows:
+            after[...] = ""
+        elif damage.rows:
+            after[:, list(damage.rows)] = ""
+    store.write_rows(array, 0, after)
+    return int(np.sum(before != after))

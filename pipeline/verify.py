@@ -1,0 +1,375 @@
+"""Whether a store is whole: every chunk against its checksum, and what chunks hold against what is recorded.
+
+Every chunk of every array is read, so a chunk whose checksum doesn't match is found whatever it holds; one
+of a store that was made without checksums must at least decode. Then sequences of ``frames.zarr`` are hashed
+as conversion hashed them, and in ``distances.zarr`` each fingerprint must be that of what is recorded, and
+have its distances: symmetric, with a zero diagonal, and NaN only where a failure says why.
+
+Chunks are read by several threads, one sequence or one chunk a thread, whatever the size of the store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from pipeline import schema, store
+from pipeline.blocks import fingerprint
+from pipeline.content import content_hash
+from pipeline.schema import Pairs
+
+THREADS = 8
+"""Decoding is done without Python's lock, and reading waits for disks: more than there are cores."""
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with (checks done, checks in all)."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something in a store that is not as it was written.
+
+    Attributes
+    ----------
+    group, array : str
+        Path of the group, and the array's name; below ``provenance`` with that in front.
+    chunk : str
+        Key of the chunk, or of the shard that holds it; empty where no single one is to blame.
+    what : str
+        What it belongs to: sequence, frame or metric.
+    reason : str
+    rows : tuple of int
+        The sequences that it touches.
+    metric : str
+        Whose distances, empty where it touches those of all metrics or none.
+    unreadable : bool
+        Whether the chunk cannot be decoded, and with it everything that it holds is lost.
+    """
+
+    group: str
+    array: str
+    chunk: str
+    what: str
+    reason: str
+    rows: tuple[int, ...] = ()
+    metric: str = ""
+    unreadable: bool = False
+
+
+@dataclass
+class VerifyReport:
+    """What :func:`verify` found.
+
+    Attributes
+    ----------
+    kind : str
+        Of the store: ``"frames"``, ``"distances"``, …
+    chunks : int
+        How many were read.
+    compared : int
+        Sequences whose content, or matrices whose fingerprint, was compared with the record.
+    unfinished : int
+        Sequences or matrices that are not there, as the record says: a run that was stopped.
+    damages : list of Damage
+    """
+
+    kind: str
+    chunks: int = 0
+    compared: int = 0
+    unfinished: int = 0
+    damages: list[Damage] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        return not self.damages
+
+
+Check: TypeAlias = Callable[[], list[Damage]]
+"""Reads some chunks, and says what is damaged."""
+
+
+def verify(
+    path: str | os.PathLike[str], *, threads: int = THREADS, progress: Progress | None = None
+) -> VerifyReport:
+    """Read a whole store, and compare it with what is recorded of it.
+
+    Parameters
+    ----------
+    path : str or path
+        A ``frames.zarr``, ``distances.zarr`` or ``archive.zarr``; of other Zarr stores the chunks alone are
+        checked.
+    threads : int
+        Each holds one sequence of frames, or one chunk, at a time.
+    progress : callable, optional
+
+    Raises
+    ------
+    StoreError
+        When there is no store.
+    """
+    root = store.open_store(path)
+    report = VerifyReport(_kind(root))
+    checks: list[Check] = []
+    for name, group in _groups(root):
+        arrays = dict(sorted(group.arrays()))
+        if report.kind == schema.FRAMES_STORE and schema.FRAMES in arrays:
+            checks += _of_frames(name, group, report)
+        elif report.kind == schema.DISTANCES_STORE and schema.PROVENANCE in group:
+            checks += _of_distances(name, group, report)
+        else:
+            checks += [check for array in arrays.values() for check in _chunks(name, array, report)]
+    for done, found in enumerate(_in_threads(checks, threads), start=1):
+        report.damages += found
+        if progress is not None:
+            progress(done, len(checks))
+    return report
+
+
+def _kind(root: store.Group) -> str:
+    """As the store says itself; earlier versions didn't."""
+    if "kind" in root.attrs:
+        return str(root.attrs["kind"])
+    return schema.FRAMES_STORE if store.field_keys(root, schema.FRAMES) else schema.DISTANCES_STORE
+
+
+def _groups(group: store.Group, path: str = "") -> Iterator[tuple[str, store.Group]]:
+    """Every group of a store with its path; those of provenance go with the group above."""
+    yield path, group
+    for name, child in sorted(group.groups()):
+        if name != schema.PROVENANCE or schema.PARAMETER not in group:
+            yield from _groups(child, f"{path}/{name}".lstrip("/"))
+
+
+def _in_threads(checks: Sequence[Check], threads: int) -> Iterator[list[Damage]]:
+    """What each check finds, in order; only a few are under way at a time."""
+    with ThreadPoolExecutor(threads) as pool:
+        running: deque[Future[list[Damage]]] = deque()
+        for check in checks:
+            running.append(pool.submit(check))
+            if len(running) >= 4 * threads:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+# ---------------------------------------------------------------- chunks
+
+
+def _chunks(group: str, array: store.Array, report: VerifyReport, prefix: str = "") -> list[Check]:
+    """A check for each chunk of an array."""
+    starts = list(store.chunk_starts(array))
+    report.chunks += len(starts)
+    return [partial(_chunk, group, array, start, prefix) for start in starts]
+
+
+def _chunk(group: str, array: store.Array, start: tuple[int, ...], prefix: str) -> list[Damage]:
+    region = tuple(slice(a, a + 1) for a in start)
+    return [
+        Damage(group, f"{prefix}{array.basename}", c.key, f"values from {c.start}", c.reason, unreadable=True)
+        for c in store.damaged_chunks(array, region)
+    ]
+
+
+def _column(group: str, array: store.Array, report: VerifyReport, prefix: str = "") -> np.ndarray:
+    """A small array whole, chunk by chunk; what cannot be decoded is damage, and fill values here."""
+    report.chunks += sum(1 for _ in store.chunk_starts(array))
+    try:
+        return store.read(array)
+    except store.DamagedError:
+        damaged = store.damaged_chunks(array)
+    values = np.full(array.shape, array.fill_value, dtype=object if array.dtype.kind == "T" else array.dtype)
+    for start in store.chunk_starts(array):
+        if start not in {chunk.start for chunk in damaged}:
+            found = store.read_chunk(array, start)
+            values[tuple(slice(a, a + n) for a, n in zip(start, found.shape, strict=True))] = found
+    for chunk in damaged:
+        rows, what = _rows_of(array, chunk)
+        report.damages.append(
+            Damage(group, f"{prefix}{array.basename}", chunk.key, what, chunk.reason, rows, unreadable=True)
+        )
+    return values
+
+
+def _rows_of(array: store.Array, chunk: store.DamagedChunk) -> tuple[tuple[int, ...], str]:
+    """The sequences that a damaged chunk of a small array has something of, and the same in words."""
+    dims: Any = getattr(array.metadata, "dimension_names", None) or ()
+    if schema.SEQUENCE not in dims:
+        return (), "all metrics"
+    axis = dims.index(schema.SEQUENCE)
+    start = chunk.start[axis]
+    rows = tuple(range(start, min(start + array.chunks[axis], array.shape[axis])))
+    return rows, f"sequences in rows {rows[0]} to {rows[-1]}"
+
+
+# ---------------------------------------------------------------- frames
+
+
+def _of_frames(name: str, group: store.Group, report: VerifyReport) -> list[Check]:
+    """A check for each sequence of a field; its small arrays are read at once."""
+    columns = {
+        column: _column(name, array, report)
+        for column, array in sorted(group.arrays())
+        if column != schema.FRAMES
+    }
+    frames = store.get_array(group, schema.FRAMES)
+    report.chunks += sum(1 for _ in store.chunk_starts(frames))
+    contents, sequences = columns[schema.CONTENT], columns[schema.SEQUENCE]
+    there = [row for row, content in enumerate(contents) if content]
+    report.unfinished += len(contents) - len(there)
+    report.compared += len(there)
+    if nameless := tuple(row for row in there if not sequences[row]):
+        report.damages.append(Damage(name, schema.SEQUENCE, "", "names of sequences", "missing", nameless))
+    return [
+        partial(
+            _sequence,
+            name,
+            frames,
+            row,
+            str(sequences[row]),
+            columns[schema.PARAMETER][row],
+            str(contents[row]),
+        )
+        for row in there
+    ]
+
+
+def _sequence(
+    group: str, frames: store.Array, row: int, name: str, parameter: np.ndarray, content: str
+) -> list[Damage]:
+    """One sequence's frames against the hash of them that conversion recorded."""
+    try:
+        found = content_hash(store.read(frames, row), parameter)
+    except store.DamagedError:
+        damaged = store.damaged_chunks(frames, row)
+        if len(damaged) == frames.shape[1]:  # a shard that is cut off, rather than single frames
+            whole = f"sequence {name}, all frames"
+            return [Damage(group, schema.FRAMES, damaged[0].key, whole, damaged[0].reason, (row,))]
+        return [
+            Damage(group, schema.FRAMES, c.key, f"sequence {name}, frame {c.start[1]}", c.reason, (row,))
+            for c in damaged
+        ]
+    if found == content:
+        return []
+    missing = store.missing_chunks(frames, row)
+    lost = [Damage(group, schema.FRAMES, key, f"sequence {name}", "missing", (row,)) for key in missing]
+    reason = f"not as converted: the hash of frames and parameter is {found}, expected {content}"
+    return lost or [Damage(group, schema.FRAMES, "", f"sequence {name}", reason, (row,))]
+
+
+# ---------------------------------------------------------------- distances
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """What provenance says of one metric's matrices; all by row."""
+
+    metric: str
+    specification: str
+    sequences: Sequence[str]
+    fingerprints: Sequence[str]
+    contents: Sequence[str]
+    failures: Sequence[str]
+
+    def pairs(self, row: int) -> Pairs | None:
+        """Which pairs a fingerprint says are there; None where it is of nothing that is recorded."""
+        specification: Any = json.loads(self.specification)
+        settings = {"scope", "pairs", "versions"}
+        metric = {name: value for name, value in specification.items() if name not in settings}
+        document = json.dumps(metric, sort_keys=True, separators=(",", ":"))
+        hashed = hashlib.sha256(document.encode()).hexdigest()[:32]
+        kinds: tuple[Pairs, ...] = ("all", "reference")
+        for pairs in kinds:
+            if (
+                fingerprint(self.contents[row], hashed, specification["scope"], pairs)
+                == self.fingerprints[row]
+            ):
+                return pairs
+        return None
+
+
+def _of_distances(name: str, group: store.Group, report: VerifyReport) -> list[Check]:
+    """A check for each chunk of each metric; the records are read at once."""
+    provenance = store.get_group(group, schema.PROVENANCE)
+    prefix = f"{schema.PROVENANCE}/"
+    texts = {column: _column(name, array, report, prefix) for column, array in sorted(provenance.arrays())}
+    sequences = _column(name, store.get_array(group, schema.SEQUENCE), report)
+    parameter = store.get_array(group, schema.PARAMETER)
+    checks = _chunks(name, parameter, report)
+    names = [str(metric) for metric in texts[schema.METRIC]]
+    for metric in schema.metric_names(group.array_keys()):
+        array = store.get_array(group, metric)
+        if metric not in names:  # a run was stopped before it could say so
+            report.unfinished += array.shape[0]
+            checks += _chunks(name, array, report)
+            continue
+        place = names.index(metric)
+        of_rows = (schema.FINGERPRINT, schema.CONTENT, schema.FAILURE)
+        recorded = _Recorded(
+            metric,
+            str(texts[schema.SPECIFICATION][place]),
+            _padded(sequences, array.shape[0]),
+            *(_padded(texts[column][place], array.shape[0]) for column in of_rows),
+        )
+        there = sum(bool(text) for text in recorded.fingerprints)
+        report.compared += there
+        report.unfinished += len(recorded.fingerprints) - there
+        for start in store.chunk_starts(array):
+            report.chunks += 1
+            checks.append(partial(_matrices, name, array, start, recorded))
+    return checks
+
+
+def _padded(texts: Any, length: int) -> list[str]:
+    """Texts of all rows; a run that was stopped while rows moved has left some arrays shorter."""
+    return [*map(str, texts[:length]), *[""] * (length - len(texts))]
+
+
+def _matrices(group: str, array: store.Array, start: tuple[int, ...], recorded: _Recorded) -> list[Damage]:
+    """One chunk of a metric, and the matrices in it against their fingerprints."""
+    rows = range(start[0], min(start[0] + array.chunks[0], array.shape[0]))
+    done = tuple(row for row in rows if recorded.fingerprints[row])
+    key, metric = store.chunk_key(array, start), recorded.metric
+
+    def damage(rows: Sequence[int], chunk: str, reason: str, *, unreadable: bool = False) -> Damage:
+        which = ", ".join(recorded.sequences[row] for row in rows) or "no sequence that is done"
+        return Damage(group, metric, chunk, f"sequence {which}", reason, tuple(rows), metric, unreadable)
+
+    try:
+        values = store.read(array, slice(rows.start, rows.stop))
+    except store.DamagedError:
+        damaged = store.damaged_chunks(array, rows.start)
+        return [damage(done, c.key, c.reason, unreadable=True) for c in damaged]
+    if not done:
+        return []
+    if np.isnan(values).all() and store.missing_chunks(array, rows.start):
+        return [damage(done, key, "missing")]
+    found = []
+    for row in done:
+        if reason := _fault(values[row - rows.start], row, recorded):
+            found.append(damage([row], key, reason))
+    return found
+
+
+def _fault(matrix: np.ndarray, row: int, recorded: _Recorded) -> str:
+    """What is wrong with a matrix that has a fingerprint; empty when nothing is."""
+    if not recorded.specification:
+        return "its metric has no specification recorded"
+    pairs = recorded.pairs(row)
+    if pairs is None:
+        return "its fingerprint is not that of the content and specification that are recorded"
+    if not np.array_equal(matrix, matrix.T, equal_nan=True):
+        return "not symmetric"
+    if recorded.failures[row]:
+        return ""
+    if np.isnan(matrix if pairs == "all" else matrix[0]).any():
+        return "NaN, and no failure that says why"
+    return "values other than zero on the diagonal" if np.diagonal(matrix).any() else ""
