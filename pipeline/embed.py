@@ -76,6 +76,7 @@ class EmbeddingsReport:
 
     Attributes
     ----------
+    metric : str
     computed, up_to_date : int
         Frames.
     blocks : int
@@ -91,6 +92,7 @@ class EmbeddingsReport:
         Empty where nothing was to be done.
     """
 
+    metric: str
     computed: int = 0
     up_to_date: int = 0
     blocks: int = 0
@@ -175,7 +177,7 @@ def compute_embeddings(
     frames_path, out_path = absolute(frames), absolute(out)
     source = store.open_store(frames_path)
     keys = checked_fields(source, frames_path, groups)
-    report = EmbeddingsReport(feature_distance=metric.info.feature_distance)
+    report = EmbeddingsReport(metric.name, feature_distance=metric.info.feature_distance)
     with store.locked(out_path):
         root = store.open_output(out_path, schema.EMBEDDINGS_STORE)
         _check_metric(root, metric, out_path)

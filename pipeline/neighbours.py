@@ -321,8 +321,8 @@ def _unknown(path: str | os.PathLike[str], root: store.Group, keys: Sequence[str
     lengths: dict[str, int] = {}
     for key in keys:
         for _, full in _names(store.get_group(root, key), key):
-            sequence, _, last = full.rpartition(":")
-            lengths[sequence] = max(lengths.get(sequence, 0), int(last))
+            sequence, _, place = full.rpartition(":")
+            lengths[sequence] = max(lengths.get(sequence, 0), int(place))
     for sequence, last in lengths.items():
         if sequence == stem or sequence.endswith(f"/{stem}"):
             return f"{path}: {sequence} has frames 0 to {last}, and no {name!r}"

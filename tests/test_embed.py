@@ -91,7 +91,7 @@ def test_frames_are_named_and_the_store_says_what_it_holds(frames, tmp_path, her
     assert lo[0] < hi[0]
 
 
-@pytest.mark.parametrize("block_bytes", [1, 4 * 18480 * 3, 4 * 18480 * 12])
+@pytest.mark.parametrize("block_bytes", [1, 4 * 12448 * 3, 4 * 12448 * 12])
 def test_bits_do_not_depend_on_blocks_or_workers(frames, tmp_path, here, monkeypatch, block_bytes):
     compute_embeddings(frames, tmp_path / "whole.zarr", SETTINGS, cluster=here)
     monkeypatch.setattr(embed, "BLOCK_BYTES", block_bytes)
@@ -144,7 +144,7 @@ def test_other_weights_or_sizes_are_computed_again(frames, tmp_path, here):
     compute_embeddings(frames, out, SETTINGS, cluster=here)
     longer = SETTINGS.model_copy(update={"size": 96})
     assert compute_embeddings(frames, out, longer, cluster=here).computed == 35
-    assert features(out).shape[1] > 18480
+    assert features(out).shape[1] > 12448
     with pytest.raises(
         store.StoreError, match="holds embeddings by lsim-open, not by l2: choose another path"
     ):
@@ -247,8 +247,8 @@ def test_the_command(tmp_path):
     told = ("--metric", "lsim-open", "--size", 64, "--out", tmp_path / "embeddings.zarr", "--cluster", "none")
     code, text = run_lsim("embed", frames, *told)
     assert code == 0, text
-    assert "10 embeddings of 18480 values computed" in " ".join(text.split())
-    assert "Euclidean distance of two embeddings is lsim-open" in text
+    assert "10 embeddings of 12448 values computed" in " ".join(text.split())
+    assert "the Euclidean distance of two embeddings is lsim-open" in text
     code, text = run_lsim("embed", frames, *told)
     assert (code, "nothing to do: 10 embeddings are up to date" in text) == (0, True)
     code, text = run_lsim("embed", frames, *told, "--groups", "Q/*")

@@ -9,18 +9,23 @@ from __future__ import annotations
 import os
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jinja2
+import pandas as pd
 
 from pipeline.address import absolute, is_address, join
 from pipeline.mirror import local_folder
-from pipeline.report import contents, pictures
+from pipeline.report import contents, maps, pictures
+from pipeline.report.archive import ArchiveContents, gather_archive
 from pipeline.report.contents import ReportError
 from pipeline.tables import write_csv
 
-__all__ = ["ReportError", "write_report"]
+__all__ = ["ReportError", "write_archive_report", "write_report"]
 
 TITLE = "Which metric ranks simulations best?"
+ARCHIVE_TITLE = "What lies near what?"
+MAP = "map"
 PAGE = "index.html"
 PICTURE = "overview.png"
 MARKDOWN = "correlations.md"
@@ -33,6 +38,7 @@ def write_report(
     protocol: str | None = None,
     statistic: str = "spearman",
     title: str | None = None,
+    archive: str | os.PathLike[str] | None = None,
 ) -> Path | str:
     """Write the report of a folder of correlations.
 
@@ -49,6 +55,8 @@ def write_report(
         What metrics are ranked by.
     title : str, optional
         Of the page; default the question that it answers.
+    archive : path or address, optional
+        An ``archive.zarr`` whose maps are shown as well.
 
     Returns
     -------
@@ -68,6 +76,64 @@ def write_report(
     place = join(location, "report") if out is None else absolute(out)
     with local_folder(location) as folder:
         found = contents.gather(location, folder, protocol, statistic)
+    maps_of = None if archive is None else gather_archive(absolute(archive))
+    page = _render(
+        "page.html.jinja",
+        pictures=pictures.draw(found),
+        heading=title or TITLE,
+        **_of_archive(maps_of),
+        **vars(found),
+    )
+    with local_folder(place) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        tables: dict[str, pd.DataFrame] = found.tables | ({MAP: maps_of.table} if maps_of is not None else {})
+        for name, table in tables.items():
+            write_csv(table, folder / f"{name}.csv")
+        (folder / MARKDOWN).write_text(contents.markdown(found), encoding="utf-8")
+        (folder / PICTURE).write_bytes(pictures.overview(found))
+        _write_page(folder, page)
+    return join(place, PAGE) if is_address(place) else Path(place, PAGE)
+
+
+def write_archive_report(
+    archive: str | os.PathLike[str], out: str | os.PathLike[str], *, title: str | None = None
+) -> Path | str:
+    """Write the report of an archive by itself: its maps, what lies near what, and what made it.
+
+    Parameters
+    ----------
+    archive : path or address
+        An ``archive.zarr``. It names its ``frames.zarr``; without that, there are no pictures of frames.
+    out : path or address
+        Folder of the page, ``index.html``, and of ``map.csv``, where each frame lies on each map.
+    title : str, optional
+
+    Returns
+    -------
+    Path, or str for an address
+        The page.
+
+    Raises
+    ------
+    ReportError
+        When this is no archive, or it has no distances yet.
+    """
+    found = gather_archive(absolute(archive))
+    place = absolute(out)
+    page = _render("archive_page.html.jinja", heading=title or ARCHIVE_TITLE, **_of_archive(found))
+    with local_folder(place) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_csv(found.table, folder / f"{MAP}.csv")
+        _write_page(folder, page)
+    return join(place, PAGE) if is_address(place) else Path(place, PAGE)
+
+
+def _of_archive(found: ArchiveContents | None) -> dict[str, Any]:
+    """What the section of an archive is told; it is left out where there is none."""
+    return {"archive": found, "archive_pictures": None if found is None else maps.draw_archive(found)}
+
+
+def _render(template: str, **told: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.report", "."),
         autoescape=True,
@@ -77,19 +143,11 @@ def write_report(
         finalize=contents.shown,
     )
     environment.filters |= {"number": contents.number, "range": contents.number_range}
-    page = environment.get_template("page.html.jinja").render(
-        style=resources.files("pipeline.report").joinpath("style.css").read_text(),
-        pictures=pictures.draw(found),
-        heading=title or TITLE,
-        **vars(found),
-    )
-    with local_folder(place) as folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, table in found.tables.items():
-            write_csv(table, folder / f"{name}.csv")
-        (folder / MARKDOWN).write_text(contents.markdown(found), encoding="utf-8")
-        (folder / PICTURE).write_bytes(pictures.overview(found))
-        partial = folder / (PAGE + ".partial")
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(folder / PAGE)
-    return join(place, PAGE) if is_address(place) else Path(place, PAGE)
+    style = resources.files("pipeline.report").joinpath("style.css").read_text()
+    return environment.get_template(template).render(style=style, **told)
+
+
+def _write_page(folder: Path, page: str) -> None:
+    partial = folder / (PAGE + ".partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(folder / PAGE)

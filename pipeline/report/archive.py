@@ -1,0 +1,384 @@
+"""What the report shows of an archive: maps of its matrices, and what lies near a few references.
+
+An archive may be too large to be shown whole. Of a matrix with more than :data:`SHOWN_FRAMES` frames some
+sequences are shown, evenly spaced, and no more than a few rows of it are read, some chunks at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline import mapping, schema, store
+from pipeline.neighbours import (
+    COLUMNS_TOGETHER,
+    NAMES_TOGETHER,
+    Frame,
+    Neighbours,
+    leading_metric,
+    matrix_keys,
+    metrics_of,
+    neighbours_of,
+)
+from pipeline.report.contents import ReportError, find_frames
+
+SHOWN_MATRICES = 12
+"""Matrices beyond this many are named; the page must stay small."""
+SHOWN_FRAMES = 3000
+"""Frames of a matrix that are on its map."""
+SMALL_MAPS = 8
+"""Metrics with a map besides the first; the others are named."""
+MARKED = 8
+"""Frames of a map that are shown."""
+REFERENCES, NEAREST = 3, 6
+"""References of which the nearest frames are shown, and how many."""
+
+
+@dataclass(frozen=True)
+class MetricMap:
+    """A metric's map, or why there is none."""
+
+    metric: str
+    found: mapping.FrameMap | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of an archive, with what the page draws of it.
+
+    Attributes
+    ----------
+    key : str
+    count : int
+        Frames of the matrix.
+    fields, sequences : list of str
+        Of each frame that is shown.
+    numbers, parameter : ndarray
+        The same.
+    maps : list of MetricMap
+        The leading metric's first.
+    not_mapped : list of str
+        Metrics without a map, as there are many.
+    marked : list of int
+        Which of the frames shown are looked at.
+    nearest : list of Neighbours
+        Of a few references, in other sequences.
+    """
+
+    key: str
+    count: int
+    fields: list[str]
+    sequences: list[str]
+    numbers: np.ndarray
+    parameter: np.ndarray
+    maps: list[MetricMap]
+    not_mapped: list[str]
+    marked: list[int]
+    nearest: list[Neighbours]
+
+
+@dataclass(frozen=True)
+class ArchiveContents:
+    """Everything that the page shows of an archive, under the names that its template uses.
+
+    ``frames_by_name`` holds the frames that are shown, (y, x, channel), where they could be read; ``table``
+    has where each frame lies on each map.
+    """
+
+    title: str
+    matrices: list[Matrix]
+    not_illustrated: list[str]
+    count: int
+    metrics: list[str]
+    scope: str
+    failures: list[dict[str, Any]]
+    unavailable: dict[str, str]
+    runs: list[dict[str, Any]]
+    plans: list[str]
+    specifications: dict[str, str]
+    frames_by_name: dict[str, np.ndarray]
+    missing_frames: str
+    table: pd.DataFrame
+
+
+def gather_archive(path: str | os.PathLike[str]) -> ArchiveContents:
+    """Read all that the report shows of an archive.
+
+    Raises
+    ------
+    ReportError
+        When there is no archive at ``path``, or it has no distances yet.
+    """
+    root = store.open_store(path)
+    attributes: dict[str, Any] = dict(root.attrs)
+    if attributes.get("kind") != schema.ARCHIVE_STORE:
+        raise ReportError(
+            f"{path}: expected a store of an archive, found one of {attributes.get('kind', 'another kind')}; "
+            "'lsim distances FRAMES --scope dataset --matrix archive' makes one"
+        )
+    keys = matrix_keys(root)
+    groups = {key: store.get_group(root, key) for key in keys}
+    metrics = sorted({name for group in groups.values() for name in metrics_of(group)})
+    if not metrics:
+        raise ReportError(f"{path}: no matrix has distances yet")
+    matrices = [_matrix(key, groups[key]) for key in keys[:SHOWN_MATRICES]]
+    frames, missing_frames = find_frames(path, attributes)
+    plans = attributes.get("plan", [])
+    return ArchiveContents(
+        title=str(attributes.get("title") or ""),
+        matrices=matrices,
+        not_illustrated=keys[SHOWN_MATRICES:],
+        count=sum(store.get_array(group, schema.NUMBER).shape[0] for group in groups.values()),
+        metrics=_leading_first(metrics),
+        scope=_scope_in_words(attributes.get("scope")),
+        failures=[failure for key, group in groups.items() for failure in _failures(key, group)],
+        unavailable={str(k): str(v) for k, v in attributes.get("unavailable", {}).items()},
+        runs=[_run(run) for run in attributes.get("runs", [])],
+        plans=[str(plan) for plan in plans] if isinstance(plans, list) else [str(plans)],
+        specifications=_specifications(path),
+        frames_by_name=_read_frames(frames, matrices) if frames is not None else {},
+        missing_frames=missing_frames,
+        table=_table(matrices),
+    )
+
+
+def say_how_much(found: mapping.FrameMap) -> str:
+    """How much of the distances a map shows, in a sentence or two."""
+    if np.isnan(found.explained):
+        return "All frames are the same to this metric."
+    share = f"{100 * found.explained:.0f} %"
+    if found.explained > 0.995:
+        return f"The two axes hold {share} of the variance: the map is all there is."
+    if found.explained >= 0.8:
+        return f"The two axes hold {share} of the variance: what is near on the map is near."
+    if found.explained >= 0.5:
+        return f"The two axes hold {share} of the variance: most of what tells frames apart, not all of it."
+    return (
+        f"The two axes hold only {share} of the variance: frames that are near on the map may be far from "
+        "one another in ways that it doesn't show."
+    )
+
+
+def _matrix(key: str, group: store.Group) -> Matrix:
+    count = store.get_array(group, schema.NUMBER).shape[0]
+    shown = _sample(group, count)
+    fields, sequences, numbers, parameter = (
+        _picked(store.get_array(group, name), shown)
+        for name in (schema.FIELD, schema.SEQUENCE, schema.NUMBER, schema.PARAMETER)
+    )
+    names = _leading_first(metrics_of(group))
+    maps = [_map(store.get_array(group, name), shown, name) for name in names[: 1 + SMALL_MAPS]]
+    first = next((one.found for one in maps if one.found is not None), None)
+    matrix = Matrix(
+        key=key,
+        count=count,
+        fields=[str(name) for name in fields],
+        sequences=[str(name) for name in sequences],
+        numbers=numbers.astype(int),
+        parameter=parameter.astype(float),
+        maps=maps,
+        not_mapped=names[1 + SMALL_MAPS :],
+        marked=mapping.spread(first.positions, MARKED) if first is not None else [],
+        nearest=[],
+    )
+    matrix.nearest.extend(_nearest(group, matrix, shown, names))
+    return matrix
+
+
+def _leading_first(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    first = leading_metric(names)
+    return [first, *(name for name in names if name != first)]
+
+
+# -- Which frames -------------------------------------------------------------------------------------
+
+
+def _sample(group: store.Group, count: int) -> np.ndarray:
+    """Frames to be shown: all, or those of sequences that are evenly spaced."""
+    if count <= SHOWN_FRAMES:
+        return np.arange(count)
+    starts = [0]
+    last: tuple[str, str] | None = None
+    names = (store.get_array(group, schema.FIELD), store.get_array(group, schema.SEQUENCE))
+    for begin in range(0, count, NAMES_TOGETHER):
+        part = slice(begin, min(begin + NAMES_TOGETHER, count))
+        for position, pair in enumerate(
+            zip(*(store.read(a, part).tolist() for a in names), strict=True), begin
+        ):
+            if last is not None and pair != last:
+                starts.append(position)
+            last = pair
+    bounds = [*starts, count]
+    longest = max(np.diff(bounds))
+    kept = max(1, SHOWN_FRAMES // int(longest))
+    chosen = np.unique(np.linspace(0, len(starts) - 1, min(kept, len(starts))).round().astype(int))
+    return np.concatenate([np.arange(bounds[k], bounds[k + 1]) for k in chosen])[:SHOWN_FRAMES]
+
+
+def _picked(array: store.Array, places: np.ndarray, row: tuple[int, ...] = ()) -> np.ndarray:
+    """Values of an array, or of a row of it, at places along its last axis; read some chunks at a time."""
+    length, chunk = array.shape[-1], array.chunks[-1]
+    step = max(1, COLUMNS_TOGETHER // chunk) * chunk
+    found = []
+    for start in range(0, length, step):
+        here = places[(places >= start) & (places < start + step)]
+        if len(here):
+            found.append(store.read(array, (*row, slice(start, min(start + step, length))))[here - start])
+    return np.concatenate(found) if found else store.read(array, (*row, slice(0, 0)))
+
+
+# -- Maps ---------------------------------------------------------------------------------------------
+
+
+def _map(array: store.Array, shown: np.ndarray, metric: str) -> MetricMap:
+    """By all distances between the frames shown, or by those to landmarks, where frames are many."""
+
+    def row(k: int) -> np.ndarray:
+        return _picked(array, shown, (int(shown[k]),))
+
+    try:
+        if len(shown) <= mapping.CLASSICAL_UP_TO and len(shown) == array.shape[0]:
+            found = mapping.classical_map(store.read(array))
+        else:
+            landmarks, rows = mapping.choose_landmarks(row, len(shown))
+            found = mapping.landmark_map(rows, landmarks)
+    except (ValueError, store.DamagedError) as error:
+        return MetricMap(metric, None, str(error))
+    if len(found.left_out) == len(shown):
+        return MetricMap(metric, None, "no frame has distances")
+    return MetricMap(metric, found, "")
+
+
+def _nearest(
+    group: store.Group, matrix: Matrix, shown: np.ndarray, metrics: Sequence[str]
+) -> Iterator[Neighbours]:
+    """Of references of the sequences of the frames that are marked, as long as there are other sequences."""
+    if not metrics:
+        return
+    references = {
+        (matrix.fields[k], matrix.sequences[k]): k for k in np.flatnonzero(matrix.numbers == 0)[::-1].tolist()
+    }
+    wanted = [(matrix.fields[k], matrix.sequences[k]) for k in matrix.marked]
+    places = [references[pair] for pair in dict.fromkeys(wanted) if pair in references]
+    for k in places[:REFERENCES]:
+        reference = _frame(matrix, k, int(shown[k]))
+        found = neighbours_of(group, reference, NEAREST, metrics[0], other_sequences=True)
+        if found.nearest:
+            yield found
+
+
+def _frame(matrix: Matrix, k: int, row: int = -1) -> Frame:
+    return Frame(
+        matrix.key,
+        (row,),
+        matrix.fields[k],
+        matrix.sequences[k],
+        int(matrix.numbers[k]),
+        float(matrix.parameter[k]),
+    )
+
+
+# -- Frames -------------------------------------------------------------------------------------------
+
+
+def marked_frames(matrix: Matrix) -> list[Frame]:
+    """The frames of a map that are looked at."""
+    return [_frame(matrix, k) for k in matrix.marked]
+
+
+def _read_frames(path: str, matrices: Sequence[Matrix]) -> dict[str, np.ndarray]:
+    """The frames that the page has pictures of, by name; without those that are there no more."""
+    wanted = [frame for matrix in matrices for frame in marked_frames(matrix)]
+    for found in (found for matrix in matrices for found in matrix.nearest):
+        wanted += [found.of, *(near.frame for near in found.nearest)]
+    root = store.open_store(path)
+    there = set(store.field_keys(root, schema.FRAMES))
+    frames = {}
+    for key in dict.fromkeys(frame.field for frame in wanted if frame.field in there):
+        group = store.get_group(root, key)
+        names = store.read(store.get_array(group, schema.SEQUENCE))
+        row_of = {str(name): row for row, name in enumerate(names)}
+        array = store.get_array(group, schema.FRAMES)
+        for frame in wanted:
+            if frame.field == key and frame.sequence in row_of and frame.number < array.shape[1]:
+                frames[frame.name] = store.read(array, (row_of[frame.sequence], frame.number))
+    return frames
+
+
+# -- How it was made ----------------------------------------------------------------------------------
+
+
+def _failures(key: str, group: store.Group) -> list[dict[str, Any]]:
+    """Frames of a matrix without distances, by sequence and reason, with the metrics that it holds for."""
+    provenance = store.get_group(group, schema.PROVENANCE)
+    metrics = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
+    found: dict[tuple[str, str, str], dict[str, list[int]]] = {}
+    for place, metric in enumerate(metrics):
+        texts = store.read(store.get_array(provenance, schema.FAILURE), place)
+        bad = np.flatnonzero(texts != "")
+        if not len(bad):
+            continue
+        fields, sequences, numbers = (
+            store.read(store.get_array(group, name))
+            for name in (schema.FIELD, schema.SEQUENCE, schema.NUMBER)
+        )
+        for k in bad.tolist():
+            at = (str(fields[k]), str(sequences[k]), str(texts[k]))
+            found.setdefault(at, {}).setdefault(metric, []).append(int(numbers[k]))
+    return [
+        {"matrix": key, "field": field, "sequence": sequence, "reason": reason, "metrics": list(by_metric)}
+        | {"frames": sorted({number for numbers in by_metric.values() for number in numbers})}
+        for (field, sequence, reason), by_metric in found.items()
+    ]
+
+
+def _scope_in_words(scope: Any) -> str:
+    if scope == "dataset":
+        return "minimum and maximum of all frames of a matrix"
+    return f"the range {json.dumps(scope)} for all frames" if scope is not None else "a range not recorded"
+
+
+def _run(run: dict[str, Any]) -> dict[str, str]:
+    """What the page says of a run."""
+    spent = {name: f"{seconds:.1f}" for name, seconds in run.get("seconds_by_stage", {}).items()}
+    told = ("started", "seconds", "tiles", "embeddings", "profile", "workers", "threads")
+    return {name: str(run.get(name, "")) for name in told} | {
+        "stages": ", ".join(f"{name} {seconds}" for name, seconds in spent.items())
+    }
+
+
+def _specifications(path: str | os.PathLike[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for metric, specification in store.specifications(path):
+        found.setdefault(metric, json.dumps(specification, indent=2, ensure_ascii=False))
+    return found
+
+
+def _table(matrices: Sequence[Matrix]) -> pd.DataFrame:
+    """Where each frame lies on each map, for the CSV beside the page."""
+    tables = []
+    for matrix in matrices:
+        for one in matrix.maps:
+            if one.found is not None:
+                columns = {
+                    "matrix": matrix.key,
+                    "metric": one.metric,
+                    "field": matrix.fields,
+                    "sequence": matrix.sequences,
+                    "number": matrix.numbers,
+                    "parameter": matrix.parameter,
+                    "x": one.found.positions[:, 0],
+                    "y": one.found.positions[:, 1],
+                }
+                tables.append(pd.DataFrame(columns))
+    names = ["matrix", "metric", "field", "sequence", "number", "parameter", "x", "y"]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=names)
