@@ -5,11 +5,13 @@ BIN    := $(VENV)/bin
 KERAS  ?= .venv-keras
 OUT    ?= demo
 
-.PHONY: help demo test test-keras lint bench clean
+.PHONY: help demo test test-keras test-slurm test-netns lint bench clean
 help:
 	@echo "make demo   simulate 32 sequences, rank all metrics on them, and write $(OUT)/results/report/index.html"
 	@echo "make test   run the tests"
 	@echo "make test-keras   run those of the Keras models, under TensorFlow"
+	@echo "make test-slurm   run those that need SLURM: two virtual nodes on this machine, started for them (root)"
+	@echo "make test-netns   run those that need hosts: network namespaces, made for them (root)"
 	@echo "make lint   ruff (format and lint) and mypy"
 	@echo "make bench  run the benchmarks"
 
@@ -36,6 +38,14 @@ $(KERAS)/.installed: pyproject.toml constraints.txt
 
 test-keras: $(KERAS)/.installed
 	LSIM_TEST_KERAS=1 $(KERAS)/bin/python -m pytest tests/test_export_keras.py
+
+test-slurm: $(VENV)/.installed
+	tests/debian.sh slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge
+	$(BIN)/python -m pytest -m slurm tests/slurm
+
+test-netns: $(VENV)/.installed
+	tests/debian.sh iproute2 faketime
+	$(BIN)/python -m pytest -m netns tests/netns
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
