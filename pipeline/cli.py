@@ -29,6 +29,7 @@ from pipeline.display import (
     output,
     show_archive,
     show_calibration,
+    show_cluster,
     show_correlations,
     show_distances,
     show_embeddings,
@@ -56,6 +57,8 @@ catalog_app = typer.Typer(
 weights_app = typer.Typer(no_args_is_help=True, help="Weights of the learned metrics.")
 app.add_typer(catalog_app, name="catalog")
 app.add_typer(weights_app, name="weights")
+cluster_app = typer.Typer(no_args_is_help=True, help="Where runs compute.")
+app.add_typer(cluster_app, name="cluster")
 
 RANK_AND_PROCESSES = (("RANK", "0"), ("WORLD_SIZE", "1"))
 """What torchrun tells each process, and what holds without it."""
@@ -70,10 +73,14 @@ DataDir = Annotated[
     Path | None, typer.Option(help="Where source data lies; default $LSIM_DATA or the user cache.")
 ]
 ClusterOption = Annotated[
-    str, typer.Option(help="local, none, a profile's YAML file, or a scheduler's tcp:// or tls:// address.")
+    str,
+    typer.Option(
+        help="local, none, cuda, slurm, pbs, ssh, kubernetes, a profile's YAML file, or a scheduler's tcp:// "
+        "or tls:// address."
+    ),
 ]
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Worker processes of a local cluster; default one a core.")
+    int | None, typer.Option(min=1, help="Worker processes, instead of the profile's; local: one a core.")
 ]
 WeightsOption = Annotated[
     list[str] | None,
@@ -788,6 +795,33 @@ def weights_verify() -> None:
     for entry in entries:
         output.print(f"{entry.name}: {entry.state}: {entry.detail}", markup=False)
     raise typer.Exit(1 if any(entry.state == "damaged" for entry in entries) else 0)
+
+
+@cluster_app.command("check")
+def cluster_check(
+    profile: Annotated[
+        str, typer.Argument(help="A profile's name or YAML file, or a scheduler's tcp:// or tls:// address.")
+    ],
+    frames: Annotated[
+        str | None, typer.Argument(help="A frames.zarr: what a run over it would take.")
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="That all workers see: a small archive lies there meanwhile. Not for local ones."),
+    ] = None,
+    metrics: Metrics = "all",
+    workers: Workers = None,
+) -> None:
+    """Start a cluster, look at its workers' versions and devices, and measure what a run would take."""
+    from pipeline.check import check_cluster
+    from pipeline.choice import Settings
+    from pipeline.profiles import load_profile
+
+    settings = Settings.model_validate({"metrics": _metric_names(metrics)})
+    found = check_cluster(load_profile(profile, workers), settings, folder=folder, frames=frames)
+    show_cluster(found)
+    if found.errors:
+        raise typer.Exit(1)
 
 
 # ---------------------------------------------------------------- what options mean

@@ -14,13 +14,10 @@ from distributed import Client, Security, Worker, WorkerPlugin
 from pipeline.credentials import credentials, wants_tls, warn_if_open
 from pipeline.departure import PassOnSignal, leave_when_told
 from pipeline.deployment import FAULT_TOLERANCE as FAULT_TOLERANCE
-from pipeline.deployment import check_options, settings, start_cluster
-from pipeline.profiles import ClusterError, Profile
+from pipeline.deployment import LOOPBACK, OF_THIS_MACHINE, check_options, settings, start_cluster
+from pipeline.profiles import BATCH, ClusterError, Profile
 from pipeline.resident import choose_device, set_up_process
 from pipeline.stopping import allow_grace
-
-OF_THIS_MACHINE = ("local", "cuda")
-"""Kinds whose workers are children of the driver, and stopped by it."""
 
 
 class Cluster:
@@ -54,7 +51,13 @@ class Cluster:
     @property
     def dashboard(self) -> str | None:
         """Address of the dashboard; None before workers have started."""
-        return self._client.dashboard_link if self._client is not None else None
+        if self._client is None:
+            return None
+        if self.profile.kind in BATCH:
+            # On loopback here, though the scheduler is known by another address.
+            port = self._client.scheduler_info(n_workers=0)["services"]["dashboard"]
+            return f"http://{LOOPBACK}:{port}/status"
+        return self._client.dashboard_link
 
     def __enter__(self) -> Cluster:
         return self

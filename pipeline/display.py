@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -305,3 +306,49 @@ def show_correlations(report: CorrelationReport) -> None:
             cells.append(f"[bold]{value:.3f}[/]" if value == best[dataset] else f"{value:.3f}")
         table.add_row(escape(metric), *cells)
     output.print(table)
+
+
+def show_cluster(found: Any) -> None:
+    """Workers, what differs in their versions, and what a run would take."""
+    table = Table("worker", "host", "threads", "device", "metrics loaded in", box=box.SIMPLE)
+    for worker in found.workers:
+        add_row(table, worker.name, worker.host, str(worker.threads), worker.device, f"{worker.load_s:.1f} s")
+    output.print(table)
+    tls = {True: "TLS", False: "no TLS", None: "no processes of its own"}[found.cluster.get("tls")]
+    asked = f" of {found.expected} asked for" if len(found.workers) < found.expected else ""
+    output.print(
+        f"{len(found.workers)} worker(s){asked}, {found.threads} thread(s), after {found.start_s:.1f} s; {tls}",
+        markup=False,
+    )
+    alike: dict[str, list[str]] = {}
+    for worker in found.workers:
+        of_worker = ", ".join(f"{name} {version}" for name, version in worker.versions.items())
+        alike.setdefault(of_worker, []).append(worker.name)
+    for of_workers, names in alike.items():
+        which = "all workers" if len(alike) == 1 else f"workers {', '.join(names)}"
+        output.print(f"{which}: {of_workers}", markup=False)
+    for line in found.warnings:
+        console.print(f"differs: {line}", style="yellow", markup=False, soft_wrap=True)
+    for line in found.errors:
+        console.print(f"error: {line}", style="red", markup=False, soft_wrap=True)
+    output.print(f"metrics: {', '.join(found.metrics)}", markup=False)
+    if found.unavailable:
+        output.print(f"not here: {', '.join(found.unavailable)}", markup=False)
+    for field in found.estimates:
+        rate = found.threads / field.sequence_s
+        output.print(
+            f"{field.key}: a sequence of {field.frames} frames takes {field.sequence_s:.2f} s of a thread; "
+            f"{rate / found.threads:.2f}/s a thread, {rate:.1f}/s in all: "
+            f"{field.sequences} sequences in {field.blocks} blocks, about {duration(field.total_s)}",
+            markup=False,
+        )
+    if len(found.estimates) > 1:
+        total = sum(field.total_s for field in found.estimates)
+        output.print(f"all fields: about {duration(total)}", markup=False)
+
+
+def duration(seconds: float) -> str:
+    """As people say it: ``40 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
