@@ -49,14 +49,15 @@ from pipeline.catalog import CatalogError, Dataset, FieldChoice
 from pipeline.names import group_fault, sequence_fault, shown
 from pipeline.readers import lsim, stack, xarray
 from pipeline.readers.base import (
+    LEADS_OUT,
     BrokenSequence,
     LazySequence,
     ReaderError,
     SourceFile,
     TooLargeError,
+    is_within,
     natural_key,
 )
-from pipeline.readers.containers import is_within
 
 __all__ = [
     "READERS",
@@ -158,7 +159,7 @@ def _quarantine_unsafe(sequences: Iterable[LazySequence], folder: Path) -> list[
         outside = next((file.path for file in sequence.files if not is_inside(file.path)), None)
         reason = sequence_fault(sequence.name)
         if outside is not None:
-            reason = "a link that leads out of the data set's folder, and is not followed"
+            reason = LEADS_OUT
         if reason:
             file = outside or (sequence.files[0].path if sequence.files else "")
             sequence = BrokenSequence.of(

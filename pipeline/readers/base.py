@@ -87,6 +87,14 @@ def decoding(path: str, what: str = "") -> Iterator[None]:
         raise ReaderError(f"{what}cannot be decoded: {error}", path) from error
 
 
+LEADS_OUT = "a link that leads out of the data set's folder, and is not followed"
+
+
+def is_within(path: str, top: str) -> bool:
+    """Whether a real path lies at or below another."""
+    return path == top or path.startswith(top.rstrip(os.sep) + os.sep)
+
+
 class SourceFile(NamedTuple):
     """A file (or the folder of a Zarr store) as it was found when the sequences were listed."""
 

@@ -14,14 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.limits import COORDINATE_BYTES
-from pipeline.readers.base import ReaderError, check_size
+from pipeline.readers.base import LEADS_OUT, ReaderError, check_size, is_within
 
 _DOCUMENTS = ("zarr.json", ".zarray", ".zmetadata")
 _DOCUMENT_BYTES = 2**28
 
 
-def check_container(path: Path) -> None:
+def check_container(path: Path, folder: Path) -> None:
     """Look through the metadata of an HDF5 file or a Zarr store; others are let pass.
+
+    Parameters
+    ----------
+    path : Path
+    folder : Path
+        Of the data set, which ``path`` lies in, or is.
 
     Raises
     ------
@@ -29,6 +35,8 @@ def check_container(path: Path) -> None:
         When something leads out of it, would be unpickled, or is a variable of one dimension (a coordinate
         is read at once) that claims more than :data:`~pipeline.limits.COORDINATE_BYTES`.
     """
+    if path != folder and not is_within(os.path.realpath(path), os.path.realpath(folder)):
+        raise ReaderError(LEADS_OUT, str(path))
     if path.is_dir():
         _check_zarr(path)
         return
@@ -109,8 +117,3 @@ def _nodes(document: Any) -> Iterator[dict[str, Any]]:
     elif isinstance(document, list):
         for value in document:
             yield from _nodes(value)
-
-
-def is_within(path: str, top: str) -> bool:
-    """Whether a real path lies at or below another."""
-    return path == top or path.startswith(top.rstrip(os.sep) + os.sep)

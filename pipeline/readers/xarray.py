@@ -92,7 +92,7 @@ def read(entry: Dataset, folder: Path) -> list[LazySequence]:
     for path in sources:
         try:
             file = SourceFile.of(path)
-            check_container(path)
+            check_container(path, folder)
             with _open(path, options.group, options.engine) as dataset:
                 for field, variable in _variables(dataset, options, path).items():
                     sequences += _sequences_of(
