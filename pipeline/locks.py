@@ -8,10 +8,10 @@ process on this machine has ended, is taken over.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import json
 import os
+import signal
 import socket
 import threading
 import uuid
@@ -129,7 +129,8 @@ class _Lock:
                 self._renew()
             if self.lost:
                 if self.interrupts:
-                    _thread.interrupt_main()
+                    # As Ctrl-C: unlike _thread.interrupt_main, it wakes what waits.
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                 return
 
     def _renew(self) -> None:

@@ -1,0 +1,367 @@
+"""Stores in an object store: the same bytes as in a folder, one run at a time, no secret anywhere.
+
+The server is moto's, on loopback, in this process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from archives import archive_of, write_archive
+from moto.server import ThreadedMotoServer
+from obstore.store import S3Store
+from zarr.storage import ObjectStore
+
+from lsim.simulate import write_families
+from pipeline import locks, objects, schema, store
+from pipeline.catalog import open_catalog
+from pipeline.choice import Settings
+from pipeline.cli import main
+from pipeline.cluster import Cluster
+from pipeline.convert import convert
+from pipeline.correlate import correlate
+from pipeline.distances import compute_distances
+from pipeline.profiles import Profile
+from pipeline.report import write_report
+
+KEY_ID, SECRET = "AKIAOFTHETEST", "hush/hush+0123456789abcdef"
+QUICK = Settings(metrics=("l1", "l2"), size=None, block=2)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Address of an S3 server on loopback."""
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    yield f"http://{host}:{port}"
+    moto.stop()
+
+
+@pytest.fixture
+def bucket(server, monkeypatch, request):
+    """A bucket of this test's own, and the environment that opens it."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY_ID)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    import boto3
+
+    name = f"test-{abs(hash(request.node.nodeid)):x}"[:40]
+    boto3.client("s3").create_bucket(Bucket=name)
+    return f"s3://{name}"
+
+
+def objects_of(address: str) -> dict[str, bytes]:
+    """All objects below an address, with their bytes."""
+    found = {name: objects.read(address, name) for name in objects.names(address)}
+    return {name: content for name, content in found.items() if content is not None}
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+
+
+def chunks_alone(found: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in found.items() if not name.endswith("zarr.json")}
+
+
+def put_archive(address: str, count: int, folder: Path, **options: int) -> Path:
+    """A frames.zarr of random sequences, in a folder and at an address."""
+    path = write_archive(folder / "frames.zarr", archive_of(count, **options))
+    for name, content in files_of(path).items():
+        objects.write(address, name, content)
+    return path
+
+
+def catalog_file(folder: Path, source: str, dataset: str = "Waves") -> Path:
+    file = folder / "mine.yaml"
+    entry = {"name": dataset, "source": {"path": source}, "reader": "lsim"}
+    file.write_text(json.dumps({"name": "mine", "datasets": [entry]}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory) -> Path:
+    """Three families of waves as folders of files."""
+    folder = tmp_path_factory.mktemp("families") / "waves"
+    write_families(folder, "waves", range(1, 4), 32, 0, "npz")
+    return folder
+
+
+def test_the_whole_chain_ends_with_the_bytes_of_one_in_folders(bucket, tmp_path, families, capfd):
+    """Converted to S3, computed there by two workers, correlated and reported: and no secret anywhere."""
+    catalog = open_catalog(catalog_file(tmp_path, str(families)))
+    here = tmp_path / "run"
+    pages, logs = {}, ""
+    for place, profile in ((bucket, Profile(workers=2)), (str(here), Profile(kind="none"))):
+        frames, distances, results = (f"{place}/{n}" for n in ("frames.zarr", "distances.zarr", "results"))
+        with Cluster(profile) as cluster:
+            convert(catalog, frames, client=lambda cluster=cluster: cluster.client)
+            report = compute_distances(frames, distances, QUICK, cluster=cluster)
+            assert report.computed == 6
+            if cluster.client is not None:
+                logs += f"{cluster.client.get_worker_logs()} {cluster.client.get_scheduler_logs()}"
+        correlate(distances, results, replicates=50)
+        pages[place] = write_report(results)
+
+    for name in ("frames.zarr", "distances.zarr"):
+        remote, local = objects_of(f"{bucket}/{name}"), files_of(here / name)
+        assert remote.keys() == local.keys()
+        assert chunks_alone(remote) == chunks_alone(local)
+        assert len(chunks_alone(remote)) > 3
+    assert store.open_store(f"{bucket}/distances.zarr").attrs["frames"] == "../frames.zarr"
+
+    # xarray reads it as any store of Zarr's.
+    theirs = ObjectStore(S3Store(bucket.removeprefix("s3://"), prefix="distances.zarr"), read_only=True)
+    with xr.open_datatree(theirs, engine="zarr") as tree:
+        (key,) = store.field_keys(store.open_store(f"{bucket}/distances.zarr"), schema.PARAMETER)
+        schema.validate_distances(tree[key].to_dataset(), key)
+
+    for name in ("correlations.parquet", "differences.parquet", "left_out.csv", "correlation.csv"):
+        assert objects.read(f"{bucket}/results", name) == (here / "results" / name).read_bytes()
+    assert pages[bucket] == f"{bucket}/results/report/index.html"
+    page = objects.read(f"{bucket}/results/report", "index.html").decode()
+    assert page.count("<img") == Path(pages[str(here)]).read_text().count("<img") > 0
+
+    # A second run does nothing, and starts no worker.
+    before = objects_of(bucket)
+    with Cluster(Profile(workers=2)) as cluster:
+        assert not convert(catalog, f"{bucket}/frames.zarr", client=lambda: cluster.client).changed
+        again = compute_distances(f"{bucket}/frames.zarr", f"{bucket}/distances.zarr", QUICK, cluster=cluster)
+        assert (again.computed, again.up_to_date) == (0, 6)
+        assert cluster.dashboard is None
+    assert correlate(f"{bucket}/distances.zarr", f"{bucket}/results", replicates=50).up_to_date
+    assert chunks_alone(objects_of(bucket)) == chunks_alone(before)
+    assert not [name for name in before if ".lock" in name]
+
+    printed = "".join(capfd.readouterr())
+    everything = [*before.values(), *files_of(tmp_path).values(), printed.encode(), logs.encode()]
+    for text in everything:
+        assert SECRET.encode() not in text
+        assert KEY_ID.encode() not in text
+
+
+def test_commands_take_addresses_and_their_errors_hold_no_secret(
+    bucket, tmp_path, families, monkeypatch, capfd
+):
+    def run_lsim(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["lsim", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, "".join(reversed(capfd.readouterr()))
+
+    put_archive(f"{bucket}/frames.zarr", 3, tmp_path)
+    options = ("--metrics", "l2", "--size", "0", "--cluster", "none")
+    out = f"{bucket}/d.zarr"
+    code, text = run_lsim("distances", f"{bucket}/frames.zarr", "--out", out, *options)
+    assert code == 0, text
+    code, more = run_lsim("correlate", out, "--out", f"{bucket}/results", "--replicates", 0)
+    assert code == 0, more
+    code, page = run_lsim("report", f"{bucket}/results", "--out", tmp_path / "report")
+    assert code == 0, page
+    assert (tmp_path / "report" / "index.html").exists()
+    code, local = run_lsim(
+        "convert",
+        catalog_file(tmp_path, str(families)),
+        "--out",
+        f"file://{tmp_path}/f.zarr",
+        "--cluster",
+        "none",
+    )
+    assert code == 0, local
+    assert (tmp_path / "f.zarr" / "zarr.json").exists()
+    secret = f"s3://{KEY_ID}:{SECRET}@bucket/frames.zarr"
+    code, refused = run_lsim("distances", secret, "--out", out, *options)
+    assert code == 1, refused
+    assert "error: s3://…: an address holds" in refused
+    assert "no credentials" in refused
+    assert SECRET not in text + more + page + local + refused
+
+
+def test_a_run_whose_driver_is_killed_goes_on_and_computes_no_block_twice(bucket, tmp_path):
+    frames, out = f"{bucket}/frames.zarr", f"{bucket}/d.zarr"
+    local = put_archive(frames, 24, tmp_path, frames=8, size=64)
+    options = ("--metrics", "ssim,vi", "--size", "0", "--block", "1", "--cluster", "none")
+    driver = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "from pipeline.cli import main; main()",
+            "distances",
+            frames,
+            "--out",
+            out,
+            *options,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    deadline = time.monotonic() + 120
+    while sum(1 for found in objects.names(out) if found.startswith("A/density/vi/c/")) < 4:
+        assert driver.poll() is None, driver.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert objects.read(bucket, "d.zarr.lock") is not None  # it had no time to give it back
+    fingerprints = store.read(
+        store.get_array(store.get_group(store.open_store(out), "A/density/provenance"), schema.FINGERPRINT)
+    )
+    done = int((fingerprints != "").sum())
+    assert 0 < done < 48
+    # The lock counts for nothing: its process has ended.
+    settings = Settings(metrics=("ssim", "vi"), size=None, block=1)
+    with Cluster(Profile(kind="none")) as cluster:
+        report = compute_distances(frames, out, settings, cluster=cluster)
+        compute_distances(local, tmp_path / "d.zarr", settings, cluster=cluster)
+    assert (report.computed, report.up_to_date) == (48 - done, done)
+    assert chunks_alone(objects_of(out)) == chunks_alone(files_of(tmp_path / "d.zarr"))
+    assert objects.read(bucket, "d.zarr.lock") is None
+
+
+def test_a_store_has_one_writer_and_says_who_it_is(bucket):
+    address = f"{bucket}/deep/s.zarr"
+    with store.locked(address):
+        owner = json.loads(objects.read(f"{bucket}/deep", "s.zarr.lock"))
+        assert owner["pid"] == os.getpid()
+        with pytest.raises(store.StoreError) as found, store.locked(address):
+            pass
+    for part in (f"process {os.getpid()} on {socket.gethostname()}", f"delete {address}.lock", "5 minutes"):
+        assert part in str(found.value)
+    assert list(objects.names(bucket)) == []
+    with pytest.raises(KeyboardInterrupt), store.locked(address):
+        raise KeyboardInterrupt
+    assert list(objects.names(bucket)) == []
+
+
+def test_a_lock_that_nobody_renews_is_taken_over_and_its_owner_stops(bucket, monkeypatch):
+    address = f"{bucket}/s.zarr"
+    monkeypatch.setattr(locks, "RENEW_S", 0.05)
+    with pytest.raises(store.StoreError, match="took it over"), store.locked(address):  # noqa: PT012
+        first = json.loads(objects.read(bucket, "s.zarr.lock"))
+        elsewhere = first | {"machine": "elsewhere", "id": "another"}
+        objects.write(bucket, "s.zarr.lock", json.dumps(elsewhere).encode())
+        time.sleep(60)  # interrupted, once the renewal sees that it isn't ours any more
+    # What another machine holds is let be, until it is stale by the store's clock.
+    assert json.loads(objects.read(bucket, "s.zarr.lock"))["id"] == "another"
+    with pytest.raises(store.StoreError, match="another run"), store.locked(address):
+        pass
+    monkeypatch.setattr(locks, "STALE_S", -1.0)
+    with store.locked(address):
+        assert json.loads(objects.read(bucket, "s.zarr.lock"))["pid"] == os.getpid()
+    assert list(objects.names(bucket)) == []
+
+
+def test_a_lock_is_renewed_while_it_is_held(bucket, monkeypatch):
+    monkeypatch.setattr(locks, "RENEW_S", 0.02)
+    with store.locked(f"{bucket}/s.zarr"):
+        seen = {objects.read_with_tag(bucket, "s.zarr.lock")[1]["e_tag"]}
+        deadline = time.monotonic() + 30
+        while len(seen) < 2:
+            assert time.monotonic() < deadline
+            seen.add(objects.read_with_tag(bucket, "s.zarr.lock")[1]["e_tag"])
+            time.sleep(0.1)
+
+
+def test_of_many_that_want_a_lock_at_once_one_gets_it(bucket):
+    held, refused, gate = [], [], threading.Barrier(8)
+
+    def want() -> None:
+        gate.wait()
+        try:
+            with store.locked(f"{bucket}/s.zarr"):
+                held.append(1)
+                done.wait(30)
+        except store.StoreError:
+            refused.append(1)
+            if len(refused) == 7:
+                done.set()
+
+    done = threading.Event()
+    threads = [threading.Thread(target=want) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(held), len(refused)) == (1, 7)
+
+
+def test_what_is_no_store_and_not_empty_is_left_alone(bucket):
+    objects.write(f"{bucket}/movies", "film", b"a film")
+    for attempt in (
+        lambda: store.open_output(f"{bucket}/movies", schema.FRAMES_STORE),
+        lambda: enter(f"{bucket}/movies"),
+    ):
+        with pytest.raises(store.StoreError, match=r"not empty \(film\)"):
+            attempt()
+    assert list(objects.names(bucket)) == ["movies/film"]
+    objects.delete(f"{bucket}/movies", "film")
+    with pytest.raises(store.StoreError, match="needs a name"):
+        enter(bucket)
+
+
+def enter(address: str) -> None:
+    with store.locked(address):
+        pass
+
+
+def test_consolidated_metadata_at_an_address_comes_and_goes(bucket):
+    address = f"{bucket}/s.zarr"
+    assert not store.exists(address)
+    root = store.open_output(address, schema.FRAMES_STORE)
+    store.consolidate(address)
+    assert store.is_consolidated(address)
+    store.drop_consolidated(address)
+    assert not store.is_consolidated(address)
+    store.remove_partials(address)
+    array = store.create_array(root, "late", shape=(4,), chunks=(2,), dims=("a",), dtype="f8")
+    store.write_rows(array, 0, np.full(4, np.nan))
+    assert np.isnan(store.read(store.get_array(store.open_store(address), "late"))).all()
+    with pytest.raises(store.StoreError, match=rf"{address}/late: 1:2 is not whole blocks"):
+        store.write_rows(array, 1, np.ones(1))
+    # Damaged, it raises, and names the store by its address.
+    objects.write(f"{address}/late/c", "0", objects.read(f"{address}/late/c", "0")[:-2])
+    with pytest.raises(store.StoreError, match=rf"{address}/late.*damaged"):
+        store.read(array)
+
+
+def test_what_cannot_be_opened_is_said_in_one_line_and_soon(bucket, monkeypatch, tmp_path):
+    put_archive(f"{bucket}/frames.zarr", 2, tmp_path)
+
+    def fault(address: str = f"{bucket}/frames.zarr") -> str:
+        with pytest.raises((objects.ObjectStoreError, store.StoreError)) as found:
+            store.open_store(address)
+        text = str(found.value)
+        assert address in text
+        assert "\n" not in text and SECRET not in text and len(text) < 500  # noqa: PT018
+        return text
+
+    assert "there is no bucket 'nowhere-at-all'" in fault("s3://nowhere-at-all/frames.zarr")
+    assert "no Zarr store here" in fault(f"{bucket}/absent.zarr")
+    monkeypatch.delenv("AWS_ALLOW_HTTP")
+    assert "AWS_ALLOW_HTTP=true" in fault()
+    monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+    with socket.socket() as nobody:  # bound, and not listening: connections are refused
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        assert "does not answer" in fault()
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    monkeypatch.setenv("AWS_REGION", "elsewhere")
+    assert "pip install 'lsim[s3]'" in fault()
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", "/nowhere.json")
+    assert "pip install 'lsim[gcs]'" in fault("gs://bucket/frames.zarr")
