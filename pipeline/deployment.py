@@ -374,7 +374,12 @@ def _start_ssh(profile: Profile, security: Security | None) -> DaskCluster:
     hosts = options.pop("hosts")
     try:
         return SSHCluster(
-            hosts, worker_options=worker, scheduler_options=scheduler, security=security, **options
+            hosts,
+            worker_options=worker,
+            scheduler_options=scheduler,
+            security=security,
+            silence_logs=40,
+            **options,
         )
     except Exception as error:
         # asyncssh's errors share no other base, and the library raises Exception itself.
