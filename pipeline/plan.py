@@ -192,8 +192,9 @@ def plan_family(
     lengths = np.full(count, tile)
     lengths[-1:] = n - tile * (count - 1)
     frames = int((embedded * lengths).sum())
-    pairs = sum(int((lengths[:, None] * lengths)[one].sum()) for one in stale)
-    values = sum(int((lengths[:, None] * lengths * 2)[one].sum()) for one in stale)
+    of_tile = lengths[:, None] * lengths
+    pairs = sum(int(of_tile[one].sum()) for one in stale)
+    values = sum(int(of_tile[one | one.T].sum()) for one in stale)
     there = count * (count + 1) // 2 * len(stale)
     tiles = sum(int(one.sum()) for one in stale)
     seconds = frames * measured.embed_seconds + pairs / len(stale) * measured.pair_seconds
@@ -217,7 +218,7 @@ def plan_family(
 def order_squares(stale: np.ndarray, side: int) -> Iterator[tuple[int, int]]:
     """The squares of ``side`` × ``side`` tiles that hold any that is out of date, row by row, to and fro.
 
-    A square shares its rows with the one before it, or, where a row of squares ends, its columns.
+    A square has blocks in common with the one before it, or with the one before that.
     """
     count = -(-len(stale) // side)
     for row in range(count):
@@ -239,7 +240,7 @@ def simulate_embeddings(
     for worker in range(workers):
         kept: OrderedDict[int, None] = OrderedDict()
         for row, column in itertools.islice(squares, worker, None, workers):
-            for index in _touched(row, column, side, count, capacity):
+            for index in _touched(row, column, side, count):
                 if index in kept:
                     kept.move_to_end(index)
                     continue
@@ -250,18 +251,17 @@ def simulate_embeddings(
     return times
 
 
-def _touched(row: int, column: int, side: int, count: int, capacity: int) -> Iterator[int]:
-    """The blocks that a square uses, in order; tile by tile where it doesn't keep them all."""
+def _touched(row: int, column: int, side: int, count: int) -> Iterator[int]:
+    """The blocks that a square uses, tile by tile, in the order of :func:`pipeline.tiles.in_order`."""
     rows = range(row * side, min((row + 1) * side, count))
     columns = range(column * side, min((column + 1) * side, count))
-    if len(rows) + len(columns) <= capacity:
-        yield from (*columns, *rows)
-        return
     for number, i in enumerate(rows):
         for j in reversed(columns) if number % 2 else columns:
-            if i <= j:
+            if i < j:
                 yield i
                 yield j
+            elif i == j:
+                yield i
 
 
 def describe_plan(plan: Plan) -> str:

@@ -152,7 +152,7 @@ def compute_tiles(task: TileTask) -> TileResult:
         return len(block) * task.frame_bytes, compute
 
     keys = {index: (embeds_as(first), task.scope, block.content) for index, block in task.blocks.items()}
-    for i, j in _in_order(task.tiles.values()):
+    for i, j in in_order(task.tiles.values()):
         if not still_wanted():
             # Another copy was faster, or the run is over and the next may be writing.
             raise store.StoreError(f"{task.out}: nobody waits for tile {i},{j} of {task.key} any more")
@@ -225,7 +225,7 @@ def compare_blocks(metric: Metric, rows: EmbeddedBlock, columns: EmbeddedBlock) 
     return values.astype(np.float32)
 
 
-def _in_order(tiles: Iterable[Sequence[Tile]]) -> list[Tile]:
+def in_order(tiles: Iterable[Sequence[Tile]]) -> list[Tile]:
     """All tiles, row by row, to and fro: each shares a block with the one before."""
     order: list[Tile] = []
     there = sorted(set(itertools.chain.from_iterable(tiles)))
