@@ -209,6 +209,8 @@ def run(
         report = run_workflow(chosen, pool, out=out, data_dir=data_dir, progress=stage(pool))
     show_quarantined(report.conversion.quarantined)
     show_distances(report.distances)
+    if report.archive is not None:
+        show_archive(report.archive)
     show_correlations(report.correlation)
     output.print(f"report: {report.page}", markup=False)
     _exit(report.complete)
@@ -385,13 +387,27 @@ def correlate_command(
 
 @app.command("report")
 def report_command(
-    results: Annotated[str, typer.Argument(help="The folder or address that 'lsim correlate' wrote to.")],
-    out: Annotated[str | None, typer.Option(help="Folder of the page; default RESULTS/report.")] = None,
+    results: Annotated[
+        str,
+        typer.Argument(
+            help="The folder or address that 'lsim correlate' wrote to; or an archive.zarr, alone."
+        ),
+    ],
+    out: Annotated[
+        str | None, typer.Option(help="Folder of the page; default RESULTS/report, of an archive report.")
+    ] = None,
+    archive: Annotated[str | None, typer.Option(help="An archive.zarr whose maps are shown as well.")] = None,
 ) -> None:
-    """Write the HTML report."""
-    from pipeline.report import write_report
+    """Write the HTML report, of correlations, of an archive, or of both."""
+    from pipeline.report import is_archive, write_archive_report, write_report
 
-    output.print(f"report: {write_report(results, out=out)}", markup=False)
+    if not is_archive(results):
+        page = write_report(results, out=out, archive=archive)
+    elif archive is None:
+        page = write_archive_report(results, out or "report")
+    else:
+        raise typer.BadParameter(f"{results} is an archive; --archive goes with a folder of results")
+    output.print(f"report: {page}", markup=False)
 
 
 @app.command("neighbours")

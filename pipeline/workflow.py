@@ -11,11 +11,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import pydantic
 
 from pipeline.address import absolute, join
+from pipeline.archive import ArchiveReport, Matrix, compute_archive
 from pipeline.catalog import fetch, open_catalog
 from pipeline.choice import Settings, choose_metrics
 from pipeline.cluster import Cluster
@@ -45,6 +46,34 @@ class CorrelateSection(_Strict):
     seed: int = 0
 
 
+class ArchiveSection(_Strict):
+    """A matrix over all frames, see :func:`pipeline.archive.compute_archive`; its maps go into the report.
+
+    Metrics are told what the section ``distances`` tells them.
+
+    Attributes
+    ----------
+    metrics : list of str
+    scope : "dataset" or (lo, hi)
+        Of minimum and maximum.
+    groups : list of str
+        Keys ``<dataset>/<field>`` or patterns of them; none are all.
+    together : str, optional
+        One matrix over all groups, so called, instead of one for each.
+    """
+
+    metrics: Annotated[tuple[str, ...], pydantic.Field(min_length=1)]
+    scope: Literal["dataset"] | tuple[float, float] = "dataset"
+    groups: tuple[str, ...] = ()
+    together: str | None = None
+
+    def settings(self, distances: Settings) -> Settings:
+        """Those of ``distances``, for this section's metrics and scope."""
+        weights = {name: file for name, file in distances.weights.items() if name in self.metrics}
+        changes = {"metrics": self.metrics, "scope": self.scope, "pairs": "all", "weights": weights}
+        return distances.model_copy(update=changes)
+
+
 class Workflow(_Strict):
     """A run of all stages.
 
@@ -60,6 +89,8 @@ class Workflow(_Strict):
         Make or download what is absent first. Off for downloads that nobody should start by accident.
     out : str
         Default folder of the stores and results.
+    archive : ArchiveSection, optional
+        Without it there is no matrix over all frames.
     """
 
     title: str = ""
@@ -69,6 +100,7 @@ class Workflow(_Strict):
     out: str
     distances: Settings = Settings()
     correlate: CorrelateSection = CorrelateSection()
+    archive: ArchiveSection | None = None
 
 
 @dataclass
@@ -80,11 +112,13 @@ class WorkflowReport:
     correlation: CorrelationReport
     page: Path | str
     stores: dict[str, str] = field(default_factory=dict)
+    archive: ArchiveReport | None = None
 
     @property
     def complete(self) -> bool:
         """Whether no sequence was quarantined and no distance failed."""
-        return not (self.conversion.quarantined or self.distances.failures)
+        failures = self.distances.failures or (self.archive is not None and self.archive.failures)
+        return not (self.conversion.quarantined or failures)
 
 
 def open_workflow(name: str | os.PathLike[str]) -> Workflow:
@@ -143,9 +177,14 @@ def run_workflow(
         For metrics that :func:`pipeline.choice.choose_metrics` refuses; before anything is fetched.
     """
     folder = absolute(out if out is not None else workflow.out)
-    frames, distances, results = (join(folder, name) for name in ("frames.zarr", "distances.zarr", "results"))
+    names = ("frames.zarr", "distances.zarr", "archive.zarr", "results")
+    frames, distances, archive, results = (join(folder, name) for name in names)
     catalog = open_catalog(workflow.catalog)
     choose_metrics(workflow.distances)
+    section = workflow.archive
+    of_archive = section.settings(workflow.distances) if section is not None else None
+    if of_archive is not None:
+        choose_metrics(of_archive)
     if workflow.fetch:
         with progress("fetch"):
             fetch(catalog, workflow.datasets, data_dir)
@@ -160,12 +199,22 @@ def run_workflow(
         )
     with progress("distances") as show:
         computed = compute_distances(frames, distances, workflow.distances, cluster=cluster, progress=show)
+    of_all_frames = None
+    if section is not None and of_archive is not None:
+        matrix = Matrix(section.groups, section.together)
+        with progress("archive") as show:
+            of_all_frames = compute_archive(
+                frames, archive, of_archive, matrix, cluster=cluster, progress=show
+            )
     with progress("correlate"):
-        section = workflow.correlate
+        told = workflow.correlate
         correlation = correlate(
-            distances, results, protocol=section.protocols, replicates=section.replicates, seed=section.seed
+            distances, results, protocol=told.protocols, replicates=told.replicates, seed=told.seed
         )
     with progress("report"):
-        page = write_report(results, title=workflow.title or None)
+        maps_of = archive if of_all_frames is not None else None
+        page = write_report(results, title=workflow.title or None, archive=maps_of)
     stores = {"frames": frames, "distances": distances, "results": results}
-    return WorkflowReport(conversion, computed, correlation, page, stores)
+    if of_all_frames is not None:
+        stores["archive"] = archive
+    return WorkflowReport(conversion, computed, correlation, page, stores, of_all_frames)

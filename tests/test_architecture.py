@@ -20,6 +20,7 @@ STAGES = (
     "pipeline.correlate",
     "pipeline.report",
     "pipeline.archive",
+    "pipeline.embed",
 )
 PARTS_OF_STAGES = {
     "pipeline.blocks": "pipeline.distances",

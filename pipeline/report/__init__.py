@@ -17,11 +17,11 @@ import pandas as pd
 from pipeline.address import absolute, is_address, join
 from pipeline.mirror import local_folder
 from pipeline.report import contents, maps, pictures
-from pipeline.report.archive import ArchiveContents, gather_archive
+from pipeline.report.archive import ArchiveContents, gather_archive, is_archive
 from pipeline.report.contents import ReportError
 from pipeline.tables import write_csv
 
-__all__ = ["ReportError", "write_archive_report", "write_report"]
+__all__ = ["ReportError", "is_archive", "write_archive_report", "write_report"]
 
 TITLE = "Which metric ranks simulations best?"
 ARCHIVE_TITLE = "What lies near what?"

@@ -108,6 +108,11 @@ class ArchiveContents:
     table: pd.DataFrame
 
 
+def is_archive(path: str | os.PathLike[str]) -> bool:
+    """Whether there is an ``archive.zarr`` at a path or address."""
+    return store.exists(path) and store.open_store(path).attrs.get("kind") == schema.ARCHIVE_STORE
+
+
 def gather_archive(path: str | os.PathLike[str]) -> ArchiveContents:
     """Read all that the report shows of an archive.
 

@@ -106,7 +106,8 @@ def _labelled(frame: Frame, thumbs: dict[str, str]) -> dict[str, str]:
     """What stands for a frame: its picture, where there is one, and how it is called."""
     return {
         "src": thumbs.get(frame.name, ""),
-        "short": f"{frame.sequence.rpartition('/')[2]}:{frame.number}",
+        "sequence": frame.sequence.rpartition("/")[2],
+        "number": str(frame.number),
         "name": frame.name,
     }
 
@@ -185,7 +186,8 @@ def draw_map(
     Returns
     -------
     dict
-        ``svg`` and ``marks``: number, and place in percent, of each frame that is marked.
+        ``svg`` and ``marks``: number, place in percent, and side that the number goes to, of each frame
+        that is marked.
     """
     classes, palette = colours
     x, y, height = _on_paper(positions, width)
@@ -198,16 +200,22 @@ def draw_map(
         for k, colour in enumerate(palette)
         if (there & (classes == k)).any()
     )
+    rings = _dots(x, y, there & references)
     size = "small" if width == SMALL else "large"
     svg = Markup(
         f'<svg class="map {size}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
         f'<path class="lines" d="{lines}"/>'
-        f'<path class="rings" d="{_dots(x, y, there & references)}"/>'
+        f'<path class="rings" d="{rings}"/><path class="gaps" d="{rings}"/>'
         f'<path class="halos" d="{_dots(x, y, there & ~references)}"/>'
         f'<g class="dots">{dots}</g></svg>'
     )
     marks = [
-        {"number": n, "left": round(100 * x[k] / width, 2), "top": round(100 * y[k] / height, 2)}
+        {
+            "number": n,
+            "left": round(100 * x[k] / width, 2),
+            "top": round(100 * y[k] / height, 2),
+            "side": "before" if x[k] > 0.9 * width else "after",
+        }
         for n, k in enumerate(marked, start=1)
         if there[k]
     ]
