@@ -324,9 +324,14 @@ def _matrix(metric: Metric, sequence: _Sequence, scope: Scope, pairs: Pairs) -> 
 
 
 def _incomparable(matrix: np.ndarray, frames: np.ndarray, metric: Metric, task: BlockTask) -> str:
-    """Why distances that were asked for are NaN; empty when none is."""
+    """Why distances that were asked for are NaN or infinite; empty when none is."""
     computed = matrix if task.pairs == "all" else matrix[0]
     missing = int(np.isnan(computed).sum())
+    # Minus infinity is no fault: that is how far equal frames are by a negated ratio.
+    if not missing and (infinite := int(np.isposinf(computed).sum())):
+        scope = task.scopes[metric.preprocessing.mask]
+        where = f", whose values may be far from the scope {scope}" if isinstance(scope, tuple) else ""
+        return f"the metric gave infinity for {infinite} of {computed.size} distances of finite frames{where}"
     if not missing:
         return ""
     if metric.preprocessing.mask:

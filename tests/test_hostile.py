@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from archives import smooth_sequence, write_archive
 from synthetic import make_distances, parameters, random_distances, write_field
 from test_catalog import Server, write_catalog
 
@@ -756,6 +757,15 @@ def test_stores_that_claim_too_much_elsewhere_are_refused_too(tmp_path: Path, sh
         reasons = [str(error)]
     assert reasons
     assert all(re.search("would take .* this machine has", reason) for reason in reasons), reasons
+
+
+def test_distances_that_overflow_are_named(tmp_path: Path):
+    frames = write_archive(tmp_path / "frames.zarr", {"A/u": {"s": smooth_sequence(0) * np.float32(1e30)}})
+    (failure,) = compute(frames, tmp_path / "d.zarr", scope=(0.0, 1.0)).failures
+    assert re.search(
+        r"gave infinity for 20 of 25 distances .* far from the scope \(0.0, 1.0\)", failure.reason
+    )
+    assert not compute(frames, tmp_path / "sound.zarr").failures
 
 
 @pytest.mark.parametrize("name", list(UNSAFE.values()))
