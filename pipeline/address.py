@@ -89,6 +89,13 @@ def join(location: str, *names: str) -> str:
     return "/".join([location, *names]) if is_address(location) else os.path.join(location, *names)
 
 
+def parent(address: str) -> str:
+    """The address of what an address lies in; a bucket's is itself."""
+    scheme, bucket, name = split_bucket(address)
+    above = name.rpartition("/")[0]
+    return f"{scheme}://{bucket}/{above}" if above else f"{scheme}://{bucket}"
+
+
 def split_bucket(address: str) -> tuple[str, str, str]:
     """Scheme, bucket and the name in it of an address."""
     scheme, _, rest = address.partition("://")

@@ -29,7 +29,9 @@ A ``source`` is exactly one of
     (a number) are the most that the archive may hold; by default a multiple of its own size, and a million
     files, see :mod:`pipeline.limits`. Data sets with the same ``url`` share one download.
 ``path``
-    A folder or file on this machine; relative paths start at the catalog's own folder.
+    A folder or file on this machine; relative paths start at the catalog's own folder. Or the address of a
+    folder or file in an object store (``s3://``, ``gs://``), which ``lsim catalog fetch`` copies to this
+    machine, and later what has changed there.
 ``simulate``
     Families made on the spot: ``{recipe, families, size, seed, format}``, see :mod:`lsim.simulate`.
 
@@ -71,6 +73,8 @@ from pydantic import (
 )
 
 from pipeline import limits
+from pipeline.address import absolute, is_address, join
+from pipeline.bring import bring, brought
 from pipeline.names import group_fault, printable, shown
 from pipeline.resources import ResourceError, find_resource, shipped_names
 from pipeline.unpack import UnpackError, unpack
@@ -344,10 +348,12 @@ def locate(catalog: Catalog, entry: Dataset, data_dir: str | os.PathLike[str] | 
     top, and directly under the data root, where one unpacked by hand may lie.
     """
     source = entry.source
-    if source.path is not None:
-        path = catalog.file.parent / Path(source.path).expanduser() / source.folder
-        return path.resolve() if path.exists() else None
     root = data_root(data_dir)
+    if (address := _address(source)) is not None:
+        return brought(address, root / catalog.name / entry.name)
+    if source.path is not None:
+        path = _path(catalog, source)
+        return path.resolve() if path.exists() else None
     if source.simulate is not None:
         folder = root / catalog.name / entry.name
         note = _read_note(folder / _MADE_FROM) or {}
@@ -383,10 +389,12 @@ def how_to_get(catalog: Catalog, entry: Dataset, data_dir: str | os.PathLike[str
     """What to do for data that isn't there, in plain words."""
     source = entry.source
     label = f"dataset {entry.name} of catalog {catalog.name}"
-    if source.path is not None:
-        return f"{label}: nothing at {catalog.file.parent / source.path / source.folder} ({catalog.file})"
     command = f"lsim catalog fetch {_handle(catalog)}"
     root = data_root(data_dir)
+    if (address := _address(source)) is not None:
+        return f"{label} lies at {address}, and there is no whole copy under {root}; make it with: {command}"
+    if source.path is not None:
+        return f"{label}: nothing at {_path(catalog, source)} ({catalog.file})"
     if source.simulate is not None:
         return f"{label} has not been simulated under {root}; make it with: {command}"
     size = f" ({source.size})" if source.size else ""
@@ -396,6 +404,19 @@ def how_to_get(catalog: Catalog, entry: Dataset, data_dir: str | os.PathLike[str
         f"Download it with: {command} – or unpack it by hand so that {root / source.folder} exists; "
         "LSIM_DATA names another data folder."
     )
+
+
+def _address(source: Source) -> str | None:
+    """The address of a source in an object store; None for any other."""
+    location = absolute(source.path) if source.path is not None and "://" in source.path else ""
+    return join(location, *filter(None, [source.folder])) if is_address(location) else None
+
+
+def _path(catalog: Catalog, source: Source) -> Path:
+    """Where a source on this machine is; ``file://`` is a way to write a path."""
+    text = source.path or ""
+    path = Path(absolute(text)) if "://" in text else Path(text).expanduser()
+    return catalog.file.parent / path / source.folder
 
 
 @dataclass(frozen=True)
@@ -448,6 +469,11 @@ def fetch(
                 )
                 _simulate(source.simulate, folder, version)
                 action = "simulated"
+        elif (address := _address(source)) is not None:
+            if locate(catalog, entry, data_dir) is None:
+                say(f"{entry.name}: copying {address}")
+            if bring(address, data_root(data_dir) / catalog.name / entry.name):
+                action = "downloaded"
         elif locate(catalog, entry, data_dir) is None and source.url is not None:
             size = f" ({source.size})" if source.size else ""
             say(f"{entry.name}: downloading {source.download_name}{size}")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import objects
-from pipeline.address import is_address, join, split_bucket
+from pipeline.address import is_address, join, parent, split_bucket
 
 try:
     import fcntl
@@ -70,13 +70,11 @@ def _folder_lock(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _address_lock(address: str) -> Iterator[None]:
-    scheme, bucket, name = split_bucket(address)
+    name = split_bucket(address)[2]
     if not name:
         raise LockedError(f"{address}: a store needs a name in its bucket, as in {address}/frames.zarr")
     # Beside the store: an object in it would read as a stray member.
-    above, _, last = name.rpartition("/")
-    folder = f"{scheme}://{bucket}/{above}" if above else f"{scheme}://{bucket}"
-    lock = _Lock(address, folder, f"{last}.lock")
+    lock = _Lock(address, parent(address), f"{name.rpartition('/')[2]}.lock")
     lock.take()
     renewing = threading.Thread(target=lock.keep, name="lock", daemon=True)
     renewing.start()

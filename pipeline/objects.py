@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from pipeline.address import join, split_bucket
+from pipeline.address import join, parent, split_bucket
 
 if TYPE_CHECKING:
     from obstore.store import GCSStore, S3Store
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 EXTRAS = {"s3": "s3", "gs": "gcs"}
 """The extra of this package that a scheme needs."""
 ENVIRONMENT = {"s3": "AWS_", "gs": "GOOGLE_"}
+BLOCK_BYTES = 8 * 2**20
 FIRST_RETRIES = 2
 FIRST_PATIENCE_S = 10
 """How long a first contact is tried. Later requests have obstore's own patience, three minutes: a long run
@@ -97,15 +99,11 @@ def _explained(error: Exception, bucket: str) -> str:
 
 def read(folder: str, name: str) -> bytes | None:
     """The bytes of the object ``name`` below an address; None where there is none."""
-    return _found(folder, name)[0]
+    return read_with_tag(folder, name)[0]
 
 
 def read_with_tag(folder: str, name: str) -> tuple[bytes | None, dict[str, Any]]:
     """The bytes of an object, None where there is none, and which version of it they are."""
-    return _found(folder, name)
-
-
-def _found(folder: str, name: str) -> tuple[bytes | None, dict[str, Any]]:
     import obstore
 
     try:
@@ -169,6 +167,45 @@ def age_s(folder: str, name: str, probe: str) -> float:
     finally:
         obstore.delete(store, probe)
     return float((now - then).total_seconds())
+
+
+@dataclass(frozen=True)
+class Listed:
+    """An object as it is listed: its name below an address, bytes, and seconds since 1970 of its writing."""
+
+    name: str
+    size: int
+    time: float
+
+
+def listed(folder: str) -> list[Listed]:
+    """All objects below an address, by name."""
+    import obstore
+
+    found = [_listed(one) for page in obstore.list(connect(folder)) for one in page]
+    return sorted(found, key=lambda one: one.name)
+
+
+def look(address: str) -> Listed | None:
+    """The object at an address; None where there is none."""
+    import obstore
+
+    try:
+        return _listed(obstore.head(connect(parent(address)), split_bucket(address)[2].rpartition("/")[2]))
+    except FileNotFoundError:
+        return None
+
+
+def _listed(meta: Any) -> Listed:
+    return Listed(str(meta["path"]), int(meta["size"]), meta["last_modified"].timestamp())
+
+
+def blocks(folder: str, name: str) -> Iterator[bytes]:
+    """The bytes of an object, some megabytes at a time."""
+    import obstore
+
+    for block in obstore.get(connect(folder), name).stream(min_chunk_size=BLOCK_BYTES):
+        yield bytes(block)
 
 
 def names(folder: str) -> Iterator[str]:

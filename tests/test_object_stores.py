@@ -25,7 +25,8 @@ from zarr.storage import ObjectStore
 
 from lsim.simulate import write_families
 from pipeline import locks, objects, schema, store
-from pipeline.catalog import open_catalog
+from pipeline.bring import bring, brought
+from pipeline.catalog import MissingDataError, fetch, open_catalog
 from pipeline.choice import Settings
 from pipeline.cli import main
 from pipeline.cluster import Cluster
@@ -154,6 +155,44 @@ def test_the_whole_chain_ends_with_the_bytes_of_one_in_folders(bucket, tmp_path,
     for text in everything:
         assert SECRET.encode() not in text
         assert KEY_ID.encode() not in text
+
+
+def test_source_data_is_copied_from_an_address_and_converted(bucket, tmp_path, families, monkeypatch):
+    monkeypatch.setenv("LSIM_DATA", str(tmp_path / "data"))
+    for name, content in files_of(families).items():
+        objects.write(f"{bucket}/archive/waves", name, content)
+    catalog = open_catalog(catalog_file(tmp_path, f"{bucket}/archive/waves"))
+    out = f"{bucket}/frames.zarr"
+    with pytest.raises(MissingDataError, match=f"lies at {bucket}/archive/waves.*lsim catalog fetch"):
+        convert(catalog, out)
+    assert [done.action for done in fetch(catalog)] == ["downloaded"]
+    assert len(convert(catalog, out).converted) == 3
+    assert [done.action for done in fetch(catalog)] == ["present"]
+    assert not convert(catalog, out).changed
+    key = store.field_keys(store.open_store(out), schema.FRAMES)[0]
+    convert(open_catalog(catalog_file(tmp_path, str(families))), tmp_path / "frames.zarr")
+    for name in (schema.FRAMES, schema.CONTENT):
+        remote, local = (
+            store.open_dataset(place, key)[name].values for place in (out, tmp_path / "frames.zarr")
+        )
+        assert np.array_equal(remote, local)
+
+    # What vanished there vanishes here; what is half copied doesn't count.
+    gone = sorted({name.partition("/")[0] for name in files_of(families)})[0]
+    for name in objects.names(f"{bucket}/archive/waves/{gone}"):
+        objects.delete(f"{bucket}/archive/waves/{gone}", name)
+    assert [done.action for done in fetch(catalog)] == ["downloaded"]
+    report = convert(catalog, out)
+    assert (len(report.removed), len(report.unchanged)) == (1, 2)
+    copy = tmp_path / "data" / "mine" / "Waves"
+    assert brought(f"{bucket}/archive/waves", copy) == copy
+    objects.write(f"{bucket}/one", "run.nc", b"not read here")
+    assert bring(f"{bucket}/one/run.nc", tmp_path / "one")
+    assert brought(f"{bucket}/one/run.nc", tmp_path / "one") == tmp_path / "one" / "run.nc"
+    with pytest.raises(FileExistsError, match="no copy of"):
+        bring(f"{bucket}/one", families)
+    with pytest.raises(objects.ObjectStoreError, match="nothing here"):
+        bring(f"{bucket}/absent", tmp_path / "absent")
 
 
 def test_commands_take_addresses_and_their_errors_hold_no_secret(
