@@ -44,7 +44,7 @@ test-slurm: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
 test-netns: $(VENV)/.installed
-	tests/debian.sh iproute2 faketime
+	tests/debian.sh iproute2
 	$(BIN)/python -m pytest -m netns tests/netns
 
 lint: $(VENV)/.installed

@@ -64,15 +64,13 @@ class Hosts:
         self.processes.append(process)
         return process
 
-    def start_worker(self, host: str, *before: str, **environment: str) -> subprocess.Popen[str]:
+    def start_worker(self, host: str, **environment: str) -> subprocess.Popen[str]:
         """A worker with its nanny, by the shipped job script."""
-        scratch = self.folder / f"scratch-{host}"
+        script = ROOT / "workflows" / "jobs" / "worker.sh"
         options = ["--host", ADDRESSES[host], "--nthreads", "1", "--memory-limit", "2GB", "--name", host]
-        script = [*before, ROOT / "workflows" / "jobs" / "worker.sh", SCHEDULER]
-        named = {paced.WHO: host, "PYTHON": sys.executable} | environment
-        return self.start(
-            host, *script, *options, "--local-directory", scratch, log=f"worker-{host}.log", **named
-        )
+        options += ["--local-directory", str(self.folder / f"scratch-{host}")]
+        named = {paced.WHO: host, "PYTHON": sys.executable}
+        return self.start(host, script, SCHEDULER, *options, log=f"worker-{host}.log", **named, **environment)
 
     def start_lsim(
         self, host: str, *arguments: object, log: str, **environment: str

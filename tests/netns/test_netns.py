@@ -6,7 +6,10 @@ scheduler away from a worker, not the stores.
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import os
+import re
 import signal
 import sys
 import time
@@ -126,3 +129,56 @@ def test_a_host_cut_off_costs_its_blocks_and_comes_back(hosts, frames, undisturb
     np.testing.assert_equal(matrices_of(out), undisturbed)
     assert {path: time for path, time in chunk_times(out).items() if path in finished} == finished
     assert len({sequence for sequence, _ in pace.lines("end")}) == SEQUENCES
+
+
+def test_strangers_are_refused(hosts, frames, credentials, tmp_path):
+    members = Membership(hosts)
+    hosts.wait_until("a client with credentials", lambda: bool(members.changes))
+    foreign = write_credentials(tmp_path)
+    clear = SCHEDULER.replace("tls", "tcp")
+    strangers = {
+        "without TLS": (clear, {}, f"no scheduler answers at {clear}"),
+        "without credentials": (SCHEDULER, {}, f"{SCHEDULER} needs certificates"),
+        "with others' credentials": (SCHEDULER, foreign, "no scheduler answers to these certificates"),
+    }
+    started = {}
+    for number, (who, (address, theirs, _)) in enumerate(strangers.items()):
+        stranger = dataclasses.replace(
+            hosts, environment={k: v for k, v in hosts.environment.items() if k not in credentials} | theirs
+        )
+        out = tmp_path / f"{number}.zarr"
+        started[who] = stranger.start_lsim(
+            "h1", "distances", frames, "--out", out, *SETTINGS, "--cluster", address, log=f"{number}.log"
+        )
+    for number, (who, (_, _, expected)) in enumerate(strangers.items()):
+        assert started[who].wait(timeout=120) == 1, who
+        assert expected in hosts.log(f"{number}.log"), who
+    assert members.process.poll() is None, "the scheduler is there still"
+
+
+def test_clocks_that_differ_make_no_difference(hosts, frames, undisturbed):
+    out = hosts.folder / "d.zarr"
+    pace = paced.Pace(hosts.folder)
+    pace.seconds = 0.5
+    search = os.pathsep.join([str(Path(__file__).parent / "skewed"), hosts.environment["PYTHONPATH"]])
+    for host, ahead in (("h1", -3600), ("h2", 3600)):
+        hosts.start_worker(host, PYTHONPATH=search, CLOCK_AHEAD_S=str(ahead))
+    members = Membership(hosts)
+    hosts.wait_until("two workers", lambda: members.names == ["h1", "h2"])
+    run = hosts.start_lsim(
+        "h0", "distances", frames, "--out", out, *SETTINGS, "--cluster", SCHEDULER, log="run.log"
+    )
+    hosts.wait_until("both compute", lambda: pace.workers() == {"h1", "h2"})
+    pace.seconds = 0
+    assert run.wait(timeout=120) == 0, hosts.log("run.log")
+    np.testing.assert_equal(matrices_of(out), undisturbed)
+    assert len(pace.lines("begin")) == SEQUENCES, "a block was begun twice"
+    first, second = (clock_of(hosts.log(f"worker-{host}.log")) for host in ("h1", "h2"))
+    assert second - first > datetime.timedelta(minutes=90), "the clocks did not differ"
+
+
+def clock_of(log: str) -> datetime.datetime:
+    """The first time in a worker's log."""
+    found = re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", log, re.MULTILINE)
+    assert found, log
+    return datetime.datetime.fromisoformat(found[0])
