@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import sys
@@ -21,8 +23,10 @@ from lsim.prepared import Prepared
 from lsim.testing import write_random_checkpoint
 from lsim.weights import load_checkpoint, save_checkpoint
 from pipeline import schema, store, versions
+from pipeline.blocks import fingerprint
 from pipeline.choice import Settings, UnavailableMetricError
 from pipeline.cluster import Cluster
+from pipeline.compute import BlockTask, compute_block, compute_blocks
 from pipeline.correlate import CorrelationError, correlate
 from pipeline.distances import compute_distances
 from pipeline.profiles import Profile
@@ -66,6 +70,57 @@ def test_same_bytes_whatever_the_workers_and_the_block(tmp_path, shared, publish
     assert alone.keys() == many.keys() == {*CLASSIC, "lsim"}
     for name, matrices in alone.items():
         np.testing.assert_array_equal(matrices, many[name], err_msg=name)
+
+
+def test_blocks_are_chosen_by_what_a_sequence_takes_and_no_value_depends_on_them(tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(20, frames=4, size=16))
+    report = compute(frames, tmp_path / "measured.zarr", metrics=CLASSIC, block=None)
+    size = report.sizes["A/density"]
+    assert size.seconds_per_sequence > 0
+    assert size.sequences in (1, 2, 4, 8, 16)
+    group = store.get_group(store.open_store(tmp_path / "measured.zarr"), "A/density")
+    assert store.get_array(group, "l2").chunks[0] == size.sequences
+    (run,) = store.open_store(tmp_path / "measured.zarr").attrs["runs"]
+    assert run["new_blocks"]["A/density"]["sequences"] == size.sequences
+    assert run["matrices"] == 20 * len(CLASSIC)
+    single = compute(frames, tmp_path / "single.zarr", metrics=CLASSIC, block=1)
+    assert (single.blocks, single.sizes) == (20, {})
+    expected = matrices_of(tmp_path / "single.zarr")
+    for name, matrices in matrices_of(tmp_path / "measured.zarr").items():
+        np.testing.assert_array_equal(matrices, expected[name], err_msg=name)
+    again = compute(frames, tmp_path / "measured.zarr", metrics=CLASSIC, block=None)
+    assert (again.up_to_date, again.blocks, again.sizes) == (20 * len(CLASSIC), 0, {})
+
+
+def test_blocks_that_an_earlier_attempt_finished_are_left_as_they_are(tmp_path, monkeypatch):
+    """Several blocks to a task: the one that a worker died with is computed again, not those before it."""
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(6, frames=3, size=16))
+    given: list[list[BlockTask]] = []
+    monkeypatch.setattr(
+        "pipeline.distances._tasks", lambda fields, pace: iter([(tuple(fields[0].blocks()),)])
+    )
+    monkeypatch.setattr("pipeline.distances.compute_blocks", lambda tasks: given.append(tasks) or 1 / 0)
+    compute(frames, tmp_path / "d.zarr", block=1)
+    together = given[0]
+    assert [len(tasks) for tasks in given] == [6] + [1] * 6  # those of a task that failed, one by one
+    for task in together[:2]:
+        compute_block(task)
+    assert compute_blocks(together).matrices == 12
+    chunks = [tmp_path / "d.zarr" / "A" / "density" / "l2" / "c" / str(k) / "0" / "0" for k in range(6)]
+    written = [chunk.stat().st_mtime_ns for chunk in chunks]
+    assert max(written[:2]) < min(written[2:])
+    before = matrices_of(tmp_path / "d.zarr")
+    compute_blocks(together)
+    assert [chunk.stat().st_mtime_ns for chunk in chunks] == written
+    monkeypatch.undo()
+    compute(frames, tmp_path / "e.zarr", block=2)
+    np.testing.assert_array_equal(matrices_of(tmp_path / "e.zarr")["l2"], before["l2"])
+
+
+def test_fingerprints_of_stores_of_before_still_hold():
+    made_of = {"content": "c0ffee", "specification": "5pec", "scope": (0.0, 2.5), "pairs": "all"}
+    expected = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
+    assert fingerprint("c0ffee", "5pec", (0.0, 2.5), "all") == expected
 
 
 def test_a_second_run_has_nothing_to_do_and_starts_no_worker(tmp_path):

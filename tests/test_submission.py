@@ -17,8 +17,9 @@ import pytest
 from distributed import Client, KilledWorker
 
 from pipeline import packed, stopping, submission
-from pipeline.cluster import Cluster
+from pipeline.cluster import FAULT_TOLERANCE, Cluster
 from pipeline.profiles import ClusterError, Profile
+from pipeline.resident import still_wanted
 from pipeline.submission import run_bounded
 
 
@@ -66,6 +67,30 @@ def fail_where_it_is_slow(folder: str, number: int) -> int:
         time.sleep(4)
     time.sleep(0.05)
     return number
+
+
+def watch_whether_it_is_wanted(folder: str) -> None:
+    """Says when it has begun, and when nobody waits for it any more; nothing in a minute."""
+    Path(folder, f"wanted {still_wanted()}").touch()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if not still_wanted():
+            Path(folder, "given up").touch()
+            return
+        time.sleep(0.02)
+
+
+def nap_or_watch(seconds: float, folder: str) -> None:
+    if folder:
+        watch_whether_it_is_wanted(folder)
+    time.sleep(seconds)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name}: not within a minute"
+        time.sleep(0.02)
 
 
 def test_tasks_are_taken_as_others_finish(two_workers):
@@ -117,7 +142,8 @@ def test_the_window_follows_the_threads_that_join(monkeypatch):
     assert max(windows) > 1.5 * max(windows[:20])
 
 
-def test_a_task_that_kills_its_workers_is_handed_back_and_the_others_go_on():
+def test_a_task_that_kills_its_workers_is_handed_back_and_the_others_go_on(monkeypatch):
+    monkeypatch.setitem(FAULT_TOLERANCE["distributed"]["scheduler"], "allowed-failures", 1)
     with Cluster(Profile(workers=2)) as cluster:
         outcomes = {
             number: error
@@ -149,6 +175,16 @@ def test_a_copy_that_fails_leaves_the_task_to_the_first(two_workers, tmp_path, m
     assert len(outcomes) == 12
     # One more where a task waited behind it on the same worker.
     assert tally["copies"] in (1, 2)
+
+
+def test_a_task_knows_when_nobody_waits_for_it_any_more(two_workers, tmp_path):
+    """What goes on in its thread then writes nothing: the next run may be writing."""
+    outcomes = run_bounded(two_workers, nap_or_watch, [(0.0, ""), (0.0, str(tmp_path))])
+    next(outcomes)
+    wait_for(tmp_path / "wanted True")
+    outcomes.close()
+    wait_for(tmp_path / "given up")
+    assert still_wanted()  # outside of a worker
 
 
 @contextlib.contextmanager
