@@ -5,11 +5,12 @@ BIN    := $(VENV)/bin
 KERAS  ?= .venv-keras
 OUT    ?= demo
 
-.PHONY: help demo test test-keras test-slurm test-netns lint bench clean
+.PHONY: help demo test test-keras test-faults test-slurm test-netns lint bench clean
 help:
 	@echo "make demo   simulate 32 sequences, rank all metrics on them, and write $(OUT)/results/report/index.html"
 	@echo "make test   run the tests"
 	@echo "make test-keras   run those of the Keras models, under TensorFlow"
+	@echo "make test-faults   run those of faults, the long ones too: what dies, fills up or is damaged (root for some)"
 	@echo "make test-slurm   run those that need SLURM: two virtual nodes on this machine, started for them (root)"
 	@echo "make test-netns   run those that need hosts: network namespaces, made for them (root)"
 	@echo "make lint   ruff (format and lint) and mypy"
@@ -38,6 +39,9 @@ $(KERAS)/.installed: pyproject.toml constraints.txt
 
 test-keras: $(KERAS)/.installed
 	LSIM_TEST_KERAS=1 $(KERAS)/bin/python -m pytest tests/test_export_keras.py
+
+test-faults: $(VENV)/.installed
+	$(BIN)/python -m pytest -m 'not netns and not slurm' tests/faults tests/test_verify.py
 
 test-slurm: $(VENV)/.installed
 	tests/debian.sh slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge
