@@ -239,7 +239,8 @@ class Catalog(_Strict):
 
     @model_validator(mode="after")
     def _names_agree(self) -> Catalog:
-        _group_name(self.name)
+        if _group_name(self.name) == _DOWNLOADS:
+            raise ValueError(f"name {_DOWNLOADS!r}: the folder of downloads is called so")
         names = [entry.name for entry in self.datasets]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

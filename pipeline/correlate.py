@@ -35,7 +35,7 @@ from pipeline import schema, statistics, store
 from pipeline.address import absolute, is_address, relative
 from pipeline.mirror import local_folder
 from pipeline.statistics import Protocol
-from pipeline.tables import read_csv, write_csv
+from pipeline.tables import as_text, read_csv, write_csv
 from pipeline.versions import versions
 
 ALGORITHM = 1
@@ -675,9 +675,9 @@ def _write_tables(
     # As the authors write it: csv's own line ends, figures rounded to three places, zeros not padded.
     with open(out / PUBLISHED_TABLE, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["Metric", *columns])
+        writer.writerow(["Metric", *map(as_text, columns)])
         for metric in metrics:
-            writer.writerow([metric, *(round(float(values[metric, name]), 3) for name in columns)])
+            writer.writerow([as_text(metric), *(round(float(values[metric, name]), 3) for name in columns)])
 
 
 def _replace(path: Path, text: str) -> None:

@@ -16,12 +16,13 @@ import pandas as pd
 _FORMULA = re.compile(r"[=+\-@\t\r']")
 
 
+def as_text(value: Any) -> Any:
+    """A cell as it is written: a text that could be a formula has an apostrophe before it."""
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+
+
 def write_csv(table: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     """Write a table, without its index."""
-
-    def as_text(value: Any) -> Any:
-        return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
-
     table.map(as_text).to_csv(path, index=False, errors="backslashreplace")
 
 

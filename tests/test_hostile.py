@@ -831,7 +831,7 @@ def report_of(folder: Path, names: list[str], text: str, file: str) -> Path:
     (data / f"z{file}.nc").write_bytes(b"broken")
     about = dict.fromkeys(("title", "licence", "citation"), text)
     dataset = {"name": "D", "source": {"path": "data"}, "reader": "xarray", **about}
-    pools = {text: ["D"]}
+    pools = {f"={text}": ["D"]}
     catalog = {"name": "mine", "doi": text, **about, "datasets": [dataset], "pools": pools}
     (folder / "mine.yaml").write_text(json.dumps(catalog))
     convert(open_catalog(folder / "mine.yaml"), folder / "frames.zarr")
