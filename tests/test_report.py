@@ -19,7 +19,7 @@ from pipeline.correlate import correlate
 from pipeline.report import ReportError, pictures, write_report
 from pipeline.report.contents import Strip
 
-VOID = {"meta", "img", "br", "link", "input", "hr"}
+VOID = {"meta", "img", "br", "wbr", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
