@@ -512,7 +512,7 @@ def verify_command(
 def simulate_command(
     recipe: Annotated[str, typer.Argument(help="smoke, burgers, …; see docs/simulate.md")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder of data sets; the families lie in OUT/RECIPE/.")
+        str | None, typer.Option(help="Folder of data sets; the families lie in OUT/RECIPE/.")
     ] = None,
     families: Annotated[int, typer.Option(min=1, help="How many, numbered from 1.")] = 10,
     size: Annotated[int, typer.Option(help="Pixels along each axis, even.")] = 256,
@@ -547,7 +547,7 @@ def train_command(
     ],
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default the file's.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="A frames.zarr, or a folder of data sets; default the file's.")
+        str | None, typer.Option(help="A frames.zarr, or a folder of data sets; default the file's.")
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Stop in good order after so long; the same command goes on.")

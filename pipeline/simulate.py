@@ -27,9 +27,11 @@ from lsim.simulate import (
 from lsim.simulate.families import ground_truth
 from lsim.simulate.hardness import reference_errors
 from lsim.simulate.layout import Format, read_frames, read_record, settings
-from pipeline.catalog import Catalog, Dataset, Source
+from pipeline.address import absolute, is_address, split_bucket
+from pipeline.catalog import Catalog, Dataset, Source, data_root
 from pipeline.cluster import Cluster
 from pipeline.convert import ConversionReport, convert
+from pipeline.store import exists
 from pipeline.submission import run_bounded
 
 Output: TypeAlias = Literal["npz", "png", "zarr"]
@@ -65,7 +67,7 @@ class SimulationReport:
     unlike : list of str
         Those of ``others`` that were made with other settings (size, seed, format, version of the recipe), or
         not by this function.
-    store : Path or None
+    store : Path, str for an address, or None
         The store that was brought up to date.
     conversion : ConversionReport or None
     seconds : float
@@ -80,7 +82,7 @@ class SimulationReport:
     discarded: dict[str, int] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
     unlike: list[str] = field(default_factory=list)
-    store: Path | None = None
+    store: Path | str | None = None
     conversion: ConversionReport | None = None
     seconds: float = 0.0
 
@@ -112,9 +114,10 @@ def simulate(
     ----------
     recipe : str
         A name in :data:`lsim.simulate.RECIPES`.
-    out : path
+    out : path, or address with ``zarr``
         Folder of data sets. With ``zarr`` the store lies beside it, ``<out>.zarr``; ``out`` may be given
-        with that ending, too.
+        with that ending, too. With an address the store alone lies there, and the families under the data
+        root (:func:`pipeline.catalog.data_root`).
     families : int
         How many, numbered from 1.
     size : int, default 256
@@ -141,11 +144,17 @@ def simulate(
     """
     if format not in OUTPUTS:
         raise ValueError(f"format must be one of {OUTPUTS}, got {format!r}")
-    root = Path(os.path.abspath(out))  # `.` and `..` have no name that a store beside them could take
-    root = root.with_suffix("") if root.suffix == ".zarr" else root
-    if format == "zarr" and not root.name:
+    beside = absolute(out).removesuffix(".zarr")  # absolute: `.` has no name that a store could take
+    root = Path(beside)
+    if is_address(beside):
+        if format != "zarr":
+            raise ValueError(
+                f"{beside}: families are files in a folder on this machine; zarr makes a store there"
+            )
+        root = data_root() / CATALOG / split_bucket(beside)[2].rpartition("/")[2]
+    if format == "zarr" and not (split_bucket(beside)[2] if is_address(beside) else root.name):
         raise ValueError(f"out must be a folder beside which a store can lie, got {out}")
-    store = root.with_name(f"{root.name}.zarr")
+    place = f"{beside}.zarr"
     files: Format = "npz" if format == "zarr" else format
     report = SimulationReport(recipe, root / recipe)
     missing = missing_families(report.folder, recipe, families, size, seed, files)
@@ -173,11 +182,11 @@ def simulate(
     report.discarded = _discarded(report)
     report.others, report.unlike = _others(report, size, seed, files)
     if format == "zarr" and report.numbers:
-        report.conversion = convert(_catalog(report), store, client=lambda: cluster.client)
-        report.store = store
-    elif format == "zarr" and store.exists():
+        report.conversion = convert(_catalog(report), place, client=lambda: cluster.client)
+        report.store = place if is_address(place) else Path(place)
+    elif format == "zarr" and exists(place):
         raise SimulationError(
-            f"{store} is left as it was: of {families} families of recipe {recipe!r} none is of use. "
+            f"{place} is left as it was: of {families} families of recipe {recipe!r} none is of use. "
             f"The first: {report.unusable[min(report.unusable)]}"
         )
     return report

@@ -17,7 +17,7 @@ from lsim.training import LayoutFolders, SequenceError, SequenceSource, Training
 from lsim.training.train import STATE
 from pipeline import schema
 from pipeline.resources import find_resource, read_yaml, validated
-from pipeline.store import field_keys, get_array, get_group, open_store, read
+from pipeline.store import exists, field_keys, get_array, get_group, open_store, read
 
 
 class TrainingFileError(ValueError):
@@ -45,7 +45,8 @@ class TrainingRun(_Strict):
     out : str
         Folder of the run.
     data : str
-        A ``frames.zarr``, or a folder of data sets in the layout of the published data.
+        A ``frames.zarr``, at a path or an address, or a folder of data sets in the layout of the published
+        data.
     datasets : list of str, optional
         Which of its data sets; default all, or in a folder those of ``simulate``.
     simulate : dict, optional
@@ -82,7 +83,7 @@ def missing_data(run: TrainingRun) -> dict[str, int]:
     None where ``data`` is a store, nor for a run that goes on: that has to have the data which it began with,
     though a recipe may have changed since.
     """
-    if (Path(run.out) / STATE).exists() or _is_store(run.data):
+    if (Path(run.out) / STATE).exists() or exists(run.data):
         return {}
     missing = {
         recipe: len(missing_families(Path(run.data) / recipe, recipe, asked.families, asked.size, asked.seed))
@@ -99,16 +100,16 @@ def describe_data(run: TrainingRun) -> dict[str, str]:
         for recipe, asked in run.simulate.items()
         if not run.datasets or recipe in run.datasets
     }
-    if made and not _is_store(run.data):
+    if made and not exists(run.data):
         described["simulated"] = json.dumps(made)
     return described
 
 
 def open_sequences(run: TrainingRun) -> SequenceSource:
     """The sequences of a training file, from a store or from folders."""
+    if exists(run.data):  # in which nothing is simulated
+        return StoredSequences(run.data, run.datasets or None)
     data = Path(run.data)
-    if _is_store(data):  # in which nothing is simulated
-        return StoredSequences(data, run.datasets or None)
     datasets = run.datasets or sorted(run.simulate)
     if not datasets:
         datasets = sorted(entry.name for entry in data.iterdir() if entry.is_dir()) if data.is_dir() else []
@@ -119,16 +120,12 @@ def open_sequences(run: TrainingRun) -> SequenceSource:
     return LayoutFolders(data, datasets)
 
 
-def _is_store(path: str | os.PathLike[str]) -> bool:
-    return (Path(path) / "zarr.json").exists()
-
-
 class StoredSequences:
     """Sequences of a ``frames.zarr``.
 
     Parameters
     ----------
-    path : Path
+    path : path or address
     datasets : sequence of str or None
         None takes all.
 
@@ -140,7 +137,7 @@ class StoredSequences:
         When it lacks a data set.
     """
 
-    def __init__(self, path: Path, datasets: Sequence[str] | None) -> None:
+    def __init__(self, path: str | os.PathLike[str], datasets: Sequence[str] | None) -> None:
         self._path = path
         root = open_store(path)
         keys = field_keys(root, schema.FRAMES)

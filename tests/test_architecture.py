@@ -247,7 +247,7 @@ def test_simulated_data_sets_are_made_from_the_command_alone() -> None:
     users = {m for m in IMPORTS if m != "pipeline.simulate" and list(offenders(m, "pipeline.simulate"))}
     assert users <= {"pipeline", "pipeline.cli", "pipeline.train"}  # the package names what it offers
     used = {n.split(".")[1] for n in IMPORTS["pipeline.simulate"] if n.startswith("pipeline.")}
-    assert used <= {"convert", "cluster", "submission", "catalog"}
+    assert used <= {"convert", "cluster", "submission", "catalog", "store", "address"}
 
 
 def test_the_accessor_knows_metrics_and_no_store() -> None:

@@ -35,6 +35,8 @@ from pipeline.correlate import correlate
 from pipeline.distances import compute_distances
 from pipeline.profiles import Profile
 from pipeline.report import write_report
+from pipeline.simulate import simulate
+from pipeline.train import TrainingRun, open_sequences
 
 KEY_ID, SECRET = "AKIAOFTHETEST", "hush/hush+0123456789abcdef"
 QUICK = Settings(metrics=("l1", "l2"), size=None, block=2)
@@ -193,6 +195,20 @@ def test_source_data_is_copied_from_an_address_and_converted(bucket, tmp_path, f
         bring(f"{bucket}/one", families)
     with pytest.raises(objects.ObjectStoreError, match="nothing here"):
         bring(f"{bucket}/absent", tmp_path / "absent")
+
+
+def test_simulations_become_a_store_at_an_address_and_are_trained_on_there(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("LSIM_DATA", str(tmp_path / "data"))
+    with Cluster(Profile(kind="none")) as cluster:
+        with pytest.raises(ValueError, match="zarr makes a store there"):
+            simulate("waves", f"{bucket}/made", 2, 32, cluster=cluster)
+        report = simulate("waves", f"{bucket}/made", 2, 32, format="zarr", cluster=cluster)
+    assert report.store == f"{bucket}/made.zarr"
+    assert report.folder == tmp_path / "data" / "simulated" / "made" / "waves"
+    run = TrainingRun(out=str(tmp_path / "run"), data=report.store)
+    source = open_sequences(run)
+    assert len(source.names) == 2
+    assert source.read(0).frames.shape[0] == 11
 
 
 def test_commands_take_addresses_and_their_errors_hold_no_secret(
