@@ -43,7 +43,7 @@ from pipeline.plan import (
     room_for,
 )
 from pipeline.profiles import Profile
-from pipeline.resident import MetricRequest, check_own_metrics, prewarm
+from pipeline.resident import MetricRequest, dismiss_unfit_workers, prewarm
 from pipeline.scopes import dataset_range, recorded_range
 from pipeline.submission import run_bounded
 from pipeline.tiles import TileTask, compute_tiles, embeds_as
@@ -567,7 +567,7 @@ def _run(
         return []
     client = context.cluster.client
     if client is not None:
-        check_own_metrics(client, list(context.requests.values()))
+        dismiss_unfit_workers(client, list(context.requests.values()))
         prewarm(client, list(context.requests.values()))
     if progress is not None:
         progress(0, len(tasks))

@@ -35,7 +35,7 @@ from pipeline.compute import (
 )
 from pipeline.fields import checked_fields
 from pipeline.profiles import Profile
-from pipeline.resident import MetricRequest, check_own_metrics, prewarm
+from pipeline.resident import MetricRequest, dismiss_unfit_workers, prewarm
 from pipeline.scopes import dataset_range
 from pipeline.sizing import BlockSize, Pace, block_size
 from pipeline.submission import run_bounded
@@ -250,7 +250,7 @@ class _Workers:
         client = self.cluster.client
         if not self.description:
             if client is not None:
-                check_own_metrics(client, self.requests)
+                dismiss_unfit_workers(client, self.requests)
                 prewarm(client, self.requests)
                 self.threads = max(1, sum(client.nthreads().values()))
             self.description = self.cluster.describe()
@@ -403,6 +403,8 @@ def _run(
                 report.blocks += len(together)
                 totals.add(together[0].key, result)
                 pace.note(together[0].key, len(together), sum(result.seconds_by_stage.values()))
+            elif store.is_full_disk(error):
+                raise error  # as would all others
             elif len(together) > 1:
                 yield together
                 continue

@@ -30,7 +30,7 @@ from pipeline.cluster import Cluster
 from pipeline.content import read_sequence
 from pipeline.fields import checked_fields
 from pipeline.profiles import Profile
-from pipeline.resident import MetricRequest, check_own_metrics, get_metric, prewarm
+from pipeline.resident import MetricRequest, dismiss_unfit_workers, get_metric, prewarm
 from pipeline.scopes import dataset_range
 from pipeline.submission import run_bounded
 from pipeline.versions import versions
@@ -424,7 +424,7 @@ def _run(
         return
     client = cluster.client
     if client is not None:
-        check_own_metrics(client, [request])
+        dismiss_unfit_workers(client, [request])
         prewarm(client, [request])
     if progress is not None:
         progress(0, len(tasks))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import platform
 import threading
@@ -64,6 +65,8 @@ class MetricRequest:
         """The request of this very metric, as it was loaded."""
         return replace(self, specification_hash=metric.specification_hash)
 
+
+logger = logging.getLogger(__name__)
 
 _lock = threading.Lock()
 _metrics: dict[tuple[MetricRequest, str], Metric] = {}
@@ -124,22 +127,39 @@ def prewarm(client: Client, requests: list[MetricRequest]) -> None:
     client.register_plugin(MetricLoader(requests))
 
 
-def check_own_metrics(client: Client, requests: Sequence[MetricRequest]) -> None:
-    """Have every worker of now load the metrics that are given by reference.
+def dismiss_unfit_workers(client: Client, requests: Sequence[MetricRequest]) -> None:
+    """Have every worker of now load the metrics, and send away those that cannot: others do their work.
+
+    They are named in a warning. A worker that stayed would fail at once whatever it is given, and so be
+    given more than the others.
 
     Raises
     ------
     ClusterError
-        Naming a worker that cannot, and what to do: rather than once for every block.
+        Naming a worker and what to do, where none can.
     """
+    outcomes = client.run(load_metrics, list(requests), on_error="return")
+    unfit = {address: error for address, error in outcomes.items() if isinstance(error, Exception)}
+    if unfit and len(unfit) == len(outcomes):
+        error = next(iter(unfit.values()))
+        raise ClusterError(str(error)) from error
+    for error in unfit.values():
+        logger.warning("left out: %s", error)
+    if unfit:
+        client.retire_workers(list(unfit), close_workers=True)
+
+
+async def load_metrics(requests: Sequence[MetricRequest]) -> None:
+    """:func:`get_metric` for :meth:`distributed.Client.run`: the metrics themselves don't travel."""
     for request in requests:
-        if ":" in request.name:
-            client.run(get_metric_here, request)
-
-
-def get_metric_here(request: MetricRequest) -> None:
-    """:func:`get_metric` for :meth:`distributed.Client.run`: the metric itself doesn't travel."""
-    get_metric(request)
+        try:
+            await asyncio.to_thread(get_metric, request)
+        except (ClusterError, WeightsError):
+            raise
+        except Exception as error:  # of a metric of one's own, that may raise anything
+            raise ClusterError(
+                f"{_this_worker()} cannot load metric {request.name!r}: {type(error).__name__}: {error}"
+            ) from error
 
 
 class MetricLoader(WorkerPlugin):
@@ -153,7 +173,7 @@ class MetricLoader(WorkerPlugin):
     async def setup(self, worker: Worker) -> None:
         for request in self.requests:
             # A worker whose setup fails joins all the same; the task that loads again raises.
-            with contextlib.suppress(WeightsError, UnknownMetricError, ClusterError):
+            with contextlib.suppress(Exception):
                 await asyncio.to_thread(get_metric, request)
 
 

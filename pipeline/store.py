@@ -91,6 +91,26 @@ class _AddressStore(ObjectStore[Any]):
     def __str__(self) -> str:
         return self._address
 
+    async def get(self, *arguments: Any, **named: Any) -> Any:
+        with objects.in_one_line(self._address):
+            return await super().get(*arguments, **named)
+
+    async def get_partial_values(self, *arguments: Any, **named: Any) -> Any:
+        with objects.in_one_line(self._address):
+            return await super().get_partial_values(*arguments, **named)
+
+    async def exists(self, key: str) -> bool:
+        with objects.in_one_line(self._address):
+            return await super().exists(key)
+
+    async def set(self, key: str, value: Any) -> None:
+        with objects.in_one_line(self._address):
+            await super().set(key, value)
+
+    async def delete(self, key: str) -> None:
+        with objects.in_one_line(self._address):
+            await super().delete(key)
+
 
 def _storage(path: str | os.PathLike[str]) -> str | _AddressStore:
     """What zarr and xarray open: obstore for an address; for a path itself, of which zarr makes a LocalStore.
@@ -156,7 +176,7 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     Raises
     ------
     StoreError
-        When another process does so already.
+        When another process does so already, and when a disk is full meanwhile.
     """
     location = absolute(path)
     _refuse_foreign(location)
@@ -165,6 +185,17 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
             yield
     except locks.LockedError as error:
         raise StoreError(str(error)) from error
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        raise StoreError(
+            f"{path}: {error.strerror}; what is finished is kept: make space, and run the same command again"
+        ) from error
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error says that a disk, or one's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def revision(path: str | os.PathLike[str], variable: str) -> str:
