@@ -158,7 +158,10 @@ class _Lock:
                 return True
             except PermissionError:
                 pass
-        return objects.age_s(self.folder, self.name, f"{self.name}.{self.owner['id']}") > STALE_S
+        try:
+            return objects.age_s(self.folder, self.name, f"{self.name}.{self.owner['id']}") > STALE_S
+        except FileNotFoundError:  # given back just now
+            return True
 
     def _taken_by(self, owner: dict[str, Any]) -> str:
         known = (

@@ -6,6 +6,7 @@ nothing here takes, keeps or prints any.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,25 +74,38 @@ def _connect(address: str, environment: tuple[tuple[str, str], ...]) -> S3Store 
         )
     opener = store.S3Store if scheme == "s3" else store.GCSStore
     first: Any = {"max_retries": FIRST_RETRIES, "retry_timeout": timedelta(seconds=FIRST_PATIENCE_S)}
-    try:
+    with in_one_line(address):
         next(iter(obstore.list(opener(bucket, retry_config=first), prefix=name or None, chunk_size=1)), None)
         return opener(bucket, prefix=name or None)
-    except (obstore.exceptions.BaseError, OSError, ValueError) as error:
-        # Without its cause: that quotes the whole request.
-        raise ObjectStoreError(f"{address}: {_explained(error, bucket)}") from None
+
+
+@contextlib.contextmanager
+def in_one_line(address: str) -> Iterator[None]:
+    """Make obstore's errors an :class:`ObjectStoreError` that names the address; theirs quote the request.
+
+    An object that isn't there remains a FileNotFoundError.
+    """
+    from obstore import exceptions
+
+    try:
+        yield
+    except (exceptions.AlreadyExistsError, exceptions.PreconditionError, exceptions.NotSupportedError):
+        raise  # answers, for whoever asked
+    except exceptions.BaseError as error:
+        raise ObjectStoreError(f"{address}: {_explained(error, split_bucket(address)[1])}") from None
 
 
 def _explained(error: Exception, bucket: str) -> str:
     """What is wrong, in one line and in words that hold nothing of the request."""
     text = str(error)
-    if "NoSuchBucket" in text or ("404" in text and "bucket" in text.lower()):
+    if "NoSuchBucket" in text:
         return f"there is no bucket {bucket!r}"
     if "169.254.169.254" in text or "metadata.google" in text:
         return (
             "no credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
             "GOOGLE_APPLICATION_CREDENTIALS), and this machine has none of its own"
         )
-    if "403" in text or "401" in text or "AccessDenied" in text:
+    if any(said in text for said in ("403 Forbidden", "401 Unauthorized", "AccessDenied")):
         return f"access to bucket {bucket!r} is denied: look at the credentials in the environment"
     # obstore goes on with a dump of its request.
     return f"the object store does not answer: {text.partition('Debug source')[0].strip()[:300]}"
@@ -107,8 +121,9 @@ def read_with_tag(folder: str, name: str) -> tuple[bytes | None, dict[str, Any]]
     import obstore
 
     try:
-        response = obstore.get(connect(folder), name)
-        return bytes(response.bytes()), _version(response.meta)
+        with in_one_line(folder):
+            response = obstore.get(connect(folder), name)
+            return bytes(response.bytes()), _version(response.meta)
     except FileNotFoundError:
         return None, {}
 
@@ -121,7 +136,8 @@ def write(folder: str, name: str, content: bytes) -> None:
     """Write an object, whole or not at all."""
     import obstore
 
-    obstore.put(connect(folder), name, content)
+    with in_one_line(folder):
+        obstore.put(connect(folder), name, content)
 
 
 def write_if(folder: str, name: str, content: bytes, *, version: dict[str, Any] | None) -> dict[str, Any]:
@@ -139,8 +155,10 @@ def write_if(folder: str, name: str, content: bytes, *, version: dict[str, Any] 
     """
     import obstore
 
+    mode: Any = "create" if version is None else version
     try:
-        result = obstore.put(connect(folder), name, content, mode="create" if version is None else version)  # type: ignore[arg-type]
+        with in_one_line(folder):
+            result = obstore.put(connect(folder), name, content, mode=mode)
     except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError, FileNotFoundError):
         raise ChangedError(join(folder, name)) from None
     return _version(result)
@@ -150,10 +168,8 @@ def delete(folder: str, name: str) -> None:
     """Delete an object; nothing there is no error."""
     import obstore
 
-    try:
+    with contextlib.suppress(FileNotFoundError), in_one_line(folder):
         obstore.delete(connect(folder), name)
-    except FileNotFoundError:
-        return
 
 
 def age_s(folder: str, name: str, probe: str) -> float:
@@ -161,11 +177,12 @@ def age_s(folder: str, name: str, probe: str) -> float:
     import obstore
 
     store = connect(folder)
-    obstore.put(store, probe, b"")
-    try:
-        now, then = (obstore.head(store, one)["last_modified"] for one in (probe, name))
-    finally:
-        obstore.delete(store, probe)
+    with in_one_line(folder):
+        obstore.put(store, probe, b"")
+        try:
+            now, then = (obstore.head(store, one)["last_modified"] for one in (probe, name))
+        finally:
+            obstore.delete(store, probe)
     return float((now - then).total_seconds())
 
 
@@ -182,7 +199,8 @@ def listed(folder: str) -> list[Listed]:
     """All objects below an address, by name."""
     import obstore
 
-    found = [_listed(one) for page in obstore.list(connect(folder)) for one in page]
+    with in_one_line(folder):
+        found = [_listed(one) for page in obstore.list(connect(folder)) for one in page]
     return sorted(found, key=lambda one: one.name)
 
 
@@ -191,7 +209,10 @@ def look(address: str) -> Listed | None:
     import obstore
 
     try:
-        return _listed(obstore.head(connect(parent(address)), split_bucket(address)[2].rpartition("/")[2]))
+        with in_one_line(address):
+            return _listed(
+                obstore.head(connect(parent(address)), split_bucket(address)[2].rpartition("/")[2])
+            )
     except FileNotFoundError:
         return None
 
@@ -204,14 +225,16 @@ def blocks(folder: str, name: str) -> Iterator[bytes]:
     """The bytes of an object, some megabytes at a time."""
     import obstore
 
-    for block in obstore.get(connect(folder), name).stream(min_chunk_size=BLOCK_BYTES):
-        yield bytes(block)
+    with in_one_line(folder):
+        for block in obstore.get(connect(folder), name).stream(min_chunk_size=BLOCK_BYTES):
+            yield bytes(block)
 
 
 def names(folder: str) -> Iterator[str]:
     """Names of all objects below an address."""
     import obstore
 
-    for page in obstore.list(connect(folder)):
-        for found in page:
-            yield str(found["path"])
+    with in_one_line(folder):
+        for page in obstore.list(connect(folder)):
+            for found in page:
+                yield str(found["path"])

@@ -20,6 +20,7 @@ import pytest
 import xarray as xr
 from archives import archive_of, write_archive
 from moto.server import ThreadedMotoServer
+from obstore.exceptions import PermissionDeniedError
 from obstore.store import S3Store
 from zarr.storage import ObjectStore
 
@@ -408,6 +409,11 @@ def test_what_cannot_be_opened_is_said_in_one_line_and_soon(bucket, monkeypatch,
 
     assert "there is no bucket 'nowhere-at-all'" in fault("s3://nowhere-at-all/frames.zarr")
     assert "no Zarr store here" in fault(f"{bucket}/absent.zarr")
+    root = store.open_store(f"{bucket}/frames.zarr")
+    denied = f"{bucket}/frames.zarr: access to .* is denied"
+    with pytest.raises(objects.ObjectStoreError, match=denied) as later, objects.in_one_line(str(root.store)):
+        raise PermissionDeniedError(f"403 Forbidden\nDebug source: {SECRET}")
+    assert SECRET not in str(later.value)
     monkeypatch.delenv("AWS_ALLOW_HTTP")
     assert "AWS_ALLOW_HTTP=true" in fault()
     monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
