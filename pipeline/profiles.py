@@ -50,16 +50,15 @@ def parse_duration(value: Any) -> float:
     ValueError
         For anything else.
     """
-    if isinstance(value, str) and ":" in value:
-        days, _, clock = value.rpartition("-")
-        parts = [float(part) for part in clock.split(":")]
-        if not 2 <= len(parts) <= 3:
-            raise ValueError(f"expected hh:mm:ss, got {value!r}")
-        seconds = sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
-        return seconds + 86400 * float(days or 0)
     try:
+        if isinstance(value, str) and ":" in value:
+            days, _, clock = value.rpartition("-")
+            hours, minutes, seconds = (float(part) for part in f"{clock}:0".split(":")[:3])
+            if clock.count(":") > 2:
+                raise ValueError
+            return 86400 * float(days or 0) + 3600 * hours + 60 * minutes + seconds
         return float(parse_timedelta(value))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"expected a duration as in 30s, 2h or 01:30:00, got {value!r}") from error
 
 

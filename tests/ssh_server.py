@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,22 +25,23 @@ def ssh_server(folder: Path) -> Iterator[dict[str, Any]]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="ssh server")
     thread.start()
-    running: set[asyncio.subprocess.Process] = set()
+    running: set[subprocess.Popen[bytes]] = set()
 
     async def handle(process: asyncssh.SSHServerProcess[bytes]) -> None:
-        pipe = asyncio.subprocess.PIPE
-        child = await asyncio.create_subprocess_shell(
-            process.command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
+        pipe = subprocess.PIPE
+        child = subprocess.Popen(
+            process.command, shell=True, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
         )
         running.add(child)
         await process.redirect(stdin=child.stdin, stdout=child.stdout, stderr=child.stderr)
-        ends = [asyncio.ensure_future(end) for end in (child.wait(), process.wait_closed())]
+        ends = [asyncio.ensure_future(end) for end in (asyncio.to_thread(child.wait), process.wait_closed())]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         kill(child)  # what a client has left is not kept
-        process.exit(await child.wait())
+        process.exit(await asyncio.to_thread(child.wait))
+        await asyncio.gather(*ends)
         running.discard(child)
 
-    def kill(child: asyncio.subprocess.Process) -> None:
+    def kill(child: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
 
@@ -58,6 +60,9 @@ def ssh_server(folder: Path) -> Iterator[dict[str, Any]]:
             kill(child)
         server.close()
         await server.wait_closed()
+        while running:
+            await asyncio.sleep(0.05)
+        await loop.shutdown_default_executor()
 
     server = asyncio.run_coroutine_threadsafe(listen(), loop).result(30)
     try:

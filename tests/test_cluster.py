@@ -1,19 +1,32 @@
-"""Workers hold their metrics: loaded once a process, again after a restart; profiles are checked."""
+"""Workers hold their metrics; clusters of every kind start as their profiles say, and listen on loopback."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
+import dask
+import psutil
 import pytest
 from archives import archive_of, write_archive
+from commands import run_lsim
+from distributed import LocalCluster
+from ssh_server import ssh_server
 
-from pipeline.choice import Settings
-from pipeline.cluster import Cluster
-from pipeline.distances import compute_distances
-from pipeline.profiles import ClusterError, Profile, load_profile
+from pipeline.check import check_cluster, compare_versions
+from pipeline.cluster import FAULT_TOLERANCE, Cluster
+from pipeline.credentials import credentials
+from pipeline.deployment import check_options, jobs_cluster, lifetime
+from pipeline.distances import Settings, compute_distances
+from pipeline.profiles import ClusterError, Kind, Profile, load_profile, parse_duration
 from pipeline.resident import load_counts
 from pipeline.submission import run_bounded
 
@@ -67,28 +80,192 @@ def test_a_task_that_fails_is_handed_back_and_the_others_go_on(kind):
     assert all(result == k**2 for k, (result, _) in outcomes.items() if k != 3)
 
 
-def test_scheduler_and_dashboard_listen_on_loopback_alone():
-    with Cluster(Profile(workers=1)) as cluster:
-        client = cluster.client
-        assert "127.0.0.1" in client.scheduler.address
-        assert all("127.0.0.1" in address for address in client.run(where_it_runs))
-        listening = {
-            line.split()[1].split(":")[0]
-            for line in Path("/proc/net/tcp").read_text().splitlines()[1:]
-            if line.split()[3] == "0A" and _belongs_to_us(line.split()[9])
-        }
-        assert listening == {"0100007F"}, "something listens beyond 127.0.0.1"
+@pytest.fixture(scope="module")
+def local() -> Iterator[Cluster]:
+    """A running cluster of two processes."""
+    with Cluster(Profile(workers=2, environment={"COLOUR": "blue"})) as cluster:
+        assert cluster.client is not None
+        yield cluster
 
 
-def _belongs_to_us(inode: str) -> bool:
-    descriptors = Path("/proc/self/fd")
-    targets = []
-    for entry in descriptors.iterdir():
+def test_nothing_listens_beyond_loopback(local):
+    assert local.client.scheduler.address.startswith("tcp://127.0.0.1:")
+    me = psutil.Process()
+    tree = [me, *me.children(recursive=True)]
+    assert {worker.pid for worker in tree} >= set(local.client.run(where_it_runs).values())
+    listening = {
+        socket.laddr.ip
+        for process in tree
+        for socket in process.net_connections(kind="inet")
+        if socket.status == psutil.CONN_LISTEN
+    }
+    assert listening == {"127.0.0.1"}
+
+
+def test_shipped_timeouts_are_those_of_the_scheduler_and_its_workers(local):
+    comm, scheduler = (FAULT_TOLERANCE["distributed"][part] for part in ("comm", "scheduler"))
+    wanted = {
+        "distributed.scheduler.allowed-failures": scheduler["allowed-failures"],
+        "distributed.comm.timeouts.tcp": comm["timeouts"]["tcp"],
+        "distributed.comm.retry.count": comm["retry"]["count"],
+    }
+    for name, value in wanted.items():
+        assert local.client.run_on_scheduler(dask.config.get, name) == value
+        assert set(local.client.run(dask.config.get, name).values()) == {value}
+    assert set(local.client.run(os.getenv, "COLOUR").values()) == {"blue"}
+
+
+def slow_task(number: int, log: str) -> int:
+    """Says when it begins and ends; a second in between."""
+    with open(log, "a") as file:
+        file.write(f"begin {number} {os.getpid()}\n")
+    time.sleep(1)
+    with open(log, "a") as file:
+        file.write(f"end {number} {os.getpid()}\n")
+    return number
+
+
+def suspicions(dask_scheduler: Any) -> int:
+    """How often the scheduler suspects a task of having killed its worker."""
+    return sum(prefix.suspicious for prefix in dask_scheduler.task_prefixes.values())
+
+
+def wait_until(what: str, condition: Any, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+
+
+def test_a_worker_that_is_told_to_go_finishes_its_task_and_hands_back_the_others(local, tmp_path):
+    log = tmp_path / "log"
+    log.touch()
+    client = local.client
+    futures = client.map(slow_task, range(6), log=str(log), pure=False)
+    wait_until("two tasks", lambda: len(log.read_text().splitlines()) >= 2)
+    gone = int(log.read_text().split()[2])
+    os.kill(gone, signal.SIGTERM)
+    assert client.gather(futures) == list(range(6))
+    wait_until("its end", lambda: gone not in client.run(where_it_runs, on_error="ignore").values())
+    assert client.run_on_scheduler(suspicions) == 0
+    lines = log.read_text().splitlines()
+    begun, ended = ([line.split()[1] for line in lines if line.startswith(w)] for w in ("begin", "end"))
+    assert sorted(begun) == sorted(ended) == [str(k) for k in range(6)], "a task was lost, or run again"
+
+
+def test_a_nanny_that_is_told_to_go_waits_for_its_worker(tmp_path):
+    log = tmp_path / "log"
+    log.touch()
+    loopback = ("--dashboard-address", "127.0.0.1:0")
+    command = [sys.executable, "-m"]
+    search = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=None, silence_logs=40) as scheduler:
+        command += ["distributed.cli.dask_worker", scheduler.scheduler_address, *loopback, "--nthreads", "1"]
+        workers = [
+            subprocess.Popen(
+                [*command, "--name", name],
+                env=os.environ | {"PYTHONPATH": search},
+                stderr=subprocess.DEVNULL,
+            )
+            for name in ("a", "b")
+        ]
         try:
-            targets.append(os.readlink(entry))
-        except FileNotFoundError:  # the descriptor of this very listing
-            continue
-    return f"socket:[{inode}]" in targets
+            address = Profile(kind="address", address=scheduler.scheduler_address, start_timeout=120)
+            with Cluster(address) as cluster:
+                client = cluster.client
+                client.wait_for_workers(2, timeout=120)
+                futures = client.map(slow_task, range(6), log=str(log), pure=False)
+                wait_until("two tasks", lambda: len(log.read_text().splitlines()) >= 2)
+                workers[0].terminate()
+                assert client.gather(futures) == list(range(6))
+                assert client.run_on_scheduler(suspicions) == 0
+                assert workers[0].wait(timeout=60) == 0
+        finally:
+            for worker in workers:
+                worker.terminate()
+            for worker in workers:
+                worker.wait(timeout=120)
+    lines = log.read_text().splitlines()
+    ended = [line.split()[1] for line in lines if line.startswith("end")]
+    assert sorted(ended) == [str(k) for k in range(6)]
+    assert len(lines) == 12, "a task was lost, or run again"
+
+
+def test_a_cluster_by_ssh_is_encrypted_and_leaves_nothing(tmp_path):
+    shared = tmp_path / "shared"
+    with ssh_server(tmp_path) as connection:
+        options = {"hosts": ["127.0.0.1", "127.0.0.1"], "connect_options": connection}
+        profile = Profile(
+            kind="ssh",
+            workers=2,
+            shared_folder=str(shared),
+            environment={"COLOUR": "blue"},
+            start_timeout=120,
+            options=options,
+        )
+        with Cluster(profile) as cluster:
+            client = cluster.client
+            client.wait_for_workers(2, timeout=120)
+            assert client.scheduler.address.startswith("tls://")
+            assert all(address.startswith("tls://") for address in client.run(os.getpid))
+            assert set(client.run(os.getenv, "COLOUR").values()) == {"blue"}
+            assert cluster.describe() == {"profile": "ssh", "threads": 1, "tls": True, "workers": 2}
+            assert len(list(shared.iterdir())) == 1
+    assert not list(shared.iterdir())
+
+
+def test_a_host_that_cannot_be_reached_is_an_error_that_names_it(tmp_path):
+    options = {"hosts": ["127.0.0.1", "127.0.0.1"], "connect_options": {"port": 1, "known_hosts": None}}
+    profile = Profile(kind="ssh", shared_folder=str(tmp_path), options=options)
+    with Cluster(profile) as cluster, pytest.raises(ClusterError, match=r"127\.0\.0\.1"):
+        assert cluster.client
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["slurm", "pbs"])
+def test_the_script_of_a_job(kind, tmp_path):
+    profile = Profile(
+        kind=kind,
+        threads=2,
+        memory_limit="4GiB",
+        walltime="02:00:00",
+        interface="lo",
+        resources={"GPU": 1},
+        environment={"PLACE": "a b"},
+        shared_folder=str(tmp_path),
+        options={"queue": "long", "processes": 3, "job_script_prologue": ["module load cuda"]},
+    )
+    with credentials(profile) as security, jobs_cluster(profile, security) as cluster:
+        script = cluster.job_script()
+        (folder,) = tmp_path.iterdir()
+    directives = {
+        "slurm": ["-p long", "--cpus-per-task=6", "--mem=12G", "-t 02:00:00"],
+        "pbs": ["-q long", "-l select=1:ncpus=6:mem=12GB", "-l walltime=02:00:00"],
+    }
+    for directive in directives[kind]:
+        assert f"#{'SBATCH' if kind == 'slurm' else 'PBS'} {directive}\n" in script
+    before, _, command = script.partition(" -m distributed.cli.dask_worker ")
+    prologue = before.splitlines()
+    assert "trap : TERM" in prologue, "the job would end before its worker"
+    assert "export PLACE='a b'" in prologue
+    assert "export DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP=12s" in prologue
+    assert prologue.index("module load cuda") > prologue.index("export PLACE='a b'")
+    assert command.startswith("tls://127.0.0.1:")
+    for option in (
+        "--nthreads 2",
+        "--nworkers 3",
+        "--memory-limit 4.00GiB",
+        "--resources GPU=1",
+        "--interface lo",
+        "--lifetime 6840s --lifetime-stagger 300s --no-lifetime-restart",
+        f"--tls-key {folder / 'key.pem'}",
+        "--no-dashboard --dashboard-address 127.0.0.1:0",
+    ):
+        assert f" {option}" in command
+    assert "PRIVATE KEY" not in script
+
+
+# ---------------------------------------------------------------- profiles
 
 
 def test_profiles_by_name_address_and_file(tmp_path):
@@ -100,9 +277,47 @@ def test_profiles_by_name_address_and_file(tmp_path):
     assert load_profile(str(file)).workers == 2
 
 
+@pytest.mark.parametrize("name", get_args(Kind))
+def test_a_profile_of_every_kind_is_shipped_and_its_options_are_some(name):
+    if name == "address":
+        pytest.skip("addresses are named as they are")
+    profile = load_profile(name)
+    assert profile.kind == name
+    with contextlib.suppress(ClusterError) if not is_here(name) else contextlib.nullcontext():
+        check_options(profile)
+
+
+def is_here(kind: str) -> bool:
+    """Whether the package that starts clusters of this kind is installed."""
+    module = {"cuda": "dask_cuda", "kubernetes": "dask_kubernetes"}.get(kind, "distributed")
+    return importlib.util.find_spec(module) is not None
+
+
+@pytest.mark.skipif(is_here("cuda"), reason="dask-cuda is here")
+def test_a_package_that_is_not_here_is_an_error_that_names_the_extra():
+    with pytest.raises(ClusterError, match=r"pip install 'lsim\[cuda\]'"):
+        Cluster(load_profile("cuda"))
+
+
 @pytest.mark.parametrize(
     ("text", "fault"),
-    [("kind: local\nwrokers: 2\n", "wrokers"), ("kind: address\n", "address"), ("- 1\n", "")],
+    [
+        ("kind: local\nwrokers: 2\n", "wrokers: unknown key, did you mean 'workers'"),
+        ("kind: address\n", "address"),
+        ("kind: lokal\n", "'local'"),
+        ("- 1\n", "expected keys and values"),
+        ("kind: none\nworkers: 2\n", "'none' has no workers"),
+        ("kind: local\nwalltime: 1h\n", "'local' has no walltime"),
+        ("kind: local\ndevice: cuda:0\nthreads: 2\n", "threads: 1"),
+        ("kind: cuda\nthreads: 2\n", "threads: 1"),
+        ("kind: slurm\n", "memory_limit: a job needs a number"),
+        ("kind: slurm\nmemory_limit: 1GB\nwalltime: soon\n", "walltime: expected a duration"),
+        ("kind: local\nworkers: {minimum: 3, maximum: 2}\n", "minimum 3 is above maximum 2"),
+        ("kind: local\nworkers: {maximum: 2, most: 3}\n", "most"),
+        ("kind: ssh\nworkers: {maximum: 2}\n", "fixed number"),
+        ("kind: local\ntls: false\nsecurity: {ca_file: a, cert: b, key: c}\n", "tls: false"),
+        ("kind: slurm\nmemory_limit: 1GB\nhost: a\ninterface: b\n", "give one of them"),
+    ],
 )
 def test_a_profile_with_an_unknown_key_or_wrong_value_is_an_error_that_names_it(tmp_path, text, fault):
     file = tmp_path / "mine.yaml"
@@ -111,6 +326,107 @@ def test_a_profile_with_an_unknown_key_or_wrong_value_is_an_error_that_names_it(
         load_profile(str(file))
 
 
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"options": {"local_direktory": "/x"}}, "local_direktory.*did you mean 'local_directory'"),
+        ({"options": {"n_workers": 2}}, "n_workers is not for profiles.*use workers"),
+        ({"options": {"interface": "eth0"}}, "interface is not for profiles.*use host"),
+        ({"kind": "slurm", "options": {"queu": "a"}}, "queu.*did you mean 'queue'"),
+        ({"kind": "slurm", "options": {"cores": 2}}, "cores is not for profiles.*use threads"),
+        ({"kind": "pbs", "options": {"job_cpu": 2}}, "job_cpu.*no such option"),
+        ({"kind": "slurm", "options": {"scheduler_options": {"prot": 1}}}, "prot.*did you mean 'port'"),
+        ({"kind": "slurm", "options": {"worker_extra_args": ["--lifetime=1h"]}}, "use lifetime"),
+        ({"kind": "slurm", "walltime": "00:02:00", "lifetime": "3m"}, "don't fit into a walltime of 120 s"),
+        ({"kind": "slurm", "walltime": "00:01:00"}, "don't fit into a walltime of 60 s"),
+        ({"kind": "ssh"}, "options.hosts: expected the scheduler's host"),
+        (
+            {"kind": "ssh", "options": {"hosts": ["a", "b"], "worker_options": {"nthreads": 2}}},
+            "nthreads is not for profiles.*use threads",
+        ),
+    ],
+)
+def test_options_are_checked_before_anything_starts(settings, fault):
+    settings = settings | ({"memory_limit": "1GB"} if settings.get("kind") in ("slurm", "pbs") else {})
+    with pytest.raises(ClusterError, match=fault):
+        Cluster(Profile(**settings))
+
+
+@pytest.mark.skipif(not is_here("kubernetes"), reason="dask-kubernetes is not here")
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({}, "say tls: false"),
+        ({"tls": False, "options": {"imagge": "a"}}, "did you mean 'image'"),
+        (
+            {"tls": False, "threads": 2, "options": {"custom_cluster_spec": "a.yaml"}},
+            "threads: options.custom",
+        ),
+    ],
+)
+def test_a_cluster_of_pods_cannot_be_encrypted_and_says_so(settings, fault):
+    with pytest.raises(ClusterError, match=fault):
+        Cluster(Profile(kind="kubernetes", **settings))
+
+
+def test_workers_are_gone_before_the_walltime_is_over():
+    for hours in (0.1, 1, 24, 200):
+        profile = Profile(kind="slurm", memory_limit="1GB", walltime=hours * 3600, grace=25)
+        lasting, stagger = lifetime(profile)
+        assert lasting > stagger
+        assert lasting + stagger + 25 < hours * 3600
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("2 hours", 7200), ("01:30:00", 5400), ("1-00:00:00", 86400), ("10:00", 36000), (45, 45)],
+)
+def test_durations_as_batch_systems_and_dask_have_them(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("wrong", ["soon", "1:2:3:4", "", None, "a:b"])
+def test_what_is_no_duration_is_an_error(wrong):
+    with pytest.raises(ValueError, match="expected a duration"):
+        parse_duration(wrong)
+
+
 def test_an_unknown_profile_is_an_error_that_lists_the_known():
-    with pytest.raises(ClusterError, match="local, none"):
+    with pytest.raises(ClusterError, match="kubernetes, local, none"):
         load_profile("lokal")
+
+
+def test_workers_are_for_clusters_that_are_started():
+    with pytest.raises(ClusterError, match="--workers is for clusters that are started"):
+        load_profile("none", workers=2)
+
+
+# ---------------------------------------------------------------- lsim cluster check
+
+
+def test_check_measures_a_cluster_and_tells_what_a_run_would_take(tmp_path):
+    archive = write_archive(tmp_path / "frames.zarr", archive_of(30, frames=4))
+    code, text = run_lsim("cluster", "check", "local", archive, "--workers", "1", "--metrics", "l1,ssim")
+    assert code == 0, text
+    assert "1 worker(s), 1 thread(s)" in text
+    assert "distributed" in text
+    assert "A/density: a sequence of 4 frames takes" in text
+    assert "30 sequences in" in text
+
+
+def test_check_wants_a_folder_that_all_workers_see():
+    with pytest.raises(ClusterError, match="--folder"):
+        check_cluster(load_profile("slurm"))
+
+
+def test_versions_that_matter_are_errors_and_others_are_told():
+    here = {"lsim": "0.1.0", "torch": "2.5", "dask": "2026.1.0", "python": "3.11.7", "scipy": "1.14"}
+    assert compare_versions(here, here) == ([], [])
+    there = here | {"torch": "2.6", "dask": "2026.2.0", "python": "3.12.1"}
+    errors, warned = compare_versions(here, there)
+    assert errors == ["torch 2.6, here 2.5"]
+    assert warned == ["dask 2026.2.0, here 2026.1.0", "python 3.12.1, here 3.11.7"]
+    errors, _ = compare_versions(here, here | {"dask": "2025.12.0"})
+    assert errors == ["dask 2025.12.0, here 2026.1.0"]
+    errors, _ = compare_versions(here, {k: v for k, v in here.items() if k != "lsim"})
+    assert errors == ["lsim none, here 0.1.0"]
