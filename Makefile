@@ -60,6 +60,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/metrics.py
 	$(BIN)/python benchmarks/preprocess.py
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/object_stores.py
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/simulate.py --families 2
 
