@@ -1,4 +1,4 @@
-"""Chunks damaged on disk: seen, named, that sequence alone left out, and computed once they are whole again."""
+"""Chunks damaged on disk: seen, named, that sequence alone left out, and computed once they are whole."""
 
 from __future__ import annotations
 
