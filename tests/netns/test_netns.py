@@ -28,7 +28,7 @@ from pipeline import schema, store
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(900)]
 
 TESTS = Path(paced.__file__).parent
-SEQUENCES = 150
+SEQUENCES = 100
 KEY = "A/density"
 RECOVERY_S = 60
 """A bound of liveness on any machine; what it took is printed."""

@@ -100,7 +100,7 @@ def start(slurm, tmp_path) -> Iterator[Callable[..., Run]]:
             "kind": "slurm",
             "workers": 2,
             "threads": 1,
-            "memory_limit": "1GB",
+            "memory_limit": "2GB",
             "interface": "lo",
             "walltime": "00:10:00",
             "resources": {"GPU": 1},
