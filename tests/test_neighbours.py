@@ -45,6 +45,18 @@ def test_the_nearest_are_those_of_the_row(archive, monkeypatch, columns_together
     assert (found.compared, found.without_distance) == (43, 1)
 
 
+def test_only_the_row_s_chunks_are_read(tmp_path):
+    path = make_archive(tmp_path / "archive.zarr", {"A/x": {"A/x": 8}}, tile=16)
+    wanted = find_neighbours(path, "a3:2", 20)
+    # Frame 35 is in the third row of tiles; all others are damaged.
+    for chunk in path.glob("A/x/*/c/*/*"):
+        if chunk.parts[-2] != "2":
+            chunk.write_bytes(b"damaged")
+    assert find_neighbours(path, "a3:2", 20) == wanted
+    with pytest.raises(store.DamagedError, match=r"lsim.*c/0/0"):
+        find_neighbours(path, "a0:2", 20)
+
+
 def test_every_metric_has_its_distances_and_one_orders(archive):
     by_lsim = find_neighbours(archive, "shapes0:4", 3, matrix="Shapes/rgb")
     assert by_lsim.metric == "lsim"

@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 
 import pytest
+import xarray as xr
 from commands import run_lsim
 
 import lsim
@@ -15,7 +16,7 @@ from pipeline.cluster import Cluster
 from pipeline.profiles import Profile
 from pipeline.resources import shipped_names
 from pipeline.train import open_training
-from pipeline.workflow import Workflow, WorkflowError, open_workflow, run_workflow
+from pipeline.workflow import ArchiveSection, Workflow, WorkflowError, open_workflow, run_workflow
 
 TRAINING = [name for name in shipped_names("workflows") if name.startswith("train_")]
 RUNS = [name for name in shipped_names("workflows") if name not in TRAINING]
@@ -98,4 +99,60 @@ def test_wrong_settings_of_metrics_are_errors_before_any_stage(tmp_path, monkeyp
         run_workflow(workflow, cluster, data_dir=tmp_path / "data", progress=progress)
     assert begun == []
     assert not out.exists()
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_workflow_with_an_archive_shows_its_map(tmp_path):
+    (tmp_path / "waves.yaml").write_text(
+        "name: waves\ndatasets:\n- name: Waves\n  reader: lsim\n"
+        "  source: {simulate: {recipe: waves, families: 2, size: 64, seed: 4}}\n"
+    )
+    (tmp_path / "mine.yaml").write_text(
+        "catalog: waves.yaml\nfetch: true\nout: results\ndistances: {metrics: [l1], size: 64}\n"
+        "correlate: {replicates: 0}\narchive: {metrics: [l2, l1], together: all}\n"
+    )
+    workflow = open_workflow(tmp_path / "mine.yaml")
+    out = tmp_path / "out"
+    begun = []
+
+    def progress(title):
+        begun.append(title)
+        return contextlib.nullcontext(lambda done, total: None)
+
+    def run():
+        with Cluster(Profile(kind="none")) as cluster:
+            return run_workflow(workflow, cluster, out=out, data_dir=tmp_path / "data", progress=progress)
+
+    report = run()
+    assert begun == ["fetch", "convert", "distances", "archive", "correlate", "report"]
+    assert report.archive is not None
+    assert report.archive.frames == 22
+    assert report.complete
+    archive = xr.open_datatree(report.stores["archive"], engine="zarr")["together/all"]
+    assert archive.sizes["frame"] == 22
+    assert {"l1", "l2"} <= set(archive.data_vars)
+    assert '<svg class="map' in Path(report.page).read_text()
+    again = run()
+    assert again.archive is not None
+    assert again.archive.tiles == 0
+
+
+def test_the_archive_s_metrics_are_told_what_distances_are():
+    distances = Settings(
+        metrics=("ssim",),
+        size=64,
+        options={"ssim": {"window": "gaussian"}},
+        weights={"mine": "a", "other": "b"},
+    )
+    section = ArchiveSection(metrics=("ssim", "mine"), scope=(0.0, 1.0))
+    found = section.settings(distances)
+    assert (found.metrics, found.scope, found.size) == (("ssim", "mine"), (0.0, 1.0), 64)
+    assert (found.options, found.weights) == (distances.options, {"mine": "a"})
+
+
+def test_wrong_metrics_of_an_archive_are_errors_before_any_stage(tmp_path):
+    section = ArchiveSection(metrics=("nosuch",))
+    workflow = Workflow(catalog="demo", fetch=True, out=str(tmp_path / "out"), archive=section)
+    with Cluster(Profile(kind="none")) as cluster, pytest.raises(lsim.UnknownMetricError, match="nosuch"):
+        run_workflow(workflow, cluster, data_dir=tmp_path / "data", progress=contextlib.nullcontext)
     assert not (tmp_path / "data").exists()

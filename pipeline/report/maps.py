@@ -24,6 +24,8 @@ LARGE, SMALL = 480, 240
 """Widths of maps, in the SVG's own units."""
 MARGIN = 0.04
 """Of the width, on every side."""
+MANY = 700
+"""Dots of more frames are smaller, and lines fainter."""
 FLATTEST = 0.42
 """Height of a map over its width, at least: one whose frames lie on a line is still a picture."""
 SHADES = 24
@@ -201,7 +203,7 @@ def draw_map(
         if (there & (classes == k)).any()
     )
     rings = _dots(x, y, there & references)
-    size = "small" if width == SMALL else "large"
+    size = ("small" if width == SMALL else "large") + (" many" if there.sum() > MANY else "")
     svg = Markup(
         f'<svg class="map {size}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
         f'<path class="lines" d="{lines}"/>'
