@@ -306,7 +306,7 @@ def open_catalog(name_or_path: str | os.PathLike[str]) -> Catalog:
         raise CatalogError(str(error)) from error
     try:
         document = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise CatalogError(f"{file}: not valid YAML: {error}") from error
     if not isinstance(document, dict):
         raise CatalogError(

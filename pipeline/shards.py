@@ -21,6 +21,9 @@ from pipeline.readers import LazySequence, ReaderError, TooLargeError
 COLUMNS = (schema.CONTENT, schema.SOURCE, schema.SEQUENCE, schema.PARAMETER, schema.FRAMES)
 """All arrays of a field, `content` first: so they shrink."""
 
+REASON_CHARACTERS = 2000
+"""What is kept of the reason of a failure: it may list all that a file holds."""
+
 
 @dataclass(frozen=True)
 class Keep:
@@ -263,9 +266,10 @@ def _read_sequence(
 def _failure(error: Exception, sequence: LazySequence) -> dict[str, Any]:
     """The part of a record that says why a sequence is quarantined."""
     reader_error = isinstance(error, ReaderError)
+    reason = error.reason if isinstance(error, ReaderError) else f"{type(error).__name__}: {error}"
     failure: dict[str, Any] = {
         "file": getattr(error, "file", "") or (sequence.files[0].path if sequence.files else ""),
-        "reason": error.reason if isinstance(error, ReaderError) else f"{type(error).__name__}: {error}",
+        "reason": reason[:REASON_CHARACTERS],
     }
     if isinstance(error, _OtherShapeError):
         failure["found"] = error.found

@@ -1,8 +1,8 @@
 """Tables as CSV that spreadsheets take as text where it is text.
 
 Names of sequences and files come from archives of others, and a cell that begins with ``=``, ``+``, ``-`` or
-``@`` is a formula to a spreadsheet. Such a text is written with an apostrophe before it, as is one that
-begins with an apostrophe; :func:`read_csv` takes it away again. Numbers stay numbers.
+``@``, or one of their wide forms, is a formula to a spreadsheet. Such a text is written with an apostrophe
+before it, as is one that begins with an apostrophe; :func:`read_csv` takes it away again. Numbers stay numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-_FORMULA = re.compile(r"[=+\-@\t\r']")
+_FORMULA = re.compile(r"[=+\-@＝＋－＠\t\r\n']")
 
 
 def as_text(value: Any) -> Any:

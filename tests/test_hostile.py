@@ -264,6 +264,12 @@ def test_names_of_data_sets_and_fields_are_names_of_groups(tmp_path: Path, name:
         assert "expected letters" in str(caught.value) or "characters" in str(caught.value) or "a store keeps"
 
 
+def test_a_catalog_of_countless_brackets_is_an_error(tmp_path: Path):
+    (tmp_path / "mine.yaml").write_text("[" * 10_000)
+    with pytest.raises(CatalogError, match="not valid YAML"):
+        open_catalog(tmp_path / "mine.yaml")
+
+
 def test_a_catalog_is_data_and_no_program(tmp_path: Path):
     trap = tmp_path / "trap"
     (tmp_path / "mine.yaml").write_text(
@@ -359,6 +365,32 @@ def test_png_bombs_are_quarantined(tmp_path: Path, content: bytes, reason: str):
     (found,) = converted(tmp_path, "lsim").items()
     assert found[0] == "bad"
     assert re.search(reason, found[1])
+
+
+def test_other_formats_are_no_png(tmp_path: Path):
+    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    save_pngs(tmp_path / "data" / "good")
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(x) run\n"
+    save_pngs(tmp_path / "data" / "bad", script)
+    assert "cannot identify image file" in converted(tmp_path, "lsim")["bad"]
+
+
+@pytest.mark.parametrize("reader", ["lsim", "stack", "xarray"])
+def test_pipes_are_not_waited_for(tmp_path: Path, reader: str):
+    folder = tmp_path / "data"
+    if reader == "lsim":
+        save_pngs(folder / "good")
+        save_pngs(folder / "bad")
+        pipe = folder / "bad" / "f01.png"
+        pipe.unlink()
+    elif reader == "stack":
+        save_stack(folder / "good.npz")
+        pipe = folder / "bad.npz"
+    else:
+        hdf5(folder / "good.nc", lambda file: file.create_dataset("u", data=GOOD))
+        pipe = folder / "bad.nc"
+    os.mkfifo(pipe)
+    assert "a pipe or a device" in converted(tmp_path, reader)["bad"]
 
 
 def test_numpy_files_are_looked_at_before_they_are_loaded(tmp_path: Path):

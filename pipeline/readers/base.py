@@ -7,6 +7,7 @@ import dataclasses
 import lzma
 import os
 import re
+import stat
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -104,14 +105,25 @@ class SourceFile(NamedTuple):
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> SourceFile:
-        """Look at a file; a folder counts with the size of all its files and the newest of their times."""
+        """Look at a file; a folder counts with the size of all its files and the newest of their times.
+
+        Raises
+        ------
+        ReaderError
+            For what is neither: a pipe or a device may be read from for ever.
+        """
         if os.path.isdir(path):
             stats = [os.stat(os.path.join(top, name)) for top, _, names in os.walk(path) for name in names]
             size, mtime = sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)
-        else:
-            found = os.stat(path)
-            size, mtime = found.st_size, found.st_mtime_ns
-        return cls(os.fspath(path), size, mtime)
+            return cls(os.fspath(path), size, mtime)
+        return cls.seen(os.fspath(path), os.stat(path))
+
+    @classmethod
+    def seen(cls, path: str, look: os.stat_result) -> SourceFile:
+        """A file that was looked at already."""
+        if not stat.S_ISREG(look.st_mode):
+            raise ReaderError("a pipe or a device, and no file", path)
+        return cls(path, look.st_size, look.st_mtime_ns)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,7 +68,7 @@ def read(entry: Dataset, folder: Path) -> list[LazySequence]:
             continue
         try:
             files[child.name] = _frames_in(child.path, endings)
-        except OSError as error:
+        except (OSError, ReaderError) as error:
             field = field_in_name(child.name, options.field)
             broken.append(BrokenSequence.of(child.name, field, child.path, error))
     counts: dict[str, Counter[int]] = defaultdict(Counter)
@@ -105,8 +105,7 @@ def _frames_in(folder: str, endings: tuple[str, ...]) -> tuple[SourceFile, ...]:
         name = file.name.lower()
         # A link to nothing is no folder: it is a frame, and its stat raises.
         if name.endswith(endings) and name not in ("ref.png", "ref.npz") and not file.is_dir():
-            look = file.stat()
-            found.append(SourceFile(file.path, look.st_size, look.st_mtime_ns))
+            found.append(SourceFile.seen(file.path, file.stat()))
     return tuple(found)
 
 
@@ -184,7 +183,8 @@ def _read_png(path: str) -> np.ndarray:
     from PIL import Image
 
     try:
-        opened = Image.open(path)
+        # No other format under that name: some are handed to other programs.
+        opened = Image.open(path, formats=("PNG",))
     except Image.DecompressionBombError as error:
         raise ReaderError(f"{error} Store larger frames as NPZ", path) from error
     with opened as image:

@@ -66,7 +66,7 @@ def read(entry: Dataset, folder: Path) -> list[LazySequence]:
             files = [SourceFile.of(path)]
             if path.suffix.lower() == ".npy" and isinstance(options.parameter, str) and beside.is_file():
                 files.append(SourceFile.of(beside))
-        except OSError as error:
+        except (OSError, ReaderError) as error:
             sequences += [BrokenSequence.of(name, field, path, error) for field in arrays]
             continue
         sequences += [
