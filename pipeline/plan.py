@@ -14,8 +14,9 @@ from pipeline.embedded import FRAMES_TOGETHER
 from pipeline.measuring import Measured
 from pipeline.tiles import ROWS_AT_ONCE
 
-TASK_SECONDS = 5.0
-"""A task takes no longer, if one tile doesn't."""
+TASK_SECONDS = 60.0
+"""A task takes no longer, if one tile doesn't. What is lost with a worker is a tile: tasks may be long, and
+the longer they are, the fewer embeddings they need."""
 TASKS_PER_THREAD = 8
 """Tasks that a thread has at least, so that all end about together."""
 TILES_A_SIDE = 1024
