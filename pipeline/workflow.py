@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import pydantic
 
+from pipeline import store
 from pipeline.address import absolute, join
 from pipeline.archive import ArchiveReport, Matrix, compute_archive
 from pipeline.catalog import fetch, open_catalog
@@ -171,6 +172,8 @@ def run_workflow(
 
     Raises
     ------
+    pipeline.objects.ObjectStoreError
+        When ``out`` is an address that cannot be opened.
     pipeline.catalog.MissingDataError
         When source data is absent; says what to download.
     ValueError, lsim.UnknownMetricError, lsim.WeightsError
@@ -180,6 +183,7 @@ def run_workflow(
     names = ("frames.zarr", "distances.zarr", "archive.zarr", "results")
     frames, distances, archive, results = (join(folder, name) for name in names)
     catalog = open_catalog(workflow.catalog)
+    store.exists(frames)  # an object store that doesn't answer is an error now, before anything is fetched
     choose_metrics(workflow.distances)
     section = workflow.archive
     of_archive = section.settings(workflow.distances) if section is not None else None
