@@ -26,6 +26,7 @@ from zarr.storage import ObjectStore
 
 from lsim.simulate import write_families
 from pipeline import locks, objects, schema, store
+from pipeline.archive import compute_archive
 from pipeline.bring import bring, brought
 from pipeline.catalog import MissingDataError, fetch, open_catalog
 from pipeline.choice import Settings
@@ -34,10 +35,12 @@ from pipeline.cluster import Cluster
 from pipeline.convert import convert
 from pipeline.correlate import correlate
 from pipeline.distances import compute_distances
+from pipeline.neighbours import find_neighbours
 from pipeline.profiles import Profile
 from pipeline.report import write_report
 from pipeline.simulate import simulate
 from pipeline.train import TrainingRun, open_sequences
+from pipeline.verify import verify
 
 KEY_ID, SECRET = "AKIAOFTHETEST", "hush/hush+0123456789abcdef"
 QUICK = Settings(metrics=("l1", "l2"), size=None, block=2)
@@ -394,6 +397,26 @@ def test_consolidated_metadata_at_an_address_comes_and_goes(bucket):
     objects.write(f"{address}/late/c", "0", objects.read(f"{address}/late/c", "0")[:-2])
     with pytest.raises(store.StoreError, match=rf"{address}/late.*damaged"):
         store.read(array)
+
+
+def test_matrices_of_archives_embeddings_and_checks_take_addresses(bucket, tmp_path):
+    local = put_archive(f"{bucket}/frames.zarr", 4, tmp_path, frames=4)
+    settings = Settings(metrics=("l2",), size=None, scope="dataset")
+    with Cluster(Profile(kind="none")) as cluster:
+        for place, frames in ((bucket, f"{bucket}/frames.zarr"), (str(tmp_path), str(local))):
+            compute_archive(frames, f"{place}/archive.zarr", settings, cluster=cluster)
+    assert chunks_alone(objects_of(f"{bucket}/archive.zarr")) == chunks_alone(
+        files_of(tmp_path / "archive.zarr")
+    )
+    found = find_neighbours(f"{bucket}/archive.zarr", "A/density/s1:0", 3)
+    assert [near.frame for near in found.nearest] == [
+        near.frame for near in find_neighbours(tmp_path / "archive.zarr", "A/density/s1:0", 3).nearest
+    ]
+    address = f"{bucket}/archive.zarr"
+    assert not verify(address).damages
+    name = next(name for name in objects.names(address) if "/l2/c/" in name)
+    objects.write(address, name, objects.read(address, name)[:-1] + b"!")
+    assert len(verify(address).damages) == 1
 
 
 def test_what_cannot_be_opened_is_said_in_one_line_and_soon(bucket, monkeypatch, tmp_path):
