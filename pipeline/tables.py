@@ -2,7 +2,8 @@
 
 Names of sequences and files come from archives of others, and a cell that begins with ``=``, ``+``, ``-`` or
 ``@``, or one of their wide forms, is a formula to a spreadsheet. Such a text is written with an apostrophe
-before it, as is one that begins with an apostrophe; :func:`read_csv` takes it away again. Numbers stay numbers.
+before it, as is one that begins with an apostrophe; :func:`read_csv` takes it away again. Numbers stay
+numbers.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ import pickle
 import re
 import stat
 import struct
+import subprocess
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -30,7 +32,7 @@ from archives import smooth_sequence, write_archive
 from synthetic import make_distances, parameters, random_distances, write_field
 from test_catalog import Server, write_catalog
 
-from pipeline import schema, store
+from pipeline import limits, schema, store
 from pipeline import unpack as unpack_module
 from pipeline.catalog import Catalog, CatalogError, Dataset, fetch, open_catalog
 from pipeline.cli import main
@@ -952,6 +954,39 @@ def test_names_of_metrics_and_groups_are_text_too(tmp_path: Path):
     page = Elements(write_report(tmp_path / "results").read_text())
     assert not [tag for tag, _ in page.found if tag == "script"]
     assert text in page.text
+
+
+# -- bounds ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("3.9 GB", 3_900_000_000), ("16GiB", 2**34), ("1 B", 1), (" 10 kB ", 10_000)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, nbytes: int):
+    assert limits.parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "GB", "1", "-1 GB", "1e9 GB", "1 gb", "1 GB each", "nan GB", "١ GB"])
+def test_what_is_no_size_is_an_error(tmp_path: Path, text: str):
+    with pytest.raises(ValueError, match="expected a number and one of B, kB"):
+        limits.parse_size(text)
+    entry = f"- {{name: A, source: {{path: d}}, reader: lsim, largest_sequence: '{text}'}}"
+    with pytest.raises(CatalogError, match=r"\(A\).largest_sequence: size"):
+        open_catalog(write_catalog(tmp_path, entry))
+
+
+def test_the_memory_of_a_process_is_no_more_than_its_limit():
+    assert 2**28 < limits.memory_bytes() < 2**50
+    program = "import resource as r; r.setrlimit(r.RLIMIT_AS, (2**33, 2**33)); import pipeline.limits as l"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}; print(l.memory_bytes())"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert 2**28 < int(done.stdout) <= 2**33
 
 
 # -- what nobody may do ------------------------------------------------------------------------------------
