@@ -164,8 +164,8 @@ def compute_embeddings(
 
     Notes
     -----
-    A worker has one sequence of frames in memory and :data:`BLOCK_BYTES` of embeddings, about four times over
-    while they are compressed; or one frame's, where that is more.
+    A worker has one sequence of frames in memory and :data:`BLOCK_BYTES` of embeddings, about five times over
+    while they are written and read back; or one frame's, where that is more.
     """
     if cluster is None:
         with Cluster(Profile()) as own:
@@ -517,7 +517,7 @@ def _write(group: store.Group, names: Sequence[str], start: int, pending: list[d
         return start
     stop = start
     for name in names:
-        values = np.concatenate([part[name] for part in pending])
+        values = np.concatenate([part.pop(name) for part in pending])
         stop = start + len(values)
         array = store.get_array(group, name)
         store.write_rows(array, start, values)

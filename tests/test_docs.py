@@ -10,14 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from archives import smooth_sequence
+from archives import archive_of, smooth_sequence, write_archive
+from synthetic import make_archive
 
 from lsim.networks import LsimTrunk
 from lsim.testing import write_random_checkpoint
 from lsim.weights import load_checkpoint, save_checkpoint
+from pipeline.choice import Settings
+from pipeline.cluster import Cluster
+from pipeline.embed import compute_embeddings
+from pipeline.profiles import Profile
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("write-a-metric.md", "xarray.md", "metrics.md")
+PAGES = ("write-a-metric.md", "xarray.md", "metrics.md", "archives.md")
 
 
 def blocks(page: str) -> list[tuple[int, str]]:
@@ -46,6 +51,8 @@ def test_pages_run(page, given, tmp_path, monkeypatch):
     (tmp_path / "my-run").mkdir()
     checkpoint = load_checkpoint(pickled, LsimTrunk)
     save_checkpoint(tmp_path / "my-run" / "weights.safetensors", checkpoint, "lsim", {})
+    if page == "archives.md":
+        _make_stores(tmp_path)
     found = blocks(page)
     assert found
     if page == "write-a-metric.md":
@@ -54,6 +61,15 @@ def test_pages_run(page, given, tmp_path, monkeypatch):
         code = compile("\n" * line + source, str(DOCS / page), "exec")
         exec(code, given)
     sys.modules.pop("energy", None)
+
+
+def _make_stores(folder: Path) -> None:
+    """An archive and embeddings of it, as the commands of the page make them."""
+    make_archive(folder / "archive.zarr", {"A/density": {"A/density": 2}})
+    frames = write_archive(folder / "frames.zarr", archive_of(2))
+    settings = Settings(metrics=("lsim-open",), size=64, scope="dataset")
+    with Cluster(Profile(kind="none")) as cluster:
+        compute_embeddings(frames, folder / "embeddings.zarr", settings, cluster=cluster)
 
 
 def test_metrics_of_the_page_pass_the_contract(given):
