@@ -275,6 +275,8 @@ def _read(
             sequence = _Sequence(read_sequence(source, row, task.block.contents[row]))
         except store.DamagedError as error:
             return _Sequence(np.empty(0), f"damaged frames: {error.damage}")
+        except store.TooLargeError as error:
+            return _Sequence(np.empty(0), error.claim)
         for settings, metric in first_of.items() if prepared else ():
             if (scope := task.scopes[settings.mask]) != "pair":
                 # What goes wrong does so again where the metric is asked, and is recorded there.

@@ -60,6 +60,17 @@ class DamagedError(StoreError):
         return f"{where}: {damage}; 'lsim verify' lists all that is damaged in a store"
 
 
+class TooLargeError(StoreError):
+    """An array that claims more than this machine's memory; ``claim`` says how much, and names no folder."""
+
+    def __init__(self, where: str, claim: str) -> None:
+        super().__init__(where, claim)
+        self.claim = claim
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
+
+
 UNREADABLE = (ValueError, RuntimeError, SystemError, MemoryError)
 """What codecs raise for bytes that they did not write: each has kinds of its own."""
 
@@ -337,7 +348,7 @@ def read(array: Array, region: Any = ...) -> np.ndarray:
     ------
     DamagedError
         Naming the chunks that cannot be decoded.
-    StoreError
+    TooLargeError
         When the region is larger than the memory of this machine; nothing is allocated.
     """
     check_fits(array, region)
@@ -371,7 +382,7 @@ def _read_text_files(array: Array, region: Any) -> np.ndarray | None:
 
 
 def check_fits(array: Array, region: Any = ...) -> None:
-    """Raise :class:`StoreError` where a region of slices and whole numbers, or a chunk, exceeds the memory.
+    """Raise :class:`TooLargeError` where a region of slices and whole numbers, or a chunk, is beyond memory.
 
     Shapes are claims: metadata of a few bytes may speak of a petabyte.
     """
@@ -383,9 +394,10 @@ def check_fits(array: Array, region: Any = ...) -> None:
     memory = limits.memory_bytes()
     for what, counts in (("values of shape", shape), ("a chunk of shape", array.chunks)):
         if (nbytes := limits.array_bytes(counts, array.dtype.itemsize)) > memory:
-            raise StoreError(
-                f"{array.store_path}: {what} {tuple(counts)} would take {limits.readable(nbytes)}; this "
-                f"machine has {limits.readable(memory)} of memory"
+            raise TooLargeError(
+                str(array.store_path),
+                f"{what} {tuple(counts)} would take {limits.readable(nbytes)}; this machine has "
+                f"{limits.readable(memory)} of memory",
             )
 
 
