@@ -502,7 +502,8 @@ def verify_command(
     show_verified(report)
     if mend and not report.whole:
         count = repair(path, report)
-        stage_of = {"frames": "convert", "distances": "distances"}[report.kind]
+        stages = {"frames": "convert", "distances": "distances", "archive": "distances --matrix archive"}
+        stage_of = stages[report.kind]
         output.print(f"{count} of what is recorded taken away: run 'lsim {stage_of}' again to make it anew")
     if not report.whole:
         raise typer.Exit(1)

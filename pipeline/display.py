@@ -276,7 +276,7 @@ def _without_nan(value: Any) -> Any:
 
 def show_verified(report: Any) -> None:
     """What was read, and each damage with its chunk."""
-    counted = {"frames": "sequences", "distances": "matrices"}.get(report.kind, "records")
+    counted = {"frames": "sequences", "distances": "matrices", "archive": "tiles"}.get(report.kind, "records")
     state = "whole" if report.whole else f"{len(report.damages)} damaged"
     output.print(f"{report.kind}: {report.chunks} chunks read, {report.compared} {counted} compared: {state}")
     if report.unfinished:

@@ -12,7 +12,7 @@ import os
 import numpy as np
 
 from pipeline import schema, store
-from pipeline.verify import Damage, VerifyReport
+from pipeline.damage import Damage, VerifyReport
 
 
 def repair(path: str | os.PathLike[str], report: VerifyReport) -> int:
@@ -21,23 +21,25 @@ def repair(path: str | os.PathLike[str], report: VerifyReport) -> int:
     Parameters
     ----------
     path : str or path
-        A ``frames.zarr`` or ``distances.zarr``.
+        A ``frames.zarr``, ``distances.zarr`` or ``archive.zarr``.
     report : VerifyReport
         Of that store as it is now.
 
     Returns
     -------
     count : int
-        Sequences, or matrices, that the next run makes again.
+        Sequences, matrices or tiles that the next run makes again.
 
     Raises
     ------
     StoreError
         For a store of another kind, and while another run writes to it.
     """
-    if report.kind not in (schema.FRAMES_STORE, schema.DISTANCES_STORE):
-        raise store.StoreError(f"{path}: only stores of frames and of distances can be repaired")
-    forget = _forget_frames if report.kind == schema.FRAMES_STORE else _forget_distances
+    if report.kind not in _FORGET:
+        raise store.StoreError(
+            f"{path}: expected a store of {', '.join(_FORGET)}, found one of {report.kind}"
+        )
+    forget = _FORGET[report.kind]
     count = 0
     with store.locked(path):
         root = store.open_store(path, "r+")
@@ -90,3 +92,26 @@ def _forget_distances(group: store.Group, damages: list[Damage]) -> int:
             after[:, list(damage.rows)] = ""
     store.write_rows(array, 0, after)
     return int(np.sum(before != after))
+
+
+def _forget_tiles(group: store.Group, damages: list[Damage]) -> int:
+    """Take the fingerprints of damaged tiles, or of all where it is their common record."""
+    provenance = store.get_group(group, schema.PROVENANCE)
+    names = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
+    array = store.get_array(provenance, schema.FINGERPRINT)
+    before = store.read(array)
+    after = before.copy()
+    for damage in damages:
+        if damage.metric in names:
+            after[(names.index(damage.metric), *damage.rows)] = ""
+        elif damage.array.startswith(schema.PROVENANCE):
+            after[...] = ""
+    store.write_block(array, (0, 0, 0), after)
+    return int(np.sum(before != after))
+
+
+_FORGET = {
+    schema.FRAMES_STORE: _forget_frames,
+    schema.DISTANCES_STORE: _forget_distances,
+    schema.ARCHIVE_STORE: _forget_tiles,
+}

@@ -10,13 +10,11 @@ Chunks are read by several threads, one sequence or one chunk a thread, whatever
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -25,76 +23,22 @@ import numpy as np
 from pipeline import schema, store
 from pipeline.blocks import fingerprint
 from pipeline.content import content_hash
+from pipeline.damage import (
+    Check,
+    Damage,
+    VerifyReport,
+    chunk_checks,
+    read_column,
+    recorded_specification,
+)
 from pipeline.schema import Pairs
+from pipeline.verify_tiles import tile_checks
 
 THREADS = 8
 """Decoding is done without Python's lock, and reading waits for disks: more than there are cores."""
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (checks done, checks in all)."""
-
-
-@dataclass(frozen=True)
-class Damage:
-    """Something in a store that is not as it was written.
-
-    Attributes
-    ----------
-    group, array : str
-        Path of the group, and the array's name; below ``provenance`` with that in front.
-    chunk : str
-        Key of the chunk, or of the shard that holds it; empty where no single one is to blame.
-    what : str
-        What it belongs to: sequence, frame or metric.
-    reason : str
-    rows : tuple of int
-        The sequences that it touches.
-    metric : str
-        Whose distances, empty where it touches those of all metrics or none.
-    unreadable : bool
-        Whether the chunk cannot be decoded, and with it everything that it holds is lost.
-    """
-
-    group: str
-    array: str
-    chunk: str
-    what: str
-    reason: str
-    rows: tuple[int, ...] = ()
-    metric: str = ""
-    unreadable: bool = False
-
-
-@dataclass
-class VerifyReport:
-    """What :func:`verify` found.
-
-    Attributes
-    ----------
-    kind : str
-        Of the store: ``"frames"``, ``"distances"``, …
-    chunks : int
-        How many were read.
-    compared : int
-        Sequences whose content, or matrices whose fingerprint, was compared with the record.
-    unfinished : int
-        Sequences or matrices that are not there, as the record says: a run that was stopped.
-    damages : list of Damage
-    """
-
-    kind: str
-    chunks: int = 0
-    compared: int = 0
-    unfinished: int = 0
-    damages: list[Damage] = field(default_factory=list)
-
-    @property
-    def whole(self) -> bool:
-        return not self.damages
-
-
-Check: TypeAlias = Callable[[], list[Damage]]
-"""Reads some chunks, and says what is damaged."""
 
 
 def verify(
@@ -125,8 +69,10 @@ def verify(
             checks += _of_frames(name, group, report)
         elif report.kind == schema.DISTANCES_STORE and schema.PROVENANCE in group:
             checks += _of_distances(name, group, report)
+        elif report.kind == schema.ARCHIVE_STORE and schema.PROVENANCE in group:
+            checks += tile_checks(name, group, report)
         else:
-            checks += [check for array in arrays.values() for check in _chunks(name, array, report)]
+            checks += [check for array in arrays.values() for check in chunk_checks(name, array, report)]
     for done, found in enumerate(_in_threads(checks, threads), start=1):
         report.damages += found
         if progress is not None:
@@ -161,62 +107,13 @@ def _in_threads(checks: Sequence[Check], threads: int) -> Iterator[list[Damage]]
             yield running.popleft().result()
 
 
-# ---------------------------------------------------------------- chunks
-
-
-def _chunks(group: str, array: store.Array, report: VerifyReport, prefix: str = "") -> list[Check]:
-    """A check for each chunk of an array."""
-    starts = list(store.chunk_starts(array))
-    report.chunks += len(starts)
-    return [partial(_chunk, group, array, start, prefix) for start in starts]
-
-
-def _chunk(group: str, array: store.Array, start: tuple[int, ...], prefix: str) -> list[Damage]:
-    region = tuple(slice(a, a + 1) for a in start)
-    return [
-        Damage(group, f"{prefix}{array.basename}", c.key, f"values from {c.start}", c.reason, unreadable=True)
-        for c in store.damaged_chunks(array, region)
-    ]
-
-
-def _column(group: str, array: store.Array, report: VerifyReport, prefix: str = "") -> np.ndarray:
-    """A small array whole, chunk by chunk; what cannot be decoded is damage, and fill values here."""
-    report.chunks += sum(1 for _ in store.chunk_starts(array))
-    try:
-        return store.read(array)
-    except store.DamagedError:
-        damaged = store.damaged_chunks(array)
-    values = np.full(array.shape, array.fill_value, dtype=object if array.dtype.kind == "T" else array.dtype)
-    for start in store.chunk_starts(array):
-        if start not in {chunk.start for chunk in damaged}:
-            found = store.read_chunk(array, start)
-            values[tuple(slice(a, a + n) for a, n in zip(start, found.shape, strict=True))] = found
-    for chunk in damaged:
-        rows, what = _rows_of(array, chunk)
-        report.damages.append(
-            Damage(group, f"{prefix}{array.basename}", chunk.key, what, chunk.reason, rows, unreadable=True)
-        )
-    return values
-
-
-def _rows_of(array: store.Array, chunk: store.DamagedChunk) -> tuple[tuple[int, ...], str]:
-    """The sequences that a damaged chunk of a small array has something of, and the same in words."""
-    dims: Any = getattr(array.metadata, "dimension_names", None) or ()
-    if schema.SEQUENCE not in dims:
-        return (), "all metrics"
-    axis = dims.index(schema.SEQUENCE)
-    start = chunk.start[axis]
-    rows = tuple(range(start, min(start + array.chunks[axis], array.shape[axis])))
-    return rows, f"sequences in rows {rows[0]} to {rows[-1]}"
-
-
 # ---------------------------------------------------------------- frames
 
 
 def _of_frames(name: str, group: store.Group, report: VerifyReport) -> list[Check]:
     """A check for each sequence of a field; its small arrays are read at once."""
     columns = {
-        column: _column(name, array, report)
+        column: read_column(name, array, report)
         for column, array in sorted(group.arrays())
         if column != schema.FRAMES
     }
@@ -281,17 +178,10 @@ class _Recorded:
 
     def pairs(self, row: int) -> Pairs | None:
         """Which pairs a fingerprint says are there; None where it is of nothing that is recorded."""
-        specification: Any = json.loads(self.specification)
-        settings = {"scope", "pairs", "versions"}
-        metric = {name: value for name, value in specification.items() if name not in settings}
-        document = json.dumps(metric, sort_keys=True, separators=(",", ":"))
-        hashed = hashlib.sha256(document.encode()).hexdigest()[:32]
+        hashed, scope = recorded_specification(self.specification)
         kinds: tuple[Pairs, ...] = ("all", "reference")
         for pairs in kinds:
-            if (
-                fingerprint(self.contents[row], hashed, specification["scope"], pairs)
-                == self.fingerprints[row]
-            ):
+            if fingerprint(self.contents[row], hashed, scope, pairs) == self.fingerprints[row]:
                 return pairs
         return None
 
@@ -300,16 +190,18 @@ def _of_distances(name: str, group: store.Group, report: VerifyReport) -> list[C
     """A check for each chunk of each metric; the records are read at once."""
     provenance = store.get_group(group, schema.PROVENANCE)
     prefix = f"{schema.PROVENANCE}/"
-    texts = {column: _column(name, array, report, prefix) for column, array in sorted(provenance.arrays())}
-    sequences = _column(name, store.get_array(group, schema.SEQUENCE), report)
+    texts = {
+        column: read_column(name, array, report, prefix) for column, array in sorted(provenance.arrays())
+    }
+    sequences = read_column(name, store.get_array(group, schema.SEQUENCE), report)
     parameter = store.get_array(group, schema.PARAMETER)
-    checks = _chunks(name, parameter, report)
+    checks = chunk_checks(name, parameter, report)
     names = [str(metric) for metric in texts[schema.METRIC]]
     for metric in schema.metric_names(group.array_keys()):
         array = store.get_array(group, metric)
         if metric not in names:  # a run was stopped before it could say so
             report.unfinished += array.shape[0]
-            checks += _chunks(name, array, report)
+            checks += chunk_checks(name, array, report)
             continue
         place = names.index(metric)
         of_rows = (schema.FINGERPRINT, schema.CONTENT, schema.FAILURE)

@@ -58,6 +58,8 @@ WORKERS = (
 )
 """How stages get at workers; :mod:`pipeline.profiles` below, :mod:`pipeline.cluster` above."""
 KNOW_DASK = (*WORKERS, "pipeline.convert", "pipeline.distances", "pipeline.archive", "pipeline.workflow")
+CHECKERS = ("pipeline.verify", "pipeline.verify_tiles")
+"""What compares what stages wrote with what they recorded of it."""
 COMPOSERS = ("pipeline.workflow", "pipeline.check")
 """Who compose stages: a whole run, and a small one that tells how fit a cluster is."""
 KNOW_ZARR = ("pipeline.store", "pipeline.schema")
@@ -210,7 +212,7 @@ def test_parts_serve_their_stage_alone() -> None:
     """Nobody but its stage, what composes stages and what checks their work imports a part of one."""
     for part, stage in PARTS_OF_STAGES.items():
         users = [m for m, names in IMPORTS.items() if part in names and m != part]
-        assert set(users) <= {stage, *COMPOSERS, "pipeline.cli", "pipeline.verify", *_siblings(stage)}, part
+        assert set(users) <= {stage, *COMPOSERS, "pipeline.cli", *CHECKERS, *_siblings(stage)}, part
         assert not list(offenders(part, *STAGES, "pipeline.workflow", "pipeline.cli"))
 
 

@@ -13,14 +13,16 @@ from commands import run_lsim
 from PIL import Image
 
 from pipeline import schema, store
+from pipeline.archive import Matrix, compute_archive
 from pipeline.catalog import open_catalog
 from pipeline.choice import Settings
 from pipeline.cluster import Cluster
 from pipeline.convert import ConversionReport, convert
+from pipeline.damage import Damage, VerifyReport
 from pipeline.distances import DistancesReport, compute_distances
 from pipeline.profiles import Profile
 from pipeline.repair import repair
-from pipeline.verify import Damage, VerifyReport, verify
+from pipeline.verify import verify
 
 KEY = "A/density"
 SETTINGS = Settings(metrics=("l2", "ssim"), size=None, block=2)
@@ -224,6 +226,50 @@ def test_other_stores_are_checked_by_chunk(tmp_path: Path):
     assert verify(tmp_path / "e.zarr").whole
     flip(tmp_path / "e.zarr" / KEY / "x" / "c" / "1" / "0")
     assert single(verify(tmp_path / "e.zarr")).chunk == "c/1/0"
+
+
+# -- archives -----------------------------------------------------------------------------------------
+
+
+def compute_tiles(frames: Path, out: Path) -> Any:
+    settings = Settings(metrics=("l2", "l1"), size=None, scope="dataset")
+    with Cluster(Profile(kind="none")) as cluster:
+        return compute_archive(frames, out, settings, Matrix(tile=8), cluster=cluster)
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
+@pytest.mark.parametrize("key", ["0/1", "1/0", "2/2"])
+def test_tiles_of_archives_are_compared_with_their_mirror_image_and_repaired(tmp_path, frames, key, damage):
+    out = tmp_path / "a.zarr"
+    compute_tiles(frames, out)
+    assert (verify(out).kind, verify(out).compared, verify(out).whole) == ("archive", 2 * 6, True)
+    whole = store.read(store.open_store(out)[f"{KEY}/l2"])
+    damage(chunk(out, "l2", key))
+    report = verify(out)
+    assert (single(report).array, single(report).chunk) == ("l2", f"c/{key}")
+    assert repair(out, report) == 1
+    assert compute_tiles(frames, out).tiles == 1
+    np.testing.assert_array_equal(store.read(store.open_store(out)[f"{KEY}/l2"]), whole)
+    assert verify(out).whole
+
+
+def test_tiles_that_are_sound_but_wrong_are_found(tmp_path: Path, frames: Path):
+    out = tmp_path / "a.zarr"
+    compute_tiles(frames, out)
+    saved = chunk(out, "l2", "0/1").read_bytes()
+    chunk(out, "l2", "0/1").write_bytes(chunk(out, "l2", "1/2").read_bytes())
+    assert "not symmetric" in single(verify(out)).reason
+    chunk(out, "l2", "0/1").write_bytes(saved)
+    array = store.open_store(out, "r+")[f"{KEY}/l1"]
+    store.write_block(array, (8, 8), store.read(array, (slice(8, 16), slice(8, 16))) + 1)
+    assert single(verify(out)).what == "tile 1, 1"
+    for name in ("content", "fingerprint", "failure", "specification"):
+        damaged = sorted(p for p in (out / KEY / "provenance" / name / "c").rglob("*") if p.is_file())
+        if damaged:
+            flip(damaged[0])
+            repair(out, verify(out))
+            compute_tiles(frames, out)
+            assert verify(out).whole, name
 
 
 # -- repair of frames ---------------------------------------------------------------------------------

@@ -1,0 +1,121 @@
+"""Whether the tiles of an ``archive.zarr`` are whole: each against its fingerprint and its mirror image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from pipeline import schema, store
+from pipeline.damage import Check, Damage, VerifyReport, chunk_checks, read_column, recorded_specification
+from pipeline.matrix import tile_fingerprint
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """What provenance says of one metric's tiles and frames."""
+
+    metric: str
+    specification: str
+    contents: np.ndarray
+    fingerprints: np.ndarray
+    missing: np.ndarray
+    comparable: np.ndarray
+
+
+def tile_checks(name: str, group: store.Group, report: VerifyReport) -> list[Check]:
+    """A check for each tile on or above the diagonal, with its mirror image; the records are read at once.
+
+    Parameters
+    ----------
+    name : str
+        Of the group.
+    group : Group
+        Of an ``archive.zarr``.
+    report : VerifyReport
+        Counts what is read, and takes what is damaged of the records.
+    """
+    provenance = store.get_group(group, schema.PROVENANCE)
+    prefix = f"{schema.PROVENANCE}/"
+    records = {
+        column: read_column(name, array, report, prefix) for column, array in sorted(provenance.arrays())
+    }
+    names = [str(metric) for metric in records[schema.METRIC]]
+    checks: list[Check] = []
+    for metric, array in sorted(group.arrays()):
+        if metric in schema.CARRIED_BY_ARCHIVE or metric not in names:
+            checks += chunk_checks(name, array, report)
+            continue
+        place, tile = names.index(metric), array.chunks[0]
+        recorded = _Recorded(
+            metric,
+            str(records[schema.SPECIFICATION][place]),
+            records[schema.CONTENT],
+            records[schema.FINGERPRINT][place],
+            records[schema.MISSING][place],
+            records[schema.FAILURE][place] == "",
+        )
+        count = -(-array.shape[0] // tile)
+        report.chunks += count * count
+        for i in range(count):
+            for j in range(i, count):
+                done = bool(recorded.fingerprints[i, j])
+                report.compared += done
+                report.unfinished += not done
+                checks.append(partial(_tile, name, array, (i * tile, j * tile), recorded))
+    return checks
+
+
+def _tile(group: str, array: store.Array, start: tuple[int, int], recorded: _Recorded) -> list[Damage]:
+    """A tile and its mirror image."""
+    tile = array.chunks[0]
+    i, j = start[0] // tile, start[1] // tile
+    places = [start] if i == j else [start, start[::-1]]
+    what = f"tile {i}, {j}"
+    damages, found = [], []
+    for place in places:
+        try:
+            rows, columns = (slice(first, first + tile) for first in place)
+            found.append(store.read(array, (rows, columns)))
+        except store.DamagedError:
+            region = tuple(slice(first, first + 1) for first in place)
+            damages += [
+                Damage(
+                    group, recorded.metric, c.key, what, c.reason, (i, j), recorded.metric, unreadable=True
+                )
+                for c in store.damaged_chunks(array, region)
+            ]
+    if damages or not recorded.fingerprints[i, j]:
+        return damages
+    for place, values in zip(places, found, strict=True):
+        region = tuple(slice(first, first + 1) for first in place)
+        if np.isnan(values).all() and store.missing_chunks(array, region):
+            key = store.chunk_key(array, place)
+            damages.append(Damage(group, recorded.metric, key, what, "missing", (i, j), recorded.metric))
+    if not damages and (reason := _fault(found, (i, j), tile, recorded)):
+        key = store.chunk_key(array, start)
+        damages.append(Damage(group, recorded.metric, key, what, reason, (i, j), recorded.metric))
+    return damages
+
+
+def _fault(found: list[np.ndarray], place: tuple[int, int], tile: int, recorded: _Recorded) -> str:
+    """What is wrong with a tile that has a fingerprint; empty when nothing is."""
+    i, j = place
+    if not recorded.specification:
+        return "its metric has no specification recorded"
+    hashed, scope = recorded_specification(recorded.specification)
+    made_of = tile_fingerprint(str(recorded.contents[i]), str(recorded.contents[j]), hashed, scope)
+    if made_of != recorded.fingerprints[i, j]:
+        return "its fingerprint is not that of the content and specification that are recorded"
+    if not np.array_equal(found[0], found[-1].T, equal_nan=True):
+        return "not symmetric: it differs from its mirror image"
+    rows, columns = (recorded.comparable[k * tile : (k + 1) * tile] for k in (i, j))
+    missing = int((np.isnan(found[0]) & rows[:, None] & columns).sum())
+    if missing != recorded.missing[i, j]:
+        return (
+            f"NaN for {missing} distances of frames that can be compared, {recorded.missing[i, j]} recorded"
+        )
+    if i == j and np.diagonal(found[0])[rows].any():
+        return "values other than zero on the diagonal"
+    return ""
