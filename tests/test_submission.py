@@ -161,8 +161,7 @@ def test_a_straggler_gets_a_second_copy_and_the_first_result_counts(two_workers,
     tasks = ((str(tmp_path), number) for number in range(12))
     outcomes = list(run_bounded(two_workers, slow_at_first, tasks, tally=tally))
     assert sorted(result for _, result, _ in outcomes) == list(range(12))
-    # One more where a task waited behind it on the same worker.
-    assert tally["copies"] in (1, 2)
+    assert tally["copies"] == 1
     assert time.monotonic() - began < 45  # the straggler itself takes a minute
 
 
@@ -173,8 +172,7 @@ def test_a_copy_that_fails_leaves_the_task_to_the_first(two_workers, tmp_path, m
     outcomes = list(run_bounded(two_workers, fail_where_it_is_slow, tasks, tally=tally))
     assert [(result, error) for (_, number), result, error in outcomes if number == 3] == [(3, None)]
     assert len(outcomes) == 12
-    # One more where a task waited behind it on the same worker.
-    assert tally["copies"] in (1, 2)
+    assert tally["copies"] == 1
 
 
 def test_a_task_knows_when_nobody_waits_for_it_any_more(two_workers, tmp_path):
