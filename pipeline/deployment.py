@@ -10,6 +10,7 @@ import difflib
 import importlib
 import inspect
 import math
+import queue
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from dask.system import CPU_COUNT
 from distributed import LocalCluster, Nanny, Scheduler, Security, SSHCluster, Worker
 from distributed.deploy import Cluster as DaskCluster
 from distributed.deploy import SpecCluster
+from distributed.deploy.spec import ProcessInterface
 from distributed.utils import get_ip, get_ip_interface
 
 from pipeline.credentials import wants_tls
@@ -47,6 +49,8 @@ PRELOAD = ("pipeline.cluster",)
 """What takes long to import is imported ahead: a worker that has joined must not be silent."""
 
 LOOPBACK = "127.0.0.1"
+SUBMISSION_S = 60
+"""How long a batch system may take to accept a job."""
 STARTUP_S = 30
 """What a job spends before its worker's lifetime begins to count: of the walltime, kept free."""
 
@@ -289,19 +293,52 @@ def _start_jobs(profile: Profile, security: Security | None) -> DaskCluster:
         raise ClusterError(f"{command} is not here: start this where jobs can be submitted")
     processes = profile.options.get("processes", 1)
     low, high = (math.ceil(count / processes) for count in _range(profile.workers))
-
-    async def submitted() -> None:
-        await cluster
-
     try:
         cluster.scale(jobs=low)
-        cluster.sync(submitted)
-    except (RuntimeError, OSError, ValueError) as error:
+        for _ in range(low):
+            if (refusal := cluster.job_cls.submissions.get(timeout=SUBMISSION_S)) is not None:
+                raise ClusterError(f"the batch system refused a job: {_said(refusal)}") from refusal
+    except queue.Empty as error:
         cluster.close()
-        raise ClusterError(f"the batch system refused a job: {error}") from error
+        raise ClusterError(f"{command} has not answered for {SUBMISSION_S} s") from error
+    except BaseException:
+        cluster.close()
+        raise
+    cluster.job_cls.submissions = None
     # scale() would leave jobs that were cancelled or killed unreplaced; adapt() submits others.
     cluster.adapt(minimum_jobs=low, maximum_jobs=high, interval="2s")
     return cluster
+
+
+def _heard(job_class: Any) -> Any:
+    """A class of jobs of which the first submissions can be heard of: the library tells only its log."""
+
+    class Job(job_class):
+        submissions: queue.Queue[Exception | None] | None = queue.Queue()
+
+        async def start(self) -> None:
+            if (heard := type(self).submissions) is None:
+                await super().start()
+                return
+            try:
+                await super().start()
+            except Exception as error:
+                await ProcessInterface.start(self)  # so that it can be closed
+                heard.put(error)
+            else:
+                heard.put(None)
+
+        async def close(self) -> None:
+            await super().close()
+            await ProcessInterface.close(self)  # says that it is closed, which the library's own leaves out
+
+    return Job
+
+
+def _said(error: Exception) -> str:
+    """What a command that failed printed, where the library's error tells it."""
+    _, found, printed = str(error).partition("stderr:\n")
+    return printed.strip() if found and printed.strip() else str(error)
 
 
 def jobs_cluster(profile: Profile, security: Security | None) -> Any:
@@ -336,7 +373,9 @@ def jobs_cluster(profile: Profile, security: Security | None) -> Any:
         **options.pop("scheduler_options", {}),
     }
     given = {} if profile.interface is None else {"interface": profile.interface}
-    return _library(profile.kind)(
+    library = _library(profile.kind)
+    return library(
+        job_cls=_heard(library.job_cls),
         cores=profile.threads * processes,
         memory=f"{limit * processes}B",
         walltime=_clock(walltime(profile)),
