@@ -152,9 +152,22 @@ def test_more_fields_than_colours_share_the_last():
 def test_without_frames_there_are_names_and_no_pictures(tmp_path):
     path = make_archive(tmp_path / "archive.zarr", MATRICES, attributes={"frames": "../gone.zarr"})
     found = Page(Path(write_archive_report(path, tmp_path / "page")))
-    assert "No pictures of frames. The frames were at ../gone.zarr" in found.text
+    assert "Pictures of frames are missing. The frames were at ../gone.zarr" in found.text
     assert {attrs["alt"] for tag, attrs in found.tags if tag == "img"} == {"colour scale from dark to bright"}
     assert "Nearest in other sequences" in found.text
+
+
+def test_damage_is_named_and_costs_a_picture_or_a_map(tmp_path):
+    make_frames(tmp_path / "frames.zarr", {"A/x": (3, "float32", 1)})
+    path = make_archive(
+        tmp_path / "archive.zarr", {"A/x": {"A/x": 3}}, attributes={"frames": "../frames.zarr"}
+    )
+    (tmp_path / "frames.zarr/A/x/frames/c/0/0/0/0/0").write_bytes(b"damaged")
+    next((tmp_path / "archive.zarr/A/x/lsim/c").glob("*/*")).write_bytes(b"damaged")
+    found = Page(Path(write_archive_report(path, tmp_path / "page")))
+    assert "Pictures of frames are missing. Damaged: A/x/a" in found.text
+    assert re.search(r"lsim No map: .*lsim: chunk c/\d/\d .* is damaged", found.text)
+    assert "good : The two axes hold 100 %" in found.text
 
 
 def test_of_many_frames_some_sequences_are_shown_and_landmarks_place_them(tmp_path, monkeypatch):

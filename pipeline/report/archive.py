@@ -135,6 +135,7 @@ def gather_archive(path: str | os.PathLike[str]) -> ArchiveContents:
         raise ReportError(f"{path}: no matrix has distances yet")
     matrices = [_matrix(key, groups[key]) for key in keys[:SHOWN_MATRICES]]
     frames, missing_frames = find_frames(path, attributes)
+    frames_by_name, damage = _read_frames(frames, matrices) if frames is not None else ({}, "")
     plans = attributes.get("plan", [])
     return ArchiveContents(
         title=str(attributes.get("title") or ""),
@@ -148,8 +149,8 @@ def gather_archive(path: str | os.PathLike[str]) -> ArchiveContents:
         runs=[_run(run) for run in attributes.get("runs", [])],
         plans=[str(plan) for plan in plans] if isinstance(plans, list) else [str(plans)],
         specifications=_specifications(path),
-        frames_by_name=_read_frames(frames, matrices) if frames is not None else {},
-        missing_frames=missing_frames,
+        frames_by_name=frames_by_name,
+        missing_frames=missing_frames or damage,
         table=_table(matrices),
     )
 
@@ -180,7 +181,7 @@ def _matrix(key: str, group: store.Group) -> Matrix:
     )
     names = _leading_first(metrics_of(group))
     maps = [_map(store.get_array(group, name), shown, name) for name in names[: 1 + SMALL_MAPS]]
-    first = next((one.found for one in maps if one.found is not None), None)
+    first = next((one for one in maps if one.found is not None), None)
     matrix = Matrix(
         key=key,
         count=count,
@@ -190,10 +191,11 @@ def _matrix(key: str, group: store.Group) -> Matrix:
         parameter=parameter.astype(float),
         maps=maps,
         not_mapped=names[1 + SMALL_MAPS :],
-        marked=mapping.spread(first.positions, MARKED) if first is not None else [],
+        marked=mapping.spread(first.found.positions, MARKED) if first and first.found else [],
         nearest=[],
     )
-    matrix.nearest.extend(_nearest(group, matrix, shown, names))
+    if first is not None:
+        matrix.nearest.extend(_nearest(group, matrix, shown, first.metric))
     return matrix
 
 
@@ -263,12 +265,8 @@ def _map(array: store.Array, shown: np.ndarray, metric: str) -> MetricMap:
     return MetricMap(metric, found, "")
 
 
-def _nearest(
-    group: store.Group, matrix: Matrix, shown: np.ndarray, metrics: Sequence[str]
-) -> Iterator[Neighbours]:
+def _nearest(group: store.Group, matrix: Matrix, shown: np.ndarray, metric: str) -> Iterator[Neighbours]:
     """Of references of the sequences of the frames that are marked, as long as there are other sequences."""
-    if not metrics:
-        return
     references = {
         (matrix.fields[k], matrix.sequences[k]): k for k in np.flatnonzero(matrix.numbers == 0)[::-1].tolist()
     }
@@ -276,7 +274,7 @@ def _nearest(
     places = [references[pair] for pair in dict.fromkeys(wanted) if pair in references]
     for k in places[:REFERENCES]:
         reference = _frame(matrix, k, int(shown[k]))
-        found = neighbours_of(group, reference, NEAREST, metrics[0], other_sequences=True)
+        found = neighbours_of(group, reference, NEAREST, metric, other_sequences=True)
         if found.nearest:
             yield found
 
@@ -300,14 +298,18 @@ def marked_frames(matrix: Matrix) -> list[Frame]:
     return [_frame(matrix, k) for k in matrix.marked]
 
 
-def _read_frames(path: str, matrices: Sequence[Matrix]) -> dict[str, np.ndarray]:
-    """The frames that the page has pictures of, by name; without those that are there no more."""
+def _read_frames(path: str, matrices: Sequence[Matrix]) -> tuple[dict[str, np.ndarray], str]:
+    """The frames that the page has pictures of, by name, and what is said of those that are damaged.
+
+    Those that are there no more are left out.
+    """
     wanted = [frame for matrix in matrices for frame in marked_frames(matrix)]
     for found in (found for matrix in matrices for found in matrix.nearest):
         wanted += [found.of, *(near.frame for near in found.nearest)]
     root = store.open_store(path)
     there = set(store.field_keys(root, schema.FRAMES))
-    frames = {}
+    frames: dict[str, np.ndarray] = {}
+    damaged: dict[str, None] = {}
     for key in dict.fromkeys(frame.field for frame in wanted if frame.field in there):
         group = store.get_group(root, key)
         names = store.read(store.get_array(group, schema.SEQUENCE))
@@ -315,8 +317,11 @@ def _read_frames(path: str, matrices: Sequence[Matrix]) -> dict[str, np.ndarray]
         array = store.get_array(group, schema.FRAMES)
         for frame in wanted:
             if frame.field == key and frame.sequence in row_of and frame.number < array.shape[1]:
-                frames[frame.name] = store.read(array, (row_of[frame.sequence], frame.number))
-    return frames
+                try:
+                    frames[frame.name] = store.read(array, (row_of[frame.sequence], frame.number))
+                except store.DamagedError:
+                    damaged[frame.name] = None
+    return frames, f"Damaged: {', '.join(damaged)}." if damaged else ""
 
 
 # -- How it was made ----------------------------------------------------------------------------------
