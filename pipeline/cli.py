@@ -164,7 +164,8 @@ def _explain(error: Exception) -> int | None:
         return 2
     # Errors of catalogs, schemas, correlations and workflows are kinds of ValueError.
     expected = (UnknownMetricError, WeightsError, ClusterError, ConversionError, ResourceError, StoreError)
-    if isinstance(error, (*expected, ExportError, SimulationError, UnknownRecipeError, ValueError, OSError)):
+    kinds = (ExportError, SimulationError, UnknownRecipeError, ValueError, OSError, MemoryError)
+    if isinstance(error, (*expected, *kinds)):
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
     return None

@@ -94,6 +94,7 @@ def _chunk(group: str, array: store.Array, start: tuple[int, ...], prefix: str) 
 
 def read_column(group: str, array: store.Array, report: VerifyReport, prefix: str = "") -> np.ndarray:
     """A small array whole, chunk by chunk; what cannot be decoded is damage, and fill values here."""
+    store.check_fits(array)
     report.chunks += sum(1 for _ in store.chunk_starts(array))
     try:
         return store.read(array)

@@ -322,6 +322,7 @@ def _fingerprint(contents: Sequence[str], specification_hash: str, scope: Scope)
 
 def _shapes_of_parts(metric: Metric, frames: store.Array) -> dict[str, tuple[int, ...]]:
     """Shape of each part of a frame's embedding, from one frame of zeros."""
+    store.check_fits(frames, 0)
     nothing = np.zeros((1, *frames.shape[2:]), frames.dtype)
     with torch.no_grad():
         embedding = metric.embedded(metric.prepare(nothing, (0.0, 1.0)))

@@ -701,22 +701,28 @@ def test_a_variable_that_cannot_name_a_group_breaks_its_file_alone(tmp_path: Pat
     assert "can't name a field, 'zarr.json'" in converted(tmp_path, "xarray")["bad"]
 
 
-def test_the_terminal_sees_no_control_characters(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+@pytest.fixture
+def lsim(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[Any, str]]:
+    """The command: exit code, and all it printed."""
+
+    def run(*arguments: object) -> tuple[Any, str]:
+        monkeypatch.setattr("sys.argv", ["lsim", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, "".join(capsys.readouterr())
+
+    return run
+
+
+def test_the_terminal_sees_no_control_characters(tmp_path: Path, lsim: Callable[..., tuple[Any, str]]):
     names_archive(tmp_path / "data", ["good", ":warning:", "[red]x", *UNSAFE.values()])
     (tmp_path / "data" / "e\x1b[2J.nc").write_bytes(b"not a file")
     title = 'title: "\\e]0;owned\\a"'
     file = write_catalog(
         tmp_path, '- {name: D, source: {path: data}, reader: xarray, title: "\\e[2J :warning:"}', title
     )
-
-    def lsim(*arguments: object) -> tuple[Any, str]:
-        monkeypatch.setattr("sys.argv", ["lsim", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code, "".join(capsys.readouterr())
-
     convert_it = ("convert", file, "--out", tmp_path / "frames.zarr", "--cluster", "none")
     for arguments, expected in (
         (convert_it, 3),
@@ -775,6 +781,32 @@ def test_a_store_that_claims_a_petabyte_is_refused_with_the_numbers(tmp_path: Pa
         assert re.search(
             r"values of shape .* would take 1.2 PB; this machine has .* of memory", failure.reason
         )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("verify",),
+        ("embed", "--metric", "l2", "--out", "e.zarr"),
+        ("distances", "--metrics", "l2", "--out", "a.zarr", "--scope", "dataset", "--matrix", "archive"),
+    ],
+    ids=lambda options: options[0],
+)
+def test_other_commands_refuse_a_petabyte_in_a_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lsim: Callable[..., tuple[Any, str]],
+    options: tuple[str, ...],
+):
+    monkeypatch.chdir(tmp_path)
+    frames_store(Path("frames.zarr"), {"A/u": (2, 3, 10**7, 10**7, 1)})
+    code, text = lsim(
+        options[0], "frames.zarr", *options[1:], *(["--cluster", "none"] if len(options) > 1 else [])
+    )
+    assert code == 1
+    assert re.search(
+        r"error: .*frames: values of shape .* would take [\d.]+ [PT]B; this machine has", text
+    ), text
 
 
 @pytest.mark.parametrize(
