@@ -427,16 +427,21 @@ def _start_ssh(profile: Profile, security: Security | None) -> DaskCluster:
 
 def _start_kubernetes(profile: Profile, security: Security | None) -> DaskCluster:
     low, high = _range(profile.workers)
-    options = dict(profile.options)
-    if "custom_cluster_spec" not in options:
-        command = ["dask-worker", "--nthreads", str(profile.threads), "--memory-limit", profile.memory_limit]
-        if profile.resources:
-            command += ["--resources", _resources(profile)]
-        options |= {"worker_command": command, "env": environment(profile)}
-    cluster = _library("kubernetes")(n_workers=low, quiet=True, **options)
+    cluster = _library("kubernetes")(n_workers=low, quiet=True, **pod_options(profile))
     if high > low:
         cluster.adapt(minimum=low, maximum=high)
     return cluster
+
+
+def pod_options(profile: Profile) -> dict[str, Any]:
+    """Options of pods: those of the profile, and what its keys say in the words of dask-kubernetes."""
+    if "custom_cluster_spec" in profile.options:
+        return profile.options
+    command = ["dask-worker", "--nthreads", str(profile.threads), "--memory-limit", profile.memory_limit]
+    command += [word for module in PRELOAD for word in ("--preload", module)]
+    if profile.resources:
+        command += ["--resources", _resources(profile)]
+    return profile.options | {"worker_command": command, "env": environment(profile)}
 
 
 def _range(workers: int | WorkerRange | None) -> tuple[int, int]:

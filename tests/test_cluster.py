@@ -24,7 +24,7 @@ from ssh_server import ssh_server
 from pipeline.check import check_cluster, compare_versions
 from pipeline.cluster import FAULT_TOLERANCE, Cluster
 from pipeline.credentials import credentials
-from pipeline.deployment import check_options, jobs_cluster, lifetime
+from pipeline.deployment import check_options, jobs_cluster, lifetime, pod_options
 from pipeline.distances import Settings, compute_distances
 from pipeline.profiles import ClusterError, Kind, Profile, load_profile, parse_duration
 from pipeline.resident import load_counts
@@ -367,6 +367,29 @@ def test_options_are_checked_before_anything_starts(settings, fault):
 def test_a_cluster_of_pods_cannot_be_encrypted_and_says_so(settings, fault):
     with pytest.raises(ClusterError, match=fault):
         Cluster(Profile(kind="kubernetes", **settings))
+
+
+@pytest.mark.skipif(not is_here("kubernetes"), reason="dask-kubernetes is not here")
+def test_the_pods_of_a_cluster():
+    from dask_kubernetes.operator import make_cluster_spec
+
+    profile = Profile(
+        kind="kubernetes",
+        tls=False,
+        threads=2,
+        memory_limit="4GB",
+        environment={"PLACE": "a b"},
+        options={"image": "mine:1", "resources": {"limits": {"nvidia.com/gpu": "1"}}},
+    )
+    spec = make_cluster_spec(name="lsim", n_workers=3, **pod_options(profile))
+    assert spec["spec"]["worker"]["replicas"] == 3
+    (pod,) = spec["spec"]["worker"]["spec"]["containers"]
+    assert pod["image"] == "mine:1"
+    assert pod["resources"] == {"limits": {"nvidia.com/gpu": "1"}}
+    assert {"--nthreads", "2", "--memory-limit", "4GB"} <= set(pod["args"])
+    variables = {entry["name"]: entry["value"] for entry in pod["env"]}
+    assert variables["PLACE"] == "a b"
+    assert variables["DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL"] == "20s"
 
 
 def test_workers_are_gone_before_the_walltime_is_over():
