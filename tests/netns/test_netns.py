@@ -33,6 +33,7 @@ KEY = "A/density"
 RECOVERY_S = 60
 """A bound of liveness on any machine; what it took is printed."""
 SETTINGS = ("--metrics", "l2,paced:Paced", "--size", "0", "--block", "1")
+IN_ONE = (*SETTINGS[:-1], "20", "--cluster", "none")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def undisturbed(frames, tmp_path_factory) -> dict[str, np.ndarray]:
     out = tmp_path_factory.mktemp("undisturbed") / "d.zarr"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
-        code, text = run_lsim("distances", frames, "--out", out, *SETTINGS, "--cluster", "none")
+        code, text = run_lsim("distances", frames, "--out", out, *IN_ONE)
     assert code == 0, text
     return matrices_of(out)
 
@@ -156,23 +157,33 @@ def test_strangers_are_refused(hosts, frames, credentials, tmp_path):
     assert members.process.poll() is None, "the scheduler is there still"
 
 
-def test_clocks_that_differ_make_no_difference(hosts, frames, undisturbed):
+def test_clocks_differ_and_a_host_is_told_to_go(hosts, frames, undisturbed):
     out = hosts.folder / "d.zarr"
     pace = paced.Pace(hosts.folder)
     pace.seconds = 0.5
     search = os.pathsep.join([str(Path(__file__).parent / "skewed"), hosts.environment["PYTHONPATH"]])
-    for host, ahead in (("h1", -3600), ("h2", 3600)):
+    scripts = [
         hosts.start_worker(host, PYTHONPATH=search, CLOCK_AHEAD_S=str(ahead))
+        for host, ahead in (("h1", -3600), ("h2", 3600))
+    ]
     members = Membership(hosts)
     hosts.wait_until("two workers", lambda: members.names == ["h1", "h2"])
     run = hosts.start_lsim(
         "h0", "distances", frames, "--out", out, *SETTINGS, "--cluster", SCHEDULER, log="run.log"
     )
     hosts.wait_until("both compute", lambda: pace.workers() == {"h1", "h2"})
+    # The script and all its processes, as a batch system tells them.
+    os.killpg(scripts[1].pid, signal.SIGTERM)
+    assert scripts[1].wait(timeout=120) == 0
     pace.seconds = 0
     assert run.wait(timeout=120) == 0, hosts.log("run.log")
+    # The script alone, as systemd and sbatch --signal B: do.
+    scripts[0].terminate()
+    assert scripts[0].wait(timeout=120) == 0
     np.testing.assert_equal(matrices_of(out), undisturbed)
+    assert not pace.unfinished(), "a block was given up"
     assert len(pace.lines("begin")) == SEQUENCES, "a block was begun twice"
+    assert not any("starting it again" in hosts.log(f"worker-{host}.log") for host in ("h1", "h2"))
     first, second = (clock_of(hosts.log(f"worker-{host}.log")) for host in ("h1", "h2"))
     assert second - first > datetime.timedelta(minutes=90), "the clocks did not differ"
 

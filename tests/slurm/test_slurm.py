@@ -145,12 +145,13 @@ def frames(tmp_path_factory) -> Path:
 
 
 SETTINGS = ("--metrics", "l2,paced:Paced", "--size", "0", "--block", "1")
+IN_ONE = (*SETTINGS[:-1], "20", "--cluster", "none")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(slurm, frames, tmp_path_factory) -> dict[str, np.ndarray]:
     out = tmp_path_factory.mktemp("undisturbed") / "d.zarr"
-    code, text = run_lsim("distances", frames, "--out", out, *SETTINGS, "--cluster", "none")
+    code, text = run_lsim("distances", frames, "--out", out, *IN_ONE)
     assert code == 0, text
     return matrices_of(out)
 
@@ -185,12 +186,13 @@ def test_the_demo_while_a_job_is_cancelled_and_replaced(start, tmp_path, capsys)
 
     code, text = run_lsim(*command, tmp_path / "alone", "--cluster", "none")
     assert code == 0, text
-    keys = store.field_keys(store.open_store(tmp_path / "alone" / "distances.zarr"), schema.PARAMETER)
-    assert len(keys) == 4
-    for key in keys:
-        found, alone = (matrices_of(tmp_path / name / "distances.zarr", key) for name in ("out", "alone"))
-        assert len(found) == 4
-        np.testing.assert_equal(found, alone)
+    for name, metric in (("distances.zarr", "paced"), ("archive.zarr", "lsim-open")):
+        keys = store.field_keys(store.open_store(tmp_path / "alone" / name), schema.PARAMETER)
+        assert len(keys) == 4
+        for key in keys:
+            found, alone = (matrices_of(tmp_path / folder / name, key) for folder in ("out", "alone"))
+            assert metric in found
+            np.testing.assert_equal(found, alone)
     table = (tmp_path / "out" / "results" / "correlation.csv").read_text()
     assert table == (tmp_path / "alone" / "results" / "correlation.csv").read_text()
 
