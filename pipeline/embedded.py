@@ -112,8 +112,6 @@ class EmbeddingCache:
     def __init__(self) -> None:
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._changed = threading.Condition()
-        self.computed = 0
-        """Frames that were embedded, for counting."""
 
     @property
     def nbytes(self) -> int:
@@ -205,7 +203,6 @@ class EmbeddingCache:
             raise
         with self._changed:
             entry.block, entry.nbytes = block, block.nbytes
-            self.computed += len(block.comparable)
             self._changed.notify_all()
 
     def _wait_for(self, entry: _Entry) -> EmbeddedBlock | None:

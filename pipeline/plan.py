@@ -269,13 +269,15 @@ def describe_plan(plan: Plan) -> str:
     """A plan in words, a line each for the group, its metrics, memory and time."""
     blocks = -(-plan.frames // plan.tile)
     lines = [
-        f"{plan.key}: {plan.frames:,} frames, {blocks:,} blocks of {plan.tile}, on {plan.workers.workers} "
-        f"workers of {plan.workers.threads} threads ({plan.workers.device})"
+        f"{plan.key}: {plan.frames:,} frames, {_count(blocks, 'block')} of {plan.tile}, on "
+        f"{_count(plan.workers.workers, 'worker')} of {_count(plan.workers.threads, 'thread')} "
+        f"({plan.workers.device})"
     ]
     for family in plan.families:
         there = f", {family.up_to_date:,} up to date" if family.up_to_date else ""
         lines.append(
-            f"  {', '.join(family.metrics)}: {family.tiles:,} tiles in {family.tasks:,} tasks{there}; "
+            f"  {', '.join(family.metrics)}: {_count(family.tiles, 'tile')} in "
+            f"{_count(family.tasks, 'task')}{there}; "
             f"{family.embeddings:,} embeddings ({family.factor:.2f} a frame); "
             f"{in_bytes(family.written)} of distances; about {in_time(family.seconds)}"
         )
@@ -285,6 +287,10 @@ def describe_plan(plan: Plan) -> str:
             f"{in_bytes(family.cache)}, in hand {in_bytes(family.work)}"
         )
     return "\n".join(lines)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def in_bytes(count: float) -> str:
