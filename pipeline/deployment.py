@@ -43,6 +43,8 @@ REPLACED_BY_NOBODY: tuple[Kind, ...] = (*OF_THIS_MACHINE, "ssh")
 """Kinds for which no batch system starts other workers."""
 LOCAL_WORKER_TTL = "60s"
 """A process that dies here is noticed at once; silent ones are busy machines, and should not be restarted."""
+LOST_LOCAL_WORKER_TIMEOUT = "120s"
+"""Within it a worker that died here is started again, however busy the machine; then Dask gives up on it."""
 NO_WORKERS_TIMEOUT = "120s"
 """Tasks that find no worker for so long fail, rather than wait forever."""
 PRELOAD = ("pipeline.cluster",)
@@ -259,6 +261,7 @@ def settings(profile: Profile) -> dict[str, Any]:
         found["distributed.scheduler.no-workers-timeout"] = NO_WORKERS_TIMEOUT
     if profile.kind in OF_THIS_MACHINE:
         found["distributed.scheduler.worker-ttl"] = LOCAL_WORKER_TTL
+        found["distributed.deploy.lost-worker-timeout"] = LOST_LOCAL_WORKER_TIMEOUT
     return found
 
 
