@@ -19,7 +19,7 @@ import torch
 from lsim.metric import Metric
 from lsim.precision import PairPrecision, ReportsPrecision
 from lsim.preprocess import Scope
-from pipeline import schema, store
+from pipeline import schema, stopping, store
 from pipeline.embedded import EmbeddedBlock, cache, embed_block
 from pipeline.frames import FrameBlock
 from pipeline.matrix import tile_fingerprint
@@ -153,6 +153,8 @@ def compute_tiles(task: TileTask) -> TileResult:
 
     keys = {index: (embeds_as(first), task.scope, block.content) for index, block in task.blocks.items()}
     for i, j in in_order(task.tiles.values()):
+        if stopping.asked():
+            raise stopping.Stopped  # of a driver that computes by itself; tiles before this one are done
         if not still_wanted():
             # Another copy was faster, or the run is over and the next may be writing.
             raise store.StoreError(f"{task.out}: nobody waits for tile {i},{j} of {task.key} any more")

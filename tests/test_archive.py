@@ -22,7 +22,7 @@ from commands import run_lsim
 import lsim
 from lsim.embedding import Embedding
 from lsim.metrics.pixel import L2
-from pipeline import schema, store
+from pipeline import schema, stopping, store
 from pipeline.archive import Matrix, compute_archive
 from pipeline.choice import Settings
 from pipeline.cluster import Cluster
@@ -229,6 +229,21 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
     kept = [name for name in before if before[name] == after[name]]
     assert len(kept) == len(before)  # nothing was computed twice
     same(matrices(tmp_path / "whole.zarr"), matrices(tmp_path / "a.zarr"))
+
+
+def test_a_run_in_this_process_that_is_told_to_end_does_so_between_tiles(tmp_path, monkeypatch):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(4))
+    out = tmp_path / "a.zarr"
+    monkeypatch.setattr("pipeline.stopping.asked", lambda: len(written(out)) >= 3)
+    with pytest.raises(stopping.Stopped):
+        compute(frames, out, matrix=Matrix(tile=4))
+    monkeypatch.undo()
+    assert len(written(out)) == 3  # a tile on the diagonal, and one with its mirror image
+    report = compute(frames, out, matrix=Matrix())
+    assert report.up_to_date == 2
+    assert report.tiles == 2 * 15 - 2
+    compute(frames, tmp_path / "whole.zarr", matrix=Matrix(tile=4))
+    same(matrices(tmp_path / "whole.zarr"), matrices(out))
 
 
 def test_a_driver_that_is_killed_costs_the_tiles_in_hand(tmp_path):
