@@ -93,13 +93,17 @@ def test_nothing_listens_beyond_loopback(local):
     me = psutil.Process()
     tree = [me, *me.children(recursive=True)]
     assert {worker.pid for worker in tree} >= set(local.client.run(where_it_runs).values())
-    listening = {
+    assert listening_on(tree) == {"127.0.0.1"}
+
+
+def listening_on(processes: list[psutil.Process]) -> set[str]:
+    """Addresses on which these processes take connections."""
+    return {
         socket.laddr.ip
-        for process in tree
+        for process in processes
         for socket in process.net_connections(kind="inet")
         if socket.status == psutil.CONN_LISTEN
     }
-    assert listening == {"127.0.0.1"}
 
 
 def test_shipped_timeouts_are_those_of_the_scheduler_and_its_workers(local):
@@ -237,6 +241,7 @@ def test_the_script_of_a_job(kind, tmp_path):
     )
     with credentials(profile) as security, jobs_cluster(profile, security) as cluster:
         script = cluster.job_script()
+        assert listening_on([psutil.Process()]) == {"127.0.0.1"}, "the scheduler listens beyond its interface"
         (folder,) = tmp_path.iterdir()
     directives = {
         "slurm": ["-p long", "--cpus-per-task=6", "--mem=12G", "-t 02:00:00"],
