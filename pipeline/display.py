@@ -317,7 +317,8 @@ def show_cluster(found: Any) -> None:
     tls = {True: "TLS", False: "no TLS", None: "no processes of its own"}[found.cluster.get("tls")]
     asked = f" of {found.expected} asked for" if len(found.workers) < found.expected else ""
     output.print(
-        f"{len(found.workers)} worker(s){asked}, {found.threads} thread(s), after {found.start_s:.1f} s; {tls}",
+        f"{len(found.workers)} worker(s){asked}, {found.threads} thread(s), "
+        f"after {found.start_s:.1f} s; {tls}",
         markup=False,
     )
     alike: dict[str, list[str]] = {}
