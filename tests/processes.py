@@ -19,7 +19,7 @@ from pipeline import schema, store
 HERE = Path(__file__).parent
 LSIM = (sys.executable, "-c", "from pipeline.cli import main; main()")
 DASK = (sys.executable, "-m", "dask")
-PATIENCE_S = 120
+PATIENCE_S = 240
 """How long to wait for what is bound to come, on a machine that others use, too."""
 
 
