@@ -159,7 +159,7 @@ def undisturbed(slurm, frames, tmp_path_factory) -> dict[str, np.ndarray]:
 def test_the_demo_while_a_job_is_cancelled_and_replaced(start, tmp_path, capsys):
     catalog = yaml.safe_load((TESTS.parent / "catalogs" / "demo.yaml").read_text())
     for dataset in catalog["datasets"]:
-        dataset["source"]["simulate"] |= {"families": 4, "size": 96}
+        dataset["source"]["simulate"] |= {"families": 3, "size": 96}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(catalog))
     workflow = yaml.safe_load((TESTS.parent / "workflows" / "demo.yaml").read_text())
     settings = {"metrics": ["l2", "ssim", "vi", "paced:Paced"], "block": 1}
@@ -181,14 +181,14 @@ def test_the_demo_while_a_job_is_cancelled_and_replaced(start, tmp_path, capsys)
         print(
             f"\na job was cancelled: another queued {queued:.1f} s later, and at work {computed:.1f} s later"
         )
-    assert "64 distance matrices computed" in text
+    assert "48 distance matrices computed" in text
     assert cancelled not in jobs()
 
     code, text = run_lsim(*command, tmp_path / "alone", "--cluster", "none")
     assert code == 0, text
     for name, metric in (("distances.zarr", "paced"), ("archive.zarr", "lsim-open")):
         keys = store.field_keys(store.open_store(tmp_path / "alone" / name), schema.PARAMETER)
-        assert len(keys) == 4
+        assert keys
         for key in keys:
             found, alone = (matrices_of(tmp_path / folder / name, key) for folder in ("out", "alone"))
             assert metric in found
@@ -197,27 +197,20 @@ def test_the_demo_while_a_job_is_cancelled_and_replaced(start, tmp_path, capsys)
     assert table == (tmp_path / "alone" / "results" / "correlation.csv").read_text()
 
 
-def test_a_job_told_to_go_finishes_its_block_and_leaves(start, frames, undisturbed, tmp_path):
-    run = start("distances", frames, "--out", tmp_path / "d.zarr", *SETTINGS)
-    run.wait_until("two jobs compute", lambda: len(run.pace.workers()) == 2)
-    told = min(jobs())
-    # To the job's script and all its processes, as SLURM itself does ahead of the end.
-    subprocess.run(["scancel", "--signal=TERM", "--full", told], check=True)
-    run.wait_until("the job leaves", lambda: told not in jobs())
-    run.finish()
-    np.testing.assert_equal(matrices_of(tmp_path / "d.zarr"), undisturbed)
-    assert_begun_once(run)
-
-
-def test_workers_leave_before_the_walltime_and_are_replaced(start, frames, undisturbed, tmp_path):
+def test_jobs_told_to_go_or_at_the_end_of_their_lifetime_finish_their_blocks(
+    start, frames, undisturbed, tmp_path
+):
     short = {"walltime": "00:02:00", "lifetime": "15s", "lifetime_stagger": "2s"}
     run = start("distances", frames, "--out", tmp_path / "d.zarr", *SETTINGS, **short)
-    run.wait_until("jobs", lambda: bool(jobs()))
-    shown = subprocess.run(
-        ["scontrol", "show", "job", min(jobs())], capture_output=True, text=True, check=True
-    )
+    run.wait_until("two jobs compute", lambda: len(run.pace.workers()) == 2)
+    told, other = sorted(jobs())[:2]
+    shown = subprocess.run(["scontrol", "show", "job", other], capture_output=True, text=True, check=True)
     assert "TimeLimit=00:02:00" in shown.stdout
-    run.wait_until("a third job computes", lambda: len(run.pace.workers()) == 3)
+    # To the job's script and all its processes, as SLURM itself does ahead of the end.
+    subprocess.run(["scancel", "--signal=TERM", "--full", told], check=True)
+    run.wait_until("the job that was told leaves", lambda: told not in jobs())
+    run.wait_until("the other leaves by itself", lambda: other not in jobs())
+    run.wait_until("a third job computes", lambda: len(run.pace.workers()) > 2)
     run.finish()
     np.testing.assert_equal(matrices_of(tmp_path / "d.zarr"), undisturbed)
     assert_begun_once(run)
