@@ -241,21 +241,19 @@ def test_wrong_settings_are_errors_before_anything_is_made(frames, tmp_path, her
     assert not (tmp_path / "out.zarr").exists()
 
 
-def test_the_command(tmp_path):
-    fields = archive_of(2)
-    frames = write_archive(tmp_path / "frames.zarr", fields)
-    told = ("--metric", "lsim-open", "--size", 64, "--out", tmp_path / "embeddings.zarr", "--cluster", "none")
-    code, text = run_lsim("embed", frames, *told)
-    assert code == 0, text
-    assert "10 embeddings of 12448 values computed" in " ".join(text.split())
-    assert "the Euclidean distance of two embeddings is lsim-open" in text
-    code, text = run_lsim("embed", frames, *told)
-    assert (code, "nothing to do: 10 embeddings are up to date" in text) == (0, True)
-    code, text = run_lsim("embed", frames, *told, "--groups", "Q/*")
-    assert (code, "no group 'Q/*'; there are A/density" in text) == (1, True)
+def test_groups_that_are_not_there_are_errors(frames, tmp_path, here):
+    with pytest.raises(store.StoreError, match=r"no group 'Q/\*'; there are A/density, B/rgb"):
+        compute_embeddings(frames, tmp_path / "out.zarr", SETTINGS, groups=["A/*", "Q/*"], cluster=here)
 
+
+def test_the_command(tmp_path):
+    fields = archive_of(2) | archive_of(1, key="B/density")
     fields["A/density"]["s1"][3] = np.nan
-    write_archive(frames, fields)
-    code, text = run_lsim("embed", frames, *told)
-    assert code == 3
+    frames = write_archive(tmp_path / "frames.zarr", fields)
+    told = ("--metric", "lsim-open", "--size", 64, "--groups", "A/*", "--cluster", "none")
+    code, text = run_lsim("embed", frames, "--out", tmp_path / "embeddings.zarr", *told)
+    assert code == 3, text
+    assert "10 embeddings of 12448 values computed" in text
+    assert "the Euclidean distance of two embeddings is lsim-open" in text
     assert "the frame holds NaN or infinity" in text
+    assert features(tmp_path / "embeddings.zarr").shape == (10, 12448)
