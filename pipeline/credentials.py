@@ -7,6 +7,7 @@ loopback; beyond it, scheduler, workers and clients show each other certificates
 from __future__ import annotations
 
 import contextlib
+import datetime
 import ipaddress
 import os
 import shutil
@@ -22,6 +23,11 @@ from pipeline.profiles import ACROSS_HOSTS, ClusterError, Profile, SecurityFiles
 
 CONFIGURED = ("ca-file", "client.cert", "client.key")
 """What Dask's own configuration names under ``distributed.comm.tls`` where clients have certificates."""
+
+CLOCKS_DIFFER = datetime.timedelta(days=1)
+"""The clocks of hosts may be behind by so much: temporary certificates are valid from then on."""
+VALID = datetime.timedelta(days=365)
+"""For as long a cluster may run on a temporary certificate."""
 
 
 class UnencryptedClusterWarning(UserWarning):
@@ -116,11 +122,7 @@ def of_files(files: SecurityFiles) -> Security:
         if not os.access(path, os.R_OK):
             raise ClusterError(f"security.{role}: {path} cannot be read")
         paths[role] = str(path)
-    roles = {
-        f"tls_{role}_{part}": paths[part]
-        for role in ("client", "scheduler", "worker")
-        for part in ("cert", "key")
-    }
+    roles = _for_all_roles(paths["cert"], paths["key"])
     return Security(require_encryption=True, tls_ca_file=paths["ca_file"], **roles)
 
 
@@ -145,9 +147,40 @@ def _new_folder(within: str) -> Path:
 
 
 def _temporary() -> Security:
+    """A certificate that signs itself, for all roles, in memory.
+
+    Dask's own is valid from this second on, which a host whose clock is behind refuses.
+    """
     try:
-        return Security.temporary()
+        from cryptography import x509
+        from cryptography.hazmat.primitives import hashes, serialization
+        from cryptography.hazmat.primitives.asymmetric import ec
     except ImportError as error:
         raise ClusterError(
             "temporary certificates need the package cryptography: pip install 'lsim[tls]'"
         ) from error
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "lsim-cluster")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - CLOCKS_DIFFER)
+        .not_valid_after(now + VALID)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+        .public_bytes(serialization.Encoding.PEM)
+        .decode("ascii")
+    )
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    ).decode("ascii")
+    return Security(require_encryption=True, tls_ca_file=certificate, **_for_all_roles(certificate, secret))
+
+
+def _for_all_roles(cert: str, key: str) -> dict[str, str]:
+    roles = ("client", "scheduler", "worker")
+    return {f"tls_{role}_cert": cert for role in roles} | {f"tls_{role}_key": key for role in roles}

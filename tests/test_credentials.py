@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import stat
 import warnings
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import dask
 import pytest
+from cryptography import x509
 from distributed import Client, Security
 
 from pipeline.cluster import Cluster
@@ -101,6 +103,13 @@ def test_temporary_certificates_are_their_owners_alone_and_end_with_the_cluster(
         # Files and no text: a key on a command line would be everybody's.
         assert Path(security.tls_worker_key) == folder / "key.pem"
     assert not list(shared.iterdir())
+
+
+def test_a_host_whose_clock_is_behind_takes_them(site):
+    certificate = x509.load_pem_x509_certificate(Path(site.cert).read_bytes())
+    now = datetime.datetime.now(datetime.UTC)
+    assert certificate.not_valid_before_utc < now - datetime.timedelta(hours=12)
+    assert certificate.not_valid_after_utc > now + datetime.timedelta(days=300)
 
 
 def test_they_end_with_a_cluster_that_failed_too(tmp_path):
