@@ -211,14 +211,6 @@ def test_jobs_told_to_go_or_at_the_end_of_their_lifetime_finish_their_blocks(
     run.wait_until("the job that was told leaves", lambda: told not in jobs())
     run.wait_until("the other leaves by itself", lambda: other not in jobs())
     run.wait_until("a third job computes", lambda: len(run.pace.workers()) > 2)
-    run.finish()
+    text = run.finish()
     np.testing.assert_equal(matrices_of(tmp_path / "d.zarr"), undisturbed)
-    assert_begun_once(run)
-
-
-def assert_begun_once(run: Run) -> None:
-    """Every sequence was begun once and ended."""
-    assert not run.pace.unfinished()
-    begun = [sequence for sequence, _ in run.pace.lines("begin")]
-    assert len(set(begun)) == SEQUENCES
-    assert len(begun) == SEQUENCES, [pair for pair in run.pace.lines("begin") if begun.count(pair[0]) > 1]
+    run.pace.assert_begun_once(SEQUENCES, text)
