@@ -74,7 +74,7 @@ class Pace:
         return {who for _, who in self.lines("end")[after:]}
 
     def assert_begun_once(self, sequences: int, output: str) -> None:
-        """Every sequence was begun once and ended, but for the second copies of stragglers that a run tells of."""
+        """Every sequence was begun once and ended, but for copies of stragglers that a run tells of."""
         told = re.search(r"(\d+) tasks? ran so long", output)
         copies = int(told[1]) if told else 0
         begun, ended = self.lines("begin"), self.lines("end")

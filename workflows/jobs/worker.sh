@@ -9,9 +9,9 @@
 #   worker.sh tls://HOST:8786 [more options of 'dask worker', such as --nthreads 1 --interface ib0]
 #
 # As a batch job; SLURM then warns the script alone, a minute ahead:
-#   sbatch --time 08:00:00 --signal B:TERM@60 worker.sh tls://HOST:8786 --nthreads 1
+#   sbatch --time 08:00:00 --signal B:TERM@60 --wrap 'exec /PATH/TO/worker.sh tls://HOST:8786 --nthreads 1'
 # As a systemd unit:
-#   ExecStart=/opt/lsim/worker.sh tls://HOST:8786 --nthreads 1
+#   ExecStart=/PATH/TO/worker.sh tls://HOST:8786 --nthreads 1
 #   KillMode=mixed
 #
 # Workers must see the stores at the paths that the driver uses. PYTHON names the interpreter that lsim is installed
@@ -33,8 +33,8 @@ fi
 
 while [ -z "$stopped" ]; do
   # Dask acts on the first signal and dies of a second one, and a batch system signals all processes of a job: what
-  # comes after the first must be ignored.
-  # What takes long to import is imported ahead: a worker that has joined must not be silent.
+  # comes after the first must be ignored. What takes long to import is imported ahead, since a worker that has
+  # joined must not be silent.
   (trap '' TERM INT; exec "${PYTHON:-python}" -m distributed.cli.dask_worker \
     --no-dashboard --dashboard-address 127.0.0.1:0 --preload pipeline.cluster --death-timeout 60 "$@") &
   worker=$!
