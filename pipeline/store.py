@@ -242,7 +242,8 @@ def get_array(group: Group, name: str) -> Array:
         raise StoreError(f"{group.store_path}: no array {name!r}") from error
     if not isinstance(found, zarr.Array):
         raise StoreError(f"{group.store_path}/{name}: expected an array, found a group")
-    return found
+    # Zarr stores no such setting. A chunk of NaN counts as written: only one that is lost is absent.
+    return found.with_config({"write_empty_chunks": True}) if found.dtype.kind == "f" else found
 
 
 def get_group(group: Group, path: str) -> Group:

@@ -84,13 +84,19 @@ def test_fingerprints_of_other_settings_are_made_from_the_record(tmp_path: Path,
     assert verify(tmp_path / "d.zarr").whole
 
 
-def test_frames_that_no_metric_takes_are_no_damage(tmp_path: Path):
+@pytest.mark.parametrize("which", [slice(2, 3), slice(None)])
+def test_frames_that_no_metric_takes_are_no_damage(tmp_path: Path, which: slice):
     archive = archive_of(3, frames=4, size=16)
-    archive[KEY]["s1"][2] = np.nan
+    archive[KEY]["s1"][which] = np.nan
     frames = write_archive(tmp_path / "frames.zarr", archive)
-    assert compute(frames, tmp_path / "d.zarr").failures
-    assert verify(frames).whole
-    assert verify(tmp_path / "d.zarr").whole
+    assert compute(frames, tmp_path / "d.zarr", block=1).failures
+    with Cluster(Profile(kind="none")) as cluster:
+        settings = SETTINGS.model_copy(update={"scope": "dataset"})
+        assert compute_archive(
+            frames, tmp_path / "a.zarr", settings, Matrix(tile=4), cluster=cluster
+        ).failures
+    for path in (frames, tmp_path / "d.zarr", tmp_path / "a.zarr"):
+        assert verify(path).damages == []
 
 
 @pytest.mark.parametrize("damage", [flip, truncate])
