@@ -243,7 +243,9 @@ def _matrices(group: str, array: store.Array, start: tuple[int, ...], recorded: 
         return [damage(done, c.key, c.reason, unreadable=True) for c in damaged]
     if not done:
         return []
-    if np.isnan(values).all() and store.missing_chunks(array, rows.start):
+    # Where every row failed, for a recorded reason, a chunk of NaN alone may never have been written.
+    failed = all(recorded.failures[row] for row in done)
+    if not failed and np.isnan(values).all() and store.missing_chunks(array, rows.start):
         return [damage(done, key, "missing")]
     found = []
     for row in done:

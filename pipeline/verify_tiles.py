@@ -88,7 +88,8 @@ def _tile(group: str, array: store.Array, start: tuple[int, int], recorded: _Rec
             ]
     if damages or not recorded.fingerprints[i, j]:
         return damages
-    for place, values in zip(places, found, strict=True):
+    comparable = all(recorded.comparable[k * tile : (k + 1) * tile].any() for k in (i, j))
+    for place, values in zip(places, found, strict=True) if comparable else ():
         region = tuple(slice(first, first + 1) for first in place)
         if np.isnan(values).all() and store.missing_chunks(array, region):
             key = store.chunk_key(array, place)
