@@ -48,12 +48,12 @@ from lsim.registry import why_unavailable
 from lsim.weights import find_weights
 from pipeline import schema, store
 from pipeline.archive import ArchiveReport, Matrix, compute_archive
+from pipeline.archive.tiles import ROWS_AT_ONCE, compare_blocks
 from pipeline.choice import Settings
-from pipeline.cluster import Cluster
 from pipeline.content import content_hash
 from pipeline.embedded import EmbeddedBlock
-from pipeline.profiles import Profile
-from pipeline.tiles import ROWS_AT_ONCE, compare_blocks
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
 
 SIDE, FRAMES_OF_SEQUENCE = 256, 16
 GPU_FRAMES = 16384

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.measuring import Measured
-from pipeline.plan import Workers, choose_sides, in_bytes, plan_family
+from pipeline.archive.measuring import Measured
+from pipeline.archive.plan import Workers, choose_sides, in_bytes, plan_family
 
 VALUES = 226_208
 """Of an LSiM embedding at 224²."""

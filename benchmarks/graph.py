@@ -35,14 +35,14 @@ from common import processor
 from distributed import Client
 
 from pipeline import schema, store
-from pipeline.blocks import StaleBlock
-from pipeline.cluster import Cluster
-from pipeline.compute import BlockTask
 from pipeline.content import content_hash
 from pipeline.distances import Settings, compute_distances, list_failures
-from pipeline.profiles import Profile
-from pipeline.resident import MetricRequest
-from pipeline.submission import run_bounded
+from pipeline.distances.blocks import StaleBlock
+from pipeline.distances.compute import BlockTask
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
+from pipeline.workers.resident import MetricRequest
+from pipeline.workers.submission import run_bounded
 
 METRICS = ("l1", "l2", "psnr", "ssim", "ms-ssim", "gmsd", "vi", "lsim", "lpips-alex", "flow")
 KEY = "D/density"

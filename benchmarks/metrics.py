@@ -337,9 +337,9 @@ def measure_registry(sequences: int, folder: Path, device: str, metrics: list[st
     """
     from pipeline import store
     from pipeline.choice import Settings
-    from pipeline.cluster import Cluster
     from pipeline.distances import compute_distances
-    from pipeline.profiles import Profile
+    from pipeline.workers.cluster import Cluster
+    from pipeline.workers.profiles import Profile
 
     settings = Settings(metrics=tuple(metrics))
     with Cluster(Profile(kind="none", device=device)) as cluster:

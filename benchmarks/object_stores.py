@@ -33,11 +33,11 @@ from convert import FRAMES, make_archive
 from pipeline import objects
 from pipeline.catalog import fetch, open_catalog
 from pipeline.choice import Settings
-from pipeline.cluster import Cluster
 from pipeline.convert import convert
 from pipeline.distances import compute_distances
-from pipeline.profiles import Profile
 from pipeline.versions import versions
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
 
 BUCKET = "bench"
 SETTINGS = Settings(metrics=("l1",), size=None)

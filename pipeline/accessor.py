@@ -4,7 +4,8 @@
 >>> ds["density"].lsim.pairwise("time", "ssim")          # doctest: +SKIP
 
 Importing this loads neither torch nor Dask. A task of a lazy result holds how the metric is to be loaded; the
-metric itself is loaded once per process, as on the workers of a run (:func:`pipeline.resident.get_metric`).
+metric itself is loaded once per process, as on the workers of a run
+(:func:`pipeline.workers.resident.get_metric`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import xarray as xr
 
 if TYPE_CHECKING:
     from lsim.metric import Metric
-    from pipeline.resident import MetricRequest
+    from pipeline.workers.resident import MetricRequest
 
 Mask: TypeAlias = Literal["nan"] | xr.DataArray | None
 Range: TypeAlias = tuple[Any, Any]
@@ -182,7 +183,7 @@ def _pairwise(
     frames: np.ndarray, *, request: MetricRequest, device: str | None, scope: Any, channels: bool
 ) -> np.ndarray:
     """(…, n, y, x[, channel]) → (…, n, n)."""
-    from pipeline.resident import get_metric
+    from pipeline.workers.resident import get_metric
 
     metric, mask = get_metric(request, device), "nan" if request.mask else None
     frames = frames if channels else frames[..., None]
@@ -204,7 +205,7 @@ def _distance(
     channels: bool,
 ) -> np.ndarray:
     """(…, [n,] y, x[, channel]) of both → (…[, n])."""
-    from pipeline.resident import get_metric
+    from pipeline.workers.resident import get_metric
 
     metric, mask = get_metric(request, device), "nan" if request.mask else None
     one, two = (a if channels else a[..., None] for a in (one, two))
@@ -223,7 +224,7 @@ def _distance(
 def _request(name: str | None, masked: bool, settings: dict[str, Any]) -> tuple[Metric, MetricRequest]:
     """The metric, for what is known of it, and how tasks are to load it: wrong settings are errors here."""
     from lsim.registry import default_metric
-    from pipeline.resident import MetricRequest
+    from pipeline.workers.resident import MetricRequest
 
     own = dict(settings)
     weights = own.pop("weights", None)

@@ -23,14 +23,14 @@ from lsim.simulate import simulate_families
 from pipeline import schema, store
 from pipeline.address import absolute
 from pipeline.choice import Settings, choose_metrics
-from pipeline.cluster import Cluster
 from pipeline.content import content_hash
 from pipeline.distances import compute_distances
+from pipeline.distances.sizing import block_size
 from pipeline.fields import checked_fields
-from pipeline.profiles import ACROSS_HOSTS, ClusterError, Profile, WorkerRange
-from pipeline.resident import MetricRequest, get_metric
-from pipeline.sizing import block_size
 from pipeline.versions import versions
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import ACROSS_HOSTS, ClusterError, Profile, WorkerRange
+from pipeline.workers.resident import MetricRequest, get_metric
 
 MUST_AGREE = ("lsim", "torch", "zarr")
 """Packages of which another version computes or stores otherwise."""

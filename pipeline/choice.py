@@ -13,8 +13,8 @@ from lsim.metric import Metric
 from lsim.preprocess import Compat, FramesError
 from lsim.registry import learned_class, list_metrics, metric_class, metric_name, why_unavailable
 from pipeline import schema
-from pipeline.resident import MetricRequest, Option
 from pipeline.schema import Pairs
+from pipeline.workers.resident import MetricRequest, Option
 
 
 class UnavailableMetricError(ValueError):

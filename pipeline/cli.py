@@ -22,7 +22,6 @@ import yaml
 from rich import box
 from rich.table import Table
 
-from pipeline import stopping
 from pipeline.display import (
     add_row,
     console,
@@ -39,11 +38,12 @@ from pipeline.display import (
     show_verified,
     stage,
 )
+from pipeline.workers import stopping
 
 if TYPE_CHECKING:
     from pipeline.archive import Matrix
     from pipeline.choice import Settings
-    from pipeline.profiles import Profile
+    from pipeline.workers.profiles import Profile
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -147,10 +147,10 @@ def _explain(error: Exception) -> int | None:
     from lsim.simulate import UnknownRecipeError
     from lsim.weights import WeightsError
     from pipeline.convert import ConversionError
-    from pipeline.profiles import ClusterError
     from pipeline.resources import ResourceError
     from pipeline.simulate import SimulationError
     from pipeline.store import StoreError
+    from pipeline.workers.profiles import ClusterError
 
     if hasattr(error, "exit_code") and hasattr(error, "show"):  # click's usage errors
         error.show()
@@ -192,9 +192,9 @@ def run(
 ) -> None:
     """Run a workflow: fetch, convert, distances, correlate, report; only what is out of date."""
     from pipeline.choice import Settings
-    from pipeline.cluster import Cluster
-    from pipeline.profiles import load_profile
     from pipeline.resources import find_resource
+    from pipeline.workers.cluster import Cluster
+    from pipeline.workers.profiles import load_profile
     from pipeline.workflow import open_workflow, run_workflow
 
     chosen = open_workflow(workflow)
@@ -228,9 +228,9 @@ def convert_command(
 ) -> None:
     """Convert source files to frames.zarr; only new and changed ones."""
     from pipeline.catalog import open_catalog
-    from pipeline.cluster import Cluster
     from pipeline.convert import convert
-    from pipeline.profiles import load_profile
+    from pipeline.workers.cluster import Cluster
+    from pipeline.workers.profiles import load_profile
 
     with Cluster(load_profile(cluster, workers)) as pool, stage(pool)("convert") as show:
         report = convert(
@@ -292,9 +292,9 @@ def distances_command(
 ) -> None:
     """Compute distance matrices, of sequences or of a whole archive; only what is new or out of date."""
     from pipeline.choice import Settings
-    from pipeline.cluster import Cluster
     from pipeline.distances import compute_distances
-    from pipeline.profiles import load_profile
+    from pipeline.workers.cluster import Cluster
+    from pipeline.workers.profiles import load_profile
 
     settings = Settings.model_validate(
         {
@@ -343,7 +343,7 @@ def _compute_archive(
 ) -> None:
     """The command ``distances`` with ``--matrix archive``."""
     from pipeline.archive import compute_archive, shared_memory_profile
-    from pipeline.cluster import Cluster
+    from pipeline.workers.cluster import Cluster
 
     with Cluster(shared_memory_profile(profile)) as pool, stage(pool)("archive") as show:
         report = compute_archive(
@@ -459,9 +459,9 @@ def embed_command(
 ) -> None:
     """Write a metric's embedding of every frame, for search libraries; only what is new or out of date."""
     from pipeline.choice import Settings
-    from pipeline.cluster import Cluster
     from pipeline.embed import compute_embeddings
-    from pipeline.profiles import load_profile
+    from pipeline.workers.cluster import Cluster
+    from pipeline.workers.profiles import load_profile
 
     settings = Settings.model_validate(
         {
@@ -495,8 +495,8 @@ def verify_command(
     threads: Annotated[int, typer.Option(min=1, help="That read and check.")] = 8,
 ) -> None:
     """Check a store: every chunk against its checksum, and what is in it against what is recorded."""
-    from pipeline.repair import repair
     from pipeline.verify import verify
+    from pipeline.verify.repair import repair
 
     with stage(None)("verify") as show:
         report = verify(path, threads=threads, progress=show)
@@ -527,9 +527,9 @@ def simulate_command(
     workers: Workers = None,
 ) -> None:
     """Make simulations: families of a reference and ten more, only those that are not there yet."""
-    from pipeline.cluster import Cluster
-    from pipeline.profiles import load_profile
     from pipeline.simulate import measure_hardness, simulate
+    from pipeline.workers.cluster import Cluster
+    from pipeline.workers.profiles import load_profile
 
     if calibrate:
         show_calibration(recipe, families, size, seed)
@@ -581,9 +581,9 @@ def train_command(
             soft_wrap=True,
         )
     if missing and processes == 1:
-        from pipeline.cluster import Cluster
-        from pipeline.profiles import load_profile
         from pipeline.simulate import simulate
+        from pipeline.workers.cluster import Cluster
+        from pipeline.workers.profiles import load_profile
 
         with Cluster(load_profile(cluster, workers)) as pool:
             for recipe in missing:
@@ -833,7 +833,7 @@ def cluster_check(
     """Start a cluster, look at its workers' versions and devices, and measure what a run would take."""
     from pipeline.check import check_cluster
     from pipeline.choice import Settings
-    from pipeline.profiles import load_profile
+    from pipeline.workers.profiles import load_profile
 
     settings = Settings.model_validate({"metrics": _metric_names(metrics)})
     found = check_cluster(load_profile(profile, workers), settings, folder=folder, frames=frames)

@@ -60,8 +60,8 @@ from pipeline.shards import (
     open_field,
     same_look,
 )
-from pipeline.submission import run_bounded
 from pipeline.versions import versions
+from pipeline.workers.submission import run_bounded
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -26,14 +26,14 @@ from lsim.preprocess import FramesError, Scope, finite_frames
 from pipeline import schema, store
 from pipeline.address import absolute, relative
 from pipeline.choice import Settings, choose_metrics
-from pipeline.cluster import Cluster
 from pipeline.content import read_sequence
 from pipeline.fields import checked_fields
-from pipeline.profiles import Profile
-from pipeline.resident import MetricRequest, dismiss_unfit_workers, get_metric, prewarm
 from pipeline.scopes import dataset_range
-from pipeline.submission import run_bounded
 from pipeline.versions import versions
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
+from pipeline.workers.resident import MetricRequest, dismiss_unfit_workers, get_metric, prewarm
+from pipeline.workers.submission import run_bounded
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (blocks done, blocks in all)."""

@@ -10,9 +10,9 @@ import numpy as np
 
 from lsim.preprocess import FramesError, Preprocessing, range_of
 from pipeline import store
-from pipeline.cluster import Cluster
 from pipeline.content import read_sequence
-from pipeline.submission import run_bounded
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.submission import run_bounded
 
 Range: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 """Minimum and maximum per channel."""

@@ -29,10 +29,10 @@ from lsim.simulate.hardness import reference_errors
 from lsim.simulate.layout import Format, read_frames, read_record, settings
 from pipeline.address import absolute, is_address, split_bucket
 from pipeline.catalog import Catalog, Dataset, Source, data_root
-from pipeline.cluster import Cluster
 from pipeline.convert import ConversionReport, convert
 from pipeline.store import exists
-from pipeline.submission import run_bounded
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.submission import run_bounded
 
 Output: TypeAlias = Literal["npz", "png", "zarr"]
 OUTPUTS: tuple[Output, ...] = ("npz", "png", "zarr")

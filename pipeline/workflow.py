@@ -20,12 +20,12 @@ from pipeline.address import absolute, join
 from pipeline.archive import ArchiveReport, Matrix, compute_archive
 from pipeline.catalog import fetch, open_catalog
 from pipeline.choice import Settings, choose_metrics
-from pipeline.cluster import Cluster
 from pipeline.convert import ConversionReport, convert
 from pipeline.correlate import CorrelationReport, correlate
 from pipeline.distances import DistancesReport, compute_distances
 from pipeline.report import write_report
 from pipeline.resources import find_resource, read_yaml, validated
+from pipeline.workers.cluster import Cluster
 
 StageProgress: TypeAlias = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 """Called with a stage's title; gives a context with a function of (done, in all)."""

@@ -16,7 +16,7 @@ from distributed import Client, LocalCluster
 
 import lsim
 import pipeline.accessor  # noqa: F401  registers .lsim
-from pipeline import resident
+from pipeline.workers import resident
 
 
 @pytest.fixture

@@ -23,16 +23,16 @@ STAGES = (
     "pipeline.embed",
 )
 PARTS_OF_STAGES = {
-    "pipeline.blocks": "pipeline.distances",
-    "pipeline.compute": "pipeline.distances",
-    "pipeline.sizing": "pipeline.distances",
+    "pipeline.distances.blocks": "pipeline.distances",
+    "pipeline.distances.compute": "pipeline.distances",
+    "pipeline.distances.sizing": "pipeline.distances",
     "pipeline.shards": "pipeline.convert",
     "pipeline.embedded": "pipeline.archive",
     "pipeline.frames": "pipeline.archive",
-    "pipeline.matrix": "pipeline.archive",
-    "pipeline.measuring": "pipeline.archive",
-    "pipeline.plan": "pipeline.archive",
-    "pipeline.tiles": "pipeline.archive",
+    "pipeline.archive.matrix": "pipeline.archive",
+    "pipeline.archive.measuring": "pipeline.archive",
+    "pipeline.archive.plan": "pipeline.archive",
+    "pipeline.archive.tiles": "pipeline.archive",
 }
 """Modules that belong to one stage; ``pipeline.statistics`` knows arrays alone, and is anybody's."""
 LEAVES = (
@@ -48,17 +48,17 @@ LEAVES = (
 SHARED_BY_STAGES = ("pipeline.choice", "pipeline.fields", "pipeline.scopes")
 """What several stages ask: which metrics, and over which range their frames are normalised."""
 WORKERS = (
-    "pipeline.cluster",
-    "pipeline.credentials",
-    "pipeline.departure",
-    "pipeline.deployment",
-    "pipeline.profiles",
-    "pipeline.resident",
-    "pipeline.submission",
+    "pipeline.workers.cluster",
+    "pipeline.workers.credentials",
+    "pipeline.workers.departure",
+    "pipeline.workers.deployment",
+    "pipeline.workers.profiles",
+    "pipeline.workers.resident",
+    "pipeline.workers.submission",
 )
-"""How stages get at workers; :mod:`pipeline.profiles` below, :mod:`pipeline.cluster` above."""
+"""How stages get at workers: profiles below, the cluster above."""
 KNOW_DASK = (*WORKERS, "pipeline.convert", "pipeline.distances", "pipeline.archive", "pipeline.workflow")
-CHECKERS = ("pipeline.verify", "pipeline.verify_tiles")
+CHECKERS = ("pipeline.verify", "pipeline.verify.tiles")
 """What compares what stages wrote with what they recorded of it."""
 COMPOSERS = ("pipeline.workflow", "pipeline.check")
 """Who compose stages: a whole run, and a small one that tells how fit a cluster is."""
@@ -121,8 +121,13 @@ def offenders(importers: str | tuple[str, ...], *imported: str) -> Iterator[str]
 
 
 def test_modules_are_read() -> None:
-    assert {"lsim.metric", "lsim.metrics.learned", "pipeline.store", "pipeline.cluster"} <= IMPORTS.keys()
-    assert any(is_within(name, "lsim") for name in IMPORTS["pipeline.resident"])
+    assert {
+        "lsim.metric",
+        "lsim.metrics.learned",
+        "pipeline.store",
+        "pipeline.workers.cluster",
+    } <= IMPORTS.keys()
+    assert any(is_within(name, "lsim") for name in IMPORTS["pipeline.workers.resident"])
 
 
 def test_imports_are_found_wherever_they_stand() -> None:
@@ -213,7 +218,9 @@ def test_parts_serve_their_stage_alone() -> None:
     for part, stage in PARTS_OF_STAGES.items():
         users = [m for m, names in IMPORTS.items() if part in names and m != part]
         assert set(users) <= {stage, *COMPOSERS, "pipeline.cli", *CHECKERS, *_siblings(stage)}, part
-        assert not list(offenders(part, *STAGES, "pipeline.workflow", "pipeline.cli"))
+        assert not IMPORTS[part] & {*STAGES, "pipeline.workflow", "pipeline.cli"}, part
+        others = [other for other in STAGES if other != stage]
+        assert not list(offenders(part, *others))
 
 
 def _siblings(stage: str) -> list[str]:
@@ -225,10 +232,12 @@ def test_nothing_below_imports_what_is_above() -> None:
         ("pipeline.schema", "pipeline.store"): (*STAGES, *WORKERS, "pipeline.catalog"),
         ("pipeline.locks", "pipeline.objects"): (*STAGES, *WORKERS, "pipeline.store", "pipeline.catalog"),
         WORKERS: (*STAGES, "pipeline.store", "pipeline.schema", "pipeline.readers"),
-        ("pipeline.profiles", "pipeline.departure"): tuple(set(WORKERS) - {"pipeline.profiles"}),
-        ("pipeline.credentials",): ("pipeline.cluster", "pipeline.deployment"),
-        ("pipeline.deployment",): ("pipeline.cluster",),
-        ("pipeline.resident",): ("pipeline.cluster", "pipeline.submission"),
+        ("pipeline.workers.profiles", "pipeline.workers.departure"): tuple(
+            set(WORKERS) - {"pipeline.workers.profiles"}
+        ),
+        ("pipeline.workers.credentials",): ("pipeline.workers.cluster", "pipeline.workers.deployment"),
+        ("pipeline.workers.deployment",): ("pipeline.workers.cluster",),
+        ("pipeline.workers.resident",): ("pipeline.workers.cluster", "pipeline.workers.submission"),
         ("pipeline.catalog",): (*STAGES, "pipeline.readers", "pipeline.store", *WORKERS),
         ("pipeline.readers",): (*STAGES, "pipeline.store", *WORKERS),
         SHARED_BY_STAGES: (*STAGES, *PARTS_OF_STAGES, "pipeline.workflow"),
@@ -249,12 +258,12 @@ def test_simulated_data_sets_are_made_from_the_command_alone() -> None:
     users = {m for m in IMPORTS if m != "pipeline.simulate" and list(offenders(m, "pipeline.simulate"))}
     assert users <= {"pipeline", "pipeline.cli", "pipeline.train"}  # the package names what it offers
     used = {n.split(".")[1] for n in IMPORTS["pipeline.simulate"] if n.startswith("pipeline.")}
-    assert used <= {"convert", "cluster", "submission", "catalog", "store", "address"}
+    assert used <= {"convert", "workers", "catalog", "store", "address"}
 
 
 def test_the_accessor_knows_metrics_and_no_store() -> None:
     used = {n.split(".")[1] for n in IMPORTS["pipeline.accessor"] if n.startswith("pipeline.")}
-    assert used == {"resident"}
+    assert used == {"workers"}
     assert not [m for m in IMPORTS if "pipeline.accessor" in IMPORTS[m]]
 
 

@@ -22,15 +22,16 @@ from commands import run_lsim
 import lsim
 from lsim.embedding import Embedding
 from lsim.metrics.pixel import L2
-from pipeline import schema, stopping, store
+from pipeline import schema, store
 from pipeline.archive import Matrix, compute_archive
+from pipeline.archive.plan import PlanError, order_squares, simulate_embeddings
+from pipeline.archive.tiles import compare_blocks
 from pipeline.choice import Settings
-from pipeline.cluster import Cluster
 from pipeline.embedded import EmbeddedBlock, EmbeddingCache
 from pipeline.frames import list_frames
-from pipeline.plan import PlanError, order_squares, simulate_embeddings
-from pipeline.profiles import Profile
-from pipeline.tiles import compare_blocks
+from pipeline.workers import stopping
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
 
 SETTINGS = Settings(metrics=("l2", "ssim"), size=None, scope="dataset")
 RANGE = (-1.5, 1.5)
@@ -234,7 +235,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
 def test_a_run_in_this_process_that_is_told_to_end_does_so_between_tiles(tmp_path, monkeypatch):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(4))
     out = tmp_path / "a.zarr"
-    monkeypatch.setattr("pipeline.stopping.asked", lambda: len(written(out)) >= 3)
+    monkeypatch.setattr("pipeline.workers.stopping.asked", lambda: len(written(out)) >= 3)
     with pytest.raises(stopping.Stopped):
         compute(frames, out, matrix=Matrix(tile=4))
     monkeypatch.undo()
@@ -252,8 +253,8 @@ def test_a_driver_that_is_killed_costs_the_tiles_in_hand(tmp_path):
     code = f"""
     from pipeline.archive import Matrix, compute_archive
     from pipeline.choice import Settings
-    from pipeline.cluster import Cluster
-    from pipeline.profiles import Profile
+    from pipeline.workers.cluster import Cluster
+    from pipeline.workers.profiles import Profile
     settings = Settings(metrics=("l2", "ssim"), size=None, scope="dataset")
     with Cluster(Profile(kind="none")) as cluster:
         compute_archive({str(frames)!r}, {str(out)!r}, settings, Matrix(tile=2), cluster=cluster)
@@ -422,7 +423,7 @@ def test_embeddings_are_as_many_as_planned_where_memory_holds_a_part(tmp_path, m
     block = 8 * 4 * 40 * 40
     # What a process holds differs from one moment to the next.
     monkeypatch.setattr("pipeline.archive.room_for", lambda *given: 5 * block)
-    monkeypatch.setattr("pipeline.plan.room_for", lambda *given: 5 * block)
+    monkeypatch.setattr("pipeline.archive.plan.room_for", lambda *given: 5 * block)
     report = compute(frames, tmp_path / "a.zarr", settings)
     planned = report.plans[0].families[0]
     assert planned.cache == 5 * block
@@ -537,8 +538,8 @@ import resource, sys
 import numpy as np
 from pipeline.archive import Matrix, compute_archive
 from pipeline.choice import Settings
-from pipeline.cluster import Cluster
-from pipeline.profiles import Profile
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
 
 def now(key):
     with open("/proc/self/status") as status:

@@ -22,13 +22,13 @@ from distributed import LocalCluster
 from ssh_server import ssh_server
 
 from pipeline.check import check_cluster, compare_versions
-from pipeline.cluster import FAULT_TOLERANCE, Cluster
-from pipeline.credentials import credentials
-from pipeline.deployment import check_options, jobs_cluster, lifetime, pod_options
 from pipeline.distances import Settings, compute_distances
-from pipeline.profiles import ClusterError, Kind, Profile, load_profile, parse_duration
-from pipeline.resident import load_counts
-from pipeline.submission import run_bounded
+from pipeline.workers.cluster import FAULT_TOLERANCE, Cluster
+from pipeline.workers.credentials import credentials
+from pipeline.workers.deployment import check_options, jobs_cluster, lifetime, pod_options
+from pipeline.workers.profiles import ClusterError, Kind, Profile, load_profile, parse_duration
+from pipeline.workers.resident import load_counts
+from pipeline.workers.submission import run_bounded
 
 SETTINGS = Settings(metrics=("l1", "ssim"), size=None, block=1)
 

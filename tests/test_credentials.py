@@ -13,8 +13,8 @@ import pytest
 from cryptography import x509
 from distributed import Client, Security
 
-from pipeline.cluster import Cluster
-from pipeline.credentials import (
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.credentials import (
     UnencryptedClusterWarning,
     credentials,
     is_loopback,
@@ -22,7 +22,7 @@ from pipeline.credentials import (
     warn_if_open,
     write_temporary,
 )
-from pipeline.profiles import ClusterError, Profile, SecurityFiles
+from pipeline.workers.profiles import ClusterError, Profile, SecurityFiles
 
 JOBS = {"kind": "slurm", "memory_limit": "1GB"}
 

@@ -23,14 +23,14 @@ from lsim.prepared import Prepared
 from lsim.testing import write_random_checkpoint
 from lsim.weights import load_checkpoint, save_checkpoint
 from pipeline import schema, store, versions
-from pipeline.blocks import fingerprint
 from pipeline.choice import Settings, UnavailableMetricError
-from pipeline.cluster import Cluster
-from pipeline.compute import BlockTask, compute_block, compute_blocks
 from pipeline.correlate import CorrelationError, correlate
 from pipeline.distances import compute_distances
-from pipeline.profiles import Profile
+from pipeline.distances.blocks import fingerprint
+from pipeline.distances.compute import BlockTask, compute_block, compute_blocks
 from pipeline.report import write_report
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
 
 CLASSIC = ("l1", "l2", "psnr", "ssim", "vi")
 QUICK = Settings(metrics=("l1", "l2"), size=None, block=2)

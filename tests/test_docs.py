@@ -17,9 +17,9 @@ from lsim.networks import LsimTrunk
 from lsim.testing import write_random_checkpoint
 from lsim.weights import load_checkpoint, save_checkpoint
 from pipeline.choice import Settings
-from pipeline.cluster import Cluster
 from pipeline.embed import compute_embeddings
-from pipeline.profiles import Profile
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = ("write-a-metric.md", "xarray.md", "metrics.md", "archives.md")

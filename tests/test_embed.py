@@ -15,9 +15,9 @@ from scipy.spatial.distance import pdist, squareform
 import lsim
 from pipeline import embed, schema, store
 from pipeline.choice import Settings
-from pipeline.cluster import Cluster
 from pipeline.embed import compute_embeddings
-from pipeline.profiles import Profile
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
 
 SETTINGS = Settings(metrics=("lsim-open",), size=64, scope="dataset")
 pytestmark = pytest.mark.filterwarnings("ignore::lsim.SizeWarning")

@@ -36,17 +36,17 @@ from pipeline import limits, schema, store
 from pipeline import unpack as unpack_module
 from pipeline.catalog import Catalog, CatalogError, Dataset, fetch, open_catalog
 from pipeline.cli import main
-from pipeline.cluster import Cluster
 from pipeline.convert import convert
 from pipeline.correlate import correlate
 from pipeline.distances import Settings, compute_distances
 from pipeline.names import printable
-from pipeline.profiles import load_profile
 from pipeline.readers import list_sequences
 from pipeline.readers.base import natural_key
 from pipeline.report import write_report
 from pipeline.tables import read_csv, write_csv
 from pipeline.unpack import UnpackError, unpack
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import load_profile
 
 ROOT = Path(__file__).parents[1]
 

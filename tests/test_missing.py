@@ -15,11 +15,11 @@ import lsim
 from pipeline import schema, store
 from pipeline.catalog import CatalogError, open_catalog
 from pipeline.choice import Settings
-from pipeline.cluster import Cluster
 from pipeline.content import content_hash
 from pipeline.convert import ConversionReport, convert
 from pipeline.distances import compute_distances
-from pipeline.profiles import Profile
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
 
 QUICK = Settings(metrics=("l1", "vi"), size=None)
 

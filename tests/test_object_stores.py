@@ -31,16 +31,16 @@ from pipeline.bring import bring, brought
 from pipeline.catalog import MissingDataError, fetch, open_catalog
 from pipeline.choice import Settings
 from pipeline.cli import main
-from pipeline.cluster import Cluster
 from pipeline.convert import convert
 from pipeline.correlate import correlate
 from pipeline.distances import compute_distances
 from pipeline.neighbours import find_neighbours
-from pipeline.profiles import Profile
 from pipeline.report import write_report
 from pipeline.simulate import simulate
 from pipeline.train import TrainingRun, open_sequences
 from pipeline.verify import verify
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
 
 KEY_ID, SECRET = "AKIAOFTHETEST", "hush/hush+0123456789abcdef"
 QUICK = Settings(metrics=("l1", "l2"), size=None, block=2)

@@ -17,11 +17,11 @@ import lsim
 from pipeline import schema, store
 from pipeline.choice import Settings
 from pipeline.cli import main
-from pipeline.cluster import Cluster
 from pipeline.correlate import correlate
 from pipeline.distances import compute_distances
-from pipeline.profiles import ClusterError, Profile
 from pipeline.report import write_report
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import ClusterError, Profile
 
 SOURCE = '''
 import dataclasses

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from lsim.simulate import RECIPES, families, missing_families, shapes, simulate_families, write_families
 from lsim.simulate.hardness import hardness
 from pipeline.cli import app
-from pipeline.cluster import Cluster
-from pipeline.profiles import Profile
 from pipeline.simulate import SimulationError, measure_hardness, simulate
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
 
 SIZE = 64
 
@@ -57,8 +57,8 @@ def test_workers_make_the_same_bytes_as_this_process(tmp_path, here):
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, here):
     script = """
         import os, signal, sys
-        from pipeline.cluster import Cluster
-        from pipeline.profiles import Profile
+        from pipeline.workers.cluster import Cluster
+        from pipeline.workers.profiles import Profile
         from pipeline.simulate import simulate
 
         def kill(done, total):

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.sizing import MATRIX_BYTES, MOST_BLOCKS, MOST_SEQUENCES, SHORTEST_S, BlockSize, Pace, block_size
+from pipeline.distances.sizing import (
+    MATRIX_BYTES,
+    MOST_BLOCKS,
+    MOST_SEQUENCES,
+    SHORTEST_S,
+    BlockSize,
+    Pace,
+    block_size,
+)
 
 
 @pytest.mark.parametrize("seconds", [0.003, 0.02, 0.11, 0.4, 1.0, 1.9])

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from distributed import Client, KilledWorker
 
-from pipeline import packed, stopping, submission
-from pipeline.cluster import FAULT_TOLERANCE, Cluster
-from pipeline.profiles import ClusterError, Profile
-from pipeline.resident import still_wanted
-from pipeline.submission import run_bounded
+from pipeline.workers import packed, stopping, submission
+from pipeline.workers.cluster import FAULT_TOLERANCE, Cluster
+from pipeline.workers.profiles import ClusterError, Profile
+from pipeline.workers.resident import still_wanted
+from pipeline.workers.submission import run_bounded
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,13 @@ from pipeline import schema, store
 from pipeline.archive import Matrix, compute_archive
 from pipeline.catalog import open_catalog
 from pipeline.choice import Settings
-from pipeline.cluster import Cluster
 from pipeline.convert import ConversionReport, convert
-from pipeline.damage import Damage, VerifyReport
 from pipeline.distances import DistancesReport, compute_distances
-from pipeline.profiles import Profile
-from pipeline.repair import repair
 from pipeline.verify import verify
+from pipeline.verify.damage import Damage, VerifyReport
+from pipeline.verify.repair import repair
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
 
 KEY = "A/density"
 SETTINGS = Settings(metrics=("l2", "ssim"), size=None, block=2)

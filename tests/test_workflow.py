@@ -12,10 +12,10 @@ from commands import run_lsim
 import lsim
 from pipeline.catalog import open_catalog
 from pipeline.choice import Settings
-from pipeline.cluster import Cluster
-from pipeline.profiles import Profile
 from pipeline.resources import shipped_names
 from pipeline.train import open_training
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
 from pipeline.workflow import ArchiveSection, Workflow, WorkflowError, open_workflow, run_workflow
 
 TRAINING = [name for name in shipped_names("workflows") if name.startswith("train_")]

@@ -12,10 +12,10 @@ from commands import run_lsim
 
 from pipeline import schema, store
 from pipeline.choice import Settings
-from pipeline.cluster import Cluster
 from pipeline.content import content_hash
 from pipeline.distances import DistancesReport, compute_distances
-from pipeline.profiles import Profile
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
 
 KEY = "A/density"
 SETTINGS = Settings(metrics=("l2", "ssim"), size=None, block=2)

@@ -15,10 +15,10 @@ from commands import run_lsim
 
 from pipeline import store
 from pipeline.choice import Settings
-from pipeline.cluster import Cluster
 from pipeline.distances import DistancesReport, compute_distances
-from pipeline.profiles import Profile
 from pipeline.verify import verify
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
 
 KEY = "A/density"
 

@@ -18,9 +18,9 @@ from archives import archive_of, matrices_of, write_archive
 
 from pipeline import schema, store
 from pipeline.choice import Settings
-from pipeline.cluster import Cluster
 from pipeline.distances import compute_distances
-from pipeline.profiles import Profile
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
 
 METRICS = ("l2", "ssim", "vi")
 SEQUENCES = 60

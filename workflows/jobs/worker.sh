@@ -36,7 +36,7 @@ while [ -z "$stopped" ]; do
   # comes after the first must be ignored. What takes long to import is imported ahead, since a worker that has
   # joined must not be silent.
   (trap '' TERM INT; exec "${PYTHON:-python}" -m distributed.cli.dask_worker \
-    --no-dashboard --dashboard-address 127.0.0.1:0 --preload pipeline.cluster --death-timeout 60 "$@") &
+    --no-dashboard --dashboard-address 127.0.0.1:0 --preload pipeline.workers.cluster --death-timeout 60 "$@") &
   worker=$!
   while kill -0 "$worker" 2> /dev/null; do
     if [ -n "$stopped" ]; then

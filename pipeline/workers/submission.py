@@ -18,10 +18,10 @@ from typing import Any, TypeAlias
 
 from distributed import Client, Future, as_completed
 
-from pipeline import stopping
-from pipeline.packed import pack, run_packed
-from pipeline.profiles import ClusterError
-from pipeline.resident import single_threaded
+from pipeline.workers import stopping
+from pipeline.workers.packed import pack, run_packed
+from pipeline.workers.profiles import ClusterError
+from pipeline.workers.resident import single_threaded
 
 IN_FLIGHT_PER_THREAD = 4
 """Tasks submitted ahead per worker thread: enough to keep it busy, few enough to bound the scheduler."""
@@ -75,7 +75,7 @@ def run_bounded(
     ------
     ClusterError
         When the scheduler is lost.
-    pipeline.stopping.Stopped
+    pipeline.workers.stopping.Stopped
         When the process was asked to end, once running tasks have finished or their time is over.
     """
     with stopping.in_good_order():

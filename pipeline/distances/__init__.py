@@ -1,8 +1,8 @@
 """frames.zarr → distances.zarr: every out-of-date block of every metric, on Dask.
 
 Here is what the driver does: choose the metrics, find the blocks that are out of date
-(:mod:`pipeline.blocks`), and hand them to the workers (:mod:`pipeline.compute`), as many to a task as take a
-second or so (:mod:`pipeline.sizing`). Tasks are made when they are submitted.
+(:mod:`pipeline.distances.blocks`), and hand them to the workers (:mod:`pipeline.distances.compute`), as many
+to a task as take a second or so (:mod:`pipeline.distances.sizing`). Tasks are made when they are submitted.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from lsim.metric import Metric
 from lsim.preprocess import Preprocessing, Scope
 from pipeline import schema, store
 from pipeline.address import absolute, relative
-from pipeline.blocks import StaleBlock, StaleRows, describe, drop_vanished, find_stale, lay_out
 from pipeline.choice import Settings, choose_metrics
-from pipeline.cluster import Cluster
-from pipeline.compute import (
+from pipeline.distances.blocks import StaleBlock, StaleRows, describe, drop_vanished, find_stale, lay_out
+from pipeline.distances.compute import (
     BlockResult,
     BlockTask,
     compute_blocks,
     seconds_per_sequence,
     write_provenance,
 )
+from pipeline.distances.sizing import BlockSize, Pace, block_size
 from pipeline.fields import checked_fields
-from pipeline.profiles import Profile
-from pipeline.resident import MetricRequest, dismiss_unfit_workers, prewarm
 from pipeline.scopes import dataset_range
-from pipeline.sizing import BlockSize, Pace, block_size
-from pipeline.submission import run_bounded
 from pipeline.versions import versions
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
+from pipeline.workers.resident import MetricRequest, dismiss_unfit_workers, prewarm
+from pipeline.workers.submission import run_bounded
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (blocks done, blocks in all)."""

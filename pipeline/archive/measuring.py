@@ -15,10 +15,10 @@ from lsim.embedding import Embedding
 from lsim.metric import Metric
 from lsim.preprocess import Scope, range_of
 from pipeline import store
+from pipeline.archive.tiles import ROWS_AT_ONCE
 from pipeline.embedded import EmbeddedBlock, embed_block
 from pipeline.frames import FrameBlock, read_block
-from pipeline.resident import MetricRequest, get_metric, this_device
-from pipeline.tiles import ROWS_AT_ONCE
+from pipeline.workers.resident import MetricRequest, get_metric, this_device
 
 
 @dataclass(frozen=True)

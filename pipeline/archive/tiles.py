@@ -19,11 +19,12 @@ import torch
 from lsim.metric import Metric
 from lsim.precision import PairPrecision, ReportsPrecision
 from lsim.preprocess import Scope
-from pipeline import schema, stopping, store
+from pipeline import schema, store
+from pipeline.archive.matrix import tile_fingerprint
 from pipeline.embedded import EmbeddedBlock, cache, embed_block
 from pipeline.frames import FrameBlock
-from pipeline.matrix import tile_fingerprint
-from pipeline.resident import MetricRequest, get_metric, still_wanted
+from pipeline.workers import stopping
+from pipeline.workers.resident import MetricRequest, get_metric, still_wanted
 
 Tile = tuple[int, int]
 

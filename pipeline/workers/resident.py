@@ -29,7 +29,7 @@ from lsim.metric import Metric, resolve_device
 from lsim.preprocess import Compat
 from lsim.registry import UnknownMetricError, load_metric
 from lsim.weights import WeightsError
-from pipeline.profiles import ClusterError
+from pipeline.workers.profiles import ClusterError
 
 Option: TypeAlias = bool | int | float | str | None
 """The value of a metric's option: one that YAML and a command line can write."""

@@ -21,9 +21,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from pipeline import schema, store
-from pipeline.blocks import fingerprint
 from pipeline.content import content_hash
-from pipeline.damage import (
+from pipeline.distances.blocks import fingerprint
+from pipeline.schema import Pairs
+from pipeline.verify.damage import (
     Check,
     Damage,
     VerifyReport,
@@ -31,8 +32,7 @@ from pipeline.damage import (
     read_column,
     recorded_specification,
 )
-from pipeline.schema import Pairs
-from pipeline.verify_tiles import tile_checks
+from pipeline.verify.tiles import tile_checks
 
 THREADS = 8
 """Decoding is done without Python's lock, and reading waits for disks: more than there are cores."""

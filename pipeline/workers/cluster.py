@@ -11,13 +11,13 @@ from typing import Any
 import dask
 from distributed import Client, Security, Worker, WorkerPlugin
 
-from pipeline.credentials import credentials, wants_tls, warn_if_open
-from pipeline.departure import PassOnSignal, leave_when_told
-from pipeline.deployment import FAULT_TOLERANCE as FAULT_TOLERANCE
-from pipeline.deployment import LOOPBACK, OF_THIS_MACHINE, check_options, settings, start_cluster
-from pipeline.profiles import BATCH, ClusterError, Profile
-from pipeline.resident import choose_device, set_up_process
-from pipeline.stopping import allow_grace
+from pipeline.workers.credentials import credentials, wants_tls, warn_if_open
+from pipeline.workers.departure import PassOnSignal, leave_when_told
+from pipeline.workers.deployment import FAULT_TOLERANCE as FAULT_TOLERANCE
+from pipeline.workers.deployment import LOOPBACK, OF_THIS_MACHINE, check_options, settings, start_cluster
+from pipeline.workers.profiles import BATCH, ClusterError, Profile
+from pipeline.workers.resident import choose_device, set_up_process
+from pipeline.workers.stopping import allow_grace
 
 
 class Cluster:

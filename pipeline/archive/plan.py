@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.archive.measuring import Measured
+from pipeline.archive.tiles import ROWS_AT_ONCE
 from pipeline.embedded import FRAMES_TOGETHER
-from pipeline.measuring import Measured
-from pipeline.tiles import ROWS_AT_ONCE
 
 TASK_SECONDS = 60.0
 """A task takes no longer, if one tile doesn't. What is lost with a worker is a tile: tasks may be long, and
@@ -253,7 +253,7 @@ def simulate_embeddings(
 
 
 def _touched(row: int, column: int, side: int, count: int) -> Iterator[int]:
-    """The blocks that a square uses, tile by tile, in the order of :func:`pipeline.tiles.in_order`."""
+    """The blocks that a square uses, tile by tile, as :func:`pipeline.archive.tiles.in_order` has them."""
     rows = range(row * side, min((row + 1) * side, count))
     columns = range(column * side, min((column + 1) * side, count))
     for number, i in enumerate(rows):

@@ -1,7 +1,8 @@
 """frames.zarr → archive.zarr: the distances of all pairs of frames of a field, or of several together.
 
 Here is what the driver does: measure what metrics take, plan and check the plan, find the tiles that are out
-of date (:mod:`pipeline.matrix`), and hand squares of them to the workers (:mod:`pipeline.tiles`).
+of date (:mod:`pipeline.archive.matrix`), and hand squares of them to the workers
+(:mod:`pipeline.archive.tiles`).
 """
 
 from __future__ import annotations
@@ -25,14 +26,9 @@ from lsim.precision import PairPrecision
 from lsim.preprocess import Scope
 from pipeline import schema, store
 from pipeline.address import absolute, relative
-from pipeline.choice import Settings, choose_metrics
-from pipeline.cluster import Cluster
-from pipeline.embedded import clear_cache
-from pipeline.fields import checked_fields
-from pipeline.frames import ArchiveFrames, FrameBlock, list_frames
-from pipeline.matrix import describe, invalidate, label, lay_out, metric_places, sides, stale_tiles
-from pipeline.measuring import Measured, device_of_worker, measure
-from pipeline.plan import (
+from pipeline.archive.matrix import describe, invalidate, label, lay_out, metric_places, sides, stale_tiles
+from pipeline.archive.measuring import Measured, device_of_worker, measure
+from pipeline.archive.plan import (
     FamilyPlan,
     Plan,
     Workers,
@@ -42,12 +38,17 @@ from pipeline.plan import (
     plan_family,
     room_for,
 )
-from pipeline.profiles import Profile
-from pipeline.resident import MetricRequest, dismiss_unfit_workers, prewarm
+from pipeline.archive.tiles import TileTask, compute_tiles, embeds_as
+from pipeline.choice import Settings, choose_metrics
+from pipeline.embedded import clear_cache
+from pipeline.fields import checked_fields
+from pipeline.frames import ArchiveFrames, FrameBlock, list_frames
 from pipeline.scopes import dataset_range, recorded_range
-from pipeline.submission import run_bounded
-from pipeline.tiles import TileTask, compute_tiles, embeds_as
 from pipeline.versions import versions
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
+from pipeline.workers.resident import MetricRequest, dismiss_unfit_workers, prewarm
+from pipeline.workers.submission import run_bounded
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (tasks done, tasks in all)."""
@@ -171,7 +172,7 @@ def compute_archive(
     ValueError, lsim.UnknownMetricError, lsim.WeightsError
         For settings that a matrix can't have, and metrics that :func:`~pipeline.choice.choose_metrics`
         refuses.
-    pipeline.plan.PlanError
+    pipeline.archive.plan.PlanError
         When the plan doesn't fit the memory that there is; nothing has been computed then.
     pipeline.store.StoreError
         When ``frames`` is no store of frames, or ``out`` one of something else.

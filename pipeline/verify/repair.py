@@ -12,7 +12,7 @@ import os
 import numpy as np
 
 from pipeline import schema, store
-from pipeline.damage import Damage, VerifyReport
+from pipeline.verify.damage import Damage, VerifyReport
 
 
 def repair(path: str | os.PathLike[str], report: VerifyReport) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 import dask
 from distributed import Security
 
-from pipeline.profiles import ACROSS_HOSTS, ClusterError, Profile, SecurityFiles
+from pipeline.workers.profiles import ACROSS_HOSTS, ClusterError, Profile, SecurityFiles
 
 CONFIGURED = ("ca-file", "client.cert", "client.key")
 """What Dask's own configuration names under ``distributed.comm.tls`` where clients have certificates."""

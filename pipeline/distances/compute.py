@@ -1,7 +1,7 @@
 """What a worker does with a block: read it, prepare it once, run its metrics, write it, and say so.
 
 A block is some sequences of one field. Distances are written first, then the fingerprints that say they are
-done (:mod:`pipeline.blocks`). Nothing but small counts goes back through the scheduler.
+done (:mod:`pipeline.distances.blocks`). Nothing but small counts goes back through the scheduler.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from lsim.metric import Metric
 from lsim.prepared import Prepared
 from lsim.preprocess import FramesError, Preprocessing, Scope, finite_frames
 from pipeline import schema, store
-from pipeline.blocks import Pairs, StaleBlock
 from pipeline.content import read_sequence
-from pipeline.resident import MetricRequest, get_metric, still_wanted
+from pipeline.distances.blocks import Pairs, StaleBlock
+from pipeline.workers.resident import MetricRequest, get_metric, still_wanted
 
 TOO_LONG_TO_REPEAT_S = 30.0
 """A sequence that takes longer is timed once: it makes a block by itself, whatever was loaded meanwhile."""

@@ -8,8 +8,15 @@ from functools import partial
 import numpy as np
 
 from pipeline import schema, store
-from pipeline.damage import Check, Damage, VerifyReport, chunk_checks, read_column, recorded_specification
-from pipeline.matrix import tile_fingerprint
+from pipeline.archive.matrix import tile_fingerprint
+from pipeline.verify.damage import (
+    Check,
+    Damage,
+    VerifyReport,
+    chunk_checks,
+    read_column,
+    recorded_specification,
+)
 
 
 @dataclass(frozen=True)

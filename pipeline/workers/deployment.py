@@ -26,9 +26,9 @@ from distributed.deploy import SpecCluster
 from distributed.deploy.spec import ProcessInterface
 from distributed.utils import get_ip, get_ip_interface
 
-from pipeline.credentials import wants_tls
-from pipeline.profiles import ClusterError, Kind, Profile, WorkerRange, parse_duration
 from pipeline.resources import shipped_folder
+from pipeline.workers.credentials import wants_tls
+from pipeline.workers.profiles import ClusterError, Kind, Profile, WorkerRange, parse_duration
 
 DASK_SETTINGS = Path("dask", "distributed.yaml")
 """Within the shipped profiles: a file that Dask reads as it is, for schedulers that others start."""
@@ -47,7 +47,7 @@ LOST_LOCAL_WORKER_TIMEOUT = "120s"
 """Within it a worker that died here is started again, however busy the machine; then Dask gives up on it."""
 NO_WORKERS_TIMEOUT = "120s"
 """Tasks that find no worker for so long fail, rather than wait forever."""
-PRELOAD = ("pipeline.cluster",)
+PRELOAD = ("pipeline.workers.cluster",)
 """What takes long to import is imported ahead: a worker that has joined must not be silent."""
 
 LOOPBACK = "127.0.0.1"
