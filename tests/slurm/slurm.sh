@@ -11,11 +11,20 @@ command=$1 folder=$(realpath -m "$2") host=$(hostname -s)
 export SLURM_CONF=$folder/slurm.conf
 socket=$folder/munge/socket
 
+# Three that are free now: SLURM takes none of its own accord, and another of these may be running.
+free_ports() {
+  python3 -c '
+import socket
+sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+print(*(s.getsockname()[1] for s in sockets))'
+}
+
 write_configuration() {
+  read -r port port1 port2 <<< "$(free_ports)"
   cat > "$SLURM_CONF" <<CONF
 ClusterName=test
 SlurmctldHost=$host(127.0.0.1)
-SlurmctldPort=16817
+SlurmctldPort=$port
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 SlurmUser=root
 SlurmdUser=root
@@ -46,8 +55,8 @@ SlurmdTimeout=10
 # Nodes have what is written here, whatever the machine has.
 SlurmdParameters=config_overrides
 GresTypes=gpu
-NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=16821 CPUs=2 RealMemory=8000 Gres=gpu:2
-NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=16822 CPUs=2 RealMemory=8000 Gres=gpu:2
+NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$port1 CPUs=2 RealMemory=8000 Gres=gpu:2
+NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$port2 CPUs=2 RealMemory=8000 Gres=gpu:2
 # Jobs go to the node with the least to do, so that two run on two.
 PartitionName=debug Nodes=ALL Default=YES LLN=YES MaxTime=INFINITE State=UP
 CONF
@@ -66,21 +75,22 @@ start() {
   slurmctld -c
   slurmd -N n1
   slurmd -N n2
-  for _ in $(seq 120); do
-    [ "$(sinfo --noheader --Node --states=idle 2> /dev/null | wc -l)" = 2 ] && return
+  SECONDS=0
+  while [ "$SECONDS" -lt 30 ]; do  # without a slurmctld, sinfo itself would try for minutes
+    [ "$(timeout 5 sinfo --noheader --Node --states=idle 2> /dev/null | wc -l)" = 2 ] && return
     sleep 0.25
   done
   echo "slurm.sh: no two idle nodes after 30 s" >&2
-  sinfo --long --Node >&2 || true
+  timeout 5 sinfo --long --Node >&2 || true
   tail -n 20 "$folder"/log/*.log >&2
   exit 1
 }
 
 stop() {
-  scancel --quiet --user root --signal KILL 2> /dev/null || true
-  scancel --quiet --user root 2> /dev/null || true
+  timeout 5 scancel --quiet --user root --signal KILL 2> /dev/null || true
+  timeout 5 scancel --quiet --user root 2> /dev/null || true
   for _ in $(seq 60); do
-    [ -z "$(squeue --noheader 2> /dev/null)" ] && break
+    [ -z "$(timeout 5 squeue --noheader 2> /dev/null)" ] && break
     sleep 0.25
   done
   local pids=()
