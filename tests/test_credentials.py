@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import stat
 import warnings
 from collections.abc import Iterator
@@ -42,6 +43,8 @@ def encrypted(site) -> Iterator[Cluster]:
 
 def attempt(address: str, **options: object) -> int:
     """What a client of this scheduler gets computed."""
+    # A refused one, found by the collector while the next is starting, would wait for that one's lock for ever.
+    gc.collect()
     with (
         dask.config.set({"distributed.comm.retry.count": 0}),
         Client(address, timeout="2s", **options) as client,
