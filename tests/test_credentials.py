@@ -43,7 +43,7 @@ def encrypted(site) -> Iterator[Cluster]:
 
 def attempt(address: str, **options: object) -> int:
     """What a client of this scheduler gets computed."""
-    # A refused one, found by the collector while the next is starting, would wait for that one's lock for ever.
+    # A refused one, collected while the next is starting, would wait for that one's lock for ever.
     gc.collect()
     with (
         dask.config.set({"distributed.comm.retry.count": 0}),
