@@ -33,11 +33,10 @@ def why_no_hosts() -> str:
         return "network namespaces need root"
     if shutil.which("ip") is None:
         return "the command ip is not here: apt-get install iproute2"
-    tried = subprocess.run(["ip", "netns", "add", "lsimtest-try"], capture_output=True, text=True)
-    if tried.returncode != 0:
-        return f"network namespaces cannot be made here: {tried.stderr.strip()}"
-    subprocess.run(["ip", "netns", "del", "lsimtest-try"], check=True)
-    return ""
+    netns("down")  # what a run that was killed has left
+    tried = subprocess.run([HERE / "netns.sh", "up"], capture_output=True, text=True)
+    netns("down")
+    return f"hosts cannot be made here: {tried.stderr.strip()}" if tried.returncode else ""
 
 
 @dataclass

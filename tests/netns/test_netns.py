@@ -20,7 +20,7 @@ import numpy as np
 import paced
 import pytest
 from archives import archive_of, matrices_of, write_archive
-from commands import run_lsim
+from commands import run_lsim, skip_or_fail
 from hosts import ADDRESSES, ROOT, SCHEDULER, Hosts, Membership, netns, why_no_hosts, write_credentials
 
 from pipeline import schema, store
@@ -62,8 +62,7 @@ def credentials(tmp_path_factory) -> dict[str, str]:
 def hosts(tmp_path, credentials) -> Iterator[Hosts]:
     """Hosts that are connected, with a scheduler on h0 and nothing else."""
     if reason := why_no_hosts():
-        pytest.skip(reason)
-    netns("down")  # what a session that was killed has left
+        skip_or_fail(reason)
     netns("up")
     search = os.pathsep.join([str(TESTS), str(ROOT), os.environ.get("PYTHONPATH", "")])
     bare = {name: value for name, value in os.environ.items() if not name.startswith("DASK_")}

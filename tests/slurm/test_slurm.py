@@ -16,7 +16,7 @@ import paced
 import pytest
 import yaml
 from archives import archive_of, matrices_of, write_archive
-from commands import run_lsim
+from commands import run_lsim, skip_or_fail
 
 from pipeline import schema, store
 
@@ -41,7 +41,7 @@ def why_no_slurm() -> str:
 def slurm(tmp_path_factory) -> Iterator[None]:
     """A SLURM of this module; its commands find it through the environment."""
     if reason := why_no_slurm():
-        pytest.skip(reason)
+        skip_or_fail(reason)
     folder = tmp_path_factory.mktemp("slurm")
     try:
         started = subprocess.run([SCRIPT, "start", folder], capture_output=True, text=True, timeout=120)
