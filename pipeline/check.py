@@ -7,11 +7,12 @@ are computed by all of them, through the same stage as those of a big one.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ MUST_UNDERSTAND = ("dask", "distributed")
 
 SEQUENCES_PER_THREAD = 2
 """Of the measurement."""
+SAMPLE_BYTES = 2**31
+"""Of frames that are measured of a field, at most; but for one sequence."""
+LOADING_S = 600
+"""How long a worker may take to load the metrics."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,7 @@ def check_cluster(
         found.cluster = cluster.describe()
         if not found.errors:
             with _folder_of(folder) as there:
-                found.estimates = list(_measure(cluster, settings, there, frames, found.threads))
+                found.estimates = list(_measure(cluster, settings, there, frames, found))
     return found
 
 
@@ -215,9 +220,9 @@ def _look_at_workers(client: Any, requests: list[MetricRequest], found: ClusterF
     }
     for address, future in loads.items():
         about = known[address]
-        error = future.exception()
-        if error is not None:
-            found.errors.append(f"worker {about['name']}: {error}")
+        fault = _fault(client, future, address)
+        if fault:
+            found.errors.append(f"worker {about['name']}: {fault}")
             load_s, device = float("nan"), "none"
         else:
             load_s, device = future.result()
@@ -230,6 +235,22 @@ def _look_at_workers(client: Any, requests: list[MetricRequest], found: ClusterF
         errors, warnings = compare_versions(here, abroad[address])
         found.errors += [f"worker {about['name']}: {line}" for line in errors]
         found.warnings += [f"worker {about['name']}: {line}" for line in warnings]
+
+
+def _fault(client: Any, future: Any, address: str) -> str:
+    """Why a worker has not loaded the metrics; empty when it has.
+
+    A worker that dies of it is started again at another address, where nobody computes this future.
+    """
+    deadline = time.monotonic() + LOADING_S
+    while not future.done():
+        if address not in client.nthreads():
+            return "it has ended while it loaded the metrics"
+        if time.monotonic() > deadline:
+            return f"it has not loaded the metrics within {LOADING_S} s"
+        time.sleep(0.1)
+    error = future.exception(timeout=LOADING_S)
+    return "" if error is None else str(error)
 
 
 def load_metrics(requests: list[MetricRequest]) -> tuple[float, str]:
@@ -282,33 +303,51 @@ def _measure(
     settings: Settings,
     folder: Path,
     frames: str | os.PathLike[str] | None,
-    threads: int,
+    found: ClusterFindings,
 ) -> Iterator[FieldEstimate]:
     """Compute a few sequences of each field on all workers at once: what one costs while all are busy."""
+    threads = found.threads
     wanted = SEQUENCES_PER_THREAD * threads
     single = settings.model_copy(update={"block": 1})
     for number, (key, sample, parameter, count) in enumerate(_samples(frames, wanted)):
         source = folder / f"frames-{number}.zarr"
         write_sample(source, key, sample, parameter)
+        measured, length_of_one = parameter.shape
         # The first time, kernels are compiled.
         compute_distances(source, folder / f"first-{number}.zarr", single, cluster=cluster)
         out = folder / f"second-{number}.zarr"
         report = compute_distances(source, out, single, cluster=cluster)
+        done = _computed(store.get_group(store.open_store(out), key))
+        for failure in report.failures:
+            if (failure.metric, failure.sequence) not in done:
+                raise ClusterError(f"{key}: {failure.metric} failed on the cluster: {failure.reason}")
         if report.failures:
             failure = report.failures[0]
-            raise ClusterError(f"{key}: {failure.metric} failed on the cluster: {failure.reason}")
+            found.warnings.append(
+                f"{key}: {failure.metric} cannot compare all frames of sequence {failure.sequence}: "
+                f"{failure.reason}"
+            )
         runs: Any = store.open_store(out).attrs["runs"]
-        spent = sum(runs[-1]["seconds_by_stage"].values()) / len(sample)
-        length = block_size(max(spent, 1e-6), count, threads, sample.shape[1]).sequences
+        spent = sum(runs[-1]["seconds_by_stage"].values()) / measured
+        length = block_size(max(spent, 1e-6), count, threads, length_of_one).sequences
         yield FieldEstimate(
-            key, count, sample.shape[1], -(-count // length), spent, count * spent / max(threads, 1)
+            key, count, length_of_one, -(-count // length), spent, count * spent / max(threads, 1)
         )
+
+
+def _computed(group: store.Group) -> set[tuple[str, str]]:
+    """Metrics and sequences that are done, whatever came out: what is missing there is the frames' fault."""
+    provenance = store.get_group(group, schema.PROVENANCE)
+    metrics = store.read(store.get_array(provenance, schema.METRIC))
+    sequences = store.read(store.get_array(group, schema.SEQUENCE))
+    fingerprints = store.read(store.get_array(provenance, schema.FINGERPRINT))
+    return {(str(metrics[index]), str(sequences[row])) for index, row in np.argwhere(fingerprints != "")}
 
 
 def _samples(
     frames: str | os.PathLike[str] | None, wanted: int
-) -> Iterator[tuple[str, np.ndarray, np.ndarray, int]]:
-    """Key, frames (sequence, frame, y, x, channel) and parameters of some sequences; their number in all."""
+) -> Iterator[tuple[str, Iterable[np.ndarray], np.ndarray, int]]:
+    """Key, frames (frame, y, x, channel) of some sequences, their parameters; how many there are in all."""
     if frames is None:
         made = simulate_families("shapes", wanted)
         for name, values in made.frames.items():
@@ -320,13 +359,14 @@ def _samples(
         group = store.get_group(root, key)
         array = store.get_array(group, schema.FRAMES)
         count = array.shape[0]
-        rows = slice(0, min(count, wanted))
-        parameter = store.read(store.get_array(group, schema.PARAMETER), rows)
-        yield key, store.read(array, rows), parameter, count
+        of_one = math.prod(array.shape[1:]) * array.dtype.itemsize
+        rows = min(count, wanted, max(1, SAMPLE_BYTES // of_one))
+        parameter = store.read(store.get_array(group, schema.PARAMETER), slice(0, rows))
+        yield key, (store.read(array, row) for row in range(rows)), parameter, count
 
 
-def write_sample(path: Path, key: str, frames: np.ndarray, parameter: np.ndarray) -> None:
-    """A ``frames.zarr`` of one field.
+def write_sample(path: Path, key: str, sequences: Iterable[np.ndarray], parameter: np.ndarray) -> None:
+    """A ``frames.zarr`` of one field, written a sequence at a time.
 
     Parameters
     ----------
@@ -334,16 +374,22 @@ def write_sample(path: Path, key: str, frames: np.ndarray, parameter: np.ndarray
         Made.
     key : str
         ``<dataset>/<field>``.
-    frames : ndarray of shape (sequence, frame, y, x, channel)
+    sequences : iterable of ndarray of shape (frame, y, x, channel)
     parameter : ndarray of shape (sequence, frame), float64
     """
-    root = store.open_store(path, "a")
-    group = store.create_group(root, key)
-    count, n = frames.shape[:2]
-    contents = [content_hash(*of_sequence) for of_sequence in zip(frames, parameter, strict=True)]
+    group = store.create_group(store.open_store(path, "a"), key)
+    count, n = parameter.shape
+    contents = []
+    for row, frames in enumerate(sequences):
+        if row == 0:
+            shape, chunks = (count, *frames.shape), (1, 1, *frames.shape[1:])
+            array = store.create_array(
+                group, schema.FRAMES, shape=shape, chunks=chunks, dims=schema.FRAMES_DIMS, dtype=frames.dtype
+            )
+        store.write_rows(array, row, frames[None])
+        contents.append(content_hash(frames, parameter[row]))
     names = np.array([f"s{row}" for row in range(count)], object)
     arrays: dict[str, tuple[np.ndarray, tuple[str, ...], Any, tuple[int, ...]]] = {
-        schema.FRAMES: (frames, schema.FRAMES_DIMS, frames.dtype, (1, 1, *frames.shape[2:])),
         schema.PARAMETER: (parameter, schema.PARAMETER_DIMS, "float64", (count, n)),
         schema.SEQUENCE: (names, (schema.SEQUENCE,), str, (count,)),
         schema.CONTENT: (np.array(contents, object), (schema.SEQUENCE,), str, (count,)),

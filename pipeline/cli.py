@@ -315,6 +315,8 @@ def distances_command(
     if matrix not in ("sequence", "archive"):
         raise typer.BadParameter(f"--matrix {matrix!r}: expected sequence or archive")
     if matrix == "archive":
+        if block:
+            raise typer.BadParameter("--block is for --matrix sequence; of an archive use --tile")
         wanted = _matrix(groups, together, tile, memory)
         _compute_archive(frames, out, settings, wanted, load_profile(cluster, workers), plan_only=plan)
         return

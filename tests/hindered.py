@@ -19,6 +19,8 @@ from lsim import Embedding, MetricInfo
 
 BROKEN = "HINDERED_BROKEN"
 """Environment: set on workers whose metric cannot be set up."""
+FATAL = "HINDERED_FATAL"
+"""Environment: set on workers that die when they set up their metric."""
 SLOW = "HINDERED_SLOW"
 """Environment: factor of the time that a worker takes."""
 
@@ -36,6 +38,17 @@ class Unfit(Paced):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         if os.environ.get(BROKEN):
             raise RuntimeError("no such device on this machine")
+        super().__init__(*arguments, **options)
+
+
+class Fatal(Paced):
+    """Kills some workers when it is set up."""
+
+    info = MetricInfo(title="can't be set up without dying", source="this test")
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        if os.environ.get(FATAL):
+            os._exit(9)
         super().__init__(*arguments, **options)
 
 
@@ -83,4 +96,4 @@ class Void(Paced):
         return torch.where(torch.tensor(marked(a.parts["frames"])), torch.nan, distances)
 
 
-__all__ = ["BROKEN", "SLOW", "WHO", "Deadly", "Raising", "Slow", "Unfit", "Void"]
+__all__ = ["BROKEN", "FATAL", "SLOW", "WHO", "Deadly", "Fatal", "Raising", "Slow", "Unfit", "Void"]

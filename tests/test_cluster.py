@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import dask
+import numpy as np
 import psutil
 import pytest
 from archives import archive_of, write_archive
@@ -21,13 +22,15 @@ from commands import run_lsim
 from distributed import LocalCluster
 from ssh_server import ssh_server
 
-from pipeline.check import check_cluster, compare_versions
+from pipeline import check
+from pipeline.check import ClusterFindings, _look_at_workers, check_cluster, compare_versions
 from pipeline.distances import Settings, compute_distances
+from pipeline.workers import resident
 from pipeline.workers.cluster import FAULT_TOLERANCE, Cluster
 from pipeline.workers.credentials import credentials
 from pipeline.workers.deployment import check_options, jobs_cluster, lifetime, pod_options
 from pipeline.workers.profiles import ClusterError, Kind, Profile, load_profile, parse_duration
-from pipeline.workers.resident import load_counts
+from pipeline.workers.resident import MetricRequest, dismiss_unfit_workers, load_counts, prewarm
 from pipeline.workers.submission import run_bounded
 
 SETTINGS = Settings(metrics=("l1", "ssim"), size=None, block=1)
@@ -117,6 +120,48 @@ def test_shipped_timeouts_are_those_of_the_scheduler_and_its_workers(local):
         assert local.client.run_on_scheduler(dask.config.get, name) == value
         assert set(local.client.run(dask.config.get, name).values()) == {value}
     assert set(local.client.run(os.getenv, "COLOUR").values()) == {"blue"}
+
+
+def request_of(reference: str) -> MetricRequest:
+    """Of a metric of a test's module, as the driver loads it."""
+    request = MetricRequest(reference, None, None, 0, "default")
+    return request.of(request.load("cpu"))
+
+
+@contextlib.contextmanager
+def one_sound_worker_and_hindered_ones(hindrance: str) -> Iterator[tuple[LocalCluster, Any]]:
+    """A cluster of one worker; those that are added by scale() have ``hindrance`` in their environment."""
+    search = {"PYTHONPATH": str(Path(__file__).parent)}
+    with (
+        LocalCluster(n_workers=1, env=search, dashboard_address=None, silence_logs=50) as cluster,
+        cluster.get_client() as client,
+    ):
+        cluster.new_spec["options"]["env"] = search | {hindrance: "1"}
+        yield cluster, client
+
+
+def test_a_worker_that_cannot_load_a_metric_leaves_also_when_it_joins_later():
+    request = request_of("hindered:Unfit")
+    with one_sound_worker_and_hindered_ones("HINDERED_BROKEN") as (cluster, client):
+        (sound,) = client.nthreads()
+        prewarm(client, [request])
+        cluster.scale(2)
+        joined: set[str] = set()
+        wait_until("the second", lambda: len(joined.update(client.nthreads()) or joined) == 2)
+        wait_until("its end", lambda: list(client.nthreads()) == [sound])
+        time.sleep(2)
+        assert list(client.nthreads()) == [sound], "its nanny has started it again"
+
+
+def test_workers_that_cannot_be_asked_are_not_sent_away(local, monkeypatch):
+    there = set(local.client.nthreads())
+    monkeypatch.setattr(resident, "load_metrics", cannot_be_reached)
+    dismiss_unfit_workers(local.client, [])
+    assert set(local.client.nthreads()) == there
+
+
+def cannot_be_reached(requests: Any) -> None:
+    raise TimeoutError("the network is slow")
 
 
 def slow_task(number: int, log: str) -> int:
@@ -237,15 +282,15 @@ def test_the_script_of_a_job(kind, tmp_path):
         resources={"GPU": 1},
         environment={"PLACE": "a b"},
         shared_folder=str(tmp_path),
-        options={"queue": "long", "processes": 3, "job_script_prologue": ["module load cuda"]},
+        options={"queue": "long", "job_script_prologue": ["module load cuda"]},
     )
     with credentials(profile) as security, jobs_cluster(profile, security) as cluster:
         script = cluster.job_script()
         assert listening_on([psutil.Process()]) == {"127.0.0.1"}, "the scheduler listens beyond its interface"
         (folder,) = tmp_path.iterdir()
     directives = {
-        "slurm": ["-p long", "--cpus-per-task=6", "--mem=12G", "-t 02:00:00"],
-        "pbs": ["-q long", "-l select=1:ncpus=6:mem=12GB", "-l walltime=02:00:00"],
+        "slurm": ["-p long", "--cpus-per-task=2", "--mem=4G", "-t 02:00:00"],
+        "pbs": ["-q long", "-l select=1:ncpus=2:mem=4096MB", "-l walltime=02:00:00"],
     }
     for directive in directives[kind]:
         assert f"#{'SBATCH' if kind == 'slurm' else 'PBS'} {directive}\n" in script
@@ -258,7 +303,6 @@ def test_the_script_of_a_job(kind, tmp_path):
     assert command.startswith("tls://127.0.0.1:")
     for option in (
         "--nthreads 2",
-        "--nworkers 3",
         "--memory-limit 4.00GiB",
         "--resources GPU=1",
         "--interface lo",
@@ -339,6 +383,8 @@ def test_a_profile_with_an_unknown_key_or_wrong_value_is_an_error_that_names_it(
         ({"options": {"interface": "eth0"}}, "interface is not for profiles.*use host"),
         ({"kind": "slurm", "options": {"queu": "a"}}, "queu.*did you mean 'queue'"),
         ({"kind": "slurm", "options": {"cores": 2}}, "cores is not for profiles.*use threads"),
+        ({"kind": "slurm", "options": {"processes": 2}}, "processes is not.*use workers.*none would be"),
+        ({"kind": "slurm", "options": {"worker_extra_args": ["--nworkers", "2"]}}, "use workers"),
         ({"kind": "pbs", "options": {"job_cpu": 2}}, "job_cpu.*no such option"),
         ({"kind": "slurm", "options": {"scheduler_options": {"prot": 1}}}, "prot.*did you mean 'port'"),
         ({"kind": "slurm", "options": {"worker_extra_args": ["--lifetime=1h"]}}, "use lifetime"),
@@ -445,6 +491,31 @@ def test_check_measures_a_cluster_and_tells_what_a_run_would_take(tmp_path):
 def test_check_wants_a_folder_that_all_workers_see():
     with pytest.raises(ClusterError, match="--folder"):
         check_cluster(load_profile("slurm"))
+
+
+def test_a_worker_that_dies_of_loading_is_found_by_the_check():
+    request = request_of("hindered:Fatal")
+    found = ClusterFindings()
+    with one_sound_worker_and_hindered_ones("HINDERED_FATAL") as (cluster, client):
+        cluster.scale(2)
+        client.wait_for_workers(2, timeout=120)
+        _look_at_workers(client, [request], found)
+    assert len(found.workers) == 2
+    (error,) = found.errors
+    assert "ended while it loaded the metrics" in error
+
+
+def test_check_of_frames_with_nan_warns_and_measures_few_bytes(tmp_path, monkeypatch):
+    archive = archive_of(3, frames=4)
+    archive["A/density"]["s0"][2] = np.nan
+    frames = write_archive(tmp_path / "frames.zarr", archive)
+    monkeypatch.setattr(check, "SAMPLE_BYTES", 1)
+    found = check_cluster(Profile(kind="none"), SETTINGS, frames=frames)
+    assert not found.errors
+    (warned,) = [line for line in found.warnings if "A/density" in line]
+    assert "frames 2 hold NaN" in warned
+    (estimate,) = found.estimates
+    assert (estimate.sequences, estimate.frames) == (3, 4)
 
 
 def test_versions_that_matter_are_errors_and_others_are_told():

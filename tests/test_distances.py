@@ -117,6 +117,21 @@ def test_blocks_that_an_earlier_attempt_finished_are_left_as_they_are(tmp_path, 
     np.testing.assert_array_equal(matrices_of(tmp_path / "e.zarr")["l2"], before["l2"])
 
 
+def test_a_metric_that_raises_where_another_copy_has_finished_leaves_no_fingerprint(tmp_path, monkeypatch):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(2, frames=3, size=16))
+    given: list[BlockTask] = []
+    monkeypatch.setattr("pipeline.distances.compute_blocks", lambda tasks: given.extend(tasks) or 1 / 0)
+    compute(frames, tmp_path / "d.zarr")
+    monkeypatch.undo()
+    compute_block(given[0])  # of the other copy
+    monkeypatch.setattr("pipeline.distances.compute._matrix", lambda *arguments: 1 / 0)
+    compute_block(given[0])
+    monkeypatch.undo()
+    assert np.isnan(matrices_of(tmp_path / "d.zarr")["l2"]).all()
+    assert compute(frames, tmp_path / "d.zarr").computed == 4
+    assert np.isfinite(matrices_of(tmp_path / "d.zarr")["l2"]).all()
+
+
 def test_fingerprints_of_stores_of_before_still_hold():
     made_of = {"content": "c0ffee", "specification": "5pec", "scope": (0.0, 2.5), "pairs": "all"}
     expected = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]

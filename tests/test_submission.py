@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from distributed import Client, KilledWorker
+from distributed import Client, KilledWorker, LocalCluster
 
 from pipeline.workers import packed, stopping, submission
 from pipeline.workers.cluster import FAULT_TOLERANCE, Cluster
@@ -183,6 +183,37 @@ def test_a_task_knows_when_nobody_waits_for_it_any_more(two_workers, tmp_path):
     outcomes.close()
     wait_for(tmp_path / "given up")
     assert still_wanted()  # outside of a worker
+
+
+def test_a_run_without_workers_says_so_once_and_waits(monkeypatch, caplog):
+    monkeypatch.setattr(submission, "NO_WORKERS_S", 0.2)
+    monkeypatch.setattr(submission, "COUNT_THREADS_S", 0.05)
+    with (
+        LocalCluster(n_workers=0, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster,
+        cluster.get_client() as client,
+    ):
+        threading.Timer(1.5, cluster.scale, [1]).start()
+        assert [result for _, result, _ in run_bounded(client, double, [(4,)])] == [8]
+    (said,) = [record for record in caplog.records if "no worker for" in record.getMessage()]
+    assert "squeue or qstat" in said.getMessage()
+
+
+def test_sigterm_is_heeded_while_a_lost_result_is_computed_again(two_workers, monkeypatch):
+    monkeypatch.setattr(submission, "OUTCOME_S", 0.2)
+    future = two_workers.submit(nap, 2.0, pure=False)
+    assert submission._outcome(future) is None  # of one that isn't done, or not any more
+    deadline = time.monotonic() + 60
+    while (outcome := submission._outcome(future)) is None:
+        assert time.monotonic() < deadline
+    assert outcome == (2.0, None)
+
+
+def test_a_result_that_is_lost_with_the_scheduler_is_an_error(two_workers):
+    flight = submission._Flight(two_workers, nap, iter(()), Counter())
+    future = two_workers.submit(nap, 30.0, pure=False)
+    future.cancel()
+    with pytest.raises(ClusterError, match="lost the scheduler"):
+        flight._ask(lambda: submission._outcome(future))
 
 
 @contextlib.contextmanager

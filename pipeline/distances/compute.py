@@ -163,6 +163,13 @@ def compute_block(task: BlockTask) -> BlockResult:
             # Another copy was faster, or the run is over and the next may be writing.
             raise store.StoreError(f"{task.out}: nobody waits for block {block.start}:{block.stop} any more")
         group = store.get_group(store.open_store(task.out, "r+"), task.key)
+        undone = {
+            name: {row: "" for row in matrices if row not in found.done[name]}
+            for name, matrices in found.matrices.items()
+        }
+        if any(undone.values()):
+            # Another copy may have finished these: its fingerprint must not stand for what comes now.
+            write_provenance(group, schema.FINGERPRINT, block, undone)
         for name, matrices in found.matrices.items():
             _write_matrices(group, name, block, matrices)
         write_provenance(group, schema.FAILURE, block, found.reasons)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import math
 import queue
 import shlex
 import shutil
@@ -83,8 +82,10 @@ _OURS_ON_WORKERS = {
     "protocol": "use tls",
 }
 _OURS_OF_JOBS = {
-    "cores": "use threads (of each of the options' processes)",
-    "memory": "use memory_limit (of each of the options' processes)",
+    "cores": "use threads",
+    "memory": "use memory_limit",
+    # Dask forgets a job by its worker's name: one with several workers would never be replaced.
+    "processes": "use workers; each is a job of its own, for of several in one job none would be replaced",
     "walltime": "use walltime",
     "host": "use host",
     "interface": "use interface",
@@ -112,6 +113,7 @@ _OUR_WORKER_FLAGS = {
     "--lifetime-stagger": "lifetime_stagger",
     "--resources": "resources",
     "--nthreads": "threads",
+    "--nworkers": "workers",
     "--memory-limit": "memory_limit",
     "--protocol": "tls",
     "--tls-ca-file": "security",
@@ -294,8 +296,7 @@ def _start_jobs(profile: Profile, security: Security | None) -> DaskCluster:
     if shutil.which(command) is None:
         cluster.close()
         raise ClusterError(f"{command} is not here: start this where jobs can be submitted")
-    processes = profile.options.get("processes", 1)
-    low, high = (math.ceil(count / processes) for count in _range(profile.workers))
+    low, high = _range(profile.workers)
     try:
         cluster.scale(jobs=low)
         for _ in range(low):
@@ -308,7 +309,8 @@ def _start_jobs(profile: Profile, security: Security | None) -> DaskCluster:
         cluster.close()
         raise
     cluster.job_cls.submissions = None
-    # scale() would leave jobs that were cancelled or killed unreplaced; adapt() submits others.
+    # scale() would leave jobs that were cancelled or killed unreplaced; adapt() submits others, but only for
+    # jobs whose worker had joined: nothing tells Dask of one that ends in the queue.
     cluster.adapt(minimum_jobs=low, maximum_jobs=high, interval="2s")
     return cluster
 
@@ -347,7 +349,6 @@ def _said(error: Exception) -> str:
 def jobs_cluster(profile: Profile, security: Security | None) -> Any:
     """A cluster of batch jobs with its scheduler, and no job submitted yet."""
     options = dict(profile.options)
-    processes = options.setdefault("processes", 1)
     limit = dask.utils.parse_bytes(profile.memory_limit)
     lasting, stagger = lifetime(profile)
     host = profile.host or (get_ip_interface(profile.interface) if profile.interface else get_ip())
@@ -379,8 +380,9 @@ def jobs_cluster(profile: Profile, security: Security | None) -> Any:
     library = _library(profile.kind)
     return library(
         job_cls=_heard(library.job_cls),
-        cores=profile.threads * processes,
-        memory=f"{limit * processes}B",
+        cores=profile.threads,
+        memory=f"{limit}B",
+        processes=1,
         walltime=_clock(walltime(profile)),
         security=security,
         protocol="tcp://" if security is None else "tls://",

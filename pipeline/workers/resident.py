@@ -123,7 +123,7 @@ def load_counts() -> dict[str, int]:
 
 
 def prewarm(client: Client, requests: list[MetricRequest]) -> None:
-    """Have every worker, also those that join later, load metrics ahead of their first task."""
+    """Have every worker, also those that join later, load metrics ahead of their first task, or leave."""
     client.register_plugin(MetricLoader(requests))
 
 
@@ -139,7 +139,12 @@ def dismiss_unfit_workers(client: Client, requests: Sequence[MetricRequest]) -> 
         Naming a worker and what to do, where none can.
     """
     outcomes = client.run(load_metrics, list(requests), on_error="return")
-    unfit = {address: error for address, error in outcomes.items() if isinstance(error, Exception)}
+    # Of what metrics raise there is no OSError left; one that is here is of the connection, and passes.
+    unfit = {
+        address: error
+        for address, error in outcomes.items()
+        if isinstance(error, Exception) and not isinstance(error, OSError)
+    }
     if unfit and len(unfit) == len(outcomes):
         error = next(iter(unfit.values()))
         raise ClusterError(str(error)) from error
@@ -163,7 +168,11 @@ async def load_metrics(requests: Sequence[MetricRequest]) -> None:
 
 
 class MetricLoader(WorkerPlugin):
-    """Loads metrics in a thread: a blocking setup would stop the worker's heartbeat."""
+    """Loads metrics in a thread: a blocking setup would stop the worker's heartbeat.
+
+    A worker that cannot leaves, for the reason that :func:`dismiss_unfit_workers` gives; whoever joins after
+    the start is met by nobody else.
+    """
 
     name = "lsim-metrics"
 
@@ -171,10 +180,16 @@ class MetricLoader(WorkerPlugin):
         self.requests = requests
 
     async def setup(self, worker: Worker) -> None:
-        for request in self.requests:
-            # A worker whose setup fails joins all the same; the task that loads again raises.
-            with contextlib.suppress(Exception):
-                await asyncio.to_thread(get_metric, request)
+        try:
+            await load_metrics(self.requests)
+        except (ClusterError, WeightsError) as error:
+            logger.error("left out: %s", error)
+            # Not awaited: a worker that joins has not begun yet to hear the scheduler, nor can it leave.
+            self.leaving = asyncio.create_task(self._leave(worker))
+
+    async def _leave(self, worker: Worker) -> None:
+        await worker.start()  # returns once it has started
+        await worker.close_gracefully(restart=False, reason="cannot load a metric")
 
 
 # ---------------------------------------------------------------- the process

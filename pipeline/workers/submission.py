@@ -8,12 +8,14 @@ another worker, and the first result counts: tasks may be run twice, at once or 
 from __future__ import annotations
 
 import itertools
+import logging
 import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 from distributed import Client, Future, as_completed
@@ -22,6 +24,8 @@ from pipeline.workers import stopping
 from pipeline.workers.packed import pack, run_packed
 from pipeline.workers.profiles import ClusterError
 from pipeline.workers.resident import single_threaded
+
+logger = logging.getLogger(__name__)
 
 IN_FLIGHT_PER_THREAD = 4
 """Tasks submitted ahead per worker thread: enough to keep it busy, few enough to bound the scheduler."""
@@ -38,6 +42,10 @@ LOOK_S = 0.005, 0.1
 """How soon the driver looks again when nothing has finished: soon after something has, later otherwise."""
 COUNT_THREADS_S = 2.0
 """How often threads are counted: workers join and leave."""
+NO_WORKERS_S = 180.0
+"""Without any worker for so long the driver says so: nothing tells it of jobs that have ended in a queue."""
+OUTCOME_S = 5.0
+"""How long one answer is waited for before the driver looks whether it was asked to end."""
 
 Task: TypeAlias = tuple[Any, ...]
 Outcome: TypeAlias = tuple[Task, Any, Exception | None]
@@ -135,6 +143,8 @@ class _Flight:
         self.seconds: deque[float] = deque(maxlen=1000)
         self.threads_of: dict[str, int] = {}
         self.counted = -COUNT_THREADS_S
+        self.had_workers = time.monotonic()
+        self.warned = False
         self.lost = False
 
     @property
@@ -207,6 +217,16 @@ class _Flight:
             return
         self.threads_of = self._ask(self.client.nthreads)
         self.counted = time.monotonic()
+        if self.threads_of:
+            self.had_workers = self.counted
+        elif not self.warned and self.counted - self.had_workers > NO_WORKERS_S:
+            self.warned = True
+            logger.warning(
+                "no worker for %.3g min: waiting for one. Jobs may be queued, or have ended before their "
+                "worker joined, and those are not replaced: see squeue or qstat; if none is there, stop this "
+                "command",
+                (self.counted - self.had_workers) / 60,
+            )
         self._note_what_runs()
 
     def _copy_stragglers(self) -> None:
@@ -255,18 +275,23 @@ class _Flight:
         results = self._results([future for future in done if future.status == "finished"])
         outcomes: list[Outcome] = []
         for future in done:
-            attempt = self.of_future.pop(future, None)
+            attempt = self.of_future.get(future)
             if attempt is None:  # its other copy was in this batch, too
                 continue
+            outcome = results[future] if future in results else self._ask(partial(_outcome, future))
+            if outcome is None:
+                self.completed.add(future)
+                continue
+            del self.of_future[future]
             attempt.futures.remove(future)
-            result, error = results[future] if future in results else _outcome(future)
+            result, error = outcome
             if error is not None and attempt.futures:
                 continue  # the other copy may do better
             for copy in attempt.futures:
                 self.of_future.pop(copy, None)
             if attempt.futures:
                 # Released, it writes nothing any more if it has not begun to.
-                self.client.cancel(attempt.futures)
+                self._ask(partial(self.client.cancel, attempt.futures))
             if attempt in self.running:
                 self.seconds.append(time.monotonic() - attempt.began)
             self.waiting.pop(attempt, None)
@@ -299,7 +324,18 @@ class _Flight:
         )
 
 
-def _outcome(future: Future) -> tuple[Any, Exception | None]:
-    """Result or exception of a task that has finished."""
-    error = future.exception()
-    return (None, error) if error is not None else (future.result(), None)
+def _outcome(future: Future) -> tuple[Any, Exception | None] | None:
+    """Result or exception of a task that has finished; None while its lost result is computed again.
+
+    Raises
+    ------
+    CancelledError
+        When the scheduler was lost meanwhile.
+    """
+    try:
+        error = future.exception(timeout=OUTCOME_S)
+        if error is not None and future.status != "cancelled":
+            return None, error
+        return future.result(timeout=OUTCOME_S), None
+    except TimeoutError:
+        return None
