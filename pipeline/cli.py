@@ -207,7 +207,13 @@ def run(
     _make_importable(settings.metrics, Path.cwd(), find_resource("workflows", workflow).parent)
     chosen = chosen.model_copy(update={"distances": settings})
     with Cluster(load_profile(cluster, workers)) as pool:
-        report = run_workflow(chosen, pool, out=out, data_dir=data_dir, progress=stage(pool))
+        report = run_workflow(
+            *(chosen, pool),
+            out=out,
+            data_dir=data_dir,
+            progress=stage(pool),
+            announce=lambda text: output.print(text, markup=False),
+        )
     show_quarantined(report.conversion.quarantined)
     show_distances(report.distances)
     if report.archive is not None:

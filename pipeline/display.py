@@ -200,6 +200,8 @@ def show_archive(report: ArchiveReport) -> None:
         )
     elif not report.failures:
         output.print(f"nothing to do: {report.up_to_date} tiles are up to date")
+    if report.copies:
+        console.print(f"{report.copies} tasks ran so long that a second copy was sent to another worker")
     for name, reason in report.unavailable.items():
         console.print(f"left out: {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
     if report.failures:

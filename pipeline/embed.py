@@ -32,7 +32,13 @@ from pipeline.scopes import dataset_range
 from pipeline.versions import versions
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
-from pipeline.workers.resident import MetricRequest, dismiss_unfit_workers, get_metric, prewarm
+from pipeline.workers.resident import (
+    MetricRequest,
+    dismiss_unfit_workers,
+    get_metric,
+    prewarm,
+    still_wanted,
+)
 from pipeline.workers.submission import run_bounded
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -435,6 +441,8 @@ def _run(
         if error is None:
             report.computed += result
             report.blocks += 1
+        elif store.is_full_disk(error):
+            raise error  # as would all others
         else:
             given_up.append((task, f"{type(error).__name__}: {error}"))
         if progress is not None:
@@ -474,16 +482,25 @@ def embed_block(task: EmbedTask) -> int:
             pending.append(values)
             reasons += why
             if len(reasons) % task.together == 0:
+                _check_wanted(task)
                 start = _write(group, names, start, pending)
+    _check_wanted(task)
     _write(group, names, start, pending)
     store.write_rows(store.get_array(group, FAILURE), task.first * task.n, np.array(reasons, dtype=object))
     if not whole:
         return 0
+    _check_wanted(task)
     # Last: it says that all else is there.
     store.write_rows(
         store.get_array(group, FINGERPRINT), task.block, np.array([task.fingerprint], dtype=object)
     )
     return len(reasons)
+
+
+def _check_wanted(task: EmbedTask) -> None:
+    """Write nothing when another copy was faster, or the run is over and the next may be writing."""
+    if not still_wanted():
+        raise store.StoreError(f"{task.out}: nobody waits for block {task.block} of {task.key} any more")
 
 
 def _embedded(metric: Metric, frames: np.ndarray, scope: Scope) -> tuple[dict[str, np.ndarray], list[str]]:

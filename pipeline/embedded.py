@@ -33,14 +33,14 @@ class EmbeddedBlock:
     comparable : ndarray of shape (n,), bool
     reasons : dict of int to str
         Why frames of the block can't be compared, by their place in it.
-    whole : bool
-        Whether all frames are those that were converted; otherwise the next run tries again.
+    damage : str
+        Why some frames are not those that were converted, of the last of them; the next run tries again.
     """
 
     embedding: Embedding | None
     comparable: np.ndarray
     reasons: dict[int, str] = field(default_factory=dict)
-    whole: bool = True
+    damage: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -70,11 +70,11 @@ def embed_block(source: store.Group, block: FrameBlock, metric: Metric, scope: S
     parts: dict[str, Tensor] = {}
     comparable = np.zeros(len(block), bool)
     reasons: dict[int, str] = {}
-    whole = True
+    damage = ""
     for batch in read_block(source, block, FRAMES_TOGETHER.get(metric.device.type, 32)):
         places = range(batch.start, batch.stop)
         if batch.frames is None:
-            whole = False
+            damage = batch.damage
             reasons.update(dict.fromkeys(places, batch.damage))
             continue
         try:
@@ -91,7 +91,7 @@ def embed_block(source: store.Group, block: FrameBlock, metric: Metric, scope: S
             if name not in parts:
                 parts[name] = _room(len(block), part)
             parts[name][batch.start : batch.stop] = part
-    return EmbeddedBlock(Embedding(parts) if parts else None, comparable, reasons, whole)
+    return EmbeddedBlock(Embedding(parts) if parts else None, comparable, reasons, damage)
 
 
 def _room(n: int, like: Tensor) -> Tensor:

@@ -155,6 +155,7 @@ def run_workflow(
     out: str | os.PathLike[str] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     progress: StageProgress,
+    announce: Callable[[str], None] | None = None,
 ) -> WorkflowReport:
     """Fetch, convert, compute distances, correlate, report; each stage only what is out of date.
 
@@ -169,6 +170,8 @@ def run_workflow(
         Where source data lies, see :mod:`pipeline.catalog`.
     progress : callable
         Shows each stage's progress.
+    announce : callable, optional
+        Called with the plans of matrices over the archive, in words, before they are computed.
 
     Raises
     ------
@@ -208,7 +211,10 @@ def run_workflow(
         matrix = Matrix(section.groups, section.together)
         with progress("archive") as show:
             of_all_frames = compute_archive(
-                frames, archive, of_archive, matrix, cluster=cluster, progress=show
+                *(frames, archive, of_archive, matrix),
+                cluster=cluster,
+                progress=show,
+                announce=announce,
             )
     with progress("correlate"):
         told = workflow.correlate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -22,16 +23,18 @@ from commands import run_lsim
 import lsim
 from lsim.embedding import Embedding
 from lsim.metrics.pixel import L2
+from pipeline import archive as archive_module
 from pipeline import schema, store
-from pipeline.archive import Matrix, compute_archive
+from pipeline.archive import Matrix, compute_archive, shared_memory_profile
+from pipeline.archive.measuring import Device, share_of_device
 from pipeline.archive.plan import PlanError, order_squares, simulate_embeddings
-from pipeline.archive.tiles import compare_blocks
+from pipeline.archive.tiles import TileTask, _Record, compare_blocks
 from pipeline.choice import Settings
 from pipeline.embedded import EmbeddedBlock, EmbeddingCache
 from pipeline.frames import list_frames
 from pipeline.workers import stopping
 from pipeline.workers.cluster import Cluster
-from pipeline.workers.profiles import Profile
+from pipeline.workers.profiles import Profile, WorkerRange
 
 SETTINGS = Settings(metrics=("l2", "ssim"), size=None, scope="dataset")
 RANGE = (-1.5, 1.5)
@@ -64,6 +67,14 @@ def written(path: Path, key: str = "A/density", metric: str = "l2") -> dict[str,
     return {
         str(p.relative_to(path / key / metric / "c")): (p.stat().st_ino, p.stat().st_mtime_ns) for p in chunks
     }
+
+
+def flip_a_bit(frames: Path, row: int) -> None:
+    """Damage a sequence of A/density."""
+    chunk = next(p for p in sorted((frames / f"A/density/frames/c/{row}").rglob("*")) if p.is_file())
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(content)
 
 
 # ---------------------------------------------------------------- values
@@ -303,10 +314,7 @@ def test_a_damaged_sequence_is_left_out_until_it_is_mended(tmp_path):
     settings = SETTINGS.model_copy(update={"scope": RANGE})
     compute(frames, tmp_path / "whole.zarr", settings)
     shutil.copytree(frames, tmp_path / "sound.zarr")
-    chunk = next(p for p in sorted((frames / "A/density/frames/c/1").rglob("*")) if p.is_file())
-    content = bytearray(chunk.read_bytes())
-    content[len(content) // 2] ^= 1
-    chunk.write_bytes(content)
+    flip_a_bit(frames, 1)
     report = compute(frames, tmp_path / "a.zarr", settings)
     assert {entry.metric for entry in report.failures} == {"l2", "ssim"}
     assert all("A/density/s1" in entry.what for entry in report.failures)
@@ -320,6 +328,83 @@ def test_a_damaged_sequence_is_left_out_until_it_is_mended(tmp_path):
     assert not report.failures
     assert report.tiles == 10
     same(matrices(tmp_path / "whole.zarr"), matrices(tmp_path / "a.zarr"))
+
+
+def test_a_damaged_frame_is_said_where_the_tiles_of_its_block_alone_were_done(tmp_path):
+    """The tile of a block with itself, which tells of its frames, is up to date."""
+    archive = archive_of(3, frames=8)
+    frames = write_archive(tmp_path / "frames.zarr", archive)
+    settings = Settings(metrics=("l2",), size=None, scope=RANGE)
+    compute(frames, tmp_path / "a.zarr", settings)
+    archive["A/density"]["s3"] = smooth_sequence(3, frames=8)
+    write_archive(frames, archive)
+    flip_a_bit(frames, 0)
+    report = compute(frames, tmp_path / "a.zarr", settings)
+    assert (report.tiles, report.up_to_date) == (3, 6)
+    assert np.isnan(matrices(tmp_path / "a.zarr")["l2"][:8, 24:]).all()
+    (failure,) = report.failures
+    assert failure.what.endswith(": 1 tiles")
+    assert "frames" in failure.reason
+
+
+def test_copies_of_a_task_that_write_at_once_leave_what_each_has_done(tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(8, frames=8))
+    compute(frames, tmp_path / "a.zarr")
+    group = store.get_group(store.open_store(tmp_path / "a.zarr", "r+"), "A/density")
+    fingerprints = store.get_array(group, "provenance/fingerprint")
+    before = store.read(fingerprints)
+    record = _Record(group, 0, [(0, 0), (0, 1)])
+    record.write((0, 0), "first", 1)
+    store.write_rows(fingerprints, 0, before)  # by a copy that read before
+    record.write((0, 1), "second", 2)
+    assert store.read(fingerprints)[0, 0, :2].tolist() == ["first", "second"]
+    assert store.read(store.get_array(group, "provenance/missing"))[0, 0, :2].tolist() == [1, 2]
+
+
+def test_a_copy_that_nobody_waits_for_writes_nothing(tmp_path, monkeypatch):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(1))
+    compared = []
+    monkeypatch.setattr(
+        "pipeline.archive.tiles.compare_blocks",
+        lambda *given: (compared.append(given), compare_blocks(*given))[1],
+    )
+    monkeypatch.setattr("pipeline.archive.tiles.still_wanted", lambda: not compared)
+    report = compute(frames, tmp_path / "a.zarr")
+    assert compared
+    assert "nobody waits for tile 0,0" in report.failures[0].reason
+    assert written(tmp_path / "a.zarr") == {}
+
+
+def test_a_full_disk_stops_the_run(tmp_path, monkeypatch):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(4))
+    tried = []
+
+    def full(*given):
+        tried.append(given)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipeline.archive.tiles._write_tile", full)
+    with pytest.raises(store.StoreError, match="No space left on device; what is finished is kept"):
+        compute(frames, tmp_path / "a.zarr", matrix=Matrix(tile=2))
+    assert len(tried) == 1
+
+
+def test_reasons_of_frames_that_have_changed_are_forgotten_also_of_other_metrics(tmp_path):
+    archive = archive_of(2, frames=8)
+    archive["A/density"]["s1"][2] = np.nan
+    frames = write_archive(tmp_path / "frames.zarr", archive)
+    both = Settings(metrics=("l1", "l2"), size=None, scope=RANGE)
+    out = tmp_path / "a.zarr"
+    assert {entry.metric for entry in compute(frames, out, both).failures} == {"l1", "l2"}
+    group = store.get_group(store.open_store(out, "r+"), "A/density")
+    missing = store.get_array(group, "provenance/missing")
+    store.write_rows(missing, 0, np.triu(np.ones(missing.shape, "int32")))
+    archive["A/density"]["s1"] = smooth_sequence(1, frames=8)
+    write_archive(frames, archive)
+    report = compute(frames, out, both.model_copy(update={"metrics": ("l2",)}))
+    assert all(entry.what == "" for entry in report.failures)
+    # Of the tile that is up to date what was found stays.
+    np.testing.assert_array_equal(store.read(missing), [[[1, 0], [0, 0]]] * 2)
 
 
 def test_a_metric_that_fails_on_some_tiles_leaves_them_to_the_next_run(tmp_path, monkeypatch):
@@ -432,6 +517,71 @@ def test_embeddings_are_as_many_as_planned_where_memory_holds_a_part(tmp_path, m
     monkeypatch.undo()
     assert compute(frames, tmp_path / "b.zarr", settings).embeddings == 96
     same(matrices(tmp_path / "a.zarr"), matrices(tmp_path / "b.zarr"))
+
+
+def test_frames_that_cannot_be_embedded_come_first_and_the_plan_counts_the_others(tmp_path):
+    archive = archive_of(8, frames=8)
+    for k in range(5):
+        archive["A/density"][f"s{k}"][:] = np.nan
+    frames = write_archive(tmp_path / "frames.zarr", archive)
+    with pytest.raises(PlanError, match="--memory"):
+        compute(frames, tmp_path / "a.zarr", matrix=Matrix(memory=10**6), plan_only=True)
+    planned = compute(frames, tmp_path / "a.zarr", plan_only=True).plans[0].families[0]
+    assert planned.cache == 64 * 4 * 40 * 40
+    for k in range(5, 8):
+        archive["A/density"][f"s{k}"][:] = np.nan
+    write_archive(frames, archive)
+    noise = compute(frames, tmp_path / "a.zarr", plan_only=True).plans[0].families[0]
+    assert noise.cache == planned.cache
+
+
+def test_workers_that_share_a_gpu_share_its_memory():
+    devices = [Device("cuda", "a 1", 60), Device("cuda", "a 1", 50), Device("cuda", "b 1", 40)]
+    assert share_of_device([*devices, Device("cpu", "c", 0)], "cuda") == 25
+
+
+@pytest.mark.parametrize(("device", "workers"), [("auto", 3), ("cuda:1", 1)])
+def test_an_archive_has_a_process_for_each_gpu(monkeypatch, device, workers):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    profile = shared_memory_profile(Profile(device=device))
+    assert (profile.workers, profile.threads) == (workers, 1)
+    assert shared_memory_profile(Profile(device="cpu")).workers == 1
+
+
+def test_plans_are_made_for_all_workers_that_a_profile_asks_for_and_after_unfit_ones_have_left(
+    tmp_path, monkeypatch
+):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(1))
+    calls = []
+    for name in ("dismiss_unfit_workers", "run_bounded"):
+        whole = getattr(archive_module, name)
+        monkeypatch.setattr(
+            archive_module,
+            name,
+            lambda *given, name=name, whole=whole, **told: (calls.append(name), whole(*given, **told))[1],
+        )
+    with Cluster(Profile(workers=WorkerRange(minimum=1, maximum=7))) as cluster:
+        report = compute_archive(frames, tmp_path / "a.zarr", SETTINGS, cluster=cluster, plan_only=True)
+    assert report.plans[0].workers.workers == 7
+    assert calls[0] == "dismiss_unfit_workers"
+
+
+def test_tasks_are_made_as_they_are_asked_for(tmp_path, monkeypatch):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(4))
+    made = []
+
+    class Counted(TileTask):
+        def __init__(self, *given):
+            made.append(self)
+            super().__init__(*given)
+
+    seen = []
+    monkeypatch.setattr(archive_module, "TileTask", Counted)
+    compute(frames, tmp_path / "a.zarr", progress=lambda done, total: seen.append((done, total, len(made))))
+    total = seen[0][1]
+    assert total > 2
+    assert seen == [(done, total, done) for done in range(total + 1)]
 
 
 def test_embeddings_are_counted_as_workers_keep_them():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,23 @@ def test_a_run_that_died_goes_on(frames, tmp_path, here, monkeypatch):
     compute_embeddings(frames, tmp_path / "undisturbed.zarr", SETTINGS, cluster=here)
     assert np.array_equal(features(out), features(tmp_path / "undisturbed.zarr"))
     assert len(store.open_store(out).attrs["runs"]) == 2
+
+
+def test_a_copy_that_nobody_waits_for_writes_nothing(frames, tmp_path, here, monkeypatch):
+    monkeypatch.setattr(embed, "still_wanted", lambda: False)
+    report = compute_embeddings(frames, tmp_path / "embeddings.zarr", SETTINGS, cluster=here)
+    assert report.computed == 0
+    assert all("nobody waits for block" in failure.reason for failure in report.failures)
+    assert not (features(tmp_path / "embeddings.zarr") > 0).any()
+
+
+def test_a_full_disk_stops_the_run(frames, tmp_path, here, monkeypatch):
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(embed, "_write", full)
+    with pytest.raises(store.StoreError, match="No space left on device; what is finished is kept"):
+        compute_embeddings(frames, tmp_path / "embeddings.zarr", SETTINGS, cluster=here)
 
 
 def test_frames_that_cannot_be_embedded_are_named(tmp_path, here):

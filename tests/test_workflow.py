@@ -113,7 +113,7 @@ def test_a_workflow_with_an_archive_shows_its_map(tmp_path):
     )
     workflow = open_workflow(tmp_path / "mine.yaml")
     out = tmp_path / "out"
-    begun = []
+    begun, shown = [], []
 
     def progress(title):
         begun.append(title)
@@ -121,12 +121,20 @@ def test_a_workflow_with_an_archive_shows_its_map(tmp_path):
 
     def run():
         with Cluster(Profile(kind="none")) as cluster:
-            return run_workflow(workflow, cluster, out=out, data_dir=tmp_path / "data", progress=progress)
+            return run_workflow(
+                workflow,
+                cluster,
+                out=out,
+                data_dir=tmp_path / "data",
+                progress=progress,
+                announce=shown.append,
+            )
 
     report = run()
     assert begun == ["fetch", "convert", "distances", "archive", "correlate", "report"]
     assert report.archive is not None
     assert report.archive.frames == 22
+    assert "together/all: 22 frames" in shown[0]
     assert report.complete
     archive = xr.open_datatree(report.stores["archive"], engine="zarr")["together/all"]
     assert archive.sizes["frame"] == 22

@@ -27,7 +27,7 @@ from lsim.preprocess import Scope
 from pipeline import schema, store
 from pipeline.address import absolute, relative
 from pipeline.archive.matrix import describe, invalidate, label, lay_out, metric_places, sides, stale_tiles
-from pipeline.archive.measuring import Measured, device_of_worker, measure
+from pipeline.archive.measuring import Device, Measured, device_of_worker, measure, share_of_device
 from pipeline.archive.plan import (
     FamilyPlan,
     Plan,
@@ -46,7 +46,7 @@ from pipeline.frames import ArchiveFrames, FrameBlock, list_frames
 from pipeline.scopes import dataset_range, recorded_range
 from pipeline.versions import versions
 from pipeline.workers.cluster import Cluster
-from pipeline.workers.profiles import Profile
+from pipeline.workers.profiles import Profile, WorkerRange
 from pipeline.workers.resident import MetricRequest, dismiss_unfit_workers, prewarm
 from pipeline.workers.submission import run_bounded
 
@@ -56,6 +56,9 @@ Progress: TypeAlias = Callable[[int, int], None]
 SHARE_OF_MEMORY = 0.6
 """What a worker's embeddings and all else may take of its memory, unless told: Dask pauses it at 80 %."""
 SHARE_OF_GPU = 0.85
+
+SAMPLES = 12
+"""Blocks, evenly over the archive, of which the first that can be embedded is measured."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,8 @@ class ArchiveReport:
         Tiles on and above the diagonal that were computed, and that were there, metric by metric.
     frames, embeddings : int
         Frames of all matrices, and how many times a frame was embedded.
+    copies : int
+        Second copies of stragglers.
     plans : list of Plan
         Empty where nothing was to be done.
     failures : list of ArchiveFailure
@@ -124,6 +129,7 @@ class ArchiveReport:
     up_to_date: int = 0
     frames: int = 0
     embeddings: int = 0
+    copies: int = 0
     plans: list[Plan] = field(default_factory=list)
     failures: list[ArchiveFailure] = field(default_factory=list)
     unavailable: dict[str, str] = field(default_factory=dict)
@@ -202,6 +208,7 @@ def compute_archive(
     if there:
         _refuse_others(store.open_store(out_path), out_path, jobs)
     if plan_only or not there or any(job.is_stale(out_path) for job in jobs):
+        context.make_ready()
         report.plans = [job.plan(out_path) for job in jobs]
         for plan in report.plans:
             if announce is not None:
@@ -222,8 +229,10 @@ def compute_archive(
         store.drop_consolidated(out_path)
         _drop_vanished(root, source)
         try:
-            tasks = [task for job in jobs for task in job.tasks(root, source, report)]
-            errors = _run(tasks, context, progress, report)
+            for job in jobs:
+                job.prepare(root, report)
+            tasks = (task for job in jobs for task in job.tasks())
+            errors = _run(tasks, sum(job.count() for job in jobs), context, progress, report)
         finally:
             # Also of a run that is interrupted: what it computed stays, and says what made it.
             report.seconds = time.perf_counter() - began
@@ -233,6 +242,7 @@ def compute_archive(
                 spent = {
                     "tiles": report.tiles,
                     "embeddings": report.embeddings,
+                    "copies": report.copies,
                     "seconds": round(report.seconds, 3),
                     "seconds_by_stage": {k: round(v, 4) for k, v in report.seconds_by_stage.items()},
                 }
@@ -250,7 +260,10 @@ def compute_archive(
                 attributes["plan"] = [describe_plan(plan) for plan in report.plans]
             store.set_attributes(root, attributes)
             store.consolidate(out_path)
-    report.failures = list_archive_failures(out_path) + errors
+    report.failures = list_archive_failures(out_path)
+    # The store tells of damaged frames, unless the tile of their block with itself was up to date.
+    said = {(known.group, known.metric, known.reason) for known in report.failures}
+    report.failures += [new for new in errors if (new.group, new.metric, new.reason) not in said]
     return report
 
 
@@ -264,9 +277,14 @@ def _record_precision(root: store.Group, report: ArchiveReport) -> None:
 
 
 def shared_memory_profile(profile: Profile) -> Profile:
-    """A local cluster of one process a core, as one process with as many threads: they share embeddings."""
-    if profile.kind != "local" or profile.workers is not None or profile.threads > 1 or _has_gpu():
+    """A local cluster of one process a core, as one process with as many threads: they share embeddings.
+
+    Where there are GPUs, and the profile doesn't say otherwise, one process for each of them.
+    """
+    if profile.kind != "local" or profile.workers is not None or profile.threads > 1:
         return profile
+    if gpus := _count_gpus(profile.device):
+        return profile.model_copy(update={"workers": gpus})
     return profile.model_copy(update={"workers": 1, "threads": len(os.sched_getaffinity(0))})
 
 
@@ -340,10 +358,15 @@ def _refuse_others(root: store.Group, path: str, jobs: Sequence[_Job]) -> None:
 
 
 def _drop_vanished(root: store.Group, source: store.Group) -> None:
-    """Delete the fields that the frames no longer have."""
-    there = set(store.field_keys(source, schema.FRAMES))
+    """Delete the fields that the frames no longer have, as their consolidated metadata says.
+
+    Without it, while frames are converted, nothing is deleted.
+    """
+    listed = store.listed_members(source)
+    if listed is None:
+        return
     for key in store.field_keys(root, schema.NUMBER):
-        if key not in there and not key.startswith(f"{schema.TOGETHER}/"):
+        if f"{key}/{schema.FRAMES}" not in listed and not key.startswith(f"{schema.TOGETHER}/"):
             store.delete(root, key)
 
 
@@ -358,6 +381,13 @@ class _Context:
     cluster: Cluster
     metrics: list[Metric]
     requests: dict[str, MetricRequest]
+
+    def make_ready(self) -> None:
+        """Have the workers load the metrics, and send away those that cannot: no plan is made of them."""
+        client = self.cluster.client
+        if client is not None:
+            dismiss_unfit_workers(client, list(self.requests.values()))
+            prewarm(client, list(self.requests.values()))
 
     def families(self) -> list[list[Metric]]:
         """Metrics by what they are embedded as."""
@@ -378,6 +408,10 @@ class _Job:
         self.frames: ArchiveFrames = list_frames(source, fields)
         self._measured: dict[str, Measured] = {}
         self._workers: Workers | None = None
+        self._places: dict[str, int] = {}
+        self._blocks: list[FrameBlock] = []
+        self._side = 1
+        self._to_do: list[tuple[dict[str, np.ndarray], Scope]] = []
         _check_shapes(self.frames, context.settings)
 
     def _sequences(self) -> list[tuple[str, int, str]]:
@@ -447,18 +481,19 @@ class _Job:
 
     def _measure(self, family: Sequence[Metric]) -> Measured:
         requests = tuple(self.context.requests[metric.name] for metric in family)
-        blocks = self.frames.blocks(8)[:3]
-        task = (self.context.frames, requests, tuple(blocks), self.frames.sequence_bytes)
+        blocks = self.frames.blocks(8)
+        # The first would do, but for those whose first frames are damaged or hold NaN.
+        step = max(1, len(blocks) // SAMPLES)
+        sample = tuple(blocks[::step][:SAMPLES])
+        task = (self.context.frames, requests, sample, self.frames.sequence_bytes)
         for _, result, error in run_bounded(self.context.cluster.client, measure, [task]):
             if error is not None:
                 raise error
             return result
         raise AssertionError("a task has an outcome")
 
-    def tasks(
-        self, root: store.Group, source: store.Group, report: ArchiveReport
-    ) -> Iterator[tuple[TileTask]]:
-        """Bring the group into shape, declare what is out of date, and give the tasks that mend it."""
+    def prepare(self, root: store.Group, report: ArchiveReport) -> None:
+        """Bring the group into shape, and declare what is out of date."""
         context = self.context
         group = self._group(context.out)
         plan = next((plan for plan in report.plans if plan.key == self.key), None)
@@ -493,9 +528,29 @@ class _Job:
         report.up_to_date += sum(
             len(blocks) * (len(blocks) + 1) // 2 - int(table.sum()) for table in stale.values()
         )
-        for family in context.families():
-            if any(stale[metric.name].any() for metric in family):
-                yield from self._tasks_of(family, stale, blocks, side, scopes[family[0].name], group)
+        self._places = metric_places(group)
+        self._blocks, self._side = blocks, side
+        self._to_do = [
+            ({metric.name: stale[metric.name] for metric in family}, scopes[family[0].name])
+            for family in context.families()
+            if any(stale[metric.name].any() for metric in family)
+        ]
+        if self._to_do and self._workers is None:
+            # Only what was taken for up to date is not: a range changed between a look and the lock.
+            context.make_ready()
+            self.plan(context.out)
+
+    def count(self) -> int:
+        """Tasks there are."""
+        return sum(len(list(self._squares(tables))) for tables, _ in self._to_do)
+
+    def _squares(self, tables: Mapping[str, np.ndarray]) -> Iterator[tuple[int, int]]:
+        return order_squares(np.logical_or.reduce(list(tables.values())), self._side)
+
+    def tasks(self) -> Iterator[tuple[TileTask]]:
+        """The tasks, made as they are asked for: together they would take more than their tiles."""
+        for tables, scope in self._to_do:
+            yield from self._tasks_of(tables, scope)
 
     def _scope(self, provenance: store.Group, metric: Metric) -> Scope:
         context = self.context
@@ -507,24 +562,14 @@ class _Job:
 
     def _tasks_of(
         self,
-        family: Sequence[Metric],
-        stale: Mapping[str, np.ndarray],
-        blocks: Sequence[FrameBlock],
-        side: int,
+        tables: Mapping[str, np.ndarray],
         scope: Scope,
-        group: store.Group,
     ) -> Iterator[tuple[TileTask]]:
-        context = self.context
-        if self._workers is None:
-            # Only what was taken for up to date is not: a range changed between a look and the lock.
-            self.plan(context.out)
+        context, blocks, side = self.context, self._blocks, self._side
         assert self._workers is not None
-        measured = self._measured[family[0].name]
-        tile = len(blocks[0])
-        room = room_for(measured, self._workers, tile)
-        places = metric_places(group)
-        tables = {metric.name: stale[metric.name] for metric in family}
-        for row, column in order_squares(np.logical_or.reduce(list(tables.values())), side):
+        measured = self._measured[next(iter(tables))]
+        room = room_for(measured, self._workers, len(blocks[0]))
+        for row, column in self._squares(tables):
             tiles = {}
             for name, table in tables.items():
                 part = table[row * side : (row + 1) * side, column * side : (column + 1) * side]
@@ -538,7 +583,7 @@ class _Job:
                     context.out,
                     self.key,
                     tuple(context.requests[name] for name in tiles),
-                    {name: places[name] for name in tiles},
+                    {name: self._places[name] for name in tiles},
                     tiles,
                     {index: blocks[index] for index in needed},
                     scope,
@@ -561,20 +606,23 @@ def _check_shapes(frames: ArchiveFrames, settings: Settings) -> None:
 
 
 def _run(
-    tasks: list[tuple[TileTask]], context: _Context, progress: Progress | None, report: ArchiveReport
+    tasks: Iterator[tuple[TileTask]],
+    count: int,
+    context: _Context,
+    progress: Progress | None,
+    report: ArchiveReport,
 ) -> list[ArchiveFailure]:
     """Run the tasks. What fails every time is left to the next run."""
-    if not tasks:
+    if not count:
         return []
     client = context.cluster.client
-    if client is not None:
-        dismiss_unfit_workers(client, list(context.requests.values()))
-        prewarm(client, list(context.requests.values()))
     if progress is not None:
-        progress(0, len(tasks))
+        progress(0, count)
+    tally: Counter[str] = Counter()
     errors: list[ArchiveFailure] = []
     try:
-        for done, ((task,), result, error) in enumerate(run_bounded(client, compute_tiles, tasks), start=1):
+        outcomes = run_bounded(client, compute_tiles, tasks, tally=tally)
+        for done, ((task,), result, error) in enumerate(outcomes, start=1):
             if error is None:
                 report.tiles += result.tiles
                 report.embeddings += result.embedded
@@ -586,12 +634,15 @@ def _run(
                     ArchiveFailure(task.key, name, f"{_tiles_of(task)}: {result.undone} tiles", reason)
                     for name, reason in result.errors.items()
                 ]
+            elif store.is_full_disk(error):
+                raise error  # as would all others
             else:
                 reason = f"{type(error).__name__}: {error}"
                 errors += [ArchiveFailure(task.key, name, _tiles_of(task), reason) for name in task.tiles]
             if progress is not None:
-                progress(done, len(tasks))
+                progress(done, count)
     finally:
+        report.copies = tally["copies"]
         _forget(client)
     return errors
 
@@ -613,22 +664,30 @@ def _find_workers(cluster: Cluster, memory: int | None) -> Workers:
     """Who computes, and what memory each has."""
     client = cluster.client
     if client is None:
-        device, free = device_of_worker()
-        there = int(SHARE_OF_GPU * free) if device != "cpu" else _share_of_this_machine(1)
-        return Workers(1, 1, memory or there, device)
+        own = device_of_worker()
+        there = int(SHARE_OF_GPU * own.free) if own.kind != "cpu" else _share_of_this_machine(1)
+        return Workers(1, 1, memory or there, own.kind)
     information = client.scheduler_info(n_workers=-1)["workers"]
-    devices: dict[str, tuple[str, int]] = client.run(device_of_worker)
-    kinds = {device for device, _ in devices.values()}
+    count = max(len(information), expected_workers(cluster.profile))
+    devices: dict[str, Device] = client.run(device_of_worker)
+    kinds = {device.kind for device in devices.values()}
     device = "cpu" if kinds == {"cpu"} else next(iter(sorted(kinds - {"cpu"})))
     if device != "cpu":
-        there = int(SHARE_OF_GPU * min(free for kind, free in devices.values() if kind == device))
+        there = int(SHARE_OF_GPU * share_of_device(devices.values(), device))
     else:
-        unlimited = MEMORY_LIMIT // len(information)
+        unlimited = MEMORY_LIMIT // count
         there = int(SHARE_OF_MEMORY * min(one["memory_limit"] or unlimited for one in information.values()))
         if cluster.profile.kind == "local":
-            there = min(there, _share_of_this_machine(len(information)))
+            there = min(there, _share_of_this_machine(count))
     threads = max(worker["nthreads"] for worker in information.values())
-    return Workers(len(information), threads, memory or there, device)
+    return Workers(count, threads, memory or there, device)
+
+
+def expected_workers(profile: Profile) -> int:
+    """How many workers a profile asks for, at most; those of jobs come one after the other. 0 unless told."""
+    if isinstance(profile.workers, WorkerRange):
+        return profile.workers.maximum
+    return profile.workers or 0
 
 
 def _share_of_this_machine(workers: int) -> int:
@@ -636,7 +695,10 @@ def _share_of_this_machine(workers: int) -> int:
     return int(SHARE_OF_MEMORY * free / workers)
 
 
-def _has_gpu() -> bool:
+def _count_gpus(device: str) -> int:
+    """How many GPUs of this machine workers take that are told to use a device."""
     import torch
 
-    return torch.cuda.is_available()
+    if not (device == "auto" or device.startswith("cuda")) or not torch.cuda.is_available():
+        return 0
+    return torch.cuda.device_count() if device == "auto" else 1

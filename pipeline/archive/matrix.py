@@ -170,20 +170,29 @@ def invalidate(group: store.Group, blocks: Sequence[FrameBlock], stale: Mapping[
     """Take the fingerprint from all tiles that are out of date, before anything else changes.
 
     Those are the ``stale`` ones, and of metrics that aren't computed now those whose frames have changed.
+    What was wrong with their frames and distances is forgotten, too: those are others now.
     """
     provenance = store.get_group(group, schema.PROVENANCE)
     array = store.get_array(provenance, schema.CONTENT)
     contents = np.array([block.content for block in blocks], object)
     changed = store.read(array) != contents
-    fingerprints = store.get_array(provenance, schema.FINGERPRINT)
     for name, place in metric_places(group).items():
         gone = stale[name] if name in stale else changed[:, None] | changed
-        recorded = store.read(fingerprints, place)
-        if (recorded[gone] != "").any():
-            recorded[gone] = ""
-            store.write_block(fingerprints, (place, 0, 0), recorded[None])
+        for of_tiles, nothing in ((schema.FINGERPRINT, ""), (schema.MISSING, 0)):
+            _clear(store.get_array(provenance, of_tiles), place, gone, nothing)
+        # Reasons come with the tile of a block with itself.
+        of_frames = np.repeat(np.diagonal(gone), [len(block) for block in blocks])
+        _clear(store.get_array(provenance, schema.FAILURE), place, of_frames, "")
     if changed.any():
         store.write_rows(array, 0, contents)
+
+
+def _clear(array: store.Array, place: int, where: np.ndarray, nothing: str | int) -> None:
+    """Write ``nothing`` where a metric's values are to go, if anything is there."""
+    values = store.read(array, place)
+    if (values[where] != nothing).any():
+        values[where] = nothing
+        store.write_block(array, (place, *(0 for _ in values.shape)), values[None])
 
 
 def describe(group: store.Group, specifications: Mapping[str, Mapping[str, Any]]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import platform
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +15,8 @@ import torch
 
 from lsim.embedding import Embedding
 from lsim.metric import Metric
-from lsim.preprocess import Scope, range_of
-from pipeline import store
+from lsim.preprocess import FramesError, Scope, range_of
+from pipeline import schema, store
 from pipeline.archive.tiles import ROWS_AT_ONCE
 from pipeline.embedded import EmbeddedBlock, embed_block
 from pipeline.frames import FrameBlock, read_block
@@ -56,7 +58,8 @@ def measure(
 ) -> Measured:
     """Measure what a family of metrics takes of the first of some blocks that it can embed.
 
-    Runs on a worker. Times are of a second pass: the first loads and compiles.
+    Where it can embed none of them, as they are damaged or hold NaN, frames of noise are measured: others of
+    the archive may be whole. Runs on a worker. Times are of a second pass: the first loads and compiles.
     """
     source = store.open_store(frames)
     metrics = [get_metric(request) for request in requests]
@@ -72,21 +75,44 @@ def measure(
             continue
         began = time.perf_counter()
         embedded = embed_block(source, block, metrics[0], scope)
-        _wait_for(metrics[0])
-        embed_seconds = (time.perf_counter() - began) / len(block)
-        pair_seconds = sum(_seconds_of_pair(metric, embedded) for metric in metrics)
-        prepared = metrics[0].prepare(values[:1], scope)
-        return Measured(
-            embedded.nbytes // len(block),
-            prepared.values[0].numel() * prepared.values.element_size(),
-            values[0].nbytes,
-            sequence_bytes,
-            process,
-            embed_seconds,
-            pair_seconds,
-            any(metric.copies_to_compare for metric in metrics),
-        )
-    return Measured(0, 0, 0, sequence_bytes, process, 0.0, 0.0)
+        break
+    else:
+        if not blocks:
+            return Measured(0, 0, 0, sequence_bytes, process, 0.0, 0.0)
+        values, scope = _noise(source, blocks[0]), (0.0, 1.0)
+        try:
+            embedded = _embedded(metrics[0], values, scope)
+        except FramesError:  # these metrics refuse such frames, and embed none
+            return Measured(0, 0, 0, sequence_bytes, process, 0.0, 0.0)
+        began = time.perf_counter()
+        embedded = _embedded(metrics[0], values, scope)
+    _wait_for(metrics[0])
+    embed_seconds = (time.perf_counter() - began) / len(values)
+    pair_seconds = sum(_seconds_of_pair(metric, embedded) for metric in metrics)
+    prepared = metrics[0].prepare(values[:1], scope)
+    return Measured(
+        embedded.nbytes // len(values),
+        prepared.values[0].numel() * prepared.values.element_size(),
+        values[0].nbytes,
+        sequence_bytes,
+        process,
+        embed_seconds,
+        pair_seconds,
+        any(metric.copies_to_compare for metric in metrics),
+    )
+
+
+def _noise(source: store.Group, block: FrameBlock) -> np.ndarray:
+    """As many frames as a block has, of the shape of its first, with values in 0 to 1: (n, y, x, channel)."""
+    array = store.get_array(source, f"{block.pieces[0].key}/{schema.FRAMES}")
+    noise = np.random.default_rng(0).random((len(block), *array.shape[2:]), np.float32)
+    return noise.round().astype(array.dtype) if array.dtype.kind in "iu" else noise.astype(array.dtype)
+
+
+def _embedded(metric: Metric, frames: np.ndarray, scope: Scope) -> EmbeddedBlock:
+    with torch.no_grad():
+        embedding = metric.embedded(metric.prepare(frames, scope))
+    return EmbeddedBlock(embedding, np.ones(len(frames), bool))
 
 
 def _seconds_of_pair(metric: Metric, embedded: EmbeddedBlock) -> float:
@@ -114,9 +140,26 @@ def _wait_for(metric: Metric) -> None:
         torch.cuda.synchronize(metric.device)
 
 
-def device_of_worker() -> tuple[str, int]:
-    """Kind of this process's device, and the bytes that are free there; 0 of a CPU."""
+@dataclass(frozen=True)
+class Device:
+    """A worker's device: its kind, which one it is of all there are, and the bytes that are free there."""
+
+    kind: str
+    identity: str
+    free: int
+
+
+def device_of_worker() -> Device:
+    """This process's device; 0 bytes are said to be free of a CPU."""
     device = this_device()
     if device.type != "cuda":
-        return device.type, 0
-    return device.type, torch.cuda.mem_get_info(device)[0]
+        return Device(device.type, platform.node(), 0)
+    # Processes may each number those alone that they see.
+    identity = f"{platform.node()} {torch.cuda.get_device_properties(device).uuid}"
+    return Device(device.type, identity, torch.cuda.mem_get_info(device)[0])
+
+
+def share_of_device(devices: Collection[Device], kind: str) -> int:
+    """The bytes of a device of some kind that each worker has at least, of those that share it."""
+    users = Counter(one.identity for one in devices if one.kind == kind)
+    return min(one.free // users[one.identity] for one in devices if one.kind == kind)

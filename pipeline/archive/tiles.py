@@ -99,7 +99,7 @@ class TileResult:
 
 @dataclass
 class _Record:
-    """The fingerprints, and counts of missing distances, of a task's square; it is their only writer."""
+    """The fingerprints, and counts of missing distances, of a task's square; its copies write them, too."""
 
     group: store.Group
     place: int
@@ -107,6 +107,7 @@ class _Record:
     arrays: dict[str, store.Array] = field(init=False)
     origin: Tile = field(init=False)
     part: tuple[slice, ...] = field(init=False)
+    done: dict[Tile, tuple[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         provenance = store.get_group(self.group, schema.PROVENANCE)
@@ -120,11 +121,13 @@ class _Record:
 
     def write(self, tile: Tile, fingerprint: str, missing: int) -> None:
         """Say that a tile is done; the fingerprint last."""
-        at = tile[0] - self.origin[0], tile[1] - self.origin[1]
-        for name, value in ((schema.MISSING, missing), (schema.FINGERPRINT, fingerprint)):
-            # Read again each time: a second copy of the task may be writing as well, the same values.
+        self.done[tile[0] - self.origin[0], tile[1] - self.origin[1]] = fingerprint, missing
+        for name in (schema.MISSING, schema.FINGERPRINT):
+            # A second copy of the task may write the same values: what it has done is read, and all that
+            # this one has done is written again, for the copy may have read before and written since.
             values = store.read(self.arrays[name], (self.place, *self.part))
-            values[at] = value
+            for at, (fingerprint, missing) in self.done.items():
+                values[at] = fingerprint if name == schema.FINGERPRINT else missing
             store.write_block(self.arrays[name], (self.place, *self.origin), values[None])
 
 
@@ -156,9 +159,7 @@ def compute_tiles(task: TileTask) -> TileResult:
     for i, j in in_order(task.tiles.values()):
         if stopping.asked():
             raise stopping.Stopped  # of a driver that computes by itself; tiles before this one are done
-        if not still_wanted():
-            # Another copy was faster, or the run is over and the next may be writing.
-            raise store.StoreError(f"{task.out}: nobody waits for tile {i},{j} of {task.key} any more")
+        _check_wanted(task, i, j)
         names = [name for name, tiles in task.tiles.items() if (i, j) in tiles]
         began = time.perf_counter()
         with cache.hold({keys[k]: wanted(k) for k in sorted({i, j})}, task.room) as held:
@@ -176,15 +177,19 @@ def compute_tiles(task: TileTask) -> TileResult:
                 finally:
                     seconds["compare"] += time.perf_counter() - began  # type: ignore[assignment]
                 began = time.perf_counter()
-                whole = rows.whole and columns.whole
+                damage = rows.damage or columns.damage
+                _check_wanted(task, i, j)
                 _write_tile(group, task, name, (i, j), values, rows)
-                if whole:
+                if damage:
+                    errors[name], undone = damage, undone + 1
+                else:
                     both = rows.comparable[:, None] & columns.comparable
                     missing = int((np.isnan(values) & both).sum())
                     contents = task.blocks[i].content, task.blocks[j].content
                     made_of = tile_fingerprint(*contents, metric.specification_hash, task.scope)
+                    _check_wanted(task, i, j)
                     records[name].write((i, j), made_of, missing)
-                done, undone = done + whole, undone + (not whole)
+                    done += 1
                 seconds["write"] += time.perf_counter() - began  # type: ignore[assignment]
     precision = {
         name: kept
@@ -192,6 +197,12 @@ def compute_tiles(task: TileTask) -> TileResult:
         if isinstance(metric, ReportsPrecision) and (kept := metric.take_precision()) is not None
     }
     return TileResult(done, errors, undone, embedded[0], seconds, precision, first.device.type)
+
+
+def _check_wanted(task: TileTask, i: int, j: int) -> None:
+    """Write nothing when another copy was faster, or the run is over and the next may be writing."""
+    if not still_wanted():
+        raise store.StoreError(f"{task.out}: nobody waits for tile {i},{j} of {task.key} any more")
 
 
 def embeds_as(metric: Metric) -> Hashable:
