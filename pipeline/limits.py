@@ -12,12 +12,14 @@ import math
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 SEQUENCE_BYTES = 16 * 2**30
 """One decoded sequence, where its catalog states nothing (``largest_sequence``)."""
 COORDINATE_BYTES = 2**30
-"""A variable of one dimension: xarray reads coordinates when it opens a file."""
+"""All variables of one dimension in a file: xarray reads coordinates when it opens one."""
+COORDINATE_VALUE_BYTES = 2**16
+"""One value of them: a text of fixed length may claim any."""
 LISTED_SEQUENCES = 1_000_000
 """Sequences that one variable of a file may hold: each is listed before any is read."""
 DOWNLOAD_BYTES = 100 * 10**9
@@ -64,13 +66,45 @@ def array_bytes(shape: Iterable[int], itemsize: int) -> int:
     return math.prod(map(int, shape)) * itemsize
 
 
+def control_group_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that the control groups of this process allow it, as those of a job of SLURM or systemd do.
+
+    Parameters
+    ----------
+    root : Path
+        Where ``proc/self/cgroup`` and ``sys/fs/cgroup`` lie.
+
+    Returns
+    -------
+    int or None
+        The least of the group and of those that it lies in; None where none states any.
+    """
+    groups = root / "proc/self/cgroup"
+    found = []
+    for line in groups.read_text().splitlines() if groups.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2, alone or beside version 1
+            tops, name = ["sys/fs/cgroup", "sys/fs/cgroup/unified"], "memory.max"
+        elif "memory" in controllers.split(","):
+            tops, name = ["sys/fs/cgroup/memory"], "memory.limit_in_bytes"
+        else:
+            continue
+        # A container may see its own group as the top, and not where the path says: then that is looked at.
+        group = PurePosixPath("/" if ".." in path.split("/") else path)
+        for top in tops:
+            for folder in (group, *group.parents):
+                file = root / top / folder.relative_to("/") / name
+                text = file.read_text().strip() if file.is_file() else ""
+                found += [int(text)] if text.isdigit() else []
+    return min(found, default=None)
+
+
 @functools.cache
 def memory_bytes() -> int:
     """Memory that this process may have: the machine's, its control group's or its limit's."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(file).read_text().strip() if os.path.isfile(file) else ""
-        found += [int(text)] if text.isdigit() else []
+    if (allowed := control_group_bytes()) is not None:
+        found.append(allowed)
     try:
         import resource
     except ImportError:  # not on this platform

@@ -8,13 +8,15 @@ that an archive states of itself may be wrong.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
+import io
 import lzma
 import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -26,9 +28,14 @@ from pipeline.names import printable, shown
 DEPTH = 64
 """Folders within folders."""
 _PIECE = 2**20
-_HEADER_BYTES = 16 * 2**20
-"""What tarfile may read at once: it reads the long headers of a member whole, whatever length they claim."""
+_HEADER_BYTES = 2**20
+"""All headers of one tar member: tarfile reads them whole, whatever length they claim, and keeps them."""
 _HEADERS_PER_MEMBER = 4096
+"""Headers and padding of tar members on average; and the global headers, which tarfile copies to each."""
+_ENTRY_BYTES = 512
+"""Entries of a zip archive's directory on average."""
+_ENTRY = b"PK\x01\x02"
+_MORE_MEMBERS = "; a catalog that expects them states their number as members"
 _OPENERS: dict[bytes, Callable[[Path], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -82,14 +89,9 @@ def unpack(
     read = _zip_members if archive.name.endswith(".zip") else _tar_members
     written = 0
     try:
-        for count, member in enumerate(
-            read(archive, most_bytes + _HEADERS_PER_MEMBER * most_members), start=1
-        ):
+        for count, member in enumerate(read(archive, most_bytes, most_members), start=1):
             if count > most_members:
-                raise UnpackError(
-                    f"{archive}: more than {most_members} members; a catalog that expects them states "
-                    "their number as members"
-                )
+                raise UnpackError(f"{archive}: more than {most_members} members{_MORE_MEMBERS}")
             path = folder / _relative(member.name, archive)
             if member.open is None:
                 path.mkdir(parents=True, exist_ok=True)
@@ -134,8 +136,56 @@ def _too_much(archive: Path, most: int) -> str:
     )
 
 
-def _zip_members(archive: Path, _: int) -> Iterator[_Member]:
-    with zipfile.ZipFile(archive) as members:
+@contextlib.contextmanager
+def open_zip(archive: Path, most_members: int, hint: str = "") -> Iterator[zipfile.ZipFile]:
+    """Open a zip archive to read from, once it is known how many members its directory lists.
+
+    Parameters
+    ----------
+    archive : Path
+    most_members : int
+    hint : str, optional
+        For the error: what to do about it.
+
+    Raises
+    ------
+    UnpackError
+        When it lists more members, or describes them at a length that no such number needs.
+    zipfile.BadZipFile
+        When it is damaged.
+    """
+    with _Directory(archive, most_members, hint) as file, zipfile.ZipFile(file) as members:
+        file.is_listed = True
+        yield members
+
+
+class _Directory(io.BufferedReader):
+    """A zip archive of which zipfile reads no larger directory than allowed.
+
+    zipfile reads the directory at once and makes an object of each entry, whatever number is stated.
+    """
+
+    def __init__(self, archive: Path, most_members: int, hint: str) -> None:
+        super().__init__(io.FileIO(archive))
+        self._archive, self._most, self._hint = archive, most_members, hint
+        self.is_listed = False
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.is_listed or size is None or size < 0:  # to the end: zipfile looks there for a comment
+            return super().read(size)
+        if size > (most := _HEADER_BYTES + _ENTRY_BYTES * self._most):
+            raise UnpackError(
+                f"{self._archive}: a directory of {size} bytes; expected {most} at most for {self._most} "
+                f"members{self._hint}"
+            )
+        data = super().read(size)
+        if data.count(_ENTRY) > self._most:
+            raise UnpackError(f"{self._archive}: more than {self._most} members{self._hint}")
+        return data
+
+
+def _zip_members(archive: Path, _: int, most_members: int) -> Iterator[_Member]:
+    with open_zip(archive, most_members, _MORE_MEMBERS) as members:
         for member in members.infolist():
             kind = stat.S_IFMT(member.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
@@ -146,34 +196,61 @@ def _zip_members(archive: Path, _: int) -> Iterator[_Member]:
             yield _Member(name, None if name.endswith("/") else partial(members.open, member))
 
 
-def _tar_members(archive: Path, most: int) -> Iterator[_Member]:
+def _tar_members(archive: Path, most_bytes: int, _: int) -> Iterator[_Member]:
     with archive.open("rb") as file:
         start = file.read(8)
     opener = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
-    with (
-        opener(archive) if opener else archive.open("rb") as stream,
-        tarfile.open(fileobj=_Bounded(stream, archive, most), mode="r:") as members,  # type: ignore[call-overload]
-    ):
-        for member in members:
-            if not member.isreg() and not member.isdir():
-                target = f" to {shown(member.linkname)!r}" if member.linkname else ""
-                raise UnpackError(
-                    f"{archive}: {shown(member.name)!r} is a link or a device{target}, and would lead outside"
-                )
-            yield _Member(member.name, None if member.isdir() else partial(members.extractfile, member))
+    with opener(archive) if opener else archive.open("rb") as stream:
+        bounded = _Bounded(stream, archive, most_bytes)
+        with tarfile.open(fileobj=bounded, mode="r:") as members:  # type: ignore[call-overload]
+            while (member := members.next()) is not None:
+                members.members.clear()  # tarfile would keep each, with all its headers
+                bounded.end_headers()
+                _check_tar_member(archive, member, members.pax_headers)
+                yield _Member(member.name, None if member.isdir() else partial(members.extractfile, member))
+                bounded.begin_headers()
+
+
+def _check_tar_member(archive: Path, member: tarfile.TarInfo, for_all: Mapping[str, str]) -> None:
+    if sum(len(key) + len(value) for key, value in for_all.items()) > _HEADERS_PER_MEMBER:
+        raise UnpackError(
+            f"{archive}: global headers of more than {_HEADERS_PER_MEMBER} characters, which each member gets"
+        )
+    if not member.isreg() and not member.isdir():
+        target = f" to {shown(member.linkname)!r}" if member.linkname else ""
+        raise UnpackError(
+            f"{archive}: {shown(member.name)!r} is a link or a device{target}, and would lead outside"
+        )
 
 
 class _Bounded:
-    """A stream of which no more than ``most`` bytes are read, and never many at once."""
+    """A tar archive's stream: neither the headers of a member nor all there is may be longer than allowed."""
 
     def __init__(self, stream: Any, archive: Path, most: int) -> None:
-        self._stream, self._archive, self._most = stream, archive, most
+        self._stream, self._archive = stream, archive
+        self._most = most + _HEADER_BYTES
+        self._in_headers, self._headers = True, 0
+
+    def begin_headers(self) -> None:
+        """What is read from here on are headers of the next member."""
+        self._in_headers, self._headers = True, 0
+
+    def end_headers(self) -> None:
+        """A member's headers were read; what is read from here on is its data."""
+        self._in_headers = False
+        self._most += _HEADERS_PER_MEMBER
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= _HEADER_BYTES:
             raise UnpackError(
                 f"{self._archive}: a header claims {size} bytes; expected {_HEADER_BYTES} at most"
             )
+        if self._in_headers:
+            self._headers += size
+            if self._headers > _HEADER_BYTES:
+                raise UnpackError(
+                    f"{self._archive}: headers of one member take more than {_HEADER_BYTES} bytes"
+                )
         self._check(self._stream.tell() + size)
         data: bytes = self._stream.read(size)
         return data

@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -42,6 +43,7 @@ from pipeline.distances import Settings, compute_distances
 from pipeline.names import printable
 from pipeline.readers import list_sequences
 from pipeline.readers.base import natural_key
+from pipeline.readers.containers import _value as value_size
 from pipeline.report import write_report
 from pipeline.tables import read_csv, write_csv
 from pipeline.unpack import UnpackError, unpack
@@ -167,6 +169,87 @@ def test_sizes_that_an_archive_states_of_itself_are_not_believed(tmp_path: Path)
         stream.write(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     with pytest.raises(UnpackError, match="a header claims 8589934592 bytes"):
         unpack(tmp_path / "long.tar.gz", tmp_path / "out")
+
+
+@pytest.fixture
+def peak() -> Iterator[Callable[[], int]]:
+    """The most bytes that Python's objects took at once in this test."""
+    tracemalloc.start()
+    yield lambda: tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+
+def tar_with_headers(path: Path, *headers: tuple[bytes, dict[str, str]]) -> Path:
+    """Folders, each behind an extended (x) or global (g) header of these records."""
+    with gzip.open(path, "wb", compresslevel=1) as stream:
+        for number, (kind, records) in enumerate(headers):
+            folder = tarfile.TarInfo(f"d{number}")
+            folder.type = tarfile.DIRTYPE
+            extended = tarfile.TarInfo._create_pax_generic_header(records, kind, "utf-8")  # type: ignore[attr-defined]
+            stream.write(extended + folder.tobuf(tarfile.USTAR_FORMAT))
+        stream.write(bytes(1024))
+    return path
+
+
+def test_headers_of_tar_members_are_not_kept(tmp_path: Path, peak: Callable[[], int]):
+    long = {"comment": "x" * 500_000}
+    archive = tar_with_headers(tmp_path / "sets.tar.gz", *[(tarfile.XHDTYPE, long)] * 40)
+    (tmp_path / "out").mkdir()
+    unpack(archive, tmp_path / "out")
+    assert len(list((tmp_path / "out").iterdir())) == 40
+    assert peak() < 10 * 10**6
+    # Members are allowed headers when they are seen, not as many as there might be.
+    (tmp_path / "again").mkdir()
+    with pytest.raises(UnpackError, match="may be a decompression bomb"):
+        unpack(archive, tmp_path / "again", most_bytes=10**6)
+
+
+def test_headers_of_tar_members_are_bounded(tmp_path: Path, peak: Callable[[], int]):
+    records = {"comment": "x" * 2 * 10**6}
+    more = {"comment": "x" * 10_000}
+    for name, kind, held, reason in (
+        ("long", tarfile.XHDTYPE, records, r"a header claims \d+ bytes; expected 1048576 at most"),
+        ("global", tarfile.XGLTYPE, more, "global headers of more than 4096 characters"),
+    ):
+        archive = tar_with_headers(tmp_path / f"{name}.tar.gz", (kind, held))
+        with pytest.raises(UnpackError, match=reason):
+            unpack(archive, tmp_path / "out")
+    header = tarfile.TarInfo._create_pax_generic_header(  # type: ignore[attr-defined]
+        {"comment": "x" * 500_000}, tarfile.XHDTYPE, "utf-8"
+    )
+    with gzip.open(tmp_path / "chain.tar.gz", "wb", compresslevel=1) as stream:
+        stream.write(header * 40)
+    with pytest.raises(UnpackError, match="headers of one member take more than 1048576 bytes"):
+        unpack(tmp_path / "chain.tar.gz", tmp_path / "out")
+    assert peak() < 30 * 10**6
+
+
+def zip_of_entries(path: Path, count: int, entry: int = 46) -> Path:
+    """A directory of nameless entries, each of this many bytes, and nothing else."""
+    comment = bytes(entry - 46)
+    one = b"PK\x01\x02" + bytes(28) + struct.pack("<H", len(comment)) + bytes(12) + comment
+    size = len(one) * count
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1, 1, size, 0, 0)  # it states one
+    path.write_bytes(one * count + end)
+    return path
+
+
+def test_the_directory_of_a_zip_archive_is_bounded_before_it_is_listed(
+    tmp_path: Path, peak: Callable[[], int]
+):
+    with pytest.raises(UnpackError, match=r"more than 1000 members; a catalog"):
+        unpack(zip_of_entries(tmp_path / "many.zip", 30_000), tmp_path / "out", most_members=1000)
+    assert peak() < 10 * 10**6
+    with pytest.raises(UnpackError, match=r"a directory of 6000000 bytes; expected 1560576 at most"):
+        unpack(zip_of_entries(tmp_path / "long.zip", 100, 60_000), tmp_path / "out", most_members=1000)
+
+
+def test_a_stored_archive_in_an_archive_has_members_of_its_own(tmp_path: Path):
+    inner = zip_of(tmp_path / "inner.zip", *((f"f{k}", b"") for k in range(5))).read_bytes()
+    archive = zip_of(tmp_path / "sets.zip", ("inner.zip", inner))
+    (tmp_path / "out").mkdir()
+    unpack(archive, tmp_path / "out", most_members=1)
+    assert (tmp_path / "out" / "inner.zip").read_bytes() == inner
 
 
 def test_the_number_of_members_is_bounded(tmp_path: Path):
@@ -436,6 +519,24 @@ def test_numpy_files_are_looked_at_before_they_are_loaded(tmp_path: Path):
     assert trap.exists(), "the pickle is harmless: this test shows nothing"
 
 
+def test_numpy_headers_are_not_read_before_their_length(tmp_path: Path, peak: Callable[[], int]):
+    folder = tmp_path / "data"
+    save_stack(folder / "good.npz")
+    header = b"\x93NUMPY\x02\x00" + struct.pack("<I", 50 * 10**6) + b" " * 50 * 10**6
+    npz(folder / "long.npz", frames=header, parameter=npy((3,), body=bytes(24)))
+    (folder / "plain.npy").write_bytes(header)
+    np.save(folder / "plain.parameter.npy", np.arange(3.0))
+    zip_of_entries(folder / "many.npz", 50_000)
+    del header
+    tracemalloc.reset_peak()
+    found = converted(tmp_path, "stack")
+    assert peak() < 30 * 10**6
+    assert found.keys() == {"long", "plain", "many"}
+    for name in ("long", "plain"):
+        assert "a header that claims 50000000 bytes; expected 10000 at most" in found[name]
+    assert "more than 10000 members" in found["many"]
+
+
 @pytest.mark.parametrize("reader", ["lsim", "stack", "xarray"])
 def test_a_catalog_bounds_its_sequences(tmp_path: Path, reader: str):
     folder = tmp_path / "data"
@@ -596,6 +697,84 @@ def test_zarr_stores_that_unpickle_or_claim_a_petabyte_are_quarantined(tmp_path:
     for name, reason in expected.items():
         assert re.search(reason, found[name]), (name, found[name])
     assert not trap.exists()
+
+
+def test_coordinates_are_bounded_together(tmp_path: Path):
+    folder = tmp_path / "data"
+    hdf5(folder / "good.nc", lambda file: file.create_dataset("u", data=GOOD))
+
+    def many(file: h5py.File) -> None:
+        file["u"] = GOOD
+        for number in range(20):
+            file.create_dataset(f"a{number}", (20_000_000,), "f8", chunks=(64,))
+
+    def texts(file: h5py.File) -> None:
+        file["u"] = GOOD
+        file.create_dataset("names", (2,), "S400000000", chunks=(1,))
+
+    def characters(file: h5py.File) -> None:
+        file["u"] = GOOD
+        file.create_dataset("names", (2, 400_000_000), "S1", chunks=(1, 64))
+
+    for fill in (many, texts, characters):
+        hdf5(folder / f"{fill.__name__}.nc", fill)
+    zarrs: dict[str, dict[str, Any]] = {
+        "goodz": {"n": {"shape": [3], "dtype": "<U100", "fill_value": ""}},
+        "manyz": {f"a{k}": {"shape": [20_000_000], "chunks": [64]} for k in range(20)},
+        "textz": {"n": {"shape": [2], "dtype": "|S400000000", "fill_value": ""}},
+        "charactersz": {
+            "n": {"shape": [2, 400_000_000], "dtype": "|S1", "chunks": [1, 64], "fill_value": ""}
+        },
+        "recordz": {"n": {"shape": [2], "dtype": [["a", "<f8", [10**7]]]}},
+    }
+    for name, arrays in zarrs.items():
+        for array, about in arrays.items():
+            zarr2(folder / f"{name}.zarr", array, **about)
+        zarr2(folder / f"{name}.zarr", "u", shape=[3, 8, 8])
+        zarr2(folder / f"{name}.zarr", "parameter", shape=[3])
+        (folder / f"{name}.zarr" / "u" / "0.0.0").write_bytes(GOOD.tobytes())
+        (folder / f"{name}.zarr" / "parameter" / "0").write_bytes(np.arange(3.0).tobytes())
+    third = folder / "third.zarr" / "n"
+    third.mkdir(parents=True)
+    (folder / "third.zarr" / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
+    text = {"name": "fixed_length_utf32", "configuration": {"length_bytes": 4 * 10**8}}
+    (third / "zarr.json").write_text(json.dumps({"zarr_format": 3, "shape": [2], "data_type": text}))
+    found = converted(tmp_path, "xarray")
+    together = "variables of one dimension would take .* together, with .*; they may take"
+    each = "values of 400 MB each; expected 65536 bytes at most"
+    expected = {"many": together, "manyz": together, "recordz": "values of 80 MB each"} | dict.fromkeys(
+        ("texts", "characters", "textz", "charactersz", "third"), each
+    )
+    assert found.keys() == expected.keys()
+    for name, reason in expected.items():
+        assert re.search(reason, found[name]), (name, found[name])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("<f8", (8, "f")),
+        ("|S12", (12, "S")),
+        ("<U3", (12, "U")),
+        ("<M8[ns]", (8, "M")),
+        ("float32", (4, "f")),
+        ("bool", (1, "b")),
+        ("string", (16, "V")),
+        ("bfloat16", (16, "V")),
+        ("r800000", (800000, "V")),
+        ("|S99999999999999", (99999999999999, "V")),
+        ([["a", "<i4"], ["b", "<f8", [2, 3]]], (52, "V")),
+        ({"name": "null_terminated_bytes", "configuration": {"length_bytes": 1}}, (1, "S")),
+        ({"name": "numpy.datetime64", "configuration": {"unit": "s", "scale_factor": 1}}, (8, "M")),
+        (
+            {"name": "structured", "configuration": {"fields": [{"name": "a", "data_type": "int16"}]}},
+            (2, "V"),
+        ),
+        ({"name": "structured", "configuration": {"fields": [["a", "int16"]]}}, (2, "V")),
+    ],
+)
+def test_the_size_of_a_value_is_read_from_zarr_metadata(dtype: Any, expected: tuple[int, str]):
+    assert value_size(dtype) == expected
 
 
 def test_a_variable_of_countless_sequences_is_refused(tmp_path: Path):
@@ -1019,6 +1198,41 @@ def test_the_memory_of_a_process_is_no_more_than_its_limit():
         timeout=120,
     )
     assert 2**28 < int(done.stdout) <= 2**33
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/a/job_1/step_0", {"a/job_1/memory.max": "4000", "a/memory.max": "9000"}, 4000),
+        ("0::/a/job_1", {"a/job_1/memory.max": "max", "a/memory.max": "9000", "memory.max": "max"}, 9000),
+        ("0::/", {"memory.max": "5000"}, 5000),
+        ("0::/../../other", {"memory.max": "5000"}, 5000),
+        ("0::/of/the/host", {"memory.max": "5000"}, 5000),
+        ("0::/a", {"a/memory.max": "max"}, None),
+        ("0::/a", {"unified/a/memory.max": "3000"}, 3000),
+        (
+            "5:cpu,memory:/slurm/job_1\n0::/",
+            {
+                "memory/slurm/job_1/memory.limit_in_bytes": "7000",
+                "memory/memory.limit_in_bytes": "9223372036854771712",
+            },
+            7000,
+        ),
+        ("5:cpu:/a\n1:name=systemd:/a:b", {"memory/a/memory.limit_in_bytes": "7000"}, None),
+        (None, {"memory.max": "5000"}, None),
+    ],
+)
+def test_the_memory_of_a_job_is_that_of_its_control_groups(
+    tmp_path: Path, own: str | None, files: dict[str, str], expected: int | None
+):
+    if own is not None:
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text(own + "\n")
+    for name, text in files.items():
+        file = tmp_path / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+    assert limits.control_group_bytes(tmp_path) == expected
 
 
 # -- what nobody may do ------------------------------------------------------------------------------------

@@ -7,15 +7,20 @@ pickles, that is programs, and are never loaded.
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import IO
 
 import numpy as np
 
 from pipeline.readers.base import ReaderError, check_size
+from pipeline.unpack import open_zip
 
 _MAGIC = b"\x93NUMPY"
+_HEADER_BYTES = 10_000
+"""As NumPy allows, which reads the whole header before it looks at its length."""
+_ARRAYS = 10_000
+"""Of one ``.npz`` file."""
 
 
 def load_npy(path: str, most: int) -> np.ndarray:
@@ -55,8 +60,10 @@ def load_npz(path: str, names: Sequence[str], most: int) -> list[np.ndarray]:
     ------
     ReaderError
         When one isn't there, holds Python objects, or claims more than ``most``.
+    UnpackError
+        When the file holds more than 10,000 arrays.
     """
-    with zipfile.ZipFile(path) as members:
+    with open_zip(Path(path), _ARRAYS) as members:
         present = [name.removesuffix(".npy") for name in members.namelist() if name.endswith(".npy")]
         arrays = []
         for name in names:
@@ -77,6 +84,11 @@ def _look(file: IO[bytes], path: str, what: str, most: int) -> int:
     if version == (1, 0):
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     elif version == (2, 0):
+        length = int.from_bytes(file.peek(4)[:4], "little")  # type: ignore[attr-defined]
+        if length > _HEADER_BYTES:
+            raise ReaderError(
+                f"{what}: a header that claims {length} bytes; expected {_HEADER_BYTES} at most", path
+            )
         shape, _, dtype = np.lib.format.read_array_header_2_0(file)
     else:
         raise ReaderError(f"{what}: version {version} of the format, which is for records", path)
