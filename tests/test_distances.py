@@ -413,6 +413,15 @@ def test_wrong_settings_are_refused_before_anything_starts(changes):
         Settings(**changes)
 
 
+def test_blocks_are_not_for_archives(tmp_path):
+    code, text = run_lsim(
+        *("distances", tmp_path / "f.zarr", "--out", tmp_path / "a.zarr"),
+        *("--matrix", "archive", "--block", 4),
+    )
+    assert code == 2
+    assert "--block is for --matrix sequence" in text
+
+
 def test_wrong_stores_are_refused_and_left_as_they_are(tmp_path):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(2))
     with pytest.raises(store.StoreError, match="another path"):
