@@ -3,7 +3,8 @@
 A folder is locked by the system, which lets go of it however the process ends. An address is locked by an
 object beside the store, ``<store>.lock``, made by a conditional write, so that of two runs one gets it. Its
 owner renews it; a lock that nobody renewed for :data:`STALE_S`, by the clock of the object store, or whose
-process on this machine has ended, is taken over.
+process on this machine has ended, is taken over. An owner that lost its lock, or could not renew it for as
+long, is stopped, and :func:`check` refuses what it would still write.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import os
 import signal
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from pipeline import objects
@@ -31,6 +34,11 @@ except ImportError:  # not on this platform: runs there have to keep out of each
 RENEW_S = 60.0
 STALE_S = 300.0
 """Several renewals: one that fails, or a machine that is slow for a while, loses no lock."""
+LOOK_S = 5.0
+"""How often an owner looks whether it is one; renewals themselves may wait for minutes."""
+WAKE = getattr(signal, "SIGURG", None)
+"""The signal that stops an owner. SIGINT is ignored in what a script starts with ``&``; this one ends nobody
+who doesn't know it, not even processes that were started meanwhile."""
 
 
 class LockedError(RuntimeError):
@@ -48,6 +56,19 @@ def hold(location: str) -> Iterator[None]:
     """
     with _address_lock(location) if is_address(location) else _folder_lock(location):
         yield
+
+
+def check(address: str) -> None:
+    """Before something is written to a store at an address: its lock, where this process took it, is held.
+
+    Raises
+    ------
+    LockedError
+        When this process has lost it: the store is another run's.
+    """
+    lock = _held.get(address)
+    if lock is not None and lock.is_lost():
+        raise LockedError(lock.lost_to())
 
 
 @contextlib.contextmanager
@@ -76,19 +97,33 @@ def _address_lock(address: str) -> Iterator[None]:
     # Beside the store: an object in it would read as a stray member.
     lock = _Lock(address, parent(address), f"{name.rpartition('/')[2]}.lock")
     lock.take()
+    _held[address] = lock
+    before = signal.signal(WAKE, _stop_owner) if WAKE is not None and lock.interrupts else None
     renewing = threading.Thread(target=lock.keep, name="lock", daemon=True)
     renewing.start()
+    threading.Thread(target=lock.watch, name="lock watch", daemon=True).start()
     try:
         yield
     except KeyboardInterrupt:
-        if not lock.lost:
+        if not lock.is_lost():
             raise
     finally:
         lock.ended.set()
-        renewing.join()
-        lock.give_back()
-    if lock.lost:
-        raise LockedError(f"{address}: another run took it over while this one held it: run this again")
+        if WAKE is not None and lock.interrupts:
+            signal.signal(WAKE, signal.SIG_DFL if before is None else before)
+        if _held.get(address) is lock:
+            del _held[address]
+        if not lock.is_lost():  # a renewal that waits for an answer would have it wait, too
+            renewing.join()
+            lock.give_back()
+    if lock.is_lost():
+        raise LockedError(lock.lost_to())
+
+
+def _stop_owner(number: int, frame: FrameType | None) -> None:
+    """In the main thread, as Ctrl-C: unlike _thread.interrupt_main, a signal wakes what waits."""
+    if any(lock.interrupts and not lock.ended.is_set() and lock.is_lost() for lock in _held.values()):
+        raise KeyboardInterrupt
 
 
 class _Lock:
@@ -100,6 +135,9 @@ class _Lock:
         self.version: dict[str, Any] | None = None
         self.ended = threading.Event()
         self.lost = False
+        self.renewed = _clock()
+        self.taken = False
+        self.trouble = ""
         self.interrupts = threading.current_thread() is threading.main_thread()
 
     def take(self) -> None:
@@ -120,33 +158,56 @@ class _Lock:
             raise LockedError(self._taken_by(owner)) from None
 
     def keep(self) -> None:
-        """Renew the lock until it is given back, or lost: then stop the run. In a thread."""
-        while not self.ended.wait(RENEW_S):
-            # Whatever the network says, the next renewal tells whether the lock is still there.
-            with contextlib.suppress(Exception):
+        """Renew the lock until it is given back, or lost. In a thread."""
+        while not self.ended.wait(min(RENEW_S, LOOK_S) if self.trouble else RENEW_S) and not self.lost:
+            try:
                 self._renew()
-            if self.lost:
-                if self.interrupts:
-                    # As Ctrl-C: unlike _thread.interrupt_main, it wakes what waits.
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-                return
+                self.trouble = ""
+            except (OSError, objects.ChangedError) as error:
+                # The next one tells whether the lock is still there; for how long it has been so counts.
+                self.trouble = str(error)
+
+    def watch(self) -> None:
+        """Stop the run once the lock is lost, and again where that is caught on its way. In a thread."""
+        while not self.ended.wait(min(RENEW_S, LOOK_S)):
+            if self.is_lost() and WAKE is not None and self.interrupts:
+                signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
+
+    def is_lost(self) -> bool:
+        """Whether somebody else has the lock, or may have taken it, as it wasn't renewed for so long."""
+        if not self.lost and not self.ended.is_set() and _clock() - self.renewed > STALE_S:
+            self.lost = os.getpid() == self.owner["pid"]  # a fork's copy of it isn't renewed
+        return self.lost
+
+    def lost_to(self) -> str:
+        """Why the run that held it ends."""
+        if self.taken:
+            return f"{self.address}: another run took it over while this one held it: run this again"
+        return (
+            f"{self.address}: its lock could not be renewed for {STALE_S / 60:.0f} minutes, so another run "
+            f"may have taken it over: run this again{f' ({self.trouble})' if self.trouble else ''}"
+        )
 
     def _renew(self) -> None:
         try:
             self._write(self.version)
         except objects.ChangedError:
             content, self.version = objects.read_with_tag(self.folder, self.name)
-            self.lost = _read_owner(content).get("id") != self.owner["id"]
+            if _read_owner(content).get("id") != self.owner["id"]:
+                self.taken = self.lost = True
+            else:  # written, but its answer was lost on the way
+                self._write(self.version)
 
     def give_back(self) -> None:
         """Remove the lock where it is still ours; an unreachable store leaves it to become stale."""
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(OSError):
             if _read_owner(objects.read(self.folder, self.name)).get("id") == self.owner["id"]:
                 objects.delete(self.folder, self.name)
 
     def _write(self, version: dict[str, Any] | None) -> None:
-        text = json.dumps(self.owner | {"renewed": _now()})
+        text, began = json.dumps(self.owner | {"renewed": _now()}), _clock()
         self.version = objects.write_if(self.folder, self.name, text.encode(), version=version)
+        self.renewed = began  # others count from when it arrived, which is later
 
     def _is_left(self, owner: dict[str, Any]) -> bool:
         """Whether a lock's owner has ended, or hasn't renewed it for long."""
@@ -174,6 +235,10 @@ class _Lock:
         )
 
 
+_held: dict[str, _Lock] = {}
+"""The locks of this process, by address."""
+
+
 def _read_owner(content: bytes | None) -> dict[str, Any]:
     """An owner's record; empty where it is no record of ours."""
     try:
@@ -191,6 +256,11 @@ def _process() -> dict[str, Any]:
         marks.append(os.readlink("/proc/self/ns/pid"))
     host = socket.gethostname()
     return {"host": host, "pid": os.getpid(), "machine": " ".join([host, *marks])}
+
+
+def _clock() -> float:
+    """Seconds that go on while the machine sleeps, where the system has such a clock."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def _now() -> str:

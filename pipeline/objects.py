@@ -7,11 +7,14 @@ nothing here takes, keeps or prints any.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from pipeline.address import join, parent, split_bucket
@@ -80,17 +83,22 @@ def _connect(address: str, environment: tuple[tuple[str, str], ...]) -> S3Store 
 
 
 @contextlib.contextmanager
-def in_one_line(address: str) -> Iterator[None]:
+def in_one_line(address: str, name: str = "") -> Iterator[None]:
     """Make obstore's errors an :class:`ObjectStoreError` that names the address; theirs quote the request.
 
-    An object that isn't there remains a FileNotFoundError.
+    An object that isn't there is a FileNotFoundError, of the address, and of the name where one is given.
     """
     from obstore import exceptions
 
     try:
         yield
-    except (exceptions.AlreadyExistsError, exceptions.PreconditionError, exceptions.NotSupportedError):
+    except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
         raise  # answers, for whoever asked
+    except FileNotFoundError as error:
+        if "NoSuchBucket" in str(error):
+            raise ObjectStoreError(f"{address}: {_explained(error, split_bucket(address)[1])}") from None
+        missing = join(address, name) if name else address
+        raise FileNotFoundError(errno.ENOENT, "there is no such object", missing) from None
     except exceptions.BaseError as error:
         raise ObjectStoreError(f"{address}: {_explained(error, split_bucket(address)[1])}") from None
 
@@ -105,10 +113,18 @@ def _explained(error: Exception, bucket: str) -> str:
             "no credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
             "GOOGLE_APPLICATION_CREDENTIALS), and this machine has none of its own"
         )
-    if any(said in text for said in ("403 Forbidden", "401 Unauthorized", "AccessDenied")):
-        return f"access to bucket {bucket!r} is denied: look at the credentials in the environment"
-    # obstore goes on with a dump of its request.
-    return f"the object store does not answer: {text.partition('Debug source')[0].strip()[:300]}"
+    # Of an answer its status and code alone: its text may hold a token, as that of one that has expired does.
+    status = re.search(r"status code: (\d{3}[A-Za-z ]*)", text)
+    code = re.search(r"<Code>(\w{1,64})</Code>", text)
+    said = ", ".join(found[1].strip() for found in (status, code) if found)
+    if any(denial in text for denial in ("403 Forbidden", "401 Unauthorized", "AccessDenied")):
+        more = f" ({said})" if said else ""
+        return f"access to bucket {bucket!r} is denied{more}: look at the credentials in the environment"
+    if said:
+        return f"the object store refuses: {said}"
+    # obstore goes on with a dump of its request; an endpoint may have a password in it.
+    line = re.split(r"Debug source|\n|<", text)[0].strip()
+    return f"the object store does not answer: {re.sub(r'//[^/@ ]*@', '//', line)[:300]}"
 
 
 def read(folder: str, name: str) -> bytes | None:
@@ -136,7 +152,7 @@ def write(folder: str, name: str, content: bytes) -> None:
     """Write an object, whole or not at all."""
     import obstore
 
-    with in_one_line(folder):
+    with in_one_line(folder, name):
         obstore.put(connect(folder), name, content)
 
 
@@ -196,12 +212,27 @@ class Listed:
 
 
 def listed(folder: str) -> list[Listed]:
-    """All objects below an address, by name."""
+    """All objects below an address, by name; without the empty ones that consoles make for folders."""
     import obstore
 
     with in_one_line(folder):
         found = [_listed(one) for page in obstore.list(connect(folder)) for one in page]
-    return sorted(found, key=lambda one: one.name)
+    folders = {str(above) for one in found for above in PurePosixPath(one.name).parents}
+    return sorted(
+        (one for one in found if one.size or (one.name not in folders and _is_object(folder, one.name))),
+        key=lambda one: one.name,
+    )
+
+
+def _is_object(folder: str, name: str) -> bool:
+    """Whether an empty entry of a list is an object; ``sub/``, made for a folder, is listed as ``sub``."""
+    import obstore
+
+    try:
+        with in_one_line(folder):
+            return bool(name) and bool(obstore.head(connect(folder), name))
+    except FileNotFoundError:
+        return False
 
 
 def look(address: str) -> Listed | None:
@@ -225,16 +256,28 @@ def blocks(folder: str, name: str) -> Iterator[bytes]:
     """The bytes of an object, some megabytes at a time."""
     import obstore
 
-    with in_one_line(folder):
+    with in_one_line(folder, name):
         for block in obstore.get(connect(folder), name).stream(min_chunk_size=BLOCK_BYTES):
             yield bytes(block)
 
 
 def names(folder: str) -> Iterator[str]:
-    """Names of all objects below an address."""
+    """Names of all objects below an address; without the empty ones that consoles make for folders."""
     import obstore
 
     with in_one_line(folder):
         for page in obstore.list(connect(folder)):
             for found in page:
-                yield str(found["path"])
+                if found["size"] or _is_object(folder, str(found["path"])):
+                    yield str(found["path"])
+
+
+async def names_directly_below(store: Any, prefix: str) -> list[str]:
+    """Names of the objects and folders directly below a prefix; what stands for the folder isn't in it."""
+    import obstore
+
+    found = await obstore.list_with_delimiter_async(store, prefix=prefix)
+    folder = prefix.strip("/")
+    paths = [*found["common_prefixes"], *(one["path"] for one in found["objects"])]
+    below = [path.removeprefix(f"{folder}/") if folder else path for path in paths if path != folder]
+    return [name for name in below if name]

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ import numpy as np
 import xarray as xr
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, ObjectStore
 
@@ -37,7 +38,8 @@ Array = zarr.Array
 COMPRESSION = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle")
 CHECKSUM = Crc32cCodec()
 """Last codec of every chunk: one that was damaged raises when it is read, and never gives other values."""
-_DOCUMENT = "zarr.json"
+DOCUMENT = "zarr.json"
+"""Name of the metadata document of a group or an array."""
 SHARD_BYTES = 128 * 2**20
 """Target size of a shard of decoded frames; it holds a whole number of sequences, at least one."""
 SHARD_CHUNKS = 4096
@@ -73,6 +75,10 @@ class TooLargeError(StoreError):
 
 UNREADABLE = (ValueError, RuntimeError, SystemError, MemoryError)
 """What codecs raise for bytes that they did not write: each has kinds of its own."""
+NO_METADATA = (ValueError, KeyError, TypeError, AttributeError)
+"""What Zarr raises for a document that it did not write: no JSON, or without what belongs in it."""
+MOST_CHUNKS = 10**8
+"""Of one array, where each is looked at: metadata of a few bytes may claim 10¹²."""
 
 
 def open_store(path: str | os.PathLike[str], mode: Literal["r", "r+", "a"] = "r") -> Group:
@@ -87,6 +93,14 @@ def open_store(path: str | os.PathLike[str], mode: Literal["r", "r+", "a"] = "r"
         return zarr.open_group(_storage(path), mode=mode, zarr_format=3, use_consolidated=False)
     except FileNotFoundError as error:
         raise StoreError(f"{path}: no Zarr store here") from error
+    except NO_METADATA as error:
+        if not exists(path):
+            raise
+        raise DamagedError(str(path), f"{DOCUMENT}: {_unreadable(error)}") from error
+
+
+def _unreadable(error: Exception) -> str:
+    return f"no metadata of Zarr ({type(error).__name__}: {' '.join(str(error).split())})"
 
 
 class _AddressStore(ObjectStore[Any]):
@@ -114,13 +128,48 @@ class _AddressStore(ObjectStore[Any]):
         with objects.in_one_line(self._address):
             return await super().exists(key)
 
+    async def getsize(self, key: str) -> int:
+        with objects.in_one_line(self._address):
+            return await super().getsize(key)
+
+    async def getsize_prefix(self, prefix: str) -> int:
+        with objects.in_one_line(self._address):
+            return await super().getsize_prefix(prefix)
+
     async def set(self, key: str, value: Any) -> None:
+        locks.check(self._address)
         with objects.in_one_line(self._address):
             await super().set(key, value)
 
+    async def set_if_not_exists(self, key: str, value: Any) -> None:
+        locks.check(self._address)
+        with objects.in_one_line(self._address):
+            await super().set_if_not_exists(key, value)
+
     async def delete(self, key: str) -> None:
+        locks.check(self._address)
         with objects.in_one_line(self._address):
             await super().delete(key)
+
+    async def delete_dir(self, prefix: str) -> None:
+        with objects.in_one_line(self._address):
+            await super().delete_dir(prefix)
+
+    async def list(self) -> AsyncGenerator[str, None]:
+        with objects.in_one_line(self._address):
+            async for key in super().list():
+                yield key
+
+    async def list_prefix(self, prefix: str) -> AsyncGenerator[str, None]:
+        with objects.in_one_line(self._address):
+            async for key in super().list_prefix(prefix):
+                yield key
+
+    async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
+        with objects.in_one_line(self._address):
+            found = await objects.names_directly_below(self.store, prefix)
+        for name in found:
+            yield name
 
 
 def _storage(path: str | os.PathLike[str]) -> str | _AddressStore:
@@ -141,8 +190,8 @@ def _read_document(path: str | os.PathLike[str]) -> bytes | None:
     """The root's metadata document; None where there is none."""
     location = absolute(path)
     if is_address(location):
-        return objects.read(location, _DOCUMENT)
-    document = Path(location) / _DOCUMENT
+        return objects.read(location, DOCUMENT)
+    document = Path(location) / DOCUMENT
     return document.read_bytes() if document.exists() else None
 
 
@@ -176,7 +225,7 @@ def _refuse_foreign(location: str) -> None:
     path = Path(location)
     if path.is_file():
         raise StoreError(f"{path}: expected a folder for the store, found a file")
-    if path.is_dir() and not (path / _DOCUMENT).exists() and any(path.iterdir()):
+    if path.is_dir() and not (path / DOCUMENT).exists() and any(path.iterdir()):
         raise StoreError(f"{path}: a folder that is no Zarr store and not empty; choose another path")
 
 
@@ -225,20 +274,31 @@ def revision(path: str | os.PathLike[str], variable: str) -> str:
 
 
 def field_keys(root: Group, variable: str) -> list[str]:
-    """The ``<dataset>/<field>`` paths of all groups, two levels down, that hold ``variable``."""
-    return [
-        f"{dataset}/{field}"
-        for dataset, group in sorted(root.groups())
-        for field, leaf in sorted(group.groups())
-        if variable in leaf
-    ]
+    """The ``<dataset>/<field>`` paths of all groups, two levels down, that hold ``variable``.
+
+    Raises
+    ------
+    DamagedError
+        Naming the metadata documents that cannot be read.
+    """
+    try:
+        return [
+            f"{dataset}/{field}"
+            for dataset, group in sorted(root.groups())
+            for field, leaf in sorted(group.groups())
+            if variable in leaf
+        ]
+    except NO_METADATA:
+        check_documents(root)
+        raise
 
 
 def get_array(group: Group, name: str) -> Array:
     """The array ``name`` of ``group``; raises :class:`StoreError` where that is no array."""
     try:
         found = group[name]
-    except KeyError as error:
+    except NO_METADATA as error:
+        _name_document(group, name, error)
         raise StoreError(f"{group.store_path}: no array {name!r}") from error
     if not isinstance(found, zarr.Array):
         raise StoreError(f"{group.store_path}/{name}: expected an array, found a group")
@@ -250,11 +310,104 @@ def get_group(group: Group, path: str) -> Group:
     """The child group at ``path``; raises :class:`StoreError` where that is no group."""
     try:
         found = group[path]
-    except KeyError as error:
+    except NO_METADATA as error:
+        _name_document(group, path, error)
         raise StoreError(f"{group.store_path}: no group {path!r}") from error
     if not isinstance(found, zarr.Group):
         raise StoreError(f"{group.store_path}/{path}: expected a group, found an array")
     return found
+
+
+def _name_document(group: Group, path: str, error: Exception) -> None:
+    """Raise :class:`DamagedError` where a document is there, and is what an error is about."""
+    document = f"{path}/{DOCUMENT}"
+    if sync(group.store.exists(f"{group.path}/{document}".lstrip("/"))):
+        raise DamagedError(str(group.store_path), f"{document}: {_unreadable(error)}") from error
+
+
+def listed_members(root: Group) -> dict[str, Any] | None:
+    """Metadata of all groups and arrays by path, as consolidated; None where a run has not come to its end.
+
+    A run removes it before it changes anything, and writes it anew when it is done.
+    """
+    data = sync(root.store.get(DOCUMENT, default_buffer_prototype()))
+    document: dict[str, Any] = json.loads(data.to_bytes()) if data is not None else {}
+    consolidated = document.get("consolidated_metadata")
+    return None if consolidated is None else dict(consolidated["metadata"])
+
+
+def members(
+    group: Group, listed: Mapping[str, Any] | None
+) -> tuple[dict[str, Array], dict[str, Group], dict[str, str]]:
+    """Arrays and groups in a group, and why others that should be there can't be opened, by name.
+
+    Parameters
+    ----------
+    group : Group
+    listed : mapping or None
+        See :func:`listed_members`; without it nobody knows what is lost.
+    """
+
+    async def names() -> list[str]:
+        return [name async for name in group.store.list_dir(group.path)]
+
+    prefix = f"{group.path}/" if group.path else ""
+    inside = (path.removeprefix(prefix) for path in listed or () if path.startswith(prefix))
+    expected = {name for name in inside if "/" not in name}
+    arrays, groups, faults = {}, {}, {}
+    for name in sorted({*sync(names()), *expected} - {DOCUMENT}):
+        try:
+            found = group[name]
+        except NO_METADATA as error:
+            if sync(group.store.exists(f"{prefix}{name}/{DOCUMENT}")):
+                faults[name] = _unreadable(error)
+            elif name in expected:
+                faults[name] = "missing"
+            continue
+        if isinstance(found, zarr.Array):
+            arrays[name] = get_array(group, name)
+        else:
+            groups[name] = found
+    return arrays, groups, faults
+
+
+def check_documents(root: Group) -> None:
+    """Raise :class:`DamagedError` for metadata documents that are lost, or that cannot be read.
+
+    One that is lost shows where it is listed in the consolidated metadata: Zarr itself takes a group or an
+    array without a document for none.
+    """
+    listed = listed_members(root)
+
+    def visit(group: Group) -> Iterator[str]:
+        _, groups, faults = members(group, listed)
+        for name, reason in faults.items():
+            yield f"{group.path}/{name}/{DOCUMENT}: {reason}".lstrip("/")
+        for child in groups.values():
+            yield from visit(child)
+
+    if found := list(visit(root)):
+        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        raise DamagedError(str(root.store_path), "; ".join(found[:3]) + more)
+
+
+def restore_document(root: Group, path: str) -> None:
+    """Write a lost document of a group or an array again, as it is in the consolidated metadata.
+
+    Raises
+    ------
+    StoreError
+        When there is no consolidated metadata, or the document isn't listed there.
+    """
+    listed = listed_members(root)
+    if listed is None or path not in listed:
+        raise StoreError(
+            f"{root.store_path}: {path}/{DOCUMENT} is listed nowhere else, and cannot be restored"
+        )
+    # Of a group, it has a list of members as well, which is empty.
+    document = {name: value for name, value in listed[path].items() if name != "consolidated_metadata"}
+    data = default_buffer_prototype().buffer.from_bytes(json.dumps(document, indent=2).encode())
+    sync(root.store.set(f"{path}/{DOCUMENT}", data))
 
 
 def create_array(
@@ -448,6 +601,24 @@ def damaged_chunks(array: Array, region: Any = ...) -> list[DamagedChunk]:
     return found
 
 
+def chunk_count(array: Array) -> int:
+    """How many chunks an array has by its metadata.
+
+    Raises
+    ------
+    TooLargeError
+        For more than :data:`MOST_CHUNKS`, which nobody can look at one by one.
+    """
+    count = math.prod(-(-length // chunk) for length, chunk in zip(array.shape, array.chunks, strict=True))
+    if count > MOST_CHUNKS:
+        raise TooLargeError(
+            str(array.store_path),
+            f"shape {array.shape} in chunks of {array.chunks} would be {count} chunks; {MOST_CHUNKS} at most "
+            "are looked at",
+        )
+    return count
+
+
 def missing_chunks(array: Array, region: Any = ...) -> list[str]:
     """Keys of the chunks (or shards) that a region touches and that are not in the store."""
     keys = dict.fromkeys(chunk_key(array, start) for start in chunk_starts(array, region))
@@ -563,9 +734,9 @@ def drop_consolidated(path: str | os.PathLike[str]) -> None:
         return
     text = json.dumps(metadata, indent=2)
     if is_address(location):
-        objects.write(location, _DOCUMENT, text.encode())
+        objects.write(location, DOCUMENT, text.encode())
         return
-    document = Path(location) / _DOCUMENT
+    document = Path(location) / DOCUMENT
     partial = document.with_suffix(".json.tmp")
     partial.write_text(text)
     partial.replace(document)

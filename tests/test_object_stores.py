@@ -5,6 +5,7 @@ The server is moto's, on loopback, in this process.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import AsyncIterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +37,7 @@ from pipeline.cli import main
 from pipeline.convert import convert
 from pipeline.correlate import correlate
 from pipeline.distances import compute_distances
+from pipeline.mirror import local_folder
 from pipeline.neighbours import find_neighbours
 from pipeline.report import write_report
 from pipeline.simulate import simulate
@@ -308,7 +312,15 @@ def test_a_store_has_one_writer_and_says_who_it_is(bucket):
     assert list(objects.names(bucket)) == []
 
 
-def test_a_lock_that_nobody_renews_is_taken_over_and_its_owner_stops(bucket, monkeypatch):
+@pytest.fixture
+def without_ctrl_c():
+    """SIGINT is ignored, as in what a script starts with ``&``."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_lock_that_nobody_renews_is_taken_over_and_its_owner_stops(bucket, monkeypatch, without_ctrl_c):
     address = f"{bucket}/s.zarr"
     monkeypatch.setattr(locks, "RENEW_S", 0.05)
     with pytest.raises(store.StoreError, match="took it over"), store.locked(address):  # noqa: PT012
@@ -320,10 +332,146 @@ def test_a_lock_that_nobody_renews_is_taken_over_and_its_owner_stops(bucket, mon
     assert json.loads(objects.read(bucket, "s.zarr.lock"))["id"] == "another"
     with pytest.raises(store.StoreError, match="another run"), store.locked(address):
         pass
-    monkeypatch.setattr(locks, "STALE_S", -1.0)
+    age_s = objects.age_s
+    monkeypatch.setattr(objects, "age_s", lambda *of: age_s(*of) + locks.STALE_S + 1)
     with store.locked(address):
         assert json.loads(objects.read(bucket, "s.zarr.lock"))["pid"] == os.getpid()
     assert list(objects.names(bucket)) == []
+
+
+def test_an_owner_that_cannot_renew_its_lock_stops_before_another_may_take_it(bucket, monkeypatch):
+    """Its credentials have expired, say: nothing tells it that the lock is another's."""
+    address = f"{bucket}/s.zarr"
+    monkeypatch.setattr(locks, "RENEW_S", 0.05)
+    monkeypatch.setattr(locks, "STALE_S", 1.0)
+    ended = "could not be renewed.*nothing listens"
+    with pytest.raises(store.StoreError, match=ended), store.locked(address):  # noqa: PT012
+
+        def fail(*_: object, **__: object) -> None:
+            raise objects.ObjectStoreError("nothing listens")
+
+        monkeypatch.setattr(objects, "write_if", fail)
+        time.sleep(60)
+
+
+def test_a_run_that_lost_its_lock_writes_nothing_more(bucket, monkeypatch):
+    address = f"{bucket}/s.zarr"
+    monkeypatch.setattr(locks, "RENEW_S", 0.05)
+    with pytest.raises(store.StoreError, match="took it over"), store.locked(address):  # noqa: PT012
+        root = store.open_output(address, schema.FRAMES_STORE)
+        before = objects_of(address)
+        elsewhere = json.loads(objects.read(bucket, "s.zarr.lock")) | {
+            "machine": "elsewhere",
+            "id": "another",
+        }
+        objects.write(bucket, "s.zarr.lock", json.dumps(elsewhere).encode())
+        try:
+            time.sleep(60)
+        finally:
+            attempts = (
+                lambda: store.set_attributes(root, {"runs": ["mine"]}),
+                lambda: store.consolidate(address),
+                lambda: store.create_group(root, "more"),
+            )
+            for attempt in attempts:
+                with pytest.raises(locks.LockedError, match="took it over"):
+                    attempt()
+            store.set_attributes(root, {"runs": ["mine"]})  # as a stage does that was stopped
+    assert objects_of(address) == before
+    assert json.loads(objects.read(bucket, "s.zarr.lock"))["id"] == "another"
+
+
+def test_what_consoles_make_for_folders_is_in_nobodys_way(bucket, tmp_path):
+    import boto3
+
+    client, name = boto3.client("s3"), bucket.removeprefix("s3://")
+    for key in ("in/", "in/sub/", "in/sub/deep/", "in/vacant/", "out/", "out/d/", "results/"):
+        client.put_object(Bucket=name, Key=key, Body=b"")
+    objects.write(f"{bucket}/in", "sub/deep/one", b"1")
+    objects.write(f"{bucket}/in", "empty", b"")
+    assert list(objects.names(f"{bucket}/in")) == ["empty", "sub/deep/one"]
+    assert bring(f"{bucket}/in", tmp_path / "in")
+    assert files_of(tmp_path / "in") == {"empty": b"", "sub/deep/one": b"1"}
+    assert not bring(f"{bucket}/in", tmp_path / "in")
+    with pytest.raises(objects.ObjectStoreError, match="nothing here"):
+        bring(f"{bucket}/results", tmp_path / "results")
+    with local_folder(f"{bucket}/in") as folder:
+        assert [path.name for path in folder.iterdir()] == ["empty"]
+    with store.locked(f"{bucket}/out"):
+        root = store.open_output(f"{bucket}/out", schema.FRAMES_STORE)
+        group = store.create_group(root, "d")
+        client.put_object(Bucket=name, Key="out/d/", Body=b"")
+        store.create_group(group, "f")
+        assert [found for found, _ in root.groups()] == ["d"]
+        assert [found for found, _ in group.groups()] == ["f"]
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """An S3 server that lists buckets as empty while ``answers`` is true, and then refuses the token."""
+
+    answers = True
+    missing = False
+
+    def do_GET(self) -> None:
+        status, text = 200, "<ListBucketResult></ListBucketResult>"
+        if not self.answers:
+            text = "<Code>ExpiredToken</Code><Message>Expired.</Message><Token-0>hush-token</Token-0>"
+            status, text = 404 if self.missing else 400, f"<Error>{text}</Error>"
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def refusing(bucket, monkeypatch):
+    """The address of a store, of which a server gives lists until it is told otherwise."""
+    handler = type("Handler", (Refusing,), {})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    yield handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_of_what_a_server_answers_only_status_and_code_are_shown(refusing):
+    address = "s3://bucket/s.zarr"
+    zarr_store = store._storage(address)
+    refusing.answers = False
+
+    async def listing(keys: AsyncIterator[str]) -> list[str]:
+        return [key async for key in keys]
+
+    attempts = (
+        lambda: objects.read(address, "x"),
+        lambda: objects.listed(address),
+        lambda: list(objects.names(address)),
+        lambda: asyncio.run(listing(zarr_store.list())),
+        lambda: asyncio.run(listing(zarr_store.list_prefix("a"))),
+        lambda: asyncio.run(listing(zarr_store.list_dir("a"))),
+        lambda: asyncio.run(zarr_store.delete_dir("a")),
+        lambda: asyncio.run(zarr_store.getsize_prefix("a")),
+    )
+    for attempt in attempts:
+        with pytest.raises(objects.ObjectStoreError) as found:
+            attempt()
+        assert str(found.value) == f"{address}: the object store refuses: 400 Bad Request, ExpiredToken"
+    refusing.missing = True
+    for attempt in (
+        lambda: list(objects.blocks(address, "x")),
+        lambda: objects.write(address, "x", b""),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"no such object: '{address}/x'$") as gone:
+            attempt()
+        assert gone.value.__suppress_context__
 
 
 def test_a_lock_is_renewed_while_it_is_held(bucket, monkeypatch):
