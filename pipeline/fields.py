@@ -28,11 +28,14 @@ def checked_fields(
     ------
     pipeline.store.StoreError
         For a store of another kind, without such fields, or whose conversion was interrupted.
+    pipeline.store.DamagedError
+        For one that has lost a group or an array: its distances must not go as well.
     pipeline.schema.SchemaError
         For a field that is not as it should be.
     """
     if source.attrs.get("kind", schema.FRAMES_STORE) != schema.FRAMES_STORE:
         raise store.StoreError(f"{path}: expected a store of frames, found one of {source.attrs['kind']}")
+    store.check_documents(source)
     keys = store.field_keys(source, schema.FRAMES)
     if not keys:
         raise store.StoreError(f"{path}: expected groups <dataset>/<field> with frames, found none")

@@ -23,6 +23,7 @@ from lsim.prepared import Prepared
 from lsim.testing import write_random_checkpoint
 from lsim.weights import load_checkpoint, save_checkpoint
 from pipeline import schema, store, versions
+from pipeline.archive import Matrix, compute_archive
 from pipeline.choice import Settings, UnavailableMetricError
 from pipeline.correlate import CorrelationError, correlate
 from pipeline.distances import compute_distances
@@ -212,8 +213,31 @@ def test_vanished_fields_vanish_from_the_distances(tmp_path):
     frames = write_archive(tmp_path / "frames.zarr", both)
     compute(frames, tmp_path / "d.zarr")
     write_archive(frames, archive_of(2))
+    compute(frames, tmp_path / "d.zarr")  # not consolidated: frames that are being converted
+    assert store.field_keys(store.open_store(tmp_path / "d.zarr"), schema.PARAMETER) == [*both]
+    store.consolidate(frames)
     compute(frames, tmp_path / "d.zarr")
     assert store.field_keys(store.open_store(tmp_path / "d.zarr"), schema.PARAMETER) == ["A/density"]
+
+
+@pytest.mark.parametrize("lost", ["B", "B/density", "B/density/frames", "B/density/content"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_frames_that_lost_metadata_are_refused_and_cost_no_distances(tmp_path, lost, cut):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(1) | archive_of(1, key="B/density"))
+    store.consolidate(frames)
+    compute(frames, tmp_path / "d.zarr", metrics=("l2",))
+    document = frames / lost / "zarr.json"
+    if cut:
+        document.write_bytes(document.read_bytes()[:-9])
+    else:
+        document.unlink()
+    with pytest.raises(store.DamagedError, match=f"{lost}/zarr.json: {'no metadata' if cut else 'missing'}"):
+        compute(frames, tmp_path / "d.zarr", metrics=("l2",))
+    kept = matrices_of(tmp_path / "d.zarr", "B/density")
+    assert np.isfinite(kept["l2"]).all()
+    settings = Settings(metrics=("l2",), size=None, scope="dataset")
+    with pytest.raises(store.DamagedError, match=f"{lost}/zarr.json"), Cluster(Profile(kind="none")) as own:
+        compute_archive(frames, tmp_path / "a.zarr", settings, Matrix(tile=8), cluster=own)
 
 
 def test_reference_pairs_alone_and_all_pairs_will_do_for_them(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,6 +236,110 @@ def test_other_stores_are_checked_by_chunk(tmp_path: Path):
     assert single(verify(tmp_path / "e.zarr")).chunk == "c/1/0"
 
 
+# -- what is not there ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("array", ["parameter", "sequence"])
+def test_lost_chunks_of_small_arrays_are_named_and_come_back(frames: Path, distances: Path, array: str):
+    undisturbed = matrices_of(distances)
+    lost = next(path for path in (distances / KEY / array / "c").rglob("*") if path.is_file())
+    saved = lost.read_bytes()
+    lost.unlink()
+    report = verify(distances)
+    found = single(report)
+    assert (found.array, found.reason, found.rows) == (array, "missing", tuple(range(SEQUENCES)))
+    repair(distances, report)
+    compute(frames, distances)
+    assert verify(distances).whole
+    assert lost.read_bytes() == saved
+    for name, matrices in matrices_of(distances).items():
+        np.testing.assert_array_equal(matrices, undisturbed[name])
+
+
+def cut(document: Path) -> None:
+    document.write_bytes(document.read_bytes()[:-9])
+
+
+def forget(document: Path) -> None:
+    document.write_text("{}")
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut, forget])
+@pytest.mark.parametrize("kind", ["frames", "distances", "archive"])
+def test_each_metadata_document_that_is_lost_is_named_and_restored(
+    tmp_path: Path, frames: Path, distances: Path, kind: str, damage: Callable[[Path], None]
+):
+    store.open_store(frames, "r+").update_attributes({"kind": "frames"})
+    store.consolidate(frames)
+    path = {"frames": frames, "distances": distances, "archive": tmp_path / "a.zarr"}[kind]
+    if kind == "archive":
+        compute_tiles(frames, path)
+    documents = sorted(path.glob("*/**/zarr.json"))
+    assert len(documents) == {"frames": 6, "distances": 12, "archive": 15}[kind]
+    for document in documents:
+        saved = document.read_bytes()
+        damage(document)
+        report = verify(path)
+        found = single(report)
+        name = "/".join(filter(None, (found.group, found.array, found.chunk)))
+        assert path / name == document
+        assert found.reason == "missing" if damage is Path.unlink else "no metadata of Zarr" in found.reason
+        if document != documents[-1]:
+            document.write_bytes(saved)
+    repair(path, report)
+    assert json.loads(document.read_text()) == json.loads(saved)
+    assert verify(path).whole
+
+
+def test_a_metric_that_is_lost_whole_is_named_and_computed_again(frames: Path, distances: Path):
+    undisturbed = matrices_of(distances)
+    shutil.rmtree(distances / KEY / "ssim")
+    report = verify(distances)
+    found = single(report)
+    assert (found.metric, found.reason, found.rows) == ("ssim", "missing", tuple(range(SEQUENCES)))
+    assert repair(distances, report) == SEQUENCES
+    assert compute(frames, distances).computed == SEQUENCES
+    assert verify(distances).whole
+    np.testing.assert_array_equal(matrices_of(distances)["ssim"], undisturbed["ssim"])
+    # Nor is it missed where a run under way has removed the consolidated metadata.
+    store.drop_consolidated(distances)
+    shutil.rmtree(distances / KEY / "ssim")
+    assert single(verify(distances)).metric == "ssim"
+
+
+def test_a_document_of_the_root_that_is_cut_off_is_named(frames: Path):
+    cut(frames / "zarr.json")
+    code, text = run_lsim("verify", frames)
+    assert code == 1
+    assert "zarr.json: no metadata of Zarr" in " ".join(text.split())
+    assert "Traceback" not in text
+
+
+def test_a_run_that_was_stopped_before_its_arrays_were_there_is_no_damage(frames: Path, distances: Path):
+    store.drop_consolidated(distances)
+    for path, array in ((frames, "content"), (distances, "provenance/fingerprint")):
+        shutil.rmtree(path / KEY / array)
+        report = verify(path)
+        assert (report.whole, report.compared) == (True, 0)
+
+
+@pytest.mark.parametrize(("kind", "array"), [("frames", "frames"), ("distances", "l2"), ("other", "l2")])
+def test_claims_of_more_chunks_than_anyone_can_read_are_refused(
+    frames: Path, distances: Path, kind: str, array: str
+):
+    path = frames if kind == "frames" else distances
+    if kind == "other":
+        store.open_store(path, "r+").update_attributes({"kind": "embeddings"})
+    document = path / KEY / array / "zarr.json"
+    claim = json.loads(document.read_text())
+    claim["shape"][0] = 10**12
+    document.write_text(json.dumps(claim))
+    with pytest.raises(
+        store.TooLargeError, match=rf"{array}: shape \(1000000000000, .* chunks; 100000000 at"
+    ):
+        verify(path)
+
+
 # -- archives -----------------------------------------------------------------------------------------
 
 
@@ -312,8 +418,6 @@ def test_repaired_frames_are_converted_again(tmp_path: Path, monkeypatch, array:
     report = verify(out)
     if array == "source" and damage is Path.unlink:
         assert report.whole  # it reads as unknown: the sequences are looked at again
-    elif array == "content" and damage is Path.unlink:
-        assert (report.whole, report.unfinished) == (True, 2)
     else:
         rows = {row for found in report.damages for row in found.rows}
         assert rows == ({3} if array == "frames" and damage is flip else {2, 3}), report.damages

@@ -164,7 +164,7 @@ def compute_distances(
     with store.locked(out_path):
         root = store.open_output(out_path, schema.DISTANCES_STORE)
         store.drop_consolidated(out_path)
-        drop_vanished(root, keys)
+        drop_vanished(root, keys, source)
         made_by = {
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "pairs": settings.pairs,

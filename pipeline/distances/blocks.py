@@ -263,8 +263,10 @@ def lay_out(
     return group
 
 
-def drop_vanished(root: store.Group, keys: Sequence[str]) -> None:
-    """Delete the fields that the frames no longer have.
+def drop_vanished(root: store.Group, keys: Sequence[str], frames: store.Group) -> None:
+    """Delete the fields that the frames no longer have, as their consolidated metadata says.
+
+    Without it, while frames are converted, nothing is deleted.
 
     Raises
     ------
@@ -277,8 +279,9 @@ def drop_vanished(root: store.Group, keys: Sequence[str]) -> None:
             f"{root.store_path} holds distances of {', '.join(there)}, and none of {', '.join(keys)}: "
             "choose another path"
         )
+    listed = store.listed_members(frames)
     for key in there:
-        if key not in keys:
+        if listed is not None and f"{key}/{schema.FRAMES}" not in listed:
             del root[key]
 
 

@@ -3,7 +3,8 @@
 Every chunk of every array is read, so a chunk whose checksum doesn't match is found whatever it holds; one
 of a store that was made without checksums must at least decode. Then sequences of ``frames.zarr`` are hashed
 as conversion hashed them, and in ``distances.zarr`` each fingerprint must be that of what is recorded, and
-have its distances: symmetric, with a zero diagonal, and NaN only where a failure says why.
+have its distances: symmetric, with a zero diagonal, and NaN only where a failure says why. Groups and arrays
+are those that the consolidated metadata lists, where a run has come to its end and written it.
 
 Chunks are read by several threads, one sequence or one chunk a thread, whatever the size of the store.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -26,13 +27,16 @@ from pipeline.distances.blocks import fingerprint
 from pipeline.schema import Pairs
 from pipeline.verify.damage import (
     Check,
+    Checks,
     Damage,
     VerifyReport,
-    chunk_checks,
+    add_chunks,
+    document_damage,
+    lost_chunks,
     read_column,
     recorded_specification,
 )
-from pipeline.verify.tiles import tile_checks
+from pipeline.verify.tiles import add_tiles
 
 THREADS = 8
 """Decoding is done without Python's lock, and reading waits for disks: more than there are cores."""
@@ -58,25 +62,17 @@ def verify(
     Raises
     ------
     StoreError
-        When there is no store.
+        When there is no store, or an array claims more than can be looked at.
     """
     root = store.open_store(path)
     report = VerifyReport(_kind(root))
-    checks: list[Check] = []
-    for name, group in _groups(root):
-        arrays = dict(sorted(group.arrays()))
-        if report.kind == schema.FRAMES_STORE and schema.FRAMES in arrays:
-            checks += _of_frames(name, group, report)
-        elif report.kind == schema.DISTANCES_STORE and schema.PROVENANCE in group:
-            checks += _of_distances(name, group, report)
-        elif report.kind == schema.ARCHIVE_STORE and schema.PROVENANCE in group:
-            checks += tile_checks(name, group, report)
-        else:
-            checks += [check for array in arrays.values() for check in chunk_checks(name, array, report)]
+    checks = Checks()
+    for found_group in _groups(root, store.listed_members(root)):
+        _add_group(checks, found_group, report)
     for done, found in enumerate(_in_threads(checks, threads), start=1):
         report.damages += found
         if progress is not None:
-            progress(done, len(checks))
+            progress(done, checks.count)
     return report
 
 
@@ -87,15 +83,64 @@ def _kind(root: store.Group) -> str:
     return schema.FRAMES_STORE if store.field_keys(root, schema.FRAMES) else schema.DISTANCES_STORE
 
 
-def _groups(group: store.Group, path: str = "") -> Iterator[tuple[str, store.Group]]:
-    """Every group of a store with its path; those of provenance go with the group above."""
-    yield path, group
-    for name, child in sorted(group.groups()):
-        if name != schema.PROVENANCE or schema.PARAMETER not in group:
-            yield from _groups(child, f"{path}/{name}".lstrip("/"))
+@dataclass(frozen=True)
+class _Found:
+    """A group of a store, and what of it is there; ``faults`` say why metadata is not, by array or group."""
+
+    name: str
+    arrays: dict[str, store.Array]
+    faults: dict[str, str]
+    listed: bool
 
 
-def _in_threads(checks: Sequence[Check], threads: int) -> Iterator[list[Damage]]:
+def _groups(group: store.Group, listed: Mapping[str, Any] | None) -> Iterator[_Found]:
+    """Every group of a store; those of provenance go with the group above."""
+    arrays, children, faults = store.members(group, listed)
+    if arrays and schema.PROVENANCE in children:
+        of_records = store.members(children.pop(schema.PROVENANCE), listed)
+        arrays |= {f"{schema.PROVENANCE}/{name}": array for name, array in of_records[0].items()}
+        faults |= {f"{schema.PROVENANCE}/{name}": reason for name, reason in of_records[2].items()}
+    yield _Found(group.path, arrays, faults, listed is not None)
+    for child in children.values():
+        yield from _groups(child, listed)
+
+
+RECORDS = (schema.METRIC, schema.SPECIFICATION, schema.FAILURE, schema.CONTENT, schema.FINGERPRINT)
+NEEDED = {
+    schema.FRAMES_STORE: (schema.FRAMES, schema.SEQUENCE, schema.PARAMETER, schema.CONTENT),
+    schema.DISTANCES_STORE: (
+        schema.SEQUENCE,
+        schema.PARAMETER,
+        *(f"{schema.PROVENANCE}/{name}" for name in RECORDS),
+    ),
+    schema.ARCHIVE_STORE: (
+        schema.NUMBER,
+        *(f"{schema.PROVENANCE}/{name}" for name in (*RECORDS, schema.MISSING)),
+    ),
+}
+"""Arrays without which a field can't be compared with what is recorded of it, by kind of store."""
+
+
+def _add_group(checks: Checks, found: _Found, report: VerifyReport) -> None:
+    """Checks of one group: against the record where all that it needs is there, else of its chunks alone."""
+    if all(name in found.arrays for name in NEEDED.get(report.kind, ("",))):
+        if report.kind == schema.FRAMES_STORE:
+            _add_frames(checks, found, report)
+        elif report.kind == schema.DISTANCES_STORE:
+            _add_distances(checks, found, report)
+        else:
+            add_tiles(checks, found.name, found.arrays, found.faults, report)
+    else:
+        for name, array in found.arrays.items():
+            prefix = f"{schema.PROVENANCE}/" if name.startswith(f"{schema.PROVENANCE}/") else ""
+            add_chunks(checks, found.name, array, report, prefix)
+    told = {(damage.group, damage.array) for damage in report.damages}
+    for name, reason in found.faults.items():
+        if (found.name, name) not in told:
+            report.damages.append(document_damage(found.name, name, reason))
+
+
+def _in_threads(checks: Iterable[Check], threads: int) -> Iterator[list[Damage]]:
     """What each check finds, in order; only a few are under way at a time."""
     with ThreadPoolExecutor(threads) as pool:
         running: deque[Future[list[Damage]]] = deque()
@@ -110,34 +155,33 @@ def _in_threads(checks: Sequence[Check], threads: int) -> Iterator[list[Damage]]
 # ---------------------------------------------------------------- frames
 
 
-def _of_frames(name: str, group: store.Group, report: VerifyReport) -> list[Check]:
+def _add_frames(checks: Checks, found: _Found, report: VerifyReport) -> None:
     """A check for each sequence of a field; its small arrays are read at once."""
+    name = found.name
     columns = {
         column: read_column(name, array, report)
-        for column, array in sorted(group.arrays())
+        for column, array in found.arrays.items()
         if column != schema.FRAMES
     }
-    frames = store.get_array(group, schema.FRAMES)
-    store.check_fits(frames, 0)  # before its chunks are counted: there may be 10¹² by its metadata
-    report.chunks += sum(1 for _ in store.chunk_starts(frames))
+    frames = found.arrays[schema.FRAMES]
+    store.check_fits(frames, 0)
+    report.chunks += store.chunk_count(frames)
     contents, sequences = columns[schema.CONTENT], columns[schema.SEQUENCE]
     there = [row for row, content in enumerate(contents) if content]
     report.unfinished += len(contents) - len(there)
     report.compared += len(there)
     if nameless := tuple(row for row in there if not sequences[row]):
         report.damages.append(Damage(name, schema.SEQUENCE, "", "names of sequences", "missing", nameless))
-    return [
-        partial(
-            _sequence,
-            name,
-            frames,
-            row,
-            str(sequences[row]),
-            columns[schema.PARAMETER][row],
-            str(contents[row]),
-        )
-        for row in there
-    ]
+    if found.listed:  # a run that is under way, or was stopped, names sequences before it has them
+        report.damages += lost_chunks(name, found.arrays[schema.CONTENT], sequences != "")
+    parameter = columns[schema.PARAMETER]
+    checks.add(
+        len(there),
+        (
+            partial(_sequence, name, frames, row, str(sequences[row]), parameter[row], str(contents[row]))
+            for row in there
+        ),
+    )
 
 
 def _sequence(
@@ -187,49 +231,64 @@ class _Recorded:
         return None
 
 
-def _of_distances(name: str, group: store.Group, report: VerifyReport) -> list[Check]:
+def _add_distances(checks: Checks, found: _Found, report: VerifyReport) -> None:
     """A check for each chunk of each metric; the records are read at once."""
-    provenance = store.get_group(group, schema.PROVENANCE)
+    name, arrays = found.name, found.arrays
     prefix = f"{schema.PROVENANCE}/"
     texts = {
-        column: read_column(name, array, report, prefix) for column, array in sorted(provenance.arrays())
+        column.removeprefix(prefix): read_column(name, array, report, prefix)
+        for column, array in arrays.items()
+        if column.startswith(prefix)
     }
-    sequences = read_column(name, store.get_array(group, schema.SEQUENCE), report)
-    parameter = store.get_array(group, schema.PARAMETER)
-    checks = chunk_checks(name, parameter, report)
+    sequences = read_column(name, arrays[schema.SEQUENCE], report)
+    add_chunks(checks, name, arrays[schema.PARAMETER], report)
+    fingerprints = texts[schema.FINGERPRINT]
+    for carried in (schema.SEQUENCE, schema.PARAMETER):
+        report.damages += lost_chunks(name, arrays[carried], (fingerprints != "").any(axis=0))
     names = [str(metric) for metric in texts[schema.METRIC]]
-    for metric in schema.metric_names(group.array_keys()):
-        array = store.get_array(group, metric)
+    for place, metric in enumerate(names):
+        done = tuple(np.flatnonzero(fingerprints[place] != "").tolist())
+        if metric and metric not in arrays and done:
+            reason, what = found.faults.get(metric, "missing"), f"all {len(done)} matrices"
+            report.damages.append(Damage(name, metric, store.DOCUMENT, what, reason, done, metric))
+    for metric in schema.metric_names(key for key in arrays if "/" not in key):
+        array = arrays[metric]
         if metric not in names:  # a run was stopped before it could say so
             report.unfinished += array.shape[0]
-            checks += chunk_checks(name, array, report)
+            add_chunks(checks, name, array, report)
             continue
         place = names.index(metric)
+        length = min(array.shape[0], fingerprints.shape[1])
         of_rows = (schema.FINGERPRINT, schema.CONTENT, schema.FAILURE)
         recorded = _Recorded(
             metric,
             str(texts[schema.SPECIFICATION][place]),
-            _padded(sequences, array.shape[0]),
-            *(_padded(texts[column][place], array.shape[0]) for column in of_rows),
+            _padded(sequences, length),
+            *(_padded(texts[column][place], length) for column in of_rows),
         )
         there = sum(bool(text) for text in recorded.fingerprints)
         report.compared += there
-        report.unfinished += len(recorded.fingerprints) - there
-        for start in store.chunk_starts(array):
-            report.chunks += 1
-            checks.append(partial(_matrices, name, array, start, recorded))
-    return checks
+        report.unfinished += array.shape[0] - there
+        count = store.chunk_count(array)
+        report.chunks += count
+        checks.add(count, _chunks_of(name, array, recorded))
+
+
+def _chunks_of(group: str, array: store.Array, recorded: _Recorded) -> Iterator[Check]:
+    for start in store.chunk_starts(array):
+        yield partial(_matrices, group, array, start, recorded)
 
 
 def _padded(texts: Any, length: int) -> list[str]:
-    """Texts of all rows; a run that was stopped while rows moved has left some arrays shorter."""
+    """Texts of ``length`` rows; a run that was stopped while rows moved has left some arrays shorter."""
     return [*map(str, texts[:length]), *[""] * (length - len(texts))]
 
 
 def _matrices(group: str, array: store.Array, start: tuple[int, ...], recorded: _Recorded) -> list[Damage]:
     """One chunk of a metric, and the matrices in it against their fingerprints."""
     rows = range(start[0], min(start[0] + array.chunks[0], array.shape[0]))
-    done = tuple(row for row in rows if recorded.fingerprints[row])
+    recorded_rows = range(rows.start, min(rows.stop, len(recorded.fingerprints)))
+    done = tuple(row for row in recorded_rows if recorded.fingerprints[row])
     key, metric = store.chunk_key(array, start), recorded.metric
 
     def damage(rows: Sequence[int], chunk: str, reason: str, *, unreadable: bool = False) -> Damage:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
@@ -23,7 +24,8 @@ class Damage:
     group, array : str
         Path of the group, and the array's name; below ``provenance`` with that in front.
     chunk : str
-        Key of the chunk, or of the shard that holds it; empty where no single one is to blame.
+        Key of the chunk, or of the shard that holds it; empty where no single one is to blame. The name of a
+        metadata document where that is what is lost or cannot be read.
     what : str
         What it belongs to: sequence, frame or metric.
     reason : str
@@ -77,11 +79,28 @@ Check: TypeAlias = Callable[[], list[Damage]]
 """Reads some chunks, and says what is damaged."""
 
 
-def chunk_checks(group: str, array: store.Array, report: VerifyReport, prefix: str = "") -> list[Check]:
+@dataclass
+class Checks:
+    """Checks that are made when it is their turn, and how many they will be."""
+
+    count: int = 0
+    parts: list[Iterable[Check]] = field(default_factory=list)
+
+    def add(self, count: int, checks: Iterable[Check]) -> None:
+        self.count += count
+        self.parts.append(checks)
+
+    def __iter__(self) -> Iterator[Check]:
+        return itertools.chain.from_iterable(self.parts)
+
+
+def add_chunks(
+    checks: Checks, group: str, array: store.Array, report: VerifyReport, prefix: str = ""
+) -> None:
     """A check for each chunk of an array."""
-    starts = list(store.chunk_starts(array))
-    report.chunks += len(starts)
-    return [partial(_chunk, group, array, start, prefix) for start in starts]
+    count = store.chunk_count(array)
+    report.chunks += count
+    checks.add(count, (partial(_chunk, group, array, start, prefix) for start in store.chunk_starts(array)))
 
 
 def _chunk(group: str, array: store.Array, start: tuple[int, ...], prefix: str) -> list[Damage]:
@@ -95,7 +114,7 @@ def _chunk(group: str, array: store.Array, start: tuple[int, ...], prefix: str) 
 def read_column(group: str, array: store.Array, report: VerifyReport, prefix: str = "") -> np.ndarray:
     """A small array whole, chunk by chunk; what cannot be decoded is damage, and fill values here."""
     store.check_fits(array)
-    report.chunks += sum(1 for _ in store.chunk_starts(array))
+    report.chunks += store.chunk_count(array)
     try:
         return store.read(array)
     except store.DamagedError:
@@ -106,20 +125,35 @@ def read_column(group: str, array: store.Array, report: VerifyReport, prefix: st
             found = store.read_chunk(array, start)
             values[tuple(slice(a, a + n) for a, n in zip(start, found.shape, strict=True))] = found
     for chunk in damaged:
-        rows, what = _rows_of(array, chunk)
+        rows, what = _rows_of(array, chunk.start)
         report.damages.append(
             Damage(group, f"{prefix}{array.basename}", chunk.key, what, chunk.reason, rows, unreadable=True)
         )
     return values
 
 
-def _rows_of(array: store.Array, chunk: store.DamagedChunk) -> tuple[tuple[int, ...], str]:
-    """The sequences that a damaged chunk of a small array has something of, and the same in words."""
+def document_damage(group: str, name: str, reason: str) -> Damage:
+    """What is wrong with the metadata of a group or an array."""
+    return Damage(group, name, store.DOCUMENT, "its metadata", reason)
+
+
+def lost_chunks(group: str, array: store.Array, done: np.ndarray) -> Iterator[Damage]:
+    """Chunks of a small array that are not there, though rows of them are ``done``: they were."""
+    for start in store.chunk_starts(array):
+        rows, what = _rows_of(array, start)
+        if done[slice(rows[0], rows[-1] + 1)].any():
+            region = tuple(slice(a, a + 1) for a in start)
+            for key in store.missing_chunks(array, region):
+                yield Damage(group, array.basename, key, what, "missing", rows)
+
+
+def _rows_of(array: store.Array, first: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
+    """The sequences that a chunk of a small array has something of, and the same in words."""
     dims: Any = getattr(array.metadata, "dimension_names", None) or ()
     if schema.SEQUENCE not in dims:
         return (), "all metrics"
     axis = dims.index(schema.SEQUENCE)
-    start = chunk.start[axis]
+    start = first[axis]
     rows = tuple(range(start, min(start + array.chunks[axis], array.shape[axis])))
     return rows, f"sequences in rows {rows[0]} to {rows[-1]}"
 

@@ -2,7 +2,8 @@
 
 Nothing is computed here. A chunk of small values or of distances that cannot be decoded is deleted, so that
 it reads as fill values; then damaged sequences lose their ``content``, and damaged distances their
-fingerprints. The next ``lsim convert``, or ``lsim distances``, sees what isn't there and makes it.
+fingerprints. The next ``lsim convert``, or ``lsim distances``, sees what isn't there and makes it. A metadata
+document is written again as it is in the consolidated metadata, which goes then: the store is unfinished.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def repair(path: str | os.PathLike[str], report: VerifyReport) -> int:
     Raises
     ------
     StoreError
-        For a store of another kind, and while another run writes to it.
+        For a store of another kind, while another run writes to it, and when a document is lost that no
+        consolidated metadata lists.
     """
     if report.kind not in _FORGET:
         raise store.StoreError(
@@ -43,9 +45,14 @@ def repair(path: str | os.PathLike[str], report: VerifyReport) -> int:
     count = 0
     with store.locked(path):
         root = store.open_store(path, "r+")
-        for name in dict.fromkeys(damage.group for damage in report.damages):
+        for damage in report.damages:
+            if damage.chunk == store.DOCUMENT:
+                store.restore_document(root, f"{damage.group}/{damage.array}".lstrip("/"))
+        store.drop_consolidated(path)
+        of_values = [d for d in report.damages if d.chunk != store.DOCUMENT or d.metric]
+        for name in dict.fromkeys(damage.group for damage in of_values):
             group = store.get_group(root, name)
-            damages = [damage for damage in report.damages if damage.group == name]
+            damages = [damage for damage in of_values if damage.group == name]
             for damage in damages:
                 if damage.unreadable:
                     store.delete_chunk(store.get_array(group, damage.array), damage.chunk)

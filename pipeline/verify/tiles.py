@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,9 +12,10 @@ from pipeline import schema, store
 from pipeline.archive.matrix import tile_fingerprint
 from pipeline.verify.damage import (
     Check,
+    Checks,
     Damage,
     VerifyReport,
-    chunk_checks,
+    add_chunks,
     read_column,
     recorded_specification,
 )
@@ -31,28 +33,43 @@ class _Recorded:
     comparable: np.ndarray
 
 
-def tile_checks(name: str, group: store.Group, report: VerifyReport) -> list[Check]:
+def add_tiles(
+    checks: Checks,
+    name: str,
+    arrays: Mapping[str, store.Array],
+    faults: Mapping[str, str],
+    report: VerifyReport,
+) -> None:
     """A check for each tile on or above the diagonal, with its mirror image; the records are read at once.
 
     Parameters
     ----------
+    checks : Checks
     name : str
         Of the group.
-    group : Group
-        Of an ``archive.zarr``.
+    arrays : mapping of str to Array
+        Of a group of an ``archive.zarr``, those of provenance with that in front.
+    faults : mapping of str to str
+        Why others can't be opened, by name.
     report : VerifyReport
         Counts what is read, and takes what is damaged of the records.
     """
-    provenance = store.get_group(group, schema.PROVENANCE)
     prefix = f"{schema.PROVENANCE}/"
     records = {
-        column: read_column(name, array, report, prefix) for column, array in sorted(provenance.arrays())
+        column.removeprefix(prefix): read_column(name, array, report, prefix)
+        for column, array in arrays.items()
+        if column.startswith(prefix)
     }
     names = [str(metric) for metric in records[schema.METRIC]]
-    checks: list[Check] = []
-    for metric, array in sorted(group.arrays()):
+    for place, metric in enumerate(names):
+        if metric and metric not in arrays and (records[schema.FINGERPRINT][place] != "").any():
+            reason = faults.get(metric, "missing")
+            report.damages.append(Damage(name, metric, store.DOCUMENT, "all tiles", reason, (), metric))
+    for metric, array in arrays.items():
+        if metric.startswith(prefix):
+            continue
         if metric in schema.CARRIED_BY_ARCHIVE or metric not in names:
-            checks += chunk_checks(name, array, report)
+            add_chunks(checks, name, array, report)
             continue
         place, tile = names.index(metric), array.chunks[0]
         recorded = _Recorded(
@@ -63,15 +80,24 @@ def tile_checks(name: str, group: store.Group, report: VerifyReport) -> list[Che
             records[schema.MISSING][place],
             records[schema.FAILURE][place] == "",
         )
+        report.chunks += store.chunk_count(array)
         count = -(-array.shape[0] // tile)
-        report.chunks += count * count
-        for i in range(count):
-            for j in range(i, count):
-                done = bool(recorded.fingerprints[i, j])
-                report.compared += done
-                report.unfinished += not done
-                checks.append(partial(_tile, name, array, (i * tile, j * tile), recorded))
-    return checks
+        if recorded.fingerprints.shape != (count, count):
+            expected = f"of shape {array.shape}, its fingerprints are of {recorded.fingerprints.shape} tiles"
+            report.damages.append(Damage(name, metric, "", "all tiles", expected, (), metric))
+            continue
+        of_tiles = count * (count + 1) // 2
+        done = int(np.triu(recorded.fingerprints != "").sum())
+        report.compared += done
+        report.unfinished += of_tiles - done
+        checks.add(of_tiles, _tiles(name, array, count, recorded))
+
+
+def _tiles(group: str, array: store.Array, count: int, recorded: _Recorded) -> Iterator[Check]:
+    tile = array.chunks[0]
+    for i in range(count):
+        for j in range(i, count):
+            yield partial(_tile, group, array, (i * tile, j * tile), recorded)
 
 
 def _tile(group: str, array: store.Array, start: tuple[int, int], recorded: _Recorded) -> list[Damage]:
