@@ -15,7 +15,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -128,13 +128,48 @@ class _AddressStore(ObjectStore[Any]):
         with objects.in_one_line(self._address):
             return await super().exists(key)
 
+    async def getsize(self, key: str) -> int:
+        with objects.in_one_line(self._address):
+            return await super().getsize(key)
+
+    async def getsize_prefix(self, prefix: str) -> int:
+        with objects.in_one_line(self._address):
+            return await super().getsize_prefix(prefix)
+
     async def set(self, key: str, value: Any) -> None:
+        locks.check(self._address)
         with objects.in_one_line(self._address):
             await super().set(key, value)
 
+    async def set_if_not_exists(self, key: str, value: Any) -> None:
+        locks.check(self._address)
+        with objects.in_one_line(self._address):
+            await super().set_if_not_exists(key, value)
+
     async def delete(self, key: str) -> None:
+        locks.check(self._address)
         with objects.in_one_line(self._address):
             await super().delete(key)
+
+    async def delete_dir(self, prefix: str) -> None:
+        with objects.in_one_line(self._address):
+            await super().delete_dir(prefix)
+
+    async def list(self) -> AsyncGenerator[str, None]:
+        with objects.in_one_line(self._address):
+            async for key in super().list():
+                yield key
+
+    async def list_prefix(self, prefix: str) -> AsyncGenerator[str, None]:
+        with objects.in_one_line(self._address):
+            async for key in super().list_prefix(prefix):
+                yield key
+
+    async def list_dir(self, prefix: str) -> AsyncGenerator[str, None]:
+        with objects.in_one_line(self._address):
+            found = await objects.names_directly_below(self.store, prefix)
+        for name in found:
+            yield name
 
 
 def _storage(path: str | os.PathLike[str]) -> str | _AddressStore:
