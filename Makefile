@@ -26,8 +26,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/lsim run demo --out $(OUT)
 
+# Two files at a time: tests of clusters wait, others compute.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # TensorFlow has an environment of its own, so that nothing else depends on its choice of versions. Not compiled
 # ahead: most of it is never imported.
