@@ -328,6 +328,7 @@ def test_a_lock_that_nobody_renews_is_taken_over_and_its_owner_stops(bucket, mon
         elsewhere = first | {"machine": "elsewhere", "id": "another"}
         objects.write(bucket, "s.zarr.lock", json.dumps(elsewhere).encode())
         time.sleep(60)  # interrupted, once the renewal sees that it isn't ours any more
+        pytest.fail("was not stopped")
     # What another machine holds is let be, until it is stale by the store's clock.
     assert json.loads(objects.read(bucket, "s.zarr.lock"))["id"] == "another"
     with pytest.raises(store.StoreError, match="another run"), store.locked(address):
