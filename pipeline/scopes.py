@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -13,6 +14,9 @@ from pipeline import store
 from pipeline.content import read_sequence
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.submission import run_bounded
+
+SAVED_EVERY_S = 60
+"""How often the ranges that are known are recorded: a driver that is killed loses what came since."""
 
 Range: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 """Minimum and maximum per channel."""
@@ -50,17 +54,28 @@ def dataset_range(
     missing = [
         (frames, key, row, preprocessing, content) for key, row, content in sequences if content not in ranges
     ]
-    for task, result, error in run_bounded(cluster.client if missing else None, sequence_range, missing):
-        if isinstance(error, FramesError):
-            return (0.0,), (0.0,)  # no metric can take this field: each will say why
-        if isinstance(error, store.DamagedError):
-            continue  # quarantined: its block says so
-        if error is not None:
-            raise error
-        ranges[task[-1]] = result
-    if missing:
-        attribute, label = _recorded_under(preprocessing)
+    attribute, label = _recorded_under(preprocessing)
+
+    def save() -> None:
         store.set_attributes(provenance, {attribute: {"of": label, "ranges": ranges}})
+
+    saved = time.monotonic()
+    try:
+        for task, result, error in run_bounded(cluster.client if missing else None, sequence_range, missing):
+            if isinstance(error, FramesError):
+                return (0.0,), (0.0,)  # no metric can take this field: each will say why
+            if isinstance(error, store.DamagedError):
+                continue  # quarantined: its block says so
+            if error is not None:
+                raise error
+            ranges[task[-1]] = result
+            if time.monotonic() - saved > SAVED_EVERY_S:
+                save()
+                saved = time.monotonic()
+    finally:
+        # Also of a run that is stopped: reading all frames may have taken hours.
+        if missing:
+            save()
     return _over_all(list(ranges.values()))
 
 

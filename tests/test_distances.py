@@ -22,7 +22,7 @@ from lsim.networks import LsimTrunk
 from lsim.prepared import Prepared
 from lsim.testing import write_random_checkpoint
 from lsim.weights import load_checkpoint, save_checkpoint
-from pipeline import schema, store, versions
+from pipeline import schema, scopes, store, versions
 from pipeline.archive import Matrix, compute_archive
 from pipeline.choice import Settings, UnavailableMetricError
 from pipeline.correlate import CorrelationError, correlate
@@ -206,6 +206,32 @@ def test_a_new_version_of_a_metric_or_other_settings_are_computed_again(tmp_path
     assert compute(frames, tmp_path / "d.zarr").computed == 2
     assert compute(frames, tmp_path / "d.zarr", scope="dataset").computed == 4
     assert compute(frames, tmp_path / "d.zarr", scope="dataset").computed == 0
+
+
+def test_ranges_read_before_a_run_was_stopped_are_not_read_again(tmp_path, monkeypatch):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(4))
+    read, rows = scopes.sequence_range, []
+
+    def stopped_at_the_third(path, key, row, *others):
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+        rows.append(row)
+        return read(path, key, row, *others)
+
+    monkeypatch.setattr(scopes, "sequence_range", stopped_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        compute(frames, tmp_path / "d.zarr", scope="dataset")
+
+    def read_and_counted(path, key, row, *others):
+        rows.append(row)
+        return read(path, key, row, *others)
+
+    monkeypatch.setattr(scopes, "sequence_range", read_and_counted)
+    compute(frames, tmp_path / "d.zarr", scope="dataset")
+    assert sorted(rows) == [0, 1, 2, 3]
+    compute(frames, tmp_path / "whole.zarr", scope="dataset")
+    for name, matrices in matrices_of(tmp_path / "whole.zarr").items():
+        np.testing.assert_array_equal(matrices_of(tmp_path / "d.zarr")[name], matrices)
 
 
 def test_vanished_fields_vanish_from_the_distances(tmp_path):
