@@ -14,7 +14,7 @@ import math
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
@@ -206,8 +206,7 @@ class Metric(ABC):
     @property
     def specification_hash(self) -> str:
         """Hash of :meth:`specification`: equal where the metric's values are."""
-        document = json.dumps(self.specification(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(document.encode()).hexdigest()[:32]
+        return hash_specification(self.specification())
 
     @property
     def quantised(self) -> bool:
@@ -442,6 +441,12 @@ class Metric(ABC):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {json.dumps(self.specification(), default=str)} on {self.device}>"
+
+
+def hash_specification(specification: Mapping[str, Any]) -> str:
+    """Hash of a metric's specification, as the metric gives it or as it was recorded; keys in any order."""
+    document = json.dumps(specification, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(document.encode()).hexdigest()[:32]
 
 
 def positive_number(metric: str, option: str, value: Any) -> float:

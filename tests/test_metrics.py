@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from skimage.metrics import (
 from torch import Tensor
 
 import lsim
-from lsim.metric import Embedding, Metric, MetricInfo
+from lsim.metric import Embedding, Metric, MetricInfo, hash_specification
 from lsim.metrics.learned import LSiM
 from lsim.networks import LsimTrunk, SkipTrunk
 from lsim.preprocess import Preprocessing
@@ -423,6 +424,14 @@ def test_specification_tells_apart_what_gives_other_values(
         lsim.load_metric("l2", compat=compat).specification(),  # type: ignore[arg-type]
     ]
     assert len({repr(s) for s in specifications}) == len(specifications)
+
+
+def test_a_recorded_specification_has_the_hash_of_its_metric() -> None:
+    metric = lsim.load_metric("ssim", size=64)
+    recorded = json.loads(json.dumps(metric.specification()))
+    assert hash_specification(dict(reversed(recorded.items()))) == metric.specification_hash
+    # Stores are made of it: another hash would make every distance anew.
+    assert hash_specification({"metric": "l2", "quantised": False}) == "7923f3d430183c1d207ade26c70dd3c9"
 
 
 # --- errors and warnings ----------------------------------------------------------------------------------
