@@ -106,7 +106,7 @@ class MutualInformation(_JointHistogram):
     """
 
     info = MetricInfo(
-        title="mutual information of 8-bit values, short of the larger entropy, in bits",
+        title="larger entropy minus mutual information of 8-bit values, in bits",
         source="max(H(x), H(y)) − I(x; y): Kraskov, Stögbauer, Andrzejak, Grassberger 2005",
         differentiable=False,
         axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),

@@ -86,7 +86,7 @@ class RadialSpectrum(_SpectralMetric):
     """
 
     info = MetricInfo(
-        title="L2 distance of log radially averaged energy spectra, in decades",
+        title="RMS difference of log radially averaged energy spectra, in decades",
         source="Gray, Markel 1976 (log spectral distance); spectra as in pysteps rapsd, Ravuri et al. 2021",
         axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
         one_channel_suffices=True,
@@ -99,7 +99,7 @@ class FourierAmplitude(_SpectralMetric):
     """Root mean square difference of log₁₀ |û| over all Y·X coefficients and channels: in decades."""
 
     info = MetricInfo(
-        title="L2 distance of log Fourier amplitudes, in decades",
+        title="RMS difference of log Fourier amplitudes, in decades",
         source="Gray, Markel 1976 (log spectral distance), in two dimensions",
         axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
         one_channel_suffices=True,
