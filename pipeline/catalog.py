@@ -669,25 +669,34 @@ def _recipe_version(catalog: Catalog, entry: Dataset) -> int:
 
 
 def _simulate(simulation: Simulation, folder: Path, version: int) -> None:
-    from lsim.simulate import write_families
+    """Make the families that are not there yet, in place of those that were made with other settings."""
+    from lsim.simulate import family_folders, missing_families, write_families
+    from lsim.simulate.layout import read_record
 
-    note = folder / _MADE_FROM
-    if note.is_file():
-        shutil.rmtree(folder)  # made with other settings: its families would lie among the new ones
-    write_families(
-        folder,
-        simulation.recipe,
-        simulation.families,
-        simulation.size,
-        simulation.seed,
-        format=simulation.format,
-    )
-    # Last: an interrupted simulation has no note, and is continued by the next call.
-    note.write_text(json.dumps(simulation.model_dump() | {"version": version}))
+    recipe, families, size = simulation.recipe, simulation.families, simulation.size
+    made_from = simulation.model_dump() | {"version": version}
+    folder.mkdir(parents=True, exist_ok=True)
+    # First: from now on the folder is not what an earlier note says, whenever this is interrupted.
+    _write_note(folder / _MADE_FROM, made_from | {"complete": False})
+    missing = missing_families(folder, recipe, families, size, simulation.seed, simulation.format)
+    there = set(range(1, families + 1)) - set(missing)
+    kept = {path for number in there for path in family_folders(folder, recipe, number)}
+    for path in folder.iterdir():
+        if path not in kept and read_record(path) is not None:  # it would lie among the new ones
+            shutil.rmtree(path)
+    write_families(folder, recipe, families, size, simulation.seed, simulation.format)
+    _write_note(folder / _MADE_FROM, made_from)
 
 
 def _read_note(path: Path) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _write_note(path: Path, note: dict[str, Any]) -> None:
+    """In one step: a note is never half written."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(note))
+    partial.replace(path)
 
 
 def _handle(catalog: Catalog) -> str:

@@ -11,6 +11,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -329,12 +330,12 @@ def test_an_archive_without_the_folder_is_an_error(tmp_path: Path, server: Serve
 # -- simulations -------------------------------------------------------------------------------------------
 
 
-def simulated(tmp_path: Path, families: int) -> Catalog:
+def simulated(tmp_path: Path, families: int, seed: int = 3) -> Catalog:
     return open_catalog(
         write_catalog(
             tmp_path,
             "- name: S\n  source: {simulate: {recipe: shapes, "
-            f"families: {families}, size: 32, seed: 3}}}}\n  reader: lsim",
+            f"families: {families}, size: 32, seed: {seed}}}}}\n  reader: lsim",
         )
     )
 
@@ -366,6 +367,47 @@ def test_an_interrupted_simulation_does_not_count_as_there(tmp_path: Path):
     note.unlink()
     assert locate(catalog, catalog.datasets[0], data) is None
     assert [f.action for f in fetch(catalog, data_dir=data)] == ["simulated"]
+
+
+def test_a_simulation_that_goes_on_with_other_settings_keeps_no_family_of_before(tmp_path: Path):
+    data = tmp_path / "data"
+    folder = data / "mine" / "S"
+
+    def interrupted(families: int, seed: int) -> None:
+        """Made up to a family that cannot be written, as batches of four come."""
+        stranger = folder / f"shapes{families}.density"
+        stranger.mkdir(parents=True)
+        with pytest.raises(FileExistsError, match=stranger.name):
+            fetch(simulated(tmp_path, families, seed), data_dir=data)
+        stranger.rmdir()
+
+    def made() -> dict[str, int]:
+        records = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/family.json")}
+        return {name: record["settings"]["seed"] for name, record in records.items()}
+
+    def note() -> dict[str, Any]:
+        return json.loads((folder / ".made-from.json").read_text())
+
+    interrupted(5, seed=3)
+    assert made() == {f"shapes{number}.density": 3 for number in range(1, 5)}
+    assert (note()["seed"], note()["complete"]) == (3, False)
+    before = (folder / "shapes1.density" / "family.json").stat()
+
+    catalog = simulated(tmp_path, 2)
+    assert locate(catalog, catalog.datasets[0], data) is None
+    assert [f.action for f in fetch(catalog, data_dir=data)] == ["simulated"]
+    assert made() == {"shapes1.density": 3, "shapes2.density": 3}
+    assert (folder / "shapes1.density" / "family.json").stat().st_mtime_ns == before.st_mtime_ns
+    assert "complete" not in note()
+
+    # Of a whole set, too, nothing is left once another one is begun, and it is no longer there.
+    interrupted(3, seed=4)
+    assert locate(catalog, catalog.datasets[0], data) is None
+    assert made() == {"shapes1.density": 4, "shapes2.density": 4}
+    catalog = simulated(tmp_path, 1, seed=4)
+    assert [f.action for f in fetch(catalog, data_dir=data)] == ["simulated"]
+    assert made() == {"shapes1.density": 4}
+    assert [f.action for f in fetch(catalog, data_dir=data)] == ["present"]
 
 
 def test_the_demo_is_32_sequences_at_256():
