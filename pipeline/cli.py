@@ -121,6 +121,23 @@ PrecisionOption = Annotated[
 Strict = Annotated[bool, typer.Option("--strict", help="Make a metric that 'all' would leave out an error.")]
 
 
+def _show_version(wanted: bool) -> None:
+    from pipeline.versions import versions
+
+    if wanted:
+        output.print(f"lsim {versions()['lsim']}", markup=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options_of_all(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before a command's name; each acts by itself."""
+
+
 def main() -> NoReturn:
     """Entry point: run a command, and turn what users can do something about into one line."""
     try:
@@ -174,7 +191,7 @@ def _explain(error: Exception) -> int | None:
 @app.command()
 def run(
     workflow: Annotated[
-        str, typer.Argument(help="Name of a shipped workflow (demo, lsim2d) or a YAML file.")
+        str, typer.Argument(help="Name of a shipped workflow (demo, lsim2d, own_weights) or a YAML file.")
     ],
     out: Annotated[
         str | None, typer.Option(help="Folder or address of stores and results; default the workflow's.")
@@ -212,7 +229,7 @@ def run(
             out=out,
             data_dir=data_dir,
             progress=stage(pool),
-            announce=lambda text: output.print(text, markup=False),
+            announce=_announce,
         )
     show_quarantined(report.conversion.quarantined)
     show_distances(report.distances)
@@ -271,7 +288,8 @@ def distances_command(
     weights: WeightsOption = None,
     pairs: Annotated[str, typer.Option(help="all, or reference: frame 0 against the others only.")] = "all",
     scope: Annotated[
-        str, typer.Option(help="Of minimum and maximum: sequence, pair, dataset, or LO,HI.")
+        str,
+        typer.Option(help="Frames that share one minimum and maximum: sequence, pair, dataset, or LO,HI."),
     ] = "sequence",
     compat: Annotated[str, typer.Option(help="default, or published: the authors' evaluation.")] = "default",
     size: Annotated[int, typer.Option(help="Frames are resized to it; 0 keeps their size.")] = 224,
@@ -297,27 +315,13 @@ def distances_command(
     workers: Workers = None,
 ) -> None:
     """Compute distance matrices, of sequences or of a whole archive; only what is new or out of date."""
-    from pipeline.choice import Settings
     from pipeline.distances import compute_distances
     from pipeline.workers.cluster import Cluster
     from pipeline.workers.profiles import load_profile
 
-    settings = Settings.model_validate(
-        {
-            "metrics": _metric_names(metrics, own),
-            "options": _options(option, {}),
-            **_mask_and_precision(mask, precision),
-            "weights": _weights(weights),
-            "size": size or None,
-            "order": order,
-            "compat": compat,
-            "scope": _scope(scope),
-            "pairs": pairs,
-            "strict": strict,
-            **({"block": block} if block else {}),
-        }
-    )
-    _make_importable(settings.metrics, Path.cwd())
+    told = {"size": size or None, "order": order, "compat": compat, "scope": _scope(scope)}
+    told |= {"pairs": pairs, "strict": strict, "block": block} | _mask_and_precision(mask, precision)
+    settings = _settings(_metric_names(metrics, own), option, weights, told)
     if matrix not in ("sequence", "archive"):
         raise typer.BadParameter(f"--matrix {matrix!r}: expected sequence or archive")
     if matrix == "archive":
@@ -358,7 +362,7 @@ def _compute_archive(
             *(frames, out, settings, matrix),
             cluster=pool,
             progress=show,
-            announce=lambda text: output.print(text, markup=False),
+            announce=_announce,
             plan_only=plan_only,
         )
     if not plan_only:
@@ -374,7 +378,7 @@ def correlate_command(
         list[str] | None, typer.Option(help="published or all-pairs; may be repeated. Default published.")
     ] = None,
     replicates: Annotated[int, typer.Option(min=0, help="Bootstrap replicates; 0 for no intervals.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
 ) -> None:
     """Correlate distances with ground truth, with bootstrap intervals over sequences."""
     from pipeline.address import join
@@ -431,7 +435,7 @@ def neighbours_command(
     metric: Annotated[
         str | None, typer.Option(help="What orders them; default lsim, lsim-open, or the first there is.")
     ] = None,
-    matrix: Annotated[
+    group: Annotated[
         str | None, typer.Option(help="Group of the matrix, where the frame is in several.")
     ] = None,
     other_sequences: Annotated[
@@ -442,7 +446,7 @@ def neighbours_command(
     """The frames nearest to a frame, of a matrix over a whole archive."""
     from pipeline.neighbours import find_neighbours
 
-    found = find_neighbours(distances, of, k, metric, matrix=matrix, other_sequences=other_sequences)
+    found = find_neighbours(distances, of, k, metric, matrix=group, other_sequences=other_sequences)
     show_neighbours(found, as_json=as_json)
 
 
@@ -453,7 +457,8 @@ def embed_command(
     out: Annotated[str, typer.Option(help="The store to make or bring up to date.")],
     groups: Groups = None,
     scope: Annotated[
-        str, typer.Option(help="Of minimum and maximum: dataset, all of a field; or LO,HI.")
+        str,
+        typer.Option(help="Frames that share one minimum and maximum: dataset, all of a field; or LO,HI."),
     ] = "dataset",
     option: Options = None,
     mask: MaskOption = None,
@@ -466,24 +471,12 @@ def embed_command(
     workers: Workers = None,
 ) -> None:
     """Write a metric's embedding of every frame, for search libraries; only what is new or out of date."""
-    from pipeline.choice import Settings
     from pipeline.embed import compute_embeddings
     from pipeline.workers.cluster import Cluster
     from pipeline.workers.profiles import load_profile
 
-    settings = Settings.model_validate(
-        {
-            "metrics": (metric,),
-            "options": _options(option, {}),
-            **_mask_and_precision(mask, precision),
-            "weights": _weights(weights),
-            "size": size or None,
-            "order": order,
-            "compat": compat,
-            "scope": _scope(scope),
-        }
-    )
-    _make_importable(settings.metrics, Path.cwd())
+    told = {"size": size or None, "order": order, "compat": compat, "scope": _scope(scope)}
+    settings = _settings((metric,), option, weights, told | _mask_and_precision(mask, precision))
     with Cluster(load_profile(cluster, workers)) as pool, stage(pool)("embed") as show:
         chosen = _separated(groups)
         report = compute_embeddings(frames, out, settings, groups=chosen, cluster=pool, progress=show)
@@ -500,7 +493,7 @@ def verify_command(
             "--repair", help="Take away the record of what is damaged: the next run makes it again."
         ),
     ] = False,
-    threads: Annotated[int, typer.Option(min=1, help="That read and check.")] = 8,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that read and check.")] = 8,
 ) -> None:
     """Check a store: every chunk against its checksum, and what is in it against what is recorded."""
     from pipeline.verify import verify
@@ -526,7 +519,7 @@ def simulate_command(
     ] = None,
     families: Annotated[int, typer.Option(min=1, help="How many, numbered from 1.")] = 10,
     size: Annotated[int, typer.Option(help="Pixels along each axis, even.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of all random numbers.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
     format: Annotated[str, typer.Option(help="npz, png, or zarr: the store OUT.zarr beside.")] = "npz",
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Only search the factor of the steps that is right.")
@@ -615,7 +608,7 @@ def train_command(
         run.out,
         minutes=minutes,
         about=describe_data(run),
-        progress=lambda line: output.print(line, markup=False),
+        progress=_announce,
     )
     if rank == 0:
         output.print(
@@ -769,7 +762,7 @@ def catalog_fetch(
     """Download, or simulate, the data of a catalog, with checksums."""
     from pipeline.catalog import fetch, open_catalog
 
-    for entry in fetch(open_catalog(catalog), dataset, data_dir):
+    for entry in fetch(open_catalog(catalog), dataset, data_dir, _announce):
         output.print(f"{entry.dataset}: {entry.action} {entry.folder}", markup=False)
 
 
@@ -836,14 +829,16 @@ def cluster_check(
         typer.Option(help="That all workers see: a small archive lies there meanwhile. Not for local ones."),
     ] = None,
     metrics: Metrics = "all",
+    own: OwnMetrics = None,
+    option: Options = None,
+    weights: WeightsOption = None,
     workers: Workers = None,
 ) -> None:
     """Start a cluster, look at its workers' versions and devices, and measure what a run would take."""
     from pipeline.check import check_cluster
-    from pipeline.choice import Settings
     from pipeline.workers.profiles import load_profile
 
-    settings = Settings.model_validate({"metrics": _metric_names(metrics)})
+    settings = _settings(_metric_names(metrics, own), option, weights)
     found = check_cluster(load_profile(profile, workers), settings, folder=folder, frames=frames)
     show_cluster(found)
     if found.errors:
@@ -851,6 +846,18 @@ def cluster_check(
 
 
 # ---------------------------------------------------------------- what options mean
+
+
+def _settings(
+    metrics: Any, option: list[str] | None, weights: list[str] | None, told: Mapping[str, Any] | None = None
+) -> Settings:
+    """Settings of metrics, options and weights, and what else is told; metrics of this folder are found."""
+    from pipeline.choice import Settings
+
+    given = {"metrics": metrics, "options": _options(option, {}), "weights": _weights(weights)}
+    settings = Settings.model_validate(given | dict(told or {}))
+    _make_importable(settings.metrics, Path.cwd())
+    return settings
 
 
 def _separated(text: str | None) -> list[str] | None:
@@ -918,6 +925,11 @@ def _scope(text: str) -> Any:
     except ValueError as error:
         raise typer.BadParameter(f"scope {text!r}: expected LO,HI, two numbers") from error
     return lo, hi
+
+
+def _announce(text: str) -> None:
+    """Print what is about to be done, or how it goes."""
+    output.print(text, markup=False)
 
 
 def _exit(complete: bool) -> None:

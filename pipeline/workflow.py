@@ -171,7 +171,8 @@ def run_workflow(
     progress : callable
         Shows each stage's progress.
     announce : callable, optional
-        Called with the plans of matrices over the archive, in words, before they are computed.
+        Called with a line for what is about to be fetched, and with the plans of matrices over the archive,
+        in words, before they are computed.
 
     Raises
     ------
@@ -194,7 +195,7 @@ def run_workflow(
         choose_metrics(of_archive)
     if workflow.fetch:
         with progress("fetch"):
-            fetch(catalog, workflow.datasets, data_dir)
+            fetch(catalog, workflow.datasets, data_dir, announce)
     with progress("convert") as show:
         conversion = convert(
             catalog,

@@ -161,7 +161,7 @@ def test_other_stores_are_refused(tmp_path):
 
 
 def test_the_command_shows_a_table_or_json(archive):
-    of = ("--of", "smoke1:3", "--matrix", "Smoke/density", "--k", 4)
+    of = ("--of", "smoke1:3", "--group", "Smoke/density", "--k", 4)
     code, text = run_lsim("neighbours", archive, *of)
     assert code == 0, text
     assert "nearest to Smoke/density/smoke1:3 by lsim" in text
@@ -182,7 +182,7 @@ def test_the_command_shows_a_table_or_json(archive):
 
 
 def test_the_command_says_what_is_wrong_in_a_line(archive):
-    code, text = run_lsim("neighbours", archive, "--of", "smok9", "--matrix", "Smoke/density")
+    code, text = run_lsim("neighbours", archive, "--of", "smok9", "--group", "Smoke/density")
     assert code == 1
     assert text.startswith("error: ")
     assert "did you mean" in text

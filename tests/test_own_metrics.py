@@ -23,6 +23,8 @@ from pipeline.report import write_report
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import ClusterError, Profile
 
+SHIPPED = Path(lsim.__file__).parent / "shipped_weights" / "lsim-open.safetensors"
+
 SOURCE = '''
 import dataclasses
 
@@ -185,6 +187,20 @@ def test_from_the_command_line_on_any_cluster_and_again_when_its_source_changes(
     (tmp_path / f"{own}.py").write_text(SOURCE.replace("factor = 1.0", "factor = 10.0"))
     assert "12 distance matrices computed, 3 up to date" in run("--workers", "2")
     check(10)
+
+
+def test_a_check_of_a_cluster_takes_what_distances_takes(tmp_path, own):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(2, frames=4, size=64))
+    metrics = ("--metrics", f"l2,{own}:Energy", "--metric", f"{own}:MeanPower")
+    check = ("cluster", "check", "local", frames, "--workers", "1", *metrics)
+    told = ("--option", "mean-power.exponent=3", "--weights", f"mine={SHIPPED}")
+    code, text = run_lsim(*check, *told)
+    assert code == 0, text
+    assert "metrics: l2, energy, mean-power, mine\n" in text
+    assert "A/density: a sequence of 4 frames takes" in text
+    code, text = run_lsim(*check, "--option", "mean-power.exponnent=3")
+    assert code == 1
+    assert "has no option exponnent" in text
 
 
 def test_beside_a_workflow_and_besides_its_metrics(tmp_path, own):

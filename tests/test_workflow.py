@@ -134,7 +134,8 @@ def test_a_workflow_with_an_archive_shows_its_map(tmp_path):
     assert begun == ["fetch", "convert", "distances", "archive", "correlate", "report"]
     assert report.archive is not None
     assert report.archive.frames == 22
-    assert "together/all: 22 frames" in shown[0]
+    assert shown[0] == "Waves: simulating 2 families (waves)"
+    assert "together/all: 22 frames" in shown[1]
     assert report.complete
     archive = xr.open_datatree(report.stores["archive"], engine="zarr")["together/all"]
     assert archive.sizes["frame"] == 22
