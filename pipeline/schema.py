@@ -32,7 +32,9 @@ one per metric  sequence, frame, frame_other       float64      distances; symme
 and in the child group ``provenance``: ``metric`` (metric), ``specification`` (metric; JSON: all that
 determines the metric's values, with scope, pairs and versions), ``fingerprint`` (metric, sequence; empty
 where the distances are out of date), ``content`` (metric, sequence; hash of the frames that they were
-computed from) and ``failure`` (metric, sequence; why distances are missing, empty where none are).
+computed from) and ``failure`` (metric, sequence; why distances are missing, empty where none are). Where
+the scope was a data set there is ``ranges`` (one JSON document), minimum and maximum of each sequence by the
+hash of its content, or ``masked_ranges``, those of frames with a mask; ``archive.zarr`` has them as well.
 Its attribute ``precision`` says by metric how sums over pairs were computed in the last run that did: method,
 promised relative error and its bound, pairs, how many were taken again, and on what device; for networks
 it is that of sums over their features.
@@ -105,6 +107,8 @@ FINGERPRINT = "fingerprint"
 FAILURE = "failure"
 SPECIFICATION = "specification"
 MISSING = "missing"
+RANGES = "ranges"
+MASKED_RANGES = "masked_ranges"
 
 FRAMES_DIMS = (SEQUENCE, FRAME, "y", "x", "channel")
 PARAMETER_DIMS = (SEQUENCE, FRAME)

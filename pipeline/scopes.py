@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from lsim.preprocess import FramesError, Preprocessing, range_of
-from pipeline import store
+from pipeline import schema, store
 from pipeline.content import read_sequence
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.submission import run_bounded
@@ -40,7 +41,7 @@ def dataset_range(
     sequences : sequence of (str, int, str)
         Key of the field, row and content of each.
     provenance : Group
-        Of the results: its attributes keep the range of every sequence, by content.
+        Of the results: it keeps the range of every sequence, by content.
     preprocessing : Preprocessing
         Ranges are those of frames as metrics take them.
 
@@ -54,11 +55,6 @@ def dataset_range(
     missing = [
         (frames, key, row, preprocessing, content) for key, row, content in sequences if content not in ranges
     ]
-    attribute, label = _recorded_under(preprocessing)
-
-    def save() -> None:
-        store.set_attributes(provenance, {attribute: {"of": label, "ranges": ranges}})
-
     saved = time.monotonic()
     try:
         for task, result, error in run_bounded(cluster.client if missing else None, sequence_range, missing):
@@ -70,12 +66,12 @@ def dataset_range(
                 raise error
             ranges[task[-1]] = result
             if time.monotonic() - saved > SAVED_EVERY_S:
-                save()
+                _record(provenance, preprocessing, ranges)
                 saved = time.monotonic()
     finally:
         # Also of a run that is stopped: reading all frames may have taken hours.
         if missing:
-            save()
+            _record(provenance, preprocessing, ranges)
     return _over_all(list(ranges.values()))
 
 
@@ -90,16 +86,30 @@ def recorded_range(
 
 def _recorded(provenance: store.Group, preprocessing: Preprocessing) -> dict[str, Any]:
     """Known ranges by content."""
-    attribute, label = _recorded_under(preprocessing)
-    recorded: Any = provenance.attrs.get(attribute, {})
-    ranges: dict[str, Any] = recorded.get("ranges", {}) if recorded.get("of") == label else {}
-    return ranges
+    name, label = _recorded_under(preprocessing)
+    if name not in provenance:
+        return {}
+    text = str(store.read(store.get_array(provenance, name))[0])
+    recorded: dict[str, Any] = json.loads(text) if text else {}
+    return dict(recorded["ranges"]) if recorded.get("of") == label else {}
+
+
+def _record(provenance: store.Group, preprocessing: Preprocessing, ranges: dict[str, Any]) -> None:
+    """Keep ranges in one chunk, which is replaced as a whole.
+
+    No attribute: every task would read the ranges of 10⁵ sequences with the metadata.
+    """
+    name, label = _recorded_under(preprocessing)
+    if name not in provenance:
+        store.create_array(provenance, name, shape=(1,), chunks=(1,), dims=(name,), dtype=str)
+    text = json.dumps({"of": label, "ranges": ranges})
+    store.write_rows(store.get_array(provenance, name), 0, np.array([text], object))
 
 
 def _recorded_under(preprocessing: Preprocessing) -> tuple[str, str]:
-    """The attribute that has ranges, and what it has to be of."""
+    """The array that has ranges, and what they have to be of."""
     label = f"{preprocessing.size}/{preprocessing.order}/{preprocessing.compat}"
-    return "masked_ranges" if preprocessing.mask else "ranges", label
+    return schema.MASKED_RANGES if preprocessing.mask else schema.RANGES, label
 
 
 def _over_all(ranges: Sequence[Any]) -> Range:

@@ -184,6 +184,20 @@ def test_damaged_records_of_distances_are_repaired(frames: Path, distances: Path
         np.testing.assert_array_equal(matrices, undisturbed[name])
 
 
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
+def test_damaged_ranges_of_a_data_set_cost_no_distances(frames: Path, tmp_path: Path, damage):
+    out = tmp_path / "d.zarr"
+    compute(frames, out, scope="dataset")
+    undisturbed = matrices_of(out)
+    damage(chunk(out, "provenance/ranges", "0"))
+    repair(out, verify(out))
+    again = compute(frames, out, scope="dataset")
+    assert (again.computed, again.failures) == (0, [])
+    assert verify(out).whole
+    for name, matrices in matrices_of(out).items():
+        np.testing.assert_array_equal(matrices, undisturbed[name])
+
+
 def test_a_lost_reason_is_found_by_what_has_none(tmp_path: Path):
     archive = archive_of(3, frames=4, size=16)
     archive[KEY]["s1"][2] = np.nan
@@ -275,7 +289,7 @@ def test_each_metadata_document_that_is_lost_is_named_and_restored(
     if kind == "archive":
         compute_tiles(frames, path)
     documents = sorted(path.glob("*/**/zarr.json"))
-    assert len(documents) == {"frames": 6, "distances": 12, "archive": 15}[kind]
+    assert len(documents) == {"frames": 6, "distances": 12, "archive": 16}[kind]
     for document in documents:
         saved = document.read_bytes()
         damage(document)

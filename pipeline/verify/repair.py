@@ -91,8 +91,8 @@ def _forget_distances(group: store.Group, damages: list[Damage]) -> int:
     for damage in damages:
         if damage.metric in names:
             after[names.index(damage.metric), list(damage.rows)] = ""
-        elif damage.array in (schema.PARAMETER, f"{schema.PROVENANCE}/{schema.FAILURE}"):
-            continue  # the parameter is written by every run; a lost failure is seen in its distances
+        elif damage.array in (schema.PARAMETER, f"{schema.PROVENANCE}/{schema.FAILURE}", *_RANGES):
+            continue  # the first is written by every run; a lost failure is seen in its distances
         elif damage.array.startswith(schema.PROVENANCE) and not damage.rows:
             after[...] = ""
         elif damage.rows:
@@ -111,11 +111,14 @@ def _forget_tiles(group: store.Group, damages: list[Damage]) -> int:
     for damage in damages:
         if damage.metric in names:
             after[(names.index(damage.metric), *damage.rows)] = ""
-        elif damage.array.startswith(schema.PROVENANCE):
+        elif damage.array.startswith(schema.PROVENANCE) and damage.array not in _RANGES:
             after[...] = ""
     store.write_block(array, (0, 0, 0), after)
     return int(np.sum(before != after))
 
+
+_RANGES = tuple(f"{schema.PROVENANCE}/{name}" for name in (schema.RANGES, schema.MASKED_RANGES))
+"""Found again in the frames where they are lost: distances don't depend on their record."""
 
 _FORGET = {
     schema.FRAMES_STORE: _forget_frames,
