@@ -28,6 +28,15 @@ def content_hash(frames: np.ndarray, parameter: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+NOT_READ = (store.DamagedError, store.TooLargeError)
+"""What :func:`read_sequence` raises for a sequence that isn't compared, and is looked at again next time."""
+
+
+def why_not_read(error: store.DamagedError | store.TooLargeError) -> str:
+    """What is wrong with a sequence, in words that name no folder: they are recorded."""
+    return error.claim if isinstance(error, store.TooLargeError) else f"damaged frames: {error.damage}"
+
+
 def read_sequence(group: store.Group, row: int, content: str) -> np.ndarray:
     """One sequence's frames, (n, y, x, channel), once they are known to be whole.
 
@@ -43,6 +52,8 @@ def read_sequence(group: store.Group, row: int, content: str) -> np.ndarray:
     ------
     DamagedError
         When a chunk cannot be decoded, is gone, or holds other values than were converted.
+    TooLargeError
+        When it is larger than this machine's memory.
     """
     frames = store.get_array(group, schema.FRAMES)
     values = store.read(frames, row)

@@ -26,8 +26,8 @@ from lsim.preprocess import FramesError, Scope, finite_frames
 from pipeline import schema, store
 from pipeline.address import absolute, relative
 from pipeline.choice import Settings, choose_metrics
-from pipeline.content import read_sequence
-from pipeline.fields import checked_fields
+from pipeline.content import NOT_READ, read_sequence, why_not_read
+from pipeline.fields import checked_fields, drop_vanished
 from pipeline.scopes import dataset_range
 from pipeline.versions import versions
 from pipeline.workers.cluster import Cluster
@@ -39,7 +39,7 @@ from pipeline.workers.resident import (
     prewarm,
     still_wanted,
 )
-from pipeline.workers.submission import run_bounded
+from pipeline.workers.submission import reason_of, run_bounded
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (blocks done, blocks in all)."""
@@ -188,7 +188,7 @@ def compute_embeddings(
         root = store.open_output(out_path, schema.EMBEDDINGS_STORE)
         _check_metric(root, metric, out_path)
         store.drop_consolidated(out_path)
-        _drop_vanished(root, source)
+        drop_vanished(root, schema.NUMBER, source)
         about = {"metric": metric.name, "frames": relative(frames_path, out_path)}
         store.set_attributes(root, about)
         tasks: list[EmbedTask] = []
@@ -260,14 +260,6 @@ def _check_metric(root: store.Group, metric: Metric, path: str) -> None:
         raise store.StoreError(
             f"{path}: holds embeddings by {found}, not by {metric.name}: choose another path"
         )
-
-
-def _drop_vanished(root: store.Group, source: store.Group) -> None:
-    """Delete the fields that the frames no longer have."""
-    there = store.field_keys(source, schema.FRAMES)
-    for key in store.field_keys(root, schema.NUMBER):
-        if key not in there:
-            store.delete(root, key)
 
 
 def _stale_tasks(
@@ -436,22 +428,24 @@ def _run(
     if progress is not None:
         progress(0, len(tasks))
     given_up = []
-    outcomes = run_bounded(client, embed_block, ((task,) for task in tasks))
-    for done, ((task,), result, error) in enumerate(outcomes, start=1):
-        if error is None:
-            report.computed += result
-            report.blocks += 1
-        elif store.is_full_disk(error):
-            raise error  # as would all others
-        else:
-            given_up.append((task, f"{type(error).__name__}: {error}"))
-        if progress is not None:
-            progress(done, len(tasks))
-    # Now nobody else writes.
-    for task, reason in given_up:
-        reasons = np.full(len(task.contents) * task.n, reason, dtype=object)
-        array = store.get_array(store.get_group(root, task.key), FAILURE)
-        store.write_rows(array, task.first * task.n, reasons)
+    try:
+        outcomes = run_bounded(client, embed_block, ((task,) for task in tasks))
+        for done, ((task,), result, error) in enumerate(outcomes, start=1):
+            if error is None:
+                report.computed += result
+                report.blocks += 1
+            elif store.is_full_disk(error):
+                raise error  # as would all others
+            else:
+                given_up.append((task, reason_of(error)))
+            if progress is not None:
+                progress(done, len(tasks))
+    finally:
+        # Now nobody else writes.
+        for task, reason in given_up:
+            reasons = np.full(len(task.contents) * task.n, reason, dtype=object)
+            array = store.get_array(store.get_group(root, task.key), FAILURE)
+            store.write_rows(array, task.first * task.n, reasons)
 
 
 # ---------------------------------------------------------------- on a worker
@@ -470,15 +464,24 @@ def embed_block(task: EmbedTask) -> int:
     for row, content in enumerate(task.contents, task.first):
         try:
             frames, damage = read_sequence(origin, row, content), ""
-        except store.DamagedError as error:
-            # Not done: the next run looks whether the frames are whole again.
-            frames, damage, whole = np.empty(0), f"damaged frames: {error.damage}", False
+        except NOT_READ as error:
+            frames, damage = np.empty(0), why_not_read(error)
         step = min(task.n, task.together)
         for first in range(0, task.n, step):
             if damage:
-                values, why = _nothing(group, names, step), [damage] * step
+                values, why, good = _nothing(group, names, step), [damage] * step, False
             else:
-                values, why = _embedded(metric, frames[first : first + step], task.scope)
+                part = frames[first : first + step]
+                try:
+                    values, why, good = *_embedded(metric, part, task.scope), True
+                except Exception:
+                    values, why, good = _embedded_one_by_one(group, metric, part, task.scope, names)
+            if whole and not good:
+                # Not done: the next run tries again. Another copy may have finished the block, and its
+                # fingerprint must not stand for what comes now.
+                whole = False
+                _check_wanted(task)
+                _write_fingerprint(group, task, "")
             pending.append(values)
             reasons += why
             if len(reasons) % task.together == 0:
@@ -491,16 +494,33 @@ def embed_block(task: EmbedTask) -> int:
         return 0
     _check_wanted(task)
     # Last: it says that all else is there.
-    store.write_rows(
-        store.get_array(group, FINGERPRINT), task.block, np.array([task.fingerprint], dtype=object)
-    )
+    _write_fingerprint(group, task, task.fingerprint)
     return len(reasons)
+
+
+def _write_fingerprint(group: store.Group, task: EmbedTask, fingerprint: str) -> None:
+    store.write_rows(store.get_array(group, FINGERPRINT), task.block, np.array([fingerprint], dtype=object))
 
 
 def _check_wanted(task: EmbedTask) -> None:
     """Write nothing when another copy was faster, or the run is over and the next may be writing."""
     if not still_wanted():
         raise store.StoreError(f"{task.out}: nobody waits for block {task.block} of {task.key} any more")
+
+
+def _embedded_one_by_one(
+    group: store.Group, metric: Metric, frames: np.ndarray, scope: Scope, names: Sequence[str]
+) -> tuple[dict[str, np.ndarray], list[str], bool]:
+    """:func:`_embedded` where it raised: each frame says by itself why; and whether all are embedded."""
+    rows, reasons, whole = [], [], True
+    for k in range(len(frames)):
+        try:
+            values, why = _embedded(metric, frames[k : k + 1], scope)
+        except Exception as error:
+            values, why, whole = _nothing(group, names, 1), [f"{type(error).__name__}: {error}"], False
+        rows.append(values)
+        reasons += why
+    return {name: np.concatenate([one[name] for one in rows]) for name in names}, reasons, whole
 
 
 def _embedded(metric: Metric, frames: np.ndarray, scope: Scope) -> tuple[dict[str, np.ndarray], list[str]]:

@@ -33,14 +33,14 @@ class EmbeddedBlock:
     comparable : ndarray of shape (n,), bool
     reasons : dict of int to str
         Why frames of the block can't be compared, by their place in it.
-    damage : str
-        Why some frames are not those that were converted, of the last of them; the next run tries again.
+    undone : str
+        Why some frames could not be read, or embedded, of the last of them; the next run tries again.
     """
 
     embedding: Embedding | None
     comparable: np.ndarray
     reasons: dict[int, str] = field(default_factory=dict)
-    damage: str = ""
+    undone: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -65,33 +65,62 @@ def embed_block(source: store.Group, block: FrameBlock, metric: Metric, scope: S
     Returns
     -------
     EmbeddedBlock
-        On the metric's device. The same bits whatever the block.
+        On the metric's device. The same bits whatever the block. A frame at which the metric raises costs
+        no other.
     """
     parts: dict[str, Tensor] = {}
     comparable = np.zeros(len(block), bool)
     reasons: dict[int, str] = {}
-    damage = ""
+    undone = ""
     for batch in read_block(source, block, FRAMES_TOGETHER.get(metric.device.type, 32)):
         places = range(batch.start, batch.stop)
         if batch.frames is None:
-            damage = batch.damage
+            undone = batch.damage
             reasons.update(dict.fromkeys(places, batch.damage))
             continue
-        try:
-            prepared = metric.prepare(batch.frames, scope)
-            with torch.no_grad():
-                embedding = metric.embedded(prepared)
-        except FramesError as error:
-            reasons.update(dict.fromkeys(places, str(error)))
-            continue
-        comparable[batch.start : batch.stop] = prepared.comparable
-        bad = "holds NaN or infinity" if not metric.preprocessing.mask else "has no pixel that is not missing"
-        reasons.update({places[k]: bad for k in np.flatnonzero(~prepared.comparable)})
-        for name, part in embedding.parts.items():
-            if name not in parts:
-                parts[name] = _room(len(block), part)
-            parts[name][batch.start : batch.stop] = part
-    return EmbeddedBlock(Embedding(parts) if parts else None, comparable, reasons, damage)
+        for some in _embed(metric, batch.frames, scope):
+            there = places[some.start : some.start + len(some.comparable)]
+            comparable[there.start : there.stop] = some.comparable
+            reasons.update({there[k]: some.reason for k in np.flatnonzero(~some.comparable)})
+            undone = some.reason if some.undone else undone
+            for name, part in some.embedding.parts.items() if some.embedding is not None else ():
+                if name not in parts:
+                    parts[name] = _room(len(block), part)
+                parts[name][there.start : there.stop] = part
+    return EmbeddedBlock(Embedding(parts) if parts else None, comparable, reasons, undone)
+
+
+@dataclass(frozen=True)
+class _Some:
+    """Frames of a batch from ``start`` on: their embedding, and why those that aren't comparable are not."""
+
+    start: int
+    comparable: np.ndarray
+    embedding: Embedding | None
+    reason: str
+    undone: bool = False
+
+
+def _embed(metric: Metric, frames: np.ndarray, scope: Scope) -> Iterator[_Some]:
+    """All frames at once; one by one where the metric raises, so that each says for itself why."""
+    try:
+        yield _embed_together(metric, frames, scope, 0)
+    except FramesError as error:
+        yield _Some(0, np.zeros(len(frames), bool), None, str(error))
+    except Exception:
+        for k in range(len(frames)):
+            try:
+                yield _embed_together(metric, frames[k : k + 1], scope, k)
+            except Exception as error:
+                yield _Some(k, np.zeros(1, bool), None, f"{type(error).__name__}: {error}", undone=True)
+
+
+def _embed_together(metric: Metric, frames: np.ndarray, scope: Scope, start: int) -> _Some:
+    prepared = metric.prepare(frames, scope)
+    with torch.no_grad():
+        embedding = metric.embedded(prepared)
+    bad = "has no pixel that is not missing" if metric.preprocessing.mask else "holds NaN or infinity"
+    return _Some(start, prepared.comparable, embedding, bad)
 
 
 def _room(n: int, like: Tensor) -> Tensor:

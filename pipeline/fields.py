@@ -55,6 +55,53 @@ def checked_fields(
     return keys
 
 
+def drop_vanished(root: store.Group, variable: str, source: store.Group, besides: Sequence[str] = ()) -> None:
+    """Delete the fields of a store of results that the frames no longer have.
+
+    Only as consolidated metadata says: without it, while frames are converted, nothing is deleted.
+
+    Parameters
+    ----------
+    root : Group
+        Of the store of results.
+    variable : str
+        What every field there has.
+    source : Group
+        Of the ``frames.zarr``.
+    besides : sequence of str
+        Patterns of groups that are no field's, and stay.
+
+    Raises
+    ------
+    pipeline.store.StoreError
+        See :func:`refuse_others_results`.
+    """
+    refuse_others_results(root, variable, source, besides)
+    listed = store.listed_members(source)
+    if listed is None:
+        return
+    for key in _of_fields(root, variable, besides):
+        if f"{key}/{schema.FRAMES}" not in listed:
+            store.delete(root, key)
+
+
+def refuse_others_results(
+    root: store.Group, variable: str, source: store.Group, besides: Sequence[str] = ()
+) -> None:
+    """Raise :class:`~pipeline.store.StoreError` for results none of whose fields the frames have."""
+    there, known = _of_fields(root, variable, besides), store.field_keys(source, schema.FRAMES)
+    if there and not set(there) & set(known):
+        raise store.StoreError(
+            f"{root.store_path} holds results of {', '.join(there)}, and none of {', '.join(known)}: choose "
+            "another path"
+        )
+
+
+def _of_fields(root: store.Group, variable: str, besides: Sequence[str]) -> list[str]:
+    keys = store.field_keys(root, variable)
+    return [key for key in keys if not any(fnmatch.fnmatchcase(key, pattern) for pattern in besides)]
+
+
 def _chosen(keys: Sequence[str], path: str | os.PathLike[str], groups: Sequence[str]) -> list[str]:
     for pattern in groups:
         if not any(fnmatch.fnmatchcase(key, pattern) for key in keys):

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from pipeline import schema, store
-from pipeline.content import read_sequence
+from pipeline.content import NOT_READ, read_sequence, why_not_read
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,10 @@ def read_block(source: store.Group, block: FrameBlock, together: int) -> Iterato
         for piece in pieces:
             try:
                 frames = read_sequence(group, piece.row, piece.content)[piece.start : piece.stop]
-            except store.DamagedError as error:
+            except NOT_READ as error:
                 if start < position:
                     yield Batch(start, position, np.concatenate(waiting))
-                yield Batch(position, position + len(piece), None, str(error))
+                yield Batch(position, position + len(piece), None, why_not_read(error))
                 position += len(piece)
                 start, waiting = position, []
                 continue

@@ -23,6 +23,7 @@ from commands import run_lsim
 import lsim
 from lsim.embedding import Embedding
 from lsim.metrics.pixel import L2
+from lsim.metrics.structural import SSIM
 from pipeline import archive as archive_module
 from pipeline import schema, store
 from pipeline.archive import Matrix, compute_archive, shared_memory_profile
@@ -289,6 +290,68 @@ def test_a_driver_that_is_killed_costs_the_tiles_in_hand(tmp_path):
 
 
 # ---------------------------------------------------------------- what cannot be compared
+
+
+def test_an_archive_that_shrinks_and_grows_again_has_all_its_distances(tmp_path):
+    eight = archive_of(8, frames=4)
+    seven = {"A/density": {name: frames for name, frames in eight["A/density"].items() if name != "s7"}}
+    for archive in (eight, seven, eight):
+        frames = write_archive(tmp_path / "frames.zarr", archive)
+        compute(frames, tmp_path / "a.zarr", matrix=Matrix(tile=4))
+    compute(frames, tmp_path / "new.zarr", matrix=Matrix(tile=4))
+    same(matrices(tmp_path / "a.zarr"), matrices(tmp_path / "new.zarr"))
+
+
+def test_equal_sequences_are_as_far_apart_in_one_tile_as_in_two(tmp_path):
+    twice = smooth_sequence(0, frames=4)
+    frames = write_archive(tmp_path / "frames.zarr", {"A/density": {"s0": twice, "s1": twice.copy()}})
+    settings = SETTINGS.model_copy(update={"metrics": ("psnr",)})
+    for tile in (4, 8):
+        compute(frames, tmp_path / f"{tile}.zarr", settings, Matrix(tile=tile))
+    same(matrices(tmp_path / "4.zarr"), matrices(tmp_path / "8.zarr"))
+    assert matrices(tmp_path / "4.zarr")["psnr"][0, 4] == -np.inf
+
+
+def test_a_frame_at_which_a_metric_raises_costs_its_own_distances_alone(tmp_path, monkeypatch):
+    archive = archive_of(6, frames=8)
+    archive["A/density"]["s2"][3] = 0.5
+    frames = write_archive(tmp_path / "frames.zarr", archive)
+    settings = SETTINGS.model_copy(update={"metrics": ("l2",), "scope": RANGE})
+    compute(frames, tmp_path / "whole.zarr", settings)
+    embed = L2.embed
+
+    def raising(self, frames):
+        if (frames.flatten(1).std(1) == 0).any():
+            raise ArithmeticError("no contrast")
+        return embed(self, frames)
+
+    monkeypatch.setattr(L2, "embed", raising)
+    for _ in range(2):  # the next run tries again, and is no worse
+        report = compute(frames, tmp_path / "a.zarr", settings)
+        assert report.tiles + report.up_to_date == 15
+        assert any("s2: frame 3" in one.what and "no contrast" in one.reason for one in report.failures)
+        found, whole = (matrices(tmp_path / name)["l2"] for name in ("a.zarr", "whole.zarr"))
+        bad = 2 * 8 + 3
+        assert np.isnan(np.delete(found[bad], bad)).all()
+        np.testing.assert_array_equal(
+            *(np.delete(np.delete(one, bad, 0), bad, 1) for one in (found, whole)),
+        )
+    monkeypatch.undo()
+    assert compute(frames, tmp_path / "a.zarr", settings).failures == []
+    same(matrices(tmp_path / "a.zarr"), matrices(tmp_path / "whole.zarr"))
+
+
+def test_a_metric_that_always_raises_costs_no_other(tmp_path, monkeypatch):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(2, frames=4))
+
+    def raising(self, frames):
+        raise ArithmeticError("never")
+
+    compute(frames, tmp_path / "l2.zarr", SETTINGS.model_copy(update={"metrics": ("l2",)}))
+    monkeypatch.setattr(SSIM, "embed", raising)
+    report = compute(frames, tmp_path / "a.zarr")
+    assert {one.metric for one in report.failures} == {"ssim"}
+    np.testing.assert_array_equal(matrices(tmp_path / "a.zarr")["l2"], matrices(tmp_path / "l2.zarr")["l2"])
 
 
 def test_frames_with_nan_are_said_and_the_others_compared(tmp_path):

@@ -231,8 +231,43 @@ def test_fields_that_are_gone_are_dropped_and_those_not_chosen_stay(frames, tmp_
     assert compute_embeddings(frames, out, SETTINGS, groups=["A/density"], cluster=here).up_to_date == 25
     assert store.field_keys(store.open_store(out), schema.NUMBER) == ["A/density", "B/rgb"]
     write_archive(frames, archive_of(5))
+    store.consolidate(frames)
     compute_embeddings(frames, out, SETTINGS, cluster=here)
     assert store.field_keys(store.open_store(out), schema.NUMBER) == ["A/density"]
+
+
+def test_embeddings_of_other_frames_are_not_touched(frames, tmp_path, here):
+    out = tmp_path / "embeddings.zarr"
+    compute_embeddings(frames, out, SETTINGS, cluster=here)
+    other = write_archive(tmp_path / "other.zarr", archive_of(1, key="C/density"))
+    with pytest.raises(store.StoreError, match="results of A/density, B/rgb, and none of C/density"):
+        compute_embeddings(other, out, SETTINGS, cluster=here)
+    write_archive(frames, archive_of(5))  # not consolidated: being converted
+    compute_embeddings(frames, out, SETTINGS, cluster=here)
+    assert store.field_keys(store.open_store(out), schema.NUMBER) == ["A/density", "B/rgb"]
+
+
+def test_a_frame_at_which_the_metric_raises_costs_no_other(frames, tmp_path, here, monkeypatch):
+    out = tmp_path / "embeddings.zarr"
+    compute_embeddings(frames, tmp_path / "whole.zarr", SETTINGS, groups=["A/*"], cluster=here)
+    embedded, bad = embed._embedded, all_frames(frames)[7]
+
+    def raising(metric, some, scope):
+        if any(np.array_equal(frame, bad) for frame in some):
+            raise ArithmeticError("not this one")
+        return embedded(metric, some, scope)
+
+    monkeypatch.setattr(embed, "_embedded", raising)
+    for _ in range(2):  # the next run tries again
+        report = compute_embeddings(frames, out, SETTINGS, groups=["A/*"], cluster=here)
+        failure = report.failures[0]
+        assert (failure.sequence, failure.numbers) == ("s1", (2,))
+        assert failure.reason == "ArithmeticError: not this one"
+        assert np.isnan(features(out)[7]).all()
+        np.testing.assert_array_equal(*(np.delete(features(p), 7, 0) for p in (out, tmp_path / "whole.zarr")))
+    monkeypatch.undo()
+    assert compute_embeddings(frames, out, SETTINGS, groups=["A/*"], cluster=here).failures == []
+    np.testing.assert_array_equal(features(out), features(tmp_path / "whole.zarr"))
 
 
 def test_metrics_of_several_parts_keep_each(frames, tmp_path, here):

@@ -348,6 +348,20 @@ def test_sigterm_in_this_process_ends_after_the_task_in_hand(stop):
     assert done == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("workers", [False, True])
+def test_sigterm_at_the_last_task_ends_what_comes_after(two_workers, stop, workers):
+    done = []
+
+    def stop_at_the_last() -> None:
+        for (number,), _, _ in run_bounded(two_workers if workers else None, double, [(7,)]):
+            done.append(number)
+            terminate_this_process()
+
+    with pytest.raises(stopping.Stopped):
+        stop_at_the_last()
+    assert done == [7]
+
+
 def test_sigterm_elsewhere_ends_at_once(stop):
     with pytest.raises(stopping.Stopped):
         terminate_this_process()

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import psutil
+from dask.system import CPU_COUNT
 from distributed import Client
 from distributed.system import MEMORY_LIMIT
 
@@ -41,14 +42,14 @@ from pipeline.archive.plan import (
 from pipeline.archive.tiles import TileTask, compute_tiles, embeds_as
 from pipeline.choice import Settings, choose_metrics
 from pipeline.embedded import clear_cache
-from pipeline.fields import checked_fields
+from pipeline.fields import checked_fields, drop_vanished, refuse_others_results
 from pipeline.frames import ArchiveFrames, FrameBlock, list_frames
 from pipeline.scopes import dataset_range, recorded_range
 from pipeline.versions import versions
 from pipeline.workers.cluster import Cluster
-from pipeline.workers.profiles import Profile, WorkerRange
+from pipeline.workers.profiles import Profile
 from pipeline.workers.resident import MetricRequest, dismiss_unfit_workers, prewarm
-from pipeline.workers.submission import run_bounded
+from pipeline.workers.submission import reason_of, run_bounded
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (tasks done, tasks in all)."""
@@ -206,7 +207,7 @@ def compute_archive(
     report.frames = sum(len(job.frames) for job in jobs)
     there = store.exists(out_path)
     if there:
-        _refuse_others(store.open_store(out_path), out_path, jobs)
+        _refuse_others(store.open_store(out_path), out_path, source)
     if plan_only or not there or any(job.is_stale(out_path) for job in jobs):
         context.make_ready()
         report.plans = [job.plan(out_path) for job in jobs]
@@ -227,7 +228,7 @@ def compute_archive(
     with store.locked(out_path):
         root = store.open_output(out_path, schema.ARCHIVE_STORE)
         store.drop_consolidated(out_path)
-        _drop_vanished(root, source)
+        drop_vanished(root, schema.NUMBER, source, _BESIDES)
         try:
             for job in jobs:
                 job.prepare(root, report)
@@ -285,7 +286,7 @@ def shared_memory_profile(profile: Profile) -> Profile:
         return profile
     if gpus := _count_gpus(profile.device):
         return profile.model_copy(update={"workers": gpus})
-    return profile.model_copy(update={"workers": 1, "threads": len(os.sched_getaffinity(0))})
+    return profile.model_copy(update={"workers": 1, "threads": CPU_COUNT})
 
 
 def list_archive_failures(out: str | os.PathLike[str]) -> list[ArchiveFailure]:
@@ -339,35 +340,18 @@ def _matrices(keys: Sequence[str], matrix: Matrix) -> list[tuple[str, list[str]]
     return [(f"{schema.TOGETHER}/{matrix.together}", sorted(keys))]
 
 
-def _refuse_others(root: store.Group, path: str, jobs: Sequence[_Job]) -> None:
+_BESIDES = (f"{schema.TOGETHER}/*",)
+"""Groups of an ``archive.zarr`` that are of several fields."""
+
+
+def _refuse_others(root: store.Group, path: str, source: store.Group) -> None:
     found = root.attrs.get("kind")
     if found not in (None, schema.ARCHIVE_STORE):
         raise store.StoreError(
             f"{path}: expected a store of kind {schema.ARCHIVE_STORE!r}, found kind {found!r}: choose "
             "another path"
         )
-    there = [
-        key for key in store.field_keys(root, schema.NUMBER) if not key.startswith(f"{schema.TOGETHER}/")
-    ]
-    known = {field for job in jobs for field in job.all_fields}
-    if there and not set(there) & known:
-        raise store.StoreError(
-            f"{path} holds distances of {', '.join(there)}, and none of {', '.join(sorted(known))}: choose "
-            "another path"
-        )
-
-
-def _drop_vanished(root: store.Group, source: store.Group) -> None:
-    """Delete the fields that the frames no longer have, as their consolidated metadata says.
-
-    Without it, while frames are converted, nothing is deleted.
-    """
-    listed = store.listed_members(source)
-    if listed is None:
-        return
-    for key in store.field_keys(root, schema.NUMBER):
-        if f"{key}/{schema.FRAMES}" not in listed and not key.startswith(f"{schema.TOGETHER}/"):
-            store.delete(root, key)
+    refuse_others_results(root, schema.NUMBER, source, _BESIDES)
 
 
 @dataclass(frozen=True)
@@ -404,7 +388,6 @@ class _Job:
         self.context = context
         self.key = key
         self.fields = list(fields)
-        self.all_fields = store.field_keys(source, schema.FRAMES)
         self.frames: ArchiveFrames = list_frames(source, fields)
         self._measured: dict[str, Measured] = {}
         self._workers: Workers | None = None
@@ -637,7 +620,7 @@ def _run(
             elif store.is_full_disk(error):
                 raise error  # as would all others
             else:
-                reason = f"{type(error).__name__}: {error}"
+                reason = reason_of(error)
                 errors += [ArchiveFailure(task.key, name, _tiles_of(task), reason) for name in task.tiles]
             if progress is not None:
                 progress(done, count)
@@ -668,7 +651,8 @@ def _find_workers(cluster: Cluster, memory: int | None) -> Workers:
         there = int(SHARE_OF_GPU * own.free) if own.kind != "cpu" else _share_of_this_machine(1)
         return Workers(1, 1, memory or there, own.kind)
     information = client.scheduler_info(n_workers=-1)["workers"]
-    count = max(len(information), expected_workers(cluster.profile))
+    # At most: those of jobs come one after the other.
+    count = max(len(information), cluster.profile.asked_for.maximum)
     devices: dict[str, Device] = client.run(device_of_worker)
     kinds = {device.kind for device in devices.values()}
     device = "cpu" if kinds == {"cpu"} else next(iter(sorted(kinds - {"cpu"})))
@@ -681,13 +665,6 @@ def _find_workers(cluster: Cluster, memory: int | None) -> Workers:
             there = min(there, _share_of_this_machine(count))
     threads = max(worker["nthreads"] for worker in information.values())
     return Workers(count, threads, memory or there, device)
-
-
-def expected_workers(profile: Profile) -> int:
-    """How many workers a profile asks for, at most; those of jobs come one after the other. 0 unless told."""
-    if isinstance(profile.workers, WorkerRange):
-        return profile.workers.maximum
-    return profile.workers or 0
 
 
 def _share_of_this_machine(workers: int) -> int:

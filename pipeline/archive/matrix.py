@@ -58,6 +58,7 @@ def lay_out(
     """
     n, count = len(frames), -(-len(frames) // tile)
     group = root.require_group(key)
+    _forget_tiles_beyond(group, count)
     dtypes = {
         schema.FIELD: str,
         schema.SEQUENCE: str,
@@ -81,6 +82,24 @@ def lay_out(
             store.resize_rows(store.get_array(group, name), n, axis=axis)
     _lay_out_provenance(group, list(metrics), n, count, tile, side)
     return group
+
+
+def _forget_tiles_beyond(group: store.Group, count: int) -> None:
+    """Take the fingerprints of tiles that are about to go, while they are there.
+
+    A resize deletes distances in whole chunks, and leaves fingerprints in chunks that reach beyond the end:
+    an archive that grows again would find them, and take NaN for distances that are up to date.
+    """
+    if f"{schema.PROVENANCE}/{schema.METRIC}" not in group:
+        return
+    provenance = store.get_group(group, schema.PROVENANCE)
+    places = metric_places(group).values()
+    for of_tiles, nothing in ((schema.FINGERPRINT, ""), (schema.MISSING, 0)):
+        if of_tiles in provenance and (array := store.get_array(provenance, of_tiles)).shape[1] > count:
+            beyond = np.ones(array.shape[1:], bool)
+            beyond[:count, :count] = False
+            for place in places:
+                _clear(array, place, beyond, nothing)
 
 
 def _lay_out_provenance(

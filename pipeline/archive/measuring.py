@@ -58,8 +58,9 @@ def measure(
 ) -> Measured:
     """Measure what a family of metrics takes of the first of some blocks that it can embed.
 
-    Where it can embed none of them, as they are damaged or hold NaN, frames of noise are measured: others of
-    the archive may be whole. Runs on a worker. Times are of a second pass: the first loads and compiles.
+    Where it can embed none of them, as they are damaged, hold NaN or make the metric raise, frames of noise
+    are measured: others of the archive may be whole. A metric that raises at those, too, takes nothing. Runs
+    on a worker. Times are of a second pass: the first loads and compiles.
     """
     source = store.open_store(frames)
     metrics = [get_metric(request) for request in requests]
@@ -68,10 +69,13 @@ def measure(
         values = next(read_block(source, block, len(block))).frames
         if values is None:
             continue
-        lo, hi = range_of(values, metrics[0].preprocessing)
+        try:
+            lo, hi = range_of(values, metrics[0].preprocessing)
+        except FramesError:
+            continue
         scope: Scope = (tuple(np.nan_to_num(lo).tolist()), tuple(np.nan_to_num(hi).tolist()))
         embedded = embed_block(source, block, metrics[0], scope)
-        if embedded.embedding is None:
+        if embedded.embedding is None or embedded.undone:
             continue
         began = time.perf_counter()
         embedded = embed_block(source, block, metrics[0], scope)
@@ -82,7 +86,7 @@ def measure(
         values, scope = _noise(source, blocks[0]), (0.0, 1.0)
         try:
             embedded = _embedded(metrics[0], values, scope)
-        except FramesError:  # these metrics refuse such frames, and embed none
+        except Exception:  # whatever frames make a metric say is told where they are compared
             return Measured(0, 0, 0, sequence_bytes, process, 0.0, 0.0)
         began = time.perf_counter()
         embedded = _embedded(metrics[0], values, scope)
@@ -105,6 +109,7 @@ def measure(
 def _noise(source: store.Group, block: FrameBlock) -> np.ndarray:
     """As many frames as a block has, of the shape of its first, with values in 0 to 1: (n, y, x, channel)."""
     array = store.get_array(source, f"{block.pieces[0].key}/{schema.FRAMES}")
+    store.check_fits(array, 0)
     noise = np.random.default_rng(0).random((len(block), *array.shape[2:]), np.float32)
     return noise.round().astype(array.dtype) if array.dtype.kind in "iu" else noise.astype(array.dtype)
 
@@ -116,7 +121,7 @@ def _embedded(metric: Metric, frames: np.ndarray, scope: Scope) -> EmbeddedBlock
 
 
 def _seconds_of_pair(metric: Metric, embedded: EmbeddedBlock) -> float:
-    """Seconds of one pair amid many: the frames there are, over and over."""
+    """Seconds of one pair amid many, the frames there are, over and over; 0 where the metric raises."""
     side = ROWS_AT_ONCE if metric.device.type == "cpu" else 1024
     assert embedded.embedding is not None
     times = -(-side // len(embedded.comparable))
@@ -128,8 +133,11 @@ def _seconds_of_pair(metric: Metric, embedded: EmbeddedBlock) -> float:
     for _ in range(2):
         a, b = Embedding(dict(parts)), Embedding(dict(parts))
         began = time.perf_counter()
-        with torch.no_grad():
-            metric.between(a, b)
+        try:
+            with torch.no_grad():
+                metric.between(a, b)
+        except Exception:  # said of every tile
+            return 0.0
         _wait_for(metric)
         seconds = min(seconds, time.perf_counter() - began)
     return seconds / side**2

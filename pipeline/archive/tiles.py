@@ -76,7 +76,7 @@ class TileResult:
     tiles : int
         Tiles that are done, metric by metric.
     errors : dict of str to str
-        By metric, what its last tile that could not be computed said.
+        By metric, why the last of its tiles that are undone is.
     undone : int
         Tiles without a fingerprint: the next run tries them again.
     embedded : int
@@ -155,7 +155,11 @@ def compute_tiles(task: TileTask) -> TileResult:
 
         return len(block) * task.frame_bytes, compute
 
-    keys = {index: (embeds_as(first), task.scope, block.content) for index, block in task.blocks.items()}
+    # With its place: a block of equal frames elsewhere is not the same block, and may be damaged.
+    keys = {
+        index: (embeds_as(first), task.scope, block.content, block.start)
+        for index, block in task.blocks.items()
+    }
     for i, j in in_order(task.tiles.values()):
         if stopping.asked():
             raise stopping.Stopped  # of a driver that computes by itself; tiles before this one are done
@@ -177,11 +181,14 @@ def compute_tiles(task: TileTask) -> TileResult:
                 finally:
                     seconds["compare"] += time.perf_counter() - began  # type: ignore[assignment]
                 began = time.perf_counter()
-                damage = rows.damage or columns.damage
+                reason = rows.undone or columns.undone
                 _check_wanted(task, i, j)
+                if reason:
+                    # Another copy may have finished it: its fingerprint must not stand for what comes now.
+                    records[name].write((i, j), "", 0)
                 _write_tile(group, task, name, (i, j), values, rows)
-                if damage:
-                    errors[name], undone = damage, undone + 1
+                if reason:
+                    errors[name], undone = reason, undone + 1
                 else:
                     both = rows.comparable[:, None] & columns.comparable
                     missing = int((np.isnan(values) & both).sum())

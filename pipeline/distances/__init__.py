@@ -17,14 +17,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
-from distributed import Client, KilledWorker
+from distributed import Client
 
 from lsim.metric import Metric
 from lsim.preprocess import Preprocessing, Scope
 from pipeline import schema, store
 from pipeline.address import absolute, relative
 from pipeline.choice import Settings, choose_metrics
-from pipeline.distances.blocks import StaleBlock, StaleRows, describe, drop_vanished, find_stale, lay_out
+from pipeline.distances.blocks import StaleBlock, StaleRows, describe, find_stale, lay_out
 from pipeline.distances.compute import (
     BlockResult,
     BlockTask,
@@ -33,13 +33,13 @@ from pipeline.distances.compute import (
     write_provenance,
 )
 from pipeline.distances.sizing import BlockSize, Pace, block_size
-from pipeline.fields import checked_fields
+from pipeline.fields import checked_fields, drop_vanished
 from pipeline.scopes import dataset_range
 from pipeline.versions import versions
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 from pipeline.workers.resident import MetricRequest, dismiss_unfit_workers, prewarm
-from pipeline.workers.submission import run_bounded
+from pipeline.workers.submission import reason_of, run_bounded
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (blocks done, blocks in all)."""
@@ -164,7 +164,7 @@ def compute_distances(
     with store.locked(out_path):
         root = store.open_output(out_path, schema.DISTANCES_STORE)
         store.drop_consolidated(out_path)
-        drop_vanished(root, keys, source)
+        drop_vanished(root, schema.PARAMETER, source)
         made_by = {
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "pairs": settings.pairs,
@@ -409,7 +409,7 @@ def _run(
                 yield together
                 continue
             else:
-                given_up.append((together[0], _reason(error)))
+                given_up.append((together[0], reason_of(error)))
             done += len(together)
             if progress is not None:
                 progress(done, total)
@@ -425,13 +425,6 @@ def _run(
             group = store.get_group(root, task.key)
             named = {name: dict.fromkeys(rows, reason) for name, rows in task.block.rows.items()}
             write_provenance(group, schema.FAILURE, task.block, named)
-
-
-def _reason(error: Exception) -> str:
-    """Why a block was given up, in one line that says nothing of where workers ran."""
-    if isinstance(error, KilledWorker):
-        return f"KilledWorker: {1 + error.allowed_failures} workers died while they computed it"
-    return f"{type(error).__name__}: {error}"
 
 
 def _record_precision(root: store.Group, totals: Totals) -> None:

@@ -263,28 +263,6 @@ def lay_out(
     return group
 
 
-def drop_vanished(root: store.Group, keys: Sequence[str], frames: store.Group) -> None:
-    """Delete the fields that the frames no longer have, as their consolidated metadata says.
-
-    Without it, while frames are converted, nothing is deleted.
-
-    Raises
-    ------
-    StoreError
-        When that would be all of them: these are the distances of something else.
-    """
-    there = store.field_keys(root, schema.PARAMETER)
-    if there and not set(there) & set(keys):
-        raise store.StoreError(
-            f"{root.store_path} holds distances of {', '.join(there)}, and none of {', '.join(keys)}: "
-            "choose another path"
-        )
-    listed = store.listed_members(frames)
-    for key in there:
-        if listed is not None and f"{key}/{schema.FRAMES}" not in listed:
-            del root[key]
-
-
 def _add_metrics(group: store.Group, metrics: Mapping[str, str], rows: int, n: int, block: int) -> None:
     """Arrays for the metrics that the store doesn't have yet."""
     provenance = group.require_group(schema.PROVENANCE)

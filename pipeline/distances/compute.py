@@ -23,7 +23,7 @@ from lsim.metric import Metric
 from lsim.prepared import Prepared
 from lsim.preprocess import FramesError, Preprocessing, Scope, finite_frames
 from pipeline import schema, store
-from pipeline.content import read_sequence
+from pipeline.content import NOT_READ, read_sequence, why_not_read
 from pipeline.distances.blocks import Pairs, StaleBlock
 from pipeline.workers.resident import MetricRequest, get_metric, still_wanted
 
@@ -280,10 +280,8 @@ def _read(
     def load(row: int, *, prepared: bool) -> _Sequence:
         try:
             sequence = _Sequence(read_sequence(source, row, task.block.contents[row]))
-        except store.DamagedError as error:
-            return _Sequence(np.empty(0), f"damaged frames: {error.damage}")
-        except store.TooLargeError as error:
-            return _Sequence(np.empty(0), error.claim)
+        except NOT_READ as error:
+            return _Sequence(np.empty(0), why_not_read(error))
         for settings, metric in first_of.items() if prepared else ():
             if (scope := task.scopes[settings.mask]) != "pair":
                 # What goes wrong does so again where the metric is asked, and is recorded there.

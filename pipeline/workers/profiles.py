@@ -202,6 +202,16 @@ class Profile(_Strict):
         """How long to wait for the first worker, in seconds."""
         return self.start_timeout or START_TIMEOUT_S.get(self.kind, 60.0)
 
+    @property
+    def asked_for(self) -> WorkerRange:
+        """How many workers there are to be, on all hosts; one on each where nothing says so."""
+        if isinstance(self.workers, WorkerRange):
+            return self.workers
+        # The first host is the scheduler's.
+        hosts = len(self.options["hosts"]) - 1 if self.kind == "ssh" else 1
+        count = (self.workers or 1) * hosts
+        return WorkerRange(minimum=count, maximum=count)
+
 
 def load_profile(name: str, workers: int | None = None) -> Profile:
     """A profile by name (``local``, ``slurm``), path of a YAML file, or address of a scheduler.

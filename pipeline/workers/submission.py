@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
-from distributed import Client, Future, as_completed
+from distributed import Client, Future, KilledWorker, as_completed
 
 from pipeline.workers import stopping
 from pipeline.workers.packed import pack, run_packed
@@ -97,6 +97,13 @@ def run_bounded(
                 flight.leave()
 
 
+def reason_of(error: Exception) -> str:
+    """Why a task was given up, in one line that says nothing of where workers ran: it is recorded."""
+    if isinstance(error, KilledWorker):
+        return f"KilledWorker: {1 + error.allowed_failures} workers died while they computed it"
+    return f"{type(error).__name__}: {error}"
+
+
 def _run_here(function: Callable[..., Any], tasks: Iterable[Task]) -> Iterator[Outcome]:
     with single_threaded():
         for task in tasks:
@@ -108,6 +115,8 @@ def _run_here(function: Callable[..., Any], tasks: Iterable[Task]) -> Iterator[O
             except Exception as raised:
                 error = raised
             yield task, result, error
+    if stopping.asked():  # while the last one ran
+        raise stopping.Stopped
 
 
 @dataclass(eq=False)
@@ -171,7 +180,7 @@ class _Flight:
             else:
                 time.sleep(pause)
                 pause = min(2 * pause, LOOK_S[1])
-        if deadline is not None:
+        if deadline is not None or stopping.asked():
             raise stopping.Stopped
 
     def leave(self) -> None:
