@@ -183,7 +183,8 @@ def _explain(error: Exception) -> int | None:
     expected = (UnknownMetricError, WeightsError, ClusterError, ConversionError, ResourceError, StoreError)
     kinds = (ExportError, SimulationError, UnknownRecipeError, ValueError, OSError, MemoryError)
     if isinstance(error, (*expected, *kinds)):
-        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        text = str(error) or "out of memory" if isinstance(error, MemoryError) else str(error)
+        console.print(f"error: {text or type(error).__name__}", style="red", markup=False, soft_wrap=True)
         return 1
     return None
 
@@ -496,7 +497,9 @@ def verify_command(
     threads: Annotated[int, typer.Option(min=1, help="Threads that read and check.")] = 8,
 ) -> None:
     """Check a store: every chunk against its checksum, and what is in it against what is recorded."""
+    from pipeline.store import DOCUMENT
     from pipeline.verify import verify
+    from pipeline.verify.damage import is_of_root
     from pipeline.verify.repair import repair
 
     with stage(None)("verify") as show:
@@ -505,8 +508,13 @@ def verify_command(
     if mend and not report.whole:
         count = repair(path, report)
         stages = {"frames": "convert", "distances": "distances", "archive": "distances --matrix archive"}
-        stage_of = stages[report.kind]
-        output.print(f"{count} of what is recorded taken away: run 'lsim {stage_of}' again to make it anew")
+        restored = sum(damage.chunk == DOCUMENT for damage in report.damages)
+        told = [f"{count} of what is recorded taken away"] if count else []
+        told += [f"metadata of {restored} groups and arrays written again"] if restored else []
+        again = (
+            "lsim verify --repair" if any(map(is_of_root, report.damages)) else f"lsim {stages[report.kind]}"
+        )
+        output.print(f"{'; '.join(told) or 'nothing to take away'}: run '{again}' again", markup=False)
     if not report.whole:
         raise typer.Exit(1)
 

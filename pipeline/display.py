@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -251,6 +252,11 @@ def show_neighbours(found: Neighbours, *, as_json: bool) -> None:
         output.print(json.dumps(_without_nan(about | counts), ensure_ascii=False), markup=False)
         return
     metrics = [found.metric, *(name for name in found.nearest[0].distances if name != found.metric)]
+    # The frames' names come first, then as many metrics as a line holds, and the one that orders in any case.
+    room = output.width - max(len(near.frame.name) for near in found.nearest) - len("| parameter |") - 4
+    widths = itertools.accumulate(max(len(name), len("-1.234e-05")) + 3 for name in metrics)
+    fitting = max(1, sum(width <= room for width in widths))
+    metrics, left_out = metrics[:fitting], metrics[fitting:]
     table = Table("frame", "parameter", *map(escape, metrics))
     table.title = f"nearest to {escape(found.of.name)} by {escape(found.metric)}"
     for column in table.columns[1:]:
@@ -259,6 +265,8 @@ def show_neighbours(found: Neighbours, *, as_json: bool) -> None:
         distances = [f"{near.distances[name]:.4g}" for name in metrics]
         add_row(table, near.frame.name, f"{near.frame.parameter:.3g}", *distances)
     output.print(table)
+    if left_out:
+        console.print(f"--json has the distances by {', '.join(left_out)} as well", markup=False)
     if found.without_distance:
         verb = "has" if found.without_distance == 1 else "have"
         console.print(

@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+import psutil
+
 SEQUENCE_BYTES = 16 * 2**30
 """One decoded sequence, where its catalog states nothing (``largest_sequence``)."""
 COORDINATE_BYTES = 2**30
@@ -99,15 +101,29 @@ def control_group_bytes(root: Path = Path("/")) -> int | None:
     return min(found, default=None)
 
 
-@functools.cache
-def memory_bytes() -> int:
-    """Memory that this process may have: the machine's, its control group's or its limit's."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
-    if (allowed := control_group_bytes()) is not None:
-        found.append(allowed)
+def _process_limits() -> dict[str, int]:
+    """Bytes that this process may have of all its addresses and of data alone, where they are limited."""
     try:
         import resource
     except ImportError:  # not on this platform
-        return min(found, default=2**63)
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return min([*found, *([] if limit == resource.RLIM_INFINITY else [limit])], default=2**63)
+        return {}
+    soft = {
+        "vms": resource.getrlimit(resource.RLIMIT_AS)[0],
+        "data": resource.getrlimit(resource.RLIMIT_DATA)[0],
+    }
+    return {name: limit for name, limit in soft.items() if limit != resource.RLIM_INFINITY}
+
+
+def headroom_bytes() -> int | None:
+    """What this process may still take of its limits (``ulimit -v``, ``ulimit -d``); None without any."""
+    now = psutil.Process().memory_info()
+    return min((limit - getattr(now, name) for name, limit in _process_limits().items()), default=None)
+
+
+@functools.cache
+def memory_bytes() -> int:
+    """Memory that this process may have: the machine's, its control group's or its limits'."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
+    if (allowed := control_group_bytes()) is not None:
+        found.append(allowed)
+    return min([*found, *_process_limits().values()], default=2**63)

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -391,6 +391,37 @@ def check_documents(root: Group) -> None:
         raise DamagedError(str(root.store_path), "; ".join(found[:3]) + more)
 
 
+def paths_of_documents(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Paths of a store's groups and arrays that have a metadata document, whether the root has one or not."""
+    location = absolute(path)
+    if is_address(location):
+        found: Iterable[str] = objects.names(location)
+    else:
+        found = (file.relative_to(location).as_posix() for file in Path(location).rglob(DOCUMENT))
+    for name in found:
+        folder, _, last = name.rpartition("/")
+        if last == DOCUMENT and folder:
+            yield folder
+
+
+def restore_root(path: str | os.PathLike[str], attributes: Mapping[str, Any]) -> None:
+    """Write a lost metadata document of the root again, with these attributes alone."""
+    document = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
+    data = json.dumps(document, indent=2).encode()
+    location = absolute(path)
+    if is_address(location):
+        objects.write(location, DOCUMENT, data)
+    else:
+        _replace(Path(location) / DOCUMENT, data)
+
+
+def _replace(file: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    partial = file.with_name(f"{file.name}.tmp")
+    partial.write_bytes(content)
+    partial.replace(file)
+
+
 def restore_document(root: Group, path: str) -> None:
     """Write a lost document of a group or an array again, as it is in the consolidated metadata.
 
@@ -736,10 +767,7 @@ def drop_consolidated(path: str | os.PathLike[str]) -> None:
     if is_address(location):
         objects.write(location, DOCUMENT, text.encode())
         return
-    document = Path(location) / DOCUMENT
-    partial = document.with_suffix(".json.tmp")
-    partial.write_text(text)
-    partial.replace(document)
+    _replace(Path(location) / DOCUMENT, text.encode())
 
 
 def remove_partials(path: str | os.PathLike[str]) -> None:

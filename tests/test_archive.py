@@ -565,6 +565,22 @@ def test_a_plan_that_does_not_fit_is_an_error_with_the_numbers_before_any_work(t
     assert not (tmp_path / "a.zarr").exists()
 
 
+def test_a_plan_costs_few_pairs_where_each_takes_long(tmp_path, monkeypatch):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(2, frames=4))
+    pairs, compare = [], L2.between
+
+    def slow(self, a, b):
+        pairs.append(len(a) * len(b))
+        time.sleep(0.001 * len(a) * len(b))
+        return compare(self, a, b)
+
+    monkeypatch.setattr(L2, "between", slow)
+    settings = SETTINGS.model_copy(update={"metrics": ("l2",)})
+    report = compute(frames, tmp_path / "a.zarr", settings, plan_only=True)
+    assert sum(pairs) == 2 * 64
+    assert report.plans[0].seconds >= 0.001 * 8 * 9 / 2
+
+
 def test_embeddings_are_as_many_as_planned_where_memory_holds_a_part(tmp_path, monkeypatch):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(12, frames=8))  # 12 blocks of 8
     settings = Settings(metrics=("l2",), size=None, scope=RANGE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from commands import run_lsim
 from synthetic import make_archive, make_distances, make_frames
 
-from pipeline import neighbours, store
+from pipeline import neighbours, schema, store
 from pipeline.neighbours import NeighboursError, find_frame, find_neighbours
 
 
@@ -179,6 +180,31 @@ def test_the_command_shows_a_table_or_json(archive):
     assert [near["name"] for near in answer["nearest"]] == [near.frame.name for near in found.nearest]
     assert answer["nearest"][0]["distances"] == found.nearest[0].distances
     assert answer["without_distance"] == 1
+
+
+def test_many_metrics_leave_room_for_names_and_are_named(archive, tmp_path):
+    archive = shutil.copytree(archive, tmp_path / "many.zarr")
+    root = store.open_store(archive, "r+")
+    group = store.get_group(root, "Smoke/density")
+    good = store.get_array(group, "good")
+    for k in range(12):
+        copy = store.create_array(
+            group,
+            f"other-metric-{k}",
+            shape=good.shape,
+            chunks=good.chunks,
+            dims=schema.ARCHIVE_DIMS,
+            dtype="float32",
+        )
+        store.write_block(copy, (0, 0), store.read(good))
+    code, text = run_lsim("neighbours", archive, "--of", "smoke1:3", "--group", "Smoke/density", "--k", 4)
+    assert code == 0, text
+    found = find_neighbours(archive, "smoke1:3", 4, matrix="Smoke/density")
+    for near in found.nearest:
+        assert near.frame.name in text
+        assert f"{near.distances[found.metric]:.4g}" in text
+    assert "…" not in text
+    assert "other-metric-11" in text
 
 
 def test_the_command_says_what_is_wrong_in_a_line(archive):

@@ -305,6 +305,27 @@ def test_each_metadata_document_that_is_lost_is_named_and_restored(
     assert verify(path).whole
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, cut])
+@pytest.mark.parametrize("kind", ["frames", "distances", "archive"])
+def test_lost_metadata_of_the_root_is_named_and_written_again(
+    tmp_path: Path, frames: Path, distances: Path, kind: str, damage: Callable[[Path], None]
+):
+    path = {"frames": frames, "distances": distances, "archive": tmp_path / "a.zarr"}[kind]
+    if kind == "archive":
+        compute_tiles(frames, path)
+    damage(path / "zarr.json")
+    code, text = run_lsim("verify", path, "--repair")
+    assert code == 1
+    assert f"{kind}: 0 chunks read" in text
+    assert "damaged: zarr.json (its metadata)" in text
+    assert "run 'lsim verify --repair' again" in text
+    assert verify(path).whole
+    if kind == "distances":
+        assert compute(frames, path).computed == 0
+    if kind == "archive":
+        assert compute_tiles(frames, path).tiles == 0
+
+
 def test_a_metric_that_is_lost_whole_is_named_and_computed_again(frames: Path, distances: Path):
     undisturbed = matrices_of(distances)
     shutil.rmtree(distances / KEY / "ssim")
@@ -321,9 +342,9 @@ def test_a_metric_that_is_lost_whole_is_named_and_computed_again(frames: Path, d
     assert single(verify(distances)).metric == "ssim"
 
 
-def test_a_document_of_the_root_that_is_cut_off_is_named(frames: Path):
+def test_a_document_of_the_root_that_is_cut_off_is_named(frames: Path, tmp_path: Path):
     cut(frames / "zarr.json")
-    code, text = run_lsim("verify", frames)
+    code, text = run_lsim("distances", frames, "--out", tmp_path / "new.zarr", "--metrics", "l2")
     assert code == 1
     assert "zarr.json: no metadata of Zarr" in " ".join(text.split())
     assert "Traceback" not in text

@@ -25,7 +25,7 @@ from distributed.system import MEMORY_LIMIT
 from lsim.metric import Metric
 from lsim.precision import PairPrecision
 from lsim.preprocess import Scope
-from pipeline import schema, store
+from pipeline import limits, schema, store
 from pipeline.address import absolute, relative
 from pipeline.archive.matrix import describe, invalidate, label, lay_out, metric_places, sides, stale_tiles
 from pipeline.archive.measuring import Device, Measured, device_of_worker, measure, share_of_device
@@ -468,7 +468,7 @@ class _Job:
         # The first would do, but for those whose first frames are damaged or hold NaN.
         step = max(1, len(blocks) // SAMPLES)
         sample = tuple(blocks[::step][:SAMPLES])
-        task = (self.context.frames, requests, sample, self.frames.sequence_bytes)
+        task = (self.context.frames, requests, sample, self.frames.sequence_bytes, len(self.frames))
         for _, result, error in run_bounded(self.context.cluster.client, measure, [task]):
             if error is not None:
                 raise error
@@ -669,7 +669,10 @@ def _find_workers(cluster: Cluster, memory: int | None) -> Workers:
 
 def _share_of_this_machine(workers: int) -> int:
     free = min(psutil.virtual_memory().available, MEMORY_LIMIT)
-    return int(SHARE_OF_MEMORY * free / workers)
+    there = SHARE_OF_MEMORY * free / workers
+    if (headroom := limits.headroom_bytes()) is not None:  # of each process: workers have the same limits
+        there = min(there, psutil.Process().memory_info().rss + SHARE_OF_MEMORY * headroom)
+    return int(there)
 
 
 def _count_gpus(device: str) -> int:

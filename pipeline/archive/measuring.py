@@ -22,6 +22,11 @@ from pipeline.embedded import EmbeddedBlock, embed_block
 from pipeline.frames import FrameBlock, read_block
 from pipeline.workers.resident import MetricRequest, get_metric, this_device
 
+SIDE_TO_BEGIN_WITH = 8
+"""Frames on a side of the square of pairs that is timed first."""
+LONG_ENOUGH_S = 0.05
+"""What such a square takes to be timed well."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -54,13 +59,13 @@ class Measured:
 
 
 def measure(
-    frames: str, requests: Sequence[MetricRequest], blocks: Sequence[FrameBlock], sequence_bytes: int
+    frames: str, requests: Sequence[MetricRequest], blocks: Sequence[FrameBlock], sequence_bytes: int, n: int
 ) -> Measured:
     """Measure what a family of metrics takes of the first of some blocks that it can embed.
 
     Where it can embed none of them, as they are damaged, hold NaN or make the metric raise, frames of noise
     are measured: others of the archive may be whole. A metric that raises at those, too, takes nothing. Runs
-    on a worker. Times are of a second pass: the first loads and compiles.
+    on a worker. Times are of a second pass: the first loads and compiles. ``n`` frames are to be compared.
     """
     source = store.open_store(frames)
     metrics = [get_metric(request) for request in requests]
@@ -92,7 +97,7 @@ def measure(
         embedded = _embedded(metrics[0], values, scope)
     _wait_for(metrics[0])
     embed_seconds = (time.perf_counter() - began) / len(values)
-    pair_seconds = sum(_seconds_of_pair(metric, embedded) for metric in metrics)
+    pair_seconds = sum(_seconds_of_pair(metric, embedded, n) for metric in metrics)
     prepared = metrics[0].prepare(values[:1], scope)
     return Measured(
         embedded.nbytes // len(values),
@@ -120,27 +125,35 @@ def _embedded(metric: Metric, frames: np.ndarray, scope: Scope) -> EmbeddedBlock
     return EmbeddedBlock(embedding, np.ones(len(frames), bool))
 
 
-def _seconds_of_pair(metric: Metric, embedded: EmbeddedBlock) -> float:
-    """Seconds of one pair amid many, the frames there are, over and over; 0 where the metric raises."""
-    side = ROWS_AT_ONCE if metric.device.type == "cpu" else 1024
+def _seconds_of_pair(metric: Metric, embedded: EmbeddedBlock, n: int) -> float:
+    """Seconds of one pair amid many, the frames there are, over and over; 0 where the metric raises.
+
+    Of so many as take long enough to be timed, some metrics take milliseconds a pair; of no more than there
+    are among ``n`` frames.
+    """
+    most = min(ROWS_AT_ONCE if metric.device.type == "cpu" else 1024, max(n, SIDE_TO_BEGIN_WITH))
+    side = min(SIDE_TO_BEGIN_WITH, most)
     assert embedded.embedding is not None
-    times = -(-side // len(embedded.comparable))
-    parts = {
-        name: part.repeat(times, *[1] * (part.ndim - 1))[:side]
-        for name, part in embedded.embedding.parts.items()
-    }
-    seconds = math.inf
-    for _ in range(2):
-        a, b = Embedding(dict(parts)), Embedding(dict(parts))
-        began = time.perf_counter()
-        try:
-            with torch.no_grad():
-                metric.between(a, b)
-        except Exception:  # said of every tile
-            return 0.0
-        _wait_for(metric)
-        seconds = min(seconds, time.perf_counter() - began)
-    return seconds / side**2
+    while True:
+        times = -(-side // len(embedded.comparable))
+        parts = {
+            name: part.repeat(times, *[1] * (part.ndim - 1))[:side]
+            for name, part in embedded.embedding.parts.items()
+        }
+        seconds = math.inf
+        for _ in range(2):
+            a, b = Embedding(dict(parts)), Embedding(dict(parts))
+            began = time.perf_counter()
+            try:
+                with torch.no_grad():
+                    metric.between(a, b)
+            except Exception:  # said of every tile
+                return 0.0
+            _wait_for(metric)
+            seconds = min(seconds, time.perf_counter() - began)
+        if side == most or seconds > LONG_ENOUGH_S:
+            return seconds / side**2
+        side = min(2 * side, most)
 
 
 def _wait_for(metric: Metric) -> None:

@@ -64,8 +64,17 @@ def verify(
     StoreError
         When there is no store, or an array claims more than can be looked at.
     """
-    root = store.open_store(path)
-    report = VerifyReport(_kind(root))
+    try:
+        root = store.open_store(path)
+    except store.StoreError as error:
+        if (kind := _kind_of_fields(path)) is None:
+            raise
+        reason = (
+            error.damage.removeprefix(f"{store.DOCUMENT}: ") if isinstance(error, store.DamagedError) else ""
+        )
+        # All else is looked at once it is there again.
+        return VerifyReport(kind, damages=[document_damage("", "", reason or "missing")])
+    report = VerifyReport(str(root.attrs.get("kind") or _kind_of_fields(path) or schema.DISTANCES_STORE))
     checks = Checks()
     for found_group in _groups(root, store.listed_members(root)):
         _add_group(checks, found_group, report)
@@ -76,11 +85,16 @@ def verify(
     return report
 
 
-def _kind(root: store.Group) -> str:
-    """As the store says itself; earlier versions didn't."""
-    if "kind" in root.attrs:
-        return str(root.attrs["kind"])
-    return schema.FRAMES_STORE if store.field_keys(root, schema.FRAMES) else schema.DISTANCES_STORE
+def _kind_of_fields(path: str | os.PathLike[str]) -> str | None:
+    """The kind of a store whose root doesn't say it, by what is in its fields; None where none is known."""
+    of_kinds = {
+        f"{schema.PROVENANCE}/{schema.MISSING}": schema.ARCHIVE_STORE,
+        schema.NUMBER: schema.EMBEDDINGS_STORE,
+        f"{schema.PROVENANCE}/{schema.FINGERPRINT}": schema.DISTANCES_STORE,
+        schema.FRAMES: schema.FRAMES_STORE,
+    }
+    there = {found.split("/", 2)[2] for found in store.paths_of_documents(path) if found.count("/") > 1}
+    return next((kind for name, kind in of_kinds.items() if name in there), None)
 
 
 @dataclass(frozen=True)

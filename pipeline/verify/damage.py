@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from lsim.metric import hash_specification
 from pipeline import schema, store
 
 
@@ -137,6 +137,11 @@ def document_damage(group: str, name: str, reason: str) -> Damage:
     return Damage(group, name, store.DOCUMENT, "its metadata", reason)
 
 
+def is_of_root(damage: Damage) -> bool:
+    """Whether it is the metadata of the store's root that is lost."""
+    return not damage.group and not damage.array and damage.chunk == store.DOCUMENT
+
+
 def lost_chunks(group: str, array: store.Array, done: np.ndarray) -> Iterator[Damage]:
     """Chunks of a small array that are not there, though rows of them are ``done``: they were."""
     for start in store.chunk_starts(array):
@@ -163,5 +168,4 @@ def recorded_specification(text: str) -> tuple[str, Any]:
     recorded: dict[str, Any] = json.loads(text)
     settings = {"scope", "pairs", "versions"}
     metric = {name: value for name, value in recorded.items() if name not in settings}
-    document = json.dumps(metric, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(document.encode()).hexdigest()[:32], recorded["scope"]
+    return hash_specification(metric), recorded["scope"]

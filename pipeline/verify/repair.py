@@ -4,6 +4,7 @@ Nothing is computed here. A chunk of small values or of distances that cannot be
 it reads as fill values; then damaged sequences lose their ``content``, and damaged distances their
 fingerprints. The next ``lsim convert``, or ``lsim distances``, sees what isn't there and makes it. A metadata
 document is written again as it is in the consolidated metadata, which goes then: the store is unfinished.
+That of the root is listed nowhere: it is written again with the kind of store alone, and verified anew.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import numpy as np
 
 from pipeline import schema, store
-from pipeline.verify.damage import Damage, VerifyReport
+from pipeline.verify.damage import Damage, VerifyReport, is_of_root
 
 
 def repair(path: str | os.PathLike[str], report: VerifyReport) -> int:
@@ -39,10 +40,15 @@ def repair(path: str | os.PathLike[str], report: VerifyReport) -> int:
     """
     if report.kind not in _FORGET:
         raise store.StoreError(
-            f"{path}: expected a store of {', '.join(_FORGET)}, found one of {report.kind}"
+            f"{path}: expected a store of {', '.join(_FORGET)}, found one of {report.kind}: delete it, and "
+            "run again what made it"
         )
     forget = _FORGET[report.kind]
     count = 0
+    if any(is_of_root(damage) for damage in report.damages):
+        # What else was recorded there, the next run of its stage records again.
+        store.restore_root(path, {"kind": report.kind, "schema_version": schema.SCHEMA_VERSION})
+        return 0
     with store.locked(path):
         root = store.open_store(path, "r+")
         for damage in report.damages:
