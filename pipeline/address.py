@@ -79,7 +79,8 @@ def _checked(scheme: str, rest: str) -> str:
     bucket, *names = rest.rstrip("/").split("/")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]+", bucket) or {"", ".", ".."} & set(names):
         raise AddressError(
-            f"{scheme}://{rest}: expected {scheme}://BUCKET/NAME/…, with no empty name, '.' or '..'"
+            f"{scheme}://…: expected {scheme}://BUCKET/NAME/…, the bucket of letters, digits, '.', '_' and "
+            "'-', and no empty name, '.' or '..'"
         )
     return "/".join([bucket, *names])
 

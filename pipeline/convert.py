@@ -30,6 +30,10 @@ rise within [0, 1] is listed with file and reason in the attribute ``quarantined
 ``missing: keep`` in the catalog, only a frame without any finite value does so. A sequence is tried again
 when its files change, or that key. Where nothing is left of a field, the field is made anew from all that
 its sequences now are, whatever its shape was.
+
+A name is the key of a sequence. Where several have one, which of them is meant can't be told: they are listed
+once, under it, with a reason that names their files, and what the store had of that name goes. The one that
+is left, when the others were removed or renamed, is a sequence like any other.
 """
 
 from __future__ import annotations

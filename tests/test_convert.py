@@ -402,6 +402,74 @@ def test_a_field_made_with_another_resolution_is_made_anew(archive: Archive):
     assert open_tree(archive.out)["A/frames"]["frames"].shape == (7, FRAMES, 12, 16, 3)
 
 
+def test_files_of_one_name_are_quarantined_together_until_one_is_left(
+    tmp_path: Path,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    """`lsim convert` goes on with all else, of this data set and others, and ends with 3."""
+    from pipeline.cli import main
+
+    def run(out: Path) -> tuple[int, list[dict[str, Any]], str]:
+        arguments = [
+            "lsim",
+            "convert",
+            str(tmp_path / "catalog.yaml"),
+            "--out",
+            str(out),
+            "--cluster",
+            "none",
+        ]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = "".join(capfd.readouterr())
+        return int(ended.value.code or 0), open_tree(out)["D"].attrs["quarantined"], printed
+
+    for folder in ("data", "more"):
+        (tmp_path / folder).mkdir()
+        for name in ("a", "b", "c"):
+            stack = {"frames": rng.random((3, 4, 5)), "parameter": [1, 2, 4]}
+            np.savez(tmp_path / folder / f"{name}.npz", **stack)
+    entries = [
+        f"- {{name: {name}, source: {{path: {path}}}, reader: stack}}\n" for name, path in PLACES.items()
+    ]
+    (tmp_path / "catalog.yaml").write_text(f"name: mine\ndatasets:\n{''.join(entries)}")
+    out = tmp_path / "frames.zarr"
+    code, noted, _ = run(out)
+    assert (code, noted) == (0, [])
+    good = check(out)
+
+    # The second file comes to one that is in the store: neither is read any more.
+    np.save(tmp_path / "data" / "b.npy", rng.random((3, 4, 5)))
+    code, (noted,), printed = run(out)
+    assert code == 3
+    assert (noted["sequence"], noted["field"]) == ("b", "frames")
+    assert noted["file"] == str(tmp_path / "data" / "b.npy")
+    assert "2 sequences of one name: b.npy, b.npz" in noted["reason"]
+    assert "b.npy, b.npz" in " ".join(printed.split())
+    tree = open_tree(out)
+    assert sorted(tree["D/frames"]["sequence"].values) == ["a", "c"]
+    assert sorted(tree["E/frames"]["sequence"].values) == ["a", "b", "c"]
+    fresh = tmp_path / "fresh.zarr"
+    assert run(fresh)[0] == 3
+    assert check(fresh) == check(out)
+
+    # It stays so without a word being written, wherever the archive is moved to.
+    before = contents(out)
+    assert run(out)[:2] == (3, [noted])
+    assert contents(out) == before
+
+    (tmp_path / "data" / "b.npy").unlink()
+    assert run(out)[:2] == (0, [])
+    assert check(out) == good
+    assert sorted(open_tree(out)["D/frames"]["sequence"].values) == ["a", "b", "c"]
+
+
+PLACES = {"D": "data", "E": "more"}
+
+
 class FailingSequence(LazySequence):
     """A sequence behind a disk that fails until the file ``repaired`` is there."""
 

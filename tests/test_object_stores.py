@@ -6,6 +6,7 @@ The server is moto's, on loopback, in this process.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ from zarr.storage import ObjectStore
 
 from lsim.simulate import write_families
 from pipeline import locks, objects, schema, store
+from pipeline.address import AddressError, absolute
 from pipeline.archive import compute_archive
 from pipeline.bring import bring, brought
 from pipeline.catalog import MissingDataError, fetch, open_catalog
@@ -407,17 +409,154 @@ def test_what_consoles_make_for_folders_is_in_nobodys_way(bucket, tmp_path):
         assert [found for found, _ in group.groups()] == ["f"]
 
 
+class Proxy:
+    """Between a server and those who ask it: an outage, of which the server's data know nothing."""
+
+    def __init__(self, server: str) -> None:
+        host, _, port = server.removeprefix("http://").partition(":")
+        self.target, self.port = (host, int(port)), 0
+        self.connections: list[socket.socket] = []
+        self.up()
+
+    def up(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", self.port))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, args=(self.listener,), daemon=True).start()
+
+    def down(self) -> None:
+        """Nobody listens any more, and what was open is closed."""
+        for one in (self.listener, *self.connections):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.connections.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                ends = listener.accept()[0], socket.create_connection(self.target)
+                self.connections += ends
+                for pair in (ends, ends[::-1]):
+                    threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
+
+    @staticmethod
+    def _pass_on(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while block := source.recv(2**16):
+                sink.sendall(block)
+        for one in (source, sink):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+
+class Interrupted:
+    """`lsim distances` at addresses, through a server that is gone once some blocks are there."""
+
+    options = ("--metrics", "ssim,vi", "--size", "0", "--block", "1", "--cluster", "none")
+
+    def __init__(self, bucket: str, folder: Path, proxy: Proxy) -> None:
+        self.bucket, self.folder, self.proxy = bucket, folder, proxy
+        self.local = put_archive(f"{bucket}/frames.zarr", 12, folder, frames=8, size=64)
+        self.patience: float = 180
+
+    def start(self) -> subprocess.Popen[str]:
+        program = f"from pipeline import objects; objects.PATIENCE_S = {self.patience}"
+        places = (f"{self.bucket}/frames.zarr", "--out", f"{self.bucket}/d.zarr")
+        program = f"{program}; from pipeline.cli import main; main()"
+        return subprocess.Popen(
+            [sys.executable, "-c", program, "distances", *places, *self.options],
+            env={**os.environ, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.proxy.port}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def until_it_is_gone(self) -> subprocess.Popen[str]:
+        run, deadline = self.start(), time.monotonic() + 120
+        while sum(1 for name in objects.names(f"{self.bucket}/d.zarr") if "/vi/c/" in name) < 4:
+            assert run.poll() is None, run.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        self.proxy.down()
+        return run
+
+    def check(self) -> None:
+        """What is there now has the bytes of an undisturbed run in a folder."""
+        settings = Settings(metrics=("ssim", "vi"), size=None, block=1)
+        with Cluster(Profile(kind="none")) as cluster:
+            compute_distances(self.local, self.folder / "d.zarr", settings, cluster=cluster)
+        found = chunks_alone(objects_of(f"{self.bucket}/d.zarr"))
+        assert found == chunks_alone(files_of(self.folder / "d.zarr"))
+
+
+@pytest.fixture
+def interrupted(bucket, server, tmp_path):
+    proxy = Proxy(server)
+    yield Interrupted(bucket, tmp_path, proxy)
+    proxy.down()
+
+
+def error_of(run: subprocess.Popen[str]) -> str:
+    """The one line that a run ends with, soon and with 1."""
+    text = run.communicate(timeout=100)[0]
+    assert run.returncode == 1, text
+    assert "Traceback" not in text
+    (line,) = [line for line in text.splitlines() if "error" in line.lower()]
+    return line
+
+
+def test_a_run_outlives_a_restart_of_the_server(interrupted):
+    run = interrupted.until_it_is_gone()
+    time.sleep(8)
+    interrupted.proxy.up()
+    text = run.communicate(timeout=100)[0]
+    assert run.returncode == 0, text
+    interrupted.check()
+
+
+def test_a_run_whose_server_stays_away_ends_and_goes_on_later(interrupted):
+    """It ends soon: what would have been asked of the server afterwards isn't tried for minutes each."""
+    interrupted.patience = 3
+    run = interrupted.until_it_is_gone()
+    assert "s3://" in (line := error_of(run))
+    assert "the object store does not answer" in line
+    interrupted.proxy.up()
+    again = interrupted.start()
+    text = again.communicate(timeout=100)[0]
+    assert again.returncode == 0, text
+    assert "24 distance matrices computed" not in text
+    interrupted.check()
+
+
+def test_a_run_whose_server_comes_back_without_its_data_says_so(interrupted):
+    run = interrupted.until_it_is_gone()
+    for name in objects.names(interrupted.bucket):
+        objects.delete(interrupted.bucket, name)
+    interrupted.proxy.up()
+    assert interrupted.bucket in error_of(run)
+    for name in objects.names(interrupted.bucket):
+        assert not name.startswith("frames.zarr/")
+    put_archive(f"{interrupted.bucket}/frames.zarr", 12, interrupted.folder / "again", frames=8, size=64)
+    for name in objects.names(f"{interrupted.bucket}/d.zarr"):
+        objects.delete(f"{interrupted.bucket}/d.zarr", name)
+    again = interrupted.start()
+    text = again.communicate(timeout=100)[0]
+    assert again.returncode == 0, text
+    interrupted.check()
+
+
 class Refusing(BaseHTTPRequestHandler):
     """An S3 server that lists buckets as empty while ``answers`` is true, and then refuses the token."""
 
     answers = True
-    missing = False
+    status = 400
+    text = "<Code>ExpiredToken</Code><Message>Expired.</Message><Token-0>hush-token</Token-0>"
 
     def do_GET(self) -> None:
         status, text = 200, "<ListBucketResult></ListBucketResult>"
         if not self.answers:
-            text = "<Code>ExpiredToken</Code><Message>Expired.</Message><Token-0>hush-token</Token-0>"
-            status, text = 404 if self.missing else 400, f"<Error>{text}</Error>"
+            status, text = self.status, f"<Error>{self.text}</Error>"
         self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
@@ -465,7 +604,7 @@ def test_of_what_a_server_answers_only_status_and_code_are_shown(refusing):
         with pytest.raises(objects.ObjectStoreError) as found:
             attempt()
         assert str(found.value) == f"{address}: the object store refuses: 400 Bad Request, ExpiredToken"
-    refusing.missing = True
+    refusing.status = 404
     for attempt in (
         lambda: list(objects.blocks(address, "x")),
         lambda: objects.write(address, "x", b""),
@@ -473,6 +612,116 @@ def test_of_what_a_server_answers_only_status_and_code_are_shown(refusing):
         with pytest.raises(FileNotFoundError, match=f"no such object: '{address}/x'$") as gone:
             attempt()
         assert gone.value.__suppress_context__
+
+
+MALFORMED = "<Code>AuthorizationHeaderMalformed</Code><Message>The authorization header is malformed"
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "said"),
+    [
+        (301, "", "bucket 'bucket' is in another region: set AWS_REGION to that one"),
+        (301, "<Code>PermanentRedirect</Code>", "bucket 'bucket' is in another region.*: set AWS_REGION to"),
+        (
+            400,
+            f"{MALFORMED}; the region 'us-east-1' is wrong; expecting 'eu-central-1'</Message>"
+            "<Region>eu-central-1</Region>",
+            r"bucket 'bucket' is in another region \(400 Bad Request, AuthorizationHeaderMalformed\): "
+            "set AWS_REGION=eu-central-1$",
+        ),
+        (400, f"{MALFORMED}; expecting region</Message><Region>hush hush</Region>", "set AWS_REGION to that"),
+        (400, f"{MALFORMED}; incorrect date</Message>", "refuses: 400 Bad Request, AuthorizationHeaderMalf"),
+        (400, "<Code>hushhush</Code>", "refuses: 400 Bad Request$"),
+        (400, "<Code>AKIAHUSHHUSHHUSH</Code>", "refuses: 400 Bad Request$"),
+        (400, "<Code>Hush_hush0123</Code>", "refuses: 400 Bad Request$"),
+        (400, f"<Code>{'Hush' * 11}</Code>", "refuses: 400 Bad Request$"),
+        (400, "<Code>XMinioInvalidObjectName</Code>", "refuses: 400 Bad Request, XMinioInvalidObjectName$"),
+        (400, "<Code>InvalidURI</Code>", "refuses: 400 Bad Request, InvalidURI$"),
+        (403, "<Code>hush0hush</Code>", r"access to bucket 'bucket' is denied \(403 Forbidden\): look"),
+    ],
+)
+def test_regions_are_explained_and_only_what_looks_like_a_code_is_shown(refusing, status, text, said):
+    refusing.answers, refusing.status, refusing.text = False, status, text
+    with pytest.raises(objects.ObjectStoreError, match=said) as found:
+        store.open_store("s3://bucket/s.zarr")
+    assert "hush" not in str(found.value).lower()
+    assert "does not answer" not in str(found.value)
+
+
+ENDPOINTS = ("127.0.0.1:5599", "http://localhost:notaport", "http://[bad:PASSWDTOP", "http://", "http://a b")
+WITH_MORE = ("http://me:PASSWDTOP@localhost", "http://localhost?PASSWDTOP", "http://localhost#PASSWDTOP")
+UNPRINTABLE = "PASSWDTOP\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        *(("AWS_ENDPOINT_URL", value, "http:// or https://, a host and") for value in ENDPOINTS + WITH_MORE),
+        ("AWS_ENDPOINT_URL", "ftp://localhost", "http:// or https://"),
+        ("AWS_ENDPOINT_URL", "http://localhost:65536", "http:// or https://"),
+        ("AWS_ENDPOINT_URL", "http://[::g]", "http:// or https://"),
+        ("AWS_ENDPOINT", "127.0.0.1:5599", "http:// or https://"),
+        ("AWS_ENDPOINT_URL_S3", "127.0.0.1:5599", "http:// or https://"),
+        ("AWS_ACCESS_KEY_ID", UNPRINTABLE, "holds a space, the end of a line"),
+        ("AWS_SECRET_ACCESS_KEY", UNPRINTABLE, "holds a space, the end of a line"),
+        ("AWS_SESSION_TOKEN", UNPRINTABLE, "holds a space, the end of a line"),
+        ("AWS_REGION", "eu central", "no name of a region"),
+        ("AWS_ALLOW_HTTP", "PASSWDTOP", "AWS_ALLOW_HTTP=true allows it"),
+        (
+            "AWS_SKIP_SIGNATURE",
+            "PASSWDTOP",
+            "AWS_SKIP_SIGNATURE has a value that can't be used, where a boolean",
+        ),
+        ("AWS_PROXY_URL", "http://[PASSWDTOP", "a variable AWS_… or GOOGLE_… has a value that can't be used"),
+    ],
+)
+def test_a_mistake_in_the_environment_is_one_line_that_names_the_variable(
+    bucket, monkeypatch, capfd, name, value, said
+):
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["lsim", "verify", f"{bucket}/x.zarr"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    *progress, line = "".join(capfd.readouterr()).splitlines()
+    assert ended.value.code == 1
+    assert line.startswith(f"error: {bucket}/x.zarr: ")
+    assert len(progress) <= 1
+    assert said in line
+    assert name in line or "AWS_…" in line
+    assert "PASSWDTOP" not in line + "".join(progress)
+
+
+def test_an_empty_variable_counts_as_one_that_is_not_set(bucket, tmp_path, monkeypatch, server):
+    put_archive(f"{bucket}/frames.zarr", 2, tmp_path)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "")
+    for name in ("AWS_ENDPOINT", "AWS_SESSION_TOKEN", "AWS_SKIP_SIGNATURE", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(name, "")
+    assert verify(f"{bucket}/frames.zarr").damages == []
+    assert os.environ["AWS_ENDPOINT_URL_S3"] == ""
+    for accepted in (server.upper().replace("HTTP", "http"), f"{server}/", server.replace("http", "HTTP")):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", accepted)
+        assert store.exists(f"{bucket}/frames.zarr")
+
+
+def test_a_panic_of_obstore_is_one_line(bucket, monkeypatch):
+    """Whatever it is about that isn't looked at before."""
+    import obstore
+
+    monkeypatch.setattr(objects, "_fault_of_environment", lambda _: "")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://[bad:PASSWDTOP")
+    with pytest.raises(BaseException, match="InvalidUri") as panic:
+        next(iter(obstore.list(S3Store("bucket"))))
+    assert not isinstance(panic.value, Exception)
+    with pytest.raises(objects.ObjectStoreError, match="look at the variables AWS_…") as found:
+        store.open_store(f"{bucket}/x.zarr")
+    assert "PASSWDTOP" not in str(found.value)
+
+
+@pytest.mark.parametrize("address", ["s3://KEY%3AHUSH%40acc/x", "s3://acc//HUSH", "s3://HUSH!/x"])
+def test_an_address_that_is_refused_is_not_repeated(address):
+    with pytest.raises(AddressError, match=r"^s3://…: expected s3://BUCKET/NAME/…") as found:
+        absolute(address)
+    assert "HUSH" not in str(found.value)
 
 
 def test_a_lock_is_renewed_while_it_is_held(bucket, monkeypatch):

@@ -481,11 +481,37 @@ def test_fields_that_are_not_there_are_errors(tmp_path: Path):
         list_sequences(entry("lsim", fields=["density", "pressure"]), tmp_path)
 
 
-def test_one_name_twice_in_a_field_is_an_error(tmp_path: Path):
-    for ending in (".npz", ".npy"):
-        (tmp_path / f"run{ending}").touch()
-    with pytest.raises(CatalogError, match=r"two sequences 'run' of field 'frames'.*run\.np. and .*run\.np."):
-        list_sequences(entry("stack"), tmp_path)
+def test_of_a_name_that_stands_twice_in_a_field_none_is_read(tmp_path: Path, rng: np.random.Generator):
+    frames, parameter = rng.random((3, 4, 5)), np.array([1.0, 3.0, 5.0])
+    for name in ("run", "other"):
+        np.savez(tmp_path / f"{name}.npz", frames=frames, parameter=parameter)
+    np.save(tmp_path / "run.npy", frames)
+    found = list_sequences(entry("stack", missing="keep"), tmp_path)
+    assert [(s.name, s.missing) for s in found] == [("other", "keep"), ("run", "keep")]
+    np.testing.assert_array_equal(found[0].read()[0], frames[..., None])
+    with pytest.raises(ReaderError) as fault:
+        pickle.loads(pickle.dumps(found[1])).read()
+    assert str(fault.value).startswith(f"{tmp_path}/run.npy: sequence run: 2 sequences of one name: ")
+    assert "run.npy, run.npz. None is read" in str(fault.value)
+    # In fields of channels, too; and the reason stays within bounds.
+    for ending in ("Npy", "nPy", "npY", "NPy"):
+        np.save(tmp_path / "run.npy", frames)
+        (tmp_path / "run.npy").rename(tmp_path / f"run.{ending}")
+    found = list_sequences(entry("stack", fields={"u": {"channel": 0}, "v": {"channel": 0}}), tmp_path)
+    assert [(s.field, s.name) for s in found] == [(f, n) for f in "uv" for n in ("other", "run")]
+    with pytest.raises(ReaderError, match=r"5 sequences of one name: run\.NPy, .* and 1 more"):
+        found[3].read()
+
+
+def test_labels_that_stand_twice_in_one_file_are_quarantined_alone(tmp_path: Path, rng: np.random.Generator):
+    data = simulation(rng)[["rho", "nu"]]
+    data = xr.concat([data, data.isel(run=[0])], "run")
+    data.to_netcdf(tmp_path / "sim.nc", engine="h5netcdf")
+    found = list_sequences(entry("xarray", options=OPTIONS), tmp_path)
+    assert [s.name for s in found] == ["r1", "r2"]
+    with pytest.raises(ReaderError, match=r"2 sequences of one name: sim\.nc \(2 times\)"):
+        found[0].read()
+    assert found[1].read()[0].shape == (3, 4, 5, 1)
 
 
 def test_names_that_differ_in_case_alone_are_errors(tmp_path: Path):

@@ -22,11 +22,12 @@ and imports heavy libraries inside the call::
     READERS["raw"] = read
 
 The rest is done for it: the catalog's ``filter`` and ``fields``, the natural order, and the checks that a
-sequence's name stands once, that frames are finite (unless the catalog says ``missing: keep``), of one
-shape, and that the parameter rises. What is broken in one sequence is raised by its ``read`` as
-:class:`~pipeline.readers.base.ReaderError`, which quarantines that sequence; one that cannot even be listed
-is given as :class:`~pipeline.readers.base.BrokenSequence`. What is wrong with the whole entry is raised by
-the reader and stops the run.
+sequence's name stands once (sequences of one name are quarantined together, under it), that frames are
+finite (unless the catalog says ``missing: keep``), of one shape, and that the parameter rises. What is
+broken in one sequence is raised by its ``read`` as :class:`~pipeline.readers.base.ReaderError`, which
+quarantines that sequence; one that cannot even be listed is given as
+:class:`~pipeline.readers.base.BrokenSequence`. What is wrong with the whole entry is raised by the reader
+and stops the run.
 Options come from ``entry.options``; check them with :func:`pipeline.catalog.reader_options`, for which an
 unknown key is an error. Whatever besides the files decides what is decoded belongs into ``settings``.
 
@@ -37,10 +38,11 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
-from itertools import pairwise
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -99,11 +101,14 @@ def find_reader(name: str) -> Reader:
 def list_sequences(entry: Dataset, folder: Path) -> list[LazySequence]:
     """All sequences of a data set, in natural order, after its ``filter`` and ``fields``.
 
+    A name stands once in a field. Where several sequences have it, one broken sequence stands for all: which
+    of them is meant can't be told, so none is read, and the reason names their files.
+
     Raises
     ------
     CatalogError
         When the reader is unknown, the folder can't be listed, there are no sequences, a field that the
-        catalog names isn't there, two sequences of a field have one name, or two fields differ in case alone.
+        catalog names isn't there, or two fields differ in case alone.
     """
     here = f"dataset {entry.name} ({folder})"
     try:
@@ -122,12 +127,12 @@ def list_sequences(entry: Dataset, folder: Path) -> list[LazySequence]:
         raise CatalogError(f"{here}: reader {entry.reader!r} found no sequences{chosen}")
     chosen_fields = _choose_fields(found, entry, here)
     chosen_fields.sort(key=lambda s: (s.field, natural_key(s.name)))
-    for before, after in pairwise(chosen_fields):
-        if (before.field, before.name) == (after.field, after.name):
-            paths = " and ".join(s.files[0].path if s.files else "no file" for s in (before, after))
-            raise CatalogError(f"{here}: two sequences {before.name!r} of field {before.field!r}: {paths}")
+    result = [
+        _only_one(list(members), entry, folder)
+        for _, members in groupby(chosen_fields, key=lambda s: (s.field, s.name))
+    ]
     spelling: dict[str, str] = {}
-    for field in sorted({s.field for s in chosen_fields}):
+    for field in sorted({s.field for s in result}):
         other = spelling.setdefault(field.casefold(), field)
         if other != field:
             raise CatalogError(
@@ -136,7 +141,39 @@ def list_sequences(entry: Dataset, folder: Path) -> list[LazySequence]:
             )
         if fault := group_fault(field):
             raise CatalogError(f"{here}: field {fault}")
-    return chosen_fields
+    return result
+
+
+MOST_NAMED = 4
+"""Of the files whose sequences have one name, so many are named; there may be thousands."""
+
+
+def _only_one(members: list[LazySequence], entry: Dataset, folder: Path) -> LazySequence:
+    """The sequence of a name; where there are several, a broken one that names the files of all."""
+    first = members[0]
+    if len(members) == 1:
+        return first
+    paths = [_file_of(s) for s in members]
+    top = folder if folder.is_dir() else folder.parent
+    # Relative, so that the reason is the same where an archive was moved to.
+    counts = Counter(shown(os.path.relpath(path, top)) if path else "no file" for path in sorted(paths))
+    named = [path if count == 1 else f"{path} ({count} times)" for path, count in counts.items()]
+    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+    reason = (
+        f"{len(members)} sequences of one name: {', '.join(named[:MOST_NAMED])}{more}. None is read; rename "
+        "or remove all but one"
+    )
+    broken = BrokenSequence.of(first.name, first.field, min(paths), ReaderError(reason, min(paths)))
+    return replace(broken, missing=entry.missing, most_bytes=entry.sequence_bytes)
+
+
+def _file_of(sequence: LazySequence) -> str:
+    """The file that a sequence is found in, or its first one; "" where it has none."""
+    if isinstance(sequence, ChannelsOf):
+        return _file_of(sequence.source)
+    if isinstance(sequence, BrokenSequence):
+        return sequence.file
+    return sequence.files[0].path if sequence.files else ""
 
 
 def _quarantine_unsafe(sequences: Iterable[LazySequence], folder: Path) -> list[LazySequence]:
