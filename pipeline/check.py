@@ -167,6 +167,7 @@ def check_cluster(
         For metrics that aren't there, and for a store that is none.
     """
     settings = settings or Settings()
+    pool = Cluster(profile)  # starts nothing, but finds its faults
     if folder is None and profile.kind in (*ACROSS_HOSTS, "address"):
         raise ClusterError(
             f"a cluster of kind {profile.kind!r} is checked with --folder, that all workers see"
@@ -175,7 +176,7 @@ def check_cluster(
     if frames is not None:
         checked_fields(store.open_store(absolute(frames)), frames)
     found = ClusterFindings(metrics=[m.name for m in chosen.metrics], unavailable=chosen.unavailable)
-    with Cluster(profile) as cluster:
+    with pool as cluster:
         began = time.perf_counter()
         client = cluster.client
         if client is not None:

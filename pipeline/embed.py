@@ -129,6 +129,11 @@ class EmbedTask:
     scope: Scope
     fingerprint: str
 
+    @property
+    def label(self) -> str:
+        """What it is of, in messages."""
+        return f"{self.key}, sequences {self.first} to {self.first + len(self.contents) - 1}"
+
 
 def compute_embeddings(
     frames: str | os.PathLike[str],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -372,8 +373,41 @@ def test_a_package_that_is_not_here_is_an_error_that_names_the_extra():
         ("kind: cuda\nthreads: 2\n", "threads: 1"),
         ("kind: slurm\n", "memory_limit: a job needs a number"),
         ("kind: slurm\nmemory_limit: 1GB\nwalltime: soon\n", "walltime: expected a duration"),
-        ("kind: local\nworkers: {minimum: 3, maximum: 2}\n", "minimum 3 is above maximum 2"),
-        ("kind: local\nworkers: {maximum: 2, most: 3}\n", "most"),
+        ("workers: {minimum: 4, maximum: 2}\n", "workers: expected a minimum of at most 2, .*, found 4$"),
+        ("workers: {maximum: 2, most: 3}\n", "workers.most: unknown key, expected minimum, maximum$"),
+        (
+            "workers: {min: 1, max: 2}\n",
+            "workers.maximum: expected, and not found; workers.min: unknown key, did you mean 'minimum'.*"
+            "workers.max: unknown key, did you mean 'maximum'",
+        ),
+        ("workers: two\n", "': workers: expected a whole number from 1, or a range as in .*, found 'two'$"),
+        ("workers: 2.5\n", "workers: expected a whole number from 1, .*, found 2.5$"),
+        ("workers: true\n", "workers: expected a whole number from 1, .*, found true$"),
+        ("workers: 0\n", "workers: expected a whole number from 1, .*, found 0$"),
+        ("workers: {maximum: true}\n", "workers.maximum: expected a whole number, found true$"),
+        ("workers: 1\nworkers: 2\n", "workers: expected once, found again in line 2$"),
+        ("options: {a: 1, a: 2}\n", "a: expected once, found again in line 1$"),
+        ("1: 2\n", "1: unknown key"),
+        ("options: {1: 3}\n", "options.1: expected text, found 1$"),
+        ("kind: [local\n", "line 2: expected ',' or ']', but got '<stream end>'$"),
+        ("kind: lokal\n", "kind: expected 'local'.*, found 'lokal'$"),
+        ("threads: -1\n", "threads: expected greater than or equal to 1, found -1$"),
+        ("environment: {A: true}\n", "environment.A: expected text, found true$"),
+        ("resources: {GPU: -1}\n", "resources.GPU: expected greater than or equal to 0, found -1$"),
+        ("memory_limit: lots\n", "memory_limit: expected bytes as in 4GB, or auto, found 'lots'$"),
+        ("memory_limit: -4GB\n", "memory_limit: expected bytes .*, found '-4GB'$"),
+        ("memory_limit: true\n", "memory_limit: expected bytes .*, found true$"),
+        ("kind: slurm\nmemory_limit: 0\n", "memory_limit: a job needs a number, .* found '0'$"),
+        ("device: tpu\n", "device: expected auto, cpu, cuda or cuda:N, found 'tpu'$"),
+        ("device: 'cuda:'\n", "device: expected .*, found 'cuda:'$"),
+        ("grace: true\n", "grace: expected a duration .*, found true$"),
+        (
+            "kind: address\naddress: tcp://127.0.0.1\n",
+            "address: expected tcp://HOST:PORT .*, found 'tcp:.*1'$",
+        ),
+        ("kind: address\naddress: http://127.0.0.1:8786\n", "address: expected tcp://HOST:PORT .*, found"),
+        ("kind: address\naddress: tcp://a:65536\n", "address: expected tcp://HOST:PORT .*, found"),
+        ("security: {ca_file: a}\n", "security.cert: expected, and not found"),
         ("kind: ssh\nworkers: {maximum: 2}\n", "fixed number"),
         ("kind: local\ntls: false\nsecurity: {ca_file: a, cert: b, key: c}\n", "tls: false"),
         ("kind: slurm\nmemory_limit: 1GB\nhost: a\ninterface: b\n", "give one of them"),
@@ -384,6 +418,67 @@ def test_a_profile_with_an_unknown_key_or_wrong_value_is_an_error_that_names_it(
     file.write_text(text)
     with pytest.raises(ClusterError, match=rf"(?s)mine\.yaml.*{fault}"):
         load_profile(str(file))
+
+
+def test_a_profile_with_values_as_dask_takes_them(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("environment: {<<: {A: 1, B: 2}, A: 3}\n")  # no key twice
+    assert load_profile(str(file)).environment == {"A": "3", "B": "2"}
+    for text, taken in (("4000000000", "4000000000"), ("4GB", "4GB"), ("auto", "auto"), ("0.5", "0.5")):
+        file.write_text(f"memory_limit: {text}\ndevice: cuda:1\n")
+        assert load_profile(str(file)).memory_limit == taken
+    with pytest.raises(ClusterError, match=r"^cluster 'tcp://10.0.0.1': address: expected tcp://HOST:PORT"):
+        load_profile("tcp://10.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("options: {n_workerz: 3}\n", "options.n_workerz: .*no such option"),
+        ("host: 203.0.113.7\n", "host: expected an address or a name of this machine, found '203.0.113.7'"),
+        ("host: no.such.host.invalid\n", "host: expected an address .*, found 'no.such.host.invalid'"),
+        ("kind: slurm\nmemory_limit: 4GB\ninterface: ib77\n", "interface: expected one .*, found 'ib77'"),
+        (
+            "kind: slurm\nmemory_limit: 4GB\nwalltime: '00:00:10'\n",
+            "walltime: expected more than 67 s, .*found 10 s$",
+        ),
+        (
+            "kind: ssh\noptions: {hosts: [a, b], connect_options: {usrname: me}}\n",
+            "options.connect_options.usrname: .*did you mean 'username'",
+        ),
+        ("kind: ssh\noptions: {hosts: localhost}\n", "options.hosts: expected a list, found 'localhost'"),
+        (
+            "kind: slurm\nmemory_limit: 4GB\noptions: {scheduler_options: [1]}\n",
+            "options.scheduler_options: expected keys and values, found",
+        ),
+    ],
+)
+def test_what_a_kind_cannot_do_names_the_file_and_the_key_before_anything_starts(tmp_path, text, fault):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    profile = load_profile(str(file))
+    with pytest.raises(ClusterError, match=rf"^cluster profile '\S+mine\.yaml': {fault}"):
+        Cluster(profile)
+    with pytest.raises(ClusterError, match=fault):  # and not that a folder is missing
+        check_cluster(profile)
+
+
+def test_a_cluster_that_does_not_start_is_one_line_that_names_the_file(tmp_path, capfd):
+    file = tmp_path / "mine.yaml"
+    file.write_text("workers: 1\noptions: {local_directory: /proc/nope}\n")
+    said = r"mine\.yaml': a cluster of kind 'local' has not started, with options local_directory: .*nope'$"
+    with Cluster(load_profile(str(file))) as cluster, pytest.raises(ClusterError, match=said):
+        assert cluster.client
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_an_error_of_the_worker_in_one_line(capfd):
+    found = check_cluster(Profile(workers=1, device="cuda:99"), SETTINGS)
+    (error,) = found.errors
+    assert re.fullmatch(
+        r"worker 0: device: expected one that worker .* has, found 'cuda:99' and \d+ GPUs", error
+    )
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -399,8 +494,11 @@ def test_a_profile_with_an_unknown_key_or_wrong_value_is_an_error_that_names_it(
         ({"kind": "pbs", "options": {"job_cpu": 2}}, "job_cpu.*no such option"),
         ({"kind": "slurm", "options": {"scheduler_options": {"prot": 1}}}, "prot.*did you mean 'port'"),
         ({"kind": "slurm", "options": {"worker_extra_args": ["--lifetime=1h"]}}, "use lifetime"),
-        ({"kind": "slurm", "walltime": "00:02:00", "lifetime": "3m"}, "don't fit into a walltime of 120 s"),
-        ({"kind": "slurm", "walltime": "00:01:00"}, "don't fit into a walltime of 60 s"),
+        (
+            {"kind": "slurm", "walltime": "00:02:00", "lifetime": "3m"},
+            "lifetime: expected .*at most 54 s, .*found 180 s",
+        ),
+        ({"kind": "slurm", "walltime": "00:01:00"}, "walltime: expected more than 67 s, .*found 60 s"),
         ({"kind": "ssh"}, "options.hosts: expected the scheduler's host"),
         (
             {"kind": "ssh", "options": {"hosts": ["a", "b"], "worker_options": {"nthreads": 2}}},

@@ -126,8 +126,23 @@ def test_they_end_with_a_cluster_that_failed_too(tmp_path):
 
 def test_a_file_that_is_not_there_is_named(tmp_path, site):
     files = site.model_copy(update={"key": str(tmp_path / "none.pem")})
-    with pytest.raises(ClusterError, match=r"security\.key.*none\.pem"), credentials(Profile(security=files)):
-        pass
+    with pytest.raises(ClusterError, match=r"security\.key.*none\.pem"):
+        Cluster(Profile(security=files))
+
+
+@pytest.mark.parametrize("role", ["ca_file", "cert", "key"])
+def test_a_file_that_is_no_certificate_or_key_is_named_before_anything_starts(tmp_path, site, role):
+    garbage = tmp_path / "bad.pem"
+    garbage.write_text("garbage\n")
+    files = site.model_copy(update={role: str(garbage)})
+    with pytest.raises(ClusterError, match=rf"security\.{role}: expected .* in PEM.*, found .*bad\.pem"):
+        Cluster(Profile(security=files))
+
+
+def test_a_key_of_another_certificate_is_named(tmp_path, site):
+    files = site.model_copy(update={"key": write_temporary(tmp_path).key})
+    with pytest.raises(ClusterError, match=r"security\.key: expected the key of security\.cert.*key\.pem"):
+        Cluster(Profile(kind="address", address="tls://127.0.0.1:1", security=files))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +170,7 @@ def test_what_leaves_the_machine_is_encrypted_unless_told_otherwise(settings, ex
     ("settings", "match"),
     [
         (JOBS | {"tls": False}, "'slurm' with tls: false has no TLS"),
-        ({"host": "192.0.2.1", "tls": False}, "'local' with tls: false has no TLS"),
+        ({"host": "0.0.0.0", "tls": False}, "'local' with tls: false has no TLS"),
         ({"kind": "address", "address": "tcp://192.0.2.1:8786"}, "192.0.2.1:8786 has no TLS"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import os
 import signal
 import subprocess
@@ -11,16 +13,21 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from distributed import Client, KilledWorker, LocalCluster
 
+from pipeline.archive.tiles import TileTask
+from pipeline.distances.blocks import StaleBlock
+from pipeline.distances.compute import BlockTask
+from pipeline.embed import EmbedTask
 from pipeline.workers import packed, stopping, submission
 from pipeline.workers.cluster import FAULT_TOLERANCE, Cluster
 from pipeline.workers.profiles import ClusterError, Profile
 from pipeline.workers.resident import still_wanted
-from pipeline.workers.submission import run_bounded
+from pipeline.workers.submission import reason_of, run_bounded
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +38,22 @@ def two_workers() -> Iterator[Client]:
 
 def double(value: int) -> int:
     return 2 * value
+
+
+@dataclass(frozen=True)
+class Nap:
+    """A task that can say what it is of."""
+
+    seconds: float
+    label: str = "A/density, sequences 8 to 11"
+
+
+def take(naps: tuple[Nap, ...]) -> float:
+    return nap(naps[0].seconds)
+
+
+def raise_as_told(kind: str) -> None:
+    raise {"exit": SystemExit(7), "interrupt": KeyboardInterrupt(), "bare": BaseException("bare")}[kind]
 
 
 def nap(seconds: float) -> float:
@@ -198,6 +221,88 @@ def test_a_run_without_workers_says_so_once_and_waits(monkeypatch, caplog):
     assert "squeue or qstat" in said.getMessage()
 
 
+def test_a_task_that_runs_far_too_long_is_told_of_once(two_workers, monkeypatch, caplog):
+    monkeypatch.setattr(submission, "HUNG_SECONDS", 0.5)
+    tasks = [((Nap(0.02),),) for _ in range(20)] + [((Nap(3.0), Nap(0.0)),)]
+    assert len(list(run_bounded(two_workers, take, tasks))) == 21
+    (said,) = [record.getMessage() for record in caplog.records if "may hang" in record.getMessage()]
+    assert said.startswith("A/density, sequences 8 to 11 and 1 more: has run for ")
+    assert "on worker tcp://127.0.0.1:" in said
+    assert "is kept if you end this command (Ctrl-C or SIGTERM)" in said
+
+
+def test_tasks_of_stages_say_what_they_are_of():
+    common = ("frames.zarr", "out.zarr", "A/density")
+    block = BlockTask(*common, StaleBlock(8, 12, {}, {}, {}), (), {}, ((0, 1),), False)
+    assert block.label == "A/density, sequences 8 to 11"
+    tiles = TileTask(*common, (), {}, {"l2": ((0, 3), (0, 4)), "l1": ((0, 3),)}, {}, (0.0, 1.0), 1, 1)
+    assert tiles.label == "A/density, 2 tiles from (0, 3)"
+    embedding = EmbedTask(*common, 2, 8, 5, ("a", "b"), 1, None, (0.0, 1.0), "")
+    assert embedding.label == "A/density, sequences 8 to 9"
+
+
+def test_nothing_is_told_of_tasks_that_are_all_long(two_workers, monkeypatch, caplog):
+    monkeypatch.setattr(submission, "HUNG_SECONDS", 0.2)
+    assert len(list(run_bounded(two_workers, nap, [(0.5 + k / 1000,) for k in range(6)]))) == 6
+    assert not caplog.records
+
+
+def test_a_task_that_would_end_its_process_fails_and_the_worker_stays(two_workers):
+    before = set(two_workers.nthreads())
+    tasks = [(kind,) for kind in ("exit", "interrupt", "bare")]
+    reasons = {kind: reason_of(error) for (kind,), _, error in run_bounded(two_workers, raise_as_told, tasks)}
+    assert reasons == {
+        "exit": "SystemExit: 7",
+        "interrupt": "KeyboardInterrupt",
+        "bare": "BaseException: bare",
+    }
+    assert set(two_workers.nthreads()) == before
+    # Here Ctrl-C is the user's.
+    ((_, _, error),) = run_bounded(None, raise_as_told, [("exit",)])
+    assert reason_of(error) == "SystemExit: 7"
+    with pytest.raises(KeyboardInterrupt):
+        list(run_bounded(None, raise_as_told, [("interrupt",)]))
+
+
+FAULTS = """
+import os, signal
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
+from pipeline.workers.submission import run_bounded
+from test_submission import die, raise_as_told
+
+if __name__ == "__main__":
+    with Cluster(Profile(workers=1)) as cluster:
+        tasks = [("exit",), ("interrupt",), ("bare",)]
+        assert all(error for _, _, error in run_bounded(cluster.client, raise_as_told, tasks))
+        (pid,) = cluster.client.run(os.getpid).values()
+        os.kill(pid, signal.SIGKILL)
+        assert [error for _, _, error in run_bounded(cluster.client, die, [(4,)])] == [None]
+"""
+
+
+@pytest.mark.parametrize("configured", [False, True])
+def test_what_our_own_messages_say_is_not_logged_besides_unless_wanted(tmp_path, configured):
+    script = tmp_path / "faults.py"
+    script.write_text(FAULTS)
+    search = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": search}
+    if configured:
+        environment["DASK_LOGGING__DISTRIBUTED"] = "error"
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    if configured:
+        assert "Compute Failed" in done.stderr
+    else:
+        assert done.stderr == ""
+
+
 def test_sigterm_is_heeded_while_a_lost_result_is_computed_again(two_workers, monkeypatch):
     monkeypatch.setattr(submission, "OUTCOME_S", 0.2)
     future = two_workers.submit(nap, 2.0, pure=False)
@@ -238,6 +343,8 @@ def scheduler_process(*arguments: str) -> Iterator[tuple[subprocess.Popen, str]]
 
 
 def test_a_scheduler_that_dies_is_an_error_and_no_wait_without_end():
+    logged = logging.StreamHandler(io.StringIO())
+    logging.getLogger("distributed.client").addHandler(logged)
     with scheduler_process() as (process, address):
         worker = subprocess.Popen(
             [
@@ -260,7 +367,9 @@ def test_a_scheduler_that_dies_is_an_error_and_no_wait_without_end():
                     for _ in outcomes:
                         pass
             assert time.monotonic() - began < 90
+            assert logged.stream.getvalue() == "", "said twice, with a traceback"
         finally:
+            logging.getLogger("distributed.client").removeHandler(logged)
             worker.kill()
             worker.wait()
 

@@ -66,6 +66,12 @@ class TileTask:
     frame_bytes: int
     room: int
 
+    @property
+    def label(self) -> str:
+        """What it is of, in messages."""
+        tiles = sorted({tile for wanted in self.tiles.values() for tile in wanted})
+        return f"{self.key}, {len(tiles)} tiles from {tiles[0] if tiles else 'none'}"
+
 
 @dataclass(frozen=True)
 class TileResult:

@@ -45,6 +45,11 @@ class BlockTask:
     pairs: Pairs
     masking: bool
 
+    @property
+    def label(self) -> str:
+        """What it is of, in messages."""
+        return f"{self.key}, sequences {self.block.start} to {self.block.stop - 1}"
+
 
 @dataclass(frozen=True)
 class BlockResult:

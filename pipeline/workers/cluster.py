@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,11 +11,19 @@ from typing import Any
 
 import dask
 from distributed import Client, Security, Worker, WorkerPlugin
+from distributed.utils import silence_logging_cmgr
 
 from pipeline.workers.credentials import credentials, wants_tls, warn_if_open
 from pipeline.workers.departure import PassOnSignal, leave_when_told
 from pipeline.workers.deployment import FAULT_TOLERANCE as FAULT_TOLERANCE
-from pipeline.workers.deployment import LOOPBACK, OF_THIS_MACHINE, check_options, settings, start_cluster
+from pipeline.workers.deployment import (
+    LOOPBACK,
+    OF_THIS_MACHINE,
+    check_options,
+    keeps_logs,
+    settings,
+    start_cluster,
+)
 from pipeline.workers.profiles import BATCH, ClusterError, Profile
 from pipeline.workers.resident import choose_device, set_up_process
 from pipeline.workers.stopping import allow_grace
@@ -28,14 +37,16 @@ class Cluster:
     Raises
     ------
     ClusterError
-        For options that the library doesn't have, and for a package that is absent.
+        For options that the library doesn't have, and for a package that is absent; the profile's file is
+        named, then as when workers start.
     """
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
         self._stack = contextlib.ExitStack()
         self._client: Client | None = None
-        check_options(profile)
+        with profile.naming():
+            check_options(profile)
         allow_grace(profile.grace)
         if profile.kind == "none":
             choose_device(profile.device, 0)
@@ -45,7 +56,8 @@ class Cluster:
         """The Dask client, started on first use; None where tasks run in this process."""
         if self.profile.kind != "none" and self._client is None:
             warn_if_open(self.profile)
-            self._client = self._stack.enter_context(_connect(self.profile))
+            with self.profile.naming():
+                self._client = self._stack.enter_context(_connect(self.profile))
         return self._client
 
     @property
@@ -78,7 +90,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def _connect(profile: Profile) -> Iterator[Client]:
-    with dask.config.set(settings(profile)), credentials(profile) as security:
+    with dask.config.set(settings(profile)), _quiet_client(), credentials(profile) as security:
         if profile.address is not None:
             with _reach(profile.address, security) as client:
                 _set_up(client, profile)
@@ -87,6 +99,13 @@ def _connect(profile: Profile) -> Iterator[Client]:
         with start_cluster(profile, security) as cluster, Client(cluster, security=security) as client:
             _set_up(client, profile)
             yield client
+
+
+def _quiet_client() -> contextlib.AbstractContextManager[None]:
+    """Without what a client logs of a scheduler that is lost: our error says so."""
+    if keeps_logs():
+        return contextlib.nullcontext()
+    return silence_logging_cmgr(logging.CRITICAL, "distributed.client")
 
 
 def _reach(address: str, security: Security | None) -> Client:

@@ -11,6 +11,7 @@ import datetime
 import ipaddress
 import os
 import shutil
+import ssl
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -114,7 +115,7 @@ def of_files(files: SecurityFiles) -> Security:
     Raises
     ------
     ClusterError
-        Naming the file that cannot be read.
+        Naming the file that cannot be read, or holds no certificate or key.
     """
     paths = {}
     for role, name in files.model_dump().items():
@@ -122,6 +123,16 @@ def of_files(files: SecurityFiles) -> Security:
         if not os.access(path, os.R_OK):
             raise ClusterError(f"security.{role}: {path} cannot be read")
         paths[role] = str(path)
+    tried = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    role, expected = "", ""
+    try:
+        for role in ("ca_file", "cert"):
+            expected = "certificates in PEM"
+            tried.load_verify_locations(paths[role])
+        role, expected = "key", "the key of security.cert in PEM, without a password"
+        tried.load_cert_chain(paths["cert"], paths["key"], password="")
+    except (OSError, ValueError) as error:
+        raise ClusterError(f"security.{role}: expected {expected}, found {paths[role]} ({error})") from error
     roles = _for_all_roles(paths["cert"], paths["key"])
     return Security(require_encryption=True, tls_ca_file=paths["ca_file"], **roles)
 

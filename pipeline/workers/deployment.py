@@ -9,10 +9,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import logging
 import queue
 import shlex
 import shutil
+import socket
+import sys
 from collections.abc import Callable, Mapping
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,7 @@ from distributed.deploy.spec import ProcessInterface
 from distributed.utils import get_ip, get_ip_interface
 
 from pipeline.resources import shipped_folder
-from pipeline.workers.credentials import wants_tls
+from pipeline.workers.credentials import of_files, wants_tls
 from pipeline.workers.profiles import ClusterError, Kind, Profile, WorkerRange, parse_duration
 
 DASK_SETTINGS = Path("dask", "distributed.yaml")
@@ -132,28 +136,36 @@ def check_options(profile: Profile) -> None:
     ------
     ClusterError
         When the package of this kind of cluster is absent; for options that its class doesn't have, or that
-        keys of the profile say; for certificates that it cannot use; for a lifetime beyond the walltime.
+        keys of the profile say; for certificates that it cannot use, and places where it cannot listen; for a
+        lifetime beyond the walltime.
     """
+    if profile.security is not None:
+        of_files(profile.security)
     if profile.kind in ("none", "address"):
         return
     known = _known_options(profile.kind)
     _check_names(profile, "options", profile.options, known, _OURS[profile.kind])
+    _check_where_it_listens(profile)
     if profile.kind in ("slurm", "pbs"):
         lifetime(profile)
         scheduler = profile.options.get("scheduler_options", {})
         ours = {"host": "use host", "interface": "use interface"} | _OURS_EVERYWHERE
         _check_names(profile, "options.scheduler_options", scheduler, _parameters(Scheduler), ours)
-        for argument in profile.options.get("worker_extra_args", ()):
+        for argument in _listed(profile, "worker_extra_args"):
             flag = str(argument).partition("=")[0]
             if flag in _OUR_WORKER_FLAGS:
                 raise ClusterError(
                     f"options.worker_extra_args: {flag} is set already: use {_OUR_WORKER_FLAGS[flag]}"
                 )
     if profile.kind == "ssh":
-        if len(profile.options.get("hosts", ())) < 2:
+        if len(hosts := _listed(profile, "hosts")) < 2:
             raise ClusterError(
-                "options.hosts: expected the scheduler's host, and then one or more for workers"
+                "options.hosts: expected the scheduler's host, and then one or more for workers, found "
+                f"{hosts or 'none'}"
             )
+        connections = profile.options.get("connect_options", {})
+        for connection in connections if isinstance(connections, list) else [connections]:
+            _check_names(profile, "options.connect_options", connection, _connection_options(), {})
         worker, scheduler = (profile.options.get(f"{role}_options", {}) for role in ("worker", "scheduler"))
         ours = _OURS_ON_WORKERS | {"n_workers": "use workers"}
         _check_names(profile, "options.worker_options", worker, _parameters(Nanny, Worker), ours)
@@ -173,16 +185,52 @@ def check_options(profile: Profile) -> None:
             )
 
 
-def _check_names(
-    profile: Profile, where: str, given: Mapping[str, Any], known: set[str], ours: Mapping[str, str]
-) -> None:
-    for name in given:
+def _check_names(profile: Profile, where: str, given: Any, known: set[str], ours: Mapping[str, str]) -> None:
+    if not isinstance(given, Mapping):
+        raise ClusterError(f"{where}: expected keys and values, found {given!r}")
+    for name in map(str, given):
         if name in ours:
             raise ClusterError(f"{where}.{name} is not for profiles of kind {profile.kind!r}: {ours[name]}")
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known - ours.keys()), n=3)
             hint = f", did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ClusterError(f"{where}.{name}: a cluster of kind {profile.kind!r} has no such option{hint}")
+
+
+def _listed(profile: Profile, name: str) -> list[Any]:
+    """An option that is a list."""
+    given = profile.options.get(name, [])
+    if not isinstance(given, list | tuple):
+        raise ClusterError(f"options.{name}: expected a list, found {given!r}")
+    return list(given)
+
+
+def _connection_options() -> set[str]:
+    """What asyncssh takes of a connection: its own connect(), and the classes that it hands the rest to."""
+    import asyncssh
+
+    classes = inspect.getmro(asyncssh.SSHClientConnectionOptions)
+    prepared = (vars(one)["prepare"] for one in classes if "prepare" in vars(one))
+    return _parameters(asyncssh.connect, *prepared)
+
+
+def _check_where_it_listens(profile: Profile) -> None:
+    if profile.interface is not None:
+        try:
+            get_ip_interface(profile.interface)
+        except ValueError as error:
+            raise ClusterError(
+                f"interface: expected one of this machine, found {profile.interface!r}: {error}"
+            ) from error
+    if profile.host is not None:
+        try:
+            family, *_, address = socket.getaddrinfo(profile.host.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family) as tried:
+                tried.bind(address)
+        except (OSError, UnicodeError) as error:
+            raise ClusterError(
+                f"host: expected an address or a name of this machine, found {profile.host!r}: {error}"
+            ) from error
 
 
 def _known_options(kind: Kind) -> set[str]:
@@ -240,7 +288,7 @@ def start_cluster(profile: Profile, security: Security | None) -> DaskCluster:
     Raises
     ------
     ClusterError
-        With what the batch system, a host or Kubernetes said.
+        With what the batch system, a host, Kubernetes or the library said.
     """
     start = {
         "local": _start_local,
@@ -250,7 +298,24 @@ def start_cluster(profile: Profile, security: Security | None) -> DaskCluster:
         "ssh": _start_ssh,
         "kubernetes": _start_kubernetes,
     }[profile.kind]
-    return start(profile, security)
+    try:
+        return start(profile, security)
+    except ClusterError:
+        raise
+    except Exception as error:  # libraries raise anything, and wrap the reason several times
+        reason: BaseException = error
+        while (inner := reason.__cause__ or reason.__context__) is not None:
+            reason = inner
+        options = f", with options {', '.join(profile.options)}" if profile.options else ""
+        said = " ".join(str(reason).split())
+        raise ClusterError(
+            f"a cluster of kind {profile.kind!r} has not started{options}: {type(reason).__name__}: {said}"
+        ) from error
+
+
+def keeps_logs() -> bool:
+    """Whether Dask's own configuration says what it logs; else what our messages say is left out."""
+    return any(dask.config.get(name, None) is not None for name in ("logging", "distributed.logging"))
 
 
 def settings(profile: Profile) -> dict[str, Any]:
@@ -268,13 +333,15 @@ def settings(profile: Profile) -> dict[str, Any]:
 
 
 def _start_local(profile: Profile, security: Security | None) -> DaskCluster:
+    _track_quietly()
     host = profile.host or LOOPBACK
     options: dict[str, Any] = {
         "threads_per_worker": profile.threads,
         "memory_limit": profile.memory_limit,
         "host": host,
         "dashboard_address": f"{LOOPBACK}:0",
-        "silence_logs": 40,
+        # What fails in a worker is told of by its task, and workers that are missing by the tasks that wait.
+        "silence_logs": False if keeps_logs() else logging.CRITICAL,
         "security": security,
         "resources": profile.resources or None,
         **profile.options,
@@ -288,6 +355,16 @@ def _start_local(profile: Profile, security: Security | None) -> DaskCluster:
     else:
         cluster = LocalCluster(n_workers=workers or CPU_COUNT, **options)
     return cluster
+
+
+def _track_quietly() -> None:
+    """Start the process that frees what killed workers leave, and not have it warn that it does."""
+    if not keeps_logs():
+        sys.warnoptions.append(rule := "ignore:resource_tracker:UserWarning")
+        try:
+            resource_tracker.ensure_running()
+        finally:
+            sys.warnoptions.remove(rule)
 
 
 def _start_jobs(profile: Profile, security: Security | None) -> DaskCluster:
@@ -508,10 +585,17 @@ def lifetime(profile: Profile) -> tuple[float, float]:
         stagger = min(300.0, limit / 20)
     latest = limit - profile.grace - STARTUP_S
     lasting = profile.lifetime or latest - stagger
+    kept = f"a grace of {profile.grace:g} s, a stagger of {stagger:g} s and {STARTUP_S} s to start"
+    if latest - stagger <= stagger:
+        where = "walltime" if profile.walltime else "walltime of Dask's configuration"
+        # The stagger is kept free twice: half of what it needs at most follows from the walltime.
+        needed = profile.grace + STARTUP_S
+        needed = needed + 2 * stagger if profile.lifetime_stagger else min(needed / 0.9, needed + 600)
+        raise ClusterError(f"{where}: expected more than {needed:.0f} s, for {kept}; found {limit:g} s")
     if not stagger < lasting <= latest - stagger:
         raise ClusterError(
-            f"a lifetime of {lasting:.0f} s, give or take {stagger:.0f} s, a grace of {profile.grace:.0f} s "
-            f"and {STARTUP_S} s to start don't fit into a walltime of {limit:.0f} s"
+            f"lifetime: expected more than {stagger:g} s and at most {latest - stagger:g} s, for {kept} "
+            f"within a walltime of {limit:g} s; found {lasting:g} s"
         )
     return lasting, stagger
 

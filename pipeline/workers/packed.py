@@ -7,8 +7,13 @@ this project. It imports this module instead.
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
+
+
+class EndedError(Exception):
+    """A task asked its process to end, or raised what is no Exception: it fails, and the process stays."""
 
 
 def pack(function: Callable[..., Any], task: tuple[Any, ...]) -> bytes:
@@ -19,4 +24,16 @@ def pack(function: Callable[..., Any], task: tuple[Any, ...]) -> bytes:
 def run_packed(packed: bytes) -> Any:
     """Call what was packed. Runs on a worker."""
     function, task = pickle.loads(packed)
-    return function(*task)
+    return run_guarded(function, task)
+
+
+def run_guarded(function: Callable[..., Any], task: tuple[Any, ...]) -> Any:
+    """``function(*task)``, of which nothing but an Exception comes; and Ctrl-C, in a main thread."""
+    try:
+        return function(*task)
+    except Exception:
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise
+        raise EndedError(f"{type(error).__name__}: {error}".removesuffix(": ")) from error

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import math
+import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeAlias
 
 import pydantic
 import yaml
-from dask.utils import parse_timedelta
+from dask.utils import parse_bytes, parse_timedelta
 
 from pipeline.resources import ResourceError, find_resource
 
@@ -51,6 +55,8 @@ def parse_duration(value: Any) -> float:
         For anything else.
     """
     try:
+        if isinstance(value, bool):
+            raise ValueError
         if isinstance(value, str) and ":" in value:
             days, _, clock = value.rpartition("-")
             hours, minutes, seconds = (float(part) for part in f"{clock}:0".split(":")[:3])
@@ -59,11 +65,48 @@ def parse_duration(value: Any) -> float:
             return 86400 * float(days or 0) + 3600 * hours + 60 * minutes + seconds
         return float(parse_timedelta(value))
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"expected a duration as in 30s, 2h or 01:30:00, got {value!r}") from error
+        raise ValueError(f"expected a duration as in 30s, 2h or 01:30:00, found {_shown(value)}") from error
+
+
+def _parse_memory(value: Any) -> str:
+    """Bytes of a worker as Dask takes them: a number, a share of the machine's, ``"4GB"``, ``"auto"``."""
+    text = str(value)
+    try:
+        if isinstance(value, bool) or (
+            text != "auto" and (float(text) if _is_number(text) else parse_bytes(text)) < 0
+        ):
+            raise ValueError
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"expected bytes as in 4GB, or auto, found {_shown(value)}") from error
+    return text
+
+
+def _is_number(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return math.isfinite(float(text))
+    return False
+
+
+def _is_range(value: Any) -> str:
+    return "range" if isinstance(value, dict | WorkerRange) else "number"
+
+
+def _shown(value: Any) -> str:
+    """What was found, as YAML has it where that is short, so that ``true`` is not ``True``."""
+    if isinstance(value, str):
+        return repr(value)
+    try:
+        text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000)
+    except yaml.YAMLError:
+        text = repr(value)
+    text = text.removesuffix("\n").removesuffix("\n...")
+    return text if len(text) <= 100 else f"{text[:99]}…"
 
 
 Duration: TypeAlias = Annotated[float, pydantic.BeforeValidator(parse_duration), pydantic.Field(gt=0)]
 """Seconds."""
+Number: TypeAlias = Annotated[int, pydantic.Field(strict=True, ge=1)]
+Amount: TypeAlias = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 
 
 class _Strict(pydantic.BaseModel):
@@ -73,13 +116,15 @@ class _Strict(pydantic.BaseModel):
 class WorkerRange(_Strict):
     """Workers that come and go with the work."""
 
-    minimum: int = pydantic.Field(default=1, ge=1)
-    maximum: int = pydantic.Field(ge=1)
+    minimum: Number = 1
+    maximum: Number
 
     @pydantic.model_validator(mode="after")
     def _minimum_below_maximum(self) -> WorkerRange:
         if self.minimum > self.maximum:
-            raise ValueError(f"minimum {self.minimum} is above maximum {self.maximum}")
+            raise ValueError(
+                f"expected a minimum of at most {self.maximum}, the maximum, found {self.minimum}"
+            )
         return self
 
 
@@ -104,10 +149,11 @@ class Profile(_Strict):
         per core (``local``), per GPU (``cuda``), or one.
     threads : int
         Threads per worker, that share the worker's metrics. 1 where a worker has a GPU to itself.
-    memory_limit : str
+    memory_limit : str or int
         Per worker, as Dask takes it; jobs need a number.
     device : str
-        ``"auto"``: the worker's GPU when it has one, workers taking turns where there are several.
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``: the worker's GPU when it has one, workers taking
+        turns where there are several.
     resources : dict of str to float
         What Dask's own resource constraints find on each worker, as in ``{GPU: 1}``.
     environment : dict of str to str
@@ -137,11 +183,17 @@ class Profile(_Strict):
     """
 
     kind: Kind = "local"
-    workers: Annotated[int, pydantic.Field(ge=1)] | WorkerRange | None = None
-    threads: int = pydantic.Field(default=1, ge=1)
-    memory_limit: str = "auto"
+    workers: (
+        Annotated[
+            Annotated[Number, pydantic.Tag("number")] | Annotated[WorkerRange, pydantic.Tag("range")],
+            pydantic.Discriminator(_is_range),
+        ]
+        | None
+    ) = None
+    threads: Number = 1
+    memory_limit: Annotated[str, pydantic.BeforeValidator(_parse_memory)] = "auto"
     device: str = "auto"
-    resources: dict[str, float] = {}
+    resources: dict[str, Amount] = {}
     environment: dict[str, str] = {}
     walltime: Duration | None = None
     lifetime: Duration | None = None
@@ -156,6 +208,24 @@ class Profile(_Strict):
     start_timeout: Duration | None = None
     options: dict[str, Any] = {}
 
+    _source: str = ""
+
+    @pydantic.field_validator("device")
+    @classmethod
+    def _device_of_ours(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(f"expected auto, cpu, cuda or cuda:N, found {device!r}")
+        return device
+
+    @pydantic.field_validator("address")
+    @classmethod
+    def _address_of_a_scheduler(cls, address: str | None) -> str | None:
+        if address is not None:
+            found = re.fullmatch(r"(tcp|tls)://([^\s/:]+|\[[\da-fA-F:.]+\]):(\d{1,5})", address)
+            if found is None or not 0 < int(found[3]) < 2**16:
+                raise ValueError(f"expected tcp://HOST:PORT or tls://HOST:PORT, found {address!r}")
+        return address
+
     @pydantic.field_validator("environment", mode="before")
     @classmethod
     def _numbers_are_text(cls, environment: Any) -> Any:
@@ -168,7 +238,10 @@ class Profile(_Strict):
     @pydantic.model_validator(mode="after")
     def _only_what_the_kind_takes(self) -> Profile:
         if (self.kind == "address") != (self.address is not None):
-            raise ValueError("kind 'address' and the key 'address' need each other")
+            raise ValueError(
+                f"address: expected with kind 'address', and with no other; found "
+                f"{'none' if self.address is None else repr(self.address)}, and kind {self.kind!r}"
+            )
         taken = _KEYS[self.kind] | {"kind", "device"}
         if useless := sorted(self.model_fields_set - taken):
             raise ValueError(
@@ -181,21 +254,35 @@ class Profile(_Strict):
     def _one_thread_per_gpu(self) -> Profile:
         if self.threads > 1 and (self.kind == "cuda" or self.device.startswith("cuda")):
             raise ValueError(
-                f"threads: 1 is all a worker with a GPU of its own can use, got {self.threads}; leave it out"
+                f"threads: 1 is all a worker with a GPU of its own can use, found {self.threads}"
             )
         return self
 
     @pydantic.model_validator(mode="after")
     def _values_that_go_together(self) -> Profile:
-        if self.kind in BATCH and self.memory_limit == "auto":
-            raise ValueError("memory_limit: a job needs a number, as in 4GB; its memory is asked for with it")
+        if self.kind in BATCH and (self.memory_limit == "auto" or parse_bytes(self.memory_limit) < 1):
+            raise ValueError(
+                "memory_limit: a job needs a number, as in 4GB; its memory is asked for with it; found "
+                f"{self.memory_limit!r}"
+            )
         if isinstance(self.workers, WorkerRange) and self.kind in ("cuda", "ssh"):
-            raise ValueError(f"workers: a cluster of kind {self.kind!r} has a fixed number")
+            found = _shown(self.workers.model_dump())
+            raise ValueError(f"workers: a cluster of kind {self.kind!r} has a fixed number, found {found}")
         if self.security is not None and self.tls is False:
             raise ValueError("security: certificates are of no use with tls: false")
         if self.host is not None and self.interface is not None:
             raise ValueError("host, interface: give one of them")
         return self
+
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """Name the file of this profile, where it has one, in what is raised here of the cluster."""
+        try:
+            yield
+        except ClusterError as error:
+            if not self._source:
+                raise
+            raise ClusterError(f"cluster profile {self._source!r}: {error}") from error
 
     @property
     def wait_s(self) -> float:
@@ -228,9 +315,13 @@ def load_profile(name: str, workers: int | None = None) -> Profile:
         When there is no such profile or it holds unknown keys or wrong values.
     """
     if name.startswith(("tcp://", "tls://")):
-        profile = Profile(kind="address", address=name)
+        try:
+            profile = Profile(kind="address", address=name)
+        except pydantic.ValidationError as error:
+            raise ClusterError(f"cluster {name!r}: {_faults(error)}") from error
     else:
         profile = _read_profile(name)
+        profile._source = name
     if workers is None:
         return profile
     if "workers" not in _KEYS[profile.kind]:
@@ -242,26 +333,76 @@ def load_profile(name: str, workers: int | None = None) -> Profile:
     return profile.model_copy(update={"workers": workers})
 
 
+class _Loader(yaml.SafeLoader):
+    """Of two values of a key the last would count, unsaid."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        there: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in there:
+                    raise TypeError(
+                        f"{key.value}: expected once, found again in line {key.start_mark.line + 1}"
+                    )
+                there.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _read_profile(name: str) -> Profile:
     try:
-        content = yaml.safe_load(find_resource("workflows/clusters", name).read_text(encoding="utf-8")) or {}
+        text = find_resource("workflows/clusters", name).read_text(encoding="utf-8")
+        content = yaml.load(text, _Loader) or {}
         if not isinstance(content, dict):
-            raise TypeError(f"expected keys and values, got a {type(content).__name__}")
+            raise TypeError(f"expected keys and values, found {_shown(content)}")
+        if others := [key for key in content if not isinstance(key, str)]:
+            raise TypeError(f"{others[0]}: unknown key")
         return Profile(**content)
     except pydantic.ValidationError as error:
         raise ClusterError(f"cluster profile {name!r}: {_faults(error)}") from error
     except (ResourceError, TypeError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ClusterError(f"cluster profile {name!r}: {error}") from error
+        said = " ".join(str(error).split())
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+            said = f"line {error.problem_mark.line + 1}: {error.problem}"
+        raise ClusterError(f"cluster profile {name!r}: {said}") from error
+
+
+_EXPECTED = {
+    "int_type": "expected a whole number",
+    "float_type": "expected a number",
+    "float_parsing": "expected a number",
+    "bool_type": "expected true or false",
+    "bool_parsing": "expected true or false",
+    "string_type": "expected text",
+    "dict_type": "expected keys and values",
+    "model_type": "expected keys and values",
+    "finite_number": "expected a number",
+}
 
 
 def _faults(error: pydantic.ValidationError) -> str:
-    """What is wrong, key by key, with a near name for one that is unknown."""
+    """What is wrong, key by key: what was expected and found, with a near name for a key that is unknown."""
     lines = []
     for fault in error.errors():
-        where = ".".join(map(str, fault["loc"]))
+        of, *within = (str(part) for part in fault["loc"]) if fault["loc"] else ("",)
+        model: Any = Profile
+        if of == "workers":  # a number or a range, as pydantic calls them
+            within, model = within[1:], WorkerRange
+        elif of == "security":
+            model = SecurityFiles
+        where = ".".join((of, *within)).removesuffix(".[key]")
         text = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(fault["loc"][-1]), list(Profile.model_fields), n=1)
-            text = "unknown key" + (f", did you mean {near[0]!r}?" if near else "")
+            known = list(model.model_fields if within else Profile.model_fields)
+            near = difflib.get_close_matches((of, *within)[-1], known, n=1)
+            text = "unknown key" + (
+                f", did you mean {near[0]!r}?" if near else f", expected {', '.join(known)}"
+            )
+        elif fault["type"] == "missing":
+            text = "expected, and not found"
+        elif fault["type"] != "value_error":
+            text = _EXPECTED.get(fault["type"], text.replace("Input should be", "expected", 1))
+            if where == "workers":
+                text = "expected a whole number from 1, or a range as in {minimum: 1, maximum: 64}"
+            text += f", found {_shown(fault['input'])}"
         lines.append(f"{where}: {text}" if where else text)
     return "; ".join(lines)

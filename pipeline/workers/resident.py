@@ -85,7 +85,7 @@ def get_metric(request: MetricRequest, device: str | None = None) -> Metric:
     Raises
     ------
     ClusterError
-        When this worker cannot import a metric of one's own.
+        When this worker cannot import a metric of one's own, or has no such device.
     lsim.WeightsError
         When this worker's weights, or its version of the metric, are not the driver's.
     """
@@ -93,6 +93,7 @@ def get_metric(request: MetricRequest, device: str | None = None) -> Metric:
         key = (request, device or _device)
         if key not in _metrics:
             try:
+                _check_device(key[1])
                 metric = request.load(key[1])
             except UnknownMetricError as error:
                 if ":" not in request.name:
@@ -214,6 +215,14 @@ def choose_device(device: str, number: int) -> None:
     if device == "auto" and torch.cuda.is_available() and torch.cuda.device_count() > 1:
         device = f"cuda:{number % torch.cuda.device_count()}"
     _device = device
+
+
+def _check_device(device: str) -> None:
+    wanted, count = resolve_device(device), torch.cuda.device_count()
+    if wanted.type == "cuda" and (wanted.index or 0) >= count:
+        raise ClusterError(
+            f"device: expected one that {_this_worker()} has, found {device!r} and {count} GPUs"
+        )
 
 
 def this_device() -> torch.device:

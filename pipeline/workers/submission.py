@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 from distributed import Client, Future, KilledWorker, as_completed
 
 from pipeline.workers import stopping
-from pipeline.workers.packed import pack, run_packed
+from pipeline.workers.packed import EndedError, pack, run_guarded, run_packed
 from pipeline.workers.profiles import ClusterError
 from pipeline.workers.resident import single_threaded
 
@@ -37,6 +37,9 @@ RETRIES = 2
 STRAGGLER_FACTOR = 3.0
 STRAGGLER_SECONDS = 5.0
 """A straggler has run for longer than either: this many times the median task, and this long."""
+HUNG_FACTOR = 10.0
+HUNG_SECONDS = 60.0
+"""What has run for longer than either may hang, and is told of; without any median, ten times as long."""
 
 LOOK_S = 0.005, 0.1
 """How soon the driver looks again when nothing has finished: soon after something has, later otherwise."""
@@ -101,7 +104,7 @@ def reason_of(error: Exception) -> str:
     """Why a task was given up, in one line that says nothing of where workers ran: it is recorded."""
     if isinstance(error, KilledWorker):
         return f"KilledWorker: {1 + error.allowed_failures} workers died while they computed it"
-    return f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, EndedError) else f"{type(error).__name__}: {error}"
 
 
 def _run_here(function: Callable[..., Any], tasks: Iterable[Task]) -> Iterator[Outcome]:
@@ -111,7 +114,7 @@ def _run_here(function: Callable[..., Any], tasks: Iterable[Task]) -> Iterator[O
                 raise stopping.Stopped
             result, error = None, None
             try:
-                result = function(*task)
+                result = run_guarded(function, task)
             except Exception as raised:
                 error = raised
             yield task, result, error
@@ -127,6 +130,14 @@ class _Attempt:
     packed: bytes
     futures: list[Future] = field(default_factory=list)
     began: float = 0.0
+    told: bool = False
+
+    @property
+    def label(self) -> str:
+        """What the task is of, where an argument has a ``label``; of several the first, and how many more."""
+        parts = [part for argument in self.task for part in _parts(argument)]
+        labels = [str(part.label) for part in parts if hasattr(part, "label")]
+        return (labels or ["a task"])[0] + (f" and {len(labels) - 1} more" if len(labels) > 1 else "")
 
 
 class _Flight:
@@ -172,6 +183,7 @@ class _Flight:
             if deadline is None:
                 self._fill()
                 self._copy_stragglers()
+                self._tell_of_the_hung()
             if not self.of_future or (deadline is not None and time.monotonic() > deadline):
                 break
             if outcomes := self._outcomes():
@@ -257,6 +269,28 @@ class _Flight:
                 on[free[0]].append(copy.key)
                 self.tally["copies"] += 1
 
+    def _tell_of_the_hung(self) -> None:
+        """Say of each task that has run far too long, once: nothing ends it, for it may be right."""
+        median = statistics.median(self.seconds) if self.seconds else None
+        limit = max(HUNG_SECONDS, HUNG_FACTOR * (HUNG_SECONDS if median is None else median))
+        now = time.monotonic()
+        late = [a for a in self.running if not a.told and now - a.began > limit]
+        if not late:
+            return
+        on = self._ask(self.client.processing)
+        for attempt in late:
+            keys = {future.key for future in attempt.futures}
+            if where := [address for address, theirs in on.items() if not keys.isdisjoint(theirs)]:
+                attempt.told = True
+                logger.warning(
+                    "%s: has run for %.0f s on worker %s%s, and may hang; it is waited for. What is finished "
+                    "is kept if you end this command (Ctrl-C or SIGTERM)",
+                    attempt.label,
+                    now - attempt.began,
+                    " and on worker ".join(where),
+                    "" if median is None else f", where others take {median:.2g} s",
+                )
+
     def _submit(self, packed: list[bytes], **options: Any) -> list[Future]:
         name = getattr(self.function, "__name__", "task")
         return self._ask(
@@ -331,6 +365,10 @@ class _Flight:
             f"lost the scheduler at {self.address}: it has ended, or the network is down. What is finished "
             "is kept: run the same command again to go on"
         )
+
+
+def _parts(argument: Any) -> Iterable[Any]:
+    return argument if isinstance(argument, tuple | list) else (argument,)
 
 
 def _outcome(future: Future) -> tuple[Any, Exception | None] | None:
