@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -140,6 +141,9 @@ def options_of_all(
 
 def main() -> NoReturn:
     """Entry point: run a command, and turn what users can do something about into one line."""
+    # Each once, and without the line of our code that gives it, which says nothing to users.
+    warnings.simplefilter("once", UserWarning)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         stopping.stop_on_sigterm()
         code = app(standalone_mode=False)
