@@ -7,6 +7,7 @@ run goes on where this one stopped.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import os
@@ -139,11 +140,19 @@ def options_of_all(
     """Options before a command's name; each acts by itself."""
 
 
+@functools.cache
+def _say_once(warning: str) -> None:
+    console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _show_warning_once(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning in a line, without that of our code which gives it: it says nothing to users."""
+    _say_once(str(message))
+
+
 def main() -> NoReturn:
     """Entry point: run a command, and turn what users can do something about into one line."""
-    # Each once, and without the line of our code that gives it, which says nothing to users.
-    warnings.simplefilter("once", UserWarning)
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.showwarning = _show_warning_once
     try:
         stopping.stop_on_sigterm()
         code = app(standalone_mode=False)

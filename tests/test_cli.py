@@ -15,7 +15,7 @@ def test_version():
 
 def test_a_warning_is_a_line_said_once(tmp_path):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(2, size=32))
-    of = ("--metric", "lsim-open", "--size", 32, "--scope=-2,2", "--cluster", "none")
+    of = ("--metric", "lsim-open", "--size", 64, "--scope=-2,2", "--cluster", "none")
     code, text = run_lsim("embed", frames, "--out", tmp_path / "e.zarr", *of)
     assert code == 0, text
     assert text.count("warning: metric 'lsim-open' was made for frames of 128 to 512") == 1

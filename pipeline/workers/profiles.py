@@ -351,7 +351,7 @@ class _Loader(yaml.SafeLoader):
 def _read_profile(name: str) -> Profile:
     try:
         text = find_resource("workflows/clusters", name).read_text(encoding="utf-8")
-        content = yaml.load(text, _Loader) or {}
+        content = _Loader(text).get_single_data() or {}
         if not isinstance(content, dict):
             raise TypeError(f"expected keys and values, found {_shown(content)}")
         if others := [key for key in content if not isinstance(key, str)]:
