@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from pipeline.workers.stopping import Stopped
+
 
 class EndedError(Exception):
     """A task asked its process to end, or raised what is no Exception: it fails, and the process stays."""
@@ -28,10 +30,10 @@ def run_packed(packed: bytes) -> Any:
 
 
 def run_guarded(function: Callable[..., Any], task: tuple[Any, ...]) -> Any:
-    """``function(*task)``, of which nothing but an Exception comes; and Ctrl-C, in a main thread."""
+    """``function(*task)``, of which only an Exception comes; and Ctrl-C or SIGTERM, in a main thread."""
     try:
         return function(*task)
-    except Exception:
+    except (Exception, Stopped):
         raise
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
