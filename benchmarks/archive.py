@@ -47,11 +47,11 @@ from lsim.precision import PROMISE
 from lsim.registry import why_unavailable
 from lsim.weights import find_weights
 from pipeline import schema, store
-from pipeline.archive import ArchiveReport, Matrix, compute_archive
+from pipeline.archive import ArchiveReport, MatrixRequest, compute_archive
 from pipeline.archive.tiles import ROWS_AT_ONCE, compare_blocks
-from pipeline.choice import Settings
 from pipeline.content import content_hash
-from pipeline.embedded import EmbeddedBlock
+from pipeline.embedding_cache import EmbeddedBlock
+from pipeline.metric_choice import Settings
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 
@@ -120,7 +120,7 @@ def compute(frames: Path, out: Path, metric: str, threads: int, memory: int) -> 
         assert client is not None
         began = time.perf_counter()
         report = compute_archive(
-            frames, out, settings, Matrix(memory=memory), cluster=cluster, announce=announced.append
+            frames, out, settings, MatrixRequest(memory=memory), cluster=cluster, announce=announced.append
         )
         seconds = time.perf_counter() - began
         peak = max(client.run(peak_memory).values())

@@ -336,8 +336,8 @@ def measure_registry(sequences: int, folder: Path, device: str, metrics: list[st
     A store of one sequence goes first, so that nothing is loaded or compiled in the time that is measured.
     """
     from pipeline import store
-    from pipeline.choice import Settings
     from pipeline.distances import compute_distances
+    from pipeline.metric_choice import Settings
     from pipeline.workers.cluster import Cluster
     from pipeline.workers.profiles import Profile
 

@@ -32,9 +32,9 @@ from convert import FRAMES, make_archive
 
 from pipeline import objects
 from pipeline.catalog import fetch, open_catalog
-from pipeline.choice import Settings
 from pipeline.convert import convert
 from pipeline.distances import compute_distances
+from pipeline.metric_choice import Settings
 from pipeline.versions import versions
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile

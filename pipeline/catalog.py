@@ -74,8 +74,8 @@ from pydantic import (
 
 from pipeline import limits
 from pipeline.address import absolute, is_address, join
-from pipeline.bring import bring, brought
 from pipeline.names import group_fault, printable, shown
+from pipeline.remote_copy import bring, brought
 from pipeline.resources import ResourceError, find_resource, shipped_names
 from pipeline.unpack import UnpackError, unpack
 

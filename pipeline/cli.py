@@ -43,8 +43,8 @@ from pipeline.display import (
 from pipeline.workers import stopping
 
 if TYPE_CHECKING:
-    from pipeline.archive import Matrix
-    from pipeline.choice import Settings
+    from pipeline.archive import MatrixRequest
+    from pipeline.metric_choice import Settings
     from pipeline.workers.profiles import Profile
 
 app = typer.Typer(
@@ -222,7 +222,7 @@ def run(
     workers: Workers = None,
 ) -> None:
     """Run a workflow: fetch, convert, distances, correlate, report; only what is out of date."""
-    from pipeline.choice import Settings
+    from pipeline.metric_choice import Settings
     from pipeline.resources import find_resource
     from pipeline.workers.cluster import Cluster
     from pipeline.workers.profiles import load_profile
@@ -353,19 +353,19 @@ def distances_command(
     _exit(not report.failures)
 
 
-def _matrix(groups: str | None, together: str | None, tile: int | None, memory: str | None) -> Matrix:
+def _matrix(groups: str | None, together: str | None, tile: int | None, memory: str | None) -> MatrixRequest:
     """What is asked of an archive's matrix."""
-    from pipeline.archive import Matrix
+    from pipeline.archive import MatrixRequest
 
     try:
         room = None if memory is None else pydantic.TypeAdapter(pydantic.ByteSize).validate_python(memory)
     except pydantic.ValidationError as error:
         raise typer.BadParameter(f"--memory {memory!r}: expected a size, as in 8GB") from error
-    return Matrix(tuple(_separated(groups) or ()), together, tile, room)
+    return MatrixRequest(tuple(_separated(groups) or ()), together, tile, room)
 
 
 def _compute_archive(
-    frames: str, out: str, settings: Settings, matrix: Matrix, profile: Profile, *, plan_only: bool
+    frames: str, out: str, settings: Settings, matrix: MatrixRequest, profile: Profile, *, plan_only: bool
 ) -> None:
     """The command ``distances`` with ``--matrix archive``."""
     from pipeline.archive import compute_archive, shared_memory_profile
@@ -485,7 +485,7 @@ def embed_command(
     workers: Workers = None,
 ) -> None:
     """Write a metric's embedding of every frame, for search libraries; only what is new or out of date."""
-    from pipeline.embed import compute_embeddings
+    from pipeline.embeddings import compute_embeddings
     from pipeline.workers.cluster import Cluster
     from pipeline.workers.profiles import load_profile
 
@@ -856,7 +856,7 @@ def cluster_check(
     workers: Workers = None,
 ) -> None:
     """Start a cluster, look at its workers' versions and devices, and measure what a run would take."""
-    from pipeline.check import check_cluster
+    from pipeline.cluster_check import check_cluster
     from pipeline.workers.profiles import load_profile
 
     settings = _settings(_metric_names(metrics, own), option, weights)
@@ -873,7 +873,7 @@ def _settings(
     metrics: Any, option: list[str] | None, weights: list[str] | None, told: Mapping[str, Any] | None = None
 ) -> Settings:
     """Settings of metrics, options and weights, and what else is told; metrics of this folder are found."""
-    from pipeline.choice import Settings
+    from pipeline.metric_choice import Settings
 
     given = {"metrics": metrics, "options": _options(option, {}), "weights": _weights(weights)}
     settings = Settings.model_validate(given | dict(told or {}))

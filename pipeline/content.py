@@ -28,13 +28,13 @@ def content_hash(frames: np.ndarray, parameter: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-NOT_READ = (store.DamagedError, store.TooLargeError)
+NOT_READ = (store.DamagedError, store.OversizedError)
 """What :func:`read_sequence` raises for a sequence that isn't compared, and is looked at again next time."""
 
 
-def why_not_read(error: store.DamagedError | store.TooLargeError) -> str:
+def why_not_read(error: store.DamagedError | store.OversizedError) -> str:
     """What is wrong with a sequence, in words that name no folder: they are recorded."""
-    return error.claim if isinstance(error, store.TooLargeError) else f"damaged frames: {error.damage}"
+    return error.claim if isinstance(error, store.OversizedError) else f"damaged frames: {error.damage}"
 
 
 def read_sequence(group: store.Group, row: int, content: str) -> np.ndarray:
@@ -52,7 +52,7 @@ def read_sequence(group: store.Group, row: int, content: str) -> np.ndarray:
     ------
     DamagedError
         When a chunk cannot be decoded, is gone, or holds other values than were converted.
-    TooLargeError
+    OversizedError
         When it is larger than this machine's memory.
     """
     frames = store.get_array(group, schema.FRAMES)

@@ -30,7 +30,7 @@ from pipeline.names import printable
 if TYPE_CHECKING:
     from pipeline.archive import ArchiveReport
     from pipeline.correlate import CorrelationReport
-    from pipeline.embed import EmbeddingsReport
+    from pipeline.embeddings import EmbeddingsReport
     from pipeline.neighbours import Neighbours
 
 

@@ -30,7 +30,7 @@ from zarr.storage import LocalStore, ObjectStore
 
 from pipeline import limits, locks, objects, schema
 from pipeline.address import absolute, is_address
-from pipeline.texts import read_texts
+from pipeline.text_chunks import read_texts
 
 Group = zarr.Group
 Array = zarr.Array
@@ -62,7 +62,7 @@ class DamagedError(StoreError):
         return f"{where}: {damage}; 'lsim verify' lists all that is damaged in a store"
 
 
-class TooLargeError(StoreError):
+class OversizedError(StoreError):
     """An array that claims more than this machine's memory; ``claim`` says how much, and names no folder."""
 
     def __init__(self, where: str, claim: str) -> None:
@@ -533,7 +533,7 @@ def read(array: Array, region: Any = ...) -> np.ndarray:
     ------
     DamagedError
         Naming the chunks that cannot be decoded.
-    TooLargeError
+    OversizedError
         When the region is larger than the memory of this machine; nothing is allocated.
     """
     check_fits(array, region)
@@ -567,7 +567,7 @@ def _read_text_files(array: Array, region: Any) -> np.ndarray | None:
 
 
 def check_fits(array: Array, region: Any = ...) -> None:
-    """Raise :class:`TooLargeError` where a region of slices and whole numbers, or a chunk, is beyond memory.
+    """Raise :class:`OversizedError` where a region of slices and whole numbers, or a chunk, is beyond memory.
 
     Shapes are claims: metadata of a few bytes may speak of a petabyte.
     """
@@ -579,7 +579,7 @@ def check_fits(array: Array, region: Any = ...) -> None:
     memory = limits.memory_bytes()
     for what, counts in (("values of shape", shape), ("a chunk of shape", array.chunks)):
         if (nbytes := limits.array_bytes(counts, array.dtype.itemsize)) > memory:
-            raise TooLargeError(
+            raise OversizedError(
                 str(array.store_path),
                 f"{what} {tuple(counts)} would take {limits.readable(nbytes)}; this machine has "
                 f"{limits.readable(memory)} of memory",
@@ -637,12 +637,12 @@ def chunk_count(array: Array) -> int:
 
     Raises
     ------
-    TooLargeError
+    OversizedError
         For more than :data:`MOST_CHUNKS`, which nobody can look at one by one.
     """
     count = math.prod(-(-length // chunk) for length, chunk in zip(array.shape, array.chunks, strict=True))
     if count > MOST_CHUNKS:
-        raise TooLargeError(
+        raise OversizedError(
             str(array.store_path),
             f"shape {array.shape} in chunks of {array.chunks} would be {count} chunks; {MOST_CHUNKS} at most "
             "are looked at",

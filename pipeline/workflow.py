@@ -17,12 +17,12 @@ import pydantic
 
 from pipeline import store
 from pipeline.address import absolute, join
-from pipeline.archive import ArchiveReport, Matrix, compute_archive
+from pipeline.archive import ArchiveReport, MatrixRequest, compute_archive
 from pipeline.catalog import fetch, open_catalog
-from pipeline.choice import Settings, choose_metrics
 from pipeline.convert import ConversionReport, convert
 from pipeline.correlate import CorrelationReport, correlate
 from pipeline.distances import DistancesReport, compute_distances
+from pipeline.metric_choice import Settings, choose_metrics
 from pipeline.report import write_report
 from pipeline.resources import find_resource, read_yaml, validated
 from pipeline.workers.cluster import Cluster
@@ -181,7 +181,7 @@ def run_workflow(
     pipeline.catalog.MissingDataError
         When source data is absent; says what to download.
     ValueError, lsim.UnknownMetricError, lsim.WeightsError
-        For metrics that :func:`pipeline.choice.choose_metrics` refuses; before anything is fetched.
+        For metrics that :func:`pipeline.metric_choice.choose_metrics` refuses; before anything is fetched.
     """
     folder = absolute(out if out is not None else workflow.out)
     names = ("frames.zarr", "distances.zarr", "archive.zarr", "results")
@@ -209,7 +209,7 @@ def run_workflow(
         computed = compute_distances(frames, distances, workflow.distances, cluster=cluster, progress=show)
     of_all_frames = None
     if section is not None and of_archive is not None:
-        matrix = Matrix(section.groups, section.together)
+        matrix = MatrixRequest(section.groups, section.together)
         with progress("archive") as show:
             of_all_frames = compute_archive(
                 *(frames, archive, of_archive, matrix),

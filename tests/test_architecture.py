@@ -20,15 +20,15 @@ STAGES = (
     "pipeline.correlate",
     "pipeline.report",
     "pipeline.archive",
-    "pipeline.embed",
+    "pipeline.embeddings",
 )
 PARTS_OF_STAGES = {
     "pipeline.distances.blocks": "pipeline.distances",
     "pipeline.distances.compute": "pipeline.distances",
     "pipeline.distances.sizing": "pipeline.distances",
     "pipeline.shards": "pipeline.convert",
-    "pipeline.embedded": "pipeline.archive",
-    "pipeline.frames": "pipeline.archive",
+    "pipeline.embedding_cache": "pipeline.archive",
+    "pipeline.frame_blocks": "pipeline.archive",
     "pipeline.archive.matrix": "pipeline.archive",
     "pipeline.archive.measuring": "pipeline.archive",
     "pipeline.archive.plan": "pipeline.archive",
@@ -39,28 +39,31 @@ LEAVES = (
     "pipeline.versions",
     "pipeline.resources",
     "pipeline.statistics",
-    "pipeline.mapping",
+    "pipeline.scaling",
     "pipeline.address",
     "pipeline.names",
     "pipeline.limits",
     "pipeline.tables",
+    "pipeline.text_chunks",
 )
-SHARED_BY_STAGES = ("pipeline.choice", "pipeline.fields", "pipeline.scopes")
+SHARED_BY_STAGES = ("pipeline.metric_choice", "pipeline.fields", "pipeline.scopes")
 """What several stages ask: which metrics, and over which range their frames are normalised."""
 WORKERS = (
     "pipeline.workers.cluster",
     "pipeline.workers.credentials",
     "pipeline.workers.departure",
     "pipeline.workers.deployment",
+    "pipeline.workers.packed",
     "pipeline.workers.profiles",
     "pipeline.workers.resident",
+    "pipeline.workers.stopping",
     "pipeline.workers.submission",
 )
 """How stages get at workers: profiles below, the cluster above."""
 KNOW_DASK = (*WORKERS, "pipeline.convert", "pipeline.distances", "pipeline.archive", "pipeline.workflow")
-CHECKERS = ("pipeline.verify", "pipeline.verify.tiles")
+CHECKERS = ("pipeline.verify", "pipeline.verify.damage", "pipeline.verify.repair", "pipeline.verify.tiles")
 """What compares what stages wrote with what they recorded of it."""
-COMPOSERS = ("pipeline.workflow", "pipeline.check")
+COMPOSERS = ("pipeline.workflow", "pipeline.cluster_check")
 """Who compose stages: a whole run, and a small one that tells how fit a cluster is."""
 KNOW_ZARR = ("pipeline.store", "pipeline.schema")
 

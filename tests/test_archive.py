@@ -26,13 +26,13 @@ from lsim.metrics.pixel import L2
 from lsim.metrics.structural import SSIM
 from pipeline import archive as archive_module
 from pipeline import schema, store
-from pipeline.archive import Matrix, compute_archive, shared_memory_profile
+from pipeline.archive import MatrixRequest, compute_archive, shared_memory_profile
 from pipeline.archive.measuring import Device, share_of_device
 from pipeline.archive.plan import PlanError, order_squares, simulate_embeddings
 from pipeline.archive.tiles import TileTask, _Record, compare_blocks
-from pipeline.choice import Settings
-from pipeline.embedded import EmbeddedBlock, EmbeddingCache
-from pipeline.frames import list_frames
+from pipeline.embedding_cache import EmbeddedBlock, EmbeddingCache
+from pipeline.frame_blocks import list_frames
+from pipeline.metric_choice import Settings
 from pipeline.workers import stopping
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile, WorkerRange
@@ -41,10 +41,14 @@ SETTINGS = Settings(metrics=("l2", "ssim"), size=None, scope="dataset")
 RANGE = (-1.5, 1.5)
 
 
-def compute(frames: Path, out: Path, settings: Settings = SETTINGS, matrix: Matrix | None = None, **options):
+def compute(
+    frames: Path, out: Path, settings: Settings = SETTINGS, matrix: MatrixRequest | None = None, **options
+):
     """In this process, without workers."""
     with Cluster(Profile(kind="none")) as cluster:
-        return compute_archive(frames, out, settings, matrix or Matrix(tile=8), cluster=cluster, **options)
+        return compute_archive(
+            frames, out, settings, matrix or MatrixRequest(tile=8), cluster=cluster, **options
+        )
 
 
 def matrices(path: Path, key: str = "A/density") -> dict[str, np.ndarray]:
@@ -112,7 +116,7 @@ def test_same_bytes_whatever_the_tile_and_the_memory(tmp_path):
     expected = compute(frames, tmp_path / "8.zarr", settings)
     assert expected.embeddings == 2 * 30 + 30  # each family once
     for tile in (3, 64):
-        compute(frames, tmp_path / f"{tile}.zarr", settings, Matrix(tile=tile))
+        compute(frames, tmp_path / f"{tile}.zarr", settings, MatrixRequest(tile=tile))
         same(matrices(tmp_path / "8.zarr"), matrices(tmp_path / f"{tile}.zarr"))
 
 
@@ -122,7 +126,9 @@ def test_same_bytes_whatever_the_workers(tmp_path, profile):
     settings = Settings(metrics=("l2", "lsim-open"), size=48, scope="dataset")
     compute(frames, tmp_path / "alone.zarr", settings)
     with Cluster(Profile(**profile)) as cluster:
-        report = compute_archive(frames, tmp_path / "many.zarr", settings, Matrix(tile=5), cluster=cluster)
+        report = compute_archive(
+            frames, tmp_path / "many.zarr", settings, MatrixRequest(tile=5), cluster=cluster
+        )
         same(matrices(tmp_path / "alone.zarr"), matrices(tmp_path / "many.zarr"))
         # Threads of one process share what is embedded.
         assert report.embeddings == 60 if profile["workers"] == 1 else report.embeddings <= 120
@@ -133,7 +139,7 @@ def test_same_bytes_whatever_the_workers(tmp_path, profile):
 def test_fields_together_are_one_matrix(tmp_path):
     archive = archive_of(2) | archive_of(2, key="B/pressure", start=5) | archive_of(1, key="B/velocity")
     frames = write_archive(tmp_path / "frames.zarr", archive)
-    chosen = Matrix(("A/*", "B/pressure"), together="both", tile=8)
+    chosen = MatrixRequest(("A/*", "B/pressure"), together="both", tile=8)
     compute(frames, tmp_path / "a.zarr", matrix=chosen)
     every = np.concatenate([all_frames(archive), all_frames(archive, "B/pressure")])
     fixed = (float(every.min()), float(every.max()))
@@ -249,13 +255,13 @@ def test_a_run_in_this_process_that_is_told_to_end_does_so_between_tiles(tmp_pat
     out = tmp_path / "a.zarr"
     monkeypatch.setattr("pipeline.workers.stopping.asked", lambda: len(written(out)) >= 3)
     with pytest.raises(stopping.Stopped):
-        compute(frames, out, matrix=Matrix(tile=4))
+        compute(frames, out, matrix=MatrixRequest(tile=4))
     monkeypatch.undo()
     assert len(written(out)) == 3  # a tile on the diagonal, and one with its mirror image
-    report = compute(frames, out, matrix=Matrix())
+    report = compute(frames, out, matrix=MatrixRequest())
     assert report.up_to_date == 2
     assert report.tiles == 2 * 15 - 2
-    compute(frames, tmp_path / "whole.zarr", matrix=Matrix(tile=4))
+    compute(frames, tmp_path / "whole.zarr", matrix=MatrixRequest(tile=4))
     same(matrices(tmp_path / "whole.zarr"), matrices(out))
 
 
@@ -263,13 +269,13 @@ def test_a_driver_that_is_killed_costs_the_tiles_in_hand(tmp_path):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(8))
     out = tmp_path / "a.zarr"
     code = f"""
-    from pipeline.archive import Matrix, compute_archive
-    from pipeline.choice import Settings
+    from pipeline.archive import MatrixRequest, compute_archive
+    from pipeline.metric_choice import Settings
     from pipeline.workers.cluster import Cluster
     from pipeline.workers.profiles import Profile
     settings = Settings(metrics=("l2", "ssim"), size=None, scope="dataset")
     with Cluster(Profile(kind="none")) as cluster:
-        compute_archive({str(frames)!r}, {str(out)!r}, settings, Matrix(tile=2), cluster=cluster)
+        compute_archive({str(frames)!r}, {str(out)!r}, settings, MatrixRequest(tile=2), cluster=cluster)
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
     try:
@@ -282,10 +288,10 @@ def test_a_driver_that_is_killed_costs_the_tiles_in_hand(tmp_path):
     finally:
         process.kill()
         process.wait()
-    report = compute(frames, out, matrix=Matrix())
+    report = compute(frames, out, matrix=MatrixRequest())
     assert report.up_to_date
     assert report.tiles
-    compute(frames, tmp_path / "whole.zarr", matrix=Matrix(tile=2))
+    compute(frames, tmp_path / "whole.zarr", matrix=MatrixRequest(tile=2))
     same(matrices(tmp_path / "whole.zarr"), matrices(out))
 
 
@@ -297,8 +303,8 @@ def test_an_archive_that_shrinks_and_grows_again_has_all_its_distances(tmp_path)
     seven = {"A/density": {name: frames for name, frames in eight["A/density"].items() if name != "s7"}}
     for archive in (eight, seven, eight):
         frames = write_archive(tmp_path / "frames.zarr", archive)
-        compute(frames, tmp_path / "a.zarr", matrix=Matrix(tile=4))
-    compute(frames, tmp_path / "new.zarr", matrix=Matrix(tile=4))
+        compute(frames, tmp_path / "a.zarr", matrix=MatrixRequest(tile=4))
+    compute(frames, tmp_path / "new.zarr", matrix=MatrixRequest(tile=4))
     same(matrices(tmp_path / "a.zarr"), matrices(tmp_path / "new.zarr"))
 
 
@@ -307,7 +313,7 @@ def test_equal_sequences_are_as_far_apart_in_one_tile_as_in_two(tmp_path):
     frames = write_archive(tmp_path / "frames.zarr", {"A/density": {"s0": twice, "s1": twice.copy()}})
     settings = SETTINGS.model_copy(update={"metrics": ("psnr",)})
     for tile in (4, 8):
-        compute(frames, tmp_path / f"{tile}.zarr", settings, Matrix(tile=tile))
+        compute(frames, tmp_path / f"{tile}.zarr", settings, MatrixRequest(tile=tile))
     same(matrices(tmp_path / "4.zarr"), matrices(tmp_path / "8.zarr"))
     assert matrices(tmp_path / "4.zarr")["psnr"][0, 4] == -np.inf
 
@@ -448,7 +454,7 @@ def test_a_full_disk_stops_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr("pipeline.archive.tiles._write_tile", full)
     with pytest.raises(store.StoreError, match="No space left on device; what is finished is kept"):
-        compute(frames, tmp_path / "a.zarr", matrix=Matrix(tile=2))
+        compute(frames, tmp_path / "a.zarr", matrix=MatrixRequest(tile=2))
     assert len(tried) == 1
 
 
@@ -527,14 +533,16 @@ def test_stores_and_fields_that_do_not_go_together_are_refused(tmp_path):
     archive = archive_of(1) | archive_of(1, key="B/velocity", channels=3)
     frames = write_archive(tmp_path / "frames.zarr", archive)
     with pytest.raises(ValueError, match="different channels"):
-        compute(frames, tmp_path / "a.zarr", matrix=Matrix(together="all"))
+        compute(frames, tmp_path / "a.zarr", matrix=MatrixRequest(together="all"))
     with pytest.raises(store.StoreError, match="no group 'C/"):
-        compute(frames, tmp_path / "a.zarr", matrix=Matrix(("C/*",)))
+        compute(frames, tmp_path / "a.zarr", matrix=MatrixRequest(("C/*",)))
     with pytest.raises(store.StoreError, match="another path"):
         compute(frames, frames)
-    compute(frames, tmp_path / "a.zarr", matrix=Matrix(("A/*",), tile=4))
+    compute(frames, tmp_path / "a.zarr", matrix=MatrixRequest(("A/*",), tile=4))
     with pytest.raises(ValueError, match="tiles of 4 frames"):
-        compute(frames, tmp_path / "a.zarr", SETTINGS.model_copy(update={"scope": RANGE}), Matrix(tile=8))
+        compute(
+            frames, tmp_path / "a.zarr", SETTINGS.model_copy(update={"scope": RANGE}), MatrixRequest(tile=8)
+        )
     others = write_archive(tmp_path / "others.zarr", archive_of(1, key="Z/pressure"))
     with pytest.raises(store.StoreError, match="A/density"):
         compute(others, tmp_path / "a.zarr")
@@ -559,9 +567,9 @@ def test_a_plan_is_shown_and_writes_nothing(tmp_path):
 def test_a_plan_that_does_not_fit_is_an_error_with_the_numbers_before_any_work(tmp_path):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(4))
     with pytest.raises(PlanError, match=r"a worker has 1 MB of memory, and .* needs .*--memory"):
-        compute(frames, tmp_path / "a.zarr", matrix=Matrix(memory=10**6))
+        compute(frames, tmp_path / "a.zarr", matrix=MatrixRequest(memory=10**6))
     with pytest.raises(PlanError, match=r"tiles of 100000000 frames .* blocks of .*--tile"):
-        compute(frames, tmp_path / "a.zarr", matrix=Matrix(tile=10**8))
+        compute(frames, tmp_path / "a.zarr", matrix=MatrixRequest(tile=10**8))
     assert not (tmp_path / "a.zarr").exists()
 
 
@@ -604,7 +612,7 @@ def test_frames_that_cannot_be_embedded_come_first_and_the_plan_counts_the_other
         archive["A/density"][f"s{k}"][:] = np.nan
     frames = write_archive(tmp_path / "frames.zarr", archive)
     with pytest.raises(PlanError, match="--memory"):
-        compute(frames, tmp_path / "a.zarr", matrix=Matrix(memory=10**6), plan_only=True)
+        compute(frames, tmp_path / "a.zarr", matrix=MatrixRequest(memory=10**6), plan_only=True)
     planned = compute(frames, tmp_path / "a.zarr", plan_only=True).plans[0].families[0]
     assert planned.cache == 64 * 4 * 40 * 40
     for k in range(5, 8):
@@ -765,8 +773,8 @@ def test_threads_share_the_cache_and_wait_for_room_without_a_deadlock():
 BOUNDED = """
 import resource, sys
 import numpy as np
-from pipeline.archive import Matrix, compute_archive
-from pipeline.choice import Settings
+from pipeline.archive import MatrixRequest, compute_archive
+from pipeline.metric_choice import Settings
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 
@@ -785,7 +793,7 @@ with Cluster(Profile(kind="none")) as cluster:
     except MemoryError:
         print("all at once: no")
     report = compute_archive(
-        frames, out, settings, Matrix(memory=now("VmRSS") + budget), cluster=cluster, announce=print
+        frames, out, settings, MatrixRequest(memory=now("VmRSS") + budget), cluster=cluster, announce=print
     )
     print("tiles", report.tiles, "embeddings", report.embeddings)
 """

@@ -23,8 +23,8 @@ from commands import run_lsim
 from distributed import LocalCluster
 from ssh_server import ssh_server
 
-from pipeline import check
-from pipeline.check import ClusterFindings, _look_at_workers, check_cluster, compare_versions
+from pipeline import cluster_check
+from pipeline.cluster_check import ClusterFindings, _look_at_workers, check_cluster, compare_versions
 from pipeline.distances import Settings, compute_distances
 from pipeline.workers import resident
 from pipeline.workers.cluster import FAULT_TOLERANCE, Cluster
@@ -618,7 +618,7 @@ def test_check_of_frames_with_nan_warns_and_measures_few_bytes(tmp_path, monkeyp
     archive = archive_of(3, frames=4)
     archive["A/density"]["s0"][2] = np.nan
     frames = write_archive(tmp_path / "frames.zarr", archive)
-    monkeypatch.setattr(check, "SAMPLE_BYTES", 1)
+    monkeypatch.setattr(cluster_check, "SAMPLE_BYTES", 1)
     found = check_cluster(Profile(kind="none"), SETTINGS, frames=frames)
     assert not found.errors
     (warned,) = [line for line in found.warnings if "A/density" in line]

@@ -23,12 +23,12 @@ from lsim.prepared import Prepared
 from lsim.testing import write_random_checkpoint
 from lsim.weights import load_checkpoint, save_checkpoint
 from pipeline import schema, scopes, store, versions
-from pipeline.archive import Matrix, compute_archive
-from pipeline.choice import Settings, UnavailableMetricError
+from pipeline.archive import MatrixRequest, compute_archive
 from pipeline.correlate import CorrelationError, correlate
 from pipeline.distances import compute_distances
 from pipeline.distances.blocks import fingerprint
 from pipeline.distances.compute import BlockTask, compute_block, compute_blocks
+from pipeline.metric_choice import Settings, UnavailableMetricError
 from pipeline.report import write_report
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
@@ -263,7 +263,7 @@ def test_frames_that_lost_metadata_are_refused_and_cost_no_distances(tmp_path, l
     assert np.isfinite(kept["l2"]).all()
     settings = Settings(metrics=("l2",), size=None, scope="dataset")
     with pytest.raises(store.DamagedError, match=f"{lost}/zarr.json"), Cluster(Profile(kind="none")) as own:
-        compute_archive(frames, tmp_path / "a.zarr", settings, Matrix(tile=8), cluster=own)
+        compute_archive(frames, tmp_path / "a.zarr", settings, MatrixRequest(tile=8), cluster=own)
 
 
 def test_reference_pairs_alone_and_all_pairs_will_do_for_them(tmp_path):
@@ -655,7 +655,7 @@ def test_a_size_that_a_metric_asked_for_cannot_take_is_an_error_before_anything_
     own_weights(tmp_path / "mine.safetensors")
     monkeypatch.chdir(tmp_path)
     # Whatever is not here for another reason.
-    monkeypatch.setattr("pipeline.choice.list_metrics", lambda: ["l1", "ssim", "ms-ssim"])
+    monkeypatch.setattr("pipeline.metric_choice.list_metrics", lambda: ["l1", "ssim", "ms-ssim"])
     with pytest.raises(lsim.FramesError, match=f"metric '{culprit}' cannot take frames of"):
         compute(frames, tmp_path / "d.zarr", **({"size": 100} | changes))
     assert not (tmp_path / "d.zarr").exists()

@@ -14,10 +14,10 @@ from commands import run_lsim
 import lsim
 from pipeline import schema, store
 from pipeline.catalog import CatalogError, open_catalog
-from pipeline.choice import Settings
 from pipeline.content import content_hash
 from pipeline.convert import ConversionReport, convert
 from pipeline.distances import compute_distances
+from pipeline.metric_choice import Settings
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 

@@ -32,15 +32,15 @@ from lsim.simulate import write_families
 from pipeline import locks, objects, schema, store
 from pipeline.address import AddressError, absolute
 from pipeline.archive import compute_archive
-from pipeline.bring import bring, brought
 from pipeline.catalog import MissingDataError, fetch, open_catalog
-from pipeline.choice import Settings
 from pipeline.cli import main
 from pipeline.convert import convert
 from pipeline.correlate import correlate
 from pipeline.distances import compute_distances
+from pipeline.metric_choice import Settings
 from pipeline.mirror import local_folder
 from pipeline.neighbours import find_neighbours
+from pipeline.remote_copy import bring, brought
 from pipeline.report import write_report
 from pipeline.simulate import simulate
 from pipeline.train import TrainingRun, open_sequences

@@ -15,10 +15,10 @@ from distributed import LocalCluster
 
 import lsim
 from pipeline import schema, store
-from pipeline.choice import Settings
 from pipeline.cli import main
 from pipeline.correlate import correlate
 from pipeline.distances import compute_distances
+from pipeline.metric_choice import Settings
 from pipeline.report import write_report
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import ClusterError, Profile

@@ -22,7 +22,7 @@ from distributed import Client, KilledWorker, LocalCluster
 from pipeline.archive.tiles import TileTask
 from pipeline.distances.blocks import StaleBlock
 from pipeline.distances.compute import BlockTask
-from pipeline.embed import EmbedTask
+from pipeline.embeddings import EmbedTask
 from pipeline.workers import packed, stopping, submission
 from pipeline.workers.cluster import FAULT_TOLERANCE, Cluster
 from pipeline.workers.profiles import ClusterError, Profile

@@ -15,11 +15,11 @@ from commands import run_lsim
 from PIL import Image
 
 from pipeline import schema, store
-from pipeline.archive import Matrix, compute_archive
+from pipeline.archive import MatrixRequest, compute_archive
 from pipeline.catalog import open_catalog
-from pipeline.choice import Settings
 from pipeline.convert import ConversionReport, convert
 from pipeline.distances import DistancesReport, compute_distances
+from pipeline.metric_choice import Settings
 from pipeline.verify import verify
 from pipeline.verify.damage import Damage, VerifyReport
 from pipeline.verify.repair import repair
@@ -95,7 +95,7 @@ def test_frames_that_no_metric_takes_are_no_damage(tmp_path: Path, which: slice)
     with Cluster(Profile(kind="none")) as cluster:
         settings = SETTINGS.model_copy(update={"scope": "dataset"})
         assert compute_archive(
-            frames, tmp_path / "a.zarr", settings, Matrix(tile=4), cluster=cluster
+            frames, tmp_path / "a.zarr", settings, MatrixRequest(tile=4), cluster=cluster
         ).failures
     for path in (frames, tmp_path / "d.zarr", tmp_path / "a.zarr"):
         assert verify(path).damages == []
@@ -370,7 +370,7 @@ def test_claims_of_more_chunks_than_anyone_can_read_are_refused(
     claim["shape"][0] = 10**12
     document.write_text(json.dumps(claim))
     with pytest.raises(
-        store.TooLargeError, match=rf"{array}: shape \(1000000000000, .* chunks; 100000000 at"
+        store.OversizedError, match=rf"{array}: shape \(1000000000000, .* chunks; 100000000 at"
     ):
         verify(path)
 
@@ -381,7 +381,7 @@ def test_claims_of_more_chunks_than_anyone_can_read_are_refused(
 def compute_tiles(frames: Path, out: Path) -> Any:
     settings = Settings(metrics=("l2", "l1"), size=None, scope="dataset")
     with Cluster(Profile(kind="none")) as cluster:
-        return compute_archive(frames, out, settings, Matrix(tile=8), cluster=cluster)
+        return compute_archive(frames, out, settings, MatrixRequest(tile=8), cluster=cluster)
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])

@@ -11,7 +11,7 @@ from commands import run_lsim
 
 import lsim
 from pipeline.catalog import open_catalog
-from pipeline.choice import Settings
+from pipeline.metric_choice import Settings
 from pipeline.resources import shipped_names
 from pipeline.train import open_training
 from pipeline.workers.cluster import Cluster

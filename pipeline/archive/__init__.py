@@ -40,10 +40,10 @@ from pipeline.archive.plan import (
     room_for,
 )
 from pipeline.archive.tiles import TileTask, compute_tiles, embeds_as
-from pipeline.choice import Settings, choose_metrics
-from pipeline.embedded import clear_cache
+from pipeline.embedding_cache import clear_cache
 from pipeline.fields import checked_fields, drop_vanished, refuse_others_results
-from pipeline.frames import ArchiveFrames, FrameBlock, list_frames
+from pipeline.frame_blocks import ArchiveFrames, FrameBlock, list_frames
+from pipeline.metric_choice import Settings, choose_metrics
 from pipeline.scopes import dataset_range, recorded_range
 from pipeline.versions import versions
 from pipeline.workers.cluster import Cluster
@@ -63,8 +63,8 @@ SAMPLES = 12
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """What is asked of an archive's matrix besides :class:`~pipeline.choice.Settings`.
+class MatrixRequest:
+    """What is asked of an archive's matrix besides :class:`~pipeline.metric_choice.Settings`.
 
     Attributes
     ----------
@@ -144,7 +144,7 @@ def compute_archive(
     frames: str | os.PathLike[str],
     out: str | os.PathLike[str],
     settings: Settings,
-    matrix: Matrix | None = None,
+    matrix: MatrixRequest | None = None,
     *,
     cluster: Cluster | None = None,
     progress: Progress | None = None,
@@ -161,7 +161,7 @@ def compute_archive(
         Created when absent; otherwise only tiles that are out of date are computed.
     settings : Settings
         With the scope ``"dataset"``, minimum and maximum over all frames of the matrix, or a fixed one.
-    matrix : Matrix, optional
+    matrix : MatrixRequest, optional
     cluster : Cluster, optional
         Started only if there is something to do. Default: one worker process, with a thread a core.
     progress : callable, optional
@@ -177,14 +177,14 @@ def compute_archive(
     Raises
     ------
     ValueError, lsim.UnknownMetricError, lsim.WeightsError
-        For settings that a matrix can't have, and metrics that :func:`~pipeline.choice.choose_metrics`
+        For settings that a matrix can't have, and metrics that :func:`~pipeline.metric_choice.choose_metrics`
         refuses.
     pipeline.archive.plan.PlanError
         When the plan doesn't fit the memory that there is; nothing has been computed then.
     pipeline.store.StoreError
         When ``frames`` is no store of frames, or ``out`` one of something else.
     """
-    matrix = matrix or Matrix()
+    matrix = matrix or MatrixRequest()
     if cluster is None:
         with Cluster(shared_memory_profile(Profile())) as own:
             return compute_archive(
@@ -333,7 +333,7 @@ def _check(settings: Settings) -> None:
         raise ValueError("a matrix over an archive has all pairs; pairs 'reference' is for single sequences")
 
 
-def _matrices(keys: Sequence[str], matrix: Matrix) -> list[tuple[str, list[str]]]:
+def _matrices(keys: Sequence[str], matrix: MatrixRequest) -> list[tuple[str, list[str]]]:
     """Groups to write, with the fields of each."""
     if matrix.together is None:
         return [(key, [key]) for key in sorted(keys)]
@@ -361,7 +361,7 @@ class _Context:
     frames: str
     out: str
     settings: Settings
-    matrix: Matrix
+    matrix: MatrixRequest
     cluster: Cluster
     metrics: list[Metric]
     requests: dict[str, MetricRequest]

@@ -15,7 +15,7 @@ import numpy as np
 
 from lsim.preprocess import Scope
 from pipeline import schema, store
-from pipeline.frames import ArchiveFrames, FrameBlock
+from pipeline.frame_blocks import ArchiveFrames, FrameBlock
 
 LABELS_TOGETHER = 16384
 """Frames whose field, sequence, number and parameter are one chunk."""
@@ -27,7 +27,7 @@ def tile_fingerprint(rows: str, columns: str, specification_hash: str, scope: Sc
     Parameters
     ----------
     rows, columns : str
-        Hashes of the blocks' frames, see :attr:`pipeline.frames.FrameBlock.content`.
+        Hashes of the blocks' frames, see :attr:`pipeline.frame_blocks.FrameBlock.content`.
     specification_hash : str
     scope : (lo, hi)
     """

@@ -18,8 +18,8 @@ from lsim.metric import Metric
 from lsim.preprocess import FramesError, Scope, range_of
 from pipeline import schema, store
 from pipeline.archive.tiles import ROWS_AT_ONCE
-from pipeline.embedded import EmbeddedBlock, embed_block
-from pipeline.frames import FrameBlock, read_block
+from pipeline.embedding_cache import EmbeddedBlock, embed_block
+from pipeline.frame_blocks import FrameBlock, read_block
 from pipeline.workers.resident import MetricRequest, get_metric, this_device
 
 SIDE_TO_BEGIN_WITH = 8

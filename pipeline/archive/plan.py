@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.archive.measuring import Measured
 from pipeline.archive.tiles import ROWS_AT_ONCE
-from pipeline.embedded import FRAMES_TOGETHER
+from pipeline.embedding_cache import FRAMES_TOGETHER
 
 TASK_SECONDS = 60.0
 """A task takes no longer, if one tile doesn't. What is lost with a worker is a tile: tasks may be long, and

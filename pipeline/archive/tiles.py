@@ -21,8 +21,8 @@ from lsim.precision import PairPrecision, ReportsPrecision
 from lsim.preprocess import Scope
 from pipeline import schema, store
 from pipeline.archive.matrix import tile_fingerprint
-from pipeline.embedded import EmbeddedBlock, cache, embed_block
-from pipeline.frames import FrameBlock
+from pipeline.embedding_cache import EmbeddedBlock, cache, embed_block
+from pipeline.frame_blocks import FrameBlock
 from pipeline.workers import stopping
 from pipeline.workers.resident import MetricRequest, get_metric, still_wanted
 

@@ -23,7 +23,6 @@ from lsim.metric import Metric
 from lsim.preprocess import Preprocessing, Scope
 from pipeline import schema, store
 from pipeline.address import absolute, relative
-from pipeline.choice import Settings, choose_metrics
 from pipeline.distances.blocks import StaleBlock, StaleRows, describe, find_stale, lay_out
 from pipeline.distances.compute import (
     BlockResult,
@@ -34,6 +33,7 @@ from pipeline.distances.compute import (
 )
 from pipeline.distances.sizing import BlockSize, Pace, block_size
 from pipeline.fields import checked_fields, drop_vanished
+from pipeline.metric_choice import Settings, choose_metrics
 from pipeline.scopes import dataset_range
 from pipeline.versions import versions
 from pipeline.workers.cluster import Cluster

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline import mapping, schema, store
+from pipeline import scaling, schema, store
 from pipeline.neighbours import (
     COLUMNS_TOGETHER,
     NAMES_TOGETHER,
@@ -45,7 +45,7 @@ class MetricMap:
     """A metric's map, or why there is none."""
 
     metric: str
-    found: mapping.FrameMap | None
+    found: scaling.FrameMap | None
     reason: str
 
 
@@ -155,7 +155,7 @@ def gather_archive(path: str | os.PathLike[str]) -> ArchiveContents:
     )
 
 
-def say_how_much(found: mapping.FrameMap) -> str:
+def say_how_much(found: scaling.FrameMap) -> str:
     """How much of the distances a map shows, in a sentence or two."""
     if np.isnan(found.explained):
         return "All frames are the same to this metric."
@@ -191,7 +191,7 @@ def _matrix(key: str, group: store.Group) -> Matrix:
         parameter=parameter.astype(float),
         maps=maps,
         not_mapped=names[1 + SMALL_MAPS :],
-        marked=mapping.spread(first.found.positions, MARKED) if first and first.found else [],
+        marked=scaling.spread(first.found.positions, MARKED) if first and first.found else [],
         nearest=[],
     )
     if first is not None:
@@ -253,11 +253,11 @@ def _map(array: store.Array, shown: np.ndarray, metric: str) -> MetricMap:
         return _picked(array, shown, (int(shown[k]),))
 
     try:
-        if len(shown) <= mapping.CLASSICAL_UP_TO and len(shown) == array.shape[0]:
-            found = mapping.classical_map(store.read(array))
+        if len(shown) <= scaling.CLASSICAL_UP_TO and len(shown) == array.shape[0]:
+            found = scaling.classical_map(store.read(array))
         else:
-            landmarks, rows = mapping.choose_landmarks(row, len(shown))
-            found = mapping.landmark_map(rows, landmarks)
+            landmarks, rows = scaling.choose_landmarks(row, len(shown))
+            found = scaling.landmark_map(rows, landmarks)
     except (ValueError, store.DamagedError) as error:
         return MetricMap(metric, None, str(error))
     if len(found.left_out) == len(shown):

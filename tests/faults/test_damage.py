@@ -11,9 +11,9 @@ from archives import archive_of, matrices_of, write_archive
 from commands import run_lsim
 
 from pipeline import schema, store
-from pipeline.choice import Settings
 from pipeline.content import content_hash
 from pipeline.distances import DistancesReport, compute_distances
+from pipeline.metric_choice import Settings
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 

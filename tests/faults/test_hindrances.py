@@ -14,8 +14,8 @@ from archives import archive_of, matrices_of, write_archive
 from commands import run_lsim
 
 from pipeline import store
-from pipeline.choice import Settings
 from pipeline.distances import DistancesReport, compute_distances
+from pipeline.metric_choice import Settings
 from pipeline.verify import verify
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile

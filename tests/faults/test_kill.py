@@ -17,8 +17,8 @@ import pytest
 from archives import archive_of, matrices_of, write_archive
 
 from pipeline import schema, store
-from pipeline.choice import Settings
 from pipeline.distances import compute_distances
+from pipeline.metric_choice import Settings
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 

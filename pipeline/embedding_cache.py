@@ -16,7 +16,7 @@ from lsim.embedding import Embedding
 from lsim.metric import Metric
 from lsim.preprocess import FramesError, Scope
 from pipeline import store
-from pipeline.frames import FrameBlock, read_block
+from pipeline.frame_blocks import FrameBlock, read_block
 
 FRAMES_TOGETHER = {"cpu": 32, "cuda": 64}
 """Frames that are read, prepared and embedded at a time, on the way into their block."""

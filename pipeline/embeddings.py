@@ -25,9 +25,9 @@ from lsim.metric import Metric
 from lsim.preprocess import FramesError, Scope, finite_frames
 from pipeline import schema, store
 from pipeline.address import absolute, relative
-from pipeline.choice import Settings, choose_metrics
 from pipeline.content import NOT_READ, read_sequence, why_not_read
 from pipeline.fields import checked_fields, drop_vanished
+from pipeline.metric_choice import Settings, choose_metrics
 from pipeline.scopes import dataset_range
 from pipeline.versions import versions
 from pipeline.workers.cluster import Cluster
@@ -168,8 +168,8 @@ def compute_embeddings(
     Raises
     ------
     ValueError, lsim.UnknownMetricError, lsim.WeightsError
-        For metrics that :func:`pipeline.choice.choose_metrics` refuses, more than one, and scopes of single
-        sequences or pairs; before any computing.
+        For metrics that :func:`pipeline.metric_choice.choose_metrics` refuses, more than one, and scopes of
+        single sequences or pairs; before any computing.
     pipeline.store.StoreError
         When ``frames`` is no store, or ``out`` holds embeddings by another metric.
 
@@ -434,7 +434,7 @@ def _run(
         progress(0, len(tasks))
     given_up = []
     try:
-        outcomes = run_bounded(client, embed_block, ((task,) for task in tasks))
+        outcomes = run_bounded(client, write_block_of_embeddings, ((task,) for task in tasks))
         for done, ((task,), result, error) in enumerate(outcomes, start=1):
             if error is None:
                 report.computed += result
@@ -456,7 +456,7 @@ def _run(
 # ---------------------------------------------------------------- on a worker
 
 
-def embed_block(task: EmbedTask) -> int:
+def write_block_of_embeddings(task: EmbedTask) -> int:
     """Compute and write one block; returns how many of its frames are done. Runs on a worker."""
     metric = get_metric(task.request)
     origin = store.get_group(store.open_store(task.frames), task.key)

@@ -23,14 +23,14 @@ import torch
 from lsim.simulate import simulate_families
 from pipeline import schema, store
 from pipeline.address import absolute
-from pipeline.choice import Settings, choose_metrics
 from pipeline.content import content_hash
 from pipeline.distances import compute_distances
 from pipeline.distances.sizing import block_size
 from pipeline.fields import checked_fields
+from pipeline.metric_choice import Settings, choose_metrics
 from pipeline.versions import versions
 from pipeline.workers.cluster import Cluster
-from pipeline.workers.profiles import ACROSS_HOSTS, ClusterError, Profile, WorkerRange
+from pipeline.workers.profiles import ACROSS_HOSTS, ClusterError, Profile
 from pipeline.workers.resident import MetricRequest, get_metric
 
 MUST_AGREE = ("lsim", "torch", "zarr")
@@ -180,7 +180,7 @@ def check_cluster(
         began = time.perf_counter()
         client = cluster.client
         if client is not None:
-            found.expected = _expected(profile)
+            found.expected = profile.asked_for.minimum
             with contextlib.suppress(TimeoutError):  # those that have come are looked at
                 client.wait_for_workers(found.expected, timeout=profile.wait_s)
         found.start_s = time.perf_counter() - began
@@ -192,21 +192,13 @@ def check_cluster(
     return found
 
 
-def _expected(profile: Profile) -> int:
-    workers = profile.workers
-    if isinstance(workers, WorkerRange):
-        return workers.minimum
-    hosts = len(profile.options["hosts"]) - 1 if profile.kind == "ssh" else 1
-    return (workers or 1) * hosts
-
-
 # ---------------------------------------------------------------- workers
 
 
 def _look_at_workers(client: Any, requests: list[MetricRequest], found: ClusterFindings) -> None:
     here = versions()
     if client is None:
-        load_s, device = load_metrics(requests)
+        load_s, device = timed_load(requests)
         found.workers = [WorkerFindings("this process", "", platform.node(), 1, device, here, load_s)]
         return
     known = client.scheduler_info(n_workers=-1)["workers"]
@@ -217,7 +209,7 @@ def _look_at_workers(client: Any, requests: list[MetricRequest], found: ClusterF
                 f"worker {address} cannot import this package: {type(answer).__name__}: {answer}"
             ) from answer
     loads = {
-        address: client.submit(load_metrics, requests, workers=[address], pure=False) for address in abroad
+        address: client.submit(timed_load, requests, workers=[address], pure=False) for address in abroad
     }
     for address, future in loads.items():
         about = known[address]
@@ -254,7 +246,7 @@ def _fault(client: Any, future: Any, address: str) -> str:
     return "" if error is None else str(error)
 
 
-def load_metrics(requests: list[MetricRequest]) -> tuple[float, str]:
+def timed_load(requests: list[MetricRequest]) -> tuple[float, str]:
     """Load metrics as this worker keeps them; seconds, and on which device. Runs on a worker."""
     began = time.perf_counter()
     metrics = [get_metric(request) for request in requests]

@@ -14,9 +14,9 @@ from scipy.spatial import cKDTree
 from scipy.spatial.distance import pdist, squareform
 
 import lsim
-from pipeline import embed, schema, store
-from pipeline.choice import Settings
-from pipeline.embed import compute_embeddings
+from pipeline import embeddings, schema, store
+from pipeline.embeddings import compute_embeddings
+from pipeline.metric_choice import Settings
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 
@@ -95,7 +95,7 @@ def test_frames_are_named_and_the_store_says_what_it_holds(frames, tmp_path, her
 @pytest.mark.parametrize("block_bytes", [1, 4 * 12448 * 3, 4 * 12448 * 12])
 def test_bits_do_not_depend_on_blocks_or_workers(frames, tmp_path, here, monkeypatch, block_bytes):
     compute_embeddings(frames, tmp_path / "whole.zarr", SETTINGS, cluster=here)
-    monkeypatch.setattr(embed, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(embeddings, "BLOCK_BYTES", block_bytes)
     report = compute_embeddings(frames, tmp_path / "parts.zarr", SETTINGS, cluster=here)
     assert report.blocks > 2
     for key in ("A/density", "B/rgb"):
@@ -103,7 +103,7 @@ def test_bits_do_not_depend_on_blocks_or_workers(frames, tmp_path, here, monkeyp
 
 
 def test_workers_give_the_same_bits(frames, tmp_path, here, monkeypatch):
-    monkeypatch.setattr(embed, "BLOCK_BYTES", 4 * 20000 * 5)
+    monkeypatch.setattr(embeddings, "BLOCK_BYTES", 4 * 20000 * 5)
     compute_embeddings(frames, tmp_path / "here.zarr", SETTINGS, cluster=here)
     with Cluster(Profile(workers=2)) as cluster:
         report = compute_embeddings(frames, tmp_path / "workers.zarr", SETTINGS, cluster=cluster)
@@ -113,14 +113,14 @@ def test_workers_give_the_same_bits(frames, tmp_path, here, monkeypatch):
 
 
 def test_chunks_are_whole_frames_of_a_block():
-    assert embed._block_of(11, embed.BLOCK_BYTES // 70) == (6, 66)
-    assert embed._block_of(100, embed.BLOCK_BYTES // 70) == (1, 50)
-    assert embed._block_of(101, embed.BLOCK_BYTES // 70) == (1, 1)
-    assert embed._block_of(11, 10 * embed.BLOCK_BYTES) == (1, 1)
+    assert embeddings._block_of(11, embeddings.BLOCK_BYTES // 70) == (6, 66)
+    assert embeddings._block_of(100, embeddings.BLOCK_BYTES // 70) == (1, 50)
+    assert embeddings._block_of(101, embeddings.BLOCK_BYTES // 70) == (1, 1)
+    assert embeddings._block_of(11, 10 * embeddings.BLOCK_BYTES) == (1, 1)
 
 
 def test_what_is_up_to_date_is_not_computed_again(frames, tmp_path, here, monkeypatch):
-    monkeypatch.setattr(embed, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(embeddings, "BLOCK_BYTES", 1)
     out = tmp_path / "embeddings.zarr"
     compute_embeddings(frames, out, SETTINGS, cluster=here)
     again = compute_embeddings(frames, out, SETTINGS, cluster=here)
@@ -153,7 +153,7 @@ def test_other_weights_or_sizes_are_computed_again(frames, tmp_path, here):
 
 
 def test_a_run_that_died_goes_on(frames, tmp_path, here, monkeypatch):
-    monkeypatch.setattr(embed, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(embeddings, "BLOCK_BYTES", 1)
     out = tmp_path / "embeddings.zarr"
     blocks = []
 
@@ -172,7 +172,7 @@ def test_a_run_that_died_goes_on(frames, tmp_path, here, monkeypatch):
 
 
 def test_a_copy_that_nobody_waits_for_writes_nothing(frames, tmp_path, here, monkeypatch):
-    monkeypatch.setattr(embed, "still_wanted", lambda: False)
+    monkeypatch.setattr(embeddings, "still_wanted", lambda: False)
     report = compute_embeddings(frames, tmp_path / "embeddings.zarr", SETTINGS, cluster=here)
     assert report.computed == 0
     assert all("nobody waits for block" in failure.reason for failure in report.failures)
@@ -183,7 +183,7 @@ def test_a_full_disk_stops_the_run(frames, tmp_path, here, monkeypatch):
     def full(*given):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(embed, "_write", full)
+    monkeypatch.setattr(embeddings, "_write", full)
     with pytest.raises(store.StoreError, match="No space left on device; what is finished is kept"):
         compute_embeddings(frames, tmp_path / "embeddings.zarr", SETTINGS, cluster=here)
 
@@ -250,14 +250,14 @@ def test_embeddings_of_other_frames_are_not_touched(frames, tmp_path, here):
 def test_a_frame_at_which_the_metric_raises_costs_no_other(frames, tmp_path, here, monkeypatch):
     out = tmp_path / "embeddings.zarr"
     compute_embeddings(frames, tmp_path / "whole.zarr", SETTINGS, groups=["A/*"], cluster=here)
-    embedded, bad = embed._embedded, all_frames(frames)[7]
+    embedded, bad = embeddings._embedded, all_frames(frames)[7]
 
     def raising(metric, some, scope):
         if any(np.array_equal(frame, bad) for frame in some):
             raise ArithmeticError("not this one")
         return embedded(metric, some, scope)
 
-    monkeypatch.setattr(embed, "_embedded", raising)
+    monkeypatch.setattr(embeddings, "_embedded", raising)
     for _ in range(2):  # the next run tries again
         report = compute_embeddings(frames, out, SETTINGS, groups=["A/*"], cluster=here)
         failure = report.failures[0]
