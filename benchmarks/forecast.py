@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.archive.measuring import Measured
-from pipeline.archive.plan import Workers, choose_sides, in_bytes, plan_family
+from pipeline.archive.plan import Workers, choose_sides, plan_family
+from pipeline.limits import readable
 
 VALUES = 226_208
 """Of an LSiM embedding at 224²."""
@@ -68,8 +69,8 @@ def row(n: int, machine: Machine, count: int) -> list[str]:
         f"{plan.embeddings:,.0f} ({plan.factor:.1f})",
         f"{plan.embeddings * EMBEDDING_OPERATIONS:.1e}",
         f"{n * (n - 1) / 2 * PAIR_OPERATIONS:.1e}",
-        in_bytes(plan.written),
-        in_bytes(plan.cache + plan.work + plan.process),
+        readable(plan.written),
+        readable(plan.cache + plan.work + plan.process),
         f"{hours:.2g}",
         f"{hours * count:.2g}",
     ]

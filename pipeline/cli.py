@@ -368,7 +368,8 @@ def _compute_archive(
     frames: str, out: str, settings: Settings, matrix: MatrixRequest, profile: Profile, *, plan_only: bool
 ) -> None:
     """The command ``distances`` with ``--matrix archive``."""
-    from pipeline.archive import compute_archive, shared_memory_profile
+    from pipeline.archive import compute_archive
+    from pipeline.archive.machines import shared_memory_profile
     from pipeline.workers.cluster import Cluster
 
     with Cluster(shared_memory_profile(profile)) as pool, stage(pool)("archive") as show:

@@ -8,7 +8,6 @@ range that frames were normalised by.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import math
@@ -28,8 +27,8 @@ from pipeline.address import absolute, relative
 from pipeline.content import NOT_READ, read_sequence, why_not_read
 from pipeline.fields import checked_fields, drop_vanished
 from pipeline.metric_choice import Settings, choose_metrics
+from pipeline.runs import begin_run, record_run
 from pipeline.scopes import dataset_range
-from pipeline.versions import versions
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 from pipeline.workers.resident import (
@@ -201,11 +200,7 @@ def compute_embeddings(
             tasks += _stale_tasks(
                 key, source, root, frames_path, out_path, metric, request, settings, cluster, report
             )
-        made_by = {
-            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "scope": settings.scope,
-            "versions": versions(),
-        }
+        made_by = begin_run(scope=settings.scope)
         try:
             _run(tasks, request, cluster, root, progress, report)
         finally:
@@ -213,10 +208,9 @@ def compute_embeddings(
             report.seconds = time.perf_counter() - began
             report.cluster = cluster.describe() if tasks else {}
             if report.blocks:
-                runs: list[Any] = list(root.attrs.get("runs", []))  # type: ignore[arg-type]
                 counts = {"blocks": report.blocks, "frames": report.computed}
                 spent = {"seconds": round(report.seconds, 3)}
-                store.set_attributes(root, {"runs": [*runs, made_by | counts | spent | report.cluster]})
+                record_run(root, made_by | counts | spent | report.cluster)
             store.consolidate(out_path)
     report.failures = list_embedding_failures(out_path)
     return report

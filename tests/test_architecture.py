@@ -29,6 +29,8 @@ PARTS_OF_STAGES = {
     "pipeline.shards": "pipeline.convert",
     "pipeline.embedding_cache": "pipeline.archive",
     "pipeline.frame_blocks": "pipeline.archive",
+    "pipeline.archive.job": "pipeline.archive",
+    "pipeline.archive.machines": "pipeline.archive",
     "pipeline.archive.matrix": "pipeline.archive",
     "pipeline.archive.measuring": "pipeline.archive",
     "pipeline.archive.plan": "pipeline.archive",
@@ -60,7 +62,14 @@ WORKERS = (
     "pipeline.workers.submission",
 )
 """How stages get at workers: profiles below, the cluster above."""
-KNOW_DASK = (*WORKERS, "pipeline.convert", "pipeline.distances", "pipeline.archive", "pipeline.workflow")
+KNOW_DASK = (
+    *WORKERS,
+    "pipeline.convert",
+    "pipeline.distances",
+    "pipeline.archive",
+    "pipeline.archive.machines",
+    "pipeline.workflow",
+)
 CHECKERS = ("pipeline.verify", "pipeline.verify.damage", "pipeline.verify.repair", "pipeline.verify.tiles")
 """What compares what stages wrote with what they recorded of it."""
 COMPOSERS = ("pipeline.workflow", "pipeline.cluster_check")

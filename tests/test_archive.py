@@ -24,9 +24,9 @@ import lsim
 from lsim.embedding import Embedding
 from lsim.metrics.pixel import L2
 from lsim.metrics.structural import SSIM
-from pipeline import archive as archive_module
 from pipeline import schema, store
-from pipeline.archive import MatrixRequest, compute_archive, shared_memory_profile
+from pipeline.archive import MatrixRequest, compute_archive, job
+from pipeline.archive.machines import shared_memory_profile
 from pipeline.archive.measuring import Device, share_of_device
 from pipeline.archive.plan import PlanError, order_squares, simulate_embeddings
 from pipeline.archive.tiles import TileTask, _Record, compare_blocks
@@ -594,7 +594,7 @@ def test_embeddings_are_as_many_as_planned_where_memory_holds_a_part(tmp_path, m
     settings = Settings(metrics=("l2",), size=None, scope=RANGE)
     block = 8 * 4 * 40 * 40
     # What a process holds differs from one moment to the next.
-    monkeypatch.setattr("pipeline.archive.room_for", lambda *given: 5 * block)
+    monkeypatch.setattr("pipeline.archive.job.room_for", lambda *given: 5 * block)
     monkeypatch.setattr("pipeline.archive.plan.room_for", lambda *given: 5 * block)
     report = compute(frames, tmp_path / "a.zarr", settings)
     planned = report.plans[0].families[0]
@@ -642,9 +642,9 @@ def test_plans_are_made_for_all_workers_that_a_profile_asks_for_and_after_unfit_
     frames = write_archive(tmp_path / "frames.zarr", archive_of(1))
     calls = []
     for name in ("dismiss_unfit_workers", "run_bounded"):
-        whole = getattr(archive_module, name)
+        whole = getattr(job, name)
         monkeypatch.setattr(
-            archive_module,
+            job,
             name,
             lambda *given, name=name, whole=whole, **told: (calls.append(name), whole(*given, **told))[1],
         )
@@ -664,7 +664,7 @@ def test_tasks_are_made_as_they_are_asked_for(tmp_path, monkeypatch):
             super().__init__(*given)
 
     seen = []
-    monkeypatch.setattr(archive_module, "TileTask", Counted)
+    monkeypatch.setattr(job, "TileTask", Counted)
     compute(frames, tmp_path / "a.zarr", progress=lambda done, total: seen.append((done, total, len(made))))
     total = seen[0][1]
     assert total > 2

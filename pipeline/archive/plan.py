@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.archive.measuring import Measured
 from pipeline.archive.tiles import ROWS_AT_ONCE
 from pipeline.embedding_cache import FRAMES_TOGETHER
+from pipeline.limits import readable
 
 TASK_SECONDS = 60.0
 """A task takes no longer, if one tile doesn't. What is lost with a worker is a tile: tasks may be long, and
@@ -164,10 +165,10 @@ def _does_not_fit(measured: Measured, workers: Workers, tile: int) -> str:
     block = measured.frame_bytes * tile
     needed = measured.process_bytes + work_bytes(measured, workers, tile) + (workers.threads + 1) * block
     return (
-        f"a worker has {in_bytes(workers.memory)} of memory, and with tiles of {tile} frames a side needs "
-        f"{in_bytes(needed)}: {in_bytes(measured.process_bytes)} for the process, "
-        f"{in_bytes(work_bytes(measured, workers, tile))} for what is in hand, and {workers.threads + 1} "
-        f"blocks of {in_bytes(block)} ({tile} embeddings of {in_bytes(measured.frame_bytes)}); give it more "
+        f"a worker has {readable(workers.memory)} of memory, and with tiles of {tile} frames a side needs "
+        f"{readable(needed)}: {readable(measured.process_bytes)} for the process, "
+        f"{readable(work_bytes(measured, workers, tile))} for what is in hand, and {workers.threads + 1} "
+        f"blocks of {readable(block)} ({tile} embeddings of {readable(measured.frame_bytes)}); give it more "
         "(--memory), smaller tiles (--tile), fewer threads, or smaller frames (--size)"
     )
 
@@ -279,27 +280,18 @@ def describe_plan(plan: Plan) -> str:
             f"  {', '.join(family.metrics)}: {_count(family.tiles, 'tile')} in "
             f"{_count(family.tasks, 'task')}{there}; "
             f"{family.embeddings:,} embeddings ({family.factor:.2f} a frame); "
-            f"{in_bytes(family.written)} of distances; about {in_time(family.seconds)}"
+            f"{readable(family.written)} of distances; about {in_time(family.seconds)}"
         )
         lines.append(
-            f"    memory of a worker: {in_bytes(family.process + family.cache + family.work)} of "
-            f"{in_bytes(family.memory)}: process {in_bytes(family.process)}, embeddings "
-            f"{in_bytes(family.cache)}, in hand {in_bytes(family.work)}"
+            f"    memory of a worker: {readable(family.process + family.cache + family.work)} of "
+            f"{readable(family.memory)}: process {readable(family.process)}, embeddings "
+            f"{readable(family.cache)}, in hand {readable(family.work)}"
         )
     return "\n".join(lines)
 
 
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
-
-
-def in_bytes(count: float) -> str:
-    """A number of bytes to read."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"
 
 
 def in_time(seconds: float) -> str:

@@ -7,7 +7,6 @@ to a task as take a second or so (:mod:`pipeline.distances.sizing`). Tasks are m
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import os
 import time
@@ -34,6 +33,7 @@ from pipeline.distances.compute import (
 from pipeline.distances.sizing import BlockSize, Pace, block_size
 from pipeline.fields import checked_fields, drop_vanished
 from pipeline.metric_choice import Settings, choose_metrics
+from pipeline.runs import begin_run, carried, record_run
 from pipeline.scopes import dataset_range
 from pipeline.versions import versions
 from pipeline.workers.cluster import Cluster
@@ -165,14 +165,9 @@ def compute_distances(
         root = store.open_output(out_path, schema.DISTANCES_STORE)
         store.drop_consolidated(out_path)
         drop_vanished(root, schema.PARAMETER, source)
-        made_by = {
-            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "pairs": settings.pairs,
-            "scope": settings.scope,
-            "compat": settings.compat,
-            "mask": settings.mask,
-            "versions": versions(),
-        }
+        made_by = begin_run(
+            pairs=settings.pairs, scope=settings.scope, compat=settings.compat, mask=settings.mask
+        )
         fields = [
             _bring_into_shape(
                 _Field(key, frames_path, out_path, requests, settings), source, root, metrics, workers, report
@@ -185,7 +180,7 @@ def compute_distances(
             # Also of a run that is interrupted: what it computed stays, and says what made it.
             report.seconds = time.perf_counter() - began
             report.cluster = workers.description
-            runs: list[Any] = list(root.attrs.get("runs", []))  # type: ignore[arg-type]
+            run = None
             if report.blocks:
                 counts = {"blocks": report.blocks, "matrices": report.computed, "copies": report.copies}
                 spent = {
@@ -194,18 +189,10 @@ def compute_distances(
                     "seconds_by_metric": _rounded(totals.seconds_by_metric),
                 }
                 sizes = {key: asdict(size) for key, size in report.sizes.items()}
-                runs.append(made_by | counts | spent | {"new_blocks": sizes} | report.cluster)
+                run = made_by | counts | spent | {"new_blocks": sizes} | report.cluster
                 _record_precision(root, totals)
-            carried = ("catalog", "title", "datasets", "pools")
-            store.set_attributes(
-                root,
-                {name: source.attrs[name] for name in carried if name in source.attrs}
-                | {
-                    "frames": relative(frames_path, out_path),
-                    "unavailable": report.unavailable,
-                    "runs": runs,
-                },
-            )
+            about = {"frames": relative(frames_path, out_path), "unavailable": report.unavailable}
+            record_run(root, run, **carried(source), **about)
             store.consolidate(out_path)
     report.failures = list_failures(out_path)
     return report

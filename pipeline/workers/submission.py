@@ -130,6 +130,7 @@ class _Attempt:
     packed: bytes
     futures: list[Future] = field(default_factory=list)
     began: float = 0.0
+    copied: bool = False
     told: bool = False
 
     @property
@@ -256,7 +257,8 @@ class _Flight:
             return
         limit = max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * statistics.median(self.seconds))
         now = time.monotonic()
-        late = [a for a in self.running if len(a.futures) == 1 and now - a.began > limit]
+        # One copy each: where it fails at once, so would the next.
+        late = [a for a in self.running if not a.copied and now - a.began > limit]
         if not late:
             return
         on = {address: list(keys) for address, keys in self._ask(self.client.processing).items()}
@@ -266,6 +268,7 @@ class _Flight:
             if mine and free:
                 copy = self._submit([attempt.packed], workers=free[:1])[0]
                 self._follow(attempt, copy)
+                attempt.copied = True
                 on[free[0]].append(copy.key)
                 self.tally["copies"] += 1
 
