@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import textwrap
 import tracemalloc
 import zipfile
 import zlib
@@ -1266,3 +1267,23 @@ def test_nothing_here_unpickles_or_loads_yaml_unsafely():
                 ):
                     wrong.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
     assert not wrong
+
+
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_limits_of_the_process_count_as_its_memory(limit):
+    code = f"""
+        import resource
+        from pipeline import limits
+        from pipeline.archive.machines import find_workers
+        from pipeline.workers.cluster import Cluster
+        from pipeline.workers.profiles import Profile
+        resource.setrlimit(resource.{limit}, (2**33, resource.RLIM_INFINITY))
+        before = limits.headroom_bytes()
+        kept = bytearray(2**28)
+        print(limits.memory_bytes() <= 2**33, round((before - limits.headroom_bytes()) / 2**28))
+        resource.setrlimit(resource.{limit}, (2**33 - limits.headroom_bytes() + 2**28, 2**33))
+        with Cluster(Profile(kind="none")) as cluster:
+            print(find_workers(cluster, None).memory < 2**28 * 0.6 + 2**30)
+    """
+    ran = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert ran.stdout.split() == ["True", "1", "True"], ran.stderr
