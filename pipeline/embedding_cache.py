@@ -16,6 +16,7 @@ from lsim.embedding import Embedding
 from lsim.metric import Metric
 from lsim.preprocess import FramesError, Scope
 from pipeline import store
+from pipeline.batches import in_batch_or_alone
 from pipeline.frame_blocks import FrameBlock, read_block
 
 FRAMES_TOGETHER = {"cpu": 32, "cuda": 64}
@@ -102,25 +103,22 @@ class _Some:
 
 
 def _embed(metric: Metric, frames: np.ndarray, scope: Scope) -> Iterator[_Some]:
-    """All frames at once; one by one where the metric raises, so that each says for itself why."""
+    """All frames at once; one by one where the metric raises."""
+
+    def together(some: np.ndarray) -> tuple[np.ndarray, Embedding]:
+        prepared = metric.prepare(some, scope)
+        with torch.no_grad():
+            return prepared.comparable, metric.embedded(prepared)
+
+    bad = "has no pixel that is not missing" if metric.preprocessing.mask else "holds NaN or infinity"
     try:
-        yield _embed_together(metric, frames, scope, 0)
+        for start, found in in_batch_or_alone(together, frames, metric.name):
+            if isinstance(found, str):
+                yield _Some(start, np.zeros(1, bool), None, found, undone=True)
+            else:
+                yield _Some(start, *found, bad)
     except FramesError as error:
         yield _Some(0, np.zeros(len(frames), bool), None, str(error))
-    except Exception:
-        for k in range(len(frames)):
-            try:
-                yield _embed_together(metric, frames[k : k + 1], scope, k)
-            except Exception as error:
-                yield _Some(k, np.zeros(1, bool), None, f"{type(error).__name__}: {error}", undone=True)
-
-
-def _embed_together(metric: Metric, frames: np.ndarray, scope: Scope, start: int) -> _Some:
-    prepared = metric.prepare(frames, scope)
-    with torch.no_grad():
-        embedding = metric.embedded(prepared)
-    bad = "has no pixel that is not missing" if metric.preprocessing.mask else "holds NaN or infinity"
-    return _Some(start, prepared.comparable, embedding, bad)
 
 
 def _room(n: int, like: Tensor) -> Tensor:

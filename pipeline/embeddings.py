@@ -24,6 +24,7 @@ from lsim.metric import Metric
 from lsim.preprocess import FramesError, Scope, finite_frames
 from pipeline import schema, store
 from pipeline.address import absolute, relative
+from pipeline.batches import in_batch_or_alone
 from pipeline.content import NOT_READ, read_sequence, why_not_read
 from pipeline.fields import checked_fields, drop_vanished
 from pipeline.metric_choice import Settings, choose_metrics
@@ -471,10 +472,7 @@ def write_block_of_embeddings(task: EmbedTask) -> int:
                 values, why, good = _nothing(group, names, step), [damage] * step, False
             else:
                 part = frames[first : first + step]
-                try:
-                    values, why, good = *_embedded(metric, part, task.scope), True
-                except Exception:
-                    values, why, good = _embedded_one_by_one(group, metric, part, task.scope, names)
+                values, why, good = _embedded_or_why(group, metric, part, task.scope, names)
             if whole and not good:
                 # Not done: the next run tries again. Another copy may have finished the block, and its
                 # fingerprint must not stand for what comes now.
@@ -507,19 +505,19 @@ def _check_wanted(task: EmbedTask) -> None:
         raise store.StoreError(f"{task.out}: nobody waits for block {task.block} of {task.key} any more")
 
 
-def _embedded_one_by_one(
+def _embedded_or_why(
     group: store.Group, metric: Metric, frames: np.ndarray, scope: Scope, names: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], list[str], bool]:
-    """:func:`_embedded` where it raised: each frame says by itself why; and whether all are embedded."""
-    rows, reasons, whole = [], [], True
-    for k in range(len(frames)):
-        try:
-            values, why = _embedded(metric, frames[k : k + 1], scope)
-        except Exception as error:
-            values, why, whole = _nothing(group, names, 1), [f"{type(error).__name__}: {error}"], False
-        rows.append(values)
+    """:func:`_embedded`, NaN and the error of frames at which the metric raises, and whether none is."""
+    parts: list[dict[str, np.ndarray]] = []
+    reasons: list[str] = []
+    whole = True
+    for _, found in in_batch_or_alone(lambda some: _embedded(metric, some, scope), frames, metric.name):
+        values, why = (_nothing(group, names, 1), [found]) if isinstance(found, str) else found
+        whole = whole and not isinstance(found, str)
+        parts.append(values)
         reasons += why
-    return {name: np.concatenate([one[name] for one in rows]) for name in names}, reasons, whole
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}, reasons, whole
 
 
 def _embedded(metric: Metric, frames: np.ndarray, scope: Scope) -> tuple[dict[str, np.ndarray], list[str]]:

@@ -48,8 +48,8 @@ LEAVES = (
     "pipeline.tables",
     "pipeline.text_chunks",
 )
-SHARED_BY_STAGES = ("pipeline.metric_choice", "pipeline.fields", "pipeline.scopes")
-"""What several stages ask: which metrics, and over which range their frames are normalised."""
+SHARED_BY_STAGES = ("pipeline.metric_choice", "pipeline.fields", "pipeline.scopes", "pipeline.batches")
+"""What several stages ask: which metrics, over which range frames are normalised, what where one raises."""
 WORKERS = (
     "pipeline.workers.cluster",
     "pipeline.workers.credentials",

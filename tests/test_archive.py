@@ -355,9 +355,30 @@ def test_a_metric_that_always_raises_costs_no_other(tmp_path, monkeypatch):
 
     compute(frames, tmp_path / "l2.zarr", SETTINGS.model_copy(update={"metrics": ("l2",)}))
     monkeypatch.setattr(SSIM, "embed", raising)
-    report = compute(frames, tmp_path / "a.zarr")
+    told: list[str] = []
+    report = compute(frames, tmp_path / "a.zarr", announce=told.append)
+    assert "could not be measured, and counts as nothing: ssim: ArithmeticError: never" in told[0]
     assert {one.metric for one in report.failures} == {"ssim"}
     np.testing.assert_array_equal(matrices(tmp_path / "a.zarr")["l2"], matrices(tmp_path / "l2.zarr")["l2"])
+
+
+def test_frames_that_fail_together_and_not_alone_are_compared_and_a_warning_says_so(
+    tmp_path, monkeypatch, caplog
+):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(2, frames=4))
+    settings = SETTINGS.model_copy(update={"metrics": ("l2",)})
+    compute(frames, tmp_path / "whole.zarr", settings)
+    embed = L2.embed
+
+    def one_at_a_time(self, frames):
+        if len(frames) > 1:
+            raise RuntimeError("no room for so many")
+        return embed(self, frames)
+
+    monkeypatch.setattr(L2, "embed", one_at_a_time)
+    assert compute(frames, tmp_path / "a.zarr", settings).failures == []
+    same(matrices(tmp_path / "a.zarr"), matrices(tmp_path / "whole.zarr"))
+    assert "l2: 8 frames at once failed (RuntimeError: no room for so many)" in caplog.text
 
 
 def test_frames_with_nan_are_said_and_the_others_compared(tmp_path):

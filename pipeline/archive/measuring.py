@@ -46,6 +46,8 @@ class Measured:
         A frame: read, prepare, embed. A pair: compare; all metrics of the family.
     copies : bool
         Whether comparisons may copy embeddings, in double.
+    fault : str
+        What could not be measured, and why: it counts as nothing.
     """
 
     frame_bytes: int
@@ -56,6 +58,7 @@ class Measured:
     embed_seconds: float
     pair_seconds: float
     copies: bool = False
+    fault: str = ""
 
 
 def measure(
@@ -64,8 +67,14 @@ def measure(
     """Measure what a family of metrics takes of the first of some blocks that it can embed.
 
     Where it can embed none of them, as they are damaged, hold NaN or make the metric raise, frames of noise
-    are measured: others of the archive may be whole. A metric that raises at those, too, takes nothing. Runs
-    on a worker. Times are of a second pass: the first loads and compiles. ``n`` frames are to be compared.
+    are measured: others of the archive may be whole. A metric that raises at those, too, takes nothing, and
+    the result says so. Runs on a worker. Times are of a second pass: the first loads and compiles. ``n``
+    frames are to be compared.
+
+    Raises
+    ------
+    MemoryError
+        When frames can't even be tried.
     """
     source = store.open_store(frames)
     metrics = [get_metric(request) for request in requests]
@@ -91,13 +100,22 @@ def measure(
         values, scope = _noise(source, blocks[0]), (0.0, 1.0)
         try:
             embedded = _embedded(metrics[0], values, scope)
-        except Exception:  # whatever frames make a metric say is told where they are compared
-            return Measured(0, 0, 0, sequence_bytes, process, 0.0, 0.0)
+        except MemoryError:
+            raise
+        except Exception as error:
+            return Measured(0, 0, 0, sequence_bytes, process, 0.0, 0.0, fault=_said(metrics[0], error))
         began = time.perf_counter()
         embedded = _embedded(metrics[0], values, scope)
     _wait_for(metrics[0])
     embed_seconds = (time.perf_counter() - began) / len(values)
-    pair_seconds = sum(_seconds_of_pair(metric, embedded, n) for metric in metrics)
+    pair_seconds, faults = 0.0, []
+    for metric in metrics:
+        try:
+            pair_seconds += _seconds_of_pair(metric, embedded, n)
+        except MemoryError:
+            raise
+        except Exception as error:
+            faults.append(_said(metric, error))
     prepared = metrics[0].prepare(values[:1], scope)
     return Measured(
         embedded.nbytes // len(values),
@@ -108,7 +126,12 @@ def measure(
         embed_seconds,
         pair_seconds,
         any(metric.copies_to_compare for metric in metrics),
+        "; ".join(faults),
     )
+
+
+def _said(metric: Metric, error: Exception) -> str:
+    return f"{metric.name}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _noise(source: store.Group, block: FrameBlock) -> np.ndarray:
@@ -126,7 +149,7 @@ def _embedded(metric: Metric, frames: np.ndarray, scope: Scope) -> EmbeddedBlock
 
 
 def _seconds_of_pair(metric: Metric, embedded: EmbeddedBlock, n: int) -> float:
-    """Seconds of one pair amid many, the frames there are, over and over; 0 where the metric raises.
+    """Seconds of one pair amid many, the frames there are, over and over.
 
     Of so many as take long enough to be timed, some metrics take milliseconds a pair; of no more than there
     are among ``n`` frames.
@@ -144,11 +167,8 @@ def _seconds_of_pair(metric: Metric, embedded: EmbeddedBlock, n: int) -> float:
         for _ in range(2):
             a, b = Embedding(dict(parts)), Embedding(dict(parts))
             began = time.perf_counter()
-            try:
-                with torch.no_grad():
-                    metric.between(a, b)
-            except Exception:  # said of every tile
-                return 0.0
+            with torch.no_grad():
+                metric.between(a, b)
             _wait_for(metric)
             seconds = min(seconds, time.perf_counter() - began)
         if side == most or seconds > LONG_ENOUGH_S:

@@ -73,6 +73,8 @@ class FamilyPlan:
         Bytes of distances, uncompressed.
     seconds : float
         An estimate.
+    fault : str
+        What the estimate lacks, as it could not be measured.
     """
 
     metrics: tuple[str, ...]
@@ -87,6 +89,7 @@ class FamilyPlan:
     memory: int
     written: int
     seconds: float
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,7 @@ def plan_family(
         workers.memory,
         4 * values,
         seconds / (workers.workers * workers.threads),
+        measured.fault,
     )
 
 
@@ -287,6 +291,8 @@ def describe_plan(plan: Plan) -> str:
             f"{readable(family.memory)}: process {readable(family.process)}, embeddings "
             f"{readable(family.cache)}, in hand {readable(family.work)}"
         )
+        if family.fault:
+            lines.append(f"    could not be measured, and counts as nothing: {family.fault}")
     return "\n".join(lines)
 
 
