@@ -11,9 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Embedding:
-    """A metric's state per frame: named tensors that share their first axis, one entry a frame."""
+    """A metric's state per frame: named tensors that share their first axis, one entry a frame.
+
+    ``rounding`` (n,) bounds the error of the values of each frame that was embedded, see
+    :class:`lsim.prepared.Prepared`; None where nothing is known of it.
+    """
 
     parts: dict[str, Tensor] = field(default_factory=dict)
+    rounding: Tensor | None = None
     _derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def once(self, what: str, compute: Callable[[], Any]) -> Any:
@@ -26,7 +31,8 @@ class Embedding:
         return len(next(iter(self.parts.values())))
 
     def __getitem__(self, frames: slice) -> Embedding:
-        return Embedding({name: part[frames] for name, part in self.parts.items()})
+        rounding = None if self.rounding is None else self.rounding[frames]
+        return Embedding({name: part[frames] for name, part in self.parts.items()}, rounding)
 
     def __iter__(self) -> Iterator[Embedding]:
         return (self[k : k + 1] for k in range(len(self)))

@@ -171,11 +171,31 @@ class Metric(ABC):
         """Distances of a[k] and b[k]: (len(a),). Metrics with a formula for all at once override it."""
         return torch.cat([self.compare(left, right).reshape(1) for left, right in zip(a, b, strict=True)])
 
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """Bound the absolute error that rounding can have given each distance.
+
+        Metrics override it with what their arithmetic can do to these frames, from
+        :attr:`~lsim.Embedding.rounding` on. Zero where nothing is known.
+
+        Parameters
+        ----------
+        a, b : Embedding
+        distances : Tensor of shape (len(a), len(b)), float64
+            As :meth:`compare` gave them.
+
+        Returns
+        -------
+        Tensor of shape (len(a), len(b)), float64
+        """
+        return torch.zeros_like(distances)
+
     def specification(self) -> dict[str, Any]:
         """All that determines the metric's values, as JSON: what results record and fingerprints hash."""
         settings = asdict(self.preprocessing)
         if not settings["mask"]:
             del settings["mask"]
+        if settings["precision"] == "single":
+            del settings["precision"]  # results of before say nothing of it
         found = {
             "metric": self.name,
             "algorithm_version": self.algorithm_version,
@@ -351,9 +371,15 @@ class Metric(ABC):
 
     def all_pairs(self, prepared: Prepared) -> np.ndarray:
         """:meth:`pairwise` for frames that :meth:`prepare` made: (n, n) float64."""
+        return self.all_pairs_with_rounding(prepared)[0]
+
+    def all_pairs_with_rounding(self, prepared: Prepared) -> tuple[np.ndarray, np.ndarray]:
+        """Compute :meth:`all_pairs`, and bound what rounding can have done to each: (n, n) both."""
         with torch.no_grad():
             embedding = self.embedded(prepared)
-            matrix = self.between(embedding, embedding).double().cpu().numpy().copy()
+            block = self.between(embedding, embedding).double()
+            rounding = self.rounding(embedding, embedding, block).double().cpu().numpy().copy()
+            matrix = block.cpu().numpy().copy()
         if "symmetric" in self.axioms:
             # To the last bit: some devices add d(i, j) and d(j, i) in another order.
             below = np.tril_indices(len(matrix), -1)
@@ -361,17 +387,28 @@ class Metric(ABC):
         np.fill_diagonal(matrix, self._to_itself(matrix.diagonal()))
         matrix[~prepared.comparable] = np.nan
         matrix[:, ~prepared.comparable] = np.nan
-        return matrix
+        np.fill_diagonal(rounding, 0)
+        rounding[np.isnan(matrix)] = np.nan
+        return matrix, rounding
 
     def from_reference(self, prepared: Prepared) -> np.ndarray:
         """Row 0 of :meth:`all_pairs` alone: distances of the first frame to all, (n,) float64."""
+        return self.from_reference_with_rounding(prepared)[0]
+
+    def from_reference_with_rounding(self, prepared: Prepared) -> tuple[np.ndarray, np.ndarray]:
+        """Compute :meth:`from_reference`, and bound what rounding can have done to each: (n,) both."""
         with torch.no_grad():
             embedding = self.embedded(prepared)
-            row = self.between(embedding[slice(0, 1)], embedding)[0].double().cpu().numpy().copy()
+            reference = embedding[slice(0, 1)]
+            block = self.between(reference, embedding).double()
+            rounding = self.rounding(reference, embedding, block)[0].double().cpu().numpy().copy()
+            row = block[0].cpu().numpy().copy()
         row[:1] = self._to_itself(row[:1])
         comparable = prepared.comparable
         row[~(comparable & comparable[0])] = np.nan
-        return row
+        rounding[:1] = 0
+        rounding[np.isnan(row)] = np.nan
+        return row, rounding
 
     def _to_itself(self, computed: np.ndarray) -> np.ndarray:
         """Distances of frames to themselves, given what was computed for them."""
@@ -396,7 +433,8 @@ class Metric(ABC):
     def embedded(self, prepared: Prepared) -> Embedding:
         """:meth:`embed` for frames that :meth:`prepare` made; a family that embeds alike does so once."""
         self.check_size(prepared.values.shape[1], prepared.values.shape[2])
-        return prepared.embedding(self.shared_as, lambda: self.embed(self._frames(prepared)))
+        embedding = prepared.embedding(self.shared_as, lambda: self.embed(self._frames(prepared)))
+        return embedding if prepared.rounding is None else replace(embedding, rounding=prepared.rounding)
 
     def _frames(self, prepared: Prepared) -> Tensor:
         return prepared.frames(quantised=self.quantised, one_channel=self.info.one_channel_suffices)

@@ -25,17 +25,22 @@ class Prepared:
     Attributes
     ----------
     values : Tensor of shape (n, y, x, channel)
-        float32 on the metrics' device; one or three channels. One channel stands for three equal ones.
+        float32, or float64 in double precision, on the metrics' device; one or three channels. One channel
+        stands for three equal ones.
         A frame that cannot be compared is all NaN; in ``masked`` frames single missing pixels are NaN.
     comparable : ndarray of shape (n,), bool
         Frames that have values to compare.
     masked : bool
         Whether pixels that are missing (NaN) are left out of comparisons, rather than their frames.
+    rounding : Tensor of shape (n,), float64
+        Bound on the error of a frame's values, in their units: what storing the source in floating point and
+        preparing it may have rounded. 0 where nothing is known of it.
     """
 
     values: Tensor
     comparable: np.ndarray
     masked: bool = False
+    rounding: Tensor | None = None
     _embeddings: dict[Hashable, Embedding] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:

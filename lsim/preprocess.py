@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numba
@@ -22,11 +22,13 @@ from torch import Tensor
 from lsim.resampling import Frames, resample
 
 Compat: TypeAlias = Literal["default", "published"]
+Floats: TypeAlias = Literal["single", "double"]
 Scope: TypeAlias = str | tuple[Any, Any]
 """Over which frames minimum and maximum are taken: ``"pair"``, ``"batch"``, ``"sequence"``, ``"dataset"``,
-or a fixed ``(lo, hi)``, each a number or one number per channel."""
+or a fixed ``(lo, hi)``, each a number or one number per channel. ``"none"`` is the fixed range (0, 1) in
+double precision: metrics, which measure on [0, 1], then see the values as they are, in their own units."""
 
-SCOPES = ("pair", "batch", "sequence", "dataset")
+SCOPES = ("pair", "batch", "sequence", "dataset", "none")
 ORDERS = (0, 1, 2, 3, 4, 5)
 
 
@@ -50,12 +52,16 @@ class Preprocessing:
     mask : bool
         Keep single pixels that are missing (NaN or infinite) as NaN, out of minimum and maximum, instead
         of giving up their frame. For orders 0 and 1.
+    precision : {"single", "double"}
+        Floating point of the prepared frames, and of all that is computed on them. In ``"double"`` frames are
+        resized and normalised in double precision too, whatever dtype they come in.
     """
 
     size: int | None = 224
     order: int = 0
     compat: Compat = "default"
     mask: bool = False
+    precision: Floats = "single"
 
     def __post_init__(self) -> None:
         # Equal settings have to hash alike: NumPy's integers become Python's, and True is not 1.
@@ -72,6 +78,8 @@ class Preprocessing:
             )
         if self.compat not in ("default", "published"):
             raise ValueError(f"compat must be 'default' or 'published', got {self.compat!r}")
+        if self.precision not in ("single", "double"):
+            raise ValueError(f"precision must be 'single' or 'double', got {self.precision!r}")
 
 
 def _integer(value: Any, message: str) -> int:
@@ -143,7 +151,7 @@ def apply(settings: Preprocessing, frames: Frames, scope: Scope) -> Frames:
 
     Returns
     -------
-    ndarray or Tensor of shape (n, y', x', 1 or 3), float32
+    ndarray or Tensor of shape (n, y', x', 1 or 3), float32, or float64 in double precision
         New memory, on the device of ``frames``. Arrays and tensors give the same within 1e-6 of 255, at
         orders 0 and 1 the same bits where divisions are IEEE's.
     """
@@ -154,6 +162,8 @@ def apply(settings: Preprocessing, frames: Frames, scope: Scope) -> Frames:
         raise ValueError(
             f"scope 'pair' is taken over two frames, got {len(frames)}; use 'sequence', 'batch' or (lo, hi)"
         )
+    if scope == "none":
+        settings = replace(settings, precision="double")
     resized, complete = _resized(settings, frames)
     return _over_scope(settings, resized, complete, scope, _limits(frames) is not None)
 
@@ -179,6 +189,8 @@ def _over_scope(
     settings: Preprocessing, resized: Frames, complete: np.ndarray, scope: Scope, whole_numbers: bool
 ) -> Frames:
     """Normalise frames of the final size over one scope."""
+    if scope == "none":
+        scope = (0, 1)
     lo, hi = (
         _fixed_range(scope, resized.shape[-1])
         if isinstance(scope, tuple)
@@ -193,6 +205,7 @@ def _over_scope(
         # integers that it came from.
         floor=settings.compat == "published" and whole_numbers and partly_constant,
         complete=None if settings.mask else complete,
+        double=settings.precision == "double",
     )
 
 
@@ -220,6 +233,8 @@ def _resized(settings: Preprocessing, frames: Frames) -> tuple[Frames, np.ndarra
     """Frames as they are to be normalised, and which of them hold neither NaN nor infinity: bool (n,)."""
     limits = _limits(frames)
     loaded = _loadable(frames)
+    if settings.precision == "double":
+        loaded = loaded.double() if isinstance(loaded, Tensor) else loaded.astype(np.float64, copy=False)
     known = _extremes(loaded)
     complete = known.finite
     if settings.mask and not complete.all():
@@ -453,7 +468,13 @@ def finite_frames(frames: np.ndarray) -> np.ndarray:
 
 
 def normalise(
-    frames: Frames, lo: np.ndarray, hi: np.ndarray, *, floor: bool, complete: np.ndarray | None
+    frames: Frames,
+    lo: np.ndarray,
+    hi: np.ndarray,
+    *,
+    floor: bool,
+    complete: np.ndarray | None,
+    double: bool = False,
 ) -> Frames:
     """255·((frames − lo)/(hi − lo)) per channel; 0 where lo equals hi.
 
@@ -468,10 +489,12 @@ def normalise(
         Round down to whole numbers.
     complete : ndarray of shape (n,), bool, or None
         All other frames become NaN. None: missing values are NaN, and stay so.
+    double : bool, default False
+        Keep the result in double precision; ``frames`` are double, too.
 
     Returns
     -------
-    ndarray or Tensor of shape (n, y, x, channel), float32
+    ndarray or Tensor of shape (n, y, x, channel), float32, or float64 if ``double``
         New memory. The published code, too, rounds to single precision before it truncates to 8 bit.
     """
     single = frames.dtype == (torch.float32 if isinstance(frames, Tensor) else np.float32)
@@ -484,10 +507,10 @@ def normalise(
     divisor = np.where(constant, 1, spread).astype(spread.dtype)
     kept = np.ones(len(frames), bool) if complete is None else complete
     if isinstance(frames, Tensor):
-        return _normalised(frames, low, divisor, constant, floor, kept)
+        return _normalised(frames, low, divisor, constant, floor, kept, double=double)
     n, y, x, channels = frames.shape
     low, divisor, constant = (np.tile(values, x) for values in (low, divisor, constant))
-    out = np.empty((n, y, x * channels), np.float32)
+    out = np.empty((n, y, x * channels), np.float64 if double else np.float32)
     _normalise_rows(
         frames.reshape(out.shape), low, divisor, constant, spread.dtype.type(255), floor, kept, out
     )
@@ -495,12 +518,19 @@ def normalise(
 
 
 def _normalised(
-    frames: Tensor, lo: np.ndarray, divisor: np.ndarray, constant: np.ndarray, floor: bool, kept: np.ndarray
+    frames: Tensor,
+    lo: np.ndarray,
+    divisor: np.ndarray,
+    constant: np.ndarray,
+    floor: bool,
+    kept: np.ndarray,
+    *,
+    double: bool,
 ) -> Tensor:
     low, by, flat = (torch.tensor(values, device=frames.device) for values in (lo, divisor, constant))
     exact = frames.to(low.dtype)
     out = torch.where(flat, exact - exact, (exact - low).div_(by).mul_(255))  # NaN stays NaN in both
-    out = (out.floor_() if floor else out).float()
+    out = (out.floor_() if floor else out).to(torch.float64 if double else torch.float32)
     if not kept.all():
         out[torch.from_numpy(~kept).to(out.device)] = torch.nan
     return out
@@ -533,7 +563,8 @@ def truncate_to_8bit(frames: np.ndarray) -> np.ndarray:
     # In one pass and one thread: this is half the time of the metrics of pixel differences, and waiting
     # for a second thread on a busy machine is more than the other half.
     out = np.empty(frames.shape, np.float32)
-    _floor_within(np.ascontiguousarray(frames, np.float32).reshape(-1), out.reshape(-1))
+    floats = np.float64 if frames.dtype == np.float64 else np.float32
+    _floor_within(np.ascontiguousarray(frames, floats).reshape(-1), out.reshape(-1))
     return out
 
 

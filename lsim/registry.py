@@ -13,7 +13,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
@@ -77,6 +77,9 @@ LEARNED: dict[str, type[Metric]] = {
 """Name of a trunk, as a file of weights states it, to class."""
 
 ENTRY_POINT = "lsim.metrics"
+
+Precision: TypeAlias = Literal["exact", "double", "ranking"]
+"""Arithmetic of a metric: see :func:`load_metric`."""
 
 
 @functools.cache
@@ -242,6 +245,7 @@ def load_metric(
     *,
     mask: bool = False,
     symmetrise: bool = False,
+    precision: Precision = "exact",
     **options: Any,
 ) -> Metric:
     """Load a metric, ready to measure distances.
@@ -269,6 +273,10 @@ def load_metric(
         Leave missing pixels (NaN) out of comparisons instead of their frames, for metrics that can.
     symmetrise : bool, default False
         Make ½ (d(a, b) + d(b, a)) of a metric that isn't symmetric; others stay as they are.
+    precision : {"exact", "double", "ranking"}, default "exact"
+        ``"exact"``: frames are prepared in single precision, and compared so that nothing more is lost.
+        ``"double"``: everything is in double precision, from the frame on. ``"ranking"``: networks run in
+        bfloat16, for where only the order matters; metrics without a network don't have it.
     **options
         What the metric itself can be told, such as ``window="gaussian"`` of ``ssim``: see its class.
 
@@ -286,10 +294,17 @@ def load_metric(
     if name is None:
         name = default_metric()
     cls = metric_class(name) if weights is None else learned_class(name, weights)
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
+    if precision == "ranking":
+        options["precision"] = precision
     if unknown := sorted(options.keys() - set(cls.option_names())):
         known = ", ".join(cls.option_names()) or "none"
         raise ValueError(f"metric {name!r} has no option {', '.join(unknown)}; it has: {known}")
-    preprocessing = Preprocessing(size, order, compat, mask)
+    if precision == "double":
+        preprocessing = Preprocessing(size, order, compat, mask, "double")
+    else:
+        preprocessing = Preprocessing(size, order, compat, mask)
     metric = cls.load(metric_name(name), preprocessing, resolve_device(device), weights, **options)
     if preprocessing.size is not None:
         metric.check_size(preprocessing.size, preprocessing.size)

@@ -61,7 +61,8 @@ class _PixelMetric(ReportsPrecision, Metric):
     shares_embedding = "pixels"
 
     def embed(self, frames: Tensor) -> Embedding:
-        return Embedding({"values": frames.flatten(1).float()})
+        values = frames.flatten(1)
+        return Embedding({"values": values if values.dtype == torch.float64 else values.float()})
 
     @property
     def axioms(self) -> frozenset[str]:
