@@ -5,6 +5,7 @@
 >>> metric.distance(a, b)          # doctest: +SKIP
 """
 
+from lsim.claims import ClaimError, MetricError
 from lsim.metric import Embedding, Metric, MetricInfo, SizeWarning
 from lsim.preprocess import FramesError, Preprocessing, preprocess
 from lsim.registry import UnknownMetricError, describe_metrics, list_metrics, load_metric
@@ -13,9 +14,11 @@ from lsim.weights import WeightsError
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClaimError",
     "Embedding",
     "FramesError",
     "Metric",
+    "MetricError",
     "MetricInfo",
     "Preprocessing",
     "SizeWarning",

@@ -34,5 +34,10 @@ class Embedding:
         rounding = None if self.rounding is None else self.rounding[frames]
         return Embedding({name: part[frames] for name, part in self.parts.items()}, rounding)
 
+    def copy(self) -> Embedding:
+        """Copy the parts, so that who writes into them harms nobody; what is derived of them stays shared."""
+        parts = {name: part.clone() for name, part in self.parts.items()}
+        return Embedding(parts, self.rounding, self._derived)
+
     def __iter__(self) -> Iterator[Embedding]:
         return (self[k : k + 1] for k in range(len(self)))

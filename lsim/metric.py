@@ -6,6 +6,7 @@ that a metric defines; ``distance``, ``pairwise`` and the call on tensors are de
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import inspect
@@ -23,12 +24,16 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from lsim.claims import Claims, OthersCode, other_random_numbers, versions
 from lsim.embedding import Embedding
 from lsim.prepared import Prepared, prepare, prepare_pairs
 from lsim.preprocess import FramesError, Preprocessing, Scope, as_frames
 
 Mask: TypeAlias = Literal["nan"] | ArrayLike | None
 """What is left out of comparisons: pixels that are NaN in either frame, or where an array is false."""
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 class SizeWarning(UserWarning):
@@ -276,15 +281,17 @@ class Metric(ABC):
             np.concatenate([first, second]), scope, resized=not self._follows_8bit_publication
         )
         with torch.no_grad():
-            embedding = self.embed(self._frames(prepared))
+            embedding = self._embed(self._frames(prepared))
             left, right = embedding[slice(0, len(first))], embedding[slice(len(first), None)]
             if self.device.type == "cpu":
                 values = torch.cat([self.between(x, y).reshape(1) for x, y in zip(left, right, strict=True)])
             else:  # where each pair by itself would be as many launches
                 values = self._elementwise(left, right)
-        distances = values.double().cpu().numpy()
+        single = values.dtype == torch.float32
+        distances = values.detach().double().cpu().numpy()
         comparable = prepared.comparable
         distances[~(comparable[: len(first)] & comparable[len(first) :])] = np.nan
+        self.claims.check_distances(distances, square=False, single=single)
         return distances
 
     def pairwise(self, frames: ArrayLike, scope: Scope = "sequence", mask: Mask = None) -> np.ndarray:
@@ -350,6 +357,7 @@ class Metric(ABC):
         if self.quantised:
             stacked = stacked.clamp(0, 255).floor()
         embedding = self.embed(stacked)
+        self.claims.check_embedding(embedding, len(stacked))
         return self._elementwise(embedding[slice(0, len(reference))], embedding[slice(len(reference), None)])
 
     def prepare(self, frames: np.ndarray, scope: Scope, *, resized: bool = True) -> Prepared:
@@ -377,16 +385,19 @@ class Metric(ABC):
         """Compute :meth:`all_pairs`, and bound what rounding can have done to each: (n, n) both."""
         with torch.no_grad():
             embedding = self.embedded(prepared)
-            block = self.between(embedding, embedding).double()
-            rounding = self.rounding(embedding, embedding, block).double().cpu().numpy().copy()
+            block = self.between(embedding, embedding)
+            single, block = block.dtype == torch.float32, block.double()
+            rounding = self._bounded(embedding, embedding, block)
             matrix = block.cpu().numpy().copy()
+        matrix[~prepared.comparable] = np.nan
+        matrix[:, ~prepared.comparable] = np.nan
+        self.claims.check_distances(matrix, square=True, single=single, rounding=rounding)
         if "symmetric" in self.axioms:
             # To the last bit: some devices add d(i, j) and d(j, i) in another order.
             below = np.tril_indices(len(matrix), -1)
             matrix[below] = matrix.T[below]
-        np.fill_diagonal(matrix, self._to_itself(matrix.diagonal()))
-        matrix[~prepared.comparable] = np.nan
-        matrix[:, ~prepared.comparable] = np.nan
+        itself = np.where(prepared.comparable, self._to_itself(matrix.diagonal()), np.nan)
+        np.fill_diagonal(matrix, itself)
         np.fill_diagonal(rounding, 0)
         rounding[np.isnan(matrix)] = np.nan
         return matrix, rounding
@@ -400,12 +411,15 @@ class Metric(ABC):
         with torch.no_grad():
             embedding = self.embedded(prepared)
             reference = embedding[slice(0, 1)]
-            block = self.between(reference, embedding).double()
-            rounding = self.rounding(reference, embedding, block)[0].double().cpu().numpy().copy()
+            block = self.between(reference, embedding)
+            single, block = block.dtype == torch.float32, block.double()
+            rounding = self._bounded(reference, embedding, block)[0]
             row = block[0].cpu().numpy().copy()
-        row[:1] = self._to_itself(row[:1])
         comparable = prepared.comparable
         row[~(comparable & comparable[0])] = np.nan
+        self.claims.check_distances(row, square=False, single=single, rounding=rounding)
+        if comparable[0]:
+            row[:1] = self._to_itself(row[:1])
         rounding[:1] = 0
         rounding[np.isnan(row)] = np.nan
         return row, rounding
@@ -416,33 +430,140 @@ class Metric(ABC):
         return computed.copy() if np.isnan(known) else np.full_like(computed, known)
 
     def _elementwise(self, a: Embedding, b: Embedding) -> Tensor:
-        return (self.paired(a, b) + self.paired(b, a)) / 2 if self._symmetrised else self.paired(a, b)
+        values = self._checked_pairs(a, b)
+        return (values + self._checked_pairs(b, a)) / 2 if self._symmetrised else values
+
+    def _checked_pairs(self, a: Embedding, b: Embedding) -> Tensor:
+        values = self.paired(a, b)
+        self.claims.check_block(values, (len(b),), "paired")
+        return values
 
     def between(self, a: Embedding, b: Embedding) -> Tensor:
-        """:meth:`compare`, checked; both ways where the metric is :meth:`symmetrised`: (len(a), len(b))."""
-        block = self.compare(a, b)
-        if block.shape != (len(a), len(b)):
-            raise TypeError(
-                f"metric {self.name!r}: compare gave a block of shape {tuple(block.shape)} for {len(a)} and "
-                f"{len(b)} frames; expected {(len(a), len(b))}"
-            )
+        """:meth:`compare`, checked; both ways where the metric is :meth:`symmetrised`: (len(a), len(b)).
+
+        Raises
+        ------
+        lsim.ClaimError
+            When what comes back is no block of distances, or the embeddings were written into.
+        """
+        block = self._compare(a, b)
         if not self._symmetrised:
             return block
-        return (block + (block if a is b else self.compare(b, a)).T) / 2
+        return (block + (block if a is b else self._compare(b, a)).T) / 2
 
     def embedded(self, prepared: Prepared) -> Embedding:
         """:meth:`embed` for frames that :meth:`prepare` made; a family that embeds alike does so once."""
         self.check_size(prepared.values.shape[1], prepared.values.shape[2])
-        embedding = prepared.embedding(self.shared_as, lambda: self.embed(self._frames(prepared)))
+        embedding = prepared.embedding(self.family, lambda: self._embed(self._frames(prepared)))
+        if self.of_others and self.family is not None:
+            embedding = embedding.copy()
         return embedding if prepared.rounding is None else replace(embedding, rounding=prepared.rounding)
 
+    def _embed(self, frames: Tensor) -> Embedding:
+        """:meth:`embed`, checked; frames of which nobody else has a copy are given to code of others."""
+        before = versions([frames])
+        with self._running("embed"):
+            embedding = self.embed(frames)
+        self.claims.check_embedding(embedding, len(frames))
+        self.claims.check_unwritten(before, versions([frames]), "embed wrote into the frames")
+        return embedding
+
+    def _compare(self, a: Embedding, b: Embedding) -> Tensor:
+        parts = [*a.parts.values(), *b.parts.values()]
+        before = versions(parts)
+        with self._running("compare"):
+            block = self.compare(a, b)
+        self.claims.check_block(block, (len(a), len(b)))
+        self.claims.check_unwritten(before, versions(parts), "compare wrote into the embeddings")
+        return block if torch.is_grad_enabled() else block.detach()
+
+    def _bounded(self, a: Embedding, b: Embedding, distances: Tensor) -> np.ndarray:
+        """:meth:`rounding`, as an array of its own."""
+        with self._running("rounding"):
+            rounding = self.rounding(a, b, distances)
+        self.claims.check_block(rounding, tuple(distances.shape), "rounding")
+        return rounding.detach().double().cpu().numpy().copy()
+
+    @property
+    def claims(self) -> Claims:
+        """What the metric says of its distances, with the checks of it."""
+        return Claims(self.name, self.axioms, self.info.distance_to_itself)
+
+    @property
+    def of_others(self) -> bool:
+        """Whether the class is none of this package's, which its own tests hold to the contract."""
+        return not type(self).__module__.startswith("lsim.")
+
+    def _running(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return OthersCode(self.name, what) if self.of_others else _NOTHING
+
+    def check_claims(self, prepared: Prepared) -> np.ndarray:
+        """Check what computing distances doesn't show: frames left alone, zero on itself, both directions.
+
+        Distances of the first frame that can be compared and of two others are taken, and taken again from
+        copies, with other random numbers: a handful of pairs, and two embeddings of these frames.
+
+        Parameters
+        ----------
+        prepared : Prepared
+            Of the kind of frames that the metric is to compare.
+
+        Returns
+        -------
+        ndarray of shape (n, n), float64
+            Distances among the first frames that can be compared, three at most.
+
+        Raises
+        ------
+        lsim.ClaimError
+        """
+        rows = np.flatnonzero(prepared.comparable)[:3]
+        if not len(rows):
+            return np.empty((0, 0))
+        some = replace(prepared, values=prepared.values[rows], comparable=prepared.comparable[rows])
+        some = replace(some, rounding=None if some.rounding is None else some.rounding[rows]).anew()
+        claims = self.claims
+        with torch.no_grad():
+            frames = self._frames(some)
+            kept = frames.clone()
+            embedding = self._embed(frames)
+            if not torch.equal(frames.nan_to_num(), kept.nan_to_num()):
+                claims.refuse(
+                    "embed wrote into the frames that it was given; it has to work on a copy (clone)"
+                )
+            apart = embedding.copy()
+            block = self.between(embedding, apart)
+            with other_random_numbers():
+                again = self.between(self._embed(self._frames(some)), apart)
+        single = block.dtype == torch.float32
+        first, second = (values.double().cpu().numpy() for values in (block, again))
+        claims.check_repeated(first, second, "d", exact=self.device.type == "cpu")
+        claims.check_distances(first, square=True, single=single)
+        return first
+
     def _frames(self, prepared: Prepared) -> Tensor:
-        return prepared.frames(quantised=self.quantised, one_channel=self.info.one_channel_suffices)
+        return prepared.frames(
+            quantised=self.quantised,
+            one_channel=self.info.one_channel_suffices,
+            copied=self.of_others,
+        )
 
     @property
     def shared_as(self) -> Hashable:
         """Equal for metrics whose embeddings of the same prepared frames are; None where no other's is."""
         return (self.shares_embedding, self.quantised) if self.shares_embedding else None
+
+    @property
+    def family(self) -> Hashable:
+        """:attr:`shared_as`, of metrics of one package that have the very same :meth:`embed`; else None.
+
+        A class that derives from another and embeds otherwise shares nothing, whatever name it inherits; and
+        nobody's code is given what metrics of somebody else go on with.
+        """
+        if self.shared_as is None:
+            return None
+        cls = type(self)
+        return (self.shared_as, cls.__module__.partition(".")[0], cls.embed)
 
     def _masking(self) -> Self:
         """This metric, told to leave out what is missing."""

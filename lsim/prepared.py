@@ -7,7 +7,7 @@ alike shares the embedding, too.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -53,12 +53,21 @@ class Prepared:
             return torch.from_numpy(truncate_to_8bit(self.values.numpy()))
         return self.values.clamp(0, 255).floor()
 
-    def frames(self, *, quantised: bool, one_channel: bool) -> Tensor:
-        """The frames as a metric takes them: truncated or not, a single channel as one or as three."""
+    def frames(self, *, quantised: bool, one_channel: bool, copied: bool = False) -> Tensor:
+        """The frames as a metric takes them: truncated or not, a single channel as one or as three.
+
+        ``copied`` ones are nobody else's, for code that may write into them.
+        """
         values = self.truncated if quantised else self.values
+        if copied:
+            values = values.clone()
         if one_channel or values.shape[-1] != 1:
             return values
         return values.expand(*values.shape[:-1], 3)
+
+    def anew(self) -> Prepared:
+        """The same frames, of which nothing is embedded yet."""
+        return replace(self, _embeddings={})
 
     def embedding(self, shared_as: Hashable, embed: Callable[[], Embedding]) -> Embedding:
         """``embed()``, kept for the metrics to come where it is shared under a name."""

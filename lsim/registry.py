@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
+from lsim.claims import AXIOMS, MetricError, OthersCode
 from lsim.metric import Metric, MetricInfo, resolve_device
 from lsim.metrics.flow import OpticalFlow
 from lsim.metrics.gradients import GMSD, GradientDifference
@@ -95,7 +96,9 @@ def registered() -> dict[str, type[Metric]]:
             warnings.warn(f"{entry.value} would replace metric {entry.name!r}: ignored", stacklevel=2)
             continue
         try:
-            found[entry.name] = _checked(entry.load(), entry.value)
+            with OthersCode(entry.name, f"importing {entry.value}", on_change="warn"):
+                cls = entry.load()
+            found[entry.name] = _checked(cls, entry.value)
         except Exception as error:
             # Somebody else's code, that may raise anything: the other metrics are none the worse for it.
             cause = f"{type(error).__name__}: {error}"
@@ -149,7 +152,8 @@ def metric_name(name: str) -> str:
 def _imported(reference: str) -> type[Metric]:
     module, _, qualified = reference.partition(":")
     try:
-        found: Any = importlib.import_module(module)
+        with OthersCode(metric_name(reference), f"importing {module}", on_change="warn"):
+            found: Any = importlib.import_module(module)
         for part in qualified.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
@@ -162,6 +166,27 @@ def _imported(reference: str) -> type[Metric]:
     return cls
 
 
+def _loaded(
+    cls: type[Metric],
+    name: str,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    *given: Any,
+    **options: Any,
+) -> Metric:
+    """``cls.load``, of which a whole metric comes, or an error."""
+    with OthersCode(name, "loading it", on_change="warn"):
+        metric = cls.load(name, preprocessing, device, *given, **options)
+    for attribute, expected in (("name", name), ("preprocessing", preprocessing), ("device", device)):
+        found = getattr(metric, attribute, None)
+        if found != expected:
+            raise MetricError(
+                f"metric {name!r}: loading it gave {attribute} = {found!r}, expected {expected!r}: __init__ "
+                "has to call super().__init__(name, preprocessing, device)"
+            )
+    return metric
+
+
 def _checked(found: Any, reference: str) -> type[Metric]:
     """What a reference or an entry point led to, once it is known to be a metric, and a whole one."""
     if not (isinstance(found, type) and issubclass(found, Metric)):
@@ -171,6 +196,14 @@ def _checked(found: Any, reference: str) -> type[Metric]:
         lacking.append("info, an lsim.MetricInfo")
     if lacking:
         raise UnknownMetricError(f"{reference!r} is no whole metric: it lacks {', '.join(lacking)}")
+    if unknown := sorted(map(str, set(found.info.axioms) - AXIOMS)):
+        raise UnknownMetricError(
+            f"{reference!r} claims {', '.join(unknown)}; the axioms are {', '.join(sorted(AXIOMS))}"
+        )
+    if not found.info.lower_is_more_similar:
+        raise UnknownMetricError(
+            f"{reference!r} is a similarity, as lower_is_more_similar is false: negate it, or take it from 1"
+        )
     return found
 
 
@@ -227,7 +260,8 @@ def why_unavailable(name: str, weights: str | os.PathLike[str] | None = None) ->
         cls = metric_class(name) if weights is None else learned_class(name, weights)
     except WeightsError as error:
         return str(error)
-    return cls.why_unavailable(name, weights)
+    with OthersCode(metric_name(name), "why_unavailable"):
+        return cls.why_unavailable(name, weights)
 
 
 def default_metric() -> str:
@@ -305,7 +339,7 @@ def load_metric(
         preprocessing = Preprocessing(size, order, compat, mask, "double")
     else:
         preprocessing = Preprocessing(size, order, compat, mask)
-    metric = cls.load(metric_name(name), preprocessing, resolve_device(device), weights, **options)
+    metric = _loaded(cls, metric_name(name), preprocessing, resolve_device(device), weights, **options)
     if preprocessing.size is not None:
         metric.check_size(preprocessing.size, preprocessing.size)
     if ":" in name:

@@ -18,21 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lsim.claims import ATOL, RTOL, ClaimError
 from lsim.metric import Metric
 from lsim.networks import LsimTrunk, Trunk
 from lsim.preprocess import value_range
-
-RTOL = 1e-5
-"""Relative difference allowed between two ways to the same distance."""
-
-ATOL = 1e-9
-"""Absolute difference allowed where zero is claimed: rounding of a sum."""
 
 
 def check_metric(metric: Metric, frame_size: int | None = None, seed: int = 0) -> None:
     """Hold a metric to its contract, on frames of every kind that users have.
 
-    In this order: frames are left as they were; values are float64 and finite; the claimed axioms; one
+    In this order: what runs check of every metric (:mod:`lsim.claims`): tensors of the right kind, the same
+    result twice, frames and settings left alone; frames are left as they were; values are float64 and finite;
+    the claimed axioms; one
     pair at a time equals a batch equals all pairs at once; the row of the reference equals the first row
     of the matrix; the call on tensors equals ``distance``; a frame with NaN or infinity makes its own
     distances NaN and no others; missing pixels are left out, where it says so; gradients are finite, and zero
@@ -52,10 +49,18 @@ def check_metric(metric: Metric, frame_size: int | None = None, seed: int = 0) -
     AssertionError
         At the first property that does not hold; names the metric, the kind of frames and the values.
     """
+    try:
+        _check_metric(metric, frame_size, seed)
+    except ClaimError as error:
+        raise AssertionError(str(error)) from error
+
+
+def _check_metric(metric: Metric, frame_size: int | None, seed: int) -> None:
     smallest = max(metric.info.minimum_size, (metric.info.advised_sizes or (32, 32))[0])
     side = frame_size or metric.preprocessing.size or smallest
     kinds = example_frames(side, seed)
     for kind, frames in kinds.items():
+        check_claims(metric, frames, kind)
         check_axioms(metric, frames, kind)
         check_consistency(metric, frames, kind)
     if not metric.preprocessing.mask:
@@ -107,6 +112,27 @@ def example_frames(side: int, seed: int = 0) -> dict[str, np.ndarray]:
         "float64": random.astype(np.float64) * np.pi,
         "single channel": random[..., :1],
     }
+
+
+def check_claims(metric: Metric, frames: np.ndarray, kind: str = "given") -> None:
+    """Check what runs check of every metric on its first frames: see :meth:`Metric.check_claims`.
+
+    Parameters
+    ----------
+    metric : Metric
+    frames : ndarray of shape (n, y, x, channel)
+        Finite.
+    kind : str
+        What error messages call the frames.
+
+    Raises
+    ------
+    AssertionError
+    """
+    try:
+        metric.check_claims(metric.prepare(frames, "sequence"))
+    except ClaimError as error:
+        raise AssertionError(f"{error} ({kind} frames)") from error
 
 
 def check_axioms(metric: Metric, frames: np.ndarray, kind: str = "given") -> None:

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from lsim.claims import ClaimError
 from lsim.preprocess import FramesError
 
 logger = logging.getLogger(__name__)
@@ -37,11 +38,13 @@ def in_batch_or_alone(
     ------
     FramesError
         When the metric takes no such frames at all.
+    lsim.ClaimError
+        When the metric gives something else than it claims: what it gives of single frames proves nothing.
     """
     try:
         yield 0, call(frames)
         return
-    except FramesError:
+    except (FramesError, ClaimError):
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"

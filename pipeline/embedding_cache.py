@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lsim.claims import ClaimError
 from lsim.embedding import Embedding
 from lsim.metric import Metric
 from lsim.preprocess import FramesError, Scope
@@ -119,6 +120,8 @@ def _embed(metric: Metric, frames: np.ndarray, scope: Scope) -> Iterator[_Some]:
                 yield _Some(start, *found, bad)
     except FramesError as error:
         yield _Some(0, np.zeros(len(frames), bool), None, str(error))
+    except ClaimError as error:
+        yield _Some(0, np.zeros(len(frames), bool), None, str(error), undone=True)
 
 
 def _room(n: int, like: Tensor) -> Tensor:

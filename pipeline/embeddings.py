@@ -13,6 +13,7 @@ import json
 import math
 import os
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -20,9 +21,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from lsim.claims import other_random_numbers
 from lsim.metric import Metric
 from lsim.preprocess import FramesError, Scope, finite_frames
-from pipeline import schema, store
+from pipeline import schema, store, trials
 from pipeline.address import absolute, relative
 from pipeline.batches import in_batch_or_alone
 from pipeline.content import NOT_READ, read_sequence, why_not_read
@@ -128,6 +130,7 @@ class EmbedTask:
     request: MetricRequest
     scope: Scope
     fingerprint: str
+    run: str = ""
 
     @property
     def label(self) -> str:
@@ -197,9 +200,10 @@ def compute_embeddings(
         about = {"metric": metric.name, "frames": relative(frames_path, out_path)}
         store.set_attributes(root, about)
         tasks: list[EmbedTask] = []
+        run_name = uuid.uuid4().hex
         for key in keys:
             tasks += _stale_tasks(
-                key, source, root, frames_path, out_path, metric, request, settings, cluster, report
+                key, source, root, frames_path, out_path, metric, request, settings, cluster, report, run_name
             )
         made_by = begin_run(scope=settings.scope)
         try:
@@ -273,6 +277,7 @@ def _stale_tasks(
     settings: Settings,
     cluster: Cluster,
     report: EmbeddingsReport,
+    run: str,
 ) -> list[EmbedTask]:
     """Bring a field's group into shape, declare what is out of date, and give the tasks that mend it."""
     origin = store.get_group(source, key)
@@ -305,7 +310,9 @@ def _stale_tasks(
         if recorded[block] == wanted:
             report.up_to_date += len(own) * n
         else:
-            tasks.append(EmbedTask(frames, out, key, block, first, n, own, together, request, scope, wanted))
+            tasks.append(
+                EmbedTask(frames, out, key, block, first, n, own, together, request, scope, wanted, run)
+            )
             if recorded[block]:
                 # Before anything else changes, nothing that is out of date counts as done.
                 store.write_rows(fingerprints, block, np.array([""], dtype=object))
@@ -472,7 +479,10 @@ def write_block_of_embeddings(task: EmbedTask) -> int:
                 values, why, good = _nothing(group, names, step), [damage] * step, False
             else:
                 part = frames[first : first + step]
+                due = trials.is_due(task.run, metric)
                 values, why, good = _embedded_or_why(group, metric, part, task.scope, names)
+                if due and good and "" in why:
+                    _try_metric(metric, part, task, values)
             if whole and not good:
                 # Not done: the next run tries again. Another copy may have finished the block, and its
                 # fingerprint must not stand for what comes now.
@@ -518,6 +528,22 @@ def _embedded_or_why(
         parts.append(values)
         reasons += why
     return {name: np.concatenate([part[name] for part in parts]) for name in names}, reasons, whole
+
+
+def _try_metric(metric: Metric, frames: np.ndarray, task: EmbedTask, values: dict[str, np.ndarray]) -> None:
+    """Embed the first frames that a worker is given in a run once more.
+
+    Raises
+    ------
+    lsim.ClaimError
+        When something else comes out.
+    """
+    with trials.trial(task.run, metric) as tried:
+        with other_random_numbers():
+            again, _ = _embedded(tried, frames, task.scope)
+        for name, part in values.items():
+            exact = metric.device.type == "cpu"
+            tried.claims.check_repeated(part, again[name], f"embedding {name!r}", exact=exact)
 
 
 def _embedded(metric: Metric, frames: np.ndarray, scope: Scope) -> tuple[dict[str, np.ndarray], list[str]]:

@@ -139,6 +139,12 @@ def choose_metrics(settings: Settings) -> ChosenMetrics:
                 raise
             unavailable[name] = str(error)
             continue
+        except Exception as error:
+            # Of "all", a metric of somebody else must not cost the others their run.
+            if name in needed:
+                raise
+            unavailable[name] = f"{type(error).__name__}: {error}"
+            continue
         chosen.metrics.append(metric)
         chosen.requests[metric.name] = request.of(metric)
     return chosen

@@ -48,7 +48,13 @@ LEAVES = (
     "pipeline.tables",
     "pipeline.text_chunks",
 )
-SHARED_BY_STAGES = ("pipeline.metric_choice", "pipeline.fields", "pipeline.scopes", "pipeline.batches")
+SHARED_BY_STAGES = (
+    "pipeline.metric_choice",
+    "pipeline.fields",
+    "pipeline.scopes",
+    "pipeline.batches",
+    "pipeline.trials",
+)
 """What several stages ask: which metrics, over which range frames are normalised, what where one raises."""
 WORKERS = (
     "pipeline.workers.cluster",

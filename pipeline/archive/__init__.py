@@ -232,7 +232,7 @@ def list_archive_failures(out: str | os.PathLike[str]) -> list[ArchiveFailure]:
             for (which, reason), frames in by_sequence.items():
                 found.append(ArchiveFailure(key, name, f"{which}: frame {_few(frames)}", reason))
             if count := int(store.read(missing, place).sum(dtype=np.int64)):
-                reason = f"the metric gave NaN for {count} distances of frames that it takes"
+                reason = f"the metric gave NaN or infinity for {count} distances of frames that it takes"
                 found.append(ArchiveFailure(key, name, "", reason))
     return found
 

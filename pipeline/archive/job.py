@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,7 @@ class Context:
     cluster: Cluster
     metrics: list[Metric]
     requests: dict[str, MetricRequest]
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def make_ready(self) -> None:
         """Have the workers load the metrics, and send away those that cannot: no plan is made of them."""
@@ -282,6 +284,7 @@ class MatrixJob:
                     scope,
                     measured.frame_bytes,
                     room,
+                    context.run,
                 ),
             )
 

@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from lsim.claims import ClaimError, other_random_numbers
+from lsim.embedding import Embedding
 from lsim.metric import Metric
 from lsim.precision import PairPrecision, ReportsPrecision
 from lsim.preprocess import Scope
-from pipeline import schema, store
+from pipeline import schema, store, trials
 from pipeline.archive.matrix import tile_fingerprint
-from pipeline.embedding_cache import EmbeddedBlock, cache, embed_block
-from pipeline.frame_blocks import FrameBlock
+from pipeline.embedding_cache import FRAMES_TOGETHER, EmbeddedBlock, cache, embed_block
+from pipeline.frame_blocks import FrameBlock, read_block
 from pipeline.workers import stopping
 from pipeline.workers.resident import MetricRequest, get_metric, still_wanted
 
@@ -53,6 +55,8 @@ class TileTask:
         Of a frame's embedding.
     room : int
         Bytes of embeddings that the worker may keep.
+    run : str
+        The run's name, in which each worker tries each metric once.
     """
 
     frames: str
@@ -65,6 +69,7 @@ class TileTask:
     scope: Scope
     frame_bytes: int
     room: int
+    run: str = ""
 
     @property
     def label(self) -> str:
@@ -179,7 +184,10 @@ def compute_tiles(task: TileTask) -> TileResult:
                 metric = metrics[name]
                 began = time.perf_counter()
                 try:
+                    due = trials.is_due(task.run, metric)
                     values = compare_blocks(metric, rows, columns)
+                    if due:
+                        _try_metric(metric, task, source, task.blocks[i], rows)
                 except Exception as error:
                     # One tile must not take down its task. Without a fingerprint the next run tries again.
                     errors[name], undone = f"{type(error).__name__}: {error}", undone + 1
@@ -220,36 +228,99 @@ def _check_wanted(task: TileTask, i: int, j: int) -> None:
 
 def embeds_as(metric: Metric) -> Hashable:
     """Equal for metrics that can be computed from one another's embeddings."""
-    shared = metric.shared_as
-    return (metric.preprocessing, metric.specification_hash if shared is None else shared)
+    shared = metric.family
+    alike = metric.specification_hash if shared is None else shared
+    return (metric.preprocessing, type(metric).prepare, alike)
 
 
 def compare_blocks(metric: Metric, rows: EmbeddedBlock, columns: EmbeddedBlock) -> np.ndarray:
     """The tile of two blocks, (rows, columns) float32; symmetric, with a zero diagonal, of one with itself.
 
-    A pair's bits depend on its two frames alone on a CPU, wherever in whatever tile it stands.
+    A pair's bits depend on its two frames alone on a CPU, wherever in whatever tile it stands. Code of others
+    is given copies: the blocks are compared again, by other metrics and in other tiles.
+
+    Raises
+    ------
+    lsim.ClaimError
+        When distances aren't what the metric claims.
     """
     n, m = len(rows.comparable), len(columns.comparable)
     values = np.full((n, m), np.nan)
-    diagonal = rows is columns
+    diagonal, single = rows is columns, False
     if rows.embedding is not None and columns.embedding is not None:
-        at_once = ROWS_AT_ONCE if metric.device.type == "cpu" else max(n, m)
+        at_once = ROWS_AT_ONCE if metric.device.type == "cpu" or metric.of_others else max(n, m)
         with torch.no_grad():
             for start in range(0, n, at_once):
                 # New ones each time: what comparisons derive from an embedding stays with it.
-                left = rows.embedding[start : start + at_once]
+                left = _part(metric, rows.embedding, start, at_once)
                 for other in range(start if diagonal else 0, m, at_once):
                     same = diagonal and start == other
-                    right = left if same else columns.embedding[other : other + at_once]
+                    right = left if same else _part(metric, columns.embedding, other, at_once)
                     part = metric.between(left, right)
+                    single = part.dtype == torch.float32
                     values[start : start + at_once, other : other + at_once] = part.double().cpu().numpy()
+    values[~rows.comparable] = np.nan
+    values[:, ~columns.comparable] = np.nan
+    # What lies below the diagonal squares of a tile of its own isn't computed.
+    computed = np.where(np.isnan(values), values.T, values) if diagonal else values
+    metric.claims.check_distances(computed, square=diagonal, single=single)
     if diagonal:
         below = np.tril_indices(n, -1)
         values[below] = values.T[below]
-        np.fill_diagonal(values, 0)
-    values[~rows.comparable] = np.nan
-    values[:, ~columns.comparable] = np.nan
-    return values.astype(np.float32)
+        np.fill_diagonal(values, np.where(rows.comparable, 0, np.nan))
+    with np.errstate(over="ignore"):
+        stored = values.astype(np.float32)
+    # Nobody ranks by infinity, unless it is how far the metric says that equal frames are.
+    stored[np.isinf(stored) & (stored != metric.info.distance_to_itself)] = np.nan
+    return stored
+
+
+def _part(metric: Metric, embedding: Embedding, start: int, length: int) -> Embedding:
+    """Frames of a block; a copy of them for code of others."""
+    part = embedding[start : start + length]
+    return part.copy() if metric.of_others else part
+
+
+def _try_metric(
+    metric: Metric, task: TileTask, source: store.Group, block: FrameBlock, rows: EmbeddedBlock
+) -> None:
+    """Try a metric on the first frames of a block: what it was embedded as, and what comes of its pairs.
+
+    Raises
+    ------
+    lsim.ClaimError
+        When it fails.
+    """
+    if rows.undone or rows.embedding is None or rows.comparable.sum() < 2:
+        return  # another block will do
+    frames = next(read_block(source, block, FRAMES_TOGETHER.get(metric.device.type, 32))).frames
+    if frames is None:
+        return
+    with trials.trial(task.run, metric) as tried, torch.no_grad():
+        try:
+            _try_on(tried, frames, task.scope, rows.embedding)
+        except ClaimError:
+            raise
+        except Exception:  # frames that were embedded one by one, as together they are too many
+            _try_on(tried, frames[:1], task.scope, rows.embedding)
+
+
+def _try_on(tried: Metric, frames: np.ndarray, scope: Scope, embedding: Embedding) -> None:
+    """Embed frames once more, all and the first few alone, and compare those."""
+    prepared = tried.prepare(frames, scope)
+    if not prepared.comparable.any():
+        return
+    with other_random_numbers():
+        again = tried.embedded(prepared)
+    known = torch.from_numpy(np.flatnonzero(prepared.comparable)).to(tried.device)
+    exact = tried.device.type == "cpu"
+    for name, part in embedding.parts.items():
+        first, second = (trials.as_array(one[known.to(one.device)]) for one in (part, again.parts[name]))
+        tried.claims.check_repeated(first, second, f"embedding {name!r}", exact=exact)
+    alone = tried.check_claims(prepared)
+    few = Embedding({name: part[known[: len(alone)].to(part.device)] for name, part in again.parts.items()})
+    amid_others = tried.between(few, few.copy()).double().cpu().numpy()
+    tried.claims.check_repeated(amid_others, alone, "amid other frames, and then alone, d", exact=False)
 
 
 def in_order(tiles: Iterable[Sequence[Tile]]) -> list[Tile]:

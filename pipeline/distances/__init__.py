@@ -10,9 +10,10 @@ from __future__ import annotations
 import itertools
 import os
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -161,6 +162,7 @@ def compute_distances(
     report = DistancesReport(unavailable=chosen.unavailable, symmetrised=_symmetrised(metrics))
     totals = Totals()
     workers = _Workers(cluster, list(requests.values()))
+    run_name = uuid.uuid4().hex
     with store.locked(out_path):
         root = store.open_output(out_path, schema.DISTANCES_STORE)
         store.drop_consolidated(out_path)
@@ -170,7 +172,12 @@ def compute_distances(
         )
         fields = [
             _bring_into_shape(
-                _Field(key, frames_path, out_path, requests, settings), source, root, metrics, workers, report
+                _Field(key, frames_path, out_path, requests, settings, run_name),
+                source,
+                root,
+                metrics,
+                workers,
+                report,
             )
             for key in keys
         ]
@@ -253,6 +260,7 @@ class _Field:
     out: str
     requests: Mapping[str, MetricRequest]
     settings: Settings
+    run: str = ""
     scopes: dict[bool, Scope] = field(default_factory=dict)
     stale: StaleRows | None = None
 
@@ -269,7 +277,7 @@ class _Field:
         self, block: StaleBlock, requests: tuple[MetricRequest, ...], scopes: Mapping[bool, Scope]
     ) -> BlockTask:
         pairs, masking = self.settings.pairs, self.settings.mask is not None
-        return BlockTask(self.frames, self.out, self.key, block, requests, scopes, pairs, masking)
+        return BlockTask(self.frames, self.out, self.key, block, requests, scopes, pairs, masking, self.run)
 
 
 def _bring_into_shape(
@@ -344,7 +352,8 @@ def _measured_size(
             {row: contents[row]},
             dict.fromkeys(this.requests, 0),
         )
-        task = this.task(block, requests, scopes)
+        # What is timed is what every block takes: nothing is tried.
+        task = replace(this.task(block, requests, scopes), run="")
         ((_, seconds, error),) = run_bounded(workers.client(), seconds_per_sequence, [(task,)])
         if error is None:
             frames = store.get_array(origin, schema.FRAMES).shape[1]

@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import operator
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from lsim.claims import OthersCode
 from lsim.metric import Metric
 from lsim.prepared import Prepared
-from lsim.preprocess import FramesError, Preprocessing, Scope, finite_frames
-from pipeline import schema, store
+from lsim.preprocess import FramesError, Scope, finite_frames
+from pipeline import schema, store, trials
 from pipeline.content import NOT_READ, read_sequence, why_not_read
 from pipeline.distances.blocks import Pairs, StaleBlock
 from pipeline.workers.resident import MetricRequest, get_metric, still_wanted
+
+logger = logging.getLogger(__name__)
 
 TOO_LONG_TO_REPEAT_S = 30.0
 """A sequence that takes longer is timed once: it makes a block by itself, whatever was loaded meanwhile."""
@@ -44,6 +48,8 @@ class BlockTask:
     """With and without a mask: minimum and maximum of a data set differ where single pixels are missing."""
     pairs: Pairs
     masking: bool
+    run: str = ""
+    """The run's name, in which each worker tries each metric once; without one nothing is tried."""
 
     @property
     def label(self) -> str:
@@ -98,13 +104,19 @@ class _Sequence:
 
     frames: np.ndarray
     damage: str = ""
-    prepared: dict[Preprocessing, Prepared] = field(default_factory=dict)
+    prepared: dict[Hashable, Prepared] = field(default_factory=dict)
 
     def for_metric(self, metric: Metric, scope: Scope) -> Prepared:
         """The frames as the metric takes them, prepared for the first that takes them so."""
-        if metric.preprocessing not in self.prepared:
-            self.prepared[metric.preprocessing] = metric.prepare(self.frames, scope)
-        return self.prepared[metric.preprocessing]
+        # A metric of somebody else may prepare frames in a way of its own, which is nobody else's.
+        key = (metric.preprocessing, type(metric).prepare)
+        if key not in self.prepared:
+            self.prepared[key] = metric.prepare(self.frames, scope)
+        return self.prepared[key]
+
+    def anew(self) -> _Sequence:
+        """The same frames, of which nothing is embedded yet."""
+        return _Sequence(self.frames, prepared={key: kept.anew() for key, kept in self.prepared.items()})
 
 
 class _Clock:
@@ -257,7 +269,7 @@ def _compute(task: BlockTask, stages: _Clock, by_metric: _Clock) -> _Computed:
                     with stages("prepare"):
                         sequence.for_metric(metric, scope)
                 with stages("metrics"), by_metric(metric.name):
-                    matrix = _matrix(metric, sequence, scope, task.pairs)
+                    matrix = _tried_matrix(metric, sequence, scope, task)
                 reason = _incomparable(matrix, sequence.frames, metric, task)
             except FramesError as error:
                 # The metric cannot take these frames, today or tomorrow: done, with the reason recorded.
@@ -318,6 +330,23 @@ def _read(
             yield sequence
 
 
+def _tried_matrix(metric: Metric, sequence: _Sequence, scope: Scope, task: BlockTask) -> np.ndarray:
+    """:func:`_matrix`, computed twice for the first frames that a metric is given here in a run."""
+    due = trials.is_due(task.run, metric)
+    matrix = _matrix(metric, sequence, scope, task.pairs)
+    if due and (np.isfinite(matrix) & ~np.eye(len(matrix), dtype=bool)).any():
+        fresh = sequence.anew()
+        of_all = "sequence" if scope == "pair" else scope
+        trials.try_distances(
+            task.run,
+            metric,
+            fresh.for_metric(metric, of_all),
+            matrix,
+            lambda tried: _matrix(tried, fresh, scope, task.pairs),
+        )
+    return matrix
+
+
 def _matrix(metric: Metric, sequence: _Sequence, scope: Scope, pairs: Pairs) -> np.ndarray:
     """One sequence's distances, (n, n) with a zero diagonal; what is not asked for is NaN."""
     if scope == "pair":
@@ -339,8 +368,9 @@ def _incomparable(matrix: np.ndarray, frames: np.ndarray, metric: Metric, task: 
     """Why distances that were asked for are NaN or infinite; empty when none is."""
     computed = matrix if task.pairs == "all" else matrix[0]
     missing = int(np.isnan(computed).sum())
-    # Minus infinity is no fault: that is how far equal frames are by a negated ratio.
-    if not missing and (infinite := int(np.isposinf(computed).sum())):
+    # Minus infinity is no fault of a metric that says so: so far are equal frames by a negated ratio.
+    itself = metric.info.distance_to_itself
+    if not missing and (infinite := int((np.isinf(computed) & (computed != itself)).sum())):
         scope = task.scopes[metric.preprocessing.mask]
         where = f", whose values may be far from the scope {scope}" if isinstance(scope, tuple) else ""
         return f"the metric gave infinity for {infinite} of {computed.size} distances of finite frames{where}"
@@ -359,7 +389,17 @@ def _incomparable(matrix: np.ndarray, frames: np.ndarray, metric: Metric, task: 
 def _take_precision(metric: Metric) -> Any:
     """What a metric has counted of its precision since it was last asked; None of most."""
     take = getattr(metric, "take_precision", None)
-    return take() if take is not None else None
+    if take is None:
+        return None
+    try:
+        with OthersCode(metric.name, "take_precision"):
+            record = take()
+        if record is not None and not {"pairs", "recomputed"} <= asdict(record).keys():
+            raise TypeError(f"expected a record as lsim.precision.PairPrecision is, found {record!r}")
+        return record
+    except Exception as error:  # of a metric of one's own: its distances are no worse for it
+        logger.warning("%s: says nothing of its precision: %s: %s", metric.name, type(error).__name__, error)
+        return None
 
 
 def _write_matrices(

@@ -1,0 +1,451 @@
+"""Hold metrics to what they claim, by what they compute; a breach is an error that names the metric.
+
+A metric may be anybody's. Its code is run by :class:`OthersCode`, which lets it neither end the process nor
+change settings that other metrics compute under. What it gives is checked by :class:`Claims`, each time:
+tensors of the right kind, and distances that have the sign, the zero and the symmetry that were claimed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import CodeType, FrameType, TracebackType
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lsim.embedding import Embedding
+
+AXIOMS = frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"})
+"""All that a metric can claim of its distances."""
+
+RTOL = 1e-5
+"""Relative difference allowed between two ways to the same distance."""
+
+ATOL = 1e-9
+"""Absolute difference allowed where zero is claimed: rounding of a sum."""
+
+ATOL_SINGLE = 1e-6
+"""The same of distances that a metric gives in single precision: eight times its rounding of 1."""
+
+OF_THE_LARGEST = 1e-7
+"""Difference allowed between d(a, b) and d(b, a), relative to the largest distance of their block."""
+
+
+class MetricError(ValueError):
+    """A metric that cannot be used: its code tried to end the process, or broke a claim."""
+
+
+class ClaimError(MetricError):
+    """A metric whose code does or gives something else than it claims."""
+
+
+# ---------------------------------------------------------------- what a metric gives
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What a metric says of itself, with the checks of it.
+
+    Attributes
+    ----------
+    name : str
+    axioms : frozenset of str
+        Some of :data:`AXIOMS`.
+    distance_to_itself : float
+        NaN where nothing is claimed.
+    """
+
+    name: str
+    axioms: frozenset[str]
+    distance_to_itself: float
+
+    def refuse(self, breach: str) -> NoReturn:
+        """Raise :class:`ClaimError` with the metric's name and a breach in words."""
+        raise ClaimError(f"metric {self.name!r}: {breach}")
+
+    def check_embedding(self, embedding: object, n: int) -> None:
+        """Check that embed gave an :class:`~lsim.Embedding` of tensors with an entry for each frame.
+
+        Raises
+        ------
+        ClaimError
+        """
+        if not isinstance(embedding, Embedding):
+            self.refuse(f"embed gave {_kind(embedding)}, expected an lsim.Embedding")
+        if not embedding.parts:
+            self.refuse("embed gave an Embedding without parts, expected one tensor or more")
+        for name, part in embedding.parts.items():
+            if not isinstance(part, Tensor):
+                self.refuse(f"embed gave {_kind(part)} for its part {name!r}, expected a torch.Tensor")
+            if part.ndim == 0 or len(part) != n:
+                self.refuse(
+                    f"embed gave its part {name!r} in shape {tuple(part.shape)} for {n} frames; expected one "
+                    f"entry a frame, ({n}, …)"
+                )
+
+    def check_block(self, block: object, shape: tuple[int, ...], what: str = "compare") -> None:
+        """Check that distances are a real tensor of a shape, in single or double precision.
+
+        Raises
+        ------
+        ClaimError
+        """
+        if not isinstance(block, Tensor):
+            self.refuse(f"{what} gave {_kind(block)}, expected a torch.Tensor of distances")
+        if block.shape != shape:
+            frames = " and ".join(map(str, shape))
+            self.refuse(
+                f"{what} gave a block of shape {tuple(block.shape)} for {frames} frames; expected {shape}"
+            )
+        if block.dtype not in (torch.float64, torch.float32):
+            self.refuse(
+                f"{what} gave distances of {block.dtype}, expected torch.float64: convert what they are "
+                "made of before it is subtracted or summed"
+            )
+
+    def check_distances(
+        self, values: np.ndarray, *, square: bool, single: bool, rounding: np.ndarray | float = 0.0
+    ) -> None:
+        """Check sign, and of a square block the diagonal and the symmetry, of distances that were computed.
+
+        Parameters
+        ----------
+        values : ndarray of any shape, float64
+            NaN where frames could not be compared, or nothing was computed.
+        square : bool
+            Whether rows and columns are the same frames. A diagonal of 0 or NaN then counts as not computed,
+            and so does a lower triangle that is all one of these.
+        single : bool
+            Whether the metric gave them in single precision.
+        rounding : ndarray or float
+            What rounding can have done to them.
+
+        Raises
+        ------
+        ClaimError
+        """
+        negative = values < 0
+        if negative.any() and "non-negative" in self.axioms:
+            self._check_sign(values, _allowed(values, single, rounding))
+        if not square:
+            return
+        diagonal = values.diagonal()
+        if diagonal.any():
+            allowed = _allowed(values, single, rounding)
+            self.check_itself(diagonal, np.broadcast_to(allowed, values.shape).diagonal())
+        if "symmetric" in self.axioms and not np.array_equal(values, values.T):
+            allowed = _allowed(values, single, rounding, relative=OF_THE_LARGEST)
+            self._check_symmetry(values, np.broadcast_to(allowed, values.shape))
+
+    def _check_sign(self, values: np.ndarray, allowed: np.ndarray | float) -> None:
+        if (below := values < -allowed).any():
+            self.refuse(
+                f"claims to be non-negative, and gave {values[below].min():.6g} as the least of "
+                f"{below.sum()} negative distances"
+            )
+
+    def check_itself(self, diagonal: np.ndarray, allowed: np.ndarray | float) -> None:
+        """Check distances of frames to themselves, but those that are 0 or NaN, as if not computed.
+
+        Raises
+        ------
+        ClaimError
+        """
+        known = self.distance_to_itself
+        if np.isnan(known):
+            return
+        computed = ~(np.isnan(diagonal) | (diagonal == 0) | (diagonal == known))
+        with np.errstate(invalid="ignore"):
+            if (wrong := computed & ~(np.abs(diagonal - known) <= allowed)).any():
+                k = int(np.argmax(wrong))
+                self.refuse(
+                    f"claims a distance of {known:g} from any frame to itself, and gave {diagonal[k]:.6g} "
+                    f"for frame {k}; where it isn't the same for all, distance_to_itself is NaN"
+                )
+
+    def _check_symmetry(self, values: np.ndarray, allowed: np.ndarray) -> None:
+        """Compare d(i, j) with d(j, i), where both were computed."""
+        i, j = np.triu_indices(len(values), 1)
+        above, below = values[i, j], values[j, i]
+        if (np.isnan(below) | (below == 0)).all():
+            return
+        with np.errstate(invalid="ignore"):
+            largest = np.maximum(np.abs(above), np.abs(below))
+            alike = (above == below) | (np.abs(above - below) <= RTOL * largest + allowed[i, j])
+        if (apart := ~(alike | (np.isnan(above) & np.isnan(below)))).any():
+            k = int(np.argmax(apart))
+            self.refuse(
+                f"claims to be symmetric, and gave d({i[k]}, {j[k]}) = {above[k]:.6g} but "
+                f"d({j[k]}, {i[k]}) = {below[k]:.6g}; one that isn't leaves 'symmetric' out of its axioms"
+            )
+
+    def check_unwritten(self, before: Iterable[int], after: Iterable[int], what: str) -> None:
+        """Check that tensors have the versions that they had: nothing was written into them.
+
+        Raises
+        ------
+        ClaimError
+        """
+        if [*before] != [*after]:
+            self.refuse(f"{what} that it was given; it has to work on a copy (clone)")
+
+    def check_repeated(self, first: np.ndarray, second: np.ndarray, what: str, *, exact: bool) -> None:
+        """Check that the same frames give the same again: bit for bit, or within :data:`RTOL`.
+
+        Raises
+        ------
+        ClaimError
+        """
+        if np.array_equal(first, second, equal_nan=True):
+            return
+        if not exact and np.allclose(first, second, rtol=RTOL, atol=ATOL, equal_nan=True):
+            return
+        unlike = ~((first == second) | (np.isnan(first) & np.isnan(second)))
+        place = tuple(int(k) for k in np.argwhere(unlike)[0])
+        self.refuse(
+            f"gave another result for the same frames when asked again: {what} {place} is "
+            f"{first[place]!r}, then {second[place]!r}"
+        )
+
+
+def _allowed(
+    values: np.ndarray, single: bool, rounding: np.ndarray | float, relative: float = RTOL
+) -> np.ndarray | float:
+    """Bound the error of distances that are zero by claim: relative to the largest, besides rounding."""
+    largest = np.max(np.abs(values), initial=0.0, where=np.isfinite(values))
+    return relative * float(largest) + (ATOL_SINGLE if single else ATOL) + np.nan_to_num(rounding)
+
+
+def versions(tensors: Iterable[object]) -> list[int]:
+    """Torch's counters of writes into tensors; 0 of those that keep none."""
+    return [
+        0 if not isinstance(tensor, Tensor) or tensor.is_inference() else tensor._version
+        for tensor in tensors
+    ]
+
+
+def _kind(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}".removeprefix("builtins.")
+
+
+# ---------------------------------------------------------------- what a metric's code does
+
+
+class OthersCode:
+    """Run code of others: it ends neither the process nor a block, and leaves settings as they were.
+
+    Where it raises SystemExit, KeyboardInterrupt or another exception that is no :class:`Exception`,
+    :class:`MetricError` comes out. What a signal's handler raised meanwhile comes out as it is, whatever the
+    code made of it: Ctrl-C and SIGTERM are the user's.
+
+    Settings of the thread and of the process are put back: torch's default dtype, default device, number of
+    threads and gradients, NumPy's treatment of floating-point errors, and the states of random numbers. To
+    have changed one of them, random numbers aside, is a breach. Of the process's settings nobody is said to
+    have changed them while code of several metrics runs in several threads.
+
+    Parameters
+    ----------
+    name : str
+        Of the metric.
+    what : str
+        What of it runs, in messages: a method's name.
+    on_change : {"raise", "warn"}
+        ``"warn"`` for code such as imports, where libraries may be at fault.
+    """
+
+    def __init__(self, name: str, what: str, on_change: Literal["raise", "warn"] = "raise") -> None:
+        self.name, self.what, self.on_change = name, what, on_change
+
+    def __enter__(self) -> None:
+        self._own_handler = _watch_interrupts()
+        self._of_thread = [setting.get() for setting in _OF_THREAD]
+        _process.enter(self.name)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        changed = _put_back(_OF_THREAD, self._of_thread) + _process.leave()
+        interrupted = self._own_handler and _stop_watching()
+        if error is not None and (signalled := _raised_by_a_signal(error)) is not None:
+            if signalled is error:
+                return
+            raise signalled
+        if interrupted:  # and its KeyboardInterrupt was swallowed
+            raise KeyboardInterrupt
+        if error is not None:
+            if isinstance(error, Exception):
+                return
+            text = f"{type(error).__name__}: {error}".removesuffix(": ")
+            raise MetricError(
+                f"metric {self.name!r}: {self.what} raised {text}, as if to end the process"
+            ) from error
+        if changed:
+            breach = f"metric {self.name!r}: {self.what} changed {' and '.join(changed)} for all others"
+            if self.on_change == "raise":
+                raise ClaimError(f"{breach}; put back what it was, or leave it alone")
+            warnings.warn(f"{breach}; it was put back", stacklevel=3)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """Something that all code shares; without a name nobody minds that it changes, and it is put back."""
+
+    name: str
+    get: Callable[[], Any]
+    put: Callable[[Any], Any]
+
+
+def _default_device_or_none(device: torch.device) -> None:
+    # The CPU is what torch has without being told; told, it looks at every call.
+    torch.set_default_device(None if device.type == "cpu" else device)
+
+
+def _set_gradients(enabled: bool) -> None:
+    torch.set_grad_enabled(enabled)
+
+
+_OF_THREAD = (
+    _Setting("torch's gradient mode", torch.is_grad_enabled, _set_gradients),
+    _Setting("torch's default device", torch.get_default_device, _default_device_or_none),
+    _Setting("NumPy's treatment of floating-point errors", np.geterr, lambda kept: np.seterr(**kept)),
+)
+_OF_PROCESS = (
+    _Setting("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
+    _Setting("torch's number of threads", torch.get_num_threads, torch.set_num_threads),
+    _Setting("", random.getstate, random.setstate),
+    _Setting("", np.random.get_state, np.random.set_state),
+    _Setting("", torch.get_rng_state, torch.set_rng_state),
+)
+
+
+def _put_back(settings: Iterable[_Setting], before: list[Any]) -> list[str]:
+    """Set again what differs; the names of those that do."""
+    changed = []
+    for setting, value in zip(settings, before, strict=True):
+        if not setting.name:
+            setting.put(value)
+        elif setting.get() != value:
+            setting.put(value)
+            changed.append(setting.name)
+    return changed
+
+
+class _Process:
+    """The settings of this process, while code of others runs in any of its threads."""
+
+    def __init__(self) -> None:
+        self.guard = threading.Lock()
+        self.inside = 0
+        self.names: set[str] = set()
+        self.before: list[Any] = []
+
+    def enter(self, name: str) -> None:
+        with self.guard:
+            if self.inside == 0:
+                self.before = [setting.get() for setting in _OF_PROCESS]
+                self.names = set()
+            self.inside += 1
+            self.names.add(name)
+
+    def leave(self) -> list[str]:
+        """Put settings back as the last one; the names of those that a single metric has changed."""
+        with self.guard:
+            self.inside -= 1
+            if self.inside:
+                return []
+            changed = _put_back(_OF_PROCESS, self.before)
+            return changed if len(self.names) == 1 else []
+
+
+_process = _Process()
+
+
+@contextlib.contextmanager
+def other_random_numbers() -> Iterator[None]:
+    """Have the generators that all code shares give other numbers; they are put back at the end."""
+    generators = [setting for setting in _OF_PROCESS if not setting.name]
+    before = [setting.get() for setting in generators]
+    random.random()
+    np.random.random()
+    torch.rand(1)
+    try:
+        yield
+    finally:
+        _put_back(generators, before)
+
+
+# ---------------------------------------------------------------- signals
+
+
+class _Interrupts:
+    arrived = False
+
+
+def _on_interrupt(number: int, frame: FrameType | None) -> None:
+    """Stand in for Python's own handler, which leaves no trace of itself in what it raises."""
+    _Interrupts.arrived = True
+    raise KeyboardInterrupt
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _watch_interrupts() -> bool:
+    """Take Ctrl-C over from Python's own handler in a main thread; whether that was done."""
+    if not _in_main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return False
+    _Interrupts.arrived = False
+    signal.signal(signal.SIGINT, _on_interrupt)
+    return True
+
+
+def _stop_watching() -> bool:
+    """Give Ctrl-C back to Python's own handler; whether one arrived."""
+    if signal.getsignal(signal.SIGINT) is _on_interrupt:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return _Interrupts.arrived
+
+
+def _raised_by_a_signal(error: BaseException) -> BaseException | None:
+    """Find what a signal's handler raised, in what an error came of; None where none did."""
+    if not _in_main_thread():  # nowhere else do handlers run
+        return None
+    handlers = {code for number in signal.valid_signals() for code in _codes(signal.getsignal(number))}
+    handlers.add(_on_interrupt.__code__)
+    for cause in _chain(error):
+        trace = cause.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_code in handlers:
+                return cause
+            trace = trace.tb_next
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what it was raised from, or during."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _codes(handler: Any) -> Iterator[CodeType]:
+    """The code of a handler that is written in Python."""
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    function = getattr(handler, "__func__", handler)
+    if not hasattr(function, "__code__") and callable(handler):
+        function = type(handler).__call__
+    if isinstance(code := getattr(function, "__code__", None), CodeType):
+        yield code
