@@ -95,6 +95,8 @@ class Claims:
     def check_block(self, block: object, shape: tuple[int, ...], what: str = "compare") -> None:
         """Check that distances are a real tensor of a shape, in single or double precision.
 
+        ``paired`` may give lower precision: that of frames that a program of the user's gave to it.
+
         Raises
         ------
         ClaimError
@@ -106,7 +108,9 @@ class Claims:
             self.refuse(
                 f"{what} gave a block of shape {tuple(block.shape)} for {frames} frames; expected {shape}"
             )
-        if block.dtype not in (torch.float64, torch.float32):
+        if block.dtype not in (torch.float64, torch.float32) and not (
+            what == "paired" and block.is_floating_point()
+        ):
             self.refuse(
                 f"{what} gave distances of {block.dtype}, expected torch.float64: convert what they are "
                 "made of before it is subtracted or summed"

@@ -298,7 +298,10 @@ class PlainDistance(nn.Module):
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Distances of planes (n, 3, y, x) in [0, 255]: (n,)."""
         a, b = (self.metric.embed(planes.permute(0, 2, 3, 1)) for planes in (prediction, target))
-        return self.metric.paired(a, b).to(self.dtype)
+        distances = self.metric.paired(a, b)
+        # One of one's own that gave all pairs would have their mean taken.
+        self.metric.claims.check_block(distances, (len(prediction),), "paired")
+        return distances.to(self.dtype)
 
 
 def _plainly(trunk: nn.Module, planes: Tensor) -> Sequence[Tensor]:

@@ -287,7 +287,7 @@ def test_a_metric_that_ends_the_process_as_it_is_loaded_is_an_error(tmp_path, mo
     text = HONEST + (code if where == "import" else f"\n\nclass Ends(Honest):\n{body}")
     (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(MetricError, match="metric 'ends': .* raised .*, as if to end"):
+    with pytest.raises(MetricError, match=r"metric 'ends': .* raised .*, as if to end"):
         lsim.load_metric(f"{name}:Ends", size=None)
 
 
