@@ -120,6 +120,13 @@ PrecisionOption = Annotated[
     str | None,
     typer.Option("--precision", help="exact, or ranking: faster, the same ranking but for near-ties."),
 ]
+VerifySources = Annotated[
+    bool,
+    typer.Option(
+        "--verify-sources",
+        help="Decode all source files again and compare, whatever their sizes and times say.",
+    ),
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Make a metric that 'all' would leave out an error.")]
 
 
@@ -218,6 +225,7 @@ def run(
     precision: PrecisionOption = None,
     weights: WeightsOption = None,
     strict: Strict = False,
+    verify_sources: VerifySources = False,
     cluster: ClusterOption = "local",
     workers: Workers = None,
 ) -> None:
@@ -244,6 +252,7 @@ def run(
             data_dir=data_dir,
             progress=stage(pool),
             announce=_announce,
+            verify_sources=verify_sources,
         )
     show_quarantined(report.conversion.quarantined)
     show_distances(report.distances)
@@ -260,6 +269,7 @@ def convert_command(
     out: Annotated[str, typer.Option(help="The store to make or bring up to date; a path or an address.")],
     dataset: Names = None,
     data_dir: DataDir = None,
+    verify_sources: VerifySources = False,
     cluster: ClusterOption = "local",
     workers: Workers = None,
 ) -> None:
@@ -277,6 +287,7 @@ def convert_command(
             data_dir=data_dir,
             client=lambda: pool.client,
             progress=show,
+            verify_sources=verify_sources,
         )
     if report.converted or report.removed:
         rate = report.bytes / 1e6 / max(report.seconds, 1e-9)
@@ -285,7 +296,8 @@ def convert_command(
             f"{len(report.removed)} removed in {report.seconds:.1f} s ({rate:.0f} MB/s)"
         )
     else:
-        output.print(f"nothing to do: {len(report.unchanged)} sequences are up to date")
+        compared = ", as their sources decode" if verify_sources else ""
+        output.print(f"nothing to do: {len(report.unchanged)} sequences are up to date{compared}")
     show_quarantined(report.quarantined)
     _exit(not report.quarantined)
 

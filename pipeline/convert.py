@@ -14,10 +14,11 @@ weren't committed and no others.
 
 What is up to date
 ------------------
-``source`` records the settings, the files with size and time, and a hash of their bytes. While settings,
-sizes and times stay, a sequence is not read at all. When only times differ the bytes are hashed: equal
-bytes refresh the record. A file that holds several sequences is not hashed for each of them; they are
-decoded instead, and a row whose ``content`` turns out the same is not written again.
+``source`` records the reader's code, the settings, the files with size, times and inode, and a hash of their
+bytes. While all of these stay, a sequence is not read at all. When only times or inodes differ the bytes are
+hashed: equal bytes refresh the record. A file that holds several sequences is not hashed for each of them;
+they are decoded instead, and a row whose ``content`` turns out the same is not written again. With
+``verify_sources`` every sequence is decoded and its ``content`` compared, whatever a look at its files tells.
 
 New sequences take free rows, then the array grows. Rows of sequences that vanished or broke are filled
 from the array's end, and the array shrinks; so after such a run rows are not in the order of the names.
@@ -119,6 +120,7 @@ def convert(
     data_dir: str | os.PathLike[str] | None = None,
     client: Client | Callable[[], Client | None] | None = None,
     progress: Progress | None = None,
+    verify_sources: bool = False,
 ) -> ConversionReport:
     """Bring ``frames.zarr`` at ``out`` up to date with a catalog.
 
@@ -139,6 +141,9 @@ def convert(
         Whose workers decode; they must see the same files. A function is called when there is something to
         decode, and not before. None decodes in this process, to the same bytes.
     progress : callable, optional
+    verify_sources : bool, default False
+        Decode every sequence and compare its content with the store's, also where size, times and inode of
+        its files, and the code of its reader, are those of the last conversion.
 
     Raises
     ------
@@ -155,54 +160,55 @@ def convert(
     sequences = {entry.name: list_sequences(entry, folders[entry.name]) for entry in entries}
 
     with store.locked(path):
-        return _bring_up_to_date(path, catalog, entries, folders, sequences, client, progress, started)
+        root = _open(path)
+        plans: list[_Plan] = []
+        for entry in entries:
+            listed = sequences[entry.name]
+            plans += _plan_dataset(root, entry, folders[entry.name], listed, verify=verify_sources)
+        attributes = _attributes(root, catalog, entries)
+        if (
+            any(plan.has_work for plan in plans)
+            or not store.is_consolidated(path)
+            or any(_differs(root, key, values) for key, values in attributes.items())
+        ):
+            connect: Connect = client if callable(client) else lambda: client
+            _bring_up_to_date(path, root, plans, attributes, connect, progress, started)
 
-
-def _bring_up_to_date(
-    path: str,
-    catalog: Catalog,
-    entries: Sequence[Dataset],
-    folders: dict[str, Path],
-    sequences: dict[str, list[LazySequence]],
-    client: Client | Connect | None,
-    progress: Progress | None,
-    started: float,
-) -> ConversionReport:
-    root = _open(path)
     report = ConversionReport()
-    plans: list[_Plan] = []
-    for entry in entries:
-        plans += _plan_dataset(root, entry, folders[entry.name], sequences[entry.name])
-
-    attributes = _attributes(root, catalog, entries)
-    if (
-        any(plan.has_work for plan in plans)
-        or not store.is_consolidated(path)
-        or any(_differs(root, key, values) for key, values in attributes.items())
-    ):
-        # Stale, it would hide what is new; a run that is killed leaves none.
-        store.drop_consolidated(path)
-        store.remove_partials(path)
-        for entry in entries:
-            if entry.name not in root:
-                store.create_group(root, entry.name)
-        connect: Connect = client if callable(client) else lambda: client
-        _decode(path, root, plans, connect, progress)
-        for entry in entries:
-            found = _quarantined([plan for plan in plans if plan.dataset == entry.name])
-            _update(root, entry.name, {schema.QUARANTINED: found})
-        _compact(path, root, plans, connect)
-        for key, values in attributes.items():
-            _update(root, key, values)
-        report.seconds = time.perf_counter() - started
-        if any(plan.outcomes for plan in plans) or "convert_seconds" not in root.attrs:
-            store.set_attributes(root, {"convert_seconds": report.seconds, "versions": versions()})
-        store.consolidate(path)
-
     for plan in plans:
         plan.report_to(report)
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _bring_up_to_date(
+    path: str,
+    root: store.Group,
+    plans: Sequence[_Plan],
+    attributes: dict[str, dict[str, Any]],
+    connect: Connect,
+    progress: Progress | None,
+    started: float,
+) -> None:
+    """Do what the plans say, then write the groups' attributes, as :func:`_attributes` gives them."""
+    # Stale, it would hide what is new; a run that is killed leaves none.
+    store.drop_consolidated(path)
+    store.remove_partials(path)
+    datasets = [name for name in attributes if name]
+    for dataset in datasets:
+        if dataset not in root:
+            store.create_group(root, dataset)
+    _decode(path, root, plans, connect, progress)
+    for dataset in datasets:
+        found = _quarantined([plan for plan in plans if plan.dataset == dataset])
+        _update(root, dataset, {schema.QUARANTINED: found})
+    _compact(path, root, plans, connect)
+    for key, values in attributes.items():
+        _update(root, key, values)
+    if any(plan.outcomes for plan in plans) or "convert_seconds" not in root.attrs:
+        seconds = time.perf_counter() - started
+        store.set_attributes(root, {"convert_seconds": seconds, "versions": versions()})
+    store.consolidate(path)
 
 
 # -- planning, in the driver: looks at files, decodes nothing ----------------------------------------------
@@ -264,7 +270,7 @@ def _open(path: str) -> store.Group:
 
 
 def _plan_dataset(
-    root: store.Group, entry: Dataset, folder: Path, sequences: Sequence[LazySequence]
+    root: store.Group, entry: Dataset, folder: Path, sequences: Sequence[LazySequence], *, verify: bool
 ) -> list[_Plan]:
     group = store.get_group(root, entry.name) if entry.name in root else None
     noted: Any = group.attrs.get(schema.QUARANTINED, []) if group is not None else []
@@ -274,25 +280,32 @@ def _plan_dataset(
     for sequence in sequences:
         by_field.setdefault(sequence.field, []).append(sequence)
     return [
-        _plan_field(root, entry, name, str(folder), members, [n for n in noted if n["field"] == name])
+        _plan_field(
+            root,
+            f"{entry.name}/{name}",
+            str(folder),
+            members,
+            [n for n in noted if n["field"] == name],
+            verify=verify,
+        )
         for name, members in sorted(by_field.items())
     ]
 
 
 def _plan_field(
     root: store.Group,
-    entry: Dataset,
-    name: str,
+    key: str,
     folder: str,
     members: Sequence[LazySequence],
     noted: Sequence[dict[str, Any]],
+    *,
+    verify: bool,
 ) -> _Plan:
-    key = f"{entry.name}/{name}"
     wanted = {sequence.name: sequence for sequence in members}
     uses = Counter(file.path for sequence in members for file in sequence.files)
     index = _read_index(root, key)
     plan = _Plan(
-        dataset=entry.name,
+        dataset=key.partition("/")[0],
         key=key,
         folder=folder,
         sequences=wanted,
@@ -326,11 +339,11 @@ def _plan_field(
         old_row = rows.get(sequence_name)
         if index is not None and old_row is not None and index.content[old_row]:
             record = index.record(old_row)
-            if same_look(record, look):
+            if not verify and same_look(record, look):
                 plan.kept.append(sequence_name)
             else:
-                plan.sources[old_row] = Decode(sequence, record, index.content[old_row])
-        elif same_look(known.get(sequence_name, {}), look):
+                plan.sources[old_row] = Decode(sequence, record, index.content[old_row], verify=verify)
+        elif not verify and same_look(known.get(sequence_name, {}), look):
             plan.standing[sequence_name] = known[sequence_name]
             if old_row is not None:
                 plan.names[old_row] = ""

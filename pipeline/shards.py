@@ -17,6 +17,7 @@ import xxhash
 from pipeline import schema, store
 from pipeline.content import content_hash
 from pipeline.readers import LazySequence, ReaderError, TooLargeError
+from pipeline.readers.base import FIRST_VERSION
 
 COLUMNS = (schema.CONTENT, schema.SOURCE, schema.SEQUENCE, schema.PARAMETER, schema.FRAMES)
 """All arrays of a field, `content` first: so they shrink."""
@@ -32,12 +33,16 @@ class Keep:
 
 @dataclass(frozen=True)
 class Decode:
-    """The row is decoded; ``record`` and ``content`` are what stands there now, if anything does."""
+    """The row is decoded; ``record`` and ``content`` are what stands there now, if anything does.
+
+    Where ``hash_files``, equal bytes of the files are enough, but for ``verify``: then it is decoded anyway.
+    """
 
     sequence: LazySequence
     record: dict[str, Any] = field(default_factory=dict)
     content: str = ""
     hash_files: bool = True
+    verify: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,24 +76,25 @@ def describe(sequence: LazySequence, folder: str) -> dict[str, Any]:
     top = folder if os.path.isdir(folder) else os.path.dirname(folder)
     return {
         "decoder": type(sequence).__qualname__,
+        "code": sequence.code,
         "settings": json.loads(json.dumps(sequence.settings)),
         "missing": sequence.missing,
         # Relative, so that an archive may be moved as a whole.
-        "files": [[os.path.relpath(f.path, top), f.size, f.mtime_ns] for f in sequence.files],
+        "files": [[os.path.relpath(f.path, top), f.size, f.mtime_ns, f.mark] for f in sequence.files],
     }
 
 
 def same_look(record: dict[str, Any], look: dict[str, Any]) -> bool:
     """Whether a record was made of what :func:`describe` sees now."""
-    record = {"missing": "quarantine"} | record  # those of earlier versions don't say
+    # Those of earlier versions don't say; nor do their files have marks, so they are all looked into once.
+    record = {"missing": "quarantine", "code": FIRST_VERSION} | record
     return all(record.get(key) == value for key, value in look.items())
 
 
 def _same_but_time(record: dict[str, Any], look: dict[str, Any]) -> bool:
-    timeless = [[name, size] for name, size, _ in look["files"]]
-    return same_look(
-        {**record, "files": [f[:2] for f in record.get("files", [])]}, {**look, "files": timeless}
-    )
+    """Whether nothing else has changed than times and marks of files."""
+    timeless = {"files": [file[:2] for file in look["files"]]}
+    return same_look({**record, "files": [file[:2] for file in record.get("files", [])]}, look | timeless)
 
 
 def _hash_files(sequence: LazySequence) -> str:
@@ -193,7 +199,7 @@ def convert_shard(task: ShardTask, known: Mapping[int, _Decoded] | None = None) 
     frames = arrays[schema.FRAMES]
     span = slice(task.start, task.start + len(task.rows))
     columns = {name: store.read(array, span) for name, array in arrays.items() if name != schema.FRAMES}
-    columns = {name: values.copy() for name, values in columns.items()}
+    before, columns = columns, {name: values.copy() for name, values in columns.items()}
 
     block: np.ndarray | None = None
     outcomes: list[Outcome] = []
@@ -238,7 +244,8 @@ def convert_shard(task: ShardTask, known: Mapping[int, _Decoded] | None = None) 
                 block[place] = store.read(frames, task.start + place)
         store.write_rows(frames, task.start, block)
     for name in (schema.PARAMETER, schema.SEQUENCE, schema.SOURCE, schema.CONTENT):
-        store.write_rows(arrays[name], task.start, columns[name])
+        if unsettled or not np.array_equal(columns[name], before[name]):
+            store.write_rows(arrays[name], task.start, columns[name])
     return outcomes
 
 
@@ -251,7 +258,8 @@ def _read_sequence(
     try:
         # The hash comes before decoding: a file that changes in between will differ at the next look.
         digest = _hash_files(sequence) if source.hash_files else ""
-        if digest and digest == source.record.get("hash") and _same_but_time(source.record, look):
+        same_bytes = bool(digest) and digest == source.record.get("hash")
+        if same_bytes and not source.verify and _same_but_time(source.record, look):
             record = {**look, "hash": digest}
             return Outcome(sequence.name, row, source.content, record, committed_before=True)
         frames, parameter = _checked(sequence, expected)

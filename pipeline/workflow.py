@@ -156,6 +156,7 @@ def run_workflow(
     data_dir: str | os.PathLike[str] | None = None,
     progress: StageProgress,
     announce: Callable[[str], None] | None = None,
+    verify_sources: bool = False,
 ) -> WorkflowReport:
     """Fetch, convert, compute distances, correlate, report; each stage only what is out of date.
 
@@ -173,6 +174,8 @@ def run_workflow(
     announce : callable, optional
         Called with a line for what is about to be fetched, and with the plans of matrices over the archive,
         in words, before they are computed.
+    verify_sources : bool, default False
+        See :func:`pipeline.convert.convert`.
 
     Raises
     ------
@@ -204,6 +207,7 @@ def run_workflow(
             data_dir=data_dir,
             client=lambda: cluster.client,
             progress=show,
+            verify_sources=verify_sources,
         )
     with progress("distances") as show:
         computed = compute_distances(frames, distances, workflow.distances, cluster=cluster, progress=show)

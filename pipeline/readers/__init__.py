@@ -32,6 +32,11 @@ Options come from ``entry.options``; check them with :func:`pipeline.catalog.rea
 unknown key is an error. Whatever besides the files decides what is decoded belongs into ``settings``.
 
 An installed package offers a reader by an entry point of the group ``lsim.readers``.
+
+When the code of a reader changes, what it decoded is decoded again. For a reader of one's own that is seen by
+the files that define the reader and the classes of its sequences; modules that these import aren't looked at,
+nor are libraries: after a change there, ``lsim convert --verify-sources`` decodes everything. Shipped readers
+have a ``VERSION`` each.
 """
 
 from __future__ import annotations
@@ -60,6 +65,7 @@ from pipeline.readers.base import (
     is_within,
     natural_key,
 )
+from pipeline.readers.code_hash import hash_code
 
 __all__ = [
     "READERS",
@@ -76,6 +82,9 @@ __all__ = [
 Reader = Callable[[Dataset, Path], Iterable[LazySequence]]
 
 READERS: dict[str, Reader] = {"lsim": lsim.read, "stack": stack.read, "xarray": xarray.read}
+
+VERSIONS: dict[str, str] = {module.__name__: module.VERSION for module in (lsim, stack, xarray)}
+"""Of the shipped readers, by module."""
 
 
 def find_reader(name: str) -> Reader:
@@ -111,11 +120,12 @@ def list_sequences(entry: Dataset, folder: Path) -> list[LazySequence]:
         catalog names isn't there, or two fields differ in case alone.
     """
     here = f"dataset {entry.name} ({folder})"
+    reader = find_reader(entry.reader)
     try:
-        listed = find_reader(entry.reader)(entry, folder)
-        selected = [s for s in listed if entry.selects(s.name)]
+        selected = [s for s in reader(entry, folder) if entry.selects(s.name)]
+        code = _code_of(entry.reader, reader, selected)
         found = [
-            replace(s, missing=entry.missing, most_bytes=entry.sequence_bytes)
+            replace(s, missing=entry.missing, most_bytes=entry.sequence_bytes, code=code)
             for s in _quarantine_unsafe(selected, folder)
         ]
     except ReaderError as error:
@@ -142,6 +152,15 @@ def list_sequences(entry: Dataset, folder: Path) -> list[LazySequence]:
         if fault := group_fault(field):
             raise CatalogError(f"{here}: field {fault}")
     return result
+
+
+def _code_of(name: str, reader: Reader, sequences: Iterable[LazySequence]) -> str:
+    """Version of a shipped reader; hash of the code of another one, which may call shipped ones."""
+    if (module := getattr(reader, "__module__", "")) in VERSIONS:
+        return VERSIONS[module]
+    classes = {cls for s in sequences for cls in type(s).__mro__ if issubclass(cls, LazySequence)}
+    ours = {cls for cls in classes if cls.__module__.startswith(f"{__name__}.")}
+    return hash_code(f"reader {name!r}", (reader, *(classes - ours)), ",".join(VERSIONS.values()))
 
 
 MOST_NAMED = 4
@@ -250,6 +269,7 @@ def _choose_fields(found: list[LazySequence], entry: Dataset, here: str) -> list
                 attributes=s.attributes,
                 missing=s.missing,
                 most_bytes=s.most_bytes,
+                code=s.code,
                 source=s,
                 channels=channels,
             )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+import xxhash
 
 from pipeline import limits
 from pipeline.catalog import Missing
@@ -97,15 +98,28 @@ def is_within(path: str, top: str) -> bool:
 
 
 class SourceFile(NamedTuple):
-    """A file (or the folder of a Zarr store) as it was found when the sequences were listed."""
+    """A file (or the folder of a Zarr store) as it was found when the sequences were listed.
+
+    Attributes
+    ----------
+    path : str
+    size : int
+        Bytes; of a folder those of all its files.
+    mtime_ns : int
+        Time of modification in nanoseconds; of a folder the newest of its files.
+    mark : str
+        Time of the last change (ctime) and inode, of a folder a hash of those of all its files with their
+        names. Sizes and times of modification survive ``mv``, ``cp -p`` and ``tar``; the mark doesn't.
+    """
 
     path: str
     size: int
     mtime_ns: int
+    mark: str = ""
 
     @classmethod
     def of(cls, path: str | os.PathLike[str]) -> SourceFile:
-        """Look at a file; a folder counts with the size of all its files and the newest of their times.
+        """Look at a file, or at a folder and all files in it.
 
         Raises
         ------
@@ -113,17 +127,41 @@ class SourceFile(NamedTuple):
             For what is neither: a pipe or a device may be read from for ever.
         """
         if os.path.isdir(path):
-            stats = [os.stat(os.path.join(top, name)) for top, _, names in os.walk(path) for name in names]
-            size, mtime = sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)
-            return cls(os.fspath(path), size, mtime)
+            return cls._of_folder(os.fspath(path))
         return cls.seen(os.fspath(path), os.stat(path))
+
+    @classmethod
+    def _of_folder(cls, folder: str) -> SourceFile:
+        # Links to folders count as what they lead to, and aren't walked into: that lies in the folder itself.
+        files = [
+            path
+            for top, folders, names in os.walk(folder)
+            for path in (os.path.join(top, name) for name in (*names, *folders))
+            if os.path.islink(path) or not os.path.isdir(path)
+        ]
+        size, mtime, digest = 0, 0, xxhash.xxh3_128()
+        for file in sorted(files):
+            look = os.stat(file)
+            size += look.st_size
+            mtime = max(mtime, look.st_mtime_ns)
+            name = os.fsencode(os.path.relpath(file, folder))
+            digest.update(name + f"\0{look.st_size} {look.st_mtime_ns} {_mark(look)}\n".encode())
+        return cls(folder, size, mtime, digest.hexdigest())
 
     @classmethod
     def seen(cls, path: str, look: os.stat_result) -> SourceFile:
         """A file that was looked at already."""
         if not stat.S_ISREG(look.st_mode):
             raise ReaderError("a pipe or a device, and no file", path)
-        return cls(path, look.st_size, look.st_mtime_ns)
+        return cls(path, look.st_size, look.st_mtime_ns, _mark(look))
+
+
+def _mark(look: os.stat_result) -> str:
+    return f"{look.st_ctime_ns} {look.st_ino}"
+
+
+FIRST_VERSION = "1"
+"""Of each shipped reader when records of sequences began to name it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +175,7 @@ class LazySequence(ABC):
     field : str
         The physical quantity.
     files : tuple of SourceFile
-        All that :meth:`read` reads. While their sizes and times stay, the sequence isn't decoded again.
+        All that :meth:`read` reads. While a look at them shows no change, the sequence isn't decoded again.
     settings : dict of JSON values
         What else decides the outcome of :meth:`read`; a change is decoded again.
     attributes : dict of JSON values
@@ -146,6 +184,9 @@ class LazySequence(ABC):
         Whether frames may hold NaN and infinity, as the catalog says; set after listing.
     most_bytes : int
         What the decoded frames may take, as the catalog says; set after listing. :func:`check_size` compares.
+    code : str
+        What the reader's code is: a version, or a hash of its files; set after listing. Another is decoded
+        again.
     """
 
     name: str
@@ -155,6 +196,7 @@ class LazySequence(ABC):
     attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
     missing: Missing = "quarantine"
     most_bytes: int = limits.SEQUENCE_BYTES
+    code: str = FIRST_VERSION
 
     @abstractmethod
     def read(self) -> tuple[np.ndarray, np.ndarray]:

@@ -44,6 +44,9 @@ from pipeline.readers.base import (
 )
 from pipeline.readers.npy import load_npz
 
+VERSION = "1"
+"""Raised when other frames, or another parameter, are made of the same files."""
+
 
 class LsimOptions(BaseModel):
     """Options of this reader; see the module."""

@@ -33,6 +33,8 @@ from pipeline.readers.base import (
 )
 from pipeline.readers.npy import load_npy, load_npz
 
+VERSION = "1"
+"""Raised when other frames, or another parameter, are made of the same files."""
 _BESIDE = ".parameter.npy"
 
 

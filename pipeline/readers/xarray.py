@@ -51,6 +51,8 @@ from pipeline.readers.containers import check_container
 if TYPE_CHECKING:
     import xarray as xr
 
+VERSION = "1"
+"""Raised when other frames, or another parameter, are made of the same files."""
 _ENDINGS = (".nc", ".nc4", ".cdf", ".h5", ".hdf5", ".zarr")
 _ZARR_DOCUMENTS = ("zarr.json", ".zgroup", ".zmetadata")
 

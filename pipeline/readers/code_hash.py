@@ -1,0 +1,62 @@
+"""Identify the code of somebody's reader by its files: what another version of it decoded is out of date."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import sys
+import uuid
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+
+def hash_code(label: str, definitions: Iterable[Callable[..., Any]], more: str = "") -> str:
+    """Hash the files of the modules that define functions and classes.
+
+    Parameters
+    ----------
+    label : str
+        Whose code it is, for the warning.
+    definitions : iterable of callable
+    more : str, optional
+        Hashed besides.
+
+    Returns
+    -------
+    str
+        ``sha256:…``. Where a module has no file, as a notebook has none, nobody can tell whether its code is
+        what it was: a warning says so, and each call returns another text.
+    """
+    digests = {}
+    for definition in map(_definition, definitions):
+        module = definition.__module__
+        digests[module] = _file_sha256(definition)
+        if digests[module] is None:
+            warnings.warn(
+                f"{label}: module {module!r} has no file that shows whether its code has changed, so all "
+                "that it reads is decoded at every run; define it in a file",
+                stacklevel=2,
+            )
+            return f"unknown:{uuid.uuid4()}"
+    text = "\n".join([more, *(f"{module} {digest}" for module, digest in sorted(digests.items()))])
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _definition(definition: Any) -> Any:
+    """The function or class behind a partial, a method or an object that can be called."""
+    while isinstance(definition, functools.partial):
+        definition = definition.func
+    definition = getattr(definition, "__func__", definition)
+    return definition if hasattr(definition, "__qualname__") else type(definition)
+
+
+@functools.cache
+def _file_sha256(definition: Any) -> str | None:
+    """SHA-256 of the file that defines a function or class, as it was first seen: what is imported stays."""
+    file = getattr(sys.modules.get(definition.__module__), "__file__", None)
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
+    except OSError:  # within a zip archive, or gone
+        return None
