@@ -1,21 +1,10 @@
-"""The command ``lsim``; as ``python -m pipeline`` where a launcher such as ``torchrun -m`` wants a module."""
+"""The command ``lsim`` as ``python -m pipeline``; where another ``pipeline`` comes first, that one runs."""
 
 from __future__ import annotations
 
-import sys
-from typing import NoReturn
+from lsim_command import main
 
-INTERRUPTED = 130
-
-
-def main() -> NoReturn:
-    """Entry point. Importing what commands need takes a second or two, in which Ctrl-C is no fault either."""
-    try:
-        from pipeline.cli import main as run
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    run()
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
     main()

@@ -7,15 +7,19 @@ run goes on where this one stopped.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
 import os
+import random
 import re
+import signal
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import pydantic
@@ -158,10 +162,80 @@ def _show_warning_once(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def main() -> NoReturn:
-    """Entry point: run a command, and turn what users can do something about into one line."""
+    """Run a command, and end with its exit code; the process is left as it was found."""
+    with _process_as_before():
+        code, was_stopped = _run()
+    if was_stopped and not _is_whole_process():
+        # Whoever called the command in their own program ends now, too: the signal was meant for all of it.
+        signal.raise_signal(signal.SIGTERM)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def _process_as_before() -> Iterator[None]:
+    """Take back what a command changes of its process; signals are :mod:`pipeline.workers.stopping`'s."""
+    variables, path, modules = dict(os.environ), list(sys.path), set(sys.modules)
+    show_warning, show_exception = warnings.showwarning, sys.excepthook
+    torch: Any = sys.modules.get("torch")  # not imported for this alone
+    torch_state = None if torch is None else torch.get_rng_state()
+    random_state = random.getstate()
+    _say_once.cache_clear()
     warnings.showwarning = _show_warning_once
     try:
-        stopping.stop_on_sigterm()
+        yield
+    finally:
+        warnings.showwarning = show_warning
+        sys.excepthook = show_exception  # typer sets its own
+        random.setstate(random_state)  # Dask spreads its delays
+        if torch is not None:
+            torch.set_rng_state(torch_state)  # networks draw their first weights
+        for name in os.environ.keys() - variables.keys():
+            del os.environ[name]
+        os.environ.update(variables)
+        _forget_modules(set(sys.path) - set(path), sys.modules.keys() - modules)
+        sys.path[:] = path
+
+
+def _forget_modules(folders: Collection[str], names: Iterable[str]) -> None:
+    """Forget modules that were found in folders: another command may mean another file of the same name."""
+    for name in list(names):
+        top = name.partition(".")[0]
+        file = getattr(sys.modules.get(name), "__file__", None)
+        places = [Path(folder, end) for folder in folders for end in (top, f"{top}.py")]
+        if file and top not in OURS and any(Path(file).is_relative_to(place) for place in places):
+            del sys.modules[name]
+
+
+OURS = ("lsim", "pipeline", "lsim_command")
+
+
+_STARTED_AS = ("__main__", "runpy", "lsim_command", __name__)
+"""Modules between the start of a process and a command that is all it does."""
+
+
+def _is_whole_process() -> bool:
+    """Whether the process was started for this command, and nothing else runs in it."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") not in _STARTED_AS:
+            return False
+        frame = frame.f_back
+    return True
+
+
+def _run() -> tuple[int, bool]:
+    """Run a command: its exit code, with faults that users can mend in one line; whether SIGTERM ended it."""
+    with stopping.stoppable() as stop_on_sigterm:
+        code = _exit_code(stop_on_sigterm)
+        was_stopped = stopping.asked()
+    if code in (INTERRUPTED, stopping.EXIT_CODE):  # typer turns Ctrl-C into this
+        console.print("stopped; what is finished is kept, run the same command again to go on")
+    return code, was_stopped
+
+
+def _exit_code(stop_on_sigterm: Callable[[], None]) -> int:
+    try:
+        stop_on_sigterm()
         code = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
@@ -171,9 +245,7 @@ def main() -> NoReturn:
         code = _explain(error)
         if code is None:
             raise
-    if code in (INTERRUPTED, stopping.EXIT_CODE):  # typer turns Ctrl-C into this
-        console.print("stopped; what is finished is kept, run the same command again to go on")
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 def _explain(error: Exception) -> int | None:
@@ -595,7 +667,7 @@ def train_command(
     cluster: ClusterOption = "local",
     workers: Workers = None,
 ) -> None:
-    """Train the learned metric, or go on with a run that was stopped; 'torchrun -m pipeline train' too.
+    """Train the learned metric, or go on with a run that was stopped; 'torchrun --no-python lsim train' too.
 
     What the file wants simulated is made first, by the cluster's workers; training itself doesn't use them.
     """

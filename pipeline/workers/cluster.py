@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from pipeline.workers.deployment import (
     start_cluster,
 )
 from pipeline.workers.profiles import BATCH, ClusterError, Profile
-from pipeline.workers.resident import choose_device, set_up_process
+from pipeline.workers.resident import choose_device, set_device, set_up_process
 from pipeline.workers.stopping import allow_grace
 
 
@@ -47,9 +48,9 @@ class Cluster:
         self._client: Client | None = None
         with profile.naming():
             check_options(profile)
-        allow_grace(profile.grace)
+        self._stack.callback(allow_grace, allow_grace(profile.grace))
         if profile.kind == "none":
-            choose_device(profile.device, 0)
+            self._stack.callback(set_device, choose_device(profile.device, 0))
 
     @property
     def client(self) -> Client | None:
@@ -90,7 +91,12 @@ class Cluster:
 
 @contextlib.contextmanager
 def _connect(profile: Profile) -> Iterator[Client]:
-    with dask.config.set(settings(profile)), _quiet_client(), credentials(profile) as security:
+    with (
+        _environment_as_before(),
+        dask.config.set(settings(profile)),
+        _quiet_client(),
+        credentials(profile) as security,
+    ):
         if profile.address is not None:
             with _reach(profile.address, security) as client:
                 _set_up(client, profile)
@@ -99,6 +105,18 @@ def _connect(profile: Profile) -> Iterator[Client]:
         with start_cluster(profile, security) as cluster, Client(cluster, security=security) as client:
             _set_up(client, profile)
             yield client
+
+
+@contextlib.contextmanager
+def _environment_as_before() -> Iterator[None]:
+    """Take back variables that Dask sets for the workers that it starts, such as ``OMP_NUM_THREADS``."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _quiet_client() -> contextlib.AbstractContextManager[None]:

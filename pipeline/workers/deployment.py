@@ -53,6 +53,9 @@ NO_WORKERS_TIMEOUT = "120s"
 PRELOAD = ("pipeline.workers.cluster",)
 """What takes long to import is imported ahead: a worker that has joined must not be silent."""
 
+SAFE_PATH, SAFE_PATH_FLAG = "PYTHONSAFEPATH", "-P"
+"""Have ``python -m`` not look in the current folder first: it may hold another ``pipeline``."""
+
 LOOPBACK = "127.0.0.1"
 SUBMISSION_S = 60
 """How long a batch system may take to accept a job."""
@@ -493,6 +496,7 @@ def _start_ssh(profile: Profile, security: Security | None) -> DaskCluster:
         **options.pop("scheduler_options", {}),
     }
     hosts = options.pop("hosts")
+    options.setdefault("remote_python", f"{sys.executable} {SAFE_PATH_FLAG}")
     try:
         return SSHCluster(
             hosts,
@@ -546,12 +550,12 @@ def _as_dict(security: Security) -> dict[str, Any]:
 
 
 def environment(profile: Profile) -> dict[str, str]:
-    """Variables of the workers' environment: Dask's settings of fault tolerance, then the profile's own."""
+    """Variables of the workers' environment: a safe path, Dask's fault tolerance, then the profile's own."""
     variables = {
         f"DASK_{name.upper().replace('-', '_').replace('.', '__')}": str(value)
         for name, value in _flat(FAULT_TOLERANCE).items()
     }
-    return variables | profile.environment
+    return {SAFE_PATH: "1"} | variables | profile.environment
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

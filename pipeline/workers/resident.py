@@ -209,12 +209,21 @@ def set_up_process(device: str, worker_name: object) -> None:
     )
 
 
-def choose_device(device: str, number: int) -> None:
-    """The device that this process loads metrics on; ``"auto"`` takes turns where there are several GPUs."""
-    global _device
+def choose_device(device: str, number: int) -> str:
+    """Choose the device that this process loads metrics on, and return the one before.
+
+    ``"auto"`` takes turns where there are several GPUs.
+    """
     if device == "auto" and torch.cuda.is_available() and torch.cuda.device_count() > 1:
         device = f"cuda:{number % torch.cuda.device_count()}"
-    _device = device
+    return set_device(device)
+
+
+def set_device(device: str) -> str:
+    """Set the device that this process loads metrics on, and return the one before."""
+    global _device
+    before, _device = _device, device
+    return before
 
 
 def _check_device(device: str) -> None:

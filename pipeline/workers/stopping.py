@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 EXIT_CODE = 128 + signal.SIGTERM
@@ -55,12 +55,37 @@ def stop_on_sigterm() -> None:
             _state.from_environment = float(text)
         except ValueError as error:
             raise ValueError(f"{GRACE_VARIABLE}: expected seconds, found {text!r}") from error
-    signal.signal(signal.SIGTERM, _on_signal)
+    if threading.current_thread() is threading.main_thread():  # no other gets signals, nor may it say where
+        signal.signal(signal.SIGTERM, _on_signal)
 
 
-def allow_grace(seconds: float) -> None:
-    """How long running tasks may go on once the process was asked to end; the environment knows better."""
-    _state.grace = seconds
+@contextlib.contextmanager
+def stoppable() -> Iterator[Callable[[], None]]:
+    """Give a function that is :func:`stop_on_sigterm`, and undo it: handler and state are those of before.
+
+    A SIGTERM that came meanwhile was meant for the whole process. Where something else than the command may
+    run in it, whoever leaves has to pass the signal on.
+    """
+    global _state
+    before, _state = _state, _State()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM) if in_main_thread else None
+    try:
+        yield stop_on_sigterm
+    finally:
+        if in_main_thread:
+            # None stands for a handler that isn't Python's: it cannot be set again.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
+        _state = before
+
+
+def allow_grace(seconds: float) -> float:
+    """Set how long running tasks may go on once the process was asked to end, and return what it was.
+
+    The environment knows better.
+    """
+    before, _state.grace = _state.grace, seconds
+    return before
 
 
 def grace() -> float:
