@@ -26,7 +26,7 @@ from ssh_server import ssh_server
 from pipeline import cluster_check
 from pipeline.cluster_check import ClusterFindings, _look_at_workers, check_cluster, compare_versions
 from pipeline.distances import Settings, compute_distances
-from pipeline.workers import resident
+from pipeline.workers import deployment, resident
 from pipeline.workers.cluster import FAULT_TOLERANCE, Cluster
 from pipeline.workers.credentials import credentials
 from pipeline.workers.deployment import check_options, jobs_cluster, lifetime, pod_options
@@ -461,6 +461,26 @@ def test_what_a_kind_cannot_do_names_the_file_and_the_key_before_anything_starts
         Cluster(profile)
     with pytest.raises(ClusterError, match=fault):  # and not that a folder is missing
         check_cluster(profile)
+
+
+@pytest.mark.parametrize(
+    "said", [RuntimeError("Nanny failed to start."), OSError("Stream is closed"), TimeoutError()]
+)
+def test_workers_that_are_lost_while_they_start_are_started_again(said, monkeypatch):
+    attempts = []
+
+    def fail_at_first(profile, security):
+        attempts.append(profile)
+        if len(attempts) < 3:
+            raise RuntimeError("Cluster failed to start: see above") from said
+        return "a cluster"
+
+    monkeypatch.setattr(deployment, "_start_local", fail_at_first)
+    assert deployment.start_cluster(Profile(kind="local"), None) == "a cluster"
+    attempts.clear()
+    monkeypatch.setattr(deployment, "START_ATTEMPTS", 1)
+    with pytest.raises(ClusterError, match="no workers on this machine: in 1 attempts a process died"):
+        deployment.start_cluster(Profile(kind="local"), None)
 
 
 def test_a_cluster_that_does_not_start_is_one_line_that_names_the_file(tmp_path, capfd):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 
 def process_state(known: Collection[str] = ()) -> dict[str, Any]:
     """All that is the process's, and that other code in it relies on."""
+    gc.collect()  # Dask's nannies take their handlers with them
     loggers = [logging.getLogger(), *map(logging.getLogger, sorted(logging.Logger.manager.loggerDict))]
     # A library that is imported only now brings loggers of its own; those that were there count.
     known = known or [g.name for g in loggers]
