@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import random
@@ -32,7 +31,6 @@ ROOT = Path(__file__).parents[1]
 
 def process_state(known: Collection[str] = ()) -> dict[str, Any]:
     """All that is the process's, and that other code in it relies on."""
-    gc.collect()  # Dask's nannies take their handlers with them
     loggers = [logging.getLogger(), *map(logging.getLogger, sorted(logging.Logger.manager.loggerDict))]
     # A library that is imported only now brings loggers of its own; those that were there count.
     known = known or [g.name for g in loggers]
@@ -51,7 +49,7 @@ def process_state(known: Collection[str] = ()) -> dict[str, Any]:
         "hooks": (sys.excepthook, sys.displayhook, sys.unraisablehook, threading.excepthook),
         "streams": (sys.stdin, sys.stdout, sys.stderr),
         "recursion": sys.getrecursionlimit(),
-        "loggers": {g.name: (g.level, g.propagate, [(h, h.level) for h in g.handlers]) for g in loggers},
+        "loggers": {g.name: (g.level, g.propagate, handlers_of(g)) for g in loggers},
         "dask": repr(dask.config.config),
         "threads": (torch.get_num_threads(), [p["num_threads"] for p in threadpool_info()]),
         "torch": (
@@ -66,6 +64,11 @@ def process_state(known: Collection[str] = ()) -> dict[str, Any]:
         "grace": (vars(stopping._state)["grace"], stopping.asked(), stopping._state.deferring),
         "device": resident._device,
     }
+
+
+def handlers_of(logger: logging.Logger) -> list[tuple[logging.Handler, int]]:
+    """Handlers with their levels; without those that Dask's nannies have for themselves until they are freed."""
+    return [(h, h.level) for h in logger.handlers if type(h).__name__ != "DequeHandler"]
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Any:
