@@ -67,7 +67,7 @@ def process_state(known: Collection[str] = ()) -> dict[str, Any]:
 
 
 def handlers_of(logger: logging.Logger) -> list[tuple[logging.Handler, int]]:
-    """Handlers with their levels; without those that Dask's nannies have for themselves until they are freed."""
+    """List handlers with their levels, without those that Dask's nannies keep for themselves."""
     return [(h, h.level) for h in logger.handlers if type(h).__name__ != "DequeHandler"]
 
 
