@@ -152,8 +152,8 @@ def explain_scales(path: Path) -> str | None:
                     return (
                         f"variable {name!r} has its dimension scales in another group ({scale!r}), as files "
                         "of Dedalus do; NetCDF and xarray look in its own group and those above only. Read "
-                        "both with h5py and store them as NPZ (frames and parameter) for the reader stack, or as "
-                        "NetCDF"
+                        "both with h5py and store them as NPZ (frames, parameter) for the reader stack, or "
+                        "as NetCDF"
                     )
         return None
 

@@ -38,6 +38,8 @@ FILL_VALUES: Mapping[str, int | float] = {
 _EXACT_INTEGERS = 2**53
 """Integers up to this magnitude are exact in double precision."""
 _LISTED_RANGES = 4
+_UNWRITTEN = "never written"
+_NAN = "stored as NaN"
 
 
 class Rule(NamedTuple):
@@ -129,7 +131,7 @@ class Coding:
             known |= mask
             yield rule.cause, mask
         if values.dtype.kind == "f":
-            yield "stored as NaN", np.isnan(values) & ~known
+            yield _NAN, np.isnan(values) & ~known
 
     def unpack(self, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """Apply scale and offset in the given dtype."""
@@ -217,7 +219,7 @@ def decode(
     invalid = _find_missing(values, coding, written, missing)
     dtype = coding.decoded if invalid is None else _float_of(coding.decoded)
     if dtype == values.dtype and coding.scale is None and coding.offset is None:
-        result = values if invalid is None or values.flags.writeable else values.copy()
+        result = values if invalid is None else values.copy()
     else:
         result = np.empty(values.shape, dtype=dtype)
         for number in range(len(values)):
@@ -237,7 +239,7 @@ def _find_missing(
     for number in range(len(values)):
         frame = values[number, ...] if values.ndim > 1 else values[number : number + 1]
         mask = _unwritten(frame.shape, number, written, values.ndim)
-        missing.add("never written", number, int(mask.sum()))
+        missing.add(_UNWRITTEN, number, int(mask.sum()))
         for cause, marked in coding.masks(frame):
             marked &= ~mask
             missing.add(cause, number, int(marked.sum()))
@@ -246,6 +248,8 @@ def _find_missing(
             if invalid is None:
                 invalid = np.zeros(values.shape, dtype=bool)
             invalid[number] = mask if values.ndim > 1 else mask[0]
+    order = [_UNWRITTEN, *(rule.cause for rule in coding.rules), _NAN]
+    missing.causes = {cause: missing.causes[cause] for cause in order if cause in missing.causes}
     return invalid
 
 

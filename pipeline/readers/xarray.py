@@ -222,14 +222,18 @@ def _open(path: Path, group: str | None, engine: str | None) -> Iterator[xr.Data
     # Undecoded times: the parameter is scaled anyway, and a calendar or unit that has no date can be read.
     # Undecoded values: xarray takes other values for missing than CF says, see pipeline.readers.missing.
     how: dict[str, Any] = {"decode_times": False, "mask_and_scale": False}
+    source: Any = path
     if engine == "zarr" or (engine is None and path.is_dir()):
-        # As a mask, so that xarray doesn't try to decode the attribute _FillValue.
-        how |= {"engine": "zarr", "chunks": None, "consolidated": False, "use_zarr_fill_value_as_mask": True}
+        # Zarr's fill value as the mask in either format, so that xarray doesn't decode _FillValue, which fails
+        # where it is a number. open_dataset has an option for it, and ignores that.
+        source = xr.backends.ZarrStore.open_group(
+            path, group=group, mode="r", consolidated=False, use_zarr_fill_value_as_mask=True
+        )
     else:
         import_filters(path, group)
-        how["engine"] = engine
+        how |= {"engine": engine, "group": group}
     try:
-        with xr.open_dataset(path, group=group, **how) as dataset:
+        with xr.open_dataset(source, **how) as dataset:
             yield dataset
     except ReaderError:
         raise
