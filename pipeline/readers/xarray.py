@@ -224,8 +224,8 @@ def _open(path: Path, group: str | None, engine: str | None) -> Iterator[xr.Data
     how: dict[str, Any] = {"decode_times": False, "mask_and_scale": False}
     source: Any = path
     if engine == "zarr" or (engine is None and path.is_dir()):
-        # Zarr's fill value as the mask in either format, so that xarray doesn't decode _FillValue, which fails
-        # where it is a number. open_dataset has an option for it, and ignores that.
+        # Zarr's fill value as the mask in either format, so that xarray doesn't decode _FillValue, which
+        # fails where it is a number. open_dataset has an option for it, and ignores that.
         source = xr.backends.ZarrStore.open_group(
             path, group=group, mode="r", consolidated=False, use_zarr_fill_value_as_mask=True
         )
