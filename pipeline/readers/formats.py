@@ -1,6 +1,6 @@
 """Look up what a format says of a variable that xarray doesn't pass on, and explain what it can't open.
 
-HDF5 and NetCDF files are looked at through h5py, Zarr stores through zarr, whatever engine reads the values.
+HDF5 and NetCDF files are looked at through h5py, Zarr stores through xarray's own store, whatever engine reads the values.
 """
 
 from __future__ import annotations
@@ -191,10 +191,12 @@ def _zarr_form(path: Path, group: str | None, name: str) -> StoredForm:
     ``_FillValue`` when xarray writes it, so there it marks missing values; but 0 is what zarr states by
     itself, and chunks of zeros aren't stored either, so that 0 is data.
     """
-    import zarr
+    import xarray as xr
 
-    top = zarr.open_group(path, mode="r", path=group or "", use_consolidated=False)
-    array: Any = top[name]
+    store = xr.backends.ZarrStore.open_group(
+        path, group=group, mode="r", consolidated=False, use_zarr_fill_value_as_mask=True
+    )
+    array: Any = store.zarr_group[name]
     fill = array.attrs.get("_FillValue")
     if fill is not None:
         return StoredForm(attributes={"_FillValue": _zarr_number(fill, array.dtype)})
