@@ -1,7 +1,7 @@
 """Look up what a format says of a variable that xarray doesn't pass on, and explain what it can't open.
 
-HDF5 and NetCDF files are looked at through h5py, Zarr stores through xarray's own store, whatever engine reads
-the values.
+HDF5 and NetCDF files are looked at through h5py, Zarr stores through xarray's own store, whatever engine
+reads the values.
 """
 
 from __future__ import annotations
