@@ -1076,7 +1076,9 @@ def report_of(folder: Path, names: list[str], text: str, file: str) -> Path:
     (data / "runs.nc").rename(data / f"{file}.nc")
     (data / f"z{file}.nc").write_bytes(b"broken")
     about = dict.fromkeys(("title", "licence", "citation"), text)
-    dataset = {"name": "D", "source": {"path": "data"}, "reader": "xarray", **about}
+    # netCDF4, which xarray prefers where it is installed, takes such a name for an address.
+    options = {"engine": "h5netcdf"}
+    dataset = {"name": "D", "source": {"path": "data"}, "reader": "xarray", "options": options, **about}
     pools = {f"={text}": ["D"]}
     catalog = {"name": "mine", "doi": text, **about, "datasets": [dataset], "pools": pools}
     (folder / "mine.yaml").write_text(json.dumps(catalog))

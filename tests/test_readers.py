@@ -444,7 +444,7 @@ def test_masked_values_are_filled_or_named(tmp_path: Path):
     attributes = {"_FillValue": np.int16(13), "scale_factor": np.float32(0.5)}
     data = xr.Dataset({"rho": (("frame", "y", "x"), packed, attributes)}, {"parameter": ("frame", [1, 2])})
     data.to_netcdf(tmp_path / "sim.nc", engine="h5netcdf")
-    with pytest.raises(ReaderError, match=r"sim\.nc: sequence sim: frame 1 of rho holds NaN.*options\.fill"):
+    with pytest.raises(ReaderError, match=r"sim: rho: 1 of 24 .* _FillValue = 13 \(frame 1\).*options\.fill"):
         read_one(tmp_path, "xarray")
     frames, _ = read_one(tmp_path, "xarray", options={"fill": -1})
     np.testing.assert_array_equal(frames[..., 0], np.where(packed == 13, -1, packed * 0.5))

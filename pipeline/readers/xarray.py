@@ -5,9 +5,10 @@ field; with the dim sequence it holds several sequences, named by that dim's coo
 The parameter is scaled to [0, 1].
 
 Times are not decoded: they stay the numbers that are stored, in whatever calendar, and so they name the
-sequences where the dim sequence is a time. Scales, offsets and fill values are applied; masked values are
-NaN. A file of several that cannot be opened, or has no field, is one broken sequence, named by the file:
-its ``read`` raises the reason. It counts to the first field of the others that the catalog takes.
+sequences where the dim sequence is a time. Scales, offsets, fill values and valid ranges are applied as CF
+says, see :mod:`pipeline.readers.missing`; missing values are NaN. A file of several that cannot be opened, or
+has no field, is one broken sequence, named by the file: its ``read`` raises the reason. It counts to the
+first field of the others that the catalog takes.
 
 Options
 -------
@@ -16,18 +17,20 @@ Options
 ``variables`` : list of names, or mapping of field to name; default: every variable with the three dims.
 ``parameter`` : name of a variable or coordinate with the dim frame, or sequence and frame; or a list of
     numbers that holds for all sequences; default "parameter".
-``fill`` : number that replaces masked values and NaN, whatever ``missing`` says; default none: they are NaN.
+``fill`` : number that replaces missing values, whatever ``missing`` says; default none: they are NaN. It
+    counts as data, also where frames are normalised. A frame without any value is refused all the same.
 ``group`` : group of the file or store.
 ``engine`` : xarray's name of the format, where it can't tell.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -47,6 +50,8 @@ from pipeline.readers.base import (
     scale_parameter,
 )
 from pipeline.readers.containers import check_container
+from pipeline.readers.formats import explain_failure, explain_scales, import_filters, stored_form
+from pipeline.readers.missing import RULES_VERSION, Coding, MissingCount, decode, list_frames
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -54,6 +59,8 @@ if TYPE_CHECKING:
 VERSION = "1"
 """Raised when other frames, or another parameter, are made of the same files."""
 _ENDINGS = (".nc", ".nc4", ".cdf", ".h5", ".hdf5", ".zarr")
+_RULES = "missing_rules"
+"""Key of a sequence's settings for the version of the rules by which its values were decoded."""
 _ZARR_DOCUMENTS = ("zarr.json", ".zgroup", ".zmetadata")
 
 
@@ -120,62 +127,123 @@ class LabelledSequence(LazySequence):
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Decode the variable at this index, and its parameter."""
-        path, options = self.files[0].path, XarrayOptions.model_validate(self.settings)
+        path = self.files[0].path
+        options = XarrayOptions.model_validate({k: v for k, v in self.settings.items() if k != _RULES})
         dims = options.dims
         with (
             decoding(path, f"{self.variable} "),
             _open(Path(path), options.group, options.engine) as dataset,
         ):
-            here = dataset if self.index is None else dataset.isel({dims.sequence: self.index})
             order = [dims.frame, dims.y, dims.x]
-            data = here[self.variable]
-            if dims.channel in data.dims:
+            if dims.channel in dataset[self.variable].dims:
                 order.append(dims.channel)
-            frames = self._values(data.transpose(*order))
-            if isinstance(options.parameter, str):
-                if options.parameter not in here.variables:
-                    raise ReaderError(f"no parameter {options.parameter!r}; found {_names(dataset)}", path)
-                parameter = self._values(here[options.parameter])
-            else:
-                parameter = np.asarray(options.parameter)
+            frames, missing = self._values(dataset[self.variable], options, order)
+            parameter = self._parameter(dataset, options)
         try:
             scaled = scale_parameter(parameter, self.name)
         except ReaderError as error:
             raise ReaderError(error.reason, path) from error
         if len(scaled) != len(frames):
             raise ReaderError(f"{len(frames)} frames, but {len(scaled)} values of the parameter", path)
-        if frames.dtype.kind == "f":
-            missing = np.isnan(frames)
+        if missing:
+            self._check_missing(missing, options)
             if options.fill is not None:
-                frames = np.where(missing, frames.dtype.type(options.fill), frames)
-            elif missing.any() and self.missing == "quarantine":
-                number = int(np.argmax(missing.reshape(len(frames), -1).any(axis=1)))
-                raise ReaderError(
-                    f"sequence {self.name}: frame {number} of {self.variable} holds NaN, or masked values; "
-                    "expected finite values (options.fill states a number that replaces them; missing: keep "
-                    "takes them as they are)",
-                    path,
-                )
+                frames[np.isnan(frames)] = options.fill
         return frames if frames.ndim == 4 else frames[..., None], scaled
 
-    def _values(self, data: xr.DataArray) -> np.ndarray:
-        """Decode, once it is known how large it, and each chunk of it, is."""
-        path, what = self.files[0].path, f"variable {data.name!r}"
+    def _parameter(self, dataset: xr.Dataset, options: XarrayOptions) -> np.ndarray:
+        """Decode the parameter, of which no value may be missing."""
+        if not isinstance(options.parameter, str):
+            return np.asarray(options.parameter)
+        name, path = options.parameter, self.files[0].path
+        if name not in dataset.variables:
+            raise ReaderError(f"no parameter {name!r}; found {_names(dataset)}", path)
+        values, missing = self._values(dataset[name], options, None)
+        if missing:
+            raise ReaderError(f"sequence {self.name}: parameter {name!r}: {missing}", path)
+        return values
+
+    def _check_missing(self, missing: MissingCount, options: XarrayOptions) -> None:
+        """Refuse missing values where the catalog doesn't take them, and frames that hold nothing else."""
+        path = self.files[0].path
+        what = f"sequence {self.name}: {self.variable}: {missing}"
+        if empty := missing.empty_frames():
+            verb = "has" if len(empty) == 1 else "have"
+            raise ReaderError(f"{what}; {list_frames(empty)} {verb} no finite value", path)
+        if options.fill is None and self.missing == "quarantine":
+            raise ReaderError(
+                f"{what}; expected none (missing: keep stores them as NaN, and --mask nan leaves their "
+                "pixels out of distances; options.fill states a number for them, which then counts as data)",
+                path,
+            )
+
+    def _values(
+        self, data: xr.DataArray, options: XarrayOptions, order: list[str] | None
+    ) -> tuple[np.ndarray, MissingCount]:
+        """Decode a variable at this index, once it is known how large it, and each chunk of it, is."""
+        path, along = self.files[0].path, options.dims.sequence
+        as_float = self.missing == "keep" or options.fill is not None
+        coding, lengths = _coding_of(data, Path(path), options, as_float=as_float)
+        if self.index is not None and along in data.dims:
+            data = data.isel({along: self.index})
+            if self.index >= lengths.pop(along, self.index + 1):
+                lengths = {str(data.dims[0]): 0}
         for shape in (data.shape, data.encoding.get("chunksizes"), data.encoding.get("chunks")):
             if shape is not None:
-                check_size(shape, data.dtype.itemsize, self.most_bytes, path, what)
-        return data.values
+                itemsize = max(data.dtype.itemsize, coding.decoded.itemsize)
+                check_size(shape, itemsize, self.most_bytes, path, f"variable {data.name!r}")
+        if order is not None:
+            data = data.transpose(*order)
+        try:
+            return decode(data.values, coding, [lengths.get(str(dim)) for dim in data.dims])
+        except ReaderError as error:
+            raise ReaderError(f"variable {data.name!r}: {error.reason}", path) from error
 
 
-def _open(path: Path, group: str | None, engine: str | None) -> xr.Dataset:
+def _coding_of(
+    data: xr.DataArray, path: Path, options: XarrayOptions, *, as_float: bool
+) -> tuple[Coding, dict[str, int]]:
+    """Look up how a variable is coded, and the dims of which less is stored than declared."""
+    sizes = {str(dim): length for dim, length in data.sizes.items()}
+    try:
+        form = stored_form(path, options.group, str(data.name), sizes)
+        attributes = {
+            str(name): value for name, value in {**data.attrs, **form.attributes}.items() if value is not None
+        }
+        coding = Coding.of(attributes, data.dtype, default_fill=form.default_fill, as_float=as_float)
+    except ReaderError as error:
+        raise ReaderError(f"variable {data.name!r}: {error.reason}", str(path)) from error
+    return coding, dict(form.lengths)
+
+
+@contextlib.contextmanager
+def _open(path: Path, group: str | None, engine: str | None) -> Iterator[xr.Dataset]:
+    """Open a file or store with its values as they are stored; say in plain words why that fails."""
     import xarray as xr
 
     # Undecoded times: the parameter is scaled anyway, and a calendar or unit that has no date can be read.
+    # Undecoded values: xarray takes other values for missing than CF says, see pipeline.readers.missing.
+    how: dict[str, Any] = {"decode_times": False, "mask_and_scale": False}
+    source: Any = path
     if engine == "zarr" or (engine is None and path.is_dir()):
-        return xr.open_dataset(
-            path, engine="zarr", group=group, chunks=None, consolidated=False, decode_times=False
+        # Zarr's fill value as the mask in either format, so that xarray doesn't decode _FillValue, which
+        # fails where it is a number. open_dataset has an option for it, and ignores that.
+        source = xr.backends.ZarrStore.open_group(
+            path, group=group, mode="r", consolidated=False, use_zarr_fill_value_as_mask=True
         )
-    return xr.open_dataset(path, engine=engine, group=group, decode_times=False)
+    else:
+        import_filters(path, group)
+        how |= {"engine": engine, "group": group}
+    try:
+        with xr.open_dataset(source, **how) as dataset:
+            yield dataset
+    except ReaderError:
+        raise
+    except Exception as error:  # each engine has its own for a file that it can't read
+        from_disk = isinstance(error, OSError) and error.errno is not None
+        if not from_disk and (reason := explain_failure(path, group)):
+            raise ReaderError(reason, str(path)) from error
+        raise
 
 
 def _is_source(path: Path) -> bool:
@@ -220,6 +288,8 @@ def _variables(dataset: xr.Dataset, options: XarrayOptions, path: Path) -> Mappi
                 str(path),
             )
     if not fields:
+        if reason := explain_scales(path):
+            raise ReaderError(reason, str(path))
         found_dims = {str(name): variable.dims for name, variable in dataset.data_vars.items()}
         raise ReaderError(
             f"no variable has the dims {dims.frame}, {dims.y}, {dims.x} (options.dims maps them); "
@@ -241,10 +311,11 @@ def _sequences_of(
         if count > LISTED_SEQUENCES:
             raise ReaderError(f"{count} sequences; expected {LISTED_SEQUENCES} at most", file.path)
         indices = list(range(count))
-        # One by one: NumPy can't cast its own variable-length strings to fixed ones.
-        labels = (
-            map(str, dataset[along].values) if along in dataset.coords else (f"{i:05d}" for i in range(count))
-        )
+        labels: Iterable[str] = (f"{number:05d}" for number in range(count))
+        if along in dataset.coords:
+            coding, _ = _coding_of(dataset[along], Path(file.path), options, as_float=False)
+            # One by one: NumPy can't cast its own variable-length strings to fixed ones.
+            labels = map(str, decode(dataset[along].values, coding)[0])
         names = [label if alone else f"{stem}/{label}" for label in labels]
     units = dataset[variable].attrs.get("units")
     return [
@@ -252,7 +323,7 @@ def _sequences_of(
             name=name,
             field=field,
             files=(file,),
-            settings=options.model_dump(),
+            settings={**options.model_dump(), _RULES: RULES_VERSION},
             attributes={"units": printable(str(units))[:100]} if units is not None else {},
             variable=variable,
             index=index,
