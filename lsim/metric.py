@@ -317,14 +317,7 @@ class Metric(ABC):
             return self._masking().pairwise(_where(array, mask), scope)
         if scope != "pair":
             return self.all_pairs(self.prepare(array, scope))
-        self._check_sizes(self.preprocessing, array)
-        matrix = np.empty((len(array), len(array)))
-        for i, j, prepared in prepare_pairs(array, self.preprocessing, self.device):
-            both = self.all_pairs(prepared)
-            matrix[i, j], matrix[j, i] = both[0, 1], both[1, 0]
-        diagonal = matrix.diagonal()
-        np.fill_diagonal(matrix, np.where(np.isnan(diagonal), np.nan, self._to_itself(diagonal)))
-        return matrix
+        return self.each_pair_with_rounding(array)[0]
 
     def __call__(self, reference: Tensor, other: Tensor) -> Tensor:
         """Distances between two batches that already are in the metric's own range; differentiable.
@@ -400,6 +393,30 @@ class Metric(ABC):
         np.fill_diagonal(matrix, itself)
         np.fill_diagonal(rounding, 0)
         rounding[np.isnan(matrix)] = np.nan
+        return matrix, rounding
+
+    def each_pair_with_rounding(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Compute :meth:`pairwise` with every pair normalised for itself, and bound its rounding.
+
+        Parameters
+        ----------
+        frames : ndarray of shape (n, y, x, channel)
+
+        Returns
+        -------
+        distances, rounding : ndarrays of shape (n, n), float64
+            As :meth:`all_pairs_with_rounding` gives them.
+        """
+        self._check_sizes(self.preprocessing, frames)
+        matrix = np.empty((len(frames), len(frames)))
+        rounding = np.zeros_like(matrix)
+        for i, j, prepared in prepare_pairs(frames, self.preprocessing, self.device):
+            both, bounds = self.all_pairs_with_rounding(prepared)
+            matrix[i, j], matrix[j, i] = both[0, 1], both[1, 0]
+            rounding[i, j], rounding[j, i] = bounds[0, 1], bounds[1, 0]
+        diagonal = matrix.diagonal()
+        np.fill_diagonal(matrix, np.where(np.isnan(diagonal), np.nan, self._to_itself(diagonal)))
+        np.fill_diagonal(rounding, np.where(np.isnan(diagonal), np.nan, 0))
         return matrix, rounding
 
     def from_reference(self, prepared: Prepared) -> np.ndarray:

@@ -181,6 +181,7 @@ def show_distances(report: Any) -> None:
         )
     for name, reason in report.unavailable.items():
         console.print(f"left out: {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
+    _show_unresolved(report.unresolved)
     if report.failures:
         table = Table("data set", "field", "sequence", "metrics", "reason", title="Not compared")
         alike: dict[tuple[str, ...], list[str]] = {}
@@ -191,6 +192,12 @@ def show_distances(report: Any) -> None:
         for (*where, reason), metrics in alike.items():
             add_row(table, *where, ", ".join(metrics), reason)
         console.print(table)
+
+
+def _show_unresolved(unresolved: list[Any]) -> None:
+    """A line for each metric with distances that its arithmetic doesn't resolve."""
+    for one in unresolved:
+        console.print(str(one), style="yellow", markup=False, soft_wrap=True)
 
 
 def show_archive(report: ArchiveReport) -> None:
@@ -205,6 +212,7 @@ def show_archive(report: ArchiveReport) -> None:
         console.print(f"{report.copies} tasks ran so long that a second copy was sent to another worker")
     for name, reason in report.unavailable.items():
         console.print(f"left out: {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
+    _show_unresolved(report.unresolved)
     if report.failures:
         table = Table("group", "metric", "frames", "reason", title="Not compared")
         for entry in report.failures:
