@@ -34,12 +34,15 @@ class Resolution:
     constant : tuple of {"reference", "all"}
         The kinds of pairs whose distances cannot be told from a constant, see
         :func:`lsim.ranking.may_be_constant`.
+    precision : {"single", "double"}
+        That frames were prepared in.
     """
 
     rounding: float
     distances: int
     unresolved: int
     constant: tuple[Pairs, ...]
+    precision: str = "single"
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,9 @@ def count_unresolved(distances: np.ndarray, rounding: np.ndarray) -> int:
     return int((~(rounding[known] <= UNRESOLVED_FROM * np.abs(distances[known]))).sum())
 
 
-def resolution_of(matrix: np.ndarray, rounding: np.ndarray, pairs: Pairs) -> Resolution:
+def resolution_of(
+    matrix: np.ndarray, rounding: np.ndarray, pairs: Pairs, precision: str = "single"
+) -> Resolution:
     """Sum up what rounding can have done to one sequence's distances.
 
     Parameters
@@ -105,6 +110,8 @@ def resolution_of(matrix: np.ndarray, rounding: np.ndarray, pairs: Pairs) -> Res
         Distances, NaN where there are none, and bounds on the error of each.
     pairs : {"all", "reference"}
         Those that were asked for.
+    precision : {"single", "double"}
+        That frames were prepared in.
     """
     above = np.triu_indices(len(matrix), 1)
     kinds: dict[Pairs, tuple[np.ndarray, np.ndarray]] = {
@@ -125,7 +132,7 @@ def resolution_of(matrix: np.ndarray, rounding: np.ndarray, pairs: Pairs) -> Res
         and may_be_constant(values, errors)
     )
     largest = float(bounds[known].max()) if known.any() else 0.0
-    return Resolution(largest, int(known.sum()), count_unresolved(chosen, bounds), constant)
+    return Resolution(largest, int(known.sum()), count_unresolved(chosen, bounds), constant, precision)
 
 
 def to_text(resolution: Resolution) -> str:
@@ -136,7 +143,7 @@ def to_text(resolution: Resolution) -> str:
 def from_text(text: str) -> Resolution:
     """Read what :func:`to_text` wrote."""
     found = json.loads(text)
-    return Resolution(found["rounding"], found["distances"], found["unresolved"], tuple(found["constant"]))
+    return Resolution(**found | {"constant": tuple(found["constant"])})
 
 
 def precision_of(specification: str) -> str:

@@ -288,7 +288,8 @@ def _compute(task: BlockTask, stages: _Clock, by_metric: _Clock) -> _Computed:
                 reason, final = f"{type(error).__name__}: {error}", False
             matrices[metric.name][row] = matrix
             reasons[metric.name][row] = reason
-            resolutions[metric.name][row] = to_text(resolution_of(matrix, rounding, task.pairs))
+            resolution = resolution_of(matrix, rounding, task.pairs, metric.preprocessing.precision)
+            resolutions[metric.name][row] = to_text(resolution)
             if final:
                 done[metric.name][row] = block.rows[metric.name][row]
     return _Computed(metrics, matrices, reasons, resolutions, done)
