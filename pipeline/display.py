@@ -257,6 +257,7 @@ def show_neighbours(found: Neighbours, *, as_json: bool) -> None:
     if as_json:
         about = {"of": found.of.name, "matrix": found.of.matrix, "metric": found.metric, "nearest": nearest}
         counts = {"compared": found.compared, "without_distance": found.without_distance}
+        counts["unresolved"] = found.unresolved
         output.print(json.dumps(_without_nan(about | counts), ensure_ascii=False), markup=False)
         return
     metrics = [found.metric, *(name for name in found.nearest[0].distances if name != found.metric)]
@@ -280,6 +281,19 @@ def show_neighbours(found: Neighbours, *, as_json: bool) -> None:
         console.print(
             f"{found.without_distance} of {found.compared} frames {verb} no distance to it: not comparable",
             style="yellow",
+        )
+    _say_unresolved(found)
+
+
+def _say_unresolved(found: Neighbours) -> None:
+    """Say that rounding may have ordered frames, where it may."""
+    if found.unresolved:
+        console.print(
+            f"{found.unresolved} distances by {found.metric} of the same sequence or tiles are below what "
+            "their precision resolves: the nearest may stand in another order (--precision double)",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
         )
 
 

@@ -647,8 +647,8 @@ def _made_by(
         "settings": {
             "Protocols": ", ".join(record["identity"]["protocols"]),
             "Bootstrap": f"{record['identity']['replicates']} replicates, seed {record['identity']['seed']}, "
-            f"{record['identity']['level']:.0%} percentile intervals over sequences; of differences, simultaneous "
-            "ones as well (max-T)",
+            f"{record['identity']['level']:.0%} percentile intervals over sequences; of differences also "
+            "simultaneous ones (max-T)",
             "Hash of the distances": record["identity"]["inputs"],
             "Distances": record["distances"],
             "Frames": _plain(attributes.get("frames", "")),
