@@ -380,7 +380,7 @@ class Metric(ABC):
             embedding = self.embedded(prepared)
             block = self.between(embedding, embedding)
             single, block = block.dtype == torch.float32, block.double()
-            rounding = self._bounded(embedding, embedding, block)
+            rounding = self.bounded(embedding, embedding, block)
             matrix = block.cpu().numpy().copy()
         matrix[~prepared.comparable] = np.nan
         matrix[:, ~prepared.comparable] = np.nan
@@ -430,7 +430,7 @@ class Metric(ABC):
             reference = embedding[slice(0, 1)]
             block = self.between(reference, embedding)
             single, block = block.dtype == torch.float32, block.double()
-            rounding = self._bounded(reference, embedding, block)[0]
+            rounding = self.bounded(reference, embedding, block)[0]
             row = block[0].cpu().numpy().copy()
         comparable = prepared.comparable
         row[~(comparable & comparable[0])] = np.nan
@@ -494,7 +494,7 @@ class Metric(ABC):
         self.claims.check_unwritten(before, versions(parts), "compare wrote into the embeddings")
         return block if torch.is_grad_enabled() else block.detach()
 
-    def _bounded(self, a: Embedding, b: Embedding, distances: Tensor) -> np.ndarray:
+    def bounded(self, a: Embedding, b: Embedding, distances: Tensor) -> np.ndarray:
         """:meth:`rounding`, as an array of its own."""
         with self._running("rounding"):
             rounding = self.rounding(a, b, distances)

@@ -252,10 +252,10 @@ def _value(array: store.Array, place: tuple[int, ...]) -> float:
 
 def _unresolved_near(group: store.Group, row: tuple[int, ...], columns: Sequence[int], metric: str) -> int:
     """Count what a store records as unresolved where some distances of a row are; 0 where it doesn't say."""
-    provenance = store.get_group(group, schema.PROVENANCE) if schema.PROVENANCE in group else {}
     recorded = schema.UNRESOLVED if _is_archive(group) else schema.RESOLUTION
-    if recorded not in provenance:
+    if f"{schema.PROVENANCE}/{recorded}" not in group:
         return 0
+    provenance = store.get_group(group, schema.PROVENANCE)
     names = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
     if metric not in names:
         return 0

@@ -349,7 +349,7 @@ def unresolved_pairs(metric: Metric, rows: EmbeddedBlock, columns: EmbeddedBlock
             left = _part(metric, rows.embedding, start, at_once)
             right = _part(metric, columns.embedding, other, at_once)
             part = torch.from_numpy(values[place]).to(metric.device).double()
-            rounding = metric.rounding(left, right, part).double().cpu().numpy()
+            rounding = metric.bounded(left, right, part)
             unresolved += count_unresolved(values[place][counted[place]], rounding[counted[place]])
     return unresolved
 
