@@ -317,14 +317,7 @@ class Metric(ABC):
             return self._masking().pairwise(_where(array, mask), scope)
         if scope != "pair":
             return self.all_pairs(self.prepare(array, scope))
-        self._check_sizes(self.preprocessing, array)
-        matrix = np.empty((len(array), len(array)))
-        for i, j, prepared in prepare_pairs(array, self.preprocessing, self.device):
-            both = self.all_pairs(prepared)
-            matrix[i, j], matrix[j, i] = both[0, 1], both[1, 0]
-        diagonal = matrix.diagonal()
-        np.fill_diagonal(matrix, np.where(np.isnan(diagonal), np.nan, self._to_itself(diagonal)))
-        return matrix
+        return self.each_pair_with_rounding(array)[0]
 
     def __call__(self, reference: Tensor, other: Tensor) -> Tensor:
         """Distances between two batches that already are in the metric's own range; differentiable.
@@ -387,7 +380,7 @@ class Metric(ABC):
             embedding = self.embedded(prepared)
             block = self.between(embedding, embedding)
             single, block = block.dtype == torch.float32, block.double()
-            rounding = self._bounded(embedding, embedding, block)
+            rounding = self.bounded(embedding, embedding, block)
             matrix = block.cpu().numpy().copy()
         matrix[~prepared.comparable] = np.nan
         matrix[:, ~prepared.comparable] = np.nan
@@ -402,6 +395,30 @@ class Metric(ABC):
         rounding[np.isnan(matrix)] = np.nan
         return matrix, rounding
 
+    def each_pair_with_rounding(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Compute :meth:`pairwise` with every pair normalised for itself, and bound its rounding.
+
+        Parameters
+        ----------
+        frames : ndarray of shape (n, y, x, channel)
+
+        Returns
+        -------
+        distances, rounding : ndarrays of shape (n, n), float64
+            As :meth:`all_pairs_with_rounding` gives them.
+        """
+        self._check_sizes(self.preprocessing, frames)
+        matrix = np.empty((len(frames), len(frames)))
+        rounding = np.zeros_like(matrix)
+        for i, j, prepared in prepare_pairs(frames, self.preprocessing, self.device):
+            both, bounds = self.all_pairs_with_rounding(prepared)
+            matrix[i, j], matrix[j, i] = both[0, 1], both[1, 0]
+            rounding[i, j], rounding[j, i] = bounds[0, 1], bounds[1, 0]
+        diagonal = matrix.diagonal()
+        np.fill_diagonal(matrix, np.where(np.isnan(diagonal), np.nan, self._to_itself(diagonal)))
+        np.fill_diagonal(rounding, np.where(np.isnan(diagonal), np.nan, 0))
+        return matrix, rounding
+
     def from_reference(self, prepared: Prepared) -> np.ndarray:
         """Row 0 of :meth:`all_pairs` alone: distances of the first frame to all, (n,) float64."""
         return self.from_reference_with_rounding(prepared)[0]
@@ -413,7 +430,7 @@ class Metric(ABC):
             reference = embedding[slice(0, 1)]
             block = self.between(reference, embedding)
             single, block = block.dtype == torch.float32, block.double()
-            rounding = self._bounded(reference, embedding, block)[0]
+            rounding = self.bounded(reference, embedding, block)[0]
             row = block[0].cpu().numpy().copy()
         comparable = prepared.comparable
         row[~(comparable & comparable[0])] = np.nan
@@ -477,7 +494,7 @@ class Metric(ABC):
         self.claims.check_unwritten(before, versions(parts), "compare wrote into the embeddings")
         return block if torch.is_grad_enabled() else block.detach()
 
-    def _bounded(self, a: Embedding, b: Embedding, distances: Tensor) -> np.ndarray:
+    def bounded(self, a: Embedding, b: Embedding, distances: Tensor) -> np.ndarray:
         """:meth:`rounding`, as an array of its own."""
         with self._running("rounding"):
             rounding = self.rounding(a, b, distances)

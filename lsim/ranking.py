@@ -11,7 +11,34 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 
-def pooled_spearman(distances: Sequence[ArrayLike], ground_truth: Sequence[ArrayLike] | np.ndarray) -> float:
+def may_be_constant(distances: np.ndarray, rounding: np.ndarray) -> bool:
+    """Tell whether one value agrees with all distances, each known up to its rounding.
+
+    The order of such distances is that of their rounding, and says nothing of the frames.
+
+    Parameters
+    ----------
+    distances : ndarray of shape (pair,)
+        Finite, at least one.
+    rounding : ndarray of shape (pair,)
+        Bound on the error of each.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> may_be_constant(np.array([2e-15, 9e-15]), np.array([1e-14, 1e-14]))
+    True
+    >>> may_be_constant(np.array([2e-15, 9e-14]), np.array([1e-14, 1e-14]))
+    False
+    """
+    return bool((distances - rounding).max() <= (distances + rounding).min())
+
+
+def pooled_spearman(
+    distances: Sequence[ArrayLike],
+    ground_truth: Sequence[ArrayLike] | np.ndarray,
+    rounding: Sequence[ArrayLike] | None = None,
+) -> float:
     """Spearman's correlation over the pooled, scaled distances of some sequences.
 
     Each sequence's distances are scaled to [0.1, 1] first: only so can sequences be pooled (Kohl, Um,
@@ -23,22 +50,28 @@ def pooled_spearman(distances: Sequence[ArrayLike], ground_truth: Sequence[Array
         Of the reference to the other frames, a row a sequence; rows may differ in length.
     ground_truth : sequence of array_like (pair,), or array_like (pair,)
         A row a sequence, or one for all.
+    rounding : sequence of array_like (pair,), optional
+        Bounds on the error of the distances, a row a sequence. Default: they are exact.
 
     Returns
     -------
     float
-        Sequences with NaN or constant distances are left out; NaN where that leaves none.
+        Sequences are left out whose distances hold NaN or infinity, or cannot be told from a constant
+        (:func:`may_be_constant`); NaN where that leaves none.
     """
     import scipy.stats
 
     shared = all(np.ndim(value) == 0 for value in ground_truth)
     scaled, truths = [], []
-    for row, truth in zip(
-        distances, [ground_truth] * len(distances) if shared else ground_truth, strict=True
+    for row, truth, bound in zip(
+        distances,
+        [ground_truth] * len(distances) if shared else ground_truth,
+        [0.0] * len(distances) if rounding is None else rounding,
+        strict=True,
     ):
         values = np.asarray(row, dtype=np.float64)
-        low, high = values.min(), values.max()
-        if np.isfinite(values).all() and high > low:
+        if np.isfinite(values).all() and not may_be_constant(values, np.asarray(bound, np.float64)):
+            low, high = values.min(), values.max()
             scaled.append(0.9 * ((values - low) / (high - low)) + 0.1)
             truths.append(np.asarray(truth, dtype=np.float32))
     if not scaled:

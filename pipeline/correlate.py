@@ -9,7 +9,8 @@ the published code would give NaN for the whole set.
 Intervals are percentile intervals of a bootstrap over sequences. Fields of one simulation (sequences of
 one data set with the same name, but for the field's) are drawn together, and a pool is resampled within
 its members, since the pool's composition is chosen and not random; members with fewer than three
-sequences are merged for this.
+sequences are merged for this. Differences between metrics have simultaneous intervals as well, which hold
+for all comparisons of a data set at once, and so for the best metric, whichever that turns out to be.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from dataclasses import field as dataclass_field
 from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
@@ -34,11 +36,13 @@ import xxhash
 from pipeline import schema, statistics, store
 from pipeline.address import absolute, is_address, relative
 from pipeline.mirror import local_folder
+from pipeline.resolution import Resolution, from_text, list_unresolved
+from pipeline.schema import Pairs
 from pipeline.statistics import Protocol
 from pipeline.tables import as_text, read_csv, write_csv
 from pipeline.versions import versions
 
-ALGORITHM = 1
+ALGORITHM = 2
 """Raised when the same distances would give other figures; results of another version are out of date."""
 
 LEVEL = 0.95
@@ -56,13 +60,17 @@ CORRELATION_COLUMNS = (
 )
 DIFFERENCE_COLUMNS = (
     *("dataset", "protocol", "statistic", "metric", "metric_other"),
-    *("difference", "low", "high", "sequences"),
+    *("difference", "low", "high", "low_simultaneous", "high_simultaneous", "sequences"),
 )
 LEFT_OUT_COLUMNS = ("dataset", "field", "sequence", "metric", "reason", "protocol")
 
 STATISTICS = (*statistics.POOLED, "pearsonMean", "pearsonStd", "spearmanMean", "spearmanStd")
 COMPARED = tuple(name for name in STATISTICS if not name.endswith("Std"))
 """Statistics that differences between metrics are given for."""
+
+
+PAIRS_OF: dict[str, Pairs] = {"published": "reference", "all-pairs": "all"}
+"""The kind of pairs that a protocol is about, as the distances stage calls it."""
 
 
 class CorrelationError(ValueError):
@@ -112,9 +120,10 @@ def correlate(
     Writes into ``out``: ``correlations.parquet``, one row per (dataset, field, metric, protocol,
     statistic), where field ``all`` pools the fields of a data set and of a pool's members;
     ``differences.parquet``, between metrics on the same resamples of the sequences that both can be
-    judged on; ``left_out.csv``; ``correlation.csv``, Spearman of the first protocol in the published
-    layout; and ``correlations.json``, what made them. Results of the same distances and settings are
-    not computed again.
+    judged on, with the interval of each by itself and one that holds for all at once; ``left_out.csv``;
+    ``correlation.csv``, Spearman of the first protocol in the published layout; and
+    ``correlations.json``, what made them. Results of the same distances and settings are not computed
+    again.
 
     Parameters
     ----------
@@ -170,7 +179,7 @@ def _correlate(
         return _load(location, out, record)
 
     selections, notes = _selections(archive)
-    notes += _unlike_settings(distances) + _symmetrised(distances)
+    notes += _unlike_settings(distances) + _symmetrised(distances) + _unresolved(distances, archive)
     correlations: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
     left_out: list[dict[str, Any]] = []
@@ -229,7 +238,11 @@ def _named(location: str) -> Path | str:
 
 @dataclass(frozen=True)
 class _Field:
-    """One group of the store; ``problems`` says per metric and sequence why its distances do not count."""
+    """One group of the store, with what is recorded of its distances by metric and sequence.
+
+    ``problems`` say why they do not count; ``resolutions``, what rounding can have done to them, where that
+    is known.
+    """
 
     dataset: str
     field: str
@@ -237,6 +250,7 @@ class _Field:
     parameter: np.ndarray
     matrices: dict[str, np.ndarray]
     problems: dict[str, list[str]]
+    resolutions: dict[str, list[Resolution | None]]
 
 
 @dataclass(frozen=True)
@@ -280,7 +294,8 @@ def _read(path: str) -> _Archive:
         schema.validate_distances(group, f"{path}/{key}")
         dataset, field = key.split("/")
         has_provenance = schema.PROVENANCE in store.get_group(root, key)
-        problems = _problems(path, f"{key}/{schema.PROVENANCE}") if has_provenance else {}
+        provenance = store.load_dataset(path, f"{key}/{schema.PROVENANCE}") if has_provenance else None
+        problems = _problems(provenance) if provenance is not None else {}
         _refuse_lost(store.get_group(root, key), group, problems)
         fields.append(
             _Field(
@@ -292,6 +307,7 @@ def _read(path: str) -> _Archive:
                     name: group[name].values for name in schema.metric_names(map(str, group.variables))
                 },
                 problems=problems,
+                resolutions=_resolutions(provenance) if provenance is not None else {},
             )
         )
     # In the order in which they were asked for, where the store tells; then by name.
@@ -336,16 +352,15 @@ def _symmetrised(path: str) -> list[str]:
     return [f"Metrics that are not symmetric are taken as half of d(a, b) + d(b, a): {names}"]
 
 
-def _problems(path: str, key: str) -> dict[str, list[str]]:
+def _problems(provenance: xr.Dataset) -> dict[str, list[str]]:
     """Per metric and sequence, why its distances do not count; empty where they do.
 
     Values may be there all the same: those of a block that is out of date and failed to be computed
     again. The distances stage writes a failure for these, or takes the fingerprint away.
     """
-    provenance = store.load_dataset(path, key)
     metrics = [str(name) for name in provenance[schema.METRIC].values]
     failure, fingerprint = (provenance[name].values for name in (schema.FAILURE, schema.FINGERPRINT))
-    return {
+    problems = {
         metric: [
             str(reason) or ("" if mark else "not computed: its fingerprint is missing; run distances again")
             for reason, mark in zip(failure[k], fingerprint[k], strict=True)
@@ -353,6 +368,36 @@ def _problems(path: str, key: str) -> dict[str, list[str]]:
         for k, metric in enumerate(metrics)
         if metric
     }
+    for metric, resolutions in _resolutions(provenance).items():
+        for row, resolution in enumerate(resolutions):
+            if resolution is None and not problems[metric][row]:
+                problems[metric][row] = "what rounding did to it is not recorded; run distances again"
+    return problems
+
+
+def _resolutions(provenance: xr.Dataset) -> dict[str, list[Resolution | None]]:
+    """By metric and sequence, what rounding can have done to its distances; none of stores without it."""
+    if schema.RESOLUTION not in provenance:
+        return {}
+    return {
+        str(metric): [from_text(str(text)) if text else None for text in texts]
+        for metric, texts in zip(
+            provenance[schema.METRIC].values, provenance[schema.RESOLUTION].values, strict=True
+        )
+        if metric
+    }
+
+
+def _unresolved(path: str, archive: _Archive) -> list[str]:
+    """Notes on distances that rounding may have changed, by metric, and on stores that don't say."""
+    notes = [str(one) for one in list_unresolved(store.open_store(path))]
+    unknown = [f"{field.dataset}/{field.field}" for field in archive.fields if not field.resolutions]
+    if unknown:
+        notes.append(
+            "What rounding did to the distances is not recorded, so sequences of nothing else may count: "
+            + ", ".join(unknown)
+        )
+    return notes
 
 
 def _refuse_lost(group: store.Group, values: xr.Dataset, problems: Mapping[str, Sequence[str]]) -> None:
@@ -438,6 +483,11 @@ def _judge(field: _Field, protocol: str, metrics: Iterable[str]) -> _Judged:
         else:
             chosen = np.full(targets.shape, np.nan)
             reasons = ["metric was not computed for this field"] * len(field.sequences)
+        resolutions = field.resolutions.get(metric, [None] * len(field.sequences))
+        reasons = [
+            reason or _reason_of_rounding(row, resolution, protocol)
+            for reason, row, resolution in zip(reasons, chosen, resolutions, strict=True)
+        ]
         problems = field.problems.get(metric, [""] * len(field.sequences))
         reasons = [
             ": ".join(filter(None, (reason, problem)))
@@ -466,6 +516,21 @@ def _judge(field: _Field, protocol: str, metrics: Iterable[str]) -> _Judged:
         coefficients=coefficients,
         usable=usable,
         left_out=left_out,
+    )
+
+
+def _reason_of_rounding(distances: np.ndarray, resolution: Resolution | None, protocol: str) -> str:
+    """Why a sequence is left out whose distances may be nothing but rounding; empty where they aren't."""
+    if resolution is None or PAIRS_OF[protocol] not in resolution.constant:
+        return ""
+    largest, spread = float(np.abs(distances).max()), float(np.ptp(distances))
+    size = (
+        f"are at most {largest:.2g}" if largest <= resolution.rounding else f"differ by at most {spread:.2g}"
+    )
+    advice = "" if resolution.precision == "double" else "; --precision double resolves more"
+    return (
+        f"its {distances.size} distances {size}, and rounding alone makes up to {resolution.rounding:.2g}: a "
+        f"constant has no correlation{advice}"
     )
 
 
@@ -532,6 +597,25 @@ def _resample(sample: _Sample, weights: np.ndarray) -> dict[str, np.ndarray]:
     return found
 
 
+@dataclass(frozen=True)
+class _Figures:
+    """Statistics of metrics on sets of sequences, by metric and set: values, replicates, and how many.
+
+    Of a set, ``strata`` are those of its units; see :func:`pipeline.statistics.draw_weights`.
+    """
+
+    values: dict[tuple[str, bytes], dict[str, float]] = dataclass_field(default_factory=dict)
+    resampled: dict[tuple[str, bytes], dict[str, np.ndarray]] = dataclass_field(default_factory=dict)
+    counts: dict[tuple[str, bytes], tuple[int, int]] = dataclass_field(default_factory=dict)
+    strata: dict[bytes, np.ndarray] = dataclass_field(default_factory=dict)
+
+    def difference(self, a: str, b: str, key: bytes, statistic: str) -> float:
+        return self.values[a, key][statistic] - self.values[b, key][statistic]
+
+    def resampled_difference(self, a: str, b: str, key: bytes, statistic: str) -> np.ndarray:
+        return self.resampled[a, key][statistic] - self.resampled[b, key][statistic]
+
+
 def _evaluate(
     members: Sequence[_Judged], metrics: Sequence[str], replicates: int, seed: int, compared: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
@@ -547,23 +631,21 @@ def _evaluate(
     for a, b in couples:
         needed.setdefault((usable[a] & usable[b]).tobytes(), {}).update({a: None, b: None})
 
-    values: dict[tuple[str, bytes], dict[str, float]] = {}
-    resampled: dict[tuple[str, bytes], dict[str, np.ndarray]] = {}
-    counts: dict[tuple[str, bytes], tuple[int, int]] = {}
+    figures = _Figures()
     remarks: list[str] = []
     for key, here in needed.items():
         keep = np.frombuffer(key, dtype=bool)
         pooled = {metric: _pool(members, metric, keep) for metric in here}
-        strata = next(iter(pooled.values()))[1]
+        strata = figures.strata[key] = next(iter(pooled.values()))[1]
         enough = replicates > 0 and strata.size >= statistics.MINIMUM_UNITS
         weights = statistics.draw_weights(strata, replicates if enough else 0, seed)
         with ThreadPoolExecutor(max_workers=min(len(here), os.cpu_count() or 1)) as threads:
             samples = [sample for sample, _ in pooled.values()]
             drawn = list(threads.map(_resample, samples, [weights] * len(samples)))
         for k, (metric, (sample, _)) in enumerate(pooled.items()):
-            values[metric, key] = _values(sample)
-            counts[metric, key] = (sample.sequence_unit.size, sample.predictions.size)
-            resampled[metric, key] = drawn[k]
+            figures.values[metric, key] = _values(sample)
+            figures.counts[metric, key] = (sample.sequence_unit.size, sample.predictions.size)
+            figures.resampled[metric, key] = drawn[k]
         owners = [metric for metric in here if usable[metric].tobytes() == key]
         if owners and replicates and not enough:
             which = "" if owners == list(metrics) else f" for {', '.join(owners)}"
@@ -575,26 +657,54 @@ def _evaluate(
     rows = []
     for metric in metrics:
         key = usable[metric].tobytes()
-        sequences, pairs = counts[metric, key]
+        sequences, pairs = figures.counts[metric, key]
         for name in STATISTICS:
-            value = values[metric, key][name]
-            low, high = statistics.interval(resampled[metric, key][name], value, LEVEL)
+            value = figures.values[metric, key][name]
+            low, high = statistics.interval(figures.resampled[metric, key][name], value, LEVEL)
             rows.append(
                 {"metric": metric, "statistic": name, "value": value, "low": low, "high": high}
                 | {"sequences": sequences, "pairs": pairs, "left_out": int((~usable[metric]).sum())}
             )
-    paired = []
+    by_set: dict[bytes, list[tuple[str, str]]] = {}
     for a, b in couples:
-        key = (usable[a] & usable[b]).tobytes()
-        for name in COMPARED:
-            difference = values[a, key][name] - values[b, key][name]
-            replicated = resampled[a, key][name] - resampled[b, key][name]
-            low, high = statistics.interval(replicated, difference, LEVEL)
-            paired.append(
-                {"statistic": name, "metric": a, "metric_other": b, "difference": difference}
-                | {"low": low, "high": high, "sequences": counts[a, key][0]}
-            )
+        by_set.setdefault((usable[a] & usable[b]).tobytes(), []).append((a, b))
+    if len(by_set) > 1 and replicates:
+        remarks.append(
+            f"differences between metrics are taken on {len(by_set)} sets of sequences, as metrics leave out "
+            "different ones; simultaneous intervals share out the chance of an error among these"
+        )
+    place = {couple: k for k, couple in enumerate(couples)}
+    paired = [row for name in COMPARED for row in _compare(figures, by_set, name)]
+    paired.sort(key=lambda row: place[row["metric"], row["metric_other"]])
     return rows, paired, remarks
+
+
+def _compare(
+    figures: _Figures, by_set: Mapping[bytes, Sequence[tuple[str, str]]], statistic: str
+) -> list[dict[str, Any]]:
+    """Rows of differences of one statistic, of couples of metrics by the set of sequences in common."""
+    families = [
+        statistics.Comparisons(
+            np.array([figures.difference(a, b, key, statistic) for a, b in couples]),
+            np.stack([figures.resampled_difference(a, b, key, statistic) for a, b in couples]),
+            figures.strata[key],
+        )
+        for key, couples in by_set.items()
+    ]
+    simultaneous = statistics.simultaneous_intervals(families, LEVEL)
+    rows = []
+    for (key, couples), family, intervals in zip(by_set.items(), families, simultaneous, strict=True):
+        for k, (a, b) in enumerate(couples):
+            difference = float(family.differences[k])
+            low, high = statistics.interval(family.replicates[k], difference, LEVEL)
+            rows.append(
+                {"statistic": statistic, "metric": a, "metric_other": b, "difference": difference}
+                | {"low": low, "high": high, "sequences": figures.counts[a, key][0]}
+                # What holds for all comparisons at once holds for each by itself.
+                | {"low_simultaneous": float(np.minimum(intervals[k, 0], low))}
+                | {"high_simultaneous": float(np.maximum(intervals[k, 1], high))}
+            )
+    return rows
 
 
 # -- Records and files --------------------------------------------------------------------------------
@@ -619,7 +729,7 @@ def _fingerprint(archive: _Archive) -> str:
     digest.update(json.dumps([archive.metrics, archive.pools]).encode())
     for field in archive.fields:
         head = [field.dataset, field.field, field.sequences, field.problems, list(field.matrices)]
-        digest.update(json.dumps(head).encode())
+        digest.update(json.dumps([*head, field.resolutions], default=asdict).encode())
         for values in (field.parameter, *field.matrices.values()):
             digest.update(f"{values.dtype.str}{values.shape}".encode())
             digest.update(np.ascontiguousarray(values).tobytes())

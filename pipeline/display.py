@@ -181,6 +181,7 @@ def show_distances(report: Any) -> None:
         )
     for name, reason in report.unavailable.items():
         console.print(f"left out: {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
+    _show_unresolved(report.unresolved)
     if report.failures:
         table = Table("data set", "field", "sequence", "metrics", "reason", title="Not compared")
         alike: dict[tuple[str, ...], list[str]] = {}
@@ -191,6 +192,12 @@ def show_distances(report: Any) -> None:
         for (*where, reason), metrics in alike.items():
             add_row(table, *where, ", ".join(metrics), reason)
         console.print(table)
+
+
+def _show_unresolved(unresolved: list[Any]) -> None:
+    """A line for each metric with distances that its arithmetic doesn't resolve."""
+    for one in unresolved:
+        console.print(str(one), style="yellow", markup=False, soft_wrap=True)
 
 
 def show_archive(report: ArchiveReport) -> None:
@@ -205,6 +212,7 @@ def show_archive(report: ArchiveReport) -> None:
         console.print(f"{report.copies} tasks ran so long that a second copy was sent to another worker")
     for name, reason in report.unavailable.items():
         console.print(f"left out: {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
+    _show_unresolved(report.unresolved)
     if report.failures:
         table = Table("group", "metric", "frames", "reason", title="Not compared")
         for entry in report.failures:
@@ -249,6 +257,7 @@ def show_neighbours(found: Neighbours, *, as_json: bool) -> None:
     if as_json:
         about = {"of": found.of.name, "matrix": found.of.matrix, "metric": found.metric, "nearest": nearest}
         counts = {"compared": found.compared, "without_distance": found.without_distance}
+        counts["unresolved"] = found.unresolved
         output.print(json.dumps(_without_nan(about | counts), ensure_ascii=False), markup=False)
         return
     metrics = [found.metric, *(name for name in found.nearest[0].distances if name != found.metric)]
@@ -272,6 +281,19 @@ def show_neighbours(found: Neighbours, *, as_json: bool) -> None:
         console.print(
             f"{found.without_distance} of {found.compared} frames {verb} no distance to it: not comparable",
             style="yellow",
+        )
+    _say_unresolved(found)
+
+
+def _say_unresolved(found: Neighbours) -> None:
+    """Say that rounding may have ordered frames, where it may."""
+    if found.unresolved:
+        console.print(
+            f"{found.unresolved} distances by {found.metric} of the same sequence or tiles are below what "
+            "their precision resolves: the nearest may stand in another order (--precision double)",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
         )
 
 

@@ -71,6 +71,7 @@ def embed_block(source: store.Group, block: FrameBlock, metric: Metric, scope: S
         no other.
     """
     parts: dict[str, Tensor] = {}
+    rounding: Tensor | None = None
     comparable = np.zeros(len(block), bool)
     reasons: dict[int, str] = {}
     undone = ""
@@ -85,11 +86,16 @@ def embed_block(source: store.Group, block: FrameBlock, metric: Metric, scope: S
             comparable[there.start : there.stop] = some.comparable
             reasons.update({there[k]: some.reason for k in np.flatnonzero(~some.comparable)})
             undone = some.reason if some.undone else undone
-            for name, part in some.embedding.parts.items() if some.embedding is not None else ():
+            if some.embedding is None:
+                continue
+            for name, part in some.embedding.parts.items():
                 if name not in parts:
                     parts[name] = _room(len(block), part)
                 parts[name][there.start : there.stop] = part
-    return EmbeddedBlock(Embedding(parts) if parts else None, comparable, reasons, undone)
+            if some.embedding.rounding is not None:
+                rounding = _room(len(block), some.embedding.rounding) if rounding is None else rounding
+                rounding[there.start : there.stop] = some.embedding.rounding
+    return EmbeddedBlock(Embedding(parts, rounding) if parts else None, comparable, reasons, undone)
 
 
 @dataclass(frozen=True)

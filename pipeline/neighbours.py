@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import schema, store
+from pipeline.resolution import from_text
 
 NAMES_TOGETHER = 1 << 16
 """Frames whose names are in memory at once."""
@@ -74,6 +75,9 @@ class Neighbours:
         Frames that were looked at, the frame itself and, where asked, its sequence apart.
     without_distance : int
         How many of these have no distance to it.
+    unresolved : int
+        Distances that rounding may have changed by more than 0.1 %, of the sequence or the tiles that those
+        shown are from, by the metric that orders them.
     """
 
     of: Frame
@@ -81,6 +85,7 @@ class Neighbours:
     nearest: list[Neighbour]
     compared: int
     without_distance: int
+    unresolved: int = 0
 
 
 def find_neighbours(
@@ -151,7 +156,8 @@ def neighbours_of(
         )
         for column in columns
     ]
-    return Neighbours(frame, metric, nearest, compared, missing)
+    unresolved = _unresolved_near(group, frame.row, columns, metric)
+    return Neighbours(frame, metric, nearest, compared, missing, unresolved)
 
 
 def find_frame(path: str | os.PathLike[str], name: str, matrix: str | None = None) -> Frame:
@@ -242,6 +248,26 @@ def _nearest_columns(
 
 def _value(array: store.Array, place: tuple[int, ...]) -> float:
     return float(store.read(array, place))
+
+
+def _unresolved_near(group: store.Group, row: tuple[int, ...], columns: Sequence[int], metric: str) -> int:
+    """Count what a store records as unresolved where some distances of a row are; 0 where it doesn't say."""
+    recorded = schema.UNRESOLVED if _is_archive(group) else schema.RESOLUTION
+    if f"{schema.PROVENANCE}/{recorded}" not in group:
+        return 0
+    provenance = store.get_group(group, schema.PROVENANCE)
+    names = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
+    if metric not in names:
+        return 0
+    place, array = names.index(metric), store.get_array(provenance, recorded)
+    if recorded == schema.RESOLUTION:
+        text = str(store.read(array, (slice(place, place + 1), slice(row[0], row[0] + 1))).item())
+        return from_text(text).unresolved if text else 0
+    tile = store.get_array(group, metric).chunks[0]
+    tiles = {tuple(sorted((row[0] // tile, column // tile))) for column in columns}
+    return sum(
+        int(store.read(array, tuple(slice(k, k + 1) for k in (place, *pair))).item()) for pair in tiles
+    )
 
 
 def _why(group: store.Group, frame: Frame, metric: str) -> str:

@@ -32,9 +32,13 @@ one per metric  sequence, frame, frame_other       float64      distances; symme
 and in the child group ``provenance``: ``metric`` (metric), ``specification`` (metric; JSON: all that
 determines the metric's values, with scope, pairs and versions), ``fingerprint`` (metric, sequence; empty
 where the distances are out of date), ``content`` (metric, sequence; hash of the frames that they were
-computed from) and ``failure`` (metric, sequence; why distances are missing, empty where none are). Where
-the scope was a data set there is ``ranges`` (one JSON document), minimum and maximum of each sequence by the
-hash of its content, or ``masked_ranges``, those of frames with a mask; ``archive.zarr`` has them as well.
+computed from), ``failure`` (metric, sequence; why distances are missing, empty where none are) and
+``resolution`` (metric, sequence; JSON: ``rounding``, the largest bound on what rounding did to any of them,
+``distances`` and ``unresolved``, how many there are and how many may be off by more than 0.1 %,
+``constant``, the kinds of pairs, ``reference`` and ``all``, whose distances cannot be told from a constant).
+The attribute ``resolution`` has these counts by metric. Where the scope was a data set there is ``ranges``
+(one JSON document), minimum and maximum of each sequence by the hash of its content, or ``masked_ranges``,
+those of frames with a mask; ``archive.zarr`` has them as well.
 Its attribute ``precision`` says by metric how sums over pairs were computed in the last run that did: method,
 promised relative error and its bound, pairs, how many were taken again, and on what device; for networks
 it is that of sums over their features.
@@ -58,9 +62,11 @@ Frames stand in the order of their groups' keys, then of sequences, then of thei
 ``provenance`` has ``metric`` (metric), ``specification`` (metric, JSON), ``failure`` (metric, frame; why a
 frame has no distances, empty where it has), ``content`` (tile; hash of the frames of a block) and
 ``fingerprint`` (metric, tile, tile_other; of the tiles on and above the diagonal, empty where they are out of
-date; it is written after the tile and its mirror image), and ``missing`` (metric, tile, tile_other; how many
-distances of a tile are NaN although both frames can be compared). Attributes of a group: ``groups``, its
-fields; ``scope``; and of the root: ``frames``, where they are from; ``plan``, as it was shown; ``runs``.
+date; it is written after the tile and its mirror image), ``missing`` (metric, tile, tile_other; how many
+distances of a tile are NaN although both frames can be compared) and ``unresolved`` (the same; how many
+pairs of a tile have distances that rounding may have changed by more than 0.1 %). Attributes of a group:
+``groups``, its fields; ``scope``; and of the root: ``frames``, where they are from; ``plan``, as it was
+shown; ``runs``.
 
 ``embeddings.zarr``, the same groups: ``field``, ``sequence``, ``number``, ``parameter``, and a variable for
 each part of a metric's embedding, (frame, …): ``features`` (frame, feature; float32) of the learned metrics.
@@ -107,6 +113,8 @@ FINGERPRINT = "fingerprint"
 FAILURE = "failure"
 SPECIFICATION = "specification"
 MISSING = "missing"
+RESOLUTION = "resolution"
+UNRESOLVED = "unresolved"
 RANGES = "ranges"
 MASKED_RANGES = "masked_ranges"
 

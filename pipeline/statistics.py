@@ -8,7 +8,8 @@ from a cluster bootstrap: whole units are drawn with replacement, never single p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numba
@@ -23,6 +24,10 @@ POOLED = ("pearson", "spearman", "kendall")
 
 PER_SEQUENCE = ("pearson", "spearman")
 """Statistics that are also taken per sequence, as mean and standard deviation."""
+
+SMALLEST_SPREAD = 1e-3
+"""Standard error, at least, of a difference between correlations: the last digit that tables show. Metrics
+that hardly differ have replicates of zero and few others, and would widen the intervals of all."""
 
 MINIMUM_UNITS = 3
 """With fewer units than this there is no interval: two outcomes to draw from say nothing of a spread."""
@@ -421,3 +426,86 @@ def interval(replicates: np.ndarray, value: float, level: float = 0.95) -> tuple
     tail = (1 - level) / 2
     low, high = np.quantile(replicates, [tail, 1 - tail])
     return min(float(low), value), max(float(high), value)
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """Differences between metrics on the same sequences, with their bootstrap replicates.
+
+    Attributes
+    ----------
+    differences : ndarray of shape (comparison,)
+    replicates : ndarray of shape (comparison, replicate)
+        Of all comparisons on the same draws.
+    strata : ndarray of shape (unit,), int
+        That the draws were made in, see :func:`draw_weights`.
+    """
+
+    differences: np.ndarray
+    replicates: np.ndarray
+    strata: np.ndarray
+
+
+def simultaneous_intervals(families: Sequence[Comparisons], level: float = 0.95) -> list[np.ndarray]:
+    """Give intervals that hold all true differences at once, with probability ``level``.
+
+    Whichever comparison is looked at for what the data showed, such as that of the best metric with the
+    next, is one of them. An interval is the difference ± c standard errors, those of its replicates; c is the
+    quantile of the largest studentised deviation of any comparison in a replicate (max-T; Romano & Wolf 2005,
+    doi:10.1111/j.1468-0262.2005.00615.x; Montiel Olea & Plagborg-Møller 2019, doi:10.1002/jae.2656). As
+    replicates of few units spread too little, c is widened as Student's quantile is against the normal one
+    (Hesterberg 2015, doi:10.1080/00031305.2015.1089789).
+
+    Parameters
+    ----------
+    families : sequence of Comparisons
+        One for every set of sequences that comparisons are on. Families have draws of their own, so the
+        chance of an error is shared out among them by their comparisons (Bonferroni).
+    level : float
+
+    Returns
+    -------
+    list of ndarray of shape (comparison, 2)
+        Low and high, by family. NaN where a comparison or any of its replicates is NaN, or there are none;
+        these don't widen those of others. Metrics that are the same in all replicates differ by [0, 0].
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> differences = np.array([0.0, 0.2, 0.9])
+    >>> replicates = differences[:, None] + 0.1 * rng.normal(size=(3, 2000))
+    >>> family = Comparisons(differences, replicates, np.zeros(40, int))
+    >>> intervals = simultaneous_intervals([family])[0]
+    >>> [bool(low > 0) for low, high in intervals]
+    [False, False, True]
+    """
+    known = [_has_interval(family) for family in families]
+    count = sum(int(some.sum()) for some in known)
+    found = []
+    for family, some in zip(families, known, strict=True):
+        intervals = np.full((len(family.differences), 2), np.nan)
+        if some.any():
+            share = some.sum() / count
+            intervals[some] = _within_family(family, some, 1 - (1 - level) * share)
+        found.append(intervals)
+    return found
+
+
+def _has_interval(family: Comparisons) -> np.ndarray:
+    """Which comparisons have a difference and replicates without NaN."""
+    if family.replicates.shape[1] == 0:
+        return np.zeros(len(family.differences), bool)
+    return np.isfinite(family.differences) & np.isfinite(family.replicates).all(axis=1)
+
+
+def _within_family(family: Comparisons, some: np.ndarray, level: float) -> np.ndarray:
+    differences, replicates = family.differences[some], family.replicates[some]
+    units = family.strata.size
+    freedom = max(units - np.unique(family.strata).size, 1)
+    errors = np.maximum(replicates.std(axis=1), SMALLEST_SPREAD)
+    largest = (np.abs(replicates - differences[:, None]) / errors[:, None]).max(axis=0)
+    quantile = float(np.quantile(largest, level, method="higher"))
+    tail = scipy.stats.norm.sf(quantile)
+    widened = max(quantile, float(np.sqrt(units / freedom) * scipy.stats.t.isf(tail, freedom)))
+    half = np.where((replicates == 0).all(axis=1) & (differences == 0), 0.0, widened * errors)
+    return np.stack([differences - half, differences + half], axis=1)

@@ -381,3 +381,96 @@ def test_faults_are_told_plainly(tmp_path: Path):
     store.open_store(tmp_path / "empty.zarr", "a")
     with pytest.raises(CorrelationError, match="no distances here"):
         correlate(tmp_path / "empty.zarr", tmp_path / "out")
+
+
+# -- Claims --------------------------------------------------------------------------------------------
+
+
+def noisy_metrics(count: int, sequences: int, noise: float, seed: int) -> list[np.ndarray]:
+    """Scaled distances (sequence, pair) by metrics that are equally good, with noise in part in common."""
+    rng = np.random.default_rng(seed)
+    steps, common = np.linspace(0.1, 1, 10), rng.normal(size=(sequences, 10))
+    own = rng.normal(size=(count, sequences, 10))
+    return [statistics.scale(steps + noise * (0.55 * common + 0.83 * one)) for one in own]
+
+
+def told_apart(predictions: list[np.ndarray], seed: int, replicates: int = 300) -> tuple[bool, bool, int]:
+    """Whether the best is told apart from any other, by intervals of all at once and of one; which it is."""
+    sequences = len(predictions[0])
+    strata = np.zeros(sequences, int)
+    weights = statistics.draw_weights(strata, replicates, seed)
+    y = np.tile(np.linspace(0.1, 1, 10), sequences)
+    unit = np.repeat(np.arange(sequences), 10)
+    values = np.array([statistics.correlation(x.ravel(), y, "spearman") for x in predictions])
+    drawn = np.array([statistics.bootstrap_ranks(x.ravel(), y, unit, weights)[0] for x in predictions])
+    i, j = np.triu_indices(len(values), 1)
+    family = statistics.Comparisons(values[i] - values[j], drawn[i] - drawn[j], strata)
+    at_once = statistics.simultaneous_intervals([family])[0]
+    alone = np.array(
+        [statistics.interval(r, d) for r, d in zip(family.replicates, family.differences, strict=True)]
+    )
+    best = int(values.argmax())
+    with_best = (i == best) | (j == best)
+    apart = [((ends[:, 0] > 0) | (ends[:, 1] < 0))[with_best] for ends in (at_once, alone)]
+    return bool(apart[0].any()), bool(apart[1].any()), best
+
+
+@pytest.mark.parametrize(("metrics", "sequences"), [(22, 16), (6, 24)])
+def test_the_best_of_equals_is_seldom_told_apart_from_any(metrics: int, sequences: int):
+    found = [told_apart(noisy_metrics(metrics, sequences, 0.6, seed), seed) for seed in range(100)]
+    at_once, alone = np.mean([pair[:2] for pair in found], axis=0)
+    assert at_once <= 0.12  # 5 %, and three standard errors of a hundred reports
+    assert alone > 0.35
+
+
+def test_a_metric_that_is_better_is_told_apart():
+    for seed in range(8):
+        predictions = noisy_metrics(10, 32, 0.6, seed)
+        predictions[3] = noisy_metrics(1, 32, 0.2, 100 + seed)[0]
+        apart, _, best = told_apart(predictions, seed)
+        assert apart
+        assert best == 3
+
+
+def test_simultaneous_intervals_of_what_has_none_leave_others_as_they_are():
+    rng = np.random.default_rng(0)
+    differences = np.array([0.3, 0.0, np.nan, 0.2])
+    replicates = differences[:, None] + 0.05 * rng.normal(size=(4, 400))
+    replicates[1] = 0
+    replicates[3, 7] = np.nan
+    strata = np.zeros(20, int)
+    (found,) = statistics.simultaneous_intervals([statistics.Comparisons(differences, replicates, strata)])
+    (alone,) = statistics.simultaneous_intervals(
+        [statistics.Comparisons(differences[:1], replicates[:1], strata)]
+    )
+    np.testing.assert_array_equal(found[:1], alone)
+    assert found[1].tolist() == [0, 0]
+    assert np.isnan(found[2:]).all()
+    none = statistics.Comparisons(differences, np.empty((4, 0)), strata)
+    assert np.isnan(statistics.simultaneous_intervals([none])[0]).all()
+
+
+def test_families_share_out_the_chance_of_an_error():
+    rng = np.random.default_rng(0)
+    family = statistics.Comparisons(np.zeros(5), rng.normal(size=(5, 2000)), np.zeros(20, int))
+    (alone,) = statistics.simultaneous_intervals([family])
+    both = statistics.simultaneous_intervals([family, family])
+    np.testing.assert_array_equal(both[0], both[1])
+    assert (both[0][:, 1] > alone[:, 1]).all()
+
+
+def test_simultaneous_intervals_hold_those_of_each_difference(tmp_path: Path):
+    path = make_distances(tmp_path / "d.zarr", {"A/scalar": 9})
+    table = correlate(path, tmp_path / "out", replicates=300).differences
+    assert (table.low_simultaneous <= table.low).all()
+    assert (table.high_simultaneous >= table.high).all()
+
+
+def test_metrics_judged_on_other_sequences_are_families_of_their_own_and_a_note_says_so(tmp_path: Path):
+    root, parameter = store.open_store(tmp_path / "d.zarr", "a"), parameters(8)
+    matrices = {name: random_distances(parameter, 0.2, seed) for seed, name in enumerate("abc")}
+    matrices["c"][0] = np.nan
+    write_field(root, "A/scalar", list("stuvwxyz"), parameter, matrices)
+    report = correlate(tmp_path / "d.zarr", tmp_path / "out", replicates=200)
+    assert any("taken on 2 sets of sequences" in note for note in report.notes)
+    assert report.differences.low_simultaneous.notna().all()

@@ -145,8 +145,9 @@ def test_headline_is_the_best_of_the_pool(made: Path, page: Page):
     differences = pd.read_parquet(made / "results/differences.parquet")
     found = differences.query("dataset == 'All' and protocol == 'published' and statistic == 'spearman'")
     found = found[(found.metric == best.metric) & (found.metric_other == second.metric)].iloc[0]
-    certain = found.low > 0 or found.high < 0
-    assert ("is certain: its" in page.text) == certain
+    apart = found.low_simultaneous > 0 or found.high_simultaneous < 0
+    assert ("is more than chance explains: its simultaneous" in page.text) == apart
+    assert "allows for all 6 comparisons between the 4 metrics" in page.text
 
 
 def test_names_are_escaped(made: Path, page: Page):

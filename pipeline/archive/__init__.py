@@ -28,6 +28,7 @@ from pipeline.archive.tiles import TileTask, compute_tiles
 from pipeline.embedding_cache import clear_cache
 from pipeline.fields import checked_fields, drop_vanished, refuse_others_results
 from pipeline.metric_choice import Settings, choose_metrics
+from pipeline.resolution import Unresolved, list_unresolved, record_resolution
 from pipeline.runs import begin_run, carried, record_run
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
@@ -63,6 +64,8 @@ class ArchiveReport:
         Empty where nothing was to be done.
     failures : list of ArchiveFailure
         All that the store records, and of this run.
+    unresolved : list of Unresolved
+        Metrics with distances of the store that rounding may have changed by more than 0.1 %.
     unavailable : dict of str to str
         Metrics left out of ``"all"``, with the reason.
     seconds : float
@@ -80,6 +83,7 @@ class ArchiveReport:
     copies: int = 0
     plans: list[Plan] = field(default_factory=list)
     failures: list[ArchiveFailure] = field(default_factory=list)
+    unresolved: list[Unresolved] = field(default_factory=list)
     unavailable: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     seconds_by_stage: Counter[str] = field(default_factory=Counter)
@@ -188,14 +192,17 @@ def compute_archive(
                     "seconds": round(report.seconds, 3),
                     "seconds_by_stage": {k: round(v, 4) for k, v in report.seconds_by_stage.items()},
                 }
-                run = made_by | spent | report.cluster
+                unresolved = {one.metric: one.unresolved for one in list_unresolved(root)}
+                run = made_by | spent | {"unresolved": unresolved} | report.cluster
                 _record_precision(root, report)
+                record_resolution(root)
             about: dict[str, Any] = {"scope": settings.scope, "unavailable": report.unavailable}
             if report.plans:
                 about["plan"] = [describe_plan(plan) for plan in report.plans]
             record_run(root, run, **carried(source), frames=relative(frames_path, out_path), **about)
             store.consolidate(out_path)
     report.failures = list_archive_failures(out_path)
+    report.unresolved = list_unresolved(store.open_store(out_path))
     # The store tells of damaged frames, unless the tile of their block with itself was up to date.
     said = {(known.group, known.metric, known.reason) for known in report.failures}
     report.failures += [new for new in errors if (new.group, new.metric, new.reason) not in said]

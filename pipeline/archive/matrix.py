@@ -17,6 +17,9 @@ from lsim.preprocess import Scope
 from pipeline import schema, store
 from pipeline.frame_blocks import ArchiveFrames, FrameBlock
 
+OF_TILES: dict[str, str | int] = {schema.FINGERPRINT: "", schema.MISSING: 0, schema.UNRESOLVED: 0}
+"""Records of tiles, the fingerprint first as they are taken away, with what stands for none."""
+
 LABELS_TOGETHER = 16384
 """Frames whose field, sequence, number and parameter are one chunk."""
 
@@ -59,6 +62,7 @@ def lay_out(
     n, count = len(frames), -(-len(frames) // tile)
     group = root.require_group(key)
     _forget_tiles_beyond(group, count)
+    _forget_tiles_of_before(group)
     dtypes = {
         schema.FIELD: str,
         schema.SEQUENCE: str,
@@ -94,12 +98,25 @@ def _forget_tiles_beyond(group: store.Group, count: int) -> None:
         return
     provenance = store.get_group(group, schema.PROVENANCE)
     places = metric_places(group).values()
-    for of_tiles, nothing in ((schema.FINGERPRINT, ""), (schema.MISSING, 0)):
+    for of_tiles, nothing in OF_TILES.items():
         if of_tiles in provenance and (array := store.get_array(provenance, of_tiles)).shape[1] > count:
             beyond = np.ones(array.shape[1:], bool)
             beyond[:count, :count] = False
             for place in places:
                 _clear(array, place, beyond, nothing)
+
+
+def _forget_tiles_of_before(group: store.Group) -> None:
+    """Take all fingerprints of a matrix that doesn't record which of its distances are resolved."""
+    if f"{schema.PROVENANCE}/{schema.FINGERPRINT}" not in group or _records_resolution(group):
+        return
+    array = store.get_array(store.get_group(group, schema.PROVENANCE), schema.FINGERPRINT)
+    for place in metric_places(group).values():
+        _clear(array, place, np.ones(array.shape[1:], bool), "")
+
+
+def _records_resolution(group: store.Group) -> bool:
+    return f"{schema.PROVENANCE}/{schema.UNRESOLVED}" in group
 
 
 def _lay_out_provenance(
@@ -119,6 +136,7 @@ def _lay_out_provenance(
             "dtype": str,
         },
         schema.MISSING: {"shape": (0, count, count), "dtype": "int32", **squares},
+        schema.UNRESOLVED: {"shape": (0, count, count), "dtype": "int32", **squares},
         schema.FINGERPRINT: {"shape": (0, count, count), "dtype": str, **squares},
     }
     for name, layout in layouts.items():
@@ -127,7 +145,7 @@ def _lay_out_provenance(
     arrays = {name: store.get_array(provenance, name) for name in layouts}
     store.resize_rows(arrays[schema.CONTENT], count)
     store.resize_rows(arrays[schema.FAILURE], n, axis=1)
-    for name in (schema.MISSING, schema.FINGERPRINT):
+    for name in OF_TILES:
         for axis in (1, 2):
             store.resize_rows(arrays[name], count, axis=axis)
     # A resize that was interrupted leaves a nameless entry.
@@ -172,7 +190,7 @@ def stale_tiles(
     count = len(blocks)
     stale = np.triu(np.ones((count, count), bool))
     places = metric_places(group) if schema.PROVENANCE in group else {}
-    if name not in places:
+    if name not in places or not _records_resolution(group):
         return stale
     array = store.get_array(store.get_group(group, schema.PROVENANCE), schema.FINGERPRINT)
     recorded = store.read(array, places[name])
@@ -197,7 +215,7 @@ def invalidate(group: store.Group, blocks: Sequence[FrameBlock], stale: Mapping[
     changed = store.read(array) != contents
     for name, place in metric_places(group).items():
         gone = stale[name] if name in stale else changed[:, None] | changed
-        for of_tiles, nothing in ((schema.FINGERPRINT, ""), (schema.MISSING, 0)):
+        for of_tiles, nothing in OF_TILES.items():
             _clear(store.get_array(provenance, of_tiles), place, gone, nothing)
         # Reasons come with the tile of a block with itself.
         of_frames = np.repeat(np.diagonal(gone), [len(block) for block in blocks])

@@ -22,9 +22,10 @@ from lsim.metric import Metric
 from lsim.precision import PairPrecision, ReportsPrecision
 from lsim.preprocess import Scope
 from pipeline import schema, store, trials
-from pipeline.archive.matrix import tile_fingerprint
+from pipeline.archive.matrix import OF_TILES, tile_fingerprint
 from pipeline.embedding_cache import FRAMES_TOGETHER, EmbeddedBlock, cache, embed_block
 from pipeline.frame_blocks import FrameBlock, read_block
+from pipeline.resolution import count_unresolved
 from pipeline.workers import stopping
 from pipeline.workers.resident import MetricRequest, get_metric, still_wanted
 
@@ -110,7 +111,10 @@ class TileResult:
 
 @dataclass
 class _Record:
-    """The fingerprints, and counts of missing distances, of a task's square; its copies write them, too."""
+    """The records of a task's square of tiles; its copies write them, too.
+
+    They are a tile's fingerprint, and counts of its missing and its unresolved distances.
+    """
 
     group: store.Group
     place: int
@@ -118,27 +122,29 @@ class _Record:
     arrays: dict[str, store.Array] = field(init=False)
     origin: Tile = field(init=False)
     part: tuple[slice, ...] = field(init=False)
-    done: dict[Tile, tuple[str, int]] = field(default_factory=dict)
+    done: dict[Tile, dict[str, str | int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         provenance = store.get_group(self.group, schema.PROVENANCE)
-        self.arrays = {
-            name: store.get_array(provenance, name) for name in (schema.MISSING, schema.FINGERPRINT)
-        }
+        self.arrays = {name: store.get_array(provenance, name) for name in OF_TILES}
         side = self.arrays[schema.FINGERPRINT].chunks[1]
         i, j = self.tiles[0]
         self.origin = (i - i % side, j - j % side)
         self.part = tuple(slice(start, start + side) for start in self.origin)
 
-    def write(self, tile: Tile, fingerprint: str, missing: int) -> None:
+    def write(self, tile: Tile, fingerprint: str, missing: int, unresolved: int = 0) -> None:
         """Say that a tile is done; the fingerprint last."""
-        self.done[tile[0] - self.origin[0], tile[1] - self.origin[1]] = fingerprint, missing
-        for name in (schema.MISSING, schema.FINGERPRINT):
+        self.done[tile[0] - self.origin[0], tile[1] - self.origin[1]] = {
+            schema.FINGERPRINT: fingerprint,
+            schema.MISSING: missing,
+            schema.UNRESOLVED: unresolved,
+        }
+        for name in reversed(OF_TILES):
             # A second copy of the task may write the same values: what it has done is read, and all that
             # this one has done is written again, for the copy may have read before and written since.
             values = store.read(self.arrays[name], (self.place, *self.part))
-            for at, (fingerprint, missing) in self.done.items():
-                values[at] = fingerprint if name == schema.FINGERPRINT else missing
+            for at, records in self.done.items():
+                values[at] = records[name]
             store.write_block(self.arrays[name], (self.place, *self.origin), values[None])
 
 
@@ -188,6 +194,7 @@ def compute_tiles(task: TileTask) -> TileResult:
                     values = compare_blocks(metric, rows, columns)
                     if due:
                         _try_metric(metric, task, source, task.blocks[i], rows)
+                    unresolved = unresolved_pairs(metric, rows, columns, values)
                 except Exception as error:
                     # One tile must not take down its task. Without a fingerprint the next run tries again.
                     errors[name], undone = f"{type(error).__name__}: {error}", undone + 1
@@ -209,7 +216,7 @@ def compute_tiles(task: TileTask) -> TileResult:
                     contents = task.blocks[i].content, task.blocks[j].content
                     made_of = tile_fingerprint(*contents, metric.specification_hash, task.scope)
                     _check_wanted(task, i, j)
-                    records[name].write((i, j), made_of, missing)
+                    records[name].write((i, j), made_of, missing, unresolved)
                     done += 1
                 seconds["write"] += time.perf_counter() - began  # type: ignore[assignment]
     precision = {
@@ -321,6 +328,30 @@ def _try_on(tried: Metric, frames: np.ndarray, scope: Scope, embedding: Embeddin
     few = Embedding({name: part[known[: len(alone)].to(part.device)] for name, part in again.parts.items()})
     amid_others = tried.between(few, few.copy()).double().cpu().numpy()
     tried.claims.check_repeated(amid_others, alone, "amid other frames, and then alone, d", exact=False)
+
+
+def unresolved_pairs(metric: Metric, rows: EmbeddedBlock, columns: EmbeddedBlock, values: np.ndarray) -> int:
+    """Count the pairs of a tile whose distance rounding may have changed; of a block with itself, each once.
+
+    ``values`` are those of :func:`compare_blocks`. See :func:`pipeline.resolution.count_unresolved`.
+    """
+    if rows.embedding is None or columns.embedding is None:
+        return 0
+    n, m = values.shape
+    counted = np.triu(np.ones((n, m), bool), 1) if rows is columns else np.ones((n, m), bool)
+    at_once = ROWS_AT_ONCE if metric.device.type == "cpu" else max(n, m)
+    unresolved = 0
+    with torch.no_grad():
+        for start, other in itertools.product(range(0, n, at_once), range(0, m, at_once)):
+            place = np.s_[start : start + at_once, other : other + at_once]
+            if not counted[place].any():
+                continue
+            left = _part(metric, rows.embedding, start, at_once)
+            right = _part(metric, columns.embedding, other, at_once)
+            part = torch.from_numpy(values[place]).to(metric.device).double()
+            rounding = metric.bounded(left, right, part)
+            unresolved += count_unresolved(values[place][counted[place]], rounding[counted[place]])
+    return unresolved
 
 
 def in_order(tiles: Iterable[Sequence[Tile]]) -> list[Tile]:

@@ -34,6 +34,7 @@ from pipeline.distances.compute import (
 from pipeline.distances.sizing import BlockSize, Pace, block_size
 from pipeline.fields import checked_fields, drop_vanished
 from pipeline.metric_choice import Settings, choose_metrics
+from pipeline.resolution import Unresolved, list_unresolved, record_resolution
 from pipeline.runs import begin_run, carried, record_run
 from pipeline.scopes import dataset_range
 from pipeline.versions import versions
@@ -72,6 +73,8 @@ class DistancesReport:
         Blocks that were computed.
     failures : list of Failure
         All matrices of the store that are not there or have rows of NaN, whenever they were computed.
+    unresolved : list of Unresolved
+        Metrics with distances of the store that rounding may have changed by more than 0.1 %.
     unavailable : dict of str to str
         Metrics left out of ``"all"``, each with the reason and, where there is one, the remedy.
     symmetrised : list of str
@@ -89,6 +92,7 @@ class DistancesReport:
     up_to_date: int = 0
     blocks: int = 0
     failures: list[Failure] = field(default_factory=list)
+    unresolved: list[Unresolved] = field(default_factory=list)
     unavailable: dict[str, str] = field(default_factory=dict)
     symmetrised: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -198,10 +202,12 @@ def compute_distances(
                 sizes = {key: asdict(size) for key, size in report.sizes.items()}
                 run = made_by | counts | spent | {"new_blocks": sizes} | report.cluster
                 _record_precision(root, totals)
+                record_resolution(root)
             about = {"frames": relative(frames_path, out_path), "unavailable": report.unavailable}
             record_run(root, run, **carried(source), **about)
             store.consolidate(out_path)
     report.failures = list_failures(out_path)
+    report.unresolved = list_unresolved(store.open_store(out_path))
     return report
 
 

@@ -24,7 +24,7 @@ METRICS_PER_CHUNK = 64
 """Of the texts in provenance: one chunk holds those of all metrics for a block's sequences, which one task
 writes at once, instead of a small file a metric. A block has one task at a time, whatever its metrics."""
 
-ROW_TEXTS = (schema.FAILURE, schema.CONTENT, schema.FINGERPRINT)
+ROW_TEXTS = (schema.FAILURE, schema.CONTENT, schema.RESOLUTION, schema.FINGERPRINT)
 """Texts that provenance has for every metric and sequence, the fingerprint last: as they are written."""
 
 SATISFIED_BY: dict[Pairs, tuple[Pairs, ...]] = {"all": ("all",), "reference": ("reference", "all")}
@@ -132,7 +132,8 @@ def find_stale(
     """What of a field is out of date, and its fingerprints taken from it before anything else changes.
 
     Those that lose their fingerprint are the ones to compute, and distances of metrics that aren't computed
-    now whose frames have changed since: without one nobody takes them for distances of today's frames.
+    now whose frames have changed since: without one nobody takes them for distances of today's frames. So do
+    those of before there were resolutions: nobody knows what rounding did to them.
 
     Parameters
     ----------
@@ -154,8 +155,8 @@ def find_stale(
         name: [_suffix(hashed, scopes[name], p) for p in SATISFIED_BY[pairs]]
         for name, hashed in specifications.items()
     }
-    fingerprints, computed_from = (
-        store.get_array(provenance, name) for name in (schema.FINGERPRINT, schema.CONTENT)
+    fingerprints, computed_from, resolutions = (
+        store.get_array(provenance, name) for name in (schema.FINGERPRINT, schema.CONTENT, schema.RESOLUTION)
     )
     stale = {name: np.ones(len(contents), bool) for name in specifications}
     length = fingerprints.chunks[1]
@@ -167,12 +168,13 @@ def find_stale(
         if not (found != "").any():
             continue
         of_today = store.read(computed_from, (slice(None), rows)) == np.array(here, dtype=object)[None]
-        valid = np.where(of_today, found, "").astype(object)
+        resolved = store.read(resolutions, (slice(None), rows)) != ""
+        valid = np.where(of_today & resolved, found, "").astype(object)
         for name, place in places.items():
             wanted = suffixes[name]
             stale[name][rows] = [
                 all(recorded != _hashed(content, suffix) for suffix in wanted)
-                for recorded, content in zip(found[place], here, strict=True)
+                for recorded, content in zip(np.where(resolved, found, "")[place], here, strict=True)
             ]
             valid[place, stale[name][rows]] = ""
         _write_changed(fingerprints, start, found, valid)

@@ -27,6 +27,7 @@ from lsim.preprocess import FramesError, Scope, finite_frames
 from pipeline import schema, store, trials
 from pipeline.content import NOT_READ, read_sequence, why_not_read
 from pipeline.distances.blocks import Pairs, StaleBlock
+from pipeline.resolution import resolution_of, to_text
 from pipeline.workers.resident import MetricRequest, get_metric, still_wanted
 
 logger = logging.getLogger(__name__)
@@ -194,6 +195,7 @@ def compute_block(task: BlockTask) -> BlockResult:
             name: {row: block.contents[row] for row in matrices} for name, matrices in found.matrices.items()
         }
         write_provenance(group, schema.CONTENT, block, computed_from)
+        write_provenance(group, schema.RESOLUTION, block, found.resolutions)
         # The fingerprints last: they say that all else is there.
         write_provenance(group, schema.FINGERPRINT, block, found.done)
     kept = {metric.name: _take_precision(metric) for metric in found.metrics}
@@ -233,11 +235,15 @@ def seconds_per_sequence(task: BlockTask) -> float:
 
 @dataclass
 class _Computed:
-    """A block's metrics; by metric and row its matrices, why distances are missing, and fingerprints."""
+    """A block's metrics; by metric and row its matrices, why distances are missing, and fingerprints.
+
+    ``resolutions`` say what rounding can have done to the distances.
+    """
 
     metrics: list[Metric]
     matrices: dict[str, dict[int, np.ndarray]]
     reasons: dict[str, dict[int, str]]
+    resolutions: dict[str, dict[int, str]]
     done: dict[str, dict[int, str]]
 
 
@@ -249,6 +255,7 @@ def _compute(task: BlockTask, stages: _Clock, by_metric: _Clock) -> _Computed:
     block, n = task.block, store.get_array(source, schema.FRAMES).shape[1]
     matrices: dict[str, dict[int, np.ndarray]] = {metric.name: {} for metric in metrics}
     reasons: dict[str, dict[int, str]] = {metric.name: {} for metric in metrics}
+    resolutions: dict[str, dict[int, str]] = {metric.name: {} for metric in metrics}
     done: dict[str, dict[int, str]] = {metric.name: {} for metric in metrics}
     rows = sorted({row for rows in block.rows.values() for row in rows})
     sequences = _read(source, rows, metrics, task)
@@ -259,17 +266,19 @@ def _compute(task: BlockTask, stages: _Clock, by_metric: _Clock) -> _Computed:
             if row not in block.rows[metric.name]:
                 continue
             scope = task.scopes[metric.preprocessing.mask]
-            matrix, reason, final = np.full((n, n), np.nan), "", True
+            matrix, rounding = np.full((2, n, n), np.nan)
+            reason, final = "", True
             if sequence.damage:
                 # Not done: the next run looks whether the frames are whole again.
                 matrices[metric.name][row], reasons[metric.name][row] = matrix, sequence.damage
+                resolutions[metric.name][row] = ""
                 continue
             try:
                 if scope != "pair":
                     with stages("prepare"):
                         sequence.for_metric(metric, scope)
                 with stages("metrics"), by_metric(metric.name):
-                    matrix = _tried_matrix(metric, sequence, scope, task)
+                    matrix, rounding = _tried_matrix(metric, sequence, scope, task)
                 reason = _incomparable(matrix, sequence.frames, metric, task)
             except FramesError as error:
                 # The metric cannot take these frames, today or tomorrow: done, with the reason recorded.
@@ -279,9 +288,11 @@ def _compute(task: BlockTask, stages: _Clock, by_metric: _Clock) -> _Computed:
                 reason, final = f"{type(error).__name__}: {error}", False
             matrices[metric.name][row] = matrix
             reasons[metric.name][row] = reason
+            resolution = resolution_of(matrix, rounding, task.pairs, metric.preprocessing.precision)
+            resolutions[metric.name][row] = to_text(resolution)
             if final:
                 done[metric.name][row] = block.rows[metric.name][row]
-    return _Computed(metrics, matrices, reasons, done)
+    return _Computed(metrics, matrices, reasons, resolutions, done)
 
 
 def _read(
@@ -330,10 +341,12 @@ def _read(
             yield sequence
 
 
-def _tried_matrix(metric: Metric, sequence: _Sequence, scope: Scope, task: BlockTask) -> np.ndarray:
+def _tried_matrix(
+    metric: Metric, sequence: _Sequence, scope: Scope, task: BlockTask
+) -> tuple[np.ndarray, np.ndarray]:
     """:func:`_matrix`, computed twice for the first frames that a metric is given here in a run."""
     due = trials.is_due(task.run, metric)
-    matrix = _matrix(metric, sequence, scope, task.pairs)
+    matrix, rounding = _matrix(metric, sequence, scope, task.pairs)
     if due and (np.isfinite(matrix) & ~np.eye(len(matrix), dtype=bool)).any():
         fresh = sequence.anew()
         of_all = "sequence" if scope == "pair" else scope
@@ -342,26 +355,30 @@ def _tried_matrix(metric: Metric, sequence: _Sequence, scope: Scope, task: Block
             metric,
             fresh.for_metric(metric, of_all),
             matrix,
-            lambda tried: _matrix(tried, fresh, scope, task.pairs),
+            lambda tried: _matrix(tried, fresh, scope, task.pairs)[0],
         )
-    return matrix
+    return matrix, rounding
 
 
-def _matrix(metric: Metric, sequence: _Sequence, scope: Scope, pairs: Pairs) -> np.ndarray:
-    """One sequence's distances, (n, n) with a zero diagonal; what is not asked for is NaN."""
+def _matrix(metric: Metric, sequence: _Sequence, scope: Scope, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+    """Compute one sequence's distances and bounds on their rounding: (n, n) both, with a zero diagonal.
+
+    What is not asked for is NaN.
+    """
     if scope == "pair":
-        matrix = metric.pairwise(sequence.frames, "pair")
+        matrix, rounding = metric.each_pair_with_rounding(sequence.frames)
         if pairs == "reference":
             matrix[1:, 1:] = np.nan
     else:
         prepared = sequence.for_metric(metric, scope)
         if pairs == "all":
-            matrix = metric.all_pairs(prepared)
+            matrix, rounding = metric.all_pairs_with_rounding(prepared)
         else:
-            matrix = np.full((len(prepared), len(prepared)), np.nan)
-            matrix[0] = matrix[:, 0] = metric.from_reference(prepared)
+            matrix, rounding = np.full((2, len(prepared), len(prepared)), np.nan)
+            row, bounds = metric.from_reference_with_rounding(prepared)
+            matrix[0], matrix[:, 0], rounding[0], rounding[:, 0] = row, row, bounds, bounds
     np.fill_diagonal(matrix, 0)
-    return matrix
+    return matrix, rounding
 
 
 def _incomparable(matrix: np.ndarray, frames: np.ndarray, metric: Metric, task: BlockTask) -> str:

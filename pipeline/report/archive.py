@@ -27,6 +27,7 @@ from pipeline.neighbours import (
     neighbours_of,
 )
 from pipeline.report.contents import ReportError, find_frames
+from pipeline.resolution import list_unresolved
 
 SHOWN_MATRICES = 12
 """Matrices beyond this many are named; the page must stay small."""
@@ -99,6 +100,7 @@ class ArchiveContents:
     metrics: list[str]
     scope: str
     failures: list[dict[str, Any]]
+    unresolved: list[str]
     unavailable: dict[str, str]
     runs: list[dict[str, Any]]
     plans: list[str]
@@ -145,6 +147,7 @@ def gather_archive(path: str | os.PathLike[str]) -> ArchiveContents:
         metrics=_leading_first(metrics),
         scope=_scope_in_words(attributes.get("scope")),
         failures=[failure for key, group in groups.items() for failure in _failures(key, group)],
+        unresolved=[str(one) for one in list_unresolved(root)],
         unavailable={str(k): str(v) for k, v in attributes.get("unavailable", {}).items()},
         runs=[_run(run) for run in attributes.get("runs", [])],
         plans=[str(plan) for plan in plans] if isinstance(plans, list) else [str(plans)],

@@ -118,8 +118,8 @@ def number_range(low: float | None, high: float | None, digits: int = 2) -> str:
 def markdown(contents: Contents) -> str:
     """The main table for a README: a column a metric, a row a set; pools first, with intervals.
 
-    The best of a set is bold, as are those that it isn't certainly better than. With more than
-    :data:`BESIDE` metrics these are the rows.
+    The best of a set is bold, as are those that aren't told apart from it. With more than :data:`BESIDE`
+    metrics these are the rows.
     """
     sets = sorted(range(len(contents.columns)), key=lambda k: not contents.columns[k]["pool"])
     table = [[f"{contents.statistic} ({contents.protocol})", *map(_code, contents.metrics)]]
@@ -358,26 +358,40 @@ def _order(main: pd.DataFrame, dataset: str, metrics: list[str]) -> list[str]:
     return sorted(metrics, key=lambda m: -values[m] if not math.isnan(values[m]) else math.inf)
 
 
+INTERVALS = (("low", "high"), ("low_simultaneous", "high_simultaneous"))
+"""Of a difference by itself, and those that hold for all differences of a set at once."""
+
+
 def _against(compared: pd.DataFrame, dataset: str, best: str) -> dict[str, dict[str, float]]:
-    """How much better ``best`` is than each other metric, with interval."""
-    found = {}
+    """How much better ``best`` is than each other metric, with intervals."""
+    against = {}
     for row in _records(compared[compared.dataset == dataset]):
         if row["metric"] == best:
-            found[row["metric_other"]] = {k: row[k] for k in ("difference", "low", "high")}
+            names = ("difference", *(name for ends in INTERVALS for name in ends))
+            against[row["metric_other"]] = {name: row[name] for name in names}
         elif row["metric_other"] == best:
-            found[row["metric"]] = {
-                "difference": -row["difference"],
-                "low": -row["high"],
-                "high": -row["low"],
-            }
-    return found
+            mirrored = {"difference": -row["difference"]}
+            for low, high in INTERVALS:
+                mirrored |= {low: -row[high], high: -row[low]}
+            against[row["metric"]] = mirrored
+    return against
 
 
 def _verdict(difference: dict[str, float]) -> str:
-    """Whether a difference is certain: its interval lies on one side of zero."""
-    if math.isnan(difference["low"]) or math.isnan(difference["high"]):
+    """Tell whether two metrics are apart by the simultaneous interval of their difference.
+
+    The best was picked on the same sequences, out of all: the interval of one difference by itself would call
+    the best of equals better than another far too often.
+    """
+    low, high = difference["low_simultaneous"], difference["high_simultaneous"]
+    if math.isnan(low) or math.isnan(high):
         return "unknown"
-    return "certain" if difference["low"] > 0 or difference["high"] < 0 else "uncertain"
+    return "apart" if low > 0 or high < 0 else "even"
+
+
+def _comparisons(compared: pd.DataFrame, dataset: str) -> int:
+    """Count the differences of a set that its simultaneous intervals hold for."""
+    return int(compared[compared.dataset == dataset]["low_simultaneous"].notna().sum())
 
 
 def _headline(
@@ -399,6 +413,8 @@ def _headline(
         "sequences": int(counted[dataset]),
         "metric": None,
         "runner_up": None,
+        "ranked": len(table),
+        "comparisons": _comparisons(compared, dataset),
         "even": [],
         "against": [],
     }
@@ -416,7 +432,7 @@ def _headline(
             **against[second["metric"]],
             "verdict": _verdict(against[second["metric"]]),
         }
-    head["even"] = [row["metric"] for row in ranks[1:] if _verdict(against[row["metric"]]) == "uncertain"]
+    head["even"] = [row["metric"] for row in ranks[1:] if _verdict(against[row["metric"]]) == "even"]
     head["against"] = [
         {"metric": row["metric"], "value": row["value"], **against[row["metric"]]}
         | {"verdict": _verdict(against[row["metric"]])}
@@ -439,7 +455,7 @@ def _rows(
             continue
         best = max(values, key=lambda m: values[m])
         for metric, difference in _against(compared, name, best).items():
-            if metric in values and _verdict(difference) == "uncertain":
+            if metric in values and _verdict(difference) == "even":
                 cells[metric, name]["mark"] = "even"
         for metric, value in values.items():
             if value == values[best]:
@@ -631,7 +647,8 @@ def _made_by(
         "settings": {
             "Protocols": ", ".join(record["identity"]["protocols"]),
             "Bootstrap": f"{record['identity']['replicates']} replicates, seed {record['identity']['seed']}, "
-            f"{record['identity']['level']:.0%} percentile intervals over sequences",
+            f"{record['identity']['level']:.0%} percentile intervals over sequences; of differences also "
+            "simultaneous ones (max-T)",
             "Hash of the distances": record["identity"]["inputs"],
             "Distances": record["distances"],
             "Frames": _plain(attributes.get("frames", "")),

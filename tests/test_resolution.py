@@ -1,0 +1,195 @@
+"""What rounding leaves of distances: marked where it matters, left out where there is nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from archives import write_archive
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic import parameters, write_field
+
+from lsim import Embedding, Metric, MetricInfo
+from lsim.preprocess import Preprocessing
+from lsim.ranking import may_be_constant, pooled_spearman
+from pipeline import schema, store
+from pipeline.archive import compute_archive
+from pipeline.correlate import correlate
+from pipeline.display import show_distances
+from pipeline.distances import compute_distances
+from pipeline.metric_choice import Settings
+from pipeline.neighbours import find_neighbours
+from pipeline.report import write_archive_report, write_report
+from pipeline.resolution import Resolution, count_unresolved, from_text, resolution_of, to_text
+from pipeline.workers.cluster import Cluster
+from pipeline.workers.profiles import Profile
+
+BOUND = 1e-3
+
+
+class Corner(Metric):
+    """Difference of the upper left pixels, which rounding may have changed by a known bound."""
+
+    info = MetricInfo(title="difference of one pixel", source="this test")
+
+    def embed(self, frames):
+        return Embedding({"corner": frames[:, 0, 0, :1].double() / 255})
+
+    def compare(self, a, b):
+        return (a.parts["corner"] - b.parts["corner"].T).abs()
+
+    def rounding(self, a, b, distances):
+        return torch.full_like(distances, BOUND)
+
+
+def sequence(step: float, frames: int = 6) -> np.ndarray:
+    """Frames over [0, 1] whose upper left pixel rises by ``step`` from one to the next."""
+    values = np.zeros((frames, 8, 8, 1))
+    values[:, -1, -1] = 1
+    values[:, 0, 0, 0] = step * np.arange(frames)
+    return values
+
+
+def test_a_value_that_agrees_with_all_distances_makes_them_a_constant():
+    distances = np.array([0.0, 1.0, 2.0])
+    assert not may_be_constant(distances, np.full(3, 0.99))
+    assert may_be_constant(distances, np.ones(3))
+    assert may_be_constant(np.full(3, 7.0), np.zeros(3))
+    assert not may_be_constant(distances, np.zeros(3))
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=9), st.floats(0, 1), st.integers(0, 99))
+def test_rounded_constants_are_always_seen(errors, constant, seed):
+    bound = np.array(errors)
+    signs = np.random.default_rng(seed).uniform(-1, 1, len(errors))
+    assert may_be_constant(constant + signs * bound, bound + 1e-12)
+
+
+def test_unresolved_distances_are_those_whose_rounding_shows():
+    distances = np.array([0.0, 0.0, 1.0, 1.0, -40.0, np.nan, np.inf, 1.0])
+    rounding = np.array([0.0, 1e-9, 1e-4, 2e-3, 0.03, 1.0, 1.0, np.nan])
+    assert count_unresolved(distances, rounding) == 3
+
+
+def test_a_resolution_survives_being_written():
+    matrix = np.abs(np.subtract.outer(np.arange(4.0), np.arange(4.0)))
+    found = resolution_of(matrix, np.full((4, 4), 0.7), "all", "double")
+    assert found == Resolution(0.7, 6, 6, (), "double")
+    assert from_text(to_text(found)) == found
+    of_reference = resolution_of(matrix, np.full((4, 4), 9.0), "reference")
+    assert of_reference.constant == ("reference",)
+    assert of_reference.distances == 3
+
+
+def test_sequences_of_rounding_are_left_out_of_a_ranking_too():
+    truth = np.linspace(0.1, 1, 10)
+    noise = 1e-9 * np.random.default_rng(0).uniform(size=10)
+    assert pooled_spearman([truth, noise], truth, [1e-9, 1e-9]) == pytest.approx(1)
+    assert pooled_spearman([truth, noise], truth) < 1
+    assert np.isnan(pooled_spearman([noise], truth, [1e-9]))
+
+
+def test_each_pair_is_bounded_where_it_is_normalised_for_itself():
+    metric = Corner("corner", Preprocessing(size=None), torch.device("cpu"))
+    frames = sequence(0.1)
+    distances, rounding = metric.each_pair_with_rounding(frames)
+    np.testing.assert_array_equal(distances, metric.pairwise(frames, "pair"))
+    np.testing.assert_array_equal(rounding, BOUND * (1 - np.eye(6)))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Distances of sequences of nothing but rounding, of a signal just above it, and of one far above."""
+    folder = tmp_path_factory.mktemp("made")
+    steps = {"below": 0.3 * BOUND, "above": 0.6 * BOUND, "far": 0.15}
+    archive = {"A/x": {f"{name}{k}": sequence(step) for name, step in steps.items() for k in range(3)}}
+    write_archive(folder / "frames.zarr", archive)
+    settings = Settings(metrics=("test_resolution:Corner", "l1"), size=None)
+    with Cluster(Profile(kind="none")) as cluster:
+        for name, changes in {"all": {}, "pair": {"scope": "pair"}, "ref": {"pairs": "reference"}}.items():
+            told = settings.model_copy(update=changes)
+            compute_distances(folder / "frames.zarr", folder / f"{name}.zarr", told, cluster=cluster)
+        told = settings.model_copy(update={"scope": "dataset", "metrics": ("test_resolution:Corner",)})
+        compute_archive(folder / "frames.zarr", folder / "archive.zarr", told, cluster=cluster)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["all", "pair", "ref"])
+def test_sequences_of_rounding_are_left_out_for_every_protocol(made: Path, tmp_path: Path, name: str):
+    protocols = ["published"] if name == "ref" else ["published", "all-pairs"]
+    report = correlate(made / f"{name}.zarr", tmp_path, protocol=protocols, replicates=50)
+    out = report.left_out[report.left_out.metric.str.contains("Corner|corner")]
+    assert set(out.sequence) == {"below0", "below1", "below2"}
+    assert set(out.protocol) == set(protocols)
+    for reason in out.reason:
+        assert "rounding alone makes up to 0.001" in reason
+        assert "--precision double" in reason
+    rows = report.correlations[report.correlations.metric == out.metric.iloc[0]]
+    assert set(rows.left_out) == {3}
+    assert set(rows.sequences) == {6}
+    assert set(report.differences.sequences) == {6}
+
+
+def test_unresolved_distances_stand_in_provenance_notes_and_terminal(made: Path, tmp_path: Path, capsys):
+    settings = Settings(metrics=("test_resolution:Corner", "l1"), size=None)
+    with Cluster(Profile(kind="none")) as cluster:
+        again = compute_distances(made / "frames.zarr", made / "all.zarr", settings, cluster=cluster)
+    assert again.blocks == 0
+    (one,) = again.unresolved
+    expected = f"{one.metric}: {one.unresolved} of 135 distances are below what single precision resolves"
+    assert one.unresolved == 135  # rounding of a thousandth of the range is above 0.1 % of all of them
+    show_distances(again)
+    assert expected in " ".join(capsys.readouterr().err.split())
+    group = store.get_group(store.open_store(made / "all.zarr"), "A/x/provenance")
+    assert group.attrs["resolution"][one.metric]["unresolved"] == 135
+    texts = store.read(store.get_array(group, schema.RESOLUTION))
+    assert json.loads(str(texts[0, 0]))["rounding"] == pytest.approx(BOUND)
+    report = correlate(made / "all.zarr", tmp_path, replicates=20)
+    assert any(note.startswith(expected) for note in report.notes)
+    assert expected in write_report(tmp_path).read_text()
+
+
+def test_unresolved_distances_of_a_matrix_are_counted_once_a_pair(made: Path, tmp_path: Path):
+    settings = Settings(metrics=("test_resolution:Corner",), size=None, scope="dataset")
+    with Cluster(Profile(kind="none")) as cluster:
+        report = compute_archive(made / "frames.zarr", made / "archive.zarr", settings, cluster=cluster)
+    assert report.tiles == 0
+    (one,) = report.unresolved
+    assert (one.unresolved, one.distances) == (54 * 53 // 2, 54 * 53 // 2)
+    root = store.open_store(made / "archive.zarr")
+    assert root.attrs["runs"][0]["unresolved"] == {one.metric: one.unresolved}
+    assert str(one) in write_archive_report(made / "archive.zarr", tmp_path).read_text()
+    assert find_neighbours(made / "archive.zarr", "far0:3").unresolved > 0
+
+
+def test_results_of_before_are_computed_again(made: Path, tmp_path: Path):
+    settings = Settings(metrics=("l1",), size=None)
+    with Cluster(Profile(kind="none")) as cluster:
+        compute_distances(made / "frames.zarr", tmp_path / "d.zarr", settings, cluster=cluster)
+        root = store.open_store(tmp_path / "d.zarr", "r+")
+        del root["A/x/provenance/resolution"]
+        store.consolidate(tmp_path / "d.zarr")
+        notes = correlate(tmp_path / "d.zarr", tmp_path / "r", replicates=0).notes
+        assert any("not recorded" in note for note in notes)
+        assert compute_distances(
+            made / "frames.zarr", tmp_path / "d.zarr", settings, cluster=cluster
+        ).computed
+
+
+def test_a_row_without_its_resolution_is_left_out(tmp_path: Path):
+    root, parameter = store.open_store(tmp_path / "d.zarr", "a"), parameters(3)
+    matrices = np.abs(parameter[:, :, None] - parameter[:, None, :])
+    write_field(root, "A/x", list("abc"), parameter, {"m": matrices})
+    group = store.get_group(root, "A/x/provenance")
+    array = store.create_array(
+        group, schema.RESOLUTION, shape=(1, 3), chunks=(1, 3), dims=schema.PROVENANCE_DIMS, dtype=str
+    )
+    fine = to_text(Resolution(0.0, 55, 0, ()))
+    store.write_rows(array, 0, np.array([[fine, "", fine]], object))
+    report = correlate(tmp_path / "d.zarr", tmp_path / "r", replicates=0)
+    assert report.left_out.sequence.tolist() == ["b"]
+    assert "not recorded" in report.left_out.reason[0]
