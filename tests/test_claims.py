@@ -82,7 +82,7 @@ COMPARED = {
         "compare changed torch's default dtype",
     ),
     "Threading": (
-        "torch.set_num_threads(2)\n        return super().compare(a, b)",
+        "torch.set_num_threads(torch.get_num_threads() + 1)\n        return super().compare(a, b)",
         "torch's number of threads",
     ),
     "Learning": (
