@@ -71,8 +71,7 @@ class SimulationLoss(nn.Module):
     -----
     Under autocast the metric keeps to single precision, and on GPUs off TF32, which is wrong by 11 % on
     nearly equal frames; therefore ``torch.compile`` on a GPU leaves the network out of its graph. Gradients
-    flow back at whatever precision torch is set to. ``ssim`` can be mapped by ``torch.func.vmap`` only where
-    gradients are taken, as in ``vmap(grad(loss))``.
+    flow back at whatever precision torch is set to.
     """
 
     def __init__(

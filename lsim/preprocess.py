@@ -782,6 +782,20 @@ def _representable(*bounds: np.ndarray) -> bool:
         return all(np.array_equal(b.astype(np.float32), b, equal_nan=True) for b in bounds)
 
 
+def scope_identity(scope: Scope) -> Any:
+    """Name a scope in a fingerprint, as JSON takes it.
+
+    Results by bounds that single precision doesn't hold were once normalised by rounded ones: these go by
+    another name than they did.
+
+    >>> scope_identity((0.0, 0.5)), scope_identity((0.0, 0.1))
+    ((0.0, 0.5), {'bounds': 'exact', 'range': (0.0, 0.1)})
+    """
+    if not isinstance(scope, tuple) or _representable(*(np.asarray(b, np.float64) for b in scope)):
+        return scope
+    return {"bounds": "exact", "range": scope}
+
+
 def _comfortable(spread: np.ndarray) -> bool:
     nonzero = spread[spread != 0]
     return bool(np.isfinite(spread).all() and (nonzero > 1e-30).all() and (nonzero < 1e37).all())

@@ -10,7 +10,7 @@ import torch
 
 import lsim
 from lsim.loss import SimulationLoss
-from lsim.preprocess import Preprocessing, apply, preprocess
+from lsim.preprocess import Preprocessing, apply, preprocess, scope_identity
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_fixed_scope_is_not_rounded_to_the_frames(
 
 @pytest.mark.parametrize("order", [0, 1, 3])
 @pytest.mark.parametrize(
-    ("dtype", "offset"), [("i8", 2**60), ("i8", 2**63 - 300), ("i8", -(2**63)), ("u8", 2**64 - 300)]
+    ("dtype", "offset"), [("i8", 2**60), ("i8", 2**63 - 600), ("i8", 500 - 2**63), ("u8", 2**64 - 600)]
 )
 def test_integers_beyond_double_precision_keep_their_differences(
     rng: np.random.Generator, dtype: str, offset: int, order: int
@@ -141,3 +141,9 @@ def test_distances_have_the_dtype_of_the_frames(dtype: torch.dtype) -> None:
     a, b = (255 * torch.rand(2, 2, 1, 16, 16)).to(dtype)
     assert metric(a, b).dtype == dtype
     assert metric(a.to(torch.uint8), b.to(torch.uint8)).dtype == torch.get_default_dtype()
+
+
+def test_results_of_fixed_scopes_that_were_rounded_are_out_of_date() -> None:
+    assert scope_identity((0.0, 255.0)) == (0.0, 255.0)
+    assert scope_identity("sequence") == "sequence"
+    assert scope_identity((101325.3, 101326.6)) != (101325.3, 101326.6)
