@@ -268,8 +268,8 @@ def test_masked_blocks_of_a_lazy_array_are_missing_pixels(rng: np.random.Generat
     plain = xr.DataArray(np.where(missing, np.nan, values), dims=("time", "y", "x"))
     for found, expected in (
         (
-            lazy.lsim.pairwise("l2", dim="time", size=None, mask="nan"),
-            plain.lsim.pairwise("l2", dim="time", size=None, mask="nan"),
+            lazy.lsim.pairwise("time", "l2", size=None, mask="nan"),
+            plain.lsim.pairwise("time", "l2", size=None, mask="nan"),
         ),
         (
             lazy.lsim.distance(plain[0], "l2", size=None, mask="nan"),
