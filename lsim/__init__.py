@@ -6,7 +6,7 @@
 """
 
 from lsim.claims import ClaimError, MetricError
-from lsim.metric import Embedding, Metric, MetricInfo, SizeWarning
+from lsim.metric import Embedding, Metric, MetricInfo, RangeWarning, SizeWarning
 from lsim.preprocess import FramesError, Preprocessing, preprocess
 from lsim.registry import UnknownMetricError, describe_metrics, list_metrics, load_metric
 from lsim.weights import WeightsError
@@ -21,6 +21,7 @@ __all__ = [
     "MetricError",
     "MetricInfo",
     "Preprocessing",
+    "RangeWarning",
     "SizeWarning",
     "UnknownMetricError",
     "WeightsError",

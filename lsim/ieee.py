@@ -26,6 +26,10 @@ def ieee_convolutions() -> Iterator[None]:
     the whole process's: it is put back when the last of several threads leaves.
     """
     global _inside, _before
+    if torch.compiler.is_compiling():
+        # A graph drops the settings, and cannot hold locks: on GPUs, networks are left out of graphs.
+        yield
+        return
     backends = [b for b in (torch.backends.cudnn, torch.backends.mkldnn) if hasattr(b, "conv")]
     # torch before 2.9 knows one setting; where there are new ones, the old one cannot always be read.
     settings: list[tuple[Any, str, Any]] = [(b.conv, "fp32_precision", "ieee") for b in backends] or [
@@ -53,6 +57,9 @@ _multiplying = threading.Lock()
 @contextlib.contextmanager
 def ieee_products(device: torch.device) -> Iterator[None]:
     """Products of matrices in single precision proper: no TF32, no bfloat16, whatever the program has set."""
+    if torch.compiler.is_compiling():
+        yield
+        return
     # Settings are the process's: another thread's end must not bring them back halfway through.
     with _multiplying, torch.autocast(device.type, enabled=False):
         restore = _settings_of_products()

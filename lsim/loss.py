@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import os
+import struct
 import warnings
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lsim.ieee import ieee_convolutions
-from lsim.metric import Metric, SizeWarning, safe_sqrt
+from lsim.metric import Metric, SizeWarning, check_range, safe_sqrt
 from lsim.metrics.learned import LSiM, feature_scale
 from lsim.preprocess import FramesError
 from lsim.registry import load_metric
@@ -70,8 +71,7 @@ class SimulationLoss(nn.Module):
     -----
     Under autocast the metric keeps to single precision, and on GPUs off TF32, which is wrong by 11 % on
     nearly equal frames; therefore ``torch.compile`` on a GPU leaves the network out of its graph. Gradients
-    flow back at whatever precision torch is set to. ``ssim`` can be mapped by ``torch.func.vmap`` only where
-    gradients are taken, as in ``vmap(grad(loss))``.
+    flow back at whatever precision torch is set to.
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class SimulationLoss(nn.Module):
         self.differentiable_range = differentiable_range
         self.reduction = reduction
         self._warned = False
+        self._range_known = False
         self.distance: FrozenNetwork | PlainDistance = (
             FrozenNetwork(loaded) if isinstance(loaded, LSiM) else PlainDistance(loaded)
         )
@@ -130,8 +131,12 @@ class SimulationLoss(nn.Module):
         """
         self._check(prediction, target)
         dtype = self.distance.dtype
+        # An offset that double precision holds would be lost before it is subtracted.
+        wide = torch.promote_types(_floating(prediction.dtype), _floating(target.dtype))
         with torch.autocast(prediction.device.type, enabled=False):
-            prediction, target = self._normalised(prediction.to(dtype), target.to(dtype))
+            wide = torch.promote_types(wide, dtype)
+            prediction, target = self._normalised(prediction.to(wide), target.to(wide))
+            prediction, target = prediction.to(dtype), target.to(dtype)
             if self.channels == "separate":
                 distances = self.distance(
                     *(_as_planes(x.flatten(0, 1)[:, None]) for x in (prediction, target))
@@ -169,6 +174,10 @@ class SimulationLoss(nn.Module):
                         f"normalisation has a range for {len(bound)} channels, the frames have {channels}"
                     )
         self.distance.check_size(y, x)
+        if self.normalisation is None and not self._range_known:
+            self._range_known = check_range(
+                self.distance.name, "normalisation=(0, 1)", prediction, target, stacklevel=6
+            )
         advised = self.distance.advised_sizes
         if advised is None or self._warned or torch.compiler.is_compiling():
             return
@@ -186,21 +195,37 @@ class SimulationLoss(nn.Module):
         if self.normalisation is None:
             return prediction, target
         if isinstance(self.normalisation, tuple):
-            lo, hi = (prediction.new_tensor(bound)[:, None, None] for bound in self.normalisation)
-        else:
-            lo, hi = target.amin(IN_PLANE, keepdim=True), target.amax(IN_PLANE, keepdim=True)
-            if self.normalisation == "pair":
-                lo = torch.minimum(lo, prediction.amin(IN_PLANE, keepdim=True))
-                hi = torch.maximum(hi, prediction.amax(IN_PLANE, keepdim=True))
-            if not self.differentiable_range:
-                lo, hi = lo.detach(), hi.detach()
+            return self._over_fixed_range(prediction), self._over_fixed_range(target)
+        lo, hi = target.amin(IN_PLANE, keepdim=True), target.amax(IN_PLANE, keepdim=True)
+        if self.normalisation == "pair":
+            lo = torch.minimum(lo, prediction.amin(IN_PLANE, keepdim=True))
+            hi = torch.maximum(hi, prediction.amax(IN_PLANE, keepdim=True))
+        if not self.differentiable_range:
+            lo, hi = lo.detach(), hi.detach()
         empty = hi == lo
+        # A range that goes from one end of the dtype to the other is wider than the dtype.
+        scale = torch.where((hi - lo).isinf(), 0.5, 1.0).to(lo.dtype)
+        lo, hi = lo * scale, hi * scale
         # Nothing is divided by 0: what is masked afterwards would still make gradients NaN.
         spread = (hi - lo).masked_fill(empty, 1)
         first, second = (
-            (255 * ((frames - lo) / spread)).masked_fill(empty, 0) for frames in (prediction, target)
+            (255 * ((frames * scale - lo) / spread)).masked_fill(empty, 0) for frames in (prediction, target)
         )
         return first, second
+
+    def _over_fixed_range(self, frames: Tensor) -> Tensor:
+        """Map the fixed range to [0, 255]; its bounds needn't be numbers of the frames' dtype."""
+        assert isinstance(self.normalisation, tuple)
+        lows, highs = self.normalisation
+        channels = max(len(lows), len(highs))
+        lows, highs = lows * (channels // len(lows)), highs * (channels // len(highs))
+        single = frames.dtype == torch.float32
+        nearest = [struct.unpack("f", struct.pack("f", low))[0] if single else low for low in lows]
+        rest = [low - near for low, near in zip(lows, nearest, strict=True)]
+        # The quotients of halves are those of the whole, and don't overflow.
+        spread = [high / 2 - low / 2 for low, high in zip(lows, highs, strict=True)]
+        near, beyond, half = (frames.new_tensor(part)[:, None, None] for part in (nearest, rest, spread))
+        return 255 * (((frames / 2 - near / 2) - beyond / 2) / half)
 
 
 class FrozenNetwork(nn.Module):
@@ -302,6 +327,14 @@ class PlainDistance(nn.Module):
         # One of one's own that gave all pairs would have their mean taken.
         self.metric.claims.check_block(distances, (len(prediction),), "paired")
         return distances.to(self.dtype)
+
+
+def _floating(dtype: torch.dtype) -> torch.dtype:
+    """Name the floating point that holds a dtype's numbers, as far as there is one."""
+    if dtype.is_floating_point:
+        return dtype
+    narrow = (torch.bool, torch.uint8, torch.int8, torch.int16)
+    return torch.float32 if dtype in narrow else torch.float64
 
 
 def _plainly(trunk: nn.Module, planes: Tensor) -> Sequence[Tensor]:

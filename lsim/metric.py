@@ -26,8 +26,9 @@ from torch import Tensor
 
 from lsim.claims import Claims, OthersCode, other_random_numbers, versions
 from lsim.embedding import Embedding
+from lsim.pairs import is_plain
 from lsim.prepared import Prepared, prepare, prepare_pairs
-from lsim.preprocess import FramesError, Preprocessing, Scope, as_frames
+from lsim.preprocess import FramesError, Preprocessing, Scope, as_array, as_frames
 
 Mask: TypeAlias = Literal["nan"] | ArrayLike | None
 """What is left out of comparisons: pixels that are NaN in either frame, or where an array is false."""
@@ -38,6 +39,10 @@ _NOTHING = contextlib.nullcontext()
 
 class SizeWarning(UserWarning):
     """Frames of a size that the metric was not made for."""
+
+
+class RangeWarning(UserWarning):
+    """Frames that seem to be in another range than the metric takes."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ class Metric(ABC):
         """Of the file of a metric of one's own that is loaded by reference: another file, other distances."""
         self._symmetrised = False
         self._warned = False
+        self._range_known = False
 
     @classmethod
     def load(
@@ -312,27 +318,33 @@ class Metric(ABC):
             Symmetric where the metric is; NaN in row and column of a frame that holds NaN or infinity. The
             diagonal is the metric's distance of a frame to itself: 0, and −inf for PSNR.
         """
-        array = as_frames(np.asarray(frames))
+        array = as_frames(frames)
         if mask is not None:
             return self._masking().pairwise(_where(array, mask), scope)
         if scope != "pair":
             return self.all_pairs(self.prepare(array, scope))
         return self.each_pair_with_rounding(array)[0]
 
-    def __call__(self, reference: Tensor, other: Tensor) -> Tensor:
-        """Distances between two batches that already are in the metric's own range; differentiable.
+    def __call__(
+        self, reference: Tensor, other: Tensor, *, data_range: float | tuple[float, float] | None = None
+    ) -> Tensor:
+        """Measure distances between two batches that are in a known range; differentiable.
 
         Parameters
         ----------
         reference, other : Tensor of shape (batch, channel, y, x)
-            Values in [0, 255], see :attr:`MetricInfo.value_range`; 1 or 3 channels. Nothing is resized
-            or normalised.
+            Values in [0, 255], see :attr:`MetricInfo.value_range`, or in ``data_range``; 1 or 3 channels.
+            Nothing is resized, nor normalised by what the frames hold.
+        data_range : float or (lo, hi), optional
+            What the values are in: [0, ``data_range``], or [lo, hi]. 1 for values in [0, 1]. Default: the
+            metric's own range; values that all are in [0, 1] are then warned of, once.
 
         Returns
         -------
         Tensor of shape (batch,)
-            On the metric's device. Gradients are finite, 0 for identical frames, where the metric is
-            differentiable; see :attr:`MetricInfo.differentiable`. Metrics that truncate to 8 bit
+            On the metric's device, of the dtype that the frames have, torch's default one for integers.
+            Half precision is computed in single. Gradients are finite, 0 for identical frames, where the
+            metric is differentiable; see :attr:`MetricInfo.differentiable`. Metrics that truncate to 8 bit
             (:attr:`quantised`) have the gradient 0 everywhere.
         """
         if reference.ndim != 4 or reference.shape != other.shape:
@@ -344,14 +356,32 @@ class Metric(ABC):
             raise ValueError(f"expected 1 or 3 channels on axis 1, found {reference.shape[1]}")
         self.check_size(reference.shape[2], reference.shape[3])
         self._warn_of_size(reference.shape[2], reference.shape[3])
+        if data_range is None and not self._range_known and self.info.value_range == (0.0, 255.0):
+            self._range_known = check_range(self.name, "data_range=1", reference, other, stacklevel=3)
+        dtype = torch.promote_types(reference.dtype, other.dtype)
+        dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
         stacked = torch.cat([reference, other]).to(self.device).permute(0, 2, 3, 1)
+        if stacked.dtype in (torch.float16, torch.bfloat16):
+            stacked = stacked.float()
+        if data_range is not None:
+            stacked = self._from_range(stacked, data_range)
         if stacked.shape[-1] == 1 and not self.info.one_channel_suffices:
             stacked = stacked.expand(*stacked.shape[:-1], 3)
         if self.quantised:
             stacked = stacked.clamp(0, 255).floor()
         embedding = self.embed(stacked)
         self.claims.check_embedding(embedding, len(stacked))
-        return self._elementwise(embedding[slice(0, len(reference))], embedding[slice(len(reference), None)])
+        first, second = embedding[slice(0, len(reference))], embedding[slice(len(reference), None)]
+        return self._elementwise(first, second).to(dtype)
+
+    def _from_range(self, values: Tensor, data_range: float | tuple[float, float]) -> Tensor:
+        """Map values in ``data_range`` to :attr:`MetricInfo.value_range`."""
+        lo, hi = data_range if isinstance(data_range, tuple) else (0.0, data_range)
+        if not -math.inf < lo < hi < math.inf:
+            raise ValueError(f"data_range must be a positive number or (lo, hi), got {data_range!r}")
+        first, last = self.info.value_range
+        values = values if values.is_floating_point() else values.double()
+        return (values - lo) * ((last - first) / (hi - lo)) + first
 
     def prepare(self, frames: np.ndarray, scope: Scope, *, resized: bool = True) -> Prepared:
         """Apply the metric's preprocessing to (n, y, x, channel), and check the resulting size.
@@ -625,6 +655,33 @@ def hash_specification(specification: Mapping[str, Any]) -> str:
     return hashlib.sha256(document.encode()).hexdigest()[:32]
 
 
+def check_range(name: str, remedy: str, a: Tensor, b: Tensor, stacklevel: int) -> bool:
+    """Warn where all of two batches is in [0, 1] and [0, 255] is expected.
+
+    Returns
+    -------
+    bool
+        Whether their range is known now. It isn't for frames of zeros, and for tensors whose values cannot
+        be looked at, as under ``torch.func`` and ``torch.compile``.
+    """
+    if not is_plain(a, b) or not a.numel():
+        return False
+    with torch.no_grad():
+        extremes = [values.aminmax() for values in (a, b)]
+        lo = min(float(extreme.min) for extreme in extremes)
+        hi = max(float(extreme.max) for extreme in extremes)
+    if lo == hi == 0 or math.isnan(lo + hi):
+        return False
+    if a.is_floating_point() and lo >= 0 and hi <= 1:
+        warnings.warn(
+            f"metric {name!r} takes values in [0, 255], and these are all in [0, 1]: pass {remedy} "
+            "if that is their range; as they are, they are nearly black frames",
+            RangeWarning,
+            stacklevel=stacklevel,
+        )
+    return True
+
+
 def positive_number(metric: str, option: str, value: Any) -> float:
     """An option's value as a float; :class:`ValueError`, naming both, unless it is a number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -647,7 +704,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 def _as_batch(array: ArrayLike, what: str) -> np.ndarray:
     """(y, x), (y, x, channel) or (batch, y, x, channel) → (batch, y, x, channel)."""
-    values = np.asarray(array)
+    values = as_array(array, what)
     return as_frames(values[None] if values.ndim == 3 else values, what)
 
 
@@ -657,7 +714,7 @@ def _where(frames: np.ndarray, mask: Mask) -> np.ndarray:
         if mask != "nan":
             raise ValueError(f"mask must be 'nan' or an array of bool, got {mask!r}")
         return frames
-    kept = np.asarray(mask)
+    kept = mask.filled(False) if isinstance(mask, np.ma.MaskedArray) else np.asarray(mask)
     if kept.dtype != np.bool_:
         raise ValueError(f"mask must be 'nan' or an array of bool, got one of {kept.dtype}")
     wanted = {frames.shape[1:3]: kept[None, ..., None], frames.shape[:3]: kept[..., None], frames.shape: kept}

@@ -20,7 +20,9 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from lsim.precision import CONFIDENCE, DIRECTLY, HALF_ULP, PROMISE, PairPrecision, number_of_pairs
 from lsim.products import VALUES_TOGETHER, squared_differences_in_torch
@@ -242,8 +244,32 @@ def _in_tiles(
 
 
 def has_kernel(*tensors: Tensor) -> bool:
-    """Whether the compiled kernels apply: on the CPU, and to tensors that carry no gradients."""
-    return all(tensor.device.type == "cpu" and not tensor.requires_grad for tensor in tensors)
+    """Tell whether compiled kernels apply: to plain tensors on the CPU that carry no gradients.
+
+    Kernels read memory. A tensor within ``torch.func``, ``torch.compile`` or forward-mode differentiation has
+    none to read, or has more to it than its memory says.
+    """
+    return all(
+        tensor.device.type == "cpu" and not tensor.requires_grad and is_plain(tensor) for tensor in tensors
+    )
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Tell whether tensors have values that Python may look at, and no derivatives besides."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(
+        type(tensor) in (Tensor, nn.Parameter)
+        and not is_functorch_wrapped_tensor(tensor)
+        and forward_ad.unpack_dual(tensor).tangent is None
+        for tensor in tensors
+    )
+
+
+def carries_gradients(*tensors: Tensor) -> bool:
+    """Tell whether results have to be differentiable, or traced: nothing may be written in place then."""
+    needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return needed or not is_plain(*tensors)
 
 
 def rows_in_torch(
@@ -277,7 +303,7 @@ def squared_distances(x: Tensor, y: Tensor) -> tuple[Tensor, PairPrecision]:
     PairPrecision
     """
     n, m, columns = len(x), len(y), x.shape[1]
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+    if carries_gradients(x, y):
         rows = [(row - y).square().sum(1, dtype=torch.float64) for row in x]
         return torch.stack(rows), directly(n, m, symmetric=x is y)
     if not has_kernel(x, y):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numba
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from lsim.resampling import Frames, resample
+from lsim.resampling import Frames, beyond, resample
 
 Compat: TypeAlias = Literal["default", "published"]
 Floats: TypeAlias = Literal["single", "double"]
@@ -30,6 +31,9 @@ double precision: metrics, which measure on [0, 1], then see the values as they 
 
 SCOPES = ("pair", "batch", "sequence", "dataset", "none")
 ORDERS = (0, 1, 2, 3, 4, 5)
+
+WHOLE_IN_DOUBLE = 2**53
+"""Up to which double precision holds every integer."""
 
 
 class FramesError(ValueError):
@@ -130,7 +134,7 @@ def preprocess(
     Kohl, Um, Thuerey: Learning Similarity Metrics for Numerical Simulations, ICML 2020, section 4.
     """
     settings = Preprocessing(size, order, compat)
-    array = np.asarray(frames)
+    array = as_array(frames)
     if array.ndim == 5 and array.size:
         if isinstance(scope, str) and scope == "sequence":
             return np.stack([_repeated(apply(settings, sequence, scope)) for sequence in array])
@@ -164,8 +168,9 @@ def apply(settings: Preprocessing, frames: Frames, scope: Scope) -> Frames:
         )
     if scope == "none":
         settings = replace(settings, precision="double")
-    resized, complete = _resized(settings, frames)
-    return _over_scope(settings, resized, complete, scope, _limits(frames) is not None)
+    held = _held(settings, frames)
+    resized, complete = _resized(settings, held)
+    return _over_scope(settings, resized, complete, _within(scope, held), _limits(frames) is not None)
 
 
 def apply_to_pairs(settings: Preprocessing, frames: Frames) -> Iterator[tuple[int, int, Frames]]:
@@ -177,7 +182,7 @@ def apply_to_pairs(settings: Preprocessing, frames: Frames) -> Iterator[tuple[in
     ndarray or Tensor of shape (2, y', x', 1 or 3), float32
     """
     frames = drop_alpha(frames)
-    resized, complete = _resized(settings, frames)
+    resized, complete = _resized(settings, _held(settings, frames))
     whole_numbers = _limits(frames) is not None
     for i in range(len(frames)):
         for j in range(i, len(frames)):
@@ -225,14 +230,108 @@ def range_of(frames: np.ndarray, settings: Preprocessing) -> tuple[np.ndarray, n
     lo, hi : ndarray of shape (channel,), float64
         NaN where nothing counts.
     """
-    resized, complete = _resized(settings, drop_alpha(frames))
-    return _range(resized, "sequence", None if settings.mask else complete)
+    held = _held(settings, drop_alpha(frames))
+    resized, complete = _resized(settings, held)
+    lo, hi = _range(resized, "sequence", None if settings.mask else complete)
+    return lo / held.factor + held.offset, hi / held.factor + held.offset
 
 
-def _resized(settings: Preprocessing, frames: Frames) -> tuple[Frames, np.ndarray]:
-    """Frames as they are to be normalised, and which of them hold neither NaN nor infinity: bool (n,)."""
+class _Held(NamedTuple):
+    """Frames as floating point can hold them: (values − offset) · factor, both exact.
+
+    ``limits`` are those of the integers that they were, as :func:`_limits` gives them.
+    """
+
+    frames: Any
+    limits: tuple[float, float] | None
+    offset: int = 0
+    factor: float = 1.0
+
+    def place(self, bound: Any) -> float:
+        """Give a bound's place among the frames, rounded once."""
+        exact = bound if isinstance(bound, int) else float(bound)
+        return float((Fraction(exact) - self.offset) * Fraction(self.factor))
+
+
+def _held(settings: Preprocessing, frames: Any) -> _Held:
+    """Shift integers beyond 2⁵³ and scale floats near the ends of their exponents; leave all others."""
     limits = _limits(frames)
-    loaded = _loadable(frames)
+    array = isinstance(frames, np.ndarray)
+    if limits is not None:
+        wide = frames.dtype.itemsize == 8 if array else frames.dtype in (torch.int64, torch.uint64)
+        return _shifted(settings, frames, limits) if wide else _Held(frames, limits)
+    double = frames.dtype == (np.float64 if array else torch.float64)
+    if not double and settings.order < 2:
+        return _Held(frames, limits)  # what is single is normalised in double where it has to be
+    largest = _largest(frames)
+    if largest > (1e300 if double else 1e37):
+        factor = 2.0**-16
+    elif double and settings.order > 0 and 0 < largest < 1e-290:
+        factor = 2.0**200
+    else:
+        return _Held(frames, limits)
+    return _Held(frames * frames.dtype.type(factor) if array else frames * factor, limits, 0, factor)
+
+
+def _largest(frames: Any) -> float:
+    """Find the largest finite magnitude; 0 where there is none."""
+    if isinstance(frames, Tensor):
+        finite = frames[frames.isfinite()]
+        return finite.abs().max().item() if len(finite) else 0.0
+    known = _extremes(_loadable(frames))
+    if known.finite.all():
+        return float(max(np.abs(known.lo).max(), np.abs(known.hi).max()))
+    finite = frames[np.isfinite(frames)]
+    return float(np.abs(finite).max(initial=0))
+
+
+def _shifted(settings: Preprocessing, frames: Any, limits: tuple[float, float]) -> _Held:
+    """Subtract the smallest of 64-bit integers where some are beyond 2⁵³: differences are what counts."""
+    lowest, highest = _whole_extremes(frames)
+    if max(-lowest, highest) <= WHOLE_IN_DOUBLE:
+        return _Held(frames, limits)
+    published = settings.compat == "published" and settings.size is not None
+    if published and any(beyond(n, settings.size or n) for n in frames.shape[1:3]):
+        return _Held(frames, limits)  # its rim of zeros is then what the range is of
+    moved: Any
+    if isinstance(frames, np.ndarray):
+        # Modulo 2⁶⁴, which the differences don't exceed.
+        moved = (frames.astype(np.uint64) - np.uint64(lowest % 2**64)).astype(np.float64)
+    else:
+        smallest = torch.tensor([lowest], dtype=frames.dtype, device=frames.device)
+        moved = _signed(frames) - _signed(smallest)
+        moved = torch.where(moved < 0, moved.double() + 2.0**64, moved.double())
+    return _Held(moved, (float(int(limits[0]) - lowest), float(int(limits[1]) - lowest)), lowest)
+
+
+def _whole_extremes(frames: Any) -> tuple[int, int]:
+    if isinstance(frames, np.ndarray):
+        return int(frames.min()), int(frames.max())
+    shift = 2**63 if frames.dtype == torch.uint64 else 0
+    ordered = _signed(frames)
+    return int(ordered.min().item()) + shift, int(ordered.max().item()) + shift
+
+
+def _signed(frames: Tensor) -> Tensor:
+    """Map 64-bit integers to int64 in the same order, and with the same differences modulo 2⁶⁴."""
+    return frames.view(torch.int64) ^ torch.iinfo(torch.int64).min if frames.dtype == torch.uint64 else frames
+
+
+def _within(scope: Scope, held: _Held) -> Scope:
+    """Take a fixed range to where frames are held, without a rounding in between."""
+    if isinstance(scope, str) or len(scope) != 2 or (held.offset == 0 and held.factor == 1):
+        return (0.0, held.factor) if scope == "none" and held.factor != 1 else scope
+    try:
+        lo, hi = ([held.place(b) for b in np.asarray(bound, object).reshape(-1)] for bound in scope)
+    except (TypeError, ValueError, OverflowError):
+        return scope  # no numbers: said where ranges are read
+    return lo, hi
+
+
+def _resized(settings: Preprocessing, held: _Held) -> tuple[Any, np.ndarray]:
+    """Resize frames to be normalised; tell which of them hold neither NaN nor infinity: bool (n,)."""
+    limits = held.limits
+    loaded = _loadable(held.frames)
     if settings.precision == "double":
         loaded = loaded.double() if isinstance(loaded, Tensor) else loaded.astype(np.float64, copy=False)
     known = _extremes(loaded)
@@ -263,17 +362,65 @@ def _missing_as_nan(frames: Frames) -> Frames:
     return out
 
 
+def as_array(values: ArrayLike, what: str = "frames") -> np.ndarray:
+    """Make an array of what NumPy can read, with NaN where a masked array is masked.
+
+    Integers that are masked somewhere become float64; tensors come to the CPU and lose their gradient.
+
+    Raises
+    ------
+    FramesError
+        For masked integers that float64 cannot hold, and for tensors that aren't plain ones.
+    """
+    if isinstance(values, list | tuple) and _holds_masked(values):
+        return np.stack([as_array(part, what) for part in values])
+    if isinstance(values, Tensor):
+        if type(values) not in (Tensor, torch.nn.Parameter):
+            raise FramesError(f"{what}: expected a plain tensor, found {type(values).__name__}")
+        plain = values.detach().cpu()
+        return plain.float().numpy() if plain.dtype == torch.bfloat16 else plain.numpy()
+    if not isinstance(values, np.ma.MaskedArray):
+        return np.asarray(values)
+    data, missing = values.data, np.ma.getmaskarray(values)
+    if data.dtype.kind not in "biuf" or not missing.any():
+        return np.asarray(data)
+    if data.dtype.kind in "iu" and data.dtype.itemsize == 8:
+        present = data[~missing]
+        if len(present) and max(abs(int(present.min())), abs(int(present.max()))) > WHOLE_IN_DOUBLE:
+            raise FramesError(
+                f"{what}: masked integers beyond 2**53 have no place in float64, which has NaN for what is "
+                "missing; subtract an offset"
+            )
+    dtype = data.dtype if data.dtype.kind == "f" else np.dtype(np.float64)
+    return np.where(missing, np.array(np.nan, dtype), data.astype(dtype, copy=False))
+
+
+def _holds_masked(values: Any) -> bool:
+    """Tell whether nested lists hold masked arrays or tensors, which NumPy would read without their mask."""
+    return any(
+        _holds_masked(part)
+        if isinstance(part, list | tuple)
+        else isinstance(part, np.ma.MaskedArray | Tensor)
+        for part in values
+    )
+
+
 def as_frames(array: ArrayLike, what: str = "frames") -> np.ndarray:
     """Give an array the shape (n, y, x, channel).
 
     (y, x) becomes one frame of one channel, (n, y, x) one channel each. A three-dimensional array whose
     last axis could be channels is refused rather than guessed at.
     """
-    array = np.asarray(array)
+    array = as_array(array, what)
     if array.size == 0:
         raise FramesError(f"{what}: no frames, or empty ones: shape {array.shape}")
     if array.dtype.kind not in "biuf":
         raise FramesError(f"{what}: expected an integer or floating dtype, found {array.dtype}")
+    if array.dtype.itemsize > 8:
+        raise FramesError(
+            f"{what}: {array.dtype} has more digits than double precision, in which frames are normalised; "
+            "subtract an offset and pass astype(np.float64)"
+        )
     if array.ndim == 2:
         return array[None, ..., None]
     if array.ndim == 3:
@@ -499,8 +646,9 @@ def normalise(
     """
     single = frames.dtype == (torch.float32 if isinstance(frames, Tensor) else np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        low, spread = lo.astype(np.float32), hi.astype(np.float32) - lo.astype(np.float32)
-    if not single or not _comfortable(spread):
+        low, high = lo.astype(np.float32), hi.astype(np.float32)
+        spread = high - low
+    if not single or not _comfortable(spread) or not _representable(lo, hi):
         # Also where the range over- or underflows single precision.
         low, spread = lo, hi - lo
     constant = spread == 0
@@ -626,6 +774,26 @@ def _fixed_range(scope: tuple[Any, Any], channels: int) -> tuple[np.ndarray, np.
     if not (np.isfinite(lo).all() and np.isfinite(hi).all() and (lo <= hi).all()):
         raise ValueError(f"fixed scope {scope!r}: expected finite lo <= hi")
     return lo, hi
+
+
+def _representable(*bounds: np.ndarray) -> bool:
+    """Tell whether single precision holds these bounds exactly; NaN counts as held."""
+    with np.errstate(over="ignore"):
+        return all(np.array_equal(b.astype(np.float32), b, equal_nan=True) for b in bounds)
+
+
+def scope_identity(scope: Scope) -> Any:
+    """Name a scope in a fingerprint, as JSON takes it.
+
+    Results by bounds that single precision doesn't hold were once normalised by rounded ones: these go by
+    another name than they did.
+
+    >>> scope_identity((0.0, 0.5)), scope_identity((0.0, 0.1))
+    ((0.0, 0.5), {'bounds': 'exact', 'range': (0.0, 0.1)})
+    """
+    if not isinstance(scope, tuple) or _representable(*(np.asarray(b, np.float64) for b in scope)):
+        return scope
+    return {"bounds": "exact", "range": scope}
 
 
 def _comfortable(spread: np.ndarray) -> bool:

@@ -78,7 +78,7 @@ def resample(
             exact = (exact + exact.sign() / 2).trunc().clamp(*limits)
         out = exact.to(frames.dtype) if frames.dtype.is_floating_point else exact
     if zero_rim:
-        for rim in (out[:, size - _beyond(y, size) :], out[:, :, size - _beyond(x, size) :]):
+        for rim in (out[:, size - beyond(y, size) :], out[:, :, size - beyond(x, size) :]):
             rim[rim == rim] = 0  # what is missing stays missing
     return out
 
@@ -92,7 +92,7 @@ def _positions(n: int, m: int) -> np.ndarray:
     return np.arange(m) * step
 
 
-def _beyond(n: int, m: int) -> int:
+def beyond(n: int, m: int) -> int:
     """How many of the last positions scipy takes to be outside, because of that rounding."""
     return int((_positions(n, m) > n - 1).sum())
 

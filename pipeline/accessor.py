@@ -183,9 +183,11 @@ def _pairwise(
     frames: np.ndarray, *, request: MetricRequest, device: str | None, scope: Any, channels: bool
 ) -> np.ndarray:
     """(…, n, y, x[, channel]) → (…, n, n)."""
+    from lsim.preprocess import as_array
     from pipeline.workers.resident import get_metric
 
     metric, mask = get_metric(request, device), "nan" if request.mask else None
+    frames = as_array(frames)  # a task's array may be masked
     frames = frames if channels else frames[..., None]
     outer, n = frames.shape[:-4], frames.shape[-4]
     out = np.empty((*outer, n, n))
@@ -205,9 +207,11 @@ def _distance(
     channels: bool,
 ) -> np.ndarray:
     """(…, [n,] y, x[, channel]) of both → (…[, n])."""
+    from lsim.preprocess import as_array
     from pipeline.workers.resident import get_metric
 
     metric, mask = get_metric(request, device), "nan" if request.mask else None
+    one, two = (as_array(a) for a in (one, two))
     one, two = (a if channels else a[..., None] for a in (one, two))
     one, two = (a if batch else a[..., None, :, :, :] for a in (one, two))
     outer = np.broadcast_shapes(one.shape[:-4], two.shape[:-4])

@@ -23,7 +23,7 @@ import torch
 
 from lsim.claims import other_random_numbers
 from lsim.metric import Metric
-from lsim.preprocess import FramesError, Scope, finite_frames
+from lsim.preprocess import FramesError, Scope, finite_frames, scope_identity
 from pipeline import schema, store, trials
 from pipeline.address import absolute, relative
 from pipeline.batches import in_batch_or_alone
@@ -321,7 +321,7 @@ def _stale_tasks(
 
 
 def _fingerprint(contents: Sequence[str], specification_hash: str, scope: Scope) -> str:
-    made_of = {"contents": contents, "specification": specification_hash, "scope": scope}
+    made_of = {"contents": contents, "specification": specification_hash, "scope": scope_identity(scope)}
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
 
 

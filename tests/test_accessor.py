@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import dask
+import dask.array
 import numpy as np
 import pytest
 import xarray as xr
@@ -255,3 +256,24 @@ def test_real_fields_from_netcdf():
     found = field.chunk(time=2).lsim.pairwise("time", "ssim").compute()
     np.testing.assert_array_equal(found, lsim.load_metric("ssim").pairwise(field.values))
     np.testing.assert_array_equal(found["time_other"], field["time"])
+
+
+def test_masked_blocks_of_a_lazy_array_are_missing_pixels(rng: np.random.Generator) -> None:
+    values = rng.random((3, 16, 16))
+    missing = rng.random(values.shape) < 0.1
+    blocks = dask.array.from_array(
+        np.ma.masked_array(np.where(missing, 1e9, values), missing), chunks=(1, 16, 16)
+    )
+    lazy = xr.DataArray(blocks, dims=("time", "y", "x"))
+    plain = xr.DataArray(np.where(missing, np.nan, values), dims=("time", "y", "x"))
+    for found, expected in (
+        (
+            lazy.lsim.pairwise("time", "l2", size=None, mask="nan"),
+            plain.lsim.pairwise("time", "l2", size=None, mask="nan"),
+        ),
+        (
+            lazy.lsim.distance(plain[0], "l2", size=None, mask="nan"),
+            plain.lsim.distance(plain[0], "l2", size=None, mask="nan"),
+        ),
+    ):
+        np.testing.assert_array_equal(found.compute(), expected)

@@ -146,7 +146,8 @@ class LPIPS(ReportsPrecision, Metric):
             f = features.float().permute(0, 2, 3, 1)  # (batch, y', x', channel), as it lies in memory
             # The gradient of this norm is 0 where it is 0.
             unit = f / (torch.linalg.vector_norm(f, dim=3, keepdim=True) + TINY)
-            parts.append(unit.mul_(root / (f.shape[1] * f.shape[2]) ** 0.5).flatten(1))
+            scale = root / (f.shape[1] * f.shape[2]) ** 0.5
+            parts.append((unit.mul_(scale) if has_kernel(unit) else unit * scale).flatten(1))
         return parts
 
     def _length(self, y: int, x: int) -> int:

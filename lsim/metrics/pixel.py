@@ -21,6 +21,7 @@ from lsim.pairs import (
     FAST,
     absolute_differences,
     all_pairs,
+    carries_gradients,
     directly,
     has_kernel,
     known_absolute_differences,
@@ -127,7 +128,7 @@ class _OfSquares(_PixelMetric):
         x = a.parts["values"]
         y = x if a is b else b.parts["values"]
         masked = self.preprocessing.mask
-        if not (masked or _carries_gradients(x, y)):
+        if not (masked or carries_gradients(x, y)):
             sums, record = squared_distances(x, y)
             return sums / (x.shape[1] * FULL_SCALE**2), record
         record = directly(len(x), len(y), symmetric=a is b)
@@ -487,10 +488,6 @@ def _shared(
     if len(a) == 1 and x.data_ptr() == y.data_ptr():
         return b.once(f"{what} of the first", compute)
     return compute()
-
-
-def _carries_gradients(x: Tensor, y: Tensor) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
 
 
 def _rows(paired: Callable[[Embedding, Embedding], Tensor], a: Embedding, b: Embedding) -> Tensor:

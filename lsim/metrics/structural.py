@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lsim.metric import Embedding, Metric, MetricInfo, positive_number
-from lsim.pairs import FAST, PairKernel, all_pairs, has_kernel, rows_in_torch
+from lsim.pairs import FAST, PairKernel, all_pairs, has_kernel, is_plain, rows_in_torch
 from lsim.preprocess import Preprocessing
 from lsim.threads import in_threads
 
@@ -48,6 +48,9 @@ SIGMA = 1.5
 _BELL = np.exp(-(np.arange(6) ** 2) / (2 * SIGMA**2))
 _BELL /= _BELL[0] + 2 * _BELL[1:].sum()
 """The Gaussian window from its centre outward; it adds to 1 over the eleven taps."""
+
+_BELL_TAPS = [float(_BELL[abs(k)]) for k in range(-5, 6)]
+"""All taps, as Python's numbers: torch.compile traces NumPy, and reversed slices wrongly."""
 
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Exponents of the five scales, the finest first (Wang et al. 2003, section 3.2)."""
@@ -270,7 +273,9 @@ class MultiScaleSSIM(_Structural):
         return torch.stack([self._over_scales(functools.cache(mean)) for mean in means]).mean(0)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        return self._over_scales(functools.cache(functools.partial(self._paired, a, b))).mean(1)
+        mean: Callable[[int, bool], Tensor] = functools.partial(self._paired, a, b)
+        # Each scale is asked for once, but with a mask; torch.compile takes no cache.
+        return self._over_scales(functools.cache(mean) if self.preprocessing.mask else mean).mean(1)
 
     def _over_scales(self, mean: Callable[[int, bool], Tensor], coarsest: int = len(SCALES) - 1) -> Tensor:
         """1 − Π max(1 − d, 0)^w of the mean differences d at the scales, ``mean(scale, luminance)``."""
@@ -283,10 +288,10 @@ class MultiScaleSSIM(_Structural):
         weights = [weight * sum(SCALES) / sum(SCALES[: coarsest + 1]) for weight in SCALES[: coarsest + 1]]
         total = torch.stack([weight * term for weight, term in zip(weights, logarithms, strict=True)]).sum(0)
         distance = torch.where(opposite.any(0), 1, -torch.expm1(total))
-        if not missing.any():
-            return distance
-        coarser = self._over_scales(mean, coarsest - 1) if self.preprocessing.mask and coarsest else math.nan
-        return torch.where(missing, coarser, distance)
+        masked = self.preprocessing.mask
+        if not masked or not coarsest or (is_plain(missing) and not missing.any()):
+            return torch.where(missing, math.nan, distance)
+        return torch.where(missing, self._over_scales(mean, coarsest - 1), distance)
 
 
 def _channel_first(frames: Tensor) -> Tensor:
@@ -306,7 +311,7 @@ def _moments(planes: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     if window == "uniform":
         mean, square = (F.avg_pool2d(values, TAPS[window], 1) for values in (planes, planes.square()))
         return mean, SAMPLE * (square - mean.square()).clamp(min=0)
-    taps = torch.as_tensor(np.concatenate([_BELL[:0:-1], _BELL])).to(planes)
+    taps = torch.tensor(_BELL_TAPS, dtype=planes.dtype, device=planes.device)
     filters = taps[None, None, :, None].expand(planes.shape[1], 1, -1, 1)
     mean, square = (
         F.conv2d(F.conv2d(values, filters, groups=len(filters)), filters.mT, groups=len(filters))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numba
 import numpy as np
@@ -99,6 +100,12 @@ class SlicedWasserstein(Metric):
                 f"option 'directions' of metric {name!r} is a multiple of 4, 4 or more, got {directions!r}"
             )
         super().__init__(name, preprocessing, device, directions=directions)
+        self._vectors, self._weights = directions_and_weights(directions)
+        # Python's numbers, for torch.compile.
+        self._directions = [
+            (int(q), int(p), float(weight))
+            for (q, p), weight in zip(self._vectors, self._weights, strict=True)
+        ]
 
     def embed(self, frames: Tensor) -> Embedding:
         """Cumulative mass along each direction: (n, channel · position) float64.
@@ -107,10 +114,9 @@ class SlicedWasserstein(Metric):
         that differ by one grey level.
         """
         planes = frames.permute(0, 3, 1, 2)
-        vectors, weights = directions_and_weights(self.options["directions"])
         if not has_kernel(planes):
-            return Embedding({"cumulative": _cumulative(planes.double(), vectors, weights)})
-        project = functools.partial(cumulative_masses, vectors=vectors, weights=weights)
+            return Embedding({"cumulative": _cumulative(planes.double(), self._directions)})
+        project = functools.partial(cumulative_masses, vectors=self._vectors, weights=self._weights)
         rows = in_threads(project, planes.float().contiguous().numpy())
         return Embedding({"cumulative": torch.from_numpy(np.stack(rows))})
 
@@ -249,15 +255,25 @@ def _sum(values):  # type: ignore[no-untyped-def]
     return total
 
 
-def _cumulative(planes: Tensor, vectors: np.ndarray, weights: np.ndarray) -> Tensor:
-    """:func:`cumulative_masses` of frames (n, channel, y, x) in torch: (n, channel · position) float64."""
+def _cumulative(planes: Tensor, directions: Sequence[tuple[int, int, float]]) -> Tensor:
+    """Compute :func:`cumulative_masses` of frames (n, channel, y, x) in torch.
+
+    Parameters
+    ----------
+    planes : Tensor of shape (n, channel, y, x), float64
+    directions : sequence of (q, p, weight)
+
+    Returns
+    -------
+    Tensor of shape (n, channel · position), float64
+    """
     n, channels, height, width = planes.shape
     mass = planes.clamp(min=0)
     total = mass.sum((2, 3), keepdim=True)
     mass = torch.where(total == 0, 1, mass).flatten(2)
     total = torch.where(total == 0, height * width, total).flatten(2)
     parts = []
-    for (q, p), weight in zip(vectors.tolist(), weights.tolist(), strict=True):
+    for q, p, weight in directions:
         order, last = _order_along(q, p, height, width, planes.device)
         scale = weight / (math.hypot(q, p) * max(height, width) * channels)
         parts.append(mass[:, :, order].cumsum(2)[:, :, last] / total * scale)
@@ -266,13 +282,12 @@ def _cumulative(planes: Tensor, vectors: np.ndarray, weights: np.ndarray) -> Ten
 
 @functools.lru_cache(maxsize=64)
 def _order_along(q: int, p: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pixels by their position along (q, p), and the last at or before each position but the last.
+    """Sort pixels by their position along (q, p); find the last at or before each position but the last.
 
     To gather and accumulate in one order is the same to the last bit on a CPU; a GPU may add in another.
     """
-    y, x = np.indices((height, width))
-    position = (q * x + p * y).ravel()
-    position -= position.min()
-    order = np.argsort(position, kind="stable")
-    last = np.searchsorted(position[order], np.arange(position.max()), side="right") - 1
-    return torch.from_numpy(order).to(device), torch.from_numpy(last).to(device)
+    y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
+    position = (q * x + p * y - min(p, 0) * (height - 1)).flatten()  # the smallest is 0
+    order = position.argsort(stable=True)
+    steps = torch.arange(q * (width - 1) + abs(p) * (height - 1), device=device)
+    return order, torch.searchsorted(position[order], steps, right=True) - 1

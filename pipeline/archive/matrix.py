@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lsim.preprocess import Scope
+from lsim.preprocess import Scope, scope_identity
 from pipeline import schema, store
 from pipeline.frame_blocks import ArchiveFrames, FrameBlock
 
@@ -34,7 +34,8 @@ def tile_fingerprint(rows: str, columns: str, specification_hash: str, scope: Sc
     specification_hash : str
     scope : (lo, hi)
     """
-    made_of = {"rows": rows, "columns": columns, "specification": specification_hash, "scope": scope}
+    made_of = {"rows": rows, "columns": columns, "specification": specification_hash}
+    made_of["scope"] = scope_identity(scope)
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
 
 

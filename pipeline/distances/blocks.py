@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lsim.preprocess import Scope
+from lsim.preprocess import Scope, scope_identity
 from pipeline import schema, store
 from pipeline.schema import Pairs
 
@@ -113,7 +113,7 @@ def fingerprint(content: str, specification_hash: str, scope: Scope, pairs: Pair
 
 def _suffix(specification_hash: str, scope: Scope, pairs: Pairs) -> str:
     """All that is hashed after the content: 10⁶ fingerprints of a metric differ in that alone."""
-    rest = {"pairs": pairs, "scope": scope, "specification": specification_hash}
+    rest = {"pairs": pairs, "scope": scope_identity(scope), "specification": specification_hash}
     return json.dumps(rest, sort_keys=True)[1:]
 
 
