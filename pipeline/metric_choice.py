@@ -11,7 +11,7 @@ import pydantic
 
 from lsim.metric import Metric
 from lsim.preprocess import Compat, FramesError
-from lsim.registry import learned_class, list_metrics, metric_class, metric_name, why_unavailable
+from lsim.registry import METRICS, learned_class, list_metrics, metric_class, metric_name, why_unavailable
 from pipeline import schema
 from pipeline.schema import Pairs
 from pipeline.workers.resident import MetricRequest, Option
@@ -140,8 +140,9 @@ def choose_metrics(settings: Settings) -> ChosenMetrics:
             unavailable[name] = str(error)
             continue
         except Exception as error:
-            # Of "all", a metric of somebody else must not cost the others their run.
-            if name in needed:
+            # Of "all", a metric of somebody else must not cost the others their run. An error of one of
+            # ours, or of one that has options here, is one of the settings.
+            if name in needed or name in METRICS or name in settings.options:
                 raise
             unavailable[name] = f"{type(error).__name__}: {error}"
             continue
