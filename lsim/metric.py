@@ -194,6 +194,11 @@ class Metric(ABC):
         """
         return torch.zeros_like(distances)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating point that the metric is asked to compute in."""
+        return torch.float64 if self.preprocessing.precision == "double" else torch.float32
+
     def specification(self) -> dict[str, Any]:
         """All that determines the metric's values, as JSON: what results record and fingerprints hash."""
         settings = asdict(self.preprocessing)
@@ -347,6 +352,8 @@ class Metric(ABC):
         stacked = torch.cat([reference, other]).to(self.device).permute(0, 2, 3, 1)
         if stacked.shape[-1] == 1 and not self.info.one_channel_suffices:
             stacked = stacked.expand(*stacked.shape[:-1], 3)
+        if self.dtype == torch.float64:
+            stacked = stacked.double()
         if self.quantised:
             stacked = stacked.clamp(0, 255).floor()
         embedding = self.embed(stacked)

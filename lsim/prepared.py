@@ -48,9 +48,9 @@ class Prepared:
 
     @cached_property
     def truncated(self) -> Tensor:
-        """The same in whole numbers of 0 … 255, as float32."""
+        """The same in whole numbers of 0 … 255."""
         if self.values.device.type == "cpu":
-            return torch.from_numpy(truncate_to_8bit(self.values.numpy()))
+            return torch.from_numpy(truncate_to_8bit(self.values.numpy())).to(self.values.dtype)
         return self.values.clamp(0, 255).floor()
 
     def frames(self, *, quantised: bool, one_channel: bool, copied: bool = False) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lsim.metric import Embedding, Metric, MetricInfo, positive_number, safe_sqrt
 from lsim.pairs import FAST, all_pairs, has_kernel, rows_in_torch
+from lsim.precision import as_floats
 from lsim.preprocess import Preprocessing
 from lsim.threads import in_threads
 
@@ -148,7 +149,7 @@ class GradientDifference(Metric):
 
     def embed(self, frames: Tensor) -> Embedding:
         """The frames themselves: the gradient of a difference is cheaper than the difference of gradients."""
-        return Embedding({"frames": frames.float().contiguous()})
+        return Embedding({"frames": as_floats(frames).contiguous()})
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = a.parts["frames"], b.parts["frames"]

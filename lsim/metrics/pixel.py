@@ -35,6 +35,7 @@ from lsim.precision import (
     PROMISE,
     PairPrecision,
     ReportsPrecision,
+    as_floats,
     number_of_pairs,
 )
 from lsim.products import VALUES_TOGETHER, known_in_both
@@ -61,8 +62,7 @@ class _PixelMetric(ReportsPrecision, Metric):
     shares_embedding = "pixels"
 
     def embed(self, frames: Tensor) -> Embedding:
-        values = frames.flatten(1)
-        return Embedding({"values": values if values.dtype == torch.float64 else values.float()})
+        return Embedding({"values": as_floats(frames.flatten(1))})
 
     @property
     def axioms(self) -> frozenset[str]:
@@ -84,7 +84,7 @@ class L1(_PixelMetric):
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = a.parts["values"], b.parts["values"]
-        self.note_precision(directly(len(x), len(y), symmetric=a is b))
+        self.note_precision(directly(x, x if a is b else y))
         if not has_kernel(x, y):
             return _rows(self.paired, a, b)
         masked = self.preprocessing.mask
@@ -130,7 +130,7 @@ class _OfSquares(_PixelMetric):
         if not (masked or _carries_gradients(x, y)):
             sums, record = squared_distances(x, y)
             return sums / (x.shape[1] * FULL_SCALE**2), record
-        record = directly(len(x), len(y), symmetric=a is b)
+        record = directly(x, y)
         if not has_kernel(x, y):
             return _rows(self._mean_squared_paired, a, b), record
         sides = (x.numpy(), y.numpy())
