@@ -29,6 +29,7 @@ from lsim.networks import AlexTrunk, LsimTrunk, NonSiamese, SkipTrunk, for_one_c
 from lsim.pairs import has_kernel, squared_distances
 from lsim.precision import NetworkPrecision, ReportsPrecision, check_network_precision, of_features
 from lsim.preprocess import FramesError, Preprocessing
+from lsim.rounding import of_features_difference, of_sum
 from lsim.threads import batches, in_threads
 from lsim.weights import (
     Checkpoint,
@@ -196,6 +197,10 @@ class LSiM(ReportsPrecision, Metric):
         squared, record = squared_distances(x, x if a is b else b.parts["features"])
         self.note_precision(of_features(record))
         return safe_sqrt(squared)
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of a norm of the difference of features, which the network has rounded."""
+        return of_features_difference(a, b) + of_sum(distances, a.parts["features"].dtype)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         squared = (a.parts["features"] - b.parts["features"]).square().sum(1, dtype=torch.float64)

@@ -24,6 +24,7 @@ from lsim.networks import AlexTrunk, ImageTrunk, SqueezeTrunk, VggTrunk
 from lsim.pairs import has_kernel, squared_distances
 from lsim.precision import NetworkPrecision, ReportsPrecision, check_network_precision, of_features
 from lsim.preprocess import Preprocessing
+from lsim.rounding import of_features_difference, of_sum
 from lsim.threads import in_threads
 from lsim.weights import PerceptualWeights, find_head_and_backbone, load_perceptual, why_missing
 
@@ -160,6 +161,11 @@ class LPIPS(ReportsPrecision, Metric):
         squared, record = squared_distances(x, x if a is b else b.parts["features"])
         self.note_precision(of_features(record))
         return squared
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of the square of a norm of features, which the network has rounded."""
+        error = of_features_difference(a, b)
+        return error * (2 * distances.sqrt() + error) + of_sum(distances, a.parts["features"].dtype)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         return (a.parts["features"] - b.parts["features"]).square().sum(1, dtype=torch.float64)

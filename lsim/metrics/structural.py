@@ -32,6 +32,7 @@ from lsim.metric import Embedding, Metric, MetricInfo, positive_number
 from lsim.pairs import FAST, PairKernel, all_pairs, has_kernel, rows_in_torch
 from lsim.precision import as_floats
 from lsim.preprocess import Preprocessing
+from lsim.rounding import FULL_SCALE, of_difference, of_sum
 from lsim.threads import in_threads
 
 Window: TypeAlias = Literal["uniform", "gaussian"]
@@ -93,6 +94,15 @@ class _Structural(Metric):
             f"contrast{scale}": contrast.to(dtype),
         }
 
+    def _error(self, a: Embedding, b: Embedding, part: str) -> Tensor:
+        """Bound the error of the root of a square that is divided by a part of both: (len(a), len(b))."""
+        x, y = (
+            side.once(f"mean of 1 / {part}", functools.partial(_mean_reciprocal, side.parts[part]))
+            for side in (a, b)
+        )
+        # Of a harmonic mean, 1 / (x + y) is a quarter at most.
+        return FULL_SCALE * of_difference(a, b) * ((x[:, None] + y) / 4).sqrt()
+
     def _all_pairs(self, a: Embedding, b: Embedding, channels: range, scale: int, luminance: bool) -> Tensor:
         """Mean of 1 − SSIM, or without ``luminance`` of Q, in the channels: (len(a), len(b)) float64."""
         bright = "luminance" if luminance else "contrast"
@@ -146,6 +156,11 @@ class _SSIM(_Structural):
         """Frames channel-first, and the denominators of their windows: none for half a window at the rim."""
         planes = _channel_first(frames)
         return Embedding(self._parts(planes, 0, planes.dtype))
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of squares P and Q, whose roots errors move by as much, over roots of what divides them."""
+        error = self._error(a, b, "luminance0") + self._error(a, b, "contrast0")
+        return _of_squares(distances.clamp(min=0), error) + of_sum(distances, a.parts["contrast0"].dtype)
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         if not has_kernel(*a.parts.values(), *b.parts.values()):
@@ -266,6 +281,19 @@ class MultiScaleSSIM(_Structural):
                 del parts[f"luminance{scale}"]
         return Embedding(parts)
 
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of :class:`SSIM` at each scale, where what is lost is at most all that there is."""
+        lost = -torch.log1p(-distances.clamp(0, 1 - 1e-9))
+        last = len(SCALES) - 1
+        bound = of_sum(distances, a.parts["contrast0"].dtype)
+        for scale, weight in enumerate(SCALES):
+            error = self._error(a, b, f"contrast{scale}")
+            if scale == last:
+                error = error + self._error(a, b, f"luminance{scale}")
+            bound = bound + weight * _of_squares((lost / weight).clamp(max=1), error)
+        # The derivative of a power below 1, where little is left of it.
+        return (bound / (1 - distances).clamp(min=0.05)).clamp(max=1)
+
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         if not has_kernel(*a.parts.values(), *b.parts.values()):
             return rows_in_torch(self.paired, a, b)
@@ -291,6 +319,16 @@ class MultiScaleSSIM(_Structural):
             return distance
         coarser = self._over_scales(mean, coarsest - 1) if self.preprocessing.mask and coarsest else math.nan
         return torch.where(missing, coarser, distance)
+
+
+def _mean_reciprocal(part: Tensor) -> Tensor:
+    """Mean of 1 / part, which is nowhere 0, over every seventh window of each frame: (n,) float64."""
+    return part.flatten(1)[:, ::7].double().reciprocal().nanmean(1)
+
+
+def _of_squares(squares: Tensor, error: Tensor) -> Tensor:
+    """Bound what an error of the root does to the mean of squares, and the divisors' own."""
+    return error * (2 * squares.sqrt() + 3 * squares + error)
 
 
 def _channel_first(frames: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from lsim.metric import Embedding, Metric, MetricInfo
 from lsim.pairs import FAST, absolute_differences, all_pairs, has_kernel, rows_in_torch
 from lsim.precision import as_floats
 from lsim.preprocess import Preprocessing
+from lsim.rounding import of_difference, of_each, of_sum
 from lsim.threads import in_threads
 
 FULL_SCALE = 255.0
@@ -39,6 +40,7 @@ class Wasserstein(Metric):
         source="1/N Σ |a₍ₖ₎ − b₍ₖ₎| of sorted values; scipy wasserstein_distance",
         axioms=AXIOMS,
         one_channel_suffices=True,
+        blind_to=("shift", "half turn", "quarter turn", "reflection", "permutation"),
     )
 
     def embed(self, frames: Tensor) -> Embedding:
@@ -54,6 +56,10 @@ class Wasserstein(Metric):
         if not has_kernel(x, y):
             return rows_in_torch(self.paired, a, b)
         return _sums_of_differences(x, y, a is b) / (x.shape[1] * FULL_SCALE)
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of a mean of differences: sorting moves no value by more than it moved."""
+        return of_difference(a, b) + of_sum(distances, a.parts["values"].dtype)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         return (a.parts["values"] - b.parts["values"]).abs().double().mean(1) / FULL_SCALE
@@ -85,6 +91,7 @@ class SlicedWasserstein(Metric):
         source="Bonneel, Rabin, Peyré, Pfister 2015; Kolouri, Zou, Rohde 2016; POT emd2_1d",
         axioms=AXIOMS,
         one_channel_suffices=True,
+        blind_to=("scale",),
     )
 
     def __init__(
@@ -110,13 +117,14 @@ class SlicedWasserstein(Metric):
         """
         planes = frames.permute(0, 3, 1, 2)
         if frames.dtype == torch.float64 and self.preprocessing.precision == "double":
-            return Embedding({"mass": _masses(planes)})
+            return Embedding({"mass": _masses(planes), "share": _share(planes)})
         vectors, weights = directions_and_weights(self.options["directions"])
         if not has_kernel(planes):
-            return Embedding({"cumulative": _cumulative(*_mass_and_total(planes.double()), vectors, weights)})
+            cumulative = _cumulative(*_mass_and_total(planes.double()), vectors, weights)
+            return Embedding({"cumulative": cumulative, "share": _share(planes)})
         project = functools.partial(cumulative_masses, vectors=vectors, weights=weights)
         rows = in_threads(project, planes.float().contiguous().numpy())
-        return Embedding({"cumulative": torch.from_numpy(np.stack(rows))})
+        return Embedding({"cumulative": torch.from_numpy(np.stack(rows)), "share": _share(planes)})
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         if "mass" in a.parts:
@@ -130,6 +138,13 @@ class SlicedWasserstein(Metric):
         moved = _moved(a.parts["mass"], b.parts["mass"])
         vectors, weights = directions_and_weights(self.options["directions"])
         return _cumulative(moved, moved.new_ones(moved.shape[:2]), vectors, weights).abs().sum(1)
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of cumulated mass, half of which can move by the share that the error of a value has in it."""
+        x = of_each(a, stored=True) * a.parts["share"] + 2.0**-48
+        y = of_each(b, stored=True) * b.parts["share"] + 2.0**-48
+        moved = (x[:, None] + y) / 2 if "mass" not in a.parts else (x[:, None] + y - 2.0**-47) / 2
+        return moved.clamp(max=1) + of_sum(distances, torch.float64)
 
     def _compare_masses(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = a.parts["mass"], b.parts["mass"]
@@ -145,6 +160,12 @@ class SlicedWasserstein(Metric):
             symmetric=a is b,
             operations=2 * self.options["directions"] * x[0].numel(),
         )
+
+
+def _share(planes: Tensor) -> Tensor:
+    """Share of the mass of (n, channel, y, x) that an error of 1 everywhere is, mean of channels: (n,)."""
+    mean = planes.detach().clamp(min=0).mean((2, 3)).double()
+    return torch.where(mean > 0, 1 / torch.where(mean > 0, mean, 1), 0).mean(1)
 
 
 def _masses(planes: Tensor) -> Tensor:
