@@ -95,7 +95,8 @@ def embed_block(source: store.Group, block: FrameBlock, metric: Metric, scope: S
             for name, bound in (("rounding", some.embedding.rounding), ("stored", some.embedding.stored)):
                 if bound is not None:
                     bounds.setdefault(name, _room(len(block), bound))[there.start : there.stop] = bound
-    return EmbeddedBlock(Embedding(parts, **bounds) if parts else None, comparable, reasons, undone)
+    embedding = Embedding(parts, bounds.get("rounding"), bounds.get("stored")) if parts else None
+    return EmbeddedBlock(embedding, comparable, reasons, undone)
 
 
 @dataclass(frozen=True)
