@@ -17,7 +17,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal, Self, TypeAlias
+from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -35,6 +35,15 @@ Mask: TypeAlias = Literal["nan"] | ArrayLike | None
 
 
 _NOTHING = contextlib.nullcontext()
+
+Change: TypeAlias = Literal[
+    "offset", "scale", "shift", "half turn", "quarter turn", "reflection", "permutation", "relabelling"
+]
+"""What can be done to a frame: a number added; values multiplied by a positive number; pixels moved around a
+periodic frame; turned by 180°, or by 90° (a square); mirrored; in any other order; every level of 8 bit
+replaced by another, no two by the same."""
+
+CHANGES: tuple[Change, ...] = get_args(Change)
 
 
 class SizeWarning(UserWarning):
@@ -77,6 +86,8 @@ class MetricInfo:
     feature_distance : str
         What the metric is of its embeddings' ``features``, flat vectors, where it is that: "euclidean", or
         "squared euclidean". An index over these vectors then finds by the metric.
+    blind_to : tuple of str
+        What can be done to one frame of a pair without any change, but for rounding: see :data:`CHANGES`.
     units : str
         What the values are in: "dB", "bit", "pixel", "decade"; "1" of numbers without a unit.
     lower_is_more_similar : bool
@@ -95,6 +106,7 @@ class MetricInfo:
     takes_mask: bool = False
     one_channel_suffices: bool = False
     feature_distance: Literal["", "euclidean", "squared euclidean"] = ""
+    blind_to: tuple[Change, ...] = ()
     units: str = "1"
     lower_is_more_similar: bool = True
 
@@ -186,7 +198,8 @@ class Metric(ABC):
         """Bound the absolute error that rounding can have given each distance.
 
         Metrics override it with what their arithmetic can do to these frames, from
-        :attr:`~lsim.Embedding.rounding` on. Zero where nothing is known.
+        :attr:`~lsim.Embedding.rounding` on, and with :attr:`~lsim.Embedding.stored` where they are blind to
+        something that sources round (:attr:`MetricInfo.blind_to`). Zero where nothing is known.
 
         Parameters
         ----------
@@ -199,6 +212,11 @@ class Metric(ABC):
         Tensor of shape (len(a), len(b)), float64
         """
         return torch.zeros_like(distances)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating point that the metric is asked to compute in."""
+        return torch.float64 if self.preprocessing.precision == "double" else torch.float32
 
     def specification(self) -> dict[str, Any]:
         """All that determines the metric's values, as JSON: what results record and fingerprints hash."""
@@ -287,7 +305,7 @@ class Metric(ABC):
             np.concatenate([first, second]), scope, resized=not self._follows_8bit_publication
         )
         with torch.no_grad():
-            embedding = self._embed(self._frames(prepared))
+            embedding = _bounded(self._embed(self._frames(prepared)), prepared)
             left, right = embedding[slice(0, len(first))], embedding[slice(len(first), None)]
             if self.device.type == "cpu":
                 values = torch.cat([self.between(x, y).reshape(1) for x, y in zip(left, right, strict=True)])
@@ -367,6 +385,8 @@ class Metric(ABC):
             stacked = self._from_range(stacked, data_range)
         if stacked.shape[-1] == 1 and not self.info.one_channel_suffices:
             stacked = stacked.expand(*stacked.shape[:-1], 3)
+        if self.dtype == torch.float64:
+            stacked = stacked.double()
         if self.quantised:
             stacked = stacked.clamp(0, 255).floor()
         embedding = self.embed(stacked)
@@ -410,7 +430,7 @@ class Metric(ABC):
             embedding = self.embedded(prepared)
             block = self.between(embedding, embedding)
             single, block = block.dtype == torch.float32, block.double()
-            rounding = self.bounded(embedding, embedding, block)
+            rounding = self.bounded(embedding, embedding, block, prepared)
             matrix = block.cpu().numpy().copy()
         matrix[~prepared.comparable] = np.nan
         matrix[:, ~prepared.comparable] = np.nan
@@ -460,7 +480,7 @@ class Metric(ABC):
             reference = embedding[slice(0, 1)]
             block = self.between(reference, embedding)
             single, block = block.dtype == torch.float32, block.double()
-            rounding = self.bounded(reference, embedding, block)[0]
+            rounding = self.bounded(reference, embedding, block, prepared)[0]
             row = block[0].cpu().numpy().copy()
         comparable = prepared.comparable
         row[~(comparable & comparable[0])] = np.nan
@@ -498,13 +518,36 @@ class Metric(ABC):
             return block
         return (block + (block if a is b else self._compare(b, a)).T) / 2
 
+    def _probed_rounding(self, prepared: Prepared) -> float:
+        """Try what errors of the first frame that can be compared do: its distance to itself with them."""
+        first = np.flatnonzero(prepared.comparable)[:1]
+        if prepared.rounding is None or not len(first) or self.quantised:
+            return 0.0
+        frame = prepared.values[first]
+        signs = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], frame.shape)).to(frame)
+        error = prepared.rounding[first].to(frame)[:, None, None, None]
+        moved = Prepared(
+            torch.cat([frame, frame + error * signs]), prepared.comparable[first].repeat(2), prepared.masked
+        )
+        embedding = self._embed(self._frames(moved))
+        found = float(self.between(embedding[slice(0, 1)], embedding[slice(1, 2)]))
+        # Once for each frame of a pair.
+        return 2 * abs(found) if math.isfinite(found) and self.info.distance_to_itself == 0 else 0.0
+
+    def rounding_between(self, a: Embedding, b: Embedding, block: Tensor) -> Tensor:
+        """:meth:`rounding` of what :meth:`between` gave, both ways where that was: float64."""
+        bound = self.rounding(a, b, block).double()
+        if self._symmetrised:
+            bound = (bound + self.rounding(b, a, block.T).double().T) / 2
+        return bound.broadcast_to(block.shape)
+
     def embedded(self, prepared: Prepared) -> Embedding:
         """:meth:`embed` for frames that :meth:`prepare` made; a family that embeds alike does so once."""
         self.check_size(prepared.values.shape[1], prepared.values.shape[2])
         embedding = prepared.embedding(self.family, lambda: self._embed(self._frames(prepared)))
         if self.of_others and self.family is not None:
             embedding = embedding.copy()
-        return embedding if prepared.rounding is None else replace(embedding, rounding=prepared.rounding)
+        return _bounded(embedding, prepared)
 
     def _embed(self, frames: Tensor) -> Embedding:
         """:meth:`embed`, checked; frames of which nobody else has a copy are given to code of others."""
@@ -524,10 +567,14 @@ class Metric(ABC):
         self.claims.check_unwritten(before, versions(parts), "compare wrote into the embeddings")
         return block if torch.is_grad_enabled() else block.detach()
 
-    def bounded(self, a: Embedding, b: Embedding, distances: Tensor) -> np.ndarray:
-        """:meth:`rounding`, as an array of its own."""
+    def bounded(
+        self, a: Embedding, b: Embedding, distances: Tensor, prepared: Prepared | None = None
+    ) -> np.ndarray:
+        """:meth:`rounding`, as an array of its own; tried on ``prepared`` where the metric has no formula."""
         with self._running("rounding"):
-            rounding = self.rounding(a, b, distances)
+            rounding = self.rounding_between(a, b, distances)
+            if prepared is not None and type(self).rounding is Metric.rounding:
+                rounding = rounding + self._probed_rounding(prepared)
         self.claims.check_block(rounding, tuple(distances.shape), "rounding")
         return rounding.detach().double().cpu().numpy().copy()
 
@@ -647,6 +694,13 @@ class Metric(ABC):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {json.dumps(self.specification(), default=str)} on {self.device}>"
+
+
+def _bounded(embedding: Embedding, prepared: Prepared) -> Embedding:
+    """An embedding that knows what preparing may have rounded of its frames."""
+    if prepared.rounding is None:
+        return embedding
+    return replace(embedding, rounding=prepared.rounding, stored=prepared.stored)
 
 
 def hash_specification(specification: Mapping[str, Any]) -> str:

@@ -3,9 +3,10 @@
 Differences are taken directly: |x|² + |y|² − 2xy loses every digit on frames that hardly differ, and
 those are what simulations make. On the CPU, four rows meet four in registers, and columns are walked in
 blocks that stay in the first-level cache, summed in the rows' own precision within a block and in double
-across blocks: exact for 8-bit values (256 · 255² < 2²⁴), within 2e-7 otherwise. Every pair goes through
-the same instructions in the same order, wherever in a tile it stands and whichever thread has it, so the
-result depends on its two rows alone. Other devices take squared differences by products of matrices, see
+across blocks: exact for 8-bit values (256 · 255² < 2²⁴), within 2e-7 otherwise, and 4e-16 for rows of
+float64. Every pair goes through the same instructions in the same order, wherever in a tile it stands and
+whichever thread has it, so the result depends on its two rows alone. Other devices take squared differences
+by products of matrices, see
 :mod:`lsim.products`.
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
-from lsim.precision import CONFIDENCE, DIRECTLY, HALF_ULP, PROMISE, PairPrecision, number_of_pairs
+from lsim.precision import CONFIDENCE, DIRECTLY, PROMISE, PairPrecision, half_ulp, number_of_pairs
 from lsim.products import VALUES_TOGETHER, squared_differences_in_torch
 from lsim.threads import in_threads
 
@@ -292,7 +293,7 @@ def squared_distances(x: Tensor, y: Tensor) -> tuple[Tensor, PairPrecision]:
 
     Parameters
     ----------
-    x, y : Tensor of shape (n, k) and (m, k), float32
+    x, y : Tensor of shape (n, k) and (m, k), float32 or float64
         Where ``x is y``, only i < j is computed and mirrored.
 
     Returns
@@ -305,20 +306,19 @@ def squared_distances(x: Tensor, y: Tensor) -> tuple[Tensor, PairPrecision]:
     n, m, columns = len(x), len(y), x.shape[1]
     if carries_gradients(x, y):
         rows = [(row - y).square().sum(1, dtype=torch.float64) for row in x]
-        return torch.stack(rows), directly(n, m, symmetric=x is y)
+        return torch.stack(rows), directly(x, y)
     if not has_kernel(x, y):
         return squared_differences_in_torch(x, y)
     sums = all_pairs(squared_differences, n, m, x.numpy(), y.numpy(), symmetric=x is y, operations=columns)
-    return sums, directly(n, m, symmetric=x is y)
+    return sums, directly(x, y)
 
 
-def directly(n: int, m: int, *, symmetric: bool) -> PairPrecision:
-    """The record of sums by the compiled kernels, or by others no less right."""
-    return PairPrecision(
-        DIRECTLY, PROMISE, _rounding_of_sum(2 * BLOCK), number_of_pairs(n, m, symmetric=symmetric)
-    )
+def directly(x: Tensor, y: Tensor) -> PairPrecision:
+    """Record sums over the pairs of rows by the compiled kernels, or by others no less right."""
+    pairs = number_of_pairs(len(x), len(y), symmetric=x is y)
+    return PairPrecision(DIRECTLY, PROMISE, _rounding_of_sum(2 * BLOCK, half_ulp(x.dtype)), pairs)
 
 
-def _rounding_of_sum(terms: int) -> float:
+def _rounding_of_sum(terms: int, unit: float) -> float:
     """Relative error of a sum of non-negative terms that are a rounded difference each, squared or not."""
-    return (CONFIDENCE * math.sqrt(terms) + 3) * HALF_ULP
+    return (CONFIDENCE * math.sqrt(terms) + 3) * unit

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
 
 PROMISE = 1e-5
 """Largest relative error of a sum."""
@@ -13,6 +17,38 @@ CONFIDENCE = 5.0
 
 HALF_ULP = 2.0**-24
 """Relative rounding error of single precision."""
+
+HALF_ULP_OF_DOUBLE = 2.0**-53
+
+
+NetworkPrecision: TypeAlias = Literal["exact", "ranking"]
+"""In what networks run: the precision of the frames, or bfloat16."""
+
+
+class PrecisionError(ValueError):
+    """A precision that a metric doesn't have."""
+
+
+def check_network_precision(metric: str, precision: str, *, double: bool) -> None:
+    """Raise :class:`ValueError` for a precision that no network has, and for bfloat16 on double frames."""
+    if precision not in get_args(NetworkPrecision):
+        raise ValueError(f"precision must be 'exact' or 'ranking', got {precision!r}")
+    if double and precision == "ranking":
+        raise PrecisionError(
+            f"metric {metric!r}: option precision='ranking' is bfloat16, its frames are in double precision; "
+            "ask for one of the two"
+        )
+
+
+def half_ulp(dtype: torch.dtype) -> float:
+    """Return the relative rounding error of single or double precision."""
+    return HALF_ULP_OF_DOUBLE if dtype == torch.float64 else HALF_ULP
+
+
+def as_floats(values: Tensor) -> Tensor:
+    """Keep double precision; make all else single."""
+    return values if values.dtype == torch.float64 else values.float()
+
 
 DIRECTLY = "direct differences"
 BY_PRODUCT = "centred product"

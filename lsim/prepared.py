@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from lsim.embedding import Embedding
-from lsim.preprocess import Preprocessing, Scope, apply, apply_to_pairs, drop_alpha, truncate_to_8bit
+from lsim.preprocess import (
+    Preprocessing,
+    Scope,
+    apply_to_pairs,
+    apply_with_rounding,
+    drop_alpha,
+    truncate_to_8bit,
+)
+from lsim.rounding import FrameRounding, on
 
 
 @dataclass(eq=False)
@@ -33,14 +41,17 @@ class Prepared:
     masked : bool
         Whether pixels that are missing (NaN) are left out of comparisons, rather than their frames.
     rounding : Tensor of shape (n,), float64
-        Bound on the error of a frame's values, in their units: what storing the source in floating point and
-        preparing it may have rounded. 0 where nothing is known of it.
+        Bound on the error of a frame's values, in their units: what preparing may have rounded. None where
+        nothing is known of it.
+    stored : Tensor of shape (n,), float64
+        The same of what the source's dtype, in floating point, may have rounded before.
     """
 
     values: Tensor
     comparable: np.ndarray
     masked: bool = False
     rounding: Tensor | None = None
+    stored: Tensor | None = None
     _embeddings: dict[Hashable, Embedding] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -48,9 +59,9 @@ class Prepared:
 
     @cached_property
     def truncated(self) -> Tensor:
-        """The same in whole numbers of 0 … 255, as float32."""
+        """The same in whole numbers of 0 … 255."""
         if self.values.device.type == "cpu":
-            return torch.from_numpy(truncate_to_8bit(self.values.numpy()))
+            return torch.from_numpy(truncate_to_8bit(self.values.numpy())).to(self.values.dtype)
         return self.values.clamp(0, 255).floor()
 
     def frames(self, *, quantised: bool, one_channel: bool, copied: bool = False) -> Tensor:
@@ -97,10 +108,11 @@ def prepare(frames: np.ndarray, settings: Preprocessing, scope: Scope, device: t
         For shapes and channels that no metric takes.
     """
     if device.type == "cuda":
-        values = apply(settings, moved(frames, device), scope)
+        values, rounding = apply_with_rounding(settings, moved(frames, device), scope)
     else:
-        values = torch.from_numpy(apply(settings, frames, scope)).to(device)
-    return _prepared(values, settings)
+        array, rounding = apply_with_rounding(settings, frames, scope)
+        values = torch.from_numpy(array).to(device)
+    return _prepared(values, settings, rounding)
 
 
 def prepare_pairs(
@@ -108,17 +120,19 @@ def prepare_pairs(
 ) -> Iterator[tuple[int, int, Prepared]]:
     """:func:`prepare` for each pair i <= j by itself: i, j, and the two; every frame is resized once."""
     if device.type == "cuda":
-        for i, j, values in apply_to_pairs(settings, moved(frames, device)):
-            yield i, j, _prepared(values, settings)
+        for i, j, values, rounding in apply_to_pairs(settings, moved(frames, device)):
+            yield i, j, _prepared(values, settings, rounding)
         return
-    for i, j, array in apply_to_pairs(settings, frames):
-        yield i, j, _prepared(torch.from_numpy(array).to(device), settings)
+    for i, j, array, rounding in apply_to_pairs(settings, frames):
+        yield i, j, _prepared(torch.from_numpy(array).to(device), settings, rounding)
 
 
-def _prepared(values: Tensor, settings: Preprocessing) -> Prepared:
+def _prepared(values: Tensor, settings: Preprocessing, rounding: FrameRounding) -> Prepared:
     # Without a mask, preparing makes a frame with NaN or infinity all NaN.
     looked_at = values if settings.mask else values[:, :1, :1, :1]
-    return Prepared(values, looked_at.isfinite().flatten(1).any(1).cpu().numpy(), settings.mask)
+    comparable = looked_at.isfinite().flatten(1).any(1).cpu().numpy()
+    bounds = [on(values.device, bound) for bound in rounding]
+    return Prepared(values, comparable, settings.mask, rounding=bounds[0], stored=bounds[1])
 
 
 def moved(frames: np.ndarray, device: torch.device) -> Tensor:

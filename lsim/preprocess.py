@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from lsim.resampling import Frames, beyond, resample
+from lsim.rounding import FrameRounding, bound_of_frames, half_ulp_of
 
 Compat: TypeAlias = Literal["default", "published"]
 Floats: TypeAlias = Literal["single", "double"]
@@ -159,6 +160,13 @@ def apply(settings: Preprocessing, frames: Frames, scope: Scope) -> Frames:
         New memory, on the device of ``frames``. Arrays and tensors give the same within 1e-6 of 255, at
         orders 0 and 1 the same bits where divisions are IEEE's.
     """
+    return apply_with_rounding(settings, frames, scope)[0]
+
+
+def apply_with_rounding(
+    settings: Preprocessing, frames: Frames, scope: Scope
+) -> tuple[Frames, FrameRounding]:
+    """:func:`apply`, and what it can have rounded."""
     frames = drop_alpha(frames)
     if not isinstance(scope, str | tuple):
         raise ValueError(f"scope must be one of {SCOPES} or a tuple (lo, hi), got {scope!r}")
@@ -169,31 +177,40 @@ def apply(settings: Preprocessing, frames: Frames, scope: Scope) -> Frames:
     if scope == "none":
         settings = replace(settings, precision="double")
     held = _held(settings, frames)
-    resized, complete = _resized(settings, held)
-    return _over_scope(settings, resized, complete, _within(scope, held), _limits(frames) is not None)
+    resized = _resized(settings, held)
+    values, lo, hi = _over_scope(
+        settings, resized.frames, resized.complete, _within(scope, held), _limits(frames) is not None
+    )
+    return values, _rounding(settings, frames, resized, (lo, hi))
 
 
-def apply_to_pairs(settings: Preprocessing, frames: Frames) -> Iterator[tuple[int, int, Frames]]:
+def apply_to_pairs(
+    settings: Preprocessing, frames: Frames
+) -> Iterator[tuple[int, int, Frames, FrameRounding]]:
     """:func:`apply` to each pair i <= j over the pair's own scope; every frame is resized once.
 
     Yields
     ------
     i, j : int
-    ndarray or Tensor of shape (2, y', x', 1 or 3), float32
+    ndarray or Tensor of shape (2, y', x', 1 or 3)
+    FrameRounding
     """
     frames = drop_alpha(frames)
-    resized, complete = _resized(settings, _held(settings, frames))
+    resized = _resized(settings, _held(settings, frames))
     whole_numbers = _limits(frames) is not None
     for i in range(len(frames)):
         for j in range(i, len(frames)):
             both = [i, j]
-            yield i, j, _over_scope(settings, resized[both], complete[both], "pair", whole_numbers)
+            values, lo, hi = _over_scope(
+                settings, resized.frames[both], resized.complete[both], "pair", whole_numbers
+            )
+            yield i, j, values, _rounding(settings, frames, resized, (lo, hi)).of(both)
 
 
 def _over_scope(
     settings: Preprocessing, resized: Frames, complete: np.ndarray, scope: Scope, whole_numbers: bool
-) -> Frames:
-    """Normalise frames of the final size over one scope."""
+) -> tuple[Frames, np.ndarray, np.ndarray]:
+    """Normalise frames of the final size over one scope, and say over which range: lo, hi."""
     if scope == "none":
         scope = (0, 1)
     lo, hi = (
@@ -202,7 +219,7 @@ def _over_scope(
         else _range(resized, scope, None if settings.mask else complete)
     )
     partly_constant = bool((lo == hi).any() and not (lo == hi).all())
-    return normalise(
+    values = normalise(
         resized,
         lo,
         hi,
@@ -211,6 +228,31 @@ def _over_scope(
         floor=settings.compat == "published" and whole_numbers and partly_constant,
         complete=None if settings.mask else complete,
         double=settings.precision == "double",
+    )
+    return values, lo, hi
+
+
+def _rounding(
+    settings: Preprocessing, frames: Frames, resized: _Resized, over: tuple[np.ndarray, np.ndarray]
+) -> FrameRounding:
+    """Bound what is rounded of frames, given as they came and as they were resized."""
+    known = resized.known
+    lowest, highest = known.lo, known.hi
+    changes = settings.size is not None and frames.shape[1:3] != (settings.size, settings.size)
+    if changes and settings.compat == "published":  # its rim of zeros
+        lowest, highest = np.minimum(lowest, 0), np.maximum(highest, 0)
+    whole_numbers = _limits(frames) is not None
+    return bound_of_frames(
+        lowest,
+        highest,
+        *over,
+        units=(
+            half_ulp_of(frames.dtype),
+            max(half_ulp_of(resized.frames.dtype), 2.0**-53),
+            2.0**-53 if settings.precision == "double" else 2.0**-24,
+        ),
+        # Whole numbers are resized to whole numbers, the same ones in any precision.
+        splines=settings.order if changes and not whole_numbers else 0,
     )
 
 
@@ -231,8 +273,8 @@ def range_of(frames: np.ndarray, settings: Preprocessing) -> tuple[np.ndarray, n
         NaN where nothing counts.
     """
     held = _held(settings, drop_alpha(frames))
-    resized, complete = _resized(settings, held)
-    lo, hi = _range(resized, "sequence", None if settings.mask else complete)
+    resized = _resized(settings, held)
+    lo, hi = _range(resized.frames, "sequence", None if settings.mask else resized.complete)
     return lo / held.factor + held.offset, hi / held.factor + held.offset
 
 
@@ -319,6 +361,11 @@ def _signed(frames: Tensor) -> Tensor:
 
 def _within(scope: Scope, held: _Held) -> Scope:
     """Take a fixed range to where frames are held, without a rounding in between."""
+    if scope == "none" and held.offset:
+        raise FramesError(
+            "64-bit integers beyond 2^53 can't be compared as they are, since double precision rounds them: "
+            "subtract an offset, or choose another scope than 'none'"
+        )
     if isinstance(scope, str) or len(scope) != 2 or (held.offset == 0 and held.factor == 1):
         return (0.0, held.factor) if scope == "none" and held.factor != 1 else scope
     try:
@@ -328,8 +375,16 @@ def _within(scope: Scope, held: _Held) -> Scope:
     return lo, hi
 
 
-def _resized(settings: Preprocessing, held: _Held) -> tuple[Any, np.ndarray]:
-    """Resize frames to be normalised; tell which of them hold neither NaN nor infinity: bool (n,)."""
+class _Resized(NamedTuple):
+    """Frames as they are to be normalised; which hold neither NaN nor infinity (n,); extremes before."""
+
+    frames: Any
+    complete: np.ndarray
+    known: _Extremes
+
+
+def _resized(settings: Preprocessing, held: _Held) -> _Resized:
+    """Bring frames to their final size, in the precision that they are normalised in."""
     limits = held.limits
     loaded = _loadable(held.frames)
     if settings.precision == "double":
@@ -342,7 +397,7 @@ def _resized(settings: Preprocessing, held: _Held) -> tuple[Any, np.ndarray]:
     if settings.size is not None:
         zero_rim = settings.compat == "published"
         loaded = _resize(loaded, settings.size, settings.order, zero_rim, limits, known)
-    return loaded, complete
+    return _Resized(loaded, complete, known)
 
 
 def _repeated(frames: np.ndarray) -> np.ndarray:

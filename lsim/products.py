@@ -13,10 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lsim.ieee import ieee_products
-from lsim.precision import BY_PRODUCT, CONFIDENCE, HALF_ULP, PROMISE, PairPrecision, number_of_pairs
+from lsim.precision import (
+    BY_PRODUCT,
+    CONFIDENCE,
+    HALF_ULP_OF_DOUBLE,
+    PROMISE,
+    PairPrecision,
+    half_ulp,
+    number_of_pairs,
+)
 
 CHUNK = 128
-"""Columns that one product of matrices adds up in single precision."""
+"""Columns that one product of matrices adds up in the rows' own precision."""
 
 CHUNKS_TOGETHER = 64
 ROWS_OF_PRODUCT = 512
@@ -36,11 +44,11 @@ def squared_differences_in_torch(
     columns, which is in IEEE single precision: off by at most λ √chunk u |x||y| (Higham & Mary 2019), and
     the rounding moves the distance, the root of the sum, by at most u (|x| + |y|). Pairs for which
     that is more than ``promise`` of the sum are summed again directly. Whole numbers up to 255 are left as
-    they are: all of their products and sums are exact.
+    they are: all of their products and sums are exact. Rows of float64 go the same way, with the u of double.
 
     Parameters
     ----------
-    x, y : Tensor of shape (n, k) and (m, k), float32
+    x, y : Tensor of shape (n, k) and (m, k), both float32 or both float64
         On one device, without gradients. A row with NaN has NaN for its sums. Where ``x is y``, only i < j
         is computed and mirrored, and the diagonal is 0.
     promise : float
@@ -67,7 +75,7 @@ def squared_differences_in_torch(
     if not whole:
         for start in range(0, len(x), ROWS_OF_PRODUCT):
             part = slice(start, start + ROWS_OF_PRODUCT)
-            bound = _bound_of_product(sums[part], squares_x[part], squares_y, x.shape[1])
+            bound = _bound_of_product(sums[part], squares_x[part], squares_y, x.shape[1], half_ulp(x.dtype))
             if symmetric:
                 bound = bound.triu(1 + start)
             again = bound > promise
@@ -77,7 +85,7 @@ def squared_differences_in_torch(
             sums[part][i, j] = _directly_in_torch(x, y, i + start, j)
             recomputed += len(i)
     if recomputed:
-        worst = max(worst, 3 * HALF_ULP)
+        worst = max(worst, 3 * half_ulp(x.dtype))
     if symmetric:
         sums += sums.T.clone()
     pairs = number_of_pairs(len(x), len(y), symmetric=symmetric)
@@ -91,7 +99,7 @@ def _is_whole(rows: Tensor) -> bool:
 
 
 def _centred_products(x: Tensor, y: Tensor, *, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """|x|², |y|² and xy of the rows, less a row amid them if ``centred``: double, from single precision."""
+    """|x|², |y|² and xy of the rows, less a row amid them if ``centred``: double, of products in theirs."""
     symmetric = x is y
     products = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
     squares_x, squares_y = products.new_zeros(len(x)), products.new_zeros(len(y))
@@ -121,17 +129,19 @@ def _row_amid(x: Tensor, y: Tensor, columns: slice) -> Tensor:
 def _in_chunks(values: Tensor, centre: Tensor | None) -> Tensor:
     """(rows, columns) → (chunks, rows, CHUNK), filled up with zeros."""
     if centre is not None:
-        values = (values.double() - centre).float()
+        values = (values.double() - centre).to(values.dtype)
     values = F.pad(values, (0, -values.shape[1] % CHUNK))
     return values.unflatten(1, (-1, CHUNK)).transpose(0, 1)
 
 
-def _bound_of_product(sums: Tensor, squares_x: Tensor, squares_y: Tensor, columns: int) -> Tensor:
+def _bound_of_product(
+    sums: Tensor, squares_x: Tensor, squares_y: Tensor, columns: int, unit: float
+) -> Tensor:
     """Relative error of ``sums`` = |x|² + |y|² − 2xy; infinite where no digit is sure."""
     x, y = squares_x.sqrt()[:, None], squares_y.sqrt()
-    error = 2 * CONFIDENCE * math.sqrt(CHUNK) * HALF_ULP * x * y
-    error += (2 * sums.sqrt() + HALF_ULP * (x + y)) * HALF_ULP * (x + y)
-    error += CONFIDENCE * math.sqrt(columns) * 2.0**-53 * (squares_x[:, None] + squares_y)
+    error = 2 * CONFIDENCE * math.sqrt(CHUNK) * unit * x * y
+    error += (2 * sums.sqrt() + unit * (x + y)) * unit * (x + y)
+    error += CONFIDENCE * math.sqrt(columns) * HALF_ULP_OF_DOUBLE * (squares_x[:, None] + squares_y)
     error += columns * 2.0**-125  # products too small for single precision
     return torch.where(sums <= error, math.inf, error / (sums - error))
 

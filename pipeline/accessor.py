@@ -66,8 +66,8 @@ class Distances:
         device : str, optional
             Default: the process's own, a GPU where it has one.
         **settings
-            ``weights``, ``size``, ``order``, ``compat``, ``symmetrise`` and the metric's options, as
-            :func:`lsim.load_metric` takes them.
+            ``weights``, ``size``, ``order``, ``compat``, ``symmetrise``, ``precision`` and the
+            metric's options, as :func:`lsim.load_metric` takes them.
 
         Returns
         -------
@@ -233,7 +233,8 @@ def _request(name: str | None, masked: bool, settings: dict[str, Any]) -> tuple[
     own = dict(settings)
     weights = own.pop("weights", None)
     common = {key: own.pop(key, default) for key, default in
-              (("size", 224), ("order", 0), ("compat", "default"), ("symmetrise", False))}  # fmt: skip
+              (("size", 224), ("order", 0), ("compat", "default"), ("symmetrise", False),
+               ("precision", "exact"))}  # fmt: skip
     request = MetricRequest(
         default_metric() if name is None else name,
         None if weights is None else os.fspath(weights),

@@ -122,7 +122,10 @@ MaskOption = Annotated[
 ]
 PrecisionOption = Annotated[
     str | None,
-    typer.Option("--precision", help="exact, or ranking: faster, the same ranking but for near-ties."),
+    typer.Option(
+        "--precision",
+        help="exact; double: for frames that hardly differ; or ranking: faster, the same but for near-ties.",
+    ),
 ]
 VerifySources = Annotated[
     bool,

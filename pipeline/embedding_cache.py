@@ -71,7 +71,7 @@ def embed_block(source: store.Group, block: FrameBlock, metric: Metric, scope: S
         no other.
     """
     parts: dict[str, Tensor] = {}
-    rounding: Tensor | None = None
+    bounds: dict[str, Tensor] = {}
     comparable = np.zeros(len(block), bool)
     reasons: dict[int, str] = {}
     undone = ""
@@ -92,10 +92,11 @@ def embed_block(source: store.Group, block: FrameBlock, metric: Metric, scope: S
                 if name not in parts:
                     parts[name] = _room(len(block), part)
                 parts[name][there.start : there.stop] = part
-            if some.embedding.rounding is not None:
-                rounding = _room(len(block), some.embedding.rounding) if rounding is None else rounding
-                rounding[there.start : there.stop] = some.embedding.rounding
-    return EmbeddedBlock(Embedding(parts, rounding) if parts else None, comparable, reasons, undone)
+            for name, bound in (("rounding", some.embedding.rounding), ("stored", some.embedding.stored)):
+                if bound is not None:
+                    bounds.setdefault(name, _room(len(block), bound))[there.start : there.stop] = bound
+    embedding = Embedding(parts, bounds.get("rounding"), bounds.get("stored")) if parts else None
+    return EmbeddedBlock(embedding, comparable, reasons, undone)
 
 
 @dataclass(frozen=True)

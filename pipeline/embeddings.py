@@ -289,8 +289,9 @@ def _stale_tasks(
     except FramesError as error:
         raise FramesError(f"{key}: {error}; --groups chooses other fields") from error
     report.values[key] = sum(map(math.prod, parts.values()))
-    sequences, together = _block_of(n, 4 * report.values[key])
-    group = _lay_out(root, origin, key, parts, sequences * n, together)
+    dtype = "float64" if metric.preprocessing.precision == "double" else "float32"
+    sequences, together = _block_of(n, np.dtype(dtype).itemsize * report.values[key])
+    group = _lay_out(root, origin, key, parts, dtype, sequences * n, together)
     provenance = store.get_group(group, schema.PROVENANCE)
     scope: Scope = settings.scope
     if scope == "dataset":
@@ -347,6 +348,7 @@ def _lay_out(
     origin: store.Group,
     key: str,
     parts: Mapping[str, tuple[int, ...]],
+    dtype_of_parts: str,
     block: int,
     together: int,
 ) -> store.Group:
@@ -357,7 +359,7 @@ def _lay_out(
     count, n = store.get_array(origin, schema.FRAMES).shape[:2]
     rows, blocks = count * n, -(-count * n // block)
     layout: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...], Any]] = {
-        name: ((rows, *shape), (together, *shape), (schema.FRAME, *_dims(name, shape)), "float32")
+        name: ((rows, *shape), (together, *shape), (schema.FRAME, *_dims(name, shape)), dtype_of_parts)
         for name, shape in parts.items()
     }
     for name, dtype in COLUMNS.items():
@@ -547,11 +549,11 @@ def _try_metric(metric: Metric, frames: np.ndarray, task: EmbedTask, values: dic
 
 
 def _embedded(metric: Metric, frames: np.ndarray, scope: Scope) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Each part of the embeddings of some frames, (frame, …) float32, and why a frame is NaN."""
+    """Each part of the embeddings of some frames, (frame, …), and why a frame is NaN."""
     prepared = metric.prepare(frames, scope)
     with torch.no_grad():
         parts = metric.embedded(prepared).parts
-    values = {name: part.float().cpu().numpy() for name, part in parts.items()}
+    values = {name: part.to(metric.dtype).cpu().numpy() for name, part in parts.items()}
     reasons = [""] * len(frames)
     finite = finite_frames(frames)
     for k in np.flatnonzero(~prepared.comparable):
@@ -567,9 +569,8 @@ def _embedded(metric: Metric, frames: np.ndarray, scope: Scope) -> tuple[dict[st
 
 def _nothing(group: store.Group, names: Sequence[str], rows: int) -> dict[str, np.ndarray]:
     """Embeddings of frames that cannot be read."""
-    return {
-        name: np.full((rows, *store.get_array(group, name).shape[1:]), np.nan, np.float32) for name in names
-    }
+    arrays = {name: store.get_array(group, name) for name in names}
+    return {name: np.full((rows, *array.shape[1:]), np.nan, array.dtype) for name, array in arrays.items()}
 
 
 def _write(group: store.Group, names: Sequence[str], start: int, pending: list[dict[str, np.ndarray]]) -> int:

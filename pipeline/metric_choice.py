@@ -10,8 +10,17 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from lsim.metric import Metric
+from lsim.precision import PrecisionError
 from lsim.preprocess import Compat, FramesError
-from lsim.registry import METRICS, learned_class, list_metrics, metric_class, metric_name, why_unavailable
+from lsim.registry import (
+    METRICS,
+    Precision,
+    learned_class,
+    list_metrics,
+    metric_class,
+    metric_name,
+    why_unavailable,
+)
 from pipeline import schema
 from pipeline.schema import Pairs
 from pipeline.workers.resident import MetricRequest, Option
@@ -34,8 +43,9 @@ class Settings(pydantic.BaseModel):
         What single metrics are told, by their names and those of their options.
     mask : "nan", optional
         Metrics that take a mask leave missing pixels (NaN) out; the others, frames that have any.
-    precision : {"exact", "ranking"}
-        What metrics with that option are told, unless ``options`` say otherwise.
+    precision : {"exact", "double", "ranking"}
+        As :func:`lsim.load_metric` takes it. ``"ranking"`` is for networks: other metrics stay
+        exact, and so do those whose ``options`` say so. ``"all"`` leaves out what has no double precision.
     size, order, compat
         As :func:`lsim.load_metric` takes them.
     weights : dict of str to str
@@ -58,7 +68,7 @@ class Settings(pydantic.BaseModel):
     metrics: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] | Literal["all"] = "all"
     options: dict[str, dict[str, Option]] = {}
     mask: Literal["nan"] | None = None
-    precision: Literal["exact", "ranking"] = "exact"
+    precision: Precision = "exact"
     size: int | None = pydantic.Field(default=224, ge=1)
     order: int = pydantic.Field(default=0, ge=0, le=5)
     compat: Compat = "default"
@@ -111,6 +121,8 @@ def choose_metrics(settings: Settings) -> ChosenMetrics:
         When a metric asked for by name (or any, with ``strict``) can't take frames of that size.
     lsim.WeightsError
         For weights of another network.
+    lsim.precision.PrecisionError
+        When a metric asked for by name (or any, with ``strict``) doesn't have the precision.
     ValueError
         For names that are taken, and options that no metric has or that it can't take.
     """
@@ -134,7 +146,7 @@ def choose_metrics(settings: Settings) -> ChosenMetrics:
         request = _request(name, settings)
         try:
             metric = request.load("cpu")
-        except FramesError as error:
+        except (FramesError, PrecisionError) as error:
             if name in needed:
                 raise
             unavailable[name] = str(error)
@@ -186,7 +198,7 @@ def _request(name: str, settings: Settings) -> MetricRequest:
     """How a metric is asked for under these settings; its specification is known once it is loaded."""
     cls = _class_of(name, settings)
     options = dict(settings.options.get(metric_name(name), {}))
-    if settings.precision != "exact" and "precision" in cls.option_names():
+    if settings.precision == "ranking" and "precision" in cls.option_names():
         options.setdefault("precision", settings.precision)
     weights = settings.weights.get(name)
     return MetricRequest(
@@ -197,6 +209,7 @@ def _request(name: str, settings: Settings) -> MetricRequest:
         settings.compat,
         mask=settings.mask is not None and cls.info.takes_mask,
         symmetrise=True,
+        precision="double" if settings.precision == "double" else "exact",
         options=tuple(sorted(options.items())),
     )
 

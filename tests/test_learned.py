@@ -155,7 +155,7 @@ def test_precision_is_part_of_the_specification_where_it_is_not_the_exact_one() 
     assert exact.specification_hash == plain.specification_hash
     assert ranking.specification()["options"] == {"precision": "ranking"}
     assert ranking.specification_hash != plain.specification_hash
-    with pytest.raises(ValueError, match="precision must be 'exact' or 'ranking', got 'half'"):
+    with pytest.raises(ValueError, match="precision must be one of exact, double, ranking, got 'half'"):
         lsim.load_metric("lsim-open", device="cpu", precision="half")
 
 

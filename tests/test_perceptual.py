@@ -332,7 +332,7 @@ def test_smallest_size_works_and_is_named_below(load: Load, name: str) -> None:
 
 
 def test_options_are_checked_and_specified(load: Load) -> None:
-    with pytest.raises(ValueError, match="precision must be 'exact' or 'ranking', got 'low'"):
+    with pytest.raises(ValueError, match="precision must be one of exact, double, ranking, got 'low'"):
         load("lpips-alex", precision="low")
     exact, ranking = load("lpips-alex"), load("lpips-alex", precision="ranking")
     assert exact.specification_hash != ranking.specification_hash

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lsim.metric import Embedding, Metric, MetricInfo
 from lsim.pairs import FAST, all_pairs
+from lsim.precision import PrecisionError
 from lsim.preprocess import Preprocessing
 
 Preset = Literal["medium", "fast", "ultrafast"]
@@ -61,6 +62,10 @@ class OpticalFlow(Metric):
     ) -> None:
         if preset not in get_args(Preset):
             raise ValueError(f"preset must be one of {', '.join(get_args(Preset))}, got {preset!r}")
+        if preprocessing.precision == "double":
+            raise PrecisionError(
+                f"metric {name!r} has no precision 'double': OpenCV takes 8-bit grey values; ask for 'exact'"
+            )
         super().__init__(name, preprocessing, device, preset=preset)
         self.preset = preset
 

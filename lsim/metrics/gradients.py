@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from lsim.metric import Embedding, Metric, MetricInfo, positive_number, safe_sqrt
 from lsim.pairs import FAST, all_pairs, has_kernel, rows_in_torch
+from lsim.precision import as_floats
 from lsim.preprocess import Preprocessing
+from lsim.rounding import of_difference, of_sum
 from lsim.threads import in_threads
 
 FULL_SCALE = 255.0
@@ -115,6 +117,15 @@ class GMSD(Metric):
             operations=16 * x[0].numel(),
         )
 
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of a deviation of q², q = |mx − my| / √(mx² + my² + T), whose mean is a few deviations at most.
+
+        Errors of values move a magnitude by 2√2 of theirs at most, and the root below is √T at least.
+        """
+        error = 2 * 2**0.5 * FULL_SCALE * of_difference(a, b) / self._stabiliser**0.5
+        mean = (8 * distances + error.square()).clamp(max=1)
+        return error * (2 * mean.sqrt() + 3 * mean + error) + of_sum(distances, torch.float64)
+
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = a.parts["magnitude"].flatten(2), b.parts["magnitude"].flatten(2)
         missing = x.isnan() | y.isnan()
@@ -144,11 +155,12 @@ class GradientDifference(Metric):
         minimum_size=2,
         takes_mask=True,
         one_channel_suffices=True,
+        blind_to=("offset",),
     )
 
     def embed(self, frames: Tensor) -> Embedding:
         """The frames themselves: the gradient of a difference is cheaper than the difference of gradients."""
-        return Embedding({"frames": frames.float().contiguous()})
+        return Embedding({"frames": as_floats(frames).contiguous()})
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = a.parts["frames"], b.parts["frames"]
@@ -165,6 +177,10 @@ class GradientDifference(Metric):
             symmetric=a is b,
             operations=8 * x[0].numel(),
         )
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of a mean of differences of two values each, which stored offsets have rounded, too."""
+        return 2 * of_difference(a, b, stored=True) + of_sum(distances, torch.float64)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         difference = a.parts["frames"].double() - b.parts["frames"].double()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import abstractmethod
+from typing import ClassVar
 
 import numba
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from lsim.metric import Embedding, Metric, MetricInfo
 from lsim.pairs import FAST, all_pairs, has_kernel, rows_in_torch
+from lsim.rounding import of_each
 from lsim.threads import in_threads
 
 LEVELS = 256
@@ -40,6 +42,8 @@ class _JointHistogram(Metric):
     copies_to_compare = False
 
     shares_embedding = "joint histogram"
+    _bits: ClassVar[float] = 1.0
+    """What a bit of entropy is of the distance, at most."""
 
     @property
     def quantised(self) -> bool:
@@ -62,6 +66,14 @@ class _JointHistogram(Metric):
         logs = _count_logs(flat.shape[1], flat.device)
         entropy = logs[-1] - logs[counts].sum(1)
         return Embedding({"values": values, "entropy": entropy, "peak": counts.amax(1), "finite": finite})
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of entropies in bits, where errors have put some pixels on another level."""
+        pixels = a.parts["values"].shape[1]
+        shares = [_share_on_other_level(side, pixels) for side in (a, b)]
+        share = shares[0][:, None] + shares[1]
+        # A pixel that changes its cell takes c log₂ c of two cells along.
+        return 2 * share * (math.log2(pixels) + 2) * self._bits + 4 * LEVELS**2 * _unit(a)
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         both = a.once("conditional", lambda: _conditional(a, a)) if a is b else _conditional(a, b)
@@ -88,6 +100,7 @@ class VariationOfInformation(_JointHistogram):
         differentiable=False,
         axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
         one_channel_suffices=True,
+        blind_to=("relabelling",),
         units="bit",
     )
     algorithm_version = 2
@@ -111,6 +124,7 @@ class MutualInformation(_JointHistogram):
         differentiable=False,
         axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
         one_channel_suffices=True,
+        blind_to=("relabelling",),
         units="bit",
     )
 
@@ -131,12 +145,24 @@ class NormalizedMutualInformation(_JointHistogram):
         differentiable=False,
         axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
         one_channel_suffices=True,
+        blind_to=("relabelling",),
     )
 
     def _from_entropies(self, both: Tensor, x: Tensor, y: Tensor, unit: float) -> Tensor:
         twice_joint = both + (x + y)
         # Not in place of the zero: NaN stays NaN.
         return 2 * both / torch.where(twice_joint == 0, 1, twice_joint)
+
+
+def _share_on_other_level(embedding: Embedding, pixels: int) -> Tensor:
+    """Bound the share of a frame's pixels that errors may have put on another level: (n,).
+
+    Those within an error of a level's end, by the chance of it and three deviations more. The same whole
+    number is on the same level everywhere, so sources of integers have none.
+    """
+    stored = of_each(embedding, stored=True)
+    error = torch.where(stored > of_each(embedding), 2 * stored, 0).clamp(max=1)
+    return (error + 3 * (error / pixels).sqrt()).clamp(max=1)
 
 
 def _counted(cells: Tensor, size: int) -> Tensor:

@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import safetensors.torch
@@ -27,8 +27,9 @@ from lsim.ieee import ieee_convolutions, ieee_products
 from lsim.metric import Embedding, Metric, MetricInfo, safe_sqrt
 from lsim.networks import AlexTrunk, LsimTrunk, NonSiamese, SkipTrunk, for_one_channel
 from lsim.pairs import has_kernel, squared_distances
-from lsim.precision import ReportsPrecision, of_features
+from lsim.precision import NetworkPrecision, ReportsPrecision, check_network_precision, of_features
 from lsim.preprocess import FramesError, Preprocessing
+from lsim.rounding import of_features_difference, of_sum
 from lsim.threads import batches, in_threads
 from lsim.weights import (
     Checkpoint,
@@ -42,7 +43,6 @@ from lsim.weights import (
 )
 
 Network = TypeVar("Network", bound=nn.Module)
-Precision = Literal["exact", "ranking"]
 
 FRAMES_TOGETHER = 64
 """Frames, or pairs, in one pass of a network on a GPU, or where gradients are wanted."""
@@ -59,7 +59,8 @@ class LSiM(ReportsPrecision, Metric):
     Parameters
     ----------
     precision : {"exact", "ranking"}
-        ``"exact"``: the network runs in IEEE single precision, whatever torch is told of TF32 or autocast.
+        ``"exact"``: the network runs in IEEE single precision, whatever torch is told of TF32 or autocast; in
+        double where frames are prepared so.
         ``"ranking"``: in bfloat16, for where only the order of distances matters. It ranks alike, but
         distances of nearly equal frames are noise, wrong by up to 580 %, where TF32, which GPUs would take
         by themselves, is by 11 %.
@@ -86,10 +87,9 @@ class LSiM(ReportsPrecision, Metric):
         device: torch.device,
         checkpoint: Checkpoint,
         *,
-        precision: Precision = "exact",
+        precision: NetworkPrecision = "exact",
     ) -> None:
-        if precision not in get_args(Precision):
-            raise ValueError(f"precision must be 'exact' or 'ranking', got {precision!r}")
+        check_network_precision(name, precision, double=preprocessing.precision == "double")
         # Stored results of the exact metric carry no precision.
         super().__init__(
             name, preprocessing, device, **({} if precision == "exact" else {"precision": precision})
@@ -98,11 +98,12 @@ class LSiM(ReportsPrecision, Metric):
         self.weights_sha256 = checkpoint.sha256
         trunk = self.trunk_class().float()  # whatever torch takes by default
         trunk.load_state_dict(checkpoint.trunk)
+        trunk = trunk.to(self.dtype)
         trunk.requires_grad_(False).eval()
         self.trunk = _on(device, trunk)
         self._grey = None if isinstance(trunk, AlexTrunk) else _on(device, for_one_channel(trunk))
-        self._weights = [w.clamp(min=0).to(device) for w in checkpoint.channel_weights]
-        self._squares = [m2.to(device) for m2 in checkpoint.deviation_squares]
+        self._weights = [w.clamp(min=0).to(device, self.dtype) for w in checkpoint.channel_weights]
+        self._squares = [m2.to(device, self.dtype) for m2 in checkpoint.deviation_squares]
         self._counts = checkpoint.counts
         self._scales: dict[tuple[int, int], list[Tensor]] = {}
         if preprocessing.size is not None:
@@ -151,14 +152,14 @@ class LSiM(ReportsPrecision, Metric):
         return maps
 
     def embed(self, frames: Tensor) -> Embedding:
-        """z of every frame, (n, Σ_l C_l H_l W_l) float32; with gradients where ``frames`` carry them."""
-        planes = frames.permute(0, 3, 1, 2).float()
+        """z of every frame, (n, Σ_l C_l H_l W_l); with gradients where ``frames`` carry them."""
+        planes = frames.permute(0, 3, 1, 2).to(self.dtype)
         scales = self._scales_for(*planes.shape[2:])
         with ieee_convolutions():
             if not has_kernel(planes):
                 parts = [self._scaled(part, scales) for part in planes.split(FRAMES_TOGETHER)]
                 return Embedding({"features": torch.cat(parts)})
-            features = _empty(len(planes), sum(scale.numel() for scale in scales))
+            features = _empty(len(planes), sum(scale.numel() for scale in scales), self.dtype)
 
             def fill(part: slice) -> None:
                 start = 0
@@ -196,6 +197,10 @@ class LSiM(ReportsPrecision, Metric):
         squared, record = squared_distances(x, x if a is b else b.parts["features"])
         self.note_precision(of_features(record))
         return safe_sqrt(squared)
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of a norm of the difference of features, which the network has rounded."""
+        return of_features_difference(a, b) + of_sum(distances, a.parts["features"].dtype)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         squared = (a.parts["features"] - b.parts["features"]).square().sum(1, dtype=torch.float64)
@@ -294,7 +299,7 @@ class NonSiameseMetric(Metric):
         self.weights_sha256 = sha256
         network = NonSiamese()
         network.load_state_dict(state)
-        self.network = _on(device, network.requires_grad_(False).eval())
+        self.network = _on(device, network.to(self.dtype).requires_grad_(False).eval())
         if preprocessing.size is not None:
             self.check_size(preprocessing.size, preprocessing.size)
 
@@ -319,8 +324,8 @@ class NonSiameseMetric(Metric):
         return super().specification() | {"weights_sha256": self.weights_sha256}
 
     def embed(self, frames: Tensor) -> Embedding:
-        """The first convolution of every frame on either side, (n, y', x', 32) float32, channels last."""
-        planes = frames.permute(0, 3, 1, 2).float()
+        """The first convolution of every frame on either side, (n, y', x', 32), channels last."""
+        planes = frames.permute(0, 3, 1, 2).to(self.dtype)
         first = self.network.conv1
         sides = (first.weight[:, :3], first.bias), (first.weight[:, 3:], None)
 
@@ -402,9 +407,9 @@ def _on(device: torch.device, network: Network) -> Network:
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _empty(n: int, length: int) -> Tensor:
+def _empty(n: int, length: int, dtype: torch.dtype) -> Tensor:
     """(n, length) to be filled. NumPy asks for large pages, which saves a tenth of the time to features."""
-    return torch.from_numpy(np.empty((n, length), np.float32))
+    return torch.from_numpy(np.empty((n, length), np.float64 if dtype == torch.float64 else np.float32))
 
 
 def _tasks(planes: Tensor) -> list[slice]:

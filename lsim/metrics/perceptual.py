@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,11 @@ from lsim.ieee import ieee_convolutions
 from lsim.metric import Embedding, Metric, MetricInfo
 from lsim.networks import AlexTrunk, ImageTrunk, SqueezeTrunk, VggTrunk
 from lsim.pairs import has_kernel, squared_distances
-from lsim.precision import ReportsPrecision, of_features
+from lsim.precision import NetworkPrecision, ReportsPrecision, check_network_precision, of_features
 from lsim.preprocess import Preprocessing
+from lsim.rounding import of_features_difference, of_sum
 from lsim.threads import in_threads
 from lsim.weights import PerceptualWeights, find_head_and_backbone, load_perceptual, why_missing
-
-Precision = Literal["exact", "ranking"]
 
 FRAMES_TOGETHER = 16
 """Frames in one pass of the network on a GPU, or where gradients are wanted: VGG's maps are 60 MB a frame."""
@@ -71,10 +70,9 @@ class LPIPS(ReportsPrecision, Metric):
         device: torch.device,
         weights: PerceptualWeights,
         *,
-        precision: Precision = "exact",
+        precision: NetworkPrecision = "exact",
     ) -> None:
-        if precision not in get_args(Precision):
-            raise ValueError(f"precision must be 'exact' or 'ranking', got {precision!r}")
+        check_network_precision(name, precision, double=preprocessing.precision == "double")
         # Stored results of the exact metric carry no precision.
         super().__init__(
             name, preprocessing, device, **({} if precision == "exact" else {"precision": precision})
@@ -83,13 +81,14 @@ class LPIPS(ReportsPrecision, Metric):
         self.weights_sha256 = weights.sha256
         trunk = self.trunk_class()
         trunk.load_state_dict(weights.trunk)
+        trunk = trunk.to(self.dtype)
         if preprocessing.compat == "published":
             # Frames in [0, 255] go where those in [−1, 1] belong, as the publication of LSiM has it.
             trunk.mean.div_(127.5).sub_(1)
             trunk.deviation.div_(127.5)
         trunk = trunk.requires_grad_(False).eval()
         self.trunk: nn.Module = trunk.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._roots = [w.sqrt().to(device) for w in weights.channel_weights]
+        self._roots = [w.to(device, self.dtype).sqrt() for w in weights.channel_weights]
         self._lengths: dict[tuple[int, int], int] = {}
         if preprocessing.size is not None:
             self.check_size(preprocessing.size, preprocessing.size)
@@ -115,8 +114,8 @@ class LPIPS(ReportsPrecision, Metric):
         return super().specification() | {"weights_sha256": self.weights_sha256}
 
     def embed(self, frames: Tensor) -> Embedding:
-        """z of every frame, (n, Σ_l C_l H_l W_l) float32; with gradients where ``frames`` carry them."""
-        planes = frames.permute(0, 3, 1, 2).float().expand(-1, 3, -1, -1)
+        """z of every frame, (n, Σ_l C_l H_l W_l); with gradients where ``frames`` carry them."""
+        planes = frames.permute(0, 3, 1, 2).to(self.dtype).expand(-1, 3, -1, -1)
         if not has_kernel(planes):
             with ieee_convolutions():
                 parts = [torch.cat(self._scaled(part), 1) for part in planes.split(FRAMES_TOGETHER)]
@@ -143,7 +142,7 @@ class LPIPS(ReportsPrecision, Metric):
         """z_l of (batch, 3, y, x), one (batch, C_l H_l W_l) for each feature map."""
         parts = []
         for features, root in zip(self.features(planes), self._roots, strict=True):
-            f = features.float().permute(0, 2, 3, 1)  # (batch, y', x', channel), as it lies in memory
+            f = features.to(self.dtype).permute(0, 2, 3, 1)  # (batch, y', x', channel), as it lies in memory
             # The gradient of this norm is 0 where it is 0.
             unit = f / (torch.linalg.vector_norm(f, dim=3, keepdim=True) + TINY)
             scale = root / (f.shape[1] * f.shape[2]) ** 0.5
@@ -163,6 +162,11 @@ class LPIPS(ReportsPrecision, Metric):
         squared, record = squared_distances(x, x if a is b else b.parts["features"])
         self.note_precision(of_features(record))
         return squared
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of the square of a norm of features, which the network has rounded."""
+        error = of_features_difference(a, b)
+        return error * (2 * distances.sqrt() + error) + of_sum(distances, a.parts["features"].dtype)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         return (a.parts["features"] - b.parts["features"]).square().sum(1, dtype=torch.float64)

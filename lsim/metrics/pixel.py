@@ -36,17 +36,19 @@ from lsim.precision import (
     PROMISE,
     PairPrecision,
     ReportsPrecision,
+    as_floats,
     number_of_pairs,
 )
 from lsim.products import VALUES_TOGETHER, known_in_both
+from lsim.rounding import of_difference, of_each, of_sum
 
 FULL_SCALE = 255.0
 
+ROUNDING_OF_UNITS = (32 * 2.0**-53) ** 2
+"""|û − v̂|² that is rounding of unit vectors in double precision, of the same direction."""
+
 EPSILON = 1e-7
 """What The Well adds to what it divides a mean square by; here of values on [0, 1]."""
-
-NOISE = 1e-25
-"""A smaller ½ |û − v̂|² is rounding of unit vectors; in one value, single precision can differ by 1e-20."""
 
 # A mean by a reciprocal is off by a rounding, and a constant frame then not constant.
 WITH_DIVISION = FAST - {"arcp"}
@@ -62,8 +64,11 @@ class _PixelMetric(ReportsPrecision, Metric):
     shares_embedding = "pixels"
 
     def embed(self, frames: Tensor) -> Embedding:
-        values = frames.flatten(1)
-        return Embedding({"values": values if values.dtype == torch.float64 else values.float()})
+        return Embedding({"values": as_floats(frames.flatten(1))})
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of a norm of the difference: off by the largest error of a value, and by the sum's own."""
+        return of_difference(a, b) + of_sum(distances, a.parts["values"].dtype)
 
     @property
     def axioms(self) -> frozenset[str]:
@@ -85,7 +90,7 @@ class L1(_PixelMetric):
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = a.parts["values"], b.parts["values"]
-        self.note_precision(directly(len(x), len(y), symmetric=a is b))
+        self.note_precision(directly(x, x if a is b else y))
         if not has_kernel(x, y):
             return _rows(self.paired, a, b)
         masked = self.preprocessing.mask
@@ -131,7 +136,7 @@ class _OfSquares(_PixelMetric):
         if not (masked or carries_gradients(x, y)):
             sums, record = squared_distances(x, y)
             return sums / (x.shape[1] * FULL_SCALE**2), record
-        record = directly(len(x), len(y), symmetric=a is b)
+        record = directly(x, y)
         if not has_kernel(x, y):
             return _rows(self._mean_squared_paired, a, b), record
         sides = (x.numpy(), y.numpy())
@@ -160,6 +165,11 @@ class L2(_OfSquares):
 
     def _from(self, squared: Tensor, divisor: Tensor | float) -> Tensor:
         return squared
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of the square of a norm."""
+        error = of_difference(a, b)
+        return error * (2 * distances.sqrt() + error) + of_sum(distances, a.parts["values"].dtype)
 
 
 class RMSE(_OfSquares):
@@ -206,6 +216,11 @@ class NRMSE(RMSE):
             return _rows(self._divisor_paired, a, b)
         return powers / FULL_SCALE**2 + EPSILON
 
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of a norm over another norm."""
+        error = of_difference(a, b) + distances * of_each(a)[:, None] / FULL_SCALE
+        return error / self._divisor(a, b).sqrt() + of_sum(distances, a.parts["values"].dtype)
+
     def _divisor_paired(self, a: Embedding, b: Embedding) -> Tensor:
         known = _known(self, a, b)
         values = a.parts["values"].expand(len(b), -1).double()
@@ -251,6 +266,14 @@ class PSNR(_OfSquares):
         # Through `where`, the gradient at identical frames is 0 instead of infinite; NaN stays NaN.
         return torch.where(squared.isnan(), squared, torch.where(positive, logarithm, -float("inf")))
 
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """Infinite where the root of the mean square may be 0."""
+        root = 10 ** (distances / 20)
+        error = of_difference(a, b) + of_sum(root, a.parts["values"].dtype)
+        lost = torch.where(root > error, -20 * torch.log10(1 - error / root), math.inf)
+        # No error and no difference: equal for sure.
+        return torch.where(error == 0, 0, lost) + 2.0**-50 * distances.abs().nan_to_num(posinf=0)
+
 
 class Cosine(_PixelMetric):
     """One minus the cosine between two frames as vectors: ½ |a/|a| − b/|b||².
@@ -267,7 +290,9 @@ class Cosine(_PixelMetric):
         axioms=SYMMETRIC,
         takes_mask=True,
         one_channel_suffices=True,
+        blind_to=("scale",),
     )
+    algorithm_version = 2
     centred: ClassVar[bool] = False
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
@@ -296,14 +321,60 @@ class Cosine(_PixelMetric):
             )
         else:
             squared = _in_rows(lambda left, right: (left - right).square().sum(1), u, v)
-        flat = _is_flat(v)
-        return _from_units(squared, (flat if u is v else _is_flat(u))[:, None], flat)
+        flat = self._is_flat(b, v)
+        return _from_units(squared, (flat if u is v else self._is_flat(a, u))[:, None], flat)
+
+    def _is_flat(self, embedding: Embedding, units: Tensor) -> Tensor:
+        """Rows without a direction: of zeros, or of nothing but rounding: (rows,)."""
+        zero = _is_zero(units)
+        if embedding.rounding is None:
+            return zero
+        return zero | (self._lengths(embedding) <= of_each(embedding, stored=True))
+
+    def _lengths(self, embedding: Embedding) -> Tensor:
+        """Root mean square of each frame's values, or of their deviations: (n,)."""
+        spread, size = _spreads_and_sizes(embedding)
+        return spread if self.centred else size
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """½ |û − v̂|² of directions that are off by the angle that errors make with frames of their lengths.
+
+        A frame that is exactly constant has no direction, and its distances are what they are said to be.
+        """
+        if self.preprocessing.mask:
+            x, y = self._masked_lengths(a, b), self._masked_lengths(b, a).T
+        else:
+            x, y = self._lengths(a)[:, None], self._lengths(b)
+        sizes = (_spreads_and_sizes(a)[1][:, None], _spreads_and_sizes(b)[1])
+        roundings = 4 + math.sqrt(a.parts["values"].shape[1]) / 2
+        angle = _angle(of_each(a, stored=True)[:, None], sizes[0], x, roundings)
+        angle = angle + _angle(of_each(b, stored=True), sizes[1], y, roundings)
+        bound = angle * (2 * distances).sqrt() + angle.square() / 2 + of_sum(distances, torch.float64)
+        return torch.where((x == 0) | (y == 0), 0, bound.clamp(max=2))
+
+    def _masked_lengths(self, a: Embedding, b: Embedding) -> Tensor:
+        """:meth:`_lengths` of the first of each pair, over what is known in both: (len(a), len(b))."""
+        x, y = a.parts["values"], b.parts["values"]
+        if not has_kernel(x, y):
+            return _rows(self._masked_lengths_paired, a, b)
+        sides = (x.numpy(), y.numpy(), self.centred)
+        powers = all_pairs(_known_powers, len(x), len(y), *sides, symmetric=False, operations=4 * x.shape[1])
+        return powers.sqrt()
+
+    def _masked_lengths_paired(self, a: Embedding, b: Embedding) -> Tensor:
+        known = _known(self, a, b)
+        values = a.parts["values"].expand(len(b), -1).double()
+        centred = _centred(values, known) if self.centred else _where_known(values, known)
+        return _mean(centred.square(), known)[:, 0].sqrt()
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         known = _known(self, a, b)
         x, y = torch.broadcast_tensors(a.parts["values"], b.parts["values"])
         u, v = _units(x, known, self.centred), _units(y, known, self.centred)
-        distances = _from_units((u - v).square().sum(1), _is_flat(u), _is_flat(v))
+        flat = self._is_flat(a, u) if known is None else _is_zero(u)
+        distances = _from_units(
+            (u - v).square().sum(1), flat, self._is_flat(b, v) if known is None else _is_zero(v)
+        )
         return distances if known is None else torch.where(known.any(1), distances, math.nan)
 
 
@@ -319,6 +390,7 @@ class Correlation(Cosine):
         axioms=SYMMETRIC,
         takes_mask=True,
         one_channel_suffices=True,
+        blind_to=("offset", "scale"),
     )
     centred = True
 
@@ -358,14 +430,37 @@ def _units(values: Tensor, known: Tensor | None, centred: bool) -> Tensor:
     return torch.where(flat, 0, values / torch.where(flat, 1, squares).sqrt())
 
 
-def _is_flat(units: Tensor) -> Tensor:
+def _spreads_and_sizes(embedding: Embedding) -> tuple[Tensor, Tensor]:
+    """Standard deviation and root mean square of the values of each frame that are known: (n,) both."""
+
+    def compute() -> tuple[Tensor, Tensor]:
+        values = embedding.parts["values"]
+        if has_kernel(values):
+            found = np.empty((2, len(values)))
+            _to_spreads_and_sizes(values.numpy(), found)
+            return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+        doubles = [row.double() for row in values.split(1)]
+        means = torch.cat([row.nanmean(1, keepdim=True) for row in doubles])
+        powers = [(row - mean).square().nanmean() for row, mean in zip(doubles, means, strict=True)]
+        return torch.stack(powers).sqrt(), (torch.stack(powers) + means[:, 0].square()).sqrt()
+
+    return embedding.once("spreads and sizes", compute)
+
+
+def _angle(error: Tensor, size: Tensor, length: Tensor, roundings: float) -> Tensor:
+    """Bound the angle by which a direction is off: errors of values, and that of a mean, in double."""
+    return error / length + 2.0**-53 * (4 + roundings * size / length)
+
+
+def _is_zero(units: Tensor) -> Tensor:
     """Rows of zeros: (rows,)."""
     return torch.linalg.vector_norm(units, dim=1) == 0
 
 
 def _from_units(squared: Tensor, left_is_flat: Tensor, right_is_flat: Tensor) -> Tensor:
-    """½ |u − v|²; 0 for frames that are multiples of one another; 1 where one alone has length 0."""
-    distances = torch.where(squared < 2 * NOISE, 0, squared / 2)
+    """½ |u − v|²; 1 where one alone has no direction, 0 where neither has."""
+    same = (left_is_flat & right_is_flat & ~squared.isnan()) | (squared < ROUNDING_OF_UNITS)
+    distances = torch.where(same, 0, squared / 2)
     return torch.where((left_is_flat ^ right_is_flat) & ~squared.isnan(), 1, distances)
 
 
@@ -425,7 +520,17 @@ def _known_angles(i, j, out, x, y, centred):  # type: ignore[no-untyped-def]
                 known = a[k] == a[k] and b[k] == b[k]
                 difference = (a[k] - mean_a) * scale_a - (b[k] - mean_b) * scale_b
                 squares += difference * difference if known else 0.0
-            out[p] = squares / 2 if squares >= 2 * NOISE else 0.0
+            out[p] = squares / 2 if squares >= ROUNDING_OF_UNITS else 0.0
+
+
+@numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")
+def _to_spreads_and_sizes(x, out):  # type: ignore[no-untyped-def]
+    """Standard deviation and root mean square of each row's values but NaN: into out (2, rows)."""
+    for i in range(x.shape[0]):
+        mean, count = _known_mean(x[i], x[i])
+        squares = _known_power(x[i], x[i], mean)
+        out[0, i] = np.sqrt(squares / count)
+        out[1, i] = np.sqrt(squares / count + mean * mean)
 
 
 @numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")

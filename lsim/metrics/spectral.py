@@ -12,6 +12,7 @@ difference fades out. Everything is in double precision: logarithms of near-iden
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 import torch
@@ -20,9 +21,16 @@ from torch import Tensor
 from lsim.metric import Embedding, Metric, MetricInfo, positive_number, safe_sqrt
 from lsim.pairs import all_pairs, has_kernel, rows_in_torch, squared_differences
 from lsim.preprocess import Preprocessing
+from lsim.rounding import of_each, of_sum
 from lsim.threads import in_threads
 
 FULL_SCALE = 255.0
+WHITE = 4.0
+"""How far the noise of rounding in one coefficient is above that of white noise, at most."""
+TRANSFORM = 2.0**-47
+"""Rounding of a transform of values on [0, 1], as an error of these."""
+LOGARITHM = 2.0**-51
+"""Rounding of a logarithm, as a share of it."""
 FLOOR = 1e-6
 """Amplitude that counts as none, as a share of the full range: single precision and resizing leave about
 1e-8 of rounding in a frame, and one grey level in one pixel of 224² is 8e-8 in every coefficient."""
@@ -60,8 +68,25 @@ class _SpectralMetric(Metric):
         spectra = functools.partial(_log_spectra, floor=self.options["floor"])
         run = in_threads if has_kernel(frames) else map
         parts = list(run(spectra, frames.split(1)))
-        shells, coefficients = zip(*parts, strict=True)
-        return Embedding({"shells": torch.cat(shells), "coefficients": torch.cat(coefficients)})
+        shells, coefficients, slopes = map(torch.cat, zip(*parts, strict=True))
+        pixels = math.sqrt(frames.shape[1] * frames.shape[2])
+        return Embedding({"shells": shells, "coefficients": coefficients, "slopes": slopes / pixels})
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of logarithms of what a noise as large as the errors adds to, in coefficients and in shells.
+
+        The transform's own rounding is such a noise, too.
+        """
+        x, y = (self._error(side) for side in (a, b))
+        return x[:, None] + y + of_sum(distances, torch.float64)
+
+    def _error(self, embedding: Embedding) -> Tensor:
+        """Bound what errors of its values do to the part of a frame that is compared: (n,)."""
+        which = ("shells", "coefficients").index(self._part)
+        slopes = embedding.parts["slopes"].unflatten(1, (2, 2))[:, which]
+        noise = WHITE * (of_each(embedding) / FULL_SCALE + TRANSFORM)
+        logarithm = LOGARITHM * abs(math.log10(self.options["floor"]))
+        return noise * (slopes[:, 0] + slopes[:, 1].square() * noise) + logarithm
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = a.parts[self._part], b.parts[self._part]
@@ -90,6 +115,7 @@ class RadialSpectrum(_SpectralMetric):
         source="Gray, Markel 1976 (log spectral distance); spectra as in pysteps rapsd, Ravuri et al. 2021",
         axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
         one_channel_suffices=True,
+        blind_to=("shift", "half turn", "quarter turn", "reflection"),
         units="decade",
     )
     _part = "shells"
@@ -103,12 +129,13 @@ class FourierAmplitude(_SpectralMetric):
         source="Gray, Markel 1976 (log spectral distance), in two dimensions",
         axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
         one_channel_suffices=True,
+        blind_to=("shift", "half turn"),
         units="decade",
     )
     _part = "coefficients"
 
 
-def _log_spectra(frames: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+def _log_spectra(frames: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
     """Scaled logarithms of the energy of every shell, and of every coefficient of the half plane.
 
     Parameters
@@ -119,6 +146,9 @@ def _log_spectra(frames: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     Returns
     -------
     Tensor of shape (n, channel · shells), Tensor of shape (n, channel · y · (x // 2 + 1))
+    Tensor of shape (n, 4)
+        By which noise of amplitude 1 in every coefficient moves the shells and the coefficients, in first
+        order and, the root of it, in second.
     """
     y, x, channels = frames.shape[1:]
     planes = frames.permute(0, 3, 1, 2).double() / FULL_SCALE
@@ -129,7 +159,20 @@ def _log_spectra(frames: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     log_shells = torch.log10(shells + floor**2) / (channels * shells.shape[-1]) ** 0.5
     # Half the logarithm of the energy is that of the amplitude.
     log_amplitudes = torch.log10(energy + floor**2) * (multiplicity / (4 * channels * y * x)).sqrt()
-    return log_shells.flatten(1), log_amplitudes.flatten(1)
+    share = multiplicity / (channels * y * x)
+    slopes = [
+        *_slopes(shells, 2, 1 / (channels * shells.shape[-1]), floor),
+        *_slopes(energy, 1, share, floor),
+    ]
+    return log_shells.flatten(1), log_amplitudes.flatten(1), torch.stack(slopes, 1)
+
+
+def _slopes(energy: Tensor, power: int, share: Tensor | float, floor: float) -> tuple[Tensor, Tensor]:
+    """Move log₁₀ (energy + floor²) · power / 2 by noise: to first order, and the root of the second, (n,)."""
+    whole = (energy.detach() + floor**2).square()
+    first = (share * energy.detach() / whole).sum((1, 2)).sqrt() * power / math.log(10)
+    second = (share / whole).sum((1, 2)).sqrt() * power / 2 / math.log(10)
+    return first, second.sqrt()
 
 
 @functools.lru_cache(maxsize=16)

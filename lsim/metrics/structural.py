@@ -11,6 +11,7 @@ Where two bright frames differ by a nearly constant offset, var(x − y) is far 
 E[d²] − E[d]² would leave rounding, and running sums would keep that of values which have left the window.
 So squares are taken about means throughout: merged two groups at a time for the uniform window (Chan, Golub,
 LeVeque 1983), about the centre for the Gaussian one. Single precision then is exact to 1e-6 of the distance.
+Frames in double precision are compared point by point in each window, which is slower by far.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from torch.nn import functional as F
 
 from lsim.metric import Embedding, Metric, MetricInfo, positive_number
 from lsim.pairs import FAST, PairKernel, all_pairs, has_kernel, is_plain, rows_in_torch
+from lsim.precision import as_floats
 from lsim.preprocess import Preprocessing
+from lsim.rounding import FULL_SCALE, of_difference, of_sum
 from lsim.threads import in_threads
 
 Window: TypeAlias = Literal["uniform", "gaussian"]
@@ -78,7 +81,7 @@ class _Structural(Metric):
         self._c1 = (0.01 * data_range) ** 2
         self._c2 = (0.03 * data_range) ** 2
 
-    def _parts(self, planes: Tensor, scale: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    def _parts(self, planes: Tensor, scale: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Planes (n, channel, y, x), and of each of their windows µ² + C₁/2 and σ² + C₂/2."""
         if has_kernel(planes) and dtype is torch.float32:
             found = window_moments(planes.float().numpy(), self._window == "gaussian")
@@ -93,6 +96,15 @@ class _Structural(Metric):
             f"luminance{scale}": luminance.to(dtype),
             f"contrast{scale}": contrast.to(dtype),
         }
+
+    def _error(self, a: Embedding, b: Embedding, part: str) -> Tensor:
+        """Bound the error of the root of a square that is divided by a part of both: (len(a), len(b))."""
+        x, y = (
+            side.once(f"mean of 1 / {part}", functools.partial(_mean_reciprocal, side.parts[part]))
+            for side in (a, b)
+        )
+        # Of a harmonic mean, 1 / (x + y) is a quarter at most.
+        return FULL_SCALE * of_difference(a, b) * ((x[:, None] + y) / 4).sqrt()
 
     def _all_pairs(self, a: Embedding, b: Embedding, channels: range, scale: int, luminance: bool) -> Tensor:
         """Mean of 1 − SSIM, or without ``luminance`` of Q, in the channels: (len(a), len(b)) float64."""
@@ -145,7 +157,13 @@ class _SSIM(_Structural):
 
     def embed(self, frames: Tensor) -> Embedding:
         """Frames channel-first, and the denominators of their windows: none for half a window at the rim."""
-        return Embedding(self._parts(_channel_first(frames), 0))
+        planes = _channel_first(frames)
+        return Embedding(self._parts(planes, 0, planes.dtype))
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of squares P and Q, whose roots errors move by as much, over roots of what divides them."""
+        error = self._error(a, b, "luminance0") + self._error(a, b, "contrast0")
+        return _of_squares(distances.clamp(min=0), error) + of_sum(distances, a.parts["contrast0"].dtype)
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         if not has_kernel(*a.parts.values(), *b.parts.values()):
@@ -255,15 +273,29 @@ class MultiScaleSSIM(_Structural):
         what counts of it is SSIM, which is small where a bright frame meets a dark one.
         """
         planes = _channel_first(frames)
-        parts = self._parts(planes, 0)
+        rough = planes.dtype
+        parts = self._parts(planes, 0, rough)
         for scale in range(1, len(SCALES)):
             planes = _halved(planes)
             last = scale == len(SCALES) - 1
-            parts |= self._parts(planes, scale, torch.float64 if last else torch.float32)
+            parts |= self._parts(planes, scale, torch.float64 if last else rough)
         if not self.preprocessing.mask:
             for scale in range(len(SCALES) - 1):
                 del parts[f"luminance{scale}"]
         return Embedding(parts)
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of :class:`SSIM` at each scale, where what is lost is at most all that there is."""
+        lost = -torch.log1p(-distances.clamp(0, 1 - 1e-9))
+        last = len(SCALES) - 1
+        bound = of_sum(distances, a.parts["contrast0"].dtype)
+        for scale, weight in enumerate(SCALES):
+            error = self._error(a, b, f"contrast{scale}")
+            if scale == last:
+                error = error + self._error(a, b, f"luminance{scale}")
+            bound = bound + weight * _of_squares((lost / weight).clamp(max=1), error)
+        # The derivative of a power below 1, where little is left of it.
+        return (bound / (1 - distances).clamp(min=0.05)).clamp(max=1)
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         if not has_kernel(*a.parts.values(), *b.parts.values()):
@@ -294,8 +326,18 @@ class MultiScaleSSIM(_Structural):
         return torch.where(missing, self._over_scales(mean, coarsest - 1), distance)
 
 
+def _mean_reciprocal(part: Tensor) -> Tensor:
+    """Mean of 1 / part, which is nowhere 0, over every seventh window of each frame: (n,) float64."""
+    return part.flatten(1)[:, ::7].double().reciprocal().nanmean(1)
+
+
+def _of_squares(squares: Tensor, error: Tensor) -> Tensor:
+    """Bound what an error of the root does to the mean of squares, and the divisors' own."""
+    return error * (2 * squares.sqrt() + 3 * squares + error)
+
+
 def _channel_first(frames: Tensor) -> Tensor:
-    return frames.permute(0, 3, 1, 2).float().contiguous()
+    return as_floats(frames.permute(0, 3, 1, 2)).contiguous()
 
 
 def _halved(planes: Tensor) -> Tensor:
@@ -345,7 +387,7 @@ def structural_difference(gaussian: bool, luminance: bool, masked: bool, double:
     Over the channels from ``start`` to before ``stop`` of (n, channel, y, x); ``bright`` is µ² + C₁/2 and
     ``rough`` σ² + C₂/2. Where ``masked``, windows with NaN are left out, of all channels alike. Channels are
     walked outside of pairs, so that one frame's stays in the second-level cache while others pass.
-    ``double`` is for few Gaussian windows, and slow.
+    ``double`` is slow.
     """
 
     dtype = np.float64 if double else np.float32
@@ -367,8 +409,10 @@ def structural_difference(gaussian: bool, luminance: bool, masked: bool, double:
                 total = 0.0
                 count = 0
                 for r in range(height):
-                    if double:
-                        _windows_in_double(difference, r, mean, value)
+                    if double and gaussian:
+                        _gaussian_windows_in_double(difference, r, mean, value)
+                    elif double:
+                        _uniform_windows_in_double(difference, r, mean, value)
                     elif gaussian:
                         _gaussian_columns(difference, r, sums, squares)
                         _gaussian_windows(sums, squares, mean, value)
@@ -524,7 +568,7 @@ def _gaussian_windows(m, v, mean, variance):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _windows_in_double(plane, r, mean, variance):  # type: ignore[no-untyped-def]
+def _gaussian_windows_in_double(plane, r, mean, variance):  # type: ignore[no-untyped-def]
     """Weighted mean and variance in the Gaussian windows whose first row is r, point by point."""
     for k in range(mean.shape[0]):
         average = 0.0
@@ -538,6 +582,24 @@ def _windows_in_double(plane, r, mean, variance):  # type: ignore[no-untyped-def
                 square += _BELL[abs(q - 5)] * _BELL[abs(p - 5)] * apart * apart
         mean[k] = average
         variance[k] = square
+
+
+@_compiled
+def _uniform_windows_in_double(plane, r, mean, variance):  # type: ignore[no-untyped-def]
+    """Mean and sample variance in the uniform windows whose first row is r, point by point."""
+    for k in range(mean.shape[0]):
+        total = 0.0
+        for q in range(7):
+            for p in range(7):
+                total += plane[r + q, k + p]
+        average = total / 49
+        square = 0.0
+        for q in range(7):
+            for p in range(7):
+                apart = plane[r + q, k + p] - average
+                square += apart * apart
+        mean[k] = average
+        variance[k] = square / 48
 
 
 @_compiled

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from lsim.metric import Embedding, Metric, MetricInfo
 from lsim.pairs import FAST, absolute_differences, all_pairs, has_kernel, rows_in_torch
+from lsim.precision import as_floats
 from lsim.preprocess import Preprocessing
+from lsim.rounding import of_difference, of_each, of_sum
 from lsim.threads import in_threads
 
 FULL_SCALE = 255.0
@@ -39,12 +41,13 @@ class Wasserstein(Metric):
         source="1/N Σ |a₍ₖ₎ − b₍ₖ₎| of sorted values; scipy wasserstein_distance",
         axioms=AXIOMS,
         one_channel_suffices=True,
+        blind_to=("shift", "half turn", "quarter turn", "reflection", "permutation"),
     )
 
     def embed(self, frames: Tensor) -> Embedding:
-        """Sorted values: (n, value) float32."""
-        flat = frames.flatten(1).float()
-        if not has_kernel(flat):
+        """Sorted values: (n, value)."""
+        flat = as_floats(frames.flatten(1))
+        if not has_kernel(flat) or flat.dtype == torch.float64:
             return Embedding({"values": flat.sort(1).values})
         rows = in_threads(sorted_values, flat.numpy())
         return Embedding({"values": torch.from_numpy(np.stack(rows))})
@@ -54,6 +57,10 @@ class Wasserstein(Metric):
         if not has_kernel(x, y):
             return rows_in_torch(self.paired, a, b)
         return _sums_of_differences(x, y, a is b) / (x.shape[1] * FULL_SCALE)
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of a mean of differences: sorting moves no value by more than it moved."""
+        return of_difference(a, b) + of_sum(distances, a.parts["values"].dtype)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         return (a.parts["values"] - b.parts["values"]).abs().double().mean(1) / FULL_SCALE
@@ -85,6 +92,7 @@ class SlicedWasserstein(Metric):
         source="Bonneel, Rabin, Peyré, Pfister 2015; Kolouri, Zou, Rohde 2016; POT emd2_1d",
         axioms=AXIOMS,
         one_channel_suffices=True,
+        blind_to=("scale",),
     )
 
     def __init__(
@@ -111,21 +119,71 @@ class SlicedWasserstein(Metric):
         """Cumulative mass along each direction: (n, channel · position) float64.
 
         Scaled such that the distance is the L1 one. Near 1, single precision would leave nothing of frames
-        that differ by one grey level.
+        that differ by one grey level. Double precision would leave little of frames in double precision that
+        differ by 1e-12: they are embedded to their masses (n, channel, y, x), and accumulated pair by pair.
         """
         planes = frames.permute(0, 3, 1, 2)
+        if frames.dtype == torch.float64 and self.preprocessing.precision == "double":
+            return Embedding({"mass": _masses(planes), "share": _share(planes)})
         if not has_kernel(planes):
-            return Embedding({"cumulative": _cumulative(planes.double(), self._directions)})
+            cumulative = _cumulative(*_mass_and_total(planes.double()), self._directions)
+            return Embedding({"cumulative": cumulative, "share": _share(planes)})
         project = functools.partial(cumulative_masses, vectors=self._vectors, weights=self._weights)
         rows = in_threads(project, planes.float().contiguous().numpy())
-        return Embedding({"cumulative": torch.from_numpy(np.stack(rows))})
+        return Embedding({"cumulative": torch.from_numpy(np.stack(rows)), "share": _share(planes)})
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
+        if "mass" in a.parts:
+            return self._compare_masses(a, b)
         x, y = a.parts["cumulative"], b.parts["cumulative"]
         return _sums_of_differences(x, y, a is b) if has_kernel(x, y) else rows_in_torch(self.paired, a, b)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        return (a.parts["cumulative"] - b.parts["cumulative"]).abs().sum(1)
+        if "mass" not in a.parts:
+            return (a.parts["cumulative"] - b.parts["cumulative"]).abs().sum(1)
+        moved = _moved(a.parts["mass"], b.parts["mass"])
+        return _cumulative(moved, moved.new_ones(moved.shape[:2]), self._directions).abs().sum(1)
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of cumulated mass, half of which can move by the share that the error of a value has in it."""
+        x = of_each(a, stored=True) * a.parts["share"] + 2.0**-48
+        y = of_each(b, stored=True) * b.parts["share"] + 2.0**-48
+        moved = (x[:, None] + y) / 2 if "mass" not in a.parts else (x[:, None] + y - 2.0**-47) / 2
+        return moved.clamp(max=1) + of_sum(distances, torch.float64)
+
+    def _compare_masses(self, a: Embedding, b: Embedding) -> Tensor:
+        x, y = a.parts["mass"], b.parts["mass"]
+        if not has_kernel(x, y):
+            return rows_in_torch(self.paired, a, b)
+        return all_pairs(
+            moved_masses,
+            len(x),
+            len(y),
+            x.numpy(),
+            y.numpy(),
+            self._vectors,
+            self._weights,
+            symmetric=a is b,
+            operations=2 * self.options["directions"] * x[0].numel(),
+        )
+
+
+def _share(planes: Tensor) -> Tensor:
+    """Share of the mass of (n, channel, y, x) that an error of 1 everywhere is, mean of channels: (n,)."""
+    mean = planes.detach().clamp(min=0).mean((2, 3)).double()
+    return torch.where(mean > 0, 1 / torch.where(mean > 0, mean, 1), 0).mean(1)
+
+
+def _masses(planes: Tensor) -> Tensor:
+    """Give each channel of (n, channel, y, x) float64 the mass 1."""
+    mass, total = _mass_and_total(planes)
+    return mass / total[..., None, None]
+
+
+def _moved(x: Tensor, y: Tensor) -> Tensor:
+    """Subtract masses y from x, and from what is left the rounding of their totals, in the shape of y."""
+    difference = x - y
+    return difference - difference.sum((2, 3), keepdim=True) * y
 
 
 def _sums_of_differences(x: Tensor, y: Tensor, symmetric: bool) -> Tensor:
@@ -227,17 +285,7 @@ def cumulative_masses(planes, vectors, weights):  # type: ignore[no-untyped-def]
             q, p = vectors[d]
             positions = q * (width - 1) + abs(p) * (height - 1)
             line[: positions + 1] = 0
-            for r in range(height):
-                # The corner with the smallest position has 0.
-                along_row = line[p * r if p >= 0 else -p * (height - 1 - r) :]
-                if q == 0:
-                    along_row[0] += _sum(mass[r])
-                elif q == 1:  # the same as below, but vectorised
-                    for k in range(width):
-                        along_row[k] += mass[r, k]
-                else:
-                    for k in range(width):
-                        along_row[q * k] += mass[r, k]
+            _project(mass, q, p, line)
             scale = weights[d] / (math.sqrt(q * q + p * p) * max(height, width) * channels)
             sum_so_far = 0.0
             for t in range(positions):
@@ -245,6 +293,57 @@ def cumulative_masses(planes, vectors, weights):  # type: ignore[no-untyped-def]
                 out[start + t] = sum_so_far / total * scale
             start += positions
     return out
+
+
+@numba.njit(nogil=True, cache=True)
+def _project(mass, q, p, line):  # type: ignore[no-untyped-def]
+    """Add the mass (y, x) up in the positions q·x + p·y, which begin at 0, of a line of zeros."""
+    height, width = mass.shape
+    for r in range(height):
+        # The corner with the smallest position has 0.
+        along_row = line[p * r if p >= 0 else -p * (height - 1 - r) :]
+        if q == 0:
+            along_row[0] += _sum(mass[r])
+        elif q == 1:  # the same as below, but vectorised
+            for k in range(width):
+                along_row[k] += mass[r, k]
+        else:
+            for k in range(width):
+                along_row[q * k] += mass[r, k]
+
+
+@numba.njit(nogil=True, cache=True)
+def moved_masses(i, j, out, x, y, vectors, weights):  # type: ignore[no-untyped-def]
+    """out[p] += sliced W₁ of the masses i[p] of x and j[p] of y, each (n, channel, y, x) with the sum 1.
+
+    What is accumulated is their difference: it is as small as the distance, and so is its rounding.
+    """
+    channels, height, width = x.shape[1:]
+    line = np.empty(np.abs(vectors).sum(axis=1).max() * max(height, width))
+    moved = np.empty((height, width))
+    for p in range(i.shape[0]):
+        for c in range(channels):
+            rest = 0.0
+            for r in range(height):
+                for k in range(width):
+                    moved[r, k] = x[i[p], c, r, k] - y[j[p], c, r, k]
+                rest += _sum(moved[r])
+            # Both masses are 1: a rest is rounding of their totals, and would grow along every line.
+            for r in range(height):
+                for k in range(width):
+                    moved[r, k] -= rest * y[j[p], c, r, k]
+            for d in range(vectors.shape[0]):
+                q, step = vectors[d]
+                positions = q * (width - 1) + abs(step) * (height - 1)
+                line[: positions + 1] = 0
+                _project(moved, q, step, line)
+                scale = weights[d] / (math.sqrt(q * q + step * step) * max(height, width) * channels)
+                sum_so_far = 0.0
+                total = 0.0
+                for t in range(positions):
+                    sum_so_far += line[t]
+                    total += abs(sum_so_far)
+                out[p] += total * scale
 
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST)
@@ -255,26 +354,30 @@ def _sum(values):  # type: ignore[no-untyped-def]
     return total
 
 
-def _cumulative(planes: Tensor, directions: Sequence[tuple[int, int, float]]) -> Tensor:
-    """Compute :func:`cumulative_masses` of frames (n, channel, y, x) in torch.
+def _mass_and_total(planes: Tensor) -> tuple[Tensor, Tensor]:
+    """Mass in every pixel of (n, channel, y, x), evenly spread where there is none; its sum (n, channel)."""
+    mass = planes.clamp(min=0)
+    total = mass.sum((2, 3), keepdim=True)
+    height, width = planes.shape[2:]
+    return torch.where(total == 0, 1, mass), torch.where(total == 0, height * width, total)[..., 0, 0]
+
+
+def _cumulative(mass: Tensor, total: Tensor, directions: Sequence[tuple[int, int, float]]) -> Tensor:
+    """Accumulate mass as :func:`cumulative_masses` does, in torch: (n, channel · position) float64.
 
     Parameters
     ----------
-    planes : Tensor of shape (n, channel, y, x), float64
+    mass : Tensor of shape (n, channel, y, x), float64
+    total : Tensor of shape (n, channel), float64
+        What it is divided by.
     directions : sequence of (q, p, weight)
-
-    Returns
-    -------
-    Tensor of shape (n, channel · position), float64
+        As :func:`directions_and_weights` gives them, in Python's numbers.
     """
-    n, channels, height, width = planes.shape
-    mass = planes.clamp(min=0)
-    total = mass.sum((2, 3), keepdim=True)
-    mass = torch.where(total == 0, 1, mass).flatten(2)
-    total = torch.where(total == 0, height * width, total).flatten(2)
+    n, channels, height, width = mass.shape
+    mass, total = mass.flatten(2), total[..., None]
     parts = []
     for q, p, weight in directions:
-        order, last = _order_along(q, p, height, width, planes.device)
+        order, last = _order_along(q, p, height, width, mass.device)
         scale = weight / (math.hypot(q, p) * max(height, width) * channels)
         parts.append(mass[:, :, order].cumsum(2)[:, :, last] / total * scale)
     return torch.cat(parts, 2).reshape(n, -1)

@@ -27,7 +27,7 @@ from threadpoolctl import threadpool_limits
 
 from lsim.metric import Metric, resolve_device
 from lsim.preprocess import Compat
-from lsim.registry import UnknownMetricError, load_metric
+from lsim.registry import Precision, UnknownMetricError, load_metric
 from lsim.weights import WeightsError
 from pipeline.workers.profiles import ClusterError
 
@@ -50,6 +50,7 @@ class MetricRequest:
     compat: Compat
     mask: bool = False
     symmetrise: bool = False
+    precision: Precision = "exact"
     options: tuple[tuple[str, Option], ...] = ()
     specification_hash: str = ""
 
@@ -58,7 +59,15 @@ class MetricRequest:
         options: dict[str, Any] = dict(self.options)
         settings = (self.size, self.order, self.compat)
         return load_metric(
-            self.name, self.weights, device, *settings, mask=self.mask, symmetrise=self.symmetrise, **options
+            self.name,
+            self.weights,
+            device,
+            *settings,
+            mask=self.mask,
+            symmetrise=self.symmetrise,
+            # Stored settings may ask for bfloat16 through the metric's own option.
+            precision=options.pop("precision", self.precision),
+            **options,
         )
 
     def of(self, metric: Metric) -> MetricRequest:

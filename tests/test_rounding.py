@@ -1,0 +1,231 @@
+"""Bounds of rounding hold what they promise, and what metrics are blind to is nothing but rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lsim
+from lsim.embedding import Embedding
+from lsim.metric import CHANGES, Metric, MetricInfo, SizeWarning
+from lsim.preprocess import Preprocessing
+
+SIDE = 48
+CLASSIC = [
+    "l1",
+    "l2",
+    "rmse",
+    "nrmse",
+    "vrmse",
+    "psnr",
+    "correlation",
+    "cosine",
+    "ssim",
+    "ssim-gaussian",
+    "gmsd",
+    "gradient",
+    "spectral",
+    "fft",
+    "wasserstein",
+    "sliced-wasserstein",
+]
+HISTOGRAMS = ["vi", "mutual-information", "nmi"]
+LARGE = ["ms-ssim", "lsim-open"]
+
+pytestmark = pytest.mark.filterwarnings(f"ignore::{SizeWarning.__module__}.{SizeWarning.__name__}")
+
+
+def load(name: str, **settings: Any) -> Metric:
+    return lsim.load_metric(name, device="cpu", **{"size": None} | settings)
+
+
+def measured(metric: Metric, frames: np.ndarray, scope: Any = "sequence") -> tuple[np.ndarray, np.ndarray]:
+    """Distances and bounds of all pairs of different frames, flat."""
+    distances, bounds = metric.all_pairs_with_rounding(metric.prepare(frames[..., None], scope))
+    off = ~np.eye(len(frames), dtype=bool)
+    return distances[off], bounds[off]
+
+
+def is_constant(distances: np.ndarray, bounds: np.ndarray) -> bool:
+    """Whether the distances cannot be told from one number."""
+    return bool((distances - bounds).max() <= (distances + bounds).min())
+
+
+def field(side: int = SIDE) -> np.ndarray:
+    y, x = np.mgrid[:side, :side] / side
+    return np.sin(4 * np.pi * x + 1) * np.cos(2 * np.pi * y) + 1.3 * np.sin(17 * x * y) + 0.5 * x + 3
+
+
+def sequences(change: str) -> np.ndarray:
+    """Eleven frames made of one by what the change says, none of them the same again."""
+    rng = np.random.default_rng(1)
+    base, steps = field(), range(11)
+    levels = np.floor(255 * (base - base.min()) / np.ptp(base))
+
+    def relabelled(t: int) -> np.ndarray:
+        return np.concatenate([[0], 1 + rng.permutation(254), [255]])[levels.astype(int)] if t else levels
+
+    makers: dict[str, Callable[[int], np.ndarray]] = {
+        "offset": lambda t: base + 0.4137 * t,
+        "scale": lambda t: np.exp(-0.2 * t) * base,
+        "shift": lambda t: np.roll(base, (3 * t, 5 * t), (0, 1)),
+        "half turn": lambda t: np.rot90(base, 2 * t),
+        "quarter turn": lambda t: np.rot90(base, t),
+        "reflection": lambda t: base[:: -1 if t % 2 else 1],
+        "permutation": lambda t: rng.permutation(base.ravel()).reshape(base.shape),
+        "relabelling": relabelled,
+    }
+    return np.stack([makers[change](t) for t in steps])
+
+
+@pytest.mark.parametrize("name", CLASSIC + HISTOGRAMS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_metrics_are_blind_to_what_they_say_and_to_nothing_else(name: str, change: str) -> None:
+    blind = change in load(name).info.blind_to
+    for dtype in (np.float64, np.float32):
+        frames = sequences(change).astype(dtype)
+        scope: Any = (0.0, float(frames.max())) if change == "scale" else "sequence"
+        for precision in ("exact", "double"):
+            metric = load(name, precision=precision)
+            distances, bounds = measured(metric, frames, scope)
+            if blind:
+                assert (distances <= bounds).all(), (dtype, precision, distances.max(), bounds.max())
+            elif name == "psnr":  # the logarithm of what may be nothing has no bound
+                assert np.isfinite(bounds).any()
+            else:
+                assert (distances > bounds).any()
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_is_blind_to_nothing_says_so(name: str) -> None:
+    assert load(name).info.blind_to == ()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    dtype=st.sampled_from([np.float16, np.float32, np.float64, np.uint8, np.int32]),
+    apart=st.sampled_from([1.0, 1e-2, 1e-5, 1e-8]),
+    offset=st.sampled_from([0.0, 1.0, 300.0, 30000.0]),
+    order=st.sampled_from([None, 0, 1, 3]),
+    scope=st.sampled_from(["sequence", "pair"]),
+    masked=st.booleans(),
+)
+def test_single_precision_is_within_its_bound_of_double(
+    seed: int, dtype: Any, apart: float, offset: float, order: int | None, scope: str, masked: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.random((32, 32)) + apart * rng.standard_normal((2, 32, 32))
+    frames = ((values * 60 if np.dtype(dtype).kind in "iu" else values + offset).clip(0)).astype(dtype)
+    masked = masked and np.dtype(dtype).kind == "f" and (order or 0) < 2
+    if masked:
+        frames[1, 3:9, 4:11] = np.nan
+    how = {"size": None if order is None else 40, "order": order or 0, "mask": masked}
+    for name in CLASSIC:
+        metric = load(name)
+        if masked and not metric.info.takes_mask:
+            continue
+        found, bounds = measured(load(name, **how), frames, scope)
+        exact, _ = measured(load(name, precision="double", **how), frames, scope)
+        with np.errstate(invalid="ignore"):
+            error = np.where(found == exact, 0, np.abs(found - exact))
+        assert ((error <= bounds) | (np.isnan(found) & np.isnan(exact))).all(), (name, error, bounds)
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("apart", [1.0, 1e-4, 1e-8])
+def test_features_and_scales_are_within_their_bounds_of_double(name: str, apart: float) -> None:
+    rng = np.random.default_rng(0)
+    frames = rng.random((176, 176)) + apart * rng.standard_normal((3, 176, 176))
+    found, bounds = measured(load(name), frames)
+    exact, _ = measured(load(name, precision="double"), frames)
+    assert (np.abs(found - exact) <= bounds).all()
+    assert (bounds < 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["l1", "l2", "rmse", "correlation", "cosine", "ssim", "gradient", "wasserstein"]
+)
+def test_bounds_are_not_far_above_the_noise_that_there_is(name: str) -> None:
+    rng = np.random.default_rng(0)
+    # Frames that single precision cannot tell apart, but by its rounding.
+    frames = rng.random((SIDE, SIDE)) + 1e-8 * rng.standard_normal((8, SIDE, SIDE))
+    found, bounds = measured(load(name), frames)
+    exact, _ = measured(load(name, precision="double"), frames)
+    assert bounds.max() < 100 * np.abs(found - exact).max()
+
+
+def modes(growing: float = 0.0) -> np.ndarray:
+    """A decaying mode with another one that grows up to an amplitude: (11, 64, 64)."""
+    y, x = np.mgrid[:64, :64] / 64
+    mode, other = np.sin(4 * np.pi * x) * np.sin(2 * np.pi * y), np.sin(6 * np.pi * y)
+    return np.stack([np.exp(-0.2 * t) * (mode + growing * t / 10 * other) for t in range(11)])
+
+
+@pytest.mark.parametrize("precision", ["exact", "double"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"size": 224}, {"size": 224, "order": 1}, {"size": 224, "order": 3}]
+)
+def test_multiples_of_a_mode_are_constant_and_a_growing_mode_is_not(
+    precision: str, settings: dict[str, Any]
+) -> None:
+    metric = load("correlation", precision=precision, **settings)
+    for scope in ("sequence", (-1.0, 1.0)):
+        assert is_constant(*measured(metric, modes(), scope))
+        _, bounds = measured(metric, modes(), scope)
+        # ½ (a σ′/σ)² is the distance of a mode of amplitude a, and σ′/σ is √2 here.
+        amplitude = 5 * float(bounds.max()) ** 0.5
+        assert not is_constant(*measured(metric, modes(amplitude), scope))
+
+
+def test_a_frame_that_is_constant_but_for_rounding_has_no_pattern() -> None:
+    rng = np.random.default_rng(0)
+    ripple = rng.random((SIDE, SIDE)) * np.spacing(np.float32(300)) * 0.2
+    frames = np.stack([300 + ripple, 310 + ripple[::-1], field()])
+    distances, _ = measured(load("correlation"), frames)
+    assert distances.reshape(3, 2)[0].tolist() == [0, 1]
+
+
+def test_bounds_are_nan_where_distances_are_and_zero_on_the_diagonal() -> None:
+    frames = field()[None] + np.arange(4)[:, None, None]
+    frames[2, 0, 0] = np.nan
+    metric = load("l1")
+    prepared = metric.prepare(frames[..., None], "sequence")
+    distances, bounds = metric.all_pairs_with_rounding(prepared)
+    np.testing.assert_array_equal(np.isnan(distances), np.isnan(bounds))
+    assert (np.diag(bounds)[[0, 1, 3]] == 0).all()
+    row, bound_of_row = metric.from_reference_with_rounding(prepared)
+    np.testing.assert_array_equal(row, distances[0])
+    np.testing.assert_array_equal(bound_of_row, bounds[0])
+
+
+def test_a_metric_without_a_formula_is_tried() -> None:
+    class Mean(Metric):
+        info = MetricInfo(title="mean difference", source="this test")
+
+        def embed(self, frames: torch.Tensor) -> Embedding:
+            return Embedding({"values": frames.flatten(1).double()})
+
+        def compare(self, a: Embedding, b: Embedding) -> torch.Tensor:
+            return (a.parts["values"][:, None] - b.parts["values"]).abs().mean(2) / 255
+
+    metric = Mean("mean", Preprocessing(None), torch.device("cpu"))
+    _, bounds = measured(metric, field()[None] + np.arange(3)[:, None, None])
+    _, formula = measured(load("l1"), field()[None] + np.arange(3)[:, None, None])
+    assert (bounds > formula / 50).all()
+    assert (bounds < formula).all()
+
+
+def test_docs_name_what_metrics_are_blind_to() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    for name in CLASSIC + HISTOGRAMS:
+        blind = load(name).info.blind_to
+        rows = [line for line in page.splitlines() if f"`{name}`" in line and line.count("|") == 3]
+        assert [line.split("|")[2].strip() for line in rows] == ([", ".join(blind)] if blind else [])
