@@ -387,7 +387,10 @@ def distances_command(
     pairs: Annotated[str, typer.Option(help="all, or reference: frame 0 against the others only.")] = "all",
     scope: Annotated[
         str,
-        typer.Option(help="Frames that share one minimum and maximum: sequence, pair, dataset, or LO,HI."),
+        typer.Option(
+            help="Frames that share one minimum and maximum: sequence, pair, dataset, or LO,HI; "
+            "none: values in their own units."
+        ),
     ] = "sequence",
     compat: Annotated[str, typer.Option(help="default, or published: the authors' evaluation.")] = "default",
     size: Annotated[int, typer.Option(help="Frames are resized to it; 0 keeps their size.")] = 224,

@@ -144,11 +144,14 @@ class GradientDifference(Metric):
         minimum_size=2,
         takes_mask=True,
         one_channel_suffices=True,
+        takes_physical_values=True,
+        power_of_units=1,
     )
 
     def embed(self, frames: Tensor) -> Embedding:
         """The frames themselves: the gradient of a difference is cheaper than the difference of gradients."""
-        return Embedding({"frames": frames.float().contiguous()})
+        kept = frames if frames.dtype == torch.float64 else frames.float()
+        return Embedding({"frames": kept.contiguous()})
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = a.parts["frames"], b.parts["frames"]

@@ -91,6 +91,7 @@ class RadialSpectrum(_SpectralMetric):
         axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
         one_channel_suffices=True,
         units="decade",
+        takes_physical_values=True,
     )
     _part = "shells"
 
@@ -104,6 +105,7 @@ class FourierAmplitude(_SpectralMetric):
         axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
         one_channel_suffices=True,
         units="decade",
+        takes_physical_values=True,
     )
     _part = "coefficients"
 

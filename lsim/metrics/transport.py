@@ -38,12 +38,16 @@ class Wasserstein(Metric):
         source="1/N Σ |a₍ₖ₎ − b₍ₖ₎| of sorted values; scipy wasserstein_distance",
         axioms=AXIOMS,
         one_channel_suffices=True,
+        takes_physical_values=True,
+        power_of_units=1,
     )
 
     def embed(self, frames: Tensor) -> Embedding:
-        """Sorted values: (n, value) float32."""
-        flat = frames.flatten(1).float()
-        if not has_kernel(flat):
+        """Sorted values: (n, value) float32, or float64 where the frames are."""
+        flat = frames.flatten(1)
+        if flat.dtype != torch.float64:
+            flat = flat.float()
+        if not has_kernel(flat) or flat.dtype == torch.float64:
             return Embedding({"values": flat.sort(1).values})
         rows = in_threads(sorted_values, flat.numpy())
         return Embedding({"values": torch.from_numpy(np.stack(rows))})
@@ -84,6 +88,7 @@ class SlicedWasserstein(Metric):
         source="Bonneel, Rabin, Peyré, Pfister 2015; Kolouri, Zou, Rohde 2016; POT emd2_1d",
         axioms=AXIOMS,
         one_channel_suffices=True,
+        takes_physical_values=True,
     )
 
     def __init__(
@@ -111,7 +116,8 @@ class SlicedWasserstein(Metric):
         if not has_kernel(planes):
             return Embedding({"cumulative": _cumulative(planes.double(), vectors, weights)})
         project = functools.partial(cumulative_masses, vectors=vectors, weights=weights)
-        rows = in_threads(project, planes.float().contiguous().numpy())
+        kept = planes if planes.dtype == torch.float64 else planes.float()
+        rows = in_threads(project, kept.contiguous().numpy())
         return Embedding({"cumulative": torch.from_numpy(np.stack(rows))})
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:

@@ -32,7 +32,7 @@ from pipeline.distances.compute import (
     write_provenance,
 )
 from pipeline.distances.sizing import BlockSize, Pace, block_size
-from pipeline.fields import checked_fields, drop_vanished
+from pipeline.fields import checked_fields, drop_vanished, field_units
 from pipeline.metric_choice import Settings, choose_metrics
 from pipeline.resolution import Unresolved, list_unresolved, record_resolution
 from pipeline.runs import begin_run, carried, record_run
@@ -305,7 +305,8 @@ def _bring_into_shape(
         report.sizes[key] = _measured_size(this, origin, contents, workers)
         return report.sizes[key].sequences
 
-    units = {metric.name: metric.info.units for metric in metrics}
+    own_units = field_units(source, [key])
+    units = {metric.name: metric.units(settings.scope, own_units) for metric in metrics}
     group = lay_out(root, origin, key, units, choose)
     dataset = key.split("/")[0]
     store.set_attributes(store.get_group(root, dataset), dict(store.get_group(source, dataset).attrs))
