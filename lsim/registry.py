@@ -19,6 +19,20 @@ import torch
 
 from lsim.claims import AXIOMS, MetricError, OthersCode
 from lsim.metric import Metric, MetricInfo, resolve_device
+from lsim.metrics.errors import (
+    NMAE,
+    BoundaryError,
+    ConservedError,
+    HighBandError,
+    HighFourierError,
+    LowBandError,
+    LowFourierError,
+    MaxError,
+    MidBandError,
+    MidFourierError,
+    SobolevError,
+)
+from lsim.metrics.events import FractionsSkill
 from lsim.metrics.flow import OpticalFlow
 from lsim.metrics.gradients import GMSD, GradientDifference
 from lsim.metrics.information import (
@@ -44,6 +58,18 @@ METRICS: dict[str, type[Metric]] = {
     "psnr": PSNR,
     "correlation": Correlation,
     "cosine": Cosine,
+    "max-error": MaxError,
+    "nmae": NMAE,
+    "crmse": ConservedError,
+    "brmse": BoundaryError,
+    "frmse-low": LowFourierError,
+    "frmse-mid": MidFourierError,
+    "frmse-high": HighFourierError,
+    "spectral-mse-low": LowBandError,
+    "spectral-mse-mid": MidBandError,
+    "spectral-mse-high": HighBandError,
+    "h1": SobolevError,
+    "fss": FractionsSkill,
     "ssim": SSIM,
     "ssim-gaussian": GaussianSSIM,
     "ms-ssim": MultiScaleSSIM,

@@ -76,7 +76,8 @@ class Distances:
             With the coordinates of ``dim`` on both, called after the metric; title, specification (JSON) and
             units in its attributes. The frames along ``dim`` are the references of a metric that isn't
             symmetric, and those along ``f"{dim}_other"`` are compared with them. Equal to
-            :meth:`lsim.Metric.pairwise` to the bit. Lazy where the array is: chunks along ``dim``, ``spatial`` and ``channel`` are merged into one, the others stay.
+            :meth:`lsim.Metric.pairwise` to the bit. Lazy where the array is: chunks along ``dim``,
+            ``spatial`` and ``channel`` are merged into one, the others stay.
 
         Raises
         ------

@@ -287,5 +287,5 @@ def test_results_in_the_units_of_the_array(ensemble):
     assert "units" not in bare.lsim.pairwise("time", "l1", scope="none", size=None).attrs
     with pytest.raises(ValueError, match="in 'kg m-3' and the reference in 'g cm-3'"):
         ensemble.lsim.distance(reference.assign_attrs(units="g cm-3"), "l1", scope="none")
-    with pytest.raises(ValueError, match="'ssim' .* give the range"):
+    with pytest.raises(ValueError, match=r"'ssim' .* give the range"):
         ensemble.chunk().lsim.pairwise("time", "ssim", scope="none")
