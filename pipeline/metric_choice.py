@@ -48,6 +48,9 @@ class Settings(pydantic.BaseModel):
         take them.
     pairs : {"all", "reference"}
         ``"reference"`` computes frame 0 against the others only.
+    directed : bool
+        Keep both directions of metrics that aren't symmetric, at [i, j] that with frame i as the reference,
+        and what is computed for the diagonal. Otherwise stores hold ½ (d(a, b) + d(b, a)) of them.
     strict : bool
         Make what is left out of ``"all"`` an error.
     block : int, optional
@@ -66,6 +69,7 @@ class Settings(pydantic.BaseModel):
     weights: dict[Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")], str] = {}
     scope: Literal["sequence", "pair", "dataset", "none"] | tuple[float, float] = "sequence"
     pairs: Pairs = "all"
+    directed: bool = False
     strict: bool = False
 
     block: int | None = pydantic.Field(default=None, ge=1)
@@ -157,6 +161,11 @@ def choose_metrics(settings: Settings) -> ChosenMetrics:
     return chosen
 
 
+def is_directed(metric: Metric) -> bool:
+    """Whether a store of the metric's distances keeps two directions of a pair."""
+    return "symmetric" not in metric.axioms
+
+
 def _check_names(wanted: Sequence[str]) -> None:
     """Two metrics of one name, or one named as a variable of the store, would overwrite each other."""
     names = [metric_name(name) for name in wanted]
@@ -202,7 +211,7 @@ def _request(name: str, settings: Settings) -> MetricRequest:
         settings.order,
         settings.compat,
         mask=settings.mask is not None and cls.info.takes_mask,
-        symmetrise=True,
+        symmetrise=not settings.directed,
         options=tuple(sorted(options.items())),
     )
 

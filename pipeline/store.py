@@ -703,6 +703,12 @@ def set_units(array: Array, units: str) -> None:
         array.update_attributes({"units": units})
 
 
+def set_directed(array: Array, directed: bool) -> None:
+    """Say whether an array's [i, j] and [j, i] may differ; written where it changes."""
+    if directed != bool(array.attrs.get(schema.DIRECTED, False)):
+        array.update_attributes({schema.DIRECTED: directed})
+
+
 def open_dataset(path: str | os.PathLike[str], key: str) -> xr.Dataset:
     """One group of a store as a lazy :class:`xarray.Dataset` (no Dask)."""
     return xr.open_zarr(_storage(path), group=key, consolidated=False, chunks=None)

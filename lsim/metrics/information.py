@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import abstractmethod
+from dataclasses import replace
 
 import numba
 import numpy as np
@@ -60,7 +61,8 @@ class _JointHistogram(Metric):
         elif isinstance(bins, bool) or not isinstance(bins, int) or not 2 <= bins <= LEVELS:
             raise ValueError(f"option 'bins' of metric {name!r} is 2 to {LEVELS}, got {bins!r}")
         else:
-            super().__init__(name, preprocessing, device, bins=bins)
+            # In single precision some values would fall beyond the edge that they lie at.
+            super().__init__(name, replace(preprocessing, precision="double"), device, bins=bins)
         self._bins = bins
 
     @property

@@ -28,7 +28,7 @@ from pipeline.archive.plan import (
 from pipeline.archive.tiles import TileTask, embeds_as
 from pipeline.fields import field_units
 from pipeline.frame_blocks import ArchiveFrames, FrameBlock, list_frames
-from pipeline.metric_choice import Settings
+from pipeline.metric_choice import Settings, is_directed
 from pipeline.scopes import dataset_range, recorded_range
 from pipeline.versions import versions
 from pipeline.workers.cluster import Cluster
@@ -205,6 +205,8 @@ class MatrixJob:
             raise store.StoreError(f"{context.out}: {self.key} vanished while it was looked at")
         units = {metric.name: metric.units(context.settings.scope, self._units) for metric in context.metrics}
         group = lay_out(root, self.key, self.frames, units, tile, side)
+        for metric in context.metrics:
+            store.set_directed(store.get_array(group, metric.name), is_directed(metric))
         provenance = store.get_group(group, schema.PROVENANCE)
         scopes = {metric.name: self._scope(provenance, metric) for metric in context.metrics}
         blocks = self.frames.blocks(tile)
@@ -220,7 +222,9 @@ class MatrixJob:
         describe(
             group,
             {
-                metric.name: metric.specification() | {"scope": scopes[metric.name], "versions": versions()}
+                metric.name: metric.specification()
+                | {"scope": scopes[metric.name], "versions": versions()}
+                | ({schema.DIRECTED: True} if is_directed(metric) else {})
                 for metric in context.metrics
                 if stale[metric.name].any()
             },
