@@ -42,9 +42,10 @@ those of frames with a mask; ``archive.zarr`` has them as well.
 Its attribute ``precision`` says by metric how sums over pairs were computed in the last run that did: method,
 promised relative error and its bound, pairs, how many were taken again, and on what device; for networks
 it is that of sums over their features.
-The diagonal is zero by convention, not evaluated: PSNR of a frame with itself would be infinite. A metric that
-isn't symmetric, of a run that keeps directions, has the attribute ``directed``: [i, j] then is the distance with
-frame i as the reference, and the diagonal is computed; its specification says ``directed``, too.
+The diagonal is zero by convention, not evaluated: PSNR of a frame with itself would be infinite. A metric
+that isn't symmetric, of a run that keeps directions, has the attribute ``directed``: [i, j] then is the
+distance with frame i as the reference, and the diagonal is computed; its specification says ``directed``,
+too.
 
 ``archive.zarr``, one matrix over all frames of a group ``/<dataset>/<field>``, or of several groups together,
 ``/together/<name>``:

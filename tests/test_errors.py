@@ -83,7 +83,7 @@ def fourier_error(error: np.ndarray, start: int, stop: int | None) -> float:
 
 def by_formula(name: str, a: np.ndarray, b: np.ndarray) -> float:
     """Of fields (y, x, channel)."""
-    errors = [error for error in np.moveaxis(b - a, -1, 0)]
+    errors = list(np.moveaxis(b - a, -1, 0))
     bands = {"low": (0, 4), "mid": (4, 12), "high": (12, None)}
     if name == "max-error":
         return float(np.abs(b - a).max())
