@@ -161,6 +161,11 @@ class Metric(ABC):
         return ""
 
     @classmethod
+    def needs_double(cls, options: Mapping[str, Any]) -> bool:
+        """Whether frames have to be prepared in double precision under these options, whatever is asked for."""
+        return False
+
+    @classmethod
     def option_names(cls) -> list[str]:
         """What the metric can be told besides the common settings: keyword-only arguments of its own."""
         parameters = inspect.signature(cls.__init__).parameters.values()

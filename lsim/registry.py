@@ -361,7 +361,7 @@ def load_metric(
     if unknown := sorted(options.keys() - set(cls.option_names())):
         known = ", ".join(cls.option_names()) or "none"
         raise ValueError(f"metric {name!r} has no option {', '.join(unknown)}; it has: {known}")
-    if precision == "double":
+    if precision == "double" or cls.needs_double(options):
         preprocessing = Preprocessing(size, order, compat, mask, "double")
     else:
         preprocessing = Preprocessing(size, order, compat, mask)

@@ -17,7 +17,8 @@ from __future__ import annotations
 import functools
 import math
 from abc import abstractmethod
-from dataclasses import replace
+from collections.abc import Mapping
+from typing import Any
 
 import numba
 import numpy as np
@@ -61,9 +62,13 @@ class _JointHistogram(Metric):
         elif isinstance(bins, bool) or not isinstance(bins, int) or not 2 <= bins <= LEVELS:
             raise ValueError(f"option 'bins' of metric {name!r} is 2 to {LEVELS}, got {bins!r}")
         else:
-            # In single precision some values would fall beyond the edge that they lie at.
-            super().__init__(name, replace(preprocessing, precision="double"), device, bins=bins)
+            super().__init__(name, preprocessing, device, bins=bins)
         self._bins = bins
+
+    @classmethod
+    def needs_double(cls, options: Mapping[str, Any]) -> bool:
+        """With bins: in single precision some values would fall beyond the edge that they lie at."""
+        return options.get("bins") is not None
 
     @property
     def quantised(self) -> bool:

@@ -364,8 +364,8 @@ def _tried_matrix(
 def _matrix(metric: Metric, sequence: _Sequence, scope: Scope, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
     """Compute one sequence's distances and bounds on their rounding: (n, n) both, with a zero diagonal.
 
-    What is not asked for is NaN. Of a metric that isn't symmetric the diagonal is its own, and of the reference
-    row 0 alone is asked for.
+    What is not asked for is NaN. Of a metric that isn't symmetric the diagonal is its own, and of the
+    reference row 0 alone is asked for.
     """
     directed = is_directed(metric)
     if scope == "pair":
