@@ -162,7 +162,7 @@ class Metric(ABC):
 
     @classmethod
     def needs_double(cls, options: Mapping[str, Any]) -> bool:
-        """Whether frames have to be prepared in double precision under these options, whatever is asked for."""
+        """Whether frames have to be prepared in double precision under these options."""
         return False
 
     @classmethod
