@@ -94,7 +94,7 @@ def nrmse(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def vrmse(a: np.ndarray, b: np.ndarray) -> float:
-    return math.sqrt(l2(a, b) / (np.var(a / 255) + 1e-7))
+    return math.sqrt(l2(a, b) / (np.var(a / 255, ddof=1) + 1e-7))
 
 
 def gmsd(a: np.ndarray, b: np.ndarray) -> float:

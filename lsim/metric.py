@@ -29,6 +29,7 @@ from lsim.embedding import Embedding
 from lsim.pairs import is_plain
 from lsim.prepared import Prepared, prepare, prepare_pairs
 from lsim.preprocess import FramesError, Preprocessing, Scope, as_array, as_frames
+from lsim.units import raised
 
 Mask: TypeAlias = Literal["nan"] | ArrayLike | None
 """What is left out of comparisons: pixels that are NaN in either frame, or where an array is false."""
@@ -90,6 +91,12 @@ class MetricInfo:
         What can be done to one frame of a pair without any change, but for rounding: see :data:`CHANGES`.
     units : str
         What the values are in: "dB", "bit", "pixel", "decade"; "1" of numbers without a unit.
+    takes_physical_values : bool
+        Whether frames may come as they are, in their own units (scope ``"none"``): no constant of the metric
+        is made for a range of values.
+    power_of_units : int
+        Of the field's units in a distance of physical values: 1 of a difference, 2 of its square, 0 where the
+        distance has :attr:`units` of its own.
     lower_is_more_similar : bool
         Always true: similarities are negated or taken from one.
     """
@@ -108,6 +115,8 @@ class MetricInfo:
     feature_distance: Literal["", "euclidean", "squared euclidean"] = ""
     blind_to: tuple[Change, ...] = ()
     units: str = "1"
+    takes_physical_values: bool = False
+    power_of_units: int = 0
     lower_is_more_similar: bool = True
 
 
@@ -168,6 +177,11 @@ class Metric(ABC):
     def why_unavailable(cls, name: str, weights: str | os.PathLike[str] | None = None) -> str:
         """Empty when it can be loaded here, else the reason with the command that changes that."""
         return ""
+
+    @classmethod
+    def needs_double(cls, options: Mapping[str, Any]) -> bool:
+        """Whether frames have to be prepared in double precision under these options."""
+        return False
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -266,16 +280,54 @@ class Metric(ABC):
     def _follows_8bit_publication(self) -> bool:
         return self.published_on_8bit and self.preprocessing.compat == "published"
 
+    def why_not_scope(self, scope: Scope) -> str:
+        """Say why the metric cannot measure frames of a scope, and what to do; empty when it can."""
+        if not (isinstance(scope, str) and scope == "none"):
+            return ""
+        if not self.info.takes_physical_values:
+            return (
+                f"metric {self.name!r} measures values within a known range, and scope 'none' leaves them in "
+                "their own units: give the range, scope (lo, hi), or another scope"
+            )
+        if self.quantised:
+            return (
+                f"metric {self.name!r} truncates values of [0, 255] to 8 bit with compat 'published', and "
+                "scope 'none' leaves them in their own units: use compat 'default'"
+            )
+        return ""
+
+    def units(self, scope: Scope, field_units: str = "") -> str:
+        """Give the units of distances.
+
+        Parameters
+        ----------
+        scope : str or (lo, hi)
+            Frames that are normalised have lost their units; with ``"none"`` they keep them.
+        field_units : str
+            Of the frames.
+
+        Returns
+        -------
+        str
+            In the notation of UDUNITS; empty where they are those of a field whose units aren't known.
+        """
+        if not (self.info.power_of_units and isinstance(scope, str) and scope == "none"):
+            return self.info.units
+        return raised(field_units, self.info.power_of_units)
+
     def distance(self, a: ArrayLike, b: ArrayLike, scope: Scope = "batch", mask: Mask = None) -> np.ndarray:
         """Distances between two arrays, frame by frame.
 
         Parameters
         ----------
         a, b : array_like of equal shape
-            (y, x), (y, x, channel) or (batch, y, x, channel), any integer or floating dtype.
+            (y, x), (y, x, channel) or (batch, y, x, channel), any integer or floating dtype. Of a metric that
+            isn't symmetric, ``a`` is the reference, and ``b`` what is compared with it.
         scope : str or (lo, hi), default "batch"
             Over which frames minimum and maximum are taken: ``"batch"``, jointly over both arguments
-            and the whole batch, as published; ``"pair"``, over each pair alone; ``(lo, hi)``, fixed.
+            and the whole batch, as published; ``"pair"``, over each pair alone; ``(lo, hi)``, fixed;
+            ``"none"``, over none: the values as they are, in their own units, for metrics that take them
+            (:attr:`MetricInfo.takes_physical_values`).
         mask : "nan" or array_like of bool, optional
             Leave missing pixels out of both frames, rather than their frames out of everything, for metrics
             that take it (:attr:`MetricInfo.takes_mask`). ``"nan"``: those that are NaN or infinite in either
@@ -290,7 +342,15 @@ class Metric(ABC):
         Raises
         ------
         ValueError
-            When shapes differ, or frames, channels or size are none that the metric takes.
+            When shapes differ, or frames, channels, size or scope are none that the metric takes.
+
+        Examples
+        --------
+        >>> import lsim
+        >>> reference = [[290.0, 310.0], [300.0, 300.0]]  # K
+        >>> metric = lsim.load_metric("rmse", size=None)
+        >>> metric.distance(reference, [[291.0, 309.0], [301.0, 299.0]], scope="none")
+        array([1.])
         """
         first, second = _as_batch(a, "a"), _as_batch(b, "b")
         if first.shape != second.shape:
@@ -326,15 +386,17 @@ class Metric(ABC):
         frames : array_like of shape (n, y, x, channel) or (n, y, x)
         scope : str or (lo, hi), default "sequence"
             Over which frames minimum and maximum are taken. ``"pair"`` normalises every pair for itself,
-            and so has to embed each frame n−1 times; frames are resized once all the same.
+            and so has to embed each frame n−1 times; frames are resized once all the same. ``"none"`` as
+            :meth:`distance` takes it.
         mask : "nan" or array_like of bool, optional
             As :meth:`distance` takes it.
 
         Returns
         -------
         ndarray of shape (n, n), float64
-            Symmetric where the metric is; NaN in row and column of a frame that holds NaN or infinity. The
-            diagonal is the metric's distance of a frame to itself: 0, and −inf for PSNR.
+            At [i, j] the distance with frame i as the reference; symmetric where the metric is. NaN in row
+            and column of a frame that holds NaN or infinity. The diagonal is the metric's distance of a frame
+            to itself: 0, and −inf for PSNR.
         """
         array = as_frames(frames)
         if mask is not None:
@@ -409,6 +471,8 @@ class Metric(ABC):
         What it returns depends on :attr:`preprocessing` and the device alone, so metrics with equal ones can
         share it.
         """
+        if reason := self.why_not_scope(scope):
+            raise ValueError(reason)
         settings = self.preprocessing if resized else replace(self.preprocessing, size=None)
         self._check_sizes(settings, frames)
         return prepare(frames, settings, scope, self.device)
@@ -470,7 +534,7 @@ class Metric(ABC):
         return matrix, rounding
 
     def from_reference(self, prepared: Prepared) -> np.ndarray:
-        """Row 0 of :meth:`all_pairs` alone: distances of the first frame to all, (n,) float64."""
+        """Row 0 of :meth:`all_pairs` alone, the first frame as the reference of all: (n,) float64."""
         return self.from_reference_with_rounding(prepared)[0]
 
     def from_reference_with_rounding(self, prepared: Prepared) -> tuple[np.ndarray, np.ndarray]:

@@ -115,7 +115,8 @@ def preprocess(
     scope : str or (lo, hi), default "sequence"
         Over which frames minimum and maximum are taken. ``"sequence"``: over all frames of each
         sequence; ``"batch"`` and ``"dataset"``: over everything passed; ``"pair"``: as ``"batch"``,
-        for exactly two frames; ``(lo, hi)``: fixed, values outside map outside [0, 255].
+        for exactly two frames; ``(lo, hi)``: fixed, values outside map outside [0, 255]; ``"none"``: 255
+        times the values as they are, in double precision.
     compat : {"default", "published"}, default "default"
         ``"published"`` reproduces the published evaluation to its rim of zeros, see :func:`resize`.
 

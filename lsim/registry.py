@@ -19,6 +19,20 @@ import torch
 
 from lsim.claims import AXIOMS, MetricError, OthersCode
 from lsim.metric import Metric, MetricInfo, resolve_device
+from lsim.metrics.errors import (
+    NMAE,
+    BoundaryError,
+    ConservedError,
+    HighBandError,
+    HighFourierError,
+    LowBandError,
+    LowFourierError,
+    MaxError,
+    MidBandError,
+    MidFourierError,
+    SobolevError,
+)
+from lsim.metrics.events import FractionsSkill
 from lsim.metrics.flow import OpticalFlow
 from lsim.metrics.gradients import GMSD, GradientDifference
 from lsim.metrics.information import (
@@ -44,6 +58,18 @@ METRICS: dict[str, type[Metric]] = {
     "psnr": PSNR,
     "correlation": Correlation,
     "cosine": Cosine,
+    "max-error": MaxError,
+    "nmae": NMAE,
+    "crmse": ConservedError,
+    "brmse": BoundaryError,
+    "frmse-low": LowFourierError,
+    "frmse-mid": MidFourierError,
+    "frmse-high": HighFourierError,
+    "spectral-mse-low": LowBandError,
+    "spectral-mse-mid": MidBandError,
+    "spectral-mse-high": HighBandError,
+    "h1": SobolevError,
+    "fss": FractionsSkill,
     "ssim": SSIM,
     "ssim-gaussian": GaussianSSIM,
     "ms-ssim": MultiScaleSSIM,
@@ -335,7 +361,7 @@ def load_metric(
     if unknown := sorted(options.keys() - set(cls.option_names())):
         known = ", ".join(cls.option_names()) or "none"
         raise ValueError(f"metric {name!r} has no option {', '.join(unknown)}; it has: {known}")
-    if precision == "double":
+    if precision == "double" or cls.needs_double(options):
         preprocessing = Preprocessing(size, order, compat, mask, "double")
     else:
         preprocessing = Preprocessing(size, order, compat, mask)

@@ -41,7 +41,7 @@ class Distances:
         *,
         spatial: Sequence[Hashable] | None = None,
         channel: Hashable | None = None,
-        scope: Literal["sequence", "pair"] | Range = "sequence",
+        scope: Literal["sequence", "pair", "none"] | Range = "sequence",
         mask: Mask = None,
         device: str | None = None,
         **settings: Any,
@@ -59,8 +59,9 @@ class Distances:
             Dimensions of a frame, y and x. Default: the last two besides ``dim`` and ``channel``.
         channel : hashable, optional
             Dimension of channels, 1, 3 or 4 of them.
-        scope : {"sequence", "pair"} or (lo, hi), default "sequence"
-            Over which frames minimum and maximum are taken: those of a matrix, each pair's, or fixed.
+        scope : {"sequence", "pair", "none"} or (lo, hi), default "sequence"
+            Over which frames minimum and maximum are taken: those of a matrix, each pair's, or fixed;
+            ``"none"`` takes the values as they are, in the units of the array.
         mask : "nan" or DataArray of bool, optional
             Leave out single pixels: those that are NaN, and where the array is false.
         device : str, optional
@@ -73,8 +74,10 @@ class Distances:
         -------
         DataArray of dims (…, dim, f"{dim}_other"), float64
             With the coordinates of ``dim`` on both, called after the metric; title, specification (JSON) and
-            units in its attributes. Equal to :meth:`lsim.Metric.pairwise` to the bit. Lazy where the array
-            is: chunks along ``dim``, ``spatial`` and ``channel`` are merged into one, the others stay.
+            units in its attributes. The frames along ``dim`` are the references of a metric that isn't
+            symmetric, and those along ``f"{dim}_other"`` are compared with them. Equal to
+            :meth:`lsim.Metric.pairwise` to the bit. Lazy where the array is: chunks along ``dim``,
+            ``spatial`` and ``channel`` are merged into one, the others stay.
 
         Raises
         ------
@@ -87,9 +90,9 @@ class Distances:
         frame = _frame_dims(array, dim, spatial, channel)
         if other in array.dims:
             raise ValueError(f"the result's second dimension would be {other!r}, which the array has, too")
-        if scope not in ("sequence", "pair") and not _is_range(scope):
-            raise ValueError(f"scope must be 'sequence', 'pair' or (lo, hi), got {scope!r}")
-        loaded, request = _request(metric, mask is not None, settings)
+        if scope not in ("sequence", "pair", "none") and not _is_range(scope):
+            raise ValueError(f"scope must be 'sequence', 'pair', 'none' or (lo, hi), got {scope!r}")
+        loaded, request = _request(metric, mask is not None, settings, scope)
         core = (dim, *frame)
         count = array.sizes[dim]
         _check_frames(loaded, self._array, dim, frame, scope, resized=loaded.preprocessing.size is not None)
@@ -109,57 +112,63 @@ class Distances:
         found = found.assign_coords(
             {f"{name}_other": (other, c.values, c.attrs) for name, c in along.items()}
         )
-        return _described(found, loaded)
+        return _described(found, loaded, scope, self._array, reference=str(dim))
 
     def distance(
         self,
-        other: xr.DataArray,
+        reference: xr.DataArray,
         metric: str | None = None,
         *,
         dim: Hashable | None = None,
         spatial: Sequence[Hashable] | None = None,
         channel: Hashable | None = None,
-        scope: Range | None = None,
+        scope: Literal["none"] | Range | None = None,
         mask: Mask = None,
         device: str | None = None,
         **settings: Any,
     ) -> xr.DataArray:
-        """Distances to the frames of another array, frame by frame.
+        """Distances from the frames of a reference, frame by frame.
 
         Parameters
         ----------
-        other : DataArray
-            Shared dimensions must have equal coordinates; others are looped over, so that a single reference
-            is compared with every member.
+        reference : DataArray
+            What this array is compared with: a metric that isn't symmetric takes it first. Shared dimensions
+            must have equal coordinates; others are looped over, so that a single reference is compared with
+            every member.
         metric : str, optional
         dim : hashable, optional
             Minimum and maximum are taken over all frames along it, of both arrays, as
             :meth:`lsim.Metric.distance` does for a batch. Default: each pair's own.
-        scope : (lo, hi), optional
-            A fixed range instead.
+        scope : (lo, hi) or "none", optional
+            A fixed range instead; or the values as they are, in the units of the array.
         spatial, channel, mask, device, **settings
             As :meth:`pairwise` takes them; ``spatial`` is by default the last two that both arrays have.
 
         Returns
         -------
         DataArray, float64
-            Of all dimensions but ``spatial`` and ``channel``.
+            Of all dimensions but ``spatial`` and ``channel``, called after the metric. The attribute
+            ``reference`` has the name of the reference, or says that it has none.
         """
-        if scope is not None and not _is_range(scope):
-            raise ValueError(f"scope must be (lo, hi), got {scope!r}; dim says over which frames it is taken")
-        one, two = _masked(self._array, mask), _masked(other, mask)
+        if scope not in (None, "none") and not _is_range(scope):
+            raise ValueError(
+                f"scope must be (lo, hi) or 'none', got {scope!r}; dim says over which frames it is taken"
+            )
+        if scope == "none":
+            _check_units(self._array, reference)
+        one, two = _masked(self._array, mask), _masked(reference, mask)
         if spatial is None:
             spatial = _last_two([name for name in one.dims if name in two.dims], dim, channel)
         frame = _frame_dims(one, dim, spatial, channel)
         if missing := [name for name in (*frame, *([] if dim is None else [dim])) if name not in two.dims]:
-            raise ValueError(f"the other array has no dimension {missing[0]!r}; it has {tuple(two.dims)}")
-        loaded, request = _request(metric, mask is not None, settings)
+            raise ValueError(f"the reference has no dimension {missing[0]!r}; it has {tuple(two.dims)}")
+        loaded, request = _request(metric, mask is not None, settings, scope)
         core = frame if dim is None else (dim, *frame)
         settled = loaded.preprocessing
         # As published, metrics on 8 bit compare frames of the size that they have.
         as_they_are = loaded.published_on_8bit and settled.compat == "published"
         resized = settled.size is not None and not as_they_are
-        for given in (self._array, other):
+        for given in (self._array, reference):
             _check_frames(loaded, given, dim, frame, scope or "batch", resized=resized)
         found: xr.DataArray = xr.apply_ufunc(
             functools.partial(
@@ -173,7 +182,8 @@ class Distances:
             dask="parallelized",
             output_dtypes=[np.float64],
         )  # fmt: skip
-        return _described(found, loaded)
+        of = "an array without a name" if reference.name is None else str(reference.name)
+        return _described(found, loaded, scope, self._array, reference=of)
 
 
 # ---------------------------------------------------------------- in tasks
@@ -197,8 +207,8 @@ def _pairwise(
 
 
 def _distance(
-    one: np.ndarray,
-    two: np.ndarray,
+    frames: np.ndarray,
+    references: np.ndarray,
     *,
     request: MetricRequest,
     device: str | None,
@@ -211,21 +221,23 @@ def _distance(
     from pipeline.workers.resident import get_metric
 
     metric, mask = get_metric(request, device), "nan" if request.mask else None
-    one, two = (as_array(a) for a in (one, two))
-    one, two = (a if channels else a[..., None] for a in (one, two))
-    one, two = (a if batch else a[..., None, :, :, :] for a in (one, two))
-    outer = np.broadcast_shapes(one.shape[:-4], two.shape[:-4])
-    one, two = (np.broadcast_to(a, (*outer, *a.shape[-4:])) for a in (one, two))
-    out = np.empty((*outer, one.shape[-4]))
+    frames, references = (as_array(a) for a in (frames, references))
+    frames, references = (a if channels else a[..., None] for a in (frames, references))
+    frames, references = (a if batch else a[..., None, :, :, :] for a in (frames, references))
+    outer = np.broadcast_shapes(frames.shape[:-4], references.shape[:-4])
+    frames, references = (np.broadcast_to(a, (*outer, *a.shape[-4:])) for a in (frames, references))
+    out = np.empty((*outer, frames.shape[-4]))
     for index in np.ndindex(outer):
-        out[index] = metric.distance(one[index], two[index], scope, mask)
+        out[index] = metric.distance(references[index], frames[index], scope, mask)
     return out if batch else out[..., 0]
 
 
 # ---------------------------------------------------------------- before
 
 
-def _request(name: str | None, masked: bool, settings: dict[str, Any]) -> tuple[Metric, MetricRequest]:
+def _request(
+    name: str | None, masked: bool, settings: dict[str, Any], scope: Any
+) -> tuple[Metric, MetricRequest]:
     """The metric, for what is known of it, and how tasks are to load it: wrong settings are errors here."""
     from lsim.registry import default_metric
     from pipeline.workers.resident import MetricRequest
@@ -243,6 +255,8 @@ def _request(name: str | None, masked: bool, settings: dict[str, Any]) -> tuple[
         **common,
     )
     metric = request.load("cpu")
+    if reason := metric.why_not_scope(scope):
+        raise ValueError(reason)
     return metric, request.of(metric)
 
 
@@ -286,6 +300,16 @@ def _check_frames(
         metric.check_size(y, x)
 
 
+def _check_units(array: xr.DataArray, reference: xr.DataArray) -> None:
+    """Refuse values that are in units of different names: nothing here converts them."""
+    own, other = (known.attrs.get("units") for known in (array, reference))
+    if own is not None and other is not None and own != other:
+        raise ValueError(
+            f"the array is in {own!r} and the reference in {other!r}; expected the same units: convert one, "
+            "or correct its attribute 'units'"
+        )
+
+
 def _last_two(dims: Sequence[Hashable], *but: Hashable | None) -> list[Hashable]:
     return [name for name in dims if name not in but][-2:]
 
@@ -314,12 +338,17 @@ def _is_range(scope: Any) -> bool:
     return isinstance(scope, tuple) and len(scope) == 2
 
 
-def _described(found: xr.DataArray, metric: Metric) -> xr.DataArray:
+def _described(
+    found: xr.DataArray, metric: Metric, scope: Any, array: xr.DataArray, *, reference: str
+) -> xr.DataArray:
+    """Name a result after its metric, with attributes that say what made it."""
     found.name = metric.name
+    units = metric.units(scope, str(array.attrs.get("units", "")))
     found.attrs = {
         "long_name": metric.info.title,
         "title": metric.info.title,
-        "units": metric.info.units,
+        **({"units": units} if units else {}),
+        "reference": reference,
         "specification": json.dumps(metric.specification(), sort_keys=True),
     }
     return found

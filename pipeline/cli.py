@@ -390,7 +390,10 @@ def distances_command(
     pairs: Annotated[str, typer.Option(help="all, or reference: frame 0 against the others only.")] = "all",
     scope: Annotated[
         str,
-        typer.Option(help="Frames that share one minimum and maximum: sequence, pair, dataset, or LO,HI."),
+        typer.Option(
+            help="Frames that share one minimum and maximum: sequence, pair, dataset, or LO,HI; "
+            "none: values in their own units."
+        ),
     ] = "sequence",
     compat: Annotated[str, typer.Option(help="default, or published: the authors' evaluation.")] = "default",
     size: Annotated[int, typer.Option(help="Frames are resized to it; 0 keeps their size.")] = 224,
@@ -411,6 +414,12 @@ def distances_command(
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Of an archive: say what it takes, and stop.")] = False,
     block: Annotated[int | None, typer.Option(min=1, help="Sequences per block of a new store.")] = None,
+    directed: Annotated[
+        bool,
+        typer.Option(
+            "--directed", help="Keep both directions of metrics that aren't symmetric: row, the reference."
+        ),
+    ] = False,
     strict: Strict = False,
     cluster: ClusterOption = "local",
     workers: Workers = None,
@@ -421,7 +430,9 @@ def distances_command(
     from pipeline.workers.profiles import load_profile
 
     told = {"size": size or None, "order": order, "compat": compat, "scope": _scope(scope)}
-    told |= {"pairs": pairs, "strict": strict, "block": block} | _mask_and_precision(mask, precision)
+    told |= {"pairs": pairs, "directed": directed, "strict": strict, "block": block} | _mask_and_precision(
+        mask, precision
+    )
     settings = _settings(_metric_names(metrics, own), option, weights, told)
     if matrix not in ("sequence", "archive"):
         raise typer.BadParameter(f"--matrix {matrix!r}: expected sequence or archive")
@@ -811,7 +822,7 @@ def _show_metric(name: str) -> None:
         "claims": ", ".join(sorted(info.axioms)) or "nothing",
         "gradient": "yes" if info.differentiable else "no",
         "mask": "yes: missing pixels can be left out" if info.takes_mask else "no",
-        "symmetric": "yes" if symmetric else "no: archives hold ½ (d(a, b) + d(b, a))",
+        "symmetric": "yes" if symmetric else "no: stores hold ½ (d(a, b) + d(b, a)), unless told --directed",
         "frames": sizes,
         "to itself": "depends on the frame" if math.isnan(own := info.distance_to_itself) else f"{own:g}",
         "units": "none" if info.units == "1" else info.units,

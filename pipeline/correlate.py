@@ -179,7 +179,12 @@ def _correlate(
         return _load(location, out, record)
 
     selections, notes = _selections(archive)
-    notes += _unlike_settings(distances) + _symmetrised(distances) + _unresolved(distances, archive)
+    notes += (
+        _unlike_settings(distances)
+        + _symmetrised(distances)
+        + _directed(distances)
+        + _unresolved(distances, archive)
+    )
     correlations: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
     left_out: list[dict[str, Any]] = []
@@ -350,6 +355,15 @@ def _symmetrised(path: str) -> list[str]:
         return []
     names = ", ".join(dict.fromkeys(found))
     return [f"Metrics that are not symmetric are taken as half of d(a, b) + d(b, a): {names}"]
+
+
+def _directed(path: str) -> list[str]:
+    """A note on metrics of which the store holds both directions, and which of them counts."""
+    found = [metric for metric, specification in store.specifications(path) if specification.get("directed")]
+    if not found:
+        return []
+    names = ", ".join(dict.fromkeys(found))
+    return [f"Of metrics that are not symmetric the earlier frame of a pair is the reference: {names}"]
 
 
 def _problems(provenance: xr.Dataset) -> dict[str, list[str]]:

@@ -55,6 +55,13 @@ def checked_fields(
     return keys
 
 
+def field_units(source: store.Group, keys: Sequence[str]) -> str:
+    """Read the units of fields' values; empty where they aren't stated, or not the same for all."""
+    attributes = [store.get_array(store.get_group(source, key), schema.FRAMES).attrs for key in keys]
+    units = {str(known.get("units", "")) for known in attributes}
+    return units.pop() if len(units) == 1 else ""
+
+
 def drop_vanished(root: store.Group, variable: str, source: store.Group, besides: Sequence[str] = ()) -> None:
     """Delete the fields of a store of results that the frames no longer have.
 

@@ -36,9 +36,9 @@ class Settings(pydantic.BaseModel):
     Attributes
     ----------
     metrics : list of str, or "all"
-        ``"all"`` leaves out those whose weights aren't here or that can't take frames of ``size``, and says
-        so. In a list, too, it stands for all that are registered; ``"module:Class"`` is a metric of one's
-        own, which workers must be able to import.
+        ``"all"`` leaves out those whose weights aren't here or that can't take frames of ``size`` or the
+        ``scope``, and says so. In a list, too, it stands for all that are registered; ``"module:Class"`` is
+        a metric of one's own, which workers must be able to import.
     options : dict of str to dict
         What single metrics are told, by their names and those of their options.
     mask : "nan", optional
@@ -54,9 +54,13 @@ class Settings(pydantic.BaseModel):
         that is registered. A file must lie at the same path, or in the same search folder, on every worker.
     scope : str or (lo, hi)
         Over which frames minimum and maximum are taken: ``"sequence"``, ``"pair"``, ``"dataset"`` (all
-        sequences of a field) or fixed.
+        sequences of a field) or fixed; ``"none"``, over none: values in their own units, for metrics that
+        take them.
     pairs : {"all", "reference"}
         ``"reference"`` computes frame 0 against the others only.
+    directed : bool
+        Keep both directions of metrics that aren't symmetric, at [i, j] that with frame i as the reference,
+        and what is computed for the diagonal. Otherwise stores hold ½ (d(a, b) + d(b, a)) of them.
     strict : bool
         Make what is left out of ``"all"`` an error.
     block : int, optional
@@ -73,8 +77,9 @@ class Settings(pydantic.BaseModel):
     order: int = pydantic.Field(default=0, ge=0, le=5)
     compat: Compat = "default"
     weights: dict[Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")], str] = {}
-    scope: Literal["sequence", "pair", "dataset"] | tuple[float, float] = "sequence"
+    scope: Literal["sequence", "pair", "dataset", "none"] | tuple[float, float] = "sequence"
     pairs: Pairs = "all"
+    directed: bool = False
     strict: bool = False
 
     block: int | None = pydantic.Field(default=None, ge=1)
@@ -124,7 +129,8 @@ def choose_metrics(settings: Settings) -> ChosenMetrics:
     lsim.precision.PrecisionError
         When a metric asked for by name (or any, with ``strict``) doesn't have the precision.
     ValueError
-        For names that are taken, and options that no metric has or that it can't take.
+        For names that are taken, options that no metric has or that it can't take, and a scope that a metric
+        asked for by name (or any, with ``strict``) can't measure over.
     """
     given = settings.weights
     named = ["all"] if settings.metrics == "all" else settings.metrics
@@ -158,9 +164,19 @@ def choose_metrics(settings: Settings) -> ChosenMetrics:
                 raise
             unavailable[name] = f"{type(error).__name__}: {error}"
             continue
+        if reason := metric.why_not_scope(settings.scope):
+            if name in needed:
+                raise ValueError(reason)
+            unavailable[name] = reason
+            continue
         chosen.metrics.append(metric)
         chosen.requests[metric.name] = request.of(metric)
     return chosen
+
+
+def is_directed(metric: Metric) -> bool:
+    """Whether a store of the metric's distances keeps two directions of a pair."""
+    return "symmetric" not in metric.axioms
 
 
 def _check_names(wanted: Sequence[str]) -> None:
@@ -208,7 +224,7 @@ def _request(name: str, settings: Settings) -> MetricRequest:
         settings.order,
         settings.compat,
         mask=settings.mask is not None and cls.info.takes_mask,
-        symmetrise=True,
+        symmetrise=not settings.directed,
         precision="double" if settings.precision == "double" else "exact",
         options=tuple(sorted(options.items())),
     )

@@ -42,7 +42,10 @@ those of frames with a mask; ``archive.zarr`` has them as well.
 Its attribute ``precision`` says by metric how sums over pairs were computed in the last run that did: method,
 promised relative error and its bound, pairs, how many were taken again, and on what device; for networks
 it is that of sums over their features.
-The diagonal is zero by convention, not evaluated: PSNR of a frame with itself would be infinite.
+The diagonal is zero by convention, not evaluated: PSNR of a frame with itself would be infinite. A metric
+that isn't symmetric, of a run that keeps directions, has the attribute ``directed``: [i, j] then is the
+distance with frame i as the reference, and the diagonal is computed; its specification says ``directed``,
+too.
 
 ``archive.zarr``, one matrix over all frames of a group ``/<dataset>/<field>``, or of several groups together,
 ``/together/<name>``:
@@ -117,6 +120,8 @@ RESOLUTION = "resolution"
 UNRESOLVED = "unresolved"
 RANGES = "ranges"
 MASKED_RANGES = "masked_ranges"
+DIRECTED = "directed"
+"""Attribute of an array of distances whose [i, j] and [j, i] may differ, and entry of its specification."""
 
 FRAMES_DIMS = (SEQUENCE, FRAME, "y", "x", "channel")
 PARAMETER_DIMS = (SEQUENCE, FRAME)
@@ -192,12 +197,15 @@ def validate_frames(group: xr.Dataset, where: str) -> None:
 def validate_distances(group: xr.Dataset, where: str) -> None:
     """Raise :class:`SchemaError` unless ``group`` is a valid field of ``distances.zarr``.
 
-    Checks names, dims and dtypes, and that each matrix is symmetric with a zero diagonal.
+    Checks names, dims and dtypes, and that each matrix is symmetric with a zero diagonal, but for directed
+    ones.
     """
     _expect_variable(group, PARAMETER, PARAMETER_DIMS, ("float64",), where)
     _expect_unique_sequences(group, where)
     for name in metric_names(map(str, group.variables)):
         _expect_variable(group, name, DISTANCE_DIMS, ("float32", "float64"), where)
+        if group[name].attrs.get(DIRECTED):
+            continue
         matrices = group[name].values
         if not np.array_equal(matrices, matrices.swapaxes(1, 2), equal_nan=True):
             raise SchemaError(f"{where}: {name} is not symmetric")
@@ -209,8 +217,8 @@ def validate_distances(group: xr.Dataset, where: str) -> None:
 def validate_archive(group: xr.Dataset, where: str) -> None:
     """Raise :class:`SchemaError` unless ``group`` is a valid group of ``archive.zarr``.
 
-    Checks names, dims and dtypes, and that each matrix is symmetric with a zero diagonal. In memory it has
-    two bands of a matrix at a time.
+    Checks names, dims and dtypes, and that each matrix is symmetric with a zero diagonal, but for directed
+    ones. In memory it has two bands of a matrix at a time.
     """
     for name, dtypes in ((FIELD, None), (SEQUENCE, None), (NUMBER, ("int32",)), (PARAMETER, ("float64",))):
         _expect_variable(group, name, (FRAME,), dtypes, where)
@@ -219,6 +227,8 @@ def validate_archive(group: xr.Dataset, where: str) -> None:
         _expect_variable(group, name, ARCHIVE_DIMS, ("float32",), where)
         if group.sizes[FRAME_OTHER] != n:
             raise SchemaError(f"{where}: {name} has shape {group[name].shape}; expected {(n, n)}")
+        if group[name].attrs.get(DIRECTED):
+            continue
         for start in range(0, n, VALIDATED_TOGETHER):
             part = slice(start, start + VALIDATED_TOGETHER)
             rows, columns = group[name][part].values, group[name][:, part].values

@@ -697,6 +697,18 @@ def set_attributes(group: Group, attributes: Mapping[str, Any]) -> None:
     group.update_attributes(json.loads(json.dumps(dict(attributes))))
 
 
+def set_units(array: Array, units: str) -> None:
+    """Say what an array's values are in, or nothing where it isn't known; written where it changes."""
+    if units != array.attrs.get("units", ""):
+        array.update_attributes({"units": units})
+
+
+def set_directed(array: Array, directed: bool) -> None:
+    """Say whether an array's [i, j] and [j, i] may differ; written where it changes."""
+    if directed != bool(array.attrs.get(schema.DIRECTED, False)):
+        array.update_attributes({schema.DIRECTED: directed})
+
+
 def open_dataset(path: str | os.PathLike[str], key: str) -> xr.Dataset:
     """One group of a store as a lazy :class:`xarray.Dataset` (no Dask)."""
     return xr.open_zarr(_storage(path), group=key, consolidated=False, chunks=None)

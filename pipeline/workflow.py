@@ -55,8 +55,8 @@ class ArchiveSection(_Strict):
     Attributes
     ----------
     metrics : list of str
-    scope : "dataset" or (lo, hi)
-        Of minimum and maximum.
+    scope : "dataset", "none" or (lo, hi)
+        Of minimum and maximum; with "none" values are in their own units.
     groups : list of str
         Keys ``<dataset>/<field>`` or patterns of them; none are all.
     together : str, optional
@@ -64,7 +64,7 @@ class ArchiveSection(_Strict):
     """
 
     metrics: Annotated[tuple[str, ...], pydantic.Field(min_length=1)]
-    scope: Literal["dataset"] | tuple[float, float] = "dataset"
+    scope: Literal["dataset", "none"] | tuple[float, float] = "dataset"
     groups: tuple[str, ...] = ()
     together: str | None = None
 

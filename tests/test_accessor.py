@@ -277,3 +277,37 @@ def test_masked_blocks_of_a_lazy_array_are_missing_pixels(rng: np.random.Generat
         ),
     ):
         np.testing.assert_array_equal(found.compute(), expected)
+
+
+def test_the_argument_is_the_reference(ensemble):
+    reference = ensemble.sel(member="a", drop=True).rename("truth") + 300
+    half = 300 + ensemble.sel(member="b", drop=True)
+    found = half.lsim.distance(reference, "vrmse", scope="none", size=None)
+    metric = lsim.load_metric("vrmse", size=None)
+    a, b = (array.transpose("time", "lat", "lon").values for array in (reference, half))
+    np.testing.assert_array_equal(found, metric.distance(a[..., None], b[..., None], "none"))
+    assert found.attrs["reference"] == "truth"
+    flat = xr.full_like(reference, float(reference.mean()))
+    assert float(flat.lsim.distance(reference, "vrmse", scope="none", size=None).max()) < 3
+    assert float(reference.lsim.distance(flat, "vrmse", scope="none", size=None).min()) > 100
+    matrix = reference.lsim.pairwise("time", "nrmse", size=None, scope="none")
+    assert matrix.attrs["reference"] == "time"
+    assert float(matrix[1, 3]) == metric_of(a, "nrmse", 1, 3)
+
+
+def metric_of(frames: np.ndarray, name: str, reference: int, other: int) -> float:
+    metric = lsim.load_metric(name, size=None)
+    return float(metric.distance(frames[reference], frames[other], "none")[0])
+
+
+def test_results_in_the_units_of_the_array(ensemble):
+    reference = ensemble.sel(member="c", drop=True)
+    assert ensemble.lsim.pairwise("time", "l2", scope="none", size=None).attrs["units"] == "kg2 m-6"
+    assert ensemble.lsim.distance(reference, "l1", scope="none", size=None).attrs["units"] == "kg m-3"
+    assert ensemble.lsim.distance(reference, "l1", size=None).attrs["units"] == "1"
+    bare = ensemble.drop_attrs()
+    assert "units" not in bare.lsim.pairwise("time", "l1", scope="none", size=None).attrs
+    with pytest.raises(ValueError, match="in 'kg m-3' and the reference in 'g cm-3'"):
+        ensemble.lsim.distance(reference.assign_attrs(units="g cm-3"), "l1", scope="none")
+    with pytest.raises(ValueError, match=r"'ssim' .* give the range"):
+        ensemble.chunk().lsim.pairwise("time", "ssim", scope="none")

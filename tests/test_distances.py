@@ -30,6 +30,7 @@ from pipeline.distances.blocks import fingerprint
 from pipeline.distances.compute import BlockTask, compute_block, compute_blocks
 from pipeline.metric_choice import Settings, UnavailableMetricError
 from pipeline.report import write_report
+from pipeline.verify import verify
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 
@@ -668,3 +669,72 @@ def test_a_metric_named_as_a_variable_of_the_store_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match=f"cannot be named {name}"):
         compute(frames, tmp_path / "d.zarr", weights=weights)
     assert not (tmp_path / "d.zarr").exists()
+
+
+# --- physical values, directions --------------------------------------------------------------------------
+
+
+def warm(path: Path) -> Path:
+    """A frames.zarr of a field around 300 K."""
+    fields = {key: {s: v + 300 for s, v in of.items()} for key, of in archive_of(2, frames=4).items()}
+    write_archive(path, fields)
+    store.get_array(store.open_store(path, "a"), "A/density/frames").update_attributes({"units": "K"})
+    return path
+
+
+def test_distances_in_the_units_of_the_field(tmp_path):
+    frames, out = warm(tmp_path / "frames.zarr"), tmp_path / "d.zarr"
+    report = compute(frames, out, metrics=("all",), size=None, scope="none")
+    assert {"ssim", "psnr", "nmi"} <= report.unavailable.keys()
+    assert "scope 'none' leaves them in their own units" in report.unavailable["ssim"]
+    group = store.get_group(store.open_store(out), "A/density")
+    units = {name: store.get_array(group, name).attrs["units"] for name in ("l1", "l2", "crmse")}
+    assert units == {"l1": "K", "l2": "K2", "crmse": "K"}
+    values = archive_of(2, frames=4)["A/density"]["s1"] + 300
+    expected = lsim.load_metric("l1", size=None).pairwise(values, "none")
+    np.testing.assert_array_equal(matrices_of(out)["l1"][1], expected)
+    assert compute(frames, out, metrics=("l1",), size=None, scope="none").computed == 0
+    compute(frames, out, metrics=("l1",), size=None)
+    assert store.get_array(store.open_store(out), "A/density/l1").attrs["units"] == "1"
+    with pytest.raises(ValueError, match=r"'ssim' .* give the range"):
+        compute(frames, out, metrics=("ssim",), size=None, scope="none")
+
+
+def test_directions_are_kept_where_asked_for(tmp_path):
+    frames, out = warm(tmp_path / "frames.zarr"), tmp_path / "d.zarr"
+    asked = {"metrics": ("l1", "vrmse"), "size": None, "scope": "none"}
+    assert compute(frames, out, **asked).symmetrised == ["vrmse"]
+    mean = matrices_of(out)["vrmse"]
+    report = compute(frames, out, **asked, directed=True)
+    assert (report.computed, report.up_to_date, report.symmetrised) == (2, 2, [])
+    found = matrices_of(out)["vrmse"]
+    metric = lsim.load_metric("vrmse", size=None)
+    for row, values in enumerate(archive_of(2, frames=4)["A/density"].values()):
+        np.testing.assert_array_equal(found[row], metric.pairwise(values + 300, "none"))
+    assert not np.array_equal(found, found.swapaxes(1, 2))
+    np.testing.assert_allclose(mean, (found + found.swapaxes(1, 2)) / 2, rtol=1e-12)
+    with xr.open_datatree(out, engine="zarr") as tree:
+        schema.validate_distances(tree["A/density"].to_dataset(), "A/density")
+    assert verify(out).damages == []
+    notes = correlate(out, tmp_path / "c").notes
+    assert any("earlier frame of a pair is the reference: vrmse" in note for note in notes)
+    compute(frames, tmp_path / "r.zarr", **asked, directed=True, pairs="reference")
+    alone = matrices_of(tmp_path / "r.zarr")["vrmse"]
+    np.testing.assert_array_equal(alone[:, 0], found[:, 0])
+    assert np.isnan(alone[:, 1:]).all()
+    assert verify(tmp_path / "r.zarr").damages == []
+
+
+def test_an_archive_keeps_directions_across_tiles(tmp_path):
+    frames, out = warm(tmp_path / "frames.zarr"), tmp_path / "a.zarr"
+    settings = Settings(metrics=("nrmse", "l1"), size=None, scope="none", directed=True)
+    with Cluster(Profile(kind="none")) as cluster:
+        compute_archive(frames, out, settings, MatrixRequest(tile=3), cluster=cluster)
+    values = np.concatenate([v + 300 for v in archive_of(2, frames=4)["A/density"].values()])
+    dataset = store.open_dataset(out, "A/density")
+    for name in ("nrmse", "l1"):
+        expected = lsim.load_metric(name, size=None).pairwise(values, "none").astype(np.float32)
+        np.testing.assert_array_equal(dataset[name].values, expected)
+    assert dataset["l1"].attrs["units"] == "K"
+    schema.validate_archive(dataset.load(), "A/density")
+    assert verify(out).damages == []

@@ -180,3 +180,30 @@ def test_bits_depend_on_neither_threads_nor_other_frames(rng: np.random.Generato
     assert np.array_equal(metric.distance(frames[0], frames[8], scope=(0, 1)), whole[0, 8:])
     torch.set_num_threads(3)
     assert np.array_equal(metric.pairwise(frames, scope=(0, 1)), whole)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((32, 40), 0.19493070552950353), ((33, 40), 0.19274343852848863), ((31, 29), 0.1884015526939441)],
+)
+def test_luminance_of_colours_is_what_piq_compares(shape: tuple[int, int], expected: float) -> None:
+    """Values of piq 0.8.0, gmsd(a, b, data_range=255)."""
+    row, column = (index[..., None] for index in np.indices(shape))
+    k = np.arange(3)
+    a = ((37 * row + 91 * column + 53 * k + row * column * (k + 1)) % 256).astype(float)
+    b = (a + 40 * np.sin(row / 3 + k) + 20 * np.cos(column / 5)).clip(0, 255)
+    metric = lsim.load_metric("gmsd", size=None, device="cpu", channels="luminance")
+    assert metric.distance(a, b, (0, 255))[0] == pytest.approx(expected, rel=1e-6)
+    assert lsim.load_metric("gmsd", size=None).distance(a, b, (0, 255))[0] < 0.95 * expected
+    grey = a[..., :1]
+    np.testing.assert_array_equal(
+        metric.pairwise(np.stack([grey, b[..., :1]])),
+        lsim.load_metric("gmsd", size=None, device="cpu").pairwise(np.stack([grey, b[..., :1]])),
+    )
+
+
+def test_contract_of_luminance() -> None:
+    check_metric(lsim.load_metric("gmsd", size=None, device="cpu", channels="luminance"), frame_size=32)
+    assert "channels" not in lsim.load_metric("gmsd").specification()["options"]
+    with pytest.raises(ValueError, match="'channels' of metric 'gmsd' is 'each' or 'luminance'"):
+        lsim.load_metric("gmsd", channels="grey")

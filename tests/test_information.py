@@ -243,3 +243,57 @@ def test_tensors_with_a_missing_value_are_not_comparable(
     planes[1, 2, 5, 5] = torch.nan
     distances = load(name)(planes, planes.roll(1, 0))
     assert distances.isnan().tolist() == [False, True, True]
+
+
+# --- bins -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bins", [2, 10, 51, 100, 256])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64])
+def test_with_bins_nmi_is_that_of_scikit_image(rng: np.random.Generator, bins: int, dtype: type) -> None:
+    noise = rng.standard_normal((2, 64, 64))
+    frames = np.stack([noise[0], 0.5 * noise[0] + noise[1], noise[1]])
+    if dtype is np.uint8:
+        frames = np.clip(128 + 40 * frames, 0, 255)
+        frames[:, 0, :2] = 0, 255
+    frames = frames.astype(dtype)
+    metric = lsim.load_metric("nmi", size=None, device="cpu", bins=bins)
+    matrix = metric.pairwise(frames)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        expected = 2 - normalized_mutual_information(frames[i], frames[j], bins=bins)
+        assert matrix[i, j] == pytest.approx(expected, rel=1e-6)
+        assert metric.distance(frames[i], frames[j])[0] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("bins", [7, 32])
+def test_with_bins_vi_is_that_of_scikit_image(rng: np.random.Generator, bins: int) -> None:
+    noise = rng.standard_normal((2, 48, 48))
+    a, b = noise[0], noise[0] + noise[1]
+    labels = [
+        np.minimum(np.searchsorted(np.linspace(f.min(), f.max(), bins + 1), f, "right"), bins) for f in (a, b)
+    ]
+    expected = sum(variation_of_information(*labels)) / 2
+    found = lsim.load_metric("vi", size=None, device="cpu", bins=bins).distance(a, b)[0]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vi", "mutual-information", "nmi"])
+def test_contract_with_bins(name: str) -> None:
+    check_metric(lsim.load_metric(name, size=None, device="cpu", bins=16), frame_size=32)
+
+
+def test_few_bins_take_the_bias_of_small_frames_away(rng: np.random.Generator) -> None:
+    a, b = rng.standard_normal((2, 64, 64))
+    assert lsim.load_metric("nmi", size=None).distance(a, b)[0] < 0.8
+    assert lsim.load_metric("nmi", size=None, bins=10).distance(a, b)[0] > 0.995
+
+
+def test_metrics_of_other_bins_share_no_histograms() -> None:
+    names = [lsim.load_metric("nmi", bins=bins).shared_as for bins in (None, 16, 32)]
+    assert len(set(names)) == 3
+
+
+@pytest.mark.parametrize("bins", [1, 257, 2.5, True])
+def test_impossible_bins_are_refused(bins: object) -> None:
+    with pytest.raises(ValueError, match="'bins' of metric 'nmi' is 2 to 256"):
+        lsim.load_metric("nmi", bins=bins)

@@ -22,6 +22,11 @@ def mse(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean(((a - b) / 255) ** 2))
 
 
+def variance(a: np.ndarray) -> float:
+    """Over N − 1; 0 of one value."""
+    return float(np.sum((a - a.mean()) ** 2) / max(a.size - 1, 1))
+
+
 def angle(a: np.ndarray, b: np.ndarray) -> float:
     """½ |â − b̂|² in extended precision."""
     lengths = [np.sqrt(np.sum(v * v)) for v in (a, b)]
@@ -35,7 +40,7 @@ FORMULAS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "l2": mse,
     "rmse": lambda a, b: mse(a, b) ** 0.5,
     "nrmse": lambda a, b: (mse(a, b) / (mse(a, np.zeros_like(a)) + EPSILON)) ** 0.5,
-    "vrmse": lambda a, b: (mse(a, b) / (float(np.var(a / 255)) + EPSILON)) ** 0.5,
+    "vrmse": lambda a, b: (mse(a, b) / (variance(a / 255) + EPSILON)) ** 0.5,
     "psnr": lambda a, b: 10 * float(np.log10(mse(a, b))),
     "correlation": lambda a, b: angle(a - a.mean(), b - b.mean()),
     "cosine": angle,
@@ -156,10 +161,11 @@ def test_the_reference_is_the_first_argument(rng: np.random.Generator) -> None:
     assert load("nrmse").distance(both[0], both[1], (0, 255))[0] == pytest.approx(0.5, rel=1e-4)
 
 
-def test_mean_of_the_reference_is_one_vrmse_away(rng: np.random.Generator) -> None:
+def test_mean_of_the_reference_is_about_one_vrmse_away(rng: np.random.Generator) -> None:
     frame = waves(rng, 1, 32)[0]
     mean = np.full_like(frame, frame.mean())
-    assert load("vrmse").distance(frame, mean, (0, 255))[0] == pytest.approx(1, abs=1e-5)
+    expected = (1 - 1 / frame.size) ** 0.5
+    assert load("vrmse").distance(frame, mean, (0, 255))[0] == pytest.approx(expected, abs=1e-5)
 
 
 # --- near-duplicates --------------------------------------------------------------------------------------
@@ -306,3 +312,100 @@ def test_says_how_precise_its_sums_are(rng: np.random.Generator, name: str) -> N
 @pytest.mark.parametrize("settings", [{}, {"compat": "published"}, {"symmetrise": True}])
 def test_contract(name: str, settings: dict[str, object]) -> None:
     check_metric(load(name, **settings), frame_size=24)
+
+
+# --- physical values --------------------------------------------------------------------------------------
+
+
+def physical_fields() -> tuple[np.ndarray, np.ndarray]:
+    """A temperature around 300 K, and a forecast of it."""
+    y, x = np.meshgrid(np.arange(24) / 24, np.arange(32) / 32, indexing="ij")
+    reference = 300 + 2 * np.sin(2 * np.pi * (2 * x + y)) + np.cos(2 * np.pi * (3 * x - 5 * y))
+    error = 0.3 * np.cos(2 * np.pi * (x + 4 * y)) + 0.05 * np.sin(2 * np.pi * (11 * x + 9 * y)) + 0.1
+    return reference, reference + error
+
+
+BY_THE_WELL = {
+    "l1": 0.20310939588802523,
+    "l2": 0.056250000000003575,
+    "rmse": 0.237170824512636,
+    "nrmse": 0.0007905584351396637,
+    "vrmse": 0.14990230894600506,
+}
+"""Of :func:`physical_fields` by the_well 1.2.0: MAE, MSE, RMSE, NRMSE and VRMSE of (forecast, reference)."""
+
+
+@pytest.mark.parametrize("name", BY_THE_WELL)
+def test_physical_values_have_the_errors_that_the_well_gives(name: str) -> None:
+    reference, forecast = physical_fields()
+    metric = load(name)
+    assert metric.distance(reference, forecast, "none")[0] == pytest.approx(BY_THE_WELL[name], rel=1e-9)
+    matrix = metric.pairwise(np.stack([reference, forecast]), "none")
+    assert matrix[0, 1] == pytest.approx(BY_THE_WELL[name], rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize(
+    ("offset", "amplitude"), [(300.0, 2.0), (0.0, 1.0), (101325.0, 5.0), (1e-3, 1e-4), (-40.0, 0.1)]
+)
+def test_physical_values_have_the_errors_of_formulas_in_their_units(
+    rng: np.random.Generator, offset: float, amplitude: float, dtype: type
+) -> None:
+    a, b = (offset + amplitude * rng.standard_normal((2, 40, 32))).astype(dtype)
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    squared = np.mean((x - y) ** 2)
+    expected = {
+        "l1": np.mean(np.abs(x - y)),
+        "l2": squared,
+        "rmse": squared**0.5,
+        "nrmse": (squared / (np.mean(x**2) + EPSILON)) ** 0.5,
+        "vrmse": (squared / (np.var(x, ddof=1) + EPSILON)) ** 0.5,
+        "correlation": 1 - np.corrcoef(x.ravel(), y.ravel())[0, 1],
+        "cosine": scipy_distance.cosine(x.ravel(), y.ravel()),
+    }
+    for name, value in expected.items():
+        found = load(name).distance(a, b, "none")[0]
+        assert found == pytest.approx(value, rel=1e-6, abs=1e-15 if name == "cosine" else 0), name
+    if abs(offset) > 1e-2:
+        assert load("nrmse").distance(a, b, "none")[0] == pytest.approx(normalized_root_mse(x, y), rel=1e-6)
+
+
+def test_units_are_those_of_the_field_and_of_its_square() -> None:
+    assert load("l1").units("none", "K") == "K"
+    assert load("l2").units("none", "m s-1") == "m2 s-2"
+    assert load("l2").units("none", "g/kg") == "(g/kg)2"
+    assert load("l2").units("none") == ""
+    assert load("l2").units("sequence", "K") == load("nrmse").units("none", "K") == "1"
+
+
+def test_metrics_made_for_a_range_refuse_physical_values_by_name(rng: np.random.Generator) -> None:
+    frames = rng.random((3, 24, 24))
+    for name in ("psnr", "ssim", "gmsd", "vi", "nmi", "lsim-open"):
+        metric = load(name, **({"size": 224} if name == "lsim-open" else {}))
+        for measure in (
+            lambda metric=metric: metric.pairwise(frames, "none"),
+            lambda metric=metric: metric.distance(frames, frames, "none"),
+        ):
+            with pytest.raises(ValueError, match=rf"metric '{name}' .* give the range, scope \(lo, hi\)"):
+                measure()
+    with pytest.raises(ValueError, match=r"'l2' truncates .* use compat 'default'"):
+        load("l2", compat="published").distance(frames, frames, "none")
+
+
+@pytest.mark.parametrize("name", [n for n in lsim.list_metrics() if not lsim.registry.why_unavailable(n)])
+def test_every_metric_takes_physical_values_or_refuses(rng: np.random.Generator, name: str) -> None:
+    """One that takes them follows a change of units: by the power it says, or not at all."""
+    metric = load(name, size=None if not name.startswith("lsim") else 224)
+    frames = 300 + 2 * rng.standard_normal((3, 48, 48))
+    if not metric.info.takes_physical_values:
+        with pytest.raises(ValueError, match=f"'{name}'"):
+            metric.pairwise(frames, "none")
+        return
+    bigger = load(name, threshold=300e3) if name == "fss" else metric
+    metric = load(name, threshold=300.0) if name == "fss" else metric
+    found, scaled = metric.pairwise(frames, "none"), bigger.pairwise(frames * 1000, "none")
+    assert np.isfinite(found).all()
+    assert (found[0, 1:] > 0).all()
+    factor = 1000**metric.info.power_of_units
+    # Constants, such as the 1e-7 of nrmse and the floor of spectra, are in the field's units.
+    np.testing.assert_allclose(scaled, found * factor, rtol=1e-5)

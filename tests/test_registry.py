@@ -14,16 +14,19 @@ from lsim.testing import check_metric, write_random_checkpoint
 
 NAMES = [
     *("l1", "l2", "rmse", "nrmse", "vrmse", "psnr", "correlation", "cosine"),
+    *("max-error", "nmae", "crmse", "brmse", "frmse-low", "frmse-mid", "frmse-high"),
+    *("spectral-mse-low", "spectral-mse-mid", "spectral-mse-high", "h1", "fss"),
     *("ssim", "ssim-gaussian", "ms-ssim", "gmsd", "gradient"),
     *("vi", "mutual-information", "nmi"),
     *("spectral", "fft", "wasserstein", "sliced-wasserstein"),
     *("flow", "lpips-alex", "lpips-vgg", "lpips-squeeze"),
     *("lsim-open", "lsim", "lsim-noiseless", "lsim-strong-noise", "lsim-skip", "non-siamese"),
 ]
-NOT_SYMMETRIC = {"nrmse", "vrmse", "non-siamese"}
-NOT_DIFFERENTIABLE = {"vi", "mutual-information", "nmi", "flow"}
-TAKE_MASKS = set(NAMES[: NAMES.index("vi")])
+NOT_SYMMETRIC = {"nrmse", "vrmse", "nmae", "non-siamese"}
+NOT_DIFFERENTIABLE = {"fss", "vi", "mutual-information", "nmi", "flow"}
+TAKE_MASKS = set(NAMES[: NAMES.index("frmse-low")]) | set(NAMES[NAMES.index("ssim") : NAMES.index("vi")])
 OBEY_THE_TRIANGLE = {
+    *("max-error", "crmse", "brmse", "frmse-low", "frmse-mid", "frmse-high", "h1"),
     *("l1", "rmse", "gradient", "vi", "mutual-information", "nmi"),
     *("spectral", "fft", "wasserstein", "sliced-wasserstein"),
     *("lsim-open", "lsim", "lsim-noiseless", "lsim-strong-noise", "lsim-skip"),

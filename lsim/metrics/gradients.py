@@ -21,6 +21,9 @@ FULL_SCALE = 255.0
 STABILISER = 170.0
 """T of Xue et al. 2014, for a data range of 255."""
 
+LUMINANCE = (0.299, 0.587, 0.114)
+"""Shares of red, green and blue in Y of YIQ."""
+
 
 class GMSD(Metric):
     """Gradient magnitude similarity deviation of each channel, and the mean of all channels.
@@ -31,8 +34,8 @@ class GMSD(Metric):
 
         GMS = (2 mx my + T) / (mx² + my² + T) = 1 − (mx − my)² / (mx² + my² + T),
 
-    the distance is the standard deviation over all pixels. Colour images are usually turned grey before;
-    channels of simulations aren't colours.
+    the distance is the standard deviation over all pixels. The authors and piq turn colours grey before;
+    channels of simulations aren't colours, and each has a distance of its own here, unless told otherwise.
 
     Parameters
     ----------
@@ -40,6 +43,9 @@ class GMSD(Metric):
         Halve frames first, as published.
     data_range : float, default 255
         T is 170 at 255, and goes with its square.
+    channels : {"each", "luminance"}, default "each"
+        ``"luminance"`` takes three channels for red, green and blue, and compares their luminance alone, as
+        piq does: 0.299 R + 0.587 G + 0.114 B.
     """
 
     copies_to_compare = False
@@ -60,18 +66,29 @@ class GMSD(Metric):
         *,
         downsample: bool = True,
         data_range: float = 255.0,
+        channels: str = "each",
     ) -> None:
         data_range = positive_number(name, "data_range", data_range)
+        if channels not in ("each", "luminance"):
+            raise ValueError(
+                f"option 'channels' of metric {name!r} is 'each' or 'luminance', got {channels!r}"
+            )
         if not isinstance(downsample, bool):
             raise ValueError(
                 f"option 'downsample' of metric {name!r} must be true or false, got {downsample!r}"
             )
-        super().__init__(name, preprocessing, device, downsample=downsample, data_range=data_range)
+        # What is as before has the specification of before.
+        options = {"channels": channels} if channels != "each" else {}
+        super().__init__(name, preprocessing, device, downsample=downsample, data_range=data_range, **options)
         self._downsample = downsample
+        self._luminance = channels == "luminance"
         self._stabiliser = STABILISER * (data_range / FULL_SCALE) ** 2
 
     def embed(self, frames: Tensor) -> Embedding:
         """Gradient magnitudes (n, channel, y, x): float64, since near-identical ones are subtracted."""
+        if self._luminance and frames.shape[3] == 3:
+            red, green, blue = frames.double().unbind(3)
+            frames = (LUMINANCE[0] * red + LUMINANCE[1] * green + LUMINANCE[2] * blue)[..., None]
         if has_kernel(frames):
             return Embedding({"magnitude": torch.stack(in_threads(self._compiled_magnitude, frames))})
         planes = frames.permute(0, 3, 1, 2).contiguous().double()
@@ -156,6 +173,8 @@ class GradientDifference(Metric):
         takes_mask=True,
         one_channel_suffices=True,
         blind_to=("offset",),
+        takes_physical_values=True,
+        power_of_units=1,
     )
 
     def embed(self, frames: Tensor) -> Embedding:

@@ -1,6 +1,7 @@
 """What the values of one frame tell of another's: variation of information and mutual information.
 
-All three metrics come from the joint histogram of two frames' 8-bit values and its entropies, in bits:
+All three metrics come from the joint histogram of two frames' 8-bit values, or of equal bins over each
+frame's own range, and its entropies, in bits:
 
     vi                  ½ (H(x|y) + H(y|x))          Meilă 2007, halved
     mutual-information  max(H(x), H(y)) − I(x; y)     Kraskov et al. 2005
@@ -16,7 +17,8 @@ from __future__ import annotations
 import functools
 import math
 from abc import abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numba
 import numpy as np
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from lsim.metric import Embedding, Metric, MetricInfo
 from lsim.pairs import FAST, all_pairs, has_kernel, rows_in_torch
+from lsim.preprocess import Preprocessing
 from lsim.rounding import of_each
 from lsim.threads import in_threads
 
@@ -37,7 +40,16 @@ AT_ONCE = 1 << 25
 
 
 class _JointHistogram(Metric):
-    """Truncates to 8 bit in every mode; the three metrics share the joint histograms of a run."""
+    """The three metrics share the joint histograms of a run.
+
+    Parameters
+    ----------
+    name, preprocessing, device
+        As :class:`~lsim.metric.Metric` takes them.
+    bins : int, optional
+        Equal bins between minimum and maximum of each frame, as scikit-image takes them: 2 to 256. Default:
+        the 256 levels of values that are truncated to 8 bit, in every mode.
+    """
 
     copies_to_compare = False
 
@@ -45,15 +57,40 @@ class _JointHistogram(Metric):
     _bits: ClassVar[float] = 1.0
     """What a bit of entropy is of the distance, at most."""
 
+    def __init__(
+        self, name: str, preprocessing: Preprocessing, device: torch.device, *, bins: int | None = None
+    ) -> None:
+        if bins is None:
+            super().__init__(name, preprocessing, device)
+        elif isinstance(bins, bool) or not isinstance(bins, int) or not 2 <= bins <= LEVELS:
+            raise ValueError(f"option 'bins' of metric {name!r} is 2 to {LEVELS}, got {bins!r}")
+        else:
+            super().__init__(name, preprocessing, device, bins=bins)
+        self._bins = bins
+
+    @classmethod
+    def needs_double(cls, options: Mapping[str, Any]) -> bool:
+        """With bins: in single precision some values would fall beyond the edge that they lie at."""
+        return options.get("bins") is not None
+
     @property
     def quantised(self) -> bool:
-        """Always: entropies are those of 8-bit values."""
-        return True
+        """Where entropies are those of 8-bit values: without ``bins``."""
+        return self._bins is None
+
+    @property
+    def shared_as(self) -> tuple[object, ...]:
+        return (self.shares_embedding, self._bins)
 
     def embed(self, frames: Tensor) -> Embedding:
-        """8-bit values (n, pixels), N·H in fixed point, the largest count, and whether all are finite."""
+        """Levels or bins (n, pixels), N·H in fixed point, the largest count, and whether all are finite."""
         flat = frames.detach().flatten(1)
-        if has_kernel(flat):
+        if self._bins is not None:
+            values, counts, finite = (
+                torch.from_numpy(np.stack(part)).to(flat.device)
+                for part in zip(*(_binned(row, self._bins) for row in flat.cpu().numpy()), strict=True)
+            )
+        elif has_kernel(flat):
             values, counts, finite = (
                 torch.from_numpy(np.stack(part))
                 for part in zip(*in_threads(levels, flat.float().numpy()), strict=True)
@@ -163,6 +200,20 @@ def _share_on_other_level(embedding: Embedding, pixels: int) -> Tensor:
     stored = of_each(embedding, stored=True)
     error = torch.where(stored > of_each(embedding), 2 * stored, 0).clamp(max=1)
     return (error + 3 * (error / pixels).sqrt()).clamp(max=1)
+
+
+def _binned(row: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np.bool_]:
+    """The bin of each value of a frame (pixels,), how often each occurs (256,), and whether all are finite.
+
+    As :func:`numpy.histogramdd` does it: the last bin has its upper edge, too.
+    """
+    if not (finite := np.isfinite(row).all()):
+        row = np.zeros_like(row)
+    lo, hi = row.min(), row.max()
+    edges = np.linspace(lo, hi, bins + 1)
+    values = np.minimum(np.searchsorted(edges, row, side="right") - 1, bins - 1) if lo < hi else row * 0
+    values = values.astype(np.uint8)
+    return values, np.bincount(values, minlength=LEVELS), finite
 
 
 def _counted(cells: Tensor, size: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numba
 import numpy as np
@@ -85,6 +85,8 @@ class L1(_PixelMetric):
         axioms=SYMMETRIC | {"triangle"},
         takes_mask=True,
         one_channel_suffices=True,
+        takes_physical_values=True,
+        power_of_units=1,
     )
     algorithm_version = 2
 
@@ -159,6 +161,8 @@ class L2(_OfSquares):
         source="1/N Σ (a − b)²; skimage mean_squared_error",
         takes_mask=True,
         one_channel_suffices=True,
+        takes_physical_values=True,
+        power_of_units=2,
     )
     algorithm_version = 2
     published_on_8bit = True
@@ -181,6 +185,8 @@ class RMSE(_OfSquares):
         axioms=SYMMETRIC | {"triangle"},
         takes_mask=True,
         one_channel_suffices=True,
+        takes_physical_values=True,
+        power_of_units=1,
     )
 
     def _from(self, squared: Tensor, divisor: Tensor | float) -> Tensor:
@@ -200,6 +206,7 @@ class NRMSE(RMSE):
         axioms=SYMMETRIC - {"symmetric"},
         takes_mask=True,
         one_channel_suffices=True,
+        takes_physical_values=True,
     )
     centred: ClassVar[bool] = False
 
@@ -225,14 +232,16 @@ class NRMSE(RMSE):
         known = _known(self, a, b)
         values = a.parts["values"].expand(len(b), -1).double()
         centred = _centred(values, known) if self.centred else _where_known(values, known)
-        return _mean(centred.square(), known)[:, 0] / FULL_SCALE**2 + EPSILON
+        squares = _where_known(centred.square(), known).sum(1)
+        count = values.shape[1] if known is None else known.sum(1)
+        return squares / _degrees_of_freedom(count, self.centred) / FULL_SCALE**2 + EPSILON
 
 
 class VRMSE(NRMSE):
     """Root of the mean squared difference over the variance of the reference, the first argument.
 
-    Not symmetric, as :class:`NRMSE`: √(MSE / (var a + 1e-7)), the variance that of all values of the frame
-    (over N). The mean of the reference is 1 away from it, up to the 1e-7.
+    Not symmetric, as :class:`NRMSE`: √(MSE / (var a + 1e-7)), the variance that of all values of the frame,
+    over N − 1 as in The Well's code. The mean of the reference is √(1 − 1/N) away from it, up to the 1e-7.
     """
 
     info = MetricInfo(
@@ -241,7 +250,9 @@ class VRMSE(NRMSE):
         axioms=SYMMETRIC - {"symmetric"},
         takes_mask=True,
         one_channel_suffices=True,
+        takes_physical_values=True,
     )
+    algorithm_version = 2
     centred = True
 
 
@@ -291,6 +302,7 @@ class Cosine(_PixelMetric):
         takes_mask=True,
         one_channel_suffices=True,
         blind_to=("scale",),
+        takes_physical_values=True,
     )
     algorithm_version = 2
     centred: ClassVar[bool] = False
@@ -391,6 +403,7 @@ class Correlation(Cosine):
         takes_mask=True,
         one_channel_suffices=True,
         blind_to=("offset", "scale"),
+        takes_physical_values=True,
     )
     centred = True
 
@@ -464,6 +477,13 @@ def _from_units(squared: Tensor, left_is_flat: Tensor, right_is_flat: Tensor) ->
     return torch.where((left_is_flat ^ right_is_flat) & ~squared.isnan(), 1, distances)
 
 
+def _degrees_of_freedom(count: Any, centred: bool) -> Any:
+    """What a sum of squares of ``count`` values is divided by: one less about their own mean."""
+    if not centred:
+        return count
+    return (count - 1).clamp(min=1) if isinstance(count, Tensor) else max(count - 1, 1)
+
+
 @numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")
 def _known_mean(a, b):  # type: ignore[no-untyped-def]
     """Mean of a where neither is NaN, and how many those are."""
@@ -489,12 +509,13 @@ def _known_power(a, b, mean):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")
 def _known_powers(i, j, out, x, y, centred):  # type: ignore[no-untyped-def]
-    """Mean square of the first of a pair, of its deviations if ``centred``, where both are known."""
+    """Mean square of the first of a pair, or its variance if ``centred``, where both are known."""
     for p in range(i.shape[0]):
         a = x[i[p]]
         b = y[j[p]]
         mean, count = _known_mean(a, b)
-        out[p] += _known_power(a, b, mean if centred else 0.0) / count
+        degrees = max(count - 1, 1) if centred else count
+        out[p] += _known_power(a, b, mean if centred else 0.0) / degrees
 
 
 @numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")
@@ -564,7 +585,9 @@ def _powers(values: Tensor, centred: bool) -> Tensor:
     """Mean square of each row, or its variance if ``centred``: (rows,) float64."""
     if not has_kernel(values):
         rows = [_centred(row.double(), None) if centred else row.double() for row in values.split(1)]
-        return torch.cat([row.square().mean(1) for row in rows])
+        return torch.cat([row.square().sum(1) for row in rows]) / _degrees_of_freedom(
+            values.shape[1], centred
+        )
     every, powers = np.arange(len(values)), np.zeros(len(values))
     _known_powers(every, every, powers, values.numpy(), values.numpy(), centred)
     return torch.from_numpy(powers)

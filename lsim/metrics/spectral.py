@@ -117,6 +117,7 @@ class RadialSpectrum(_SpectralMetric):
         one_channel_suffices=True,
         blind_to=("shift", "half turn", "quarter turn", "reflection"),
         units="decade",
+        takes_physical_values=True,
     )
     _part = "shells"
 
@@ -131,6 +132,7 @@ class FourierAmplitude(_SpectralMetric):
         one_channel_suffices=True,
         blind_to=("shift", "half turn"),
         units="decade",
+        takes_physical_values=True,
     )
     _part = "coefficients"
 

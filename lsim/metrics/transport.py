@@ -42,6 +42,8 @@ class Wasserstein(Metric):
         axioms=AXIOMS,
         one_channel_suffices=True,
         blind_to=("shift", "half turn", "quarter turn", "reflection", "permutation"),
+        takes_physical_values=True,
+        power_of_units=1,
     )
 
     def embed(self, frames: Tensor) -> Embedding:
@@ -93,6 +95,7 @@ class SlicedWasserstein(Metric):
         axioms=AXIOMS,
         one_channel_suffices=True,
         blind_to=("scale",),
+        takes_physical_values=True,
     )
 
     def __init__(
@@ -129,7 +132,7 @@ class SlicedWasserstein(Metric):
             cumulative = _cumulative(*_mass_and_total(planes.double()), self._directions)
             return Embedding({"cumulative": cumulative, "share": _share(planes)})
         project = functools.partial(cumulative_masses, vectors=self._vectors, weights=self._weights)
-        rows = in_threads(project, planes.float().contiguous().numpy())
+        rows = in_threads(project, as_floats(planes).contiguous().numpy())
         return Embedding({"cumulative": torch.from_numpy(np.stack(rows)), "share": _share(planes)})
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:

@@ -111,7 +111,8 @@ def compute_archive(
     out : path or address
         Created when absent; otherwise only tiles that are out of date are computed.
     settings : Settings
-        With the scope ``"dataset"``, minimum and maximum over all frames of the matrix, or a fixed one.
+        With the scope ``"dataset"``, minimum and maximum over all frames of the matrix, a fixed one, or
+        ``"none"``.
     matrix : MatrixRequest, optional
     cluster : Cluster, optional
         Started only if there is something to do. Default: one worker process, with a thread a core.
@@ -256,7 +257,7 @@ def _check(settings: Settings) -> None:
         raise ValueError(
             f"scope {settings.scope!r} normalises a frame otherwise with every other frame, so it cannot be "
             "embedded once for a whole archive: use scope 'dataset' (minimum and maximum of all frames) or "
-            "fixed, LO,HI"
+            "fixed, LO,HI; or 'none', values in their own units, for metrics that take them"
         )
     if settings.pairs != "all":
         raise ValueError("a matrix over an archive has all pairs; pairs 'reference' is for single sequences")

@@ -26,8 +26,9 @@ from pipeline.archive.plan import (
     room_for,
 )
 from pipeline.archive.tiles import TileTask, embeds_as
+from pipeline.fields import field_units
 from pipeline.frame_blocks import ArchiveFrames, FrameBlock, list_frames
-from pipeline.metric_choice import Settings
+from pipeline.metric_choice import Settings, is_directed
 from pipeline.scopes import dataset_range, recorded_range
 from pipeline.versions import versions
 from pipeline.workers.cluster import Cluster
@@ -102,6 +103,7 @@ class MatrixJob:
         self.key = key
         self.fields = list(fields)
         self.frames: ArchiveFrames = list_frames(source, fields)
+        self._units = field_units(source, fields)
         self._measured: dict[str, Measured] = {}
         self._workers: Workers | None = None
         self._plan: Plan | None = None
@@ -183,7 +185,8 @@ class MatrixJob:
         # The first would do, but for those whose first frames are damaged or hold NaN.
         step = max(1, len(blocks) // SAMPLES)
         sample = tuple(blocks[::step][:SAMPLES])
-        task = (self.context.frames, requests, sample, self.frames.sequence_bytes, len(self.frames))
+        physical = self.context.settings.scope == "none"
+        task = (self.context.frames, requests, sample, self.frames.sequence_bytes, len(self.frames), physical)
         for _, result, error in run_bounded(self.context.cluster.client, measure, [task]):
             if error is not None:
                 raise error
@@ -200,8 +203,10 @@ class MatrixJob:
             tile, side = self._plan.tile, self._plan.side
         else:
             raise store.StoreError(f"{context.out}: {self.key} vanished while it was looked at")
-        units = {metric.name: metric.info.units for metric in context.metrics}
+        units = {metric.name: metric.units(context.settings.scope, self._units) for metric in context.metrics}
         group = lay_out(root, self.key, self.frames, units, tile, side)
+        for metric in context.metrics:
+            store.set_directed(store.get_array(group, metric.name), is_directed(metric))
         provenance = store.get_group(group, schema.PROVENANCE)
         scopes = {metric.name: self._scope(provenance, metric) for metric in context.metrics}
         blocks = self.frames.blocks(tile)
@@ -217,7 +222,9 @@ class MatrixJob:
         describe(
             group,
             {
-                metric.name: metric.specification() | {"scope": scopes[metric.name], "versions": versions()}
+                metric.name: metric.specification()
+                | {"scope": scopes[metric.name], "versions": versions()}
+                | ({schema.DIRECTED: True} if is_directed(metric) else {})
                 for metric in context.metrics
                 if stale[metric.name].any()
             },

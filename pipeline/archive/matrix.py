@@ -54,7 +54,7 @@ def lay_out(
         ``<dataset>/<field>`` or ``together/<name>``.
     frames : ArchiveFrames
     metrics : mapping of str to str
-        Names of the metrics to have, and the units of each; those already in the store stay.
+        Names of the metrics to have, and the units of each; arrays already in the store stay.
     tile : int
         Frames on a side of a tile.
     side : int
@@ -78,10 +78,10 @@ def lay_out(
         store.resize_rows(store.get_array(group, name), n)
     for name, units in metrics.items():
         if name not in group:
-            array = store.create_array(
+            store.create_array(
                 group, name, shape=(n, n), chunks=(tile, tile), dims=schema.ARCHIVE_DIMS, dtype="float32"
             )
-            array.update_attributes({"units": units})
+        store.set_units(store.get_array(group, name), units)
     for name in schema.archive_metric_names(group.array_keys()):
         for axis in (0, 1):
             store.resize_rows(store.get_array(group, name), n, axis=axis)

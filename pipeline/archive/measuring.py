@@ -62,14 +62,19 @@ class Measured:
 
 
 def measure(
-    frames: str, requests: Sequence[MetricRequest], blocks: Sequence[FrameBlock], sequence_bytes: int, n: int
+    frames: str,
+    requests: Sequence[MetricRequest],
+    blocks: Sequence[FrameBlock],
+    sequence_bytes: int,
+    n: int,
+    physical: bool = False,
 ) -> Measured:
     """Measure what a family of metrics takes of the first of some blocks that it can embed.
 
     Where it can embed none of them, as they are damaged, hold NaN or make the metric raise, frames of noise
     are measured: others of the archive may be whole. A metric that raises at those, too, takes nothing, and
     the result says so. Runs on a worker. Times are of a second pass: the first loads and compiles. ``n``
-    frames are to be compared.
+    frames are to be compared; ``physical`` ones in their own units, which take twice the memory.
 
     Raises
     ------
@@ -87,7 +92,8 @@ def measure(
             lo, hi = range_of(values, metrics[0].preprocessing)
         except FramesError:
             continue
-        scope: Scope = (tuple(np.nan_to_num(lo).tolist()), tuple(np.nan_to_num(hi).tolist()))
+        found = (tuple(np.nan_to_num(lo).tolist()), tuple(np.nan_to_num(hi).tolist()))
+        scope: Scope = "none" if physical else found
         embedded = embed_block(source, block, metrics[0], scope)
         if embedded.embedding is None or embedded.undone:
             continue
@@ -97,7 +103,7 @@ def measure(
     else:
         if not blocks:
             return Measured(0, 0, 0, sequence_bytes, process, 0.0, 0.0)
-        values, scope = _noise(source, blocks[0]), (0.0, 1.0)
+        values, scope = _noise(source, blocks[0]), "none" if physical else (0.0, 1.0)
         try:
             embedded = _embedded(metrics[0], values, scope)
         except MemoryError:

@@ -25,6 +25,7 @@ from pipeline import schema, store, trials
 from pipeline.archive.matrix import OF_TILES, tile_fingerprint
 from pipeline.embedding_cache import FRAMES_TOGETHER, EmbeddedBlock, cache, embed_block
 from pipeline.frame_blocks import FrameBlock, read_block
+from pipeline.metric_choice import is_directed
 from pipeline.resolution import count_unresolved
 from pipeline.workers import stopping
 from pipeline.workers.resident import MetricRequest, get_metric, still_wanted
@@ -192,6 +193,8 @@ def compute_tiles(task: TileTask) -> TileResult:
                 try:
                     due = trials.is_due(task.run, metric)
                     values = compare_blocks(metric, rows, columns)
+                    two_ways = i != j and is_directed(metric)
+                    mirrored = compare_blocks(metric, columns, rows) if two_ways else None
                     if due:
                         _try_metric(metric, task, source, task.blocks[i], rows)
                     unresolved = unresolved_pairs(metric, rows, columns, values)
@@ -207,12 +210,14 @@ def compute_tiles(task: TileTask) -> TileResult:
                 if reason:
                     # Another copy may have finished it: its fingerprint must not stand for what comes now.
                     records[name].write((i, j), "", 0)
-                _write_tile(group, task, name, (i, j), values, rows)
+                _write_tile(group, task, name, (i, j), values, mirrored, rows)
                 if reason:
                     errors[name], undone = reason, undone + 1
                 else:
                     both = rows.comparable[:, None] & columns.comparable
                     missing = int((np.isnan(values) & both).sum())
+                    if mirrored is not None:
+                        missing += int((np.isnan(mirrored) & both.T).sum())
                     contents = task.blocks[i].content, task.blocks[j].content
                     made_of = tile_fingerprint(*contents, metric.specification_hash, task.scope)
                     _check_wanted(task, i, j)
@@ -243,8 +248,9 @@ def embeds_as(metric: Metric) -> Hashable:
 def compare_blocks(metric: Metric, rows: EmbeddedBlock, columns: EmbeddedBlock) -> np.ndarray:
     """The tile of two blocks, (rows, columns) float32; symmetric, with a zero diagonal, of one with itself.
 
-    A pair's bits depend on its two frames alone on a CPU, wherever in whatever tile it stands. Code of others
-    is given copies: the blocks are compared again, by other metrics and in other tiles.
+    Of a metric that isn't symmetric rows are the references, and the diagonal is its own. A pair's bits
+    depend on its two frames alone on a CPU, wherever in whatever tile it stands. Code of others is given
+    copies: the blocks are compared again, by other metrics and in other tiles.
 
     Raises
     ------
@@ -254,13 +260,14 @@ def compare_blocks(metric: Metric, rows: EmbeddedBlock, columns: EmbeddedBlock) 
     n, m = len(rows.comparable), len(columns.comparable)
     values = np.full((n, m), np.nan)
     diagonal, single = rows is columns, False
+    symmetric = diagonal and not is_directed(metric)
     if rows.embedding is not None and columns.embedding is not None:
         at_once = ROWS_AT_ONCE if metric.device.type == "cpu" or metric.of_others else max(n, m)
         with torch.no_grad():
             for start in range(0, n, at_once):
                 # New ones each time: what comparisons derive from an embedding stays with it.
                 left = _part(metric, rows.embedding, start, at_once)
-                for other in range(start if diagonal else 0, m, at_once):
+                for other in range(start if symmetric else 0, m, at_once):
                     same = diagonal and start == other
                     right = left if same else _part(metric, columns.embedding, other, at_once)
                     part = metric.between(left, right)
@@ -269,12 +276,14 @@ def compare_blocks(metric: Metric, rows: EmbeddedBlock, columns: EmbeddedBlock) 
     values[~rows.comparable] = np.nan
     values[:, ~columns.comparable] = np.nan
     # What lies below the diagonal squares of a tile of its own isn't computed.
-    computed = np.where(np.isnan(values), values.T, values) if diagonal else values
+    computed = np.where(np.isnan(values), values.T, values) if symmetric else values
     metric.claims.check_distances(computed, square=diagonal, single=single)
-    if diagonal:
+    if symmetric:
         below = np.tril_indices(n, -1)
         values[below] = values.T[below]
         np.fill_diagonal(values, np.where(rows.comparable, 0, np.nan))
+    elif diagonal and not np.isnan(known := metric.info.distance_to_itself):
+        np.fill_diagonal(values, np.where(rows.comparable, known, np.nan))
     with np.errstate(over="ignore"):
         stored = values.astype(np.float32)
     # Nobody ranks by infinity, unless it is how far the metric says that equal frames are.
@@ -364,14 +373,25 @@ def in_order(tiles: Iterable[Sequence[Tile]]) -> list[Tile]:
 
 
 def _write_tile(
-    group: store.Group, task: TileTask, name: str, tile: Tile, values: np.ndarray, rows: EmbeddedBlock
+    group: store.Group,
+    task: TileTask,
+    name: str,
+    tile: Tile,
+    values: np.ndarray,
+    mirrored: np.ndarray | None,
+    rows: EmbeddedBlock,
 ) -> None:
-    """Write a tile and its mirror image; that of a block with itself comes with what is wrong with frames."""
+    """Write a tile and its mirror image; that of a block with itself comes with what is wrong with frames.
+
+    ``mirrored`` is what stands at the mirror image of a directed metric; None of one that is symmetric.
+    """
     array = store.get_array(group, name)
     start, other = (task.blocks[index].start for index in tile)
     store.write_block(array, (start, other), values)
     if start != other:
-        store.write_block(array, (other, start), np.ascontiguousarray(values.T))
+        store.write_block(
+            array, (other, start), np.ascontiguousarray(values.T if mirrored is None else mirrored)
+        )
         return
     failure = store.get_array(store.get_group(group, schema.PROVENANCE), schema.FAILURE)
     texts = np.full((1, len(values)), "", object)

@@ -32,8 +32,8 @@ from pipeline.distances.compute import (
     write_provenance,
 )
 from pipeline.distances.sizing import BlockSize, Pace, block_size
-from pipeline.fields import checked_fields, drop_vanished
-from pipeline.metric_choice import Settings, choose_metrics
+from pipeline.fields import checked_fields, drop_vanished, field_units
+from pipeline.metric_choice import Settings, choose_metrics, is_directed
 from pipeline.resolution import Unresolved, list_unresolved, record_resolution
 from pipeline.runs import begin_run, carried, record_run
 from pipeline.scopes import dataset_range
@@ -305,8 +305,11 @@ def _bring_into_shape(
         report.sizes[key] = _measured_size(this, origin, contents, workers)
         return report.sizes[key].sequences
 
-    units = {metric.name: metric.info.units for metric in metrics}
+    own_units = field_units(source, [key])
+    units = {metric.name: metric.units(settings.scope, own_units) for metric in metrics}
     group = lay_out(root, origin, key, units, choose)
+    for metric in metrics:
+        store.set_directed(store.get_array(group, metric.name), is_directed(metric))
     dataset = key.split("/")[0]
     store.set_attributes(store.get_group(root, dataset), dict(store.get_group(source, dataset).attrs))
     provenance = store.get_group(group, schema.PROVENANCE)
@@ -332,7 +335,10 @@ def _bring_into_shape(
         group,
         store.read(store.get_array(origin, schema.PARAMETER)),
         {
-            metric.name: metric.specification() | {"scope": scope_of[metric.name]} | made_with
+            metric.name: metric.specification()
+            | {"scope": scope_of[metric.name]}
+            | made_with
+            | ({schema.DIRECTED: True} if is_directed(metric) else {})
             for metric in metrics
             if metric.name in this.stale.metrics
         },

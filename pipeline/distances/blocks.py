@@ -235,7 +235,7 @@ def lay_out(
     key : str
         ``<dataset>/<field>``.
     metrics : mapping of str to str
-        Names of the metrics to have, and the units of each; those already in the store stay.
+        Names of the metrics to have, and the units of each; arrays already in the store stay.
     choose : callable
         Asked for the sequences per block of a group that is new; an existing group keeps its own.
     """
@@ -283,7 +283,8 @@ def _add_metrics(group: store.Group, metrics: Mapping[str, str], rows: int, n: i
             shape, chunks = (rows, n, n), (block, n, n)
             store.create_array(
                 group, name, shape=shape, chunks=chunks, dims=schema.DISTANCE_DIMS, dtype="float64"
-            ).update_attributes({"units": units})
+            )
+        store.set_units(store.get_array(group, name), units)
     # A resize that was interrupted leaves a nameless entry.
     known = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC)) if name]
     known += [name for name in metrics if name not in known]

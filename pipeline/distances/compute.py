@@ -27,6 +27,7 @@ from lsim.preprocess import FramesError, Scope, finite_frames
 from pipeline import schema, store, trials
 from pipeline.content import NOT_READ, read_sequence, why_not_read
 from pipeline.distances.blocks import Pairs, StaleBlock
+from pipeline.metric_choice import is_directed
 from pipeline.resolution import resolution_of, to_text
 from pipeline.workers.resident import MetricRequest, get_metric, still_wanted
 
@@ -363,12 +364,14 @@ def _tried_matrix(
 def _matrix(metric: Metric, sequence: _Sequence, scope: Scope, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
     """Compute one sequence's distances and bounds on their rounding: (n, n) both, with a zero diagonal.
 
-    What is not asked for is NaN.
+    What is not asked for is NaN. Of a metric that isn't symmetric the diagonal is its own, and of the
+    reference row 0 alone is asked for.
     """
+    directed = is_directed(metric)
     if scope == "pair":
         matrix, rounding = metric.each_pair_with_rounding(sequence.frames)
         if pairs == "reference":
-            matrix[1:, 1:] = np.nan
+            matrix[1:, 0 if directed else 1 :] = np.nan
     else:
         prepared = sequence.for_metric(metric, scope)
         if pairs == "all":
@@ -376,8 +379,11 @@ def _matrix(metric: Metric, sequence: _Sequence, scope: Scope, pairs: Pairs) -> 
         else:
             matrix, rounding = np.full((2, len(prepared), len(prepared)), np.nan)
             row, bounds = metric.from_reference_with_rounding(prepared)
-            matrix[0], matrix[:, 0], rounding[0], rounding[:, 0] = row, row, bounds, bounds
-    np.fill_diagonal(matrix, 0)
+            matrix[0], rounding[0] = row, bounds
+            if not directed:
+                matrix[:, 0], rounding[:, 0] = row, bounds
+    if not directed:
+        np.fill_diagonal(matrix, 0)
     return matrix, rounding
 
 

@@ -355,6 +355,8 @@ def _failures(key: str, group: store.Group) -> list[dict[str, Any]]:
 
 
 def _scope_in_words(scope: Any) -> str:
+    if scope == "none":
+        return "values in their own units"
     if scope == "dataset":
         return "minimum and maximum of all frames of a matrix"
     return f"the range {json.dumps(scope)} for all frames" if scope is not None else "a range not recorded"

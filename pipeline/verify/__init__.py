@@ -11,6 +11,7 @@ Chunks are read by several threads, one sequence or one chunk a thread, whatever
 
 from __future__ import annotations
 
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -334,10 +335,13 @@ def _fault(matrix: np.ndarray, row: int, recorded: _Recorded) -> str:
     pairs = recorded.pairs(row)
     if pairs is None:
         return "its fingerprint is not that of the content and specification that are recorded"
-    if not np.array_equal(matrix, matrix.T, equal_nan=True):
+    directed = bool(json.loads(recorded.specification).get(schema.DIRECTED))
+    if not directed and not np.array_equal(matrix, matrix.T, equal_nan=True):
         return "not symmetric"
     if recorded.failures[row]:
         return ""
     if np.isnan(matrix if pairs == "all" else matrix[0]).any():
         return "NaN, and no failure that says why"
-    return "values other than zero on the diagonal" if np.diagonal(matrix).any() else ""
+    if not directed and np.diagonal(matrix).any():
+        return "values other than zero on the diagonal"
+    return ""

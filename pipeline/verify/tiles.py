@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -142,14 +143,18 @@ def _fault(found: list[np.ndarray], place: tuple[int, int], tile: int, recorded:
     made_of = tile_fingerprint(str(recorded.contents[i]), str(recorded.contents[j]), hashed, scope)
     if made_of != recorded.fingerprints[i, j]:
         return "its fingerprint is not that of the content and specification that are recorded"
-    if not np.array_equal(found[0], found[-1].T, equal_nan=True):
+    directed = bool(json.loads(recorded.specification).get(schema.DIRECTED))
+    if not directed and not np.array_equal(found[0], found[-1].T, equal_nan=True):
         return "not symmetric: it differs from its mirror image"
     rows, columns = (recorded.comparable[k * tile : (k + 1) * tile] for k in (i, j))
-    missing = int((np.isnan(found[0]) & rows[:, None] & columns).sum())
+    both = rows[:, None] & columns
+    missing = int((np.isnan(found[0]) & both).sum())
+    if directed and i != j:
+        missing += int((np.isnan(found[-1]) & both.T).sum())
     if missing != recorded.missing[i, j]:
         return (
             f"NaN for {missing} distances of frames that can be compared, {recorded.missing[i, j]} recorded"
         )
-    if i == j and np.diagonal(found[0])[rows].any():
+    if i == j and not directed and np.diagonal(found[0])[rows].any():
         return "values other than zero on the diagonal"
     return ""

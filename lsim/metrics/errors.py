@@ -1,0 +1,509 @@
+"""Errors of forecasts that benchmarks of learned solvers report: over pixels, along the rim, by wavenumber.
+
+    max-error                       max |a − b|                                    PDEBench, The Well
+    nmae                            mean |a − b| / (mean |a| + 1e-7)                The Well
+    crmse                           |mean a − mean b|                              PDEBench
+    brmse                           root mean square along the rim                 PDEBench
+    frmse-low, -mid, -high          amplitudes of the error by wavenumber          PDEBench
+    spectral-mse-low, -mid, -high   share of bands of waves in the mean square     The Well
+    h1                              error, and errors of both derivatives          APEBench
+
+Values are on [0, 1], or in their own units with the scope "none". Benchmarks take channels apart: here the
+distance is the mean over them, and of all values in ``max-error`` and ``nmae``.
+
+A Fourier transform is linear, so each frame is transformed once, in double precision. û are coefficients
+divided by the number of pixels; frames are taken as periodic, without a window.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import abstractmethod
+from typing import ClassVar
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from lsim.metric import Embedding, Metric, MetricInfo, positive_number, safe_sqrt
+from lsim.pairs import (
+    FAST,
+    absolute_differences,
+    all_pairs,
+    has_kernel,
+    rows_in_torch,
+    squared_differences,
+)
+from lsim.preprocess import Preprocessing
+from lsim.threads import in_threads
+
+FULL_SCALE = 255.0
+
+EPSILON = 1e-7
+"""What The Well adds to a mean that it divides by."""
+
+LOW_BELOW = 4
+"""First wavenumber of PDEBench's middle band (its ``iLow``)."""
+
+HIGH_FROM = 12
+"""First wavenumber of PDEBench's high band (its ``iHigh``)."""
+
+PLAIN = frozenset({"non-negative", "symmetric", "zero-on-itself"})
+NORM = PLAIN | {"triangle"}
+
+
+# --- over pixels --------------------------------------------------------------------------------------------
+
+
+class _OverPixels(Metric):
+    """The frame is its own embedding: (n, pixel, channel)."""
+
+    copies_to_compare = False
+
+    shares_embedding = "values by pixel"
+
+    def embed(self, frames: Tensor) -> Embedding:
+        """Values by pixel: float32, or float64 where the frames are."""
+        values = frames.flatten(1, 2)
+        return Embedding({"values": values if values.dtype == torch.float64 else values.float()})
+
+    @property
+    def axioms(self) -> frozenset[str]:
+        """Without the triangle inequality where every pair leaves out pixels of its own."""
+        return super().axioms - {"triangle"} if self.preprocessing.mask else super().axioms
+
+    def _differences(self, a: Embedding, b: Embedding) -> tuple[Tensor, Tensor]:
+        """Differences in double, 0 where either is missing, and where neither is: (n, pixel, channel)."""
+        difference = a.parts["values"].double() - b.parts["values"].double()
+        known = ~difference.isnan()
+        return (torch.where(known, difference, 0) if self.preprocessing.mask else difference), known
+
+    def _has_kernel(self, a: Embedding, b: Embedding) -> bool:
+        return not self.preprocessing.mask and has_kernel(a.parts["values"], b.parts["values"])
+
+
+class MaxError(_OverPixels):
+    """Largest absolute difference of any value, on [0, 1]: the L∞ norm of the error."""
+
+    info = MetricInfo(
+        title="largest absolute difference",
+        source="max |a − b|; PDEBench max error (Takamoto et al., NeurIPS 2022), The Well LInfinity",
+        axioms=NORM,
+        takes_mask=True,
+        one_channel_suffices=True,
+        takes_physical_values=True,
+        power_of_units=1,
+    )
+
+    def compare(self, a: Embedding, b: Embedding) -> Tensor:
+        if not self._has_kernel(a, b):
+            return rows_in_torch(self.paired, a, b)
+        x, y = (side.parts["values"].flatten(1).numpy() for side in (a, b))
+        return all_pairs(
+            largest_difference, len(x), len(y), x, y, symmetric=a is b, operations=2 * x.shape[1]
+        )
+
+    def paired(self, a: Embedding, b: Embedding) -> Tensor:
+        difference, known = self._differences(a, b)
+        largest = difference.abs().flatten(1).amax(1) / FULL_SCALE
+        return torch.where(known.flatten(1).any(1), largest, math.nan) if self.preprocessing.mask else largest
+
+
+class NMAE(_OverPixels):
+    """Mean absolute difference over the mean magnitude of the reference, the first argument.
+
+    Not symmetric, as ``nrmse``: mean |a − b| / (mean |a| + 1e-7).
+    """
+
+    info = MetricInfo(
+        title="mean absolute difference, over the mean magnitude of the reference",
+        source="The Well (Ohana et al., NeurIPS 2024), NMAE",
+        axioms=PLAIN - {"symmetric"},
+        takes_mask=True,
+        one_channel_suffices=True,
+        takes_physical_values=True,
+    )
+
+    def compare(self, a: Embedding, b: Embedding) -> Tensor:
+        if not self._has_kernel(a, b):
+            return rows_in_torch(self.paired, a, b)
+        x, y = a.parts["values"].flatten(1), b.parts["values"].flatten(1)
+        sides = (x.numpy(), y.numpy())
+        columns = x.shape[1]
+        sums = all_pairs(absolute_differences, len(x), len(y), *sides, symmetric=a is b, operations=columns)
+        sizes = a.once(
+            "sums of magnitudes", lambda: torch.tensor([_sum_of_magnitudes(row) for row in sides[0]])
+        )
+        return sums / (sizes[:, None] + EPSILON * FULL_SCALE * columns)
+
+    def paired(self, a: Embedding, b: Embedding) -> Tensor:
+        difference, known = self._differences(a, b)
+        reference = torch.where(known, a.parts["values"].double(), 0) if self.preprocessing.mask else None
+        size = (a.parts["values"].double() if reference is None else reference).abs().flatten(1).sum(1)
+        count = known.flatten(1).sum(1) if self.preprocessing.mask else known[0].numel()
+        distances = difference.abs().flatten(1).sum(1) / (size + EPSILON * FULL_SCALE * count)
+        return (
+            torch.where(known.flatten(1).any(1), distances, math.nan)
+            if self.preprocessing.mask
+            else distances
+        )
+
+
+class ConservedError(_OverPixels):
+    """Difference of the means of each channel, and the mean of all channels, on [0, 1].
+
+    What a solver has gained or lost of a conserved quantity; blind to where it is.
+    """
+
+    info = MetricInfo(
+        title="absolute difference of the means",
+        source="PDEBench (Takamoto et al., NeurIPS 2022), cRMSE",
+        axioms=NORM,
+        takes_mask=True,
+        one_channel_suffices=True,
+        takes_physical_values=True,
+        power_of_units=1,
+    )
+
+    def compare(self, a: Embedding, b: Embedding) -> Tensor:
+        if not self._has_kernel(a, b):
+            return rows_in_torch(self.paired, a, b)
+        x, y = (side.once("channel means", functools.partial(_channel_means, side)) for side in (a, b))
+        return (x[:, None] - y).abs().mean(2) / FULL_SCALE
+
+    def paired(self, a: Embedding, b: Embedding) -> Tensor:
+        difference, known = self._differences(a, b)
+        # A pixel is missing in all channels or in none.
+        count = known.sum(1) if self.preprocessing.mask else difference.shape[1]
+        return (difference.sum(1) / count).abs().mean(1) / FULL_SCALE
+
+
+class BoundaryError(_OverPixels):
+    """Root mean square difference along the rim of each channel, and the mean of all channels, on [0, 1].
+
+    Over the first and last row and the first and last column: corners count twice, as in PDEBench's code.
+    """
+
+    info = MetricInfo(
+        title="root mean squared difference along the rim",
+        source="PDEBench (Takamoto et al., NeurIPS 2022), bRMSE",
+        axioms=NORM,
+        takes_mask=True,
+        one_channel_suffices=True,
+        takes_physical_values=True,
+        power_of_units=1,
+    )
+    shares_embedding = ""
+
+    def embed(self, frames: Tensor) -> Embedding:
+        """Values of the rim: (n, pixel, channel)."""
+        rim = torch.cat([frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]], 1)
+        return Embedding({"values": rim if rim.dtype == torch.float64 else rim.float()})
+
+    def compare(self, a: Embedding, b: Embedding) -> Tensor:
+        if not self._has_kernel(a, b):
+            return rows_in_torch(self.paired, a, b)
+        x, y = (side.parts["values"].double().transpose(1, 2).contiguous().numpy() for side in (a, b))
+        sums = all_pairs(sum_of_norms, len(x), len(y), x, y, symmetric=a is b, operations=x[0].size)
+        return sums / (x.shape[2] ** 0.5 * x.shape[1] * FULL_SCALE)
+
+    def paired(self, a: Embedding, b: Embedding) -> Tensor:
+        difference, known = self._differences(a, b)
+        count = known.sum(1) if self.preprocessing.mask else difference.shape[1]
+        return safe_sqrt(difference.square().sum(1) / count).mean(1) / FULL_SCALE
+
+
+def _channel_means(embedding: Embedding) -> Tensor:
+    """Mean of each channel: (n, channel) float64."""
+    values = embedding.parts["values"].numpy()
+    return torch.from_numpy(np.stack([channel_means(frame) for frame in values]))
+
+
+# --- by wavenumber ------------------------------------------------------------------------------------------
+
+
+class _ByWavenumber(Metric):
+    """A sum of norms of parts of the error's transform, whose coefficients are the embedding."""
+
+    copies_to_compare = False
+
+    def embed(self, frames: Tensor) -> Embedding:
+        """Coefficients scaled such that norms add up to the distance: (n, part, value) float64."""
+        run = in_threads if has_kernel(frames) else map
+        parts = list(run(self._transformed, frames.split(1)))
+        return Embedding({"values": torch.cat(parts)})
+
+    @abstractmethod
+    def _transformed(self, frame: Tensor) -> Tensor:
+        """(1, y, x, channel) → (1, part, value) float64."""
+
+    def compare(self, a: Embedding, b: Embedding) -> Tensor:
+        x, y = a.parts["values"], b.parts["values"]
+        if not has_kernel(x, y):
+            return rows_in_torch(self.paired, a, b)
+        sides = (x.numpy(), y.numpy())
+        return all_pairs(sum_of_norms, len(x), len(y), *sides, symmetric=a is b, operations=x[0].numel())
+
+    def paired(self, a: Embedding, b: Embedding) -> Tensor:
+        return safe_sqrt((a.parts["values"] - b.parts["values"]).square().sum(2)).sum(1)
+
+
+class _FourierError(_ByWavenumber):
+    """Mean over a band of wavenumbers k of √(Σ |û_a − û_b|²), the sum over ⌊|(ky, kx)|⌋ = k.
+
+    As PDEBench's code has it: over the quarter of coefficients with 0 <= ky < ⌊y/2⌋ and 0 <= kx < ⌊x/2⌋, k
+    up to the smaller of these, and the mean over the wavenumbers of the band that there are.
+    """
+
+    band: ClassVar[slice]
+
+    def _transformed(self, frame: Tensor) -> Tensor:
+        _, y, x, channels = frame.shape
+        transform = torch.fft.fft2(frame.permute(0, 3, 1, 2).double() / FULL_SCALE, norm="forward")
+        quarter = transform[..., : y // 2, : x // 2].flatten(2)
+        members, there = _quarter_shells(y // 2, x // 2, self.band.start, self.band.stop, frame.device)
+        shells = quarter[:, :, members] * (there / (len(members) * channels))
+        return torch.cat([shells.real, shells.imag], -1).flatten(1, 2)
+
+
+def _fourier_info(which: str, smallest: int) -> MetricInfo:
+    return MetricInfo(
+        title=f"root mean squared difference of {which} wavenumbers",
+        source="PDEBench (Takamoto et al., NeurIPS 2022), fRMSE",
+        axioms=NORM,
+        minimum_size=smallest,
+        one_channel_suffices=True,
+        takes_physical_values=True,
+        power_of_units=1,
+    )
+
+
+class LowFourierError(_FourierError):
+    """Error of PDEBench's low wavenumbers, 0 to 3: see :class:`_FourierError`."""
+
+    info = _fourier_info("low", 2)
+    band = slice(0, LOW_BELOW)
+
+
+class MidFourierError(_FourierError):
+    """Error of PDEBench's middle wavenumbers, 4 to 11: see :class:`_FourierError`."""
+
+    info = _fourier_info("middle", 2 * (LOW_BELOW + 1))
+    band = slice(LOW_BELOW, HIGH_FROM)
+
+
+class HighFourierError(_FourierError):
+    """Error of PDEBench's high wavenumbers, from 12 on: see :class:`_FourierError`."""
+
+    info = _fourier_info("high", 2 * (HIGH_FROM + 1))
+    band = slice(HIGH_FROM, None)
+
+
+class _BandError(_ByWavenumber):
+    """Share of a band of waves in the mean squared difference: those of the three bands add up to ``l2``.
+
+    Edges are The Well's: 0, then evenly on a logarithmic scale from 2π / side to π √2, in single precision.
+    """
+
+    band: ClassVar[int]
+
+    def _transformed(self, frame: Tensor) -> Tensor:
+        _, y, x, channels = frame.shape
+        transform = torch.fft.rfft2(frame.permute(0, 3, 1, 2).double() / FULL_SCALE, norm="forward")
+        members, weights = _band_members(y, x, self.band, frame.device)
+        band = transform.flatten(2)[:, :, members] * (weights / channels).sqrt()
+        return torch.cat([band.real, band.imag], -1).flatten(1)[:, None]
+
+    def compare(self, a: Embedding, b: Embedding) -> Tensor:
+        x, y = a.parts["values"].flatten(1), b.parts["values"].flatten(1)
+        if not has_kernel(x, y):
+            return rows_in_torch(self.paired, a, b)
+        sides = (x.numpy(), y.numpy())
+        return all_pairs(squared_differences, len(x), len(y), *sides, symmetric=a is b, operations=x.shape[1])
+
+    def paired(self, a: Embedding, b: Embedding) -> Tensor:
+        return (a.parts["values"] - b.parts["values"]).square().sum((1, 2))
+
+
+def _band_info(which: str) -> MetricInfo:
+    return MetricInfo(
+        title=f"mean squared difference of {which} wavenumbers",
+        source="The Well (Ohana et al., NeurIPS 2024), binned spectral MSE",
+        axioms=PLAIN,
+        minimum_size=8,
+        one_channel_suffices=True,
+        takes_physical_values=True,
+        power_of_units=2,
+    )
+
+
+class LowBandError(_BandError):
+    """Share of The Well's lowest band: see :class:`_BandError`."""
+
+    info = _band_info("low")
+    band = 0
+
+
+class MidBandError(_BandError):
+    """Share of The Well's middle band: see :class:`_BandError`."""
+
+    info = _band_info("middle")
+    band = 1
+
+
+class HighBandError(_BandError):
+    """Share of The Well's highest band: see :class:`_BandError`."""
+
+    info = _band_info("high")
+    band = 2
+
+
+class SobolevError(_ByWavenumber):
+    """Root mean square difference of values and of both spectral derivatives: the error in H¹.
+
+    APEBench adds the three roots up: RMS(d) + RMS(∂d/∂x) + RMS(∂d/∂y). The textbook's norm, which is
+    equivalent, is the root of the sum of their squares.
+
+    Parameters
+    ----------
+    name, preprocessing, device
+        As :class:`~lsim.metric.Metric` takes them.
+    extent : float, default 1
+        Length of the frame's longer side, in which derivatives are taken; pixels are squares. As in APEBench
+        (``domain_extent``) means are integrals over the domain: other extents scale with √(area), too.
+    combine : {"sum", "root"}, default "sum"
+        APEBench's or the textbook's norm.
+    """
+
+    info = MetricInfo(
+        title="root mean squared difference of values and first derivatives",
+        source="Sobolev norm H¹; APEBench (Koehler et al., NeurIPS 2024), exponax H1_RMSE",
+        axioms=NORM,
+        minimum_size=2,
+        one_channel_suffices=True,
+        takes_physical_values=True,
+        power_of_units=1,
+    )
+
+    def __init__(
+        self,
+        name: str,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        *,
+        extent: float = 1.0,
+        combine: str = "sum",
+    ) -> None:
+        extent = positive_number(name, "extent", extent)
+        if combine not in ("sum", "root"):
+            raise ValueError(f"option 'combine' of metric {name!r} is 'sum' or 'root', got {combine!r}")
+        super().__init__(name, preprocessing, device, extent=extent, combine=combine)
+
+    def _transformed(self, frame: Tensor) -> Tensor:
+        _, y, x, channels = frame.shape
+        transform = torch.fft.rfft2(frame.permute(0, 3, 1, 2).double() / FULL_SCALE, norm="forward")
+        factors = _derivative_factors(y, x, self.options["extent"], frame.device) / channels
+        parts = torch.stack([transform.real, transform.imag], 2).flatten(3)[:, :, None] * factors[:, None]
+        # (1, channel, part, real and imaginary, coefficient)
+        parts = parts.flatten(3)
+        return parts.flatten(1, 2) if self.options["combine"] == "sum" else parts.flatten(2)
+
+
+@functools.lru_cache(maxsize=16)
+def _quarter_shells(
+    y: int, x: int, start: int, stop: int | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Members of each shell of a quarter plane (y, x), filled up with 0, and 1 where one is there, else 0."""
+    shell = np.floor(np.hypot(*np.indices((y, x)))).astype(np.int64).ravel()
+    rows = [np.flatnonzero(shell == k) for k in range(min(y, x))[start:stop]]
+    members = np.zeros((len(rows), max(map(len, rows))), np.int64)
+    there = np.zeros(members.shape)
+    for k, row in enumerate(rows):
+        members[k, : len(row)], there[k, : len(row)] = row, 1
+    return torch.from_numpy(members).to(device), torch.from_numpy(there).to(device)
+
+
+def _multiplicity(y: int, x: int) -> np.ndarray:
+    """How often each coefficient of a real transform of (y, x) stands in the whole plane: 1 or 2."""
+    column = np.broadcast_to(np.arange(x // 2 + 1), (y, x // 2 + 1))
+    return np.where((column > 0) & (2 * column != x), 2.0, 1.0)
+
+
+@functools.lru_cache(maxsize=16)
+def _band_members(y: int, x: int, band: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Coefficients of the half plane in one of The Well's bands, and how often each occurs."""
+    # In single precision and in The Well's order: some edges lie on wavenumbers, up to rounding.
+    first, last = np.log10(2 * np.pi / max(y, x)), np.log10(np.pi * np.sqrt(2) + 1e-6)
+    edges = torch.logspace(first, last, 4, dtype=torch.float32)
+    edges[0] = 0
+    squares = torch.zeros(y, x, dtype=torch.float32)
+    squares += (2 * np.pi * torch.fft.fftfreq(y, dtype=torch.float32))[:, None] ** 2
+    squares += (2 * np.pi * torch.fft.fftfreq(x, dtype=torch.float32))[None] ** 2
+    index = torch.bucketize(squares.sqrt()[:, : x // 2 + 1].contiguous(), edges, right=True) - 1
+    members = torch.from_numpy(np.flatnonzero(index.numpy().ravel() == band))
+    weights = torch.from_numpy(_multiplicity(y, x).ravel())[members]
+    return members.to(device), weights.to(device)
+
+
+@functools.lru_cache(maxsize=16)
+def _derivative_factors(y: int, x: int, extent: float, device: torch.device) -> Tensor:
+    """Factors of coefficients, for the value and its derivatives along x and y: (3, coefficient)."""
+    height, width = (extent * side / max(y, x) for side in (y, x))
+    ky, kx = np.fft.fftfreq(y, height / y)[:, None], np.fft.rfftfreq(x, width / x)[None]
+    shape = np.broadcast_shapes(ky.shape, kx.shape)
+    scale = np.sqrt(_multiplicity(y, x) * height * width)
+    factors = np.stack([np.ones(shape), *(2 * np.pi * np.broadcast_to(np.abs(k), shape) for k in (kx, ky))])
+    return torch.from_numpy((factors * scale).reshape(3, -1)).to(device)
+
+
+# --- kernels ------------------------------------------------------------------------------------------------
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
+def largest_difference(i, j, out, x, y):  # type: ignore[no-untyped-def]
+    """out[p] += max_k |x[i[p], k] − y[j[p], k]|, on [0, 1]."""
+    for p in range(i.shape[0]):
+        a = x[i[p]]
+        b = y[j[p]]
+        largest = 0.0
+        for k in range(a.shape[0]):
+            difference = abs(np.float64(a[k]) - np.float64(b[k]))
+            largest = difference if difference > largest else largest
+        out[p] += largest / 255
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
+def sum_of_norms(i, j, out, x, y):  # type: ignore[no-untyped-def]
+    """out[p] += Σ_s √(Σ_k (x[i[p], s, k] − y[j[p], s, k])²)."""
+    for p in range(i.shape[0]):
+        total = 0.0
+        for s in range(x.shape[1]):
+            a = x[i[p], s]
+            b = y[j[p], s]
+            squares = 0.0
+            for k in range(a.shape[0]):
+                difference = a[k] - b[k]
+                squares += difference * difference
+            total += np.sqrt(squares)
+        out[p] += total
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
+def channel_means(frame):  # type: ignore[no-untyped-def]
+    """Mean of each column of (pixel, channel), in double."""
+    pixels, channels = frame.shape
+    sums = np.zeros(channels)
+    for k in range(pixels):
+        for c in range(channels):
+            sums[c] += np.float64(frame[k, c])
+    return sums / pixels
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
+def _sum_of_magnitudes(row):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for k in range(row.shape[0]):
+        total += abs(np.float64(row[k]))
+    return total
