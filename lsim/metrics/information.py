@@ -18,7 +18,7 @@ import functools
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numba
 import numpy as np
@@ -32,6 +32,10 @@ from lsim.rounding import of_each
 from lsim.threads import in_threads
 
 LEVELS = 256
+
+BITS_PER_MOVE = 6
+"""Bits that the sum of entropies changes by where all pixels move to the next level: measured, 5 at most."""
+
 SMALL_COUNT = 65_535
 """Largest count of the small cells: a table of those stays in the second-level cache, beside the frames."""
 
@@ -54,8 +58,6 @@ class _JointHistogram(Metric):
     copies_to_compare = False
 
     shares_embedding = "joint histogram"
-    _bits: ClassVar[float] = 1.0
-    """What a bit of entropy is of the distance, at most."""
 
     def __init__(
         self, name: str, preprocessing: Preprocessing, device: torch.device, *, bins: int | None = None
@@ -109,8 +111,9 @@ class _JointHistogram(Metric):
         pixels = a.parts["values"].shape[1]
         shares = [_share_on_other_level(side, pixels) for side in (a, b)]
         share = shares[0][:, None] + shares[1]
-        # A pixel that changes its cell takes c log₂ c of two cells along.
-        return 2 * share * (math.log2(pixels) + 2) * self._bits + 4 * LEVELS**2 * _unit(a)
+        # An error moves a pixel to the next level, which is about as full: each entropy then changes by the
+        # logarithm of a ratio of counts, not by that of a count.
+        return BITS_PER_MOVE * share + 4 * LEVELS**2 * _unit(a)
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         both = a.once("conditional", lambda: _conditional(a, a)) if a is b else _conditional(a, b)
@@ -184,6 +187,12 @@ class NormalizedMutualInformation(_JointHistogram):
         one_channel_suffices=True,
         blind_to=("relabelling",),
     )
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of entropies, over the joint one, which is at least either frame's."""
+        joint = torch.maximum(a.parts["entropy"][:, None], b.parts["entropy"]) * _unit(a)
+        bits = super().rounding(a, b, distances)
+        return torch.where(joint > 0, 2 * bits / torch.where(joint > 0, joint, 1), bits).clamp(max=1)
 
     def _from_entropies(self, both: Tensor, x: Tensor, y: Tensor, unit: float) -> Tensor:
         twice_joint = both + (x + y)
