@@ -115,6 +115,7 @@ SPECIFICATION = "specification"
 MISSING = "missing"
 RESOLUTION = "resolution"
 UNRESOLVED = "unresolved"
+DIGEST = "digest"
 RANGES = "ranges"
 MASKED_RANGES = "masked_ranges"
 

@@ -11,6 +11,7 @@ Chunks are read by several threads, one sequence or one chunk a thread, whatever
 
 from __future__ import annotations
 
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,8 +23,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from pipeline import schema, store
-from pipeline.content import content_hash
+from pipeline.content import content_hash, is_bound
+from pipeline.digests import binds_values, identify_rows, is_sealed
 from pipeline.distances.blocks import fingerprint
+from pipeline.recorded import LABELS, bound_rows
 from pipeline.schema import Pairs
 from pipeline.verify.damage import (
     Check,
@@ -75,6 +78,10 @@ def verify(
         # All else is looked at once it is there again.
         return VerifyReport(kind, damages=[document_damage("", "", reason or "missing")])
     report = VerifyReport(str(root.attrs.get("kind") or _kind_of_fields(path) or schema.DISTANCES_STORE))
+    if fault := store.root_fault(root):
+        report.kind = _kind_of_fields(path) or report.kind
+        report.damages.append(document_damage("", "", fault))
+        return report
     checks = Checks()
     for found_group in _groups(root, store.listed_members(root)):
         _add_group(checks, found_group, report)
@@ -128,7 +135,7 @@ NEEDED = {
         *(f"{schema.PROVENANCE}/{name}" for name in RECORDS),
     ),
     schema.ARCHIVE_STORE: (
-        schema.NUMBER,
+        *LABELS,
         *(f"{schema.PROVENANCE}/{name}" for name in (*RECORDS, schema.MISSING)),
     ),
 }
@@ -188,6 +195,11 @@ def _add_frames(checks: Checks, found: _Found, report: VerifyReport) -> None:
         report.damages.append(Damage(name, schema.SEQUENCE, "", "names of sequences", "missing", nameless))
     if found.listed:  # a run that is under way, or was stopped, names sequences before it has them
         report.damages += lost_chunks(name, found.arrays[schema.CONTENT], sequences != "")
+    for row in there if schema.SOURCE in columns else ():
+        record = (str(sequences[row]), str(contents[row]), str(columns[schema.SOURCE][row]))
+        if sequences[row] and not is_bound(name, *record):
+            reason = "its name, content and source are not those that were converted together"
+            report.damages.append(Damage(name, schema.SOURCE, "", f"sequence {record[0]}", reason, (row,)))
     parameter = columns[schema.PARAMETER]
     checks.add(
         len(there),
@@ -226,14 +238,21 @@ def _sequence(
 
 @dataclass(frozen=True)
 class _Recorded:
-    """What provenance says of one metric's matrices; all by row."""
+    """What provenance says of one metric's matrices; all by row.
 
+    ``bound`` says of each row whether its digest is that of its record. There are no digests where the
+    metadata of all is lost: that is damage by itself.
+    """
+
+    group: str
     metric: str
     specification: str
     sequences: Sequence[str]
     fingerprints: Sequence[str]
     contents: Sequence[str]
     failures: Sequence[str]
+    digests: Sequence[str] | None
+    bound: Sequence[bool]
 
     def pairs(self, row: int) -> Pairs | None:
         """Which pairs a fingerprint says are there; None where it is of nothing that is recorded."""
@@ -254,17 +273,33 @@ def _add_distances(checks: Checks, found: _Found, report: VerifyReport) -> None:
         for column, array in arrays.items()
         if column.startswith(prefix)
     }
-    sequences = read_column(name, arrays[schema.SEQUENCE], report)
-    add_chunks(checks, name, arrays[schema.PARAMETER], report)
+    # Of a store of before, which has none, nothing is known to be as it was written.
+    texts.setdefault(schema.DIGEST, np.full(texts[schema.FINGERPRINT].shape, "", dtype=object))
+    sequences, parameter = (
+        read_column(name, arrays[column], report) for column in (schema.SEQUENCE, schema.PARAMETER)
+    )
     fingerprints = texts[schema.FINGERPRINT]
     for carried in (schema.SEQUENCE, schema.PARAMETER):
         report.damages += lost_chunks(name, arrays[carried], (fingerprints != "").any(axis=0))
     names = [str(metric) for metric in texts[schema.METRIC]]
     for place, metric in enumerate(names):
         done = tuple(np.flatnonzero(fingerprints[place] != "").tolist())
-        if metric and metric not in arrays and done:
+        if done and not metric:
+            reason = "the name of a metric is lost"
+            report.damages.append(Damage(name, f"{prefix}{schema.METRIC}", "", "all metrics", reason))
+        elif done and metric not in arrays:
             reason, what = found.faults.get(metric, "missing"), f"all {len(done)} matrices"
             report.damages.append(Damage(name, metric, store.DOCUMENT, what, reason, done, metric))
+    # What is lost of these is named, costs no distances, and is written by the next run.
+    carried_lost = {
+        row
+        for damage in report.damages
+        if damage.group == name and damage.array in (schema.SEQUENCE, schema.PARAMETER)
+        for row in damage.rows
+    }
+    lost = f"{prefix}{schema.DIGEST}" in found.faults
+    identities = identify_rows(sequences, parameter)
+    by_row = [column for column, values in texts.items() if values.ndim == len(schema.PROVENANCE_DIMS)]
     for metric in schema.metric_names(key for key in arrays if "/" not in key):
         array = arrays[metric]
         if metric not in names:  # a run was stopped before it could say so
@@ -273,12 +308,22 @@ def _add_distances(checks: Checks, found: _Found, report: VerifyReport) -> None:
             continue
         place = names.index(metric)
         length = min(array.shape[0], fingerprints.shape[1])
-        of_rows = (schema.FINGERPRINT, schema.CONTENT, schema.FAILURE)
+        padded = {column: _padded(texts[column][place], length) for column in by_row}
+        of_metric = {column: np.array(values, dtype=object) for column, values in padded.items()}
+        of_rows = [*identities[:length], *[b""] * (length - len(identities))]
         recorded = _Recorded(
+            name,
             metric,
             str(texts[schema.SPECIFICATION][place]),
             _padded(sequences, length),
-            *(_padded(texts[column][place], length) for column in of_rows),
+            padded[schema.FINGERPRINT],
+            padded[schema.CONTENT],
+            padded[schema.FAILURE],
+            None if lost else padded[schema.DIGEST],
+            [
+                bound or lost or row in carried_lost
+                for row, bound in enumerate(bound_rows(name, metric, of_rows, of_metric))
+            ],
         )
         there = sum(bool(text) for text in recorded.fingerprints)
         report.compared += there
@@ -331,13 +376,19 @@ def _fault(matrix: np.ndarray, row: int, recorded: _Recorded) -> str:
     """What is wrong with a matrix that has a fingerprint; empty when nothing is."""
     if not recorded.specification:
         return "its metric has no specification recorded"
+    if not is_sealed(json.loads(recorded.specification), recorded.group, recorded.metric):
+        return "the specification of its metric is not the one that was recorded"
     pairs = recorded.pairs(row)
     if pairs is None:
         return "its fingerprint is not that of the content and specification that are recorded"
+    if not recorded.bound[row]:
+        return "what is recorded of it, with its sequence and parameter, is not what was written with it"
     if not np.array_equal(matrix, matrix.T, equal_nan=True):
         return "not symmetric"
-    if recorded.failures[row]:
-        return ""
-    if np.isnan(matrix if pairs == "all" else matrix[0]).any():
-        return "NaN, and no failure that says why"
-    return "values other than zero on the diagonal" if np.diagonal(matrix).any() else ""
+    if not recorded.failures[row]:
+        if np.isnan(matrix if pairs == "all" else matrix[0]).any():
+            return "NaN, and no failure that says why"
+        if np.diagonal(matrix).any():
+            return "values other than zero on the diagonal"
+    same = recorded.digests is None or binds_values(recorded.digests[row], matrix)
+    return "" if same else "its distances are not those that were computed"
