@@ -307,10 +307,7 @@ def _read(path: str) -> _Archive:
         dataset, field = key.split("/")
         sequences = [str(name) for name in group[schema.SEQUENCE].values]
         damaged += checked.told(key, sequences)
-        resolutions = {
-            metric: [from_text(text) if text else None for text in texts]
-            for metric, texts in checked.resolutions.items()
-        }
+        resolutions = {metric: list(map(from_text, texts)) for metric, texts in checked.resolutions.items()}
         fields.append(
             _Field(
                 dataset=dataset,

@@ -308,7 +308,8 @@ def _unresolved_near(group: store.Group, row: tuple[int, ...], columns: Sequence
     place, array = names.index(metric), store.get_array(provenance, recorded)
     if recorded == schema.RESOLUTION:
         text = str(store.read(array, (slice(place, place + 1), slice(row[0], row[0] + 1))).item())
-        return from_text(text).unresolved if text else 0
+        resolution = from_text(text)
+        return 0 if resolution is None else resolution.unresolved
     tile = store.get_array(group, metric).chunks[0]
     tiles = {tuple(sorted((row[0] // tile, column // tile))) for column in columns}
     return sum(
