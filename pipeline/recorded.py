@@ -199,6 +199,30 @@ def _name_missing_chunks(found: CheckedRows, array: store.Array, first: int) -> 
             problems[row] = f"damaged distances: chunk {', '.join(missing)} is missing"
 
 
+# ---------------------------------------------------------------- fingerprints
+
+
+def count_fingerprints(group: store.Group) -> dict[str, int]:
+    """Count the fingerprints of each metric in a group's provenance; under no name where they have none."""
+    provenance = store.get_group(group, schema.PROVENANCE)
+    fingerprints = store.read(store.get_array(provenance, schema.FINGERPRINT))
+    if schema.METRIC not in provenance:
+        return {"": int((fingerprints != "").sum())}
+    names = store.read(store.get_array(provenance, schema.METRIC))
+    return {str(name): int((marks != "").sum()) for name, marks in zip(names, fingerprints, strict=True)}
+
+
+def record_fingerprints(root: store.Group) -> None:
+    """Say in each group's provenance how many fingerprints there are, as a run comes to its end.
+
+    One that is lost later is not taken for one that no run has written yet.
+    """
+    for key in store.field_keys(root, f"{schema.PROVENANCE}/{schema.FINGERPRINT}"):
+        group = store.get_group(root, key)
+        provenance = store.get_group(group, schema.PROVENANCE)
+        store.set_attributes(provenance, {schema.RECORDED: count_fingerprints(group)})
+
+
 # ---------------------------------------------------------------- tiles
 
 

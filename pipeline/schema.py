@@ -253,3 +253,17 @@ def _expect_unique_sequences(group: xr.Dataset, where: str) -> None:
             raise SchemaError(f"{where}: sequence {shown(name)!r}: {fault}")
     if (counts > 1).any():
         raise SchemaError(f"{where}: sequence {names[counts > 1][0]!r} stands twice")
+
+
+RECORDED = "recorded"
+"""Attribute of provenance: how many fingerprints each metric had when a run came to its end."""
+
+ATTRIBUTES = frozenset(
+    {
+        *("kind", "schema_version", "catalog", "title", "datasets", "pools", "runs", "versions"),
+        *("convert_seconds", "frames", "unavailable", "scope", "plan", "role", "licence", "citation"),
+        *("units", "groups", "precision", "metric", "specification", "euclidean", "feature_distance"),
+        *(QUARANTINED, RESOLUTION, RECORDED),
+    }
+)
+"""Of stores, groups and arrays that the stages write. Others are users' own, which nobody checks."""

@@ -381,8 +381,14 @@ def _document_of(found: Array | Group) -> dict[str, Any]:
 
 
 def _without_members(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata of a group without what it lists of its members."""
-    return {name: value for name, value in document.items() if name != "consolidated_metadata"}
+    """Metadata of a group or an array without users' attributes, and what it lists of its members."""
+    rest = {name: value for name, value in document.items() if name != "consolidated_metadata"}
+    return rest | {"attributes": _own(document.get("attributes", {}))}
+
+
+def _own(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes that the stages write; users may add others to a store that is done."""
+    return {name: value for name, value in attributes.items() if name in schema.ATTRIBUTES}
 
 
 def root_fault(root: Group) -> str:
@@ -396,9 +402,11 @@ def root_fault(root: Group) -> str:
 
 def _seal_of_root(document: Mapping[str, Any]) -> dict[str, Any]:
     """Add to the root's document, as an attribute, the digest of its attributes and consolidated metadata."""
-    attributes = {name: value for name, value in document.get("attributes", {}).items() if name != "digest"}
-    digest = digests.hash_document([attributes, document.get("consolidated_metadata")])
-    return {**document, "attributes": attributes | {"digest": digest}}
+    attributes = document.get("attributes", {})
+    listed = (document.get("consolidated_metadata") or {}).get("metadata", {})
+    of_members = {path: _without_members(member) for path, member in listed.items()}
+    digest = digests.hash_document([_own(attributes), of_members])
+    return {**document, "attributes": {**attributes, "digest": digest}}
 
 
 def check_documents(root: Group, *, itself: bool = True) -> None:

@@ -35,6 +35,7 @@ from pipeline.distances.compute import (
 from pipeline.distances.sizing import BlockSize, Pace, block_size
 from pipeline.fields import checked_fields, drop_vanished
 from pipeline.metric_choice import Settings, choose_metrics
+from pipeline.recorded import record_fingerprints
 from pipeline.resolution import Unresolved, list_unresolved, record_resolution
 from pipeline.runs import begin_run, carried, record_run
 from pipeline.scopes import dataset_range
@@ -209,6 +210,7 @@ def compute_distances(
                 _record_precision(root, totals)
                 record_resolution(root)
             about = {"frames": relative(frames_path, out_path), "unavailable": report.unavailable}
+            record_fingerprints(root)
             record_run(root, run, **carried(source), **about)
             store.consolidate(out_path)
     report.failures = list_failures(out_path)

@@ -16,7 +16,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -26,7 +26,7 @@ from pipeline import schema, store
 from pipeline.content import content_hash, is_bound
 from pipeline.digests import binds_values, identify_rows, is_sealed
 from pipeline.distances.blocks import fingerprint
-from pipeline.recorded import LABELS, bound_rows
+from pipeline.recorded import LABELS, bound_rows, count_fingerprints
 from pipeline.schema import Pairs
 from pipeline.verify.damage import (
     Check,
@@ -85,6 +85,7 @@ def verify(
     checks = Checks()
     for found_group in _groups(root, store.listed_members(root)):
         _add_group(checks, found_group, report)
+        report.damages += _lost_fingerprints(root, found_group)
     for done, found in enumerate(_in_threads(checks, threads), start=1):
         report.damages += found
         if progress is not None:
@@ -106,22 +107,29 @@ def _kind_of_fields(path: str | os.PathLike[str]) -> str | None:
 
 @dataclass(frozen=True)
 class _Found:
-    """A group of a store, and what of it is there; ``faults`` say why metadata is not, by array or group."""
+    """A group of a store, and what of it is there; ``faults`` say why metadata is not, by array or group.
+
+    ``recorded`` has the number of fingerprints of each metric when a run came to its end.
+    """
 
     name: str
     arrays: dict[str, store.Array]
     faults: dict[str, str]
     listed: bool
+    recorded: Mapping[str, int] = field(default_factory=dict)
 
 
 def _groups(group: store.Group, listed: Mapping[str, Any] | None) -> Iterator[_Found]:
     """Every group of a store; those of provenance go with the group above."""
     arrays, children, faults = store.members(group, listed)
+    recorded: Any = {}
     if arrays and schema.PROVENANCE in children:
-        of_records = store.members(children.pop(schema.PROVENANCE), listed)
+        provenance = children.pop(schema.PROVENANCE)
+        of_records = store.members(provenance, listed)
+        recorded = provenance.attrs.get(schema.RECORDED, {}) if listed is not None else {}
         arrays |= {f"{schema.PROVENANCE}/{name}": array for name, array in of_records[0].items()}
         faults |= {f"{schema.PROVENANCE}/{name}": reason for name, reason in of_records[2].items()}
-    yield _Found(group.path, arrays, faults, listed is not None)
+    yield _Found(group.path, arrays, faults, listed is not None, recorded)
     for child in children.values():
         yield from _groups(child, listed)
 
@@ -159,6 +167,30 @@ def _add_group(checks: Checks, found: _Found, report: VerifyReport) -> None:
     for name, reason in found.faults.items():
         if (found.name, name) not in told:
             report.damages.append(document_damage(found.name, name, reason))
+
+
+def _lost_fingerprints(root: store.Group, found: _Found) -> list[Damage]:
+    """Compare the number of fingerprints with that when the last run came to its end."""
+    name = f"{schema.PROVENANCE}/{schema.FINGERPRINT}"
+    if not found.recorded or name not in found.arrays:
+        return []
+    try:
+        counts = count_fingerprints(store.get_group(root, found.name))
+    except store.StoreError:
+        return []  # named by whoever reads all that is recorded
+    missing = ", ".join(store.missing_chunks(found.arrays[name]))
+    return [
+        Damage(
+            found.name,
+            name,
+            missing,
+            f"fingerprints of {metric}" if metric else "fingerprints",
+            f"{counts.get(metric, 0)} are there, {count} were when the last run ended",
+            metric=metric,
+        )
+        for metric, count in found.recorded.items()
+        if counts.get(metric, 0) < count
+    ]
 
 
 def _in_threads(checks: Iterable[Check], threads: int) -> Iterator[list[Damage]]:

@@ -108,6 +108,8 @@ def _forget_distances(group: store.Group, damages: list[Damage]) -> int:
     before = store.read(array)
     after = before.copy()
     for damage in damages:
+        if damage.array == _FINGERPRINT and not damage.rows:
+            continue  # what is gone need not be taken
         if damage.metric in names:
             after[names.index(damage.metric), list(damage.rows)] = ""
         elif damage.array in (schema.PARAMETER, f"{schema.PROVENANCE}/{schema.FAILURE}", *_RANGES):
@@ -128,6 +130,8 @@ def _forget_tiles(group: store.Group, damages: list[Damage]) -> int:
     before = store.read(array)
     after = before.copy()
     for damage in damages:
+        if damage.array == _FINGERPRINT and not damage.unreadable:
+            continue  # what is gone need not be taken
         if damage.metric in names:
             after[(names.index(damage.metric), *damage.rows)] = ""
         elif damage.array.startswith(schema.PROVENANCE) and damage.array not in _RANGES:
@@ -136,6 +140,7 @@ def _forget_tiles(group: store.Group, damages: list[Damage]) -> int:
     return int(np.sum(before != after))
 
 
+_FINGERPRINT = f"{schema.PROVENANCE}/{schema.FINGERPRINT}"
 _RANGES = tuple(f"{schema.PROVENANCE}/{name}" for name in (schema.RANGES, schema.MASKED_RANGES))
 """Found again in the frames where they are lost: distances don't depend on their record."""
 
