@@ -152,6 +152,7 @@ def find_neighbours(
     if k < 1:
         raise NeighboursError(f"expected at least one neighbour to look for, got {k}")
     root = _open(path)
+    store.check_documents(root)
     frame = find_frame(path, name, matrix)
     group = store.get_group(root, frame.matrix)
     if other_sequences and not _is_archive(group):
@@ -160,7 +161,6 @@ def find_neighbours(
             "by 'lsim distances FRAMES --scope dataset --matrix archive --out archive.zarr'"
         )
     metric = _choose_metric(path, frame.matrix, metrics_of(group), metric)
-    store.check_documents(root)
     found = neighbours_of(root, frame, k, metric, other_sequences=other_sequences)
     if found.without_distance == found.compared:
         why = "; ".join(found.left_out[:NAMED]) or _why(group, frame, metric)

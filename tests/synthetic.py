@@ -23,8 +23,12 @@ def write_field(
     parameter: np.ndarray,
     matrices: Mapping[str, np.ndarray],
     failures: Mapping[tuple[str, str], str] | None = None,
+    resolutions: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Write one group of a ``distances.zarr``; ``failures`` maps (metric, sequence) to a reason."""
+    """Write one group of a ``distances.zarr``; ``failures`` maps (metric, sequence) to a reason.
+
+    ``resolutions`` has by metric the text of each sequence; without it the group says nothing of rounding.
+    """
     group = root.create_group(key, overwrite=True)
     arrays = {schema.SEQUENCE: ((schema.SEQUENCE,), np.array(sequences, dtype=object), str)}
     arrays[schema.PARAMETER] = (schema.PARAMETER_DIMS, np.asarray(parameter, np.float64), np.float64)
@@ -35,11 +39,14 @@ def write_field(
     failure = [[(failures or {}).get((m, s), "") for s in sequences] for m in metrics]
     fingerprint = [[f"{key}/{m}/{s}" for s in sequences] for m in metrics]
     identities = digests.identify_rows(sequences, np.asarray(parameter, np.float64))
+    texts = {schema.FAILURE: failure, schema.FINGERPRINT: fingerprint}
+    if resolutions is not None:
+        texts[schema.RESOLUTION] = [list(resolutions[metric]) for metric in metrics]
     digest = [
         [
             digests.bind(
                 digests.identify(key, metric) + identity,
-                {schema.FAILURE: failure[k][row], schema.FINGERPRINT: fingerprint[k][row]},
+                {name: rows[k][row] for name, rows in texts.items()},
                 digests.hash_values(np.asarray(matrices[metric])[row]),
             )
             for row, identity in enumerate(identities)
@@ -56,9 +63,10 @@ def write_field(
                 _sealed(about, key, metrics),
                 str,
             ),
-            schema.FAILURE: (schema.PROVENANCE_DIMS, np.array(failure, dtype=object), str),
-            schema.FINGERPRINT: (schema.PROVENANCE_DIMS, np.array(fingerprint, dtype=object), str),
-            schema.DIGEST: (schema.PROVENANCE_DIMS, np.array(digest, dtype=object), str),
+            **{
+                name: (schema.PROVENANCE_DIMS, np.array(rows, dtype=object), str)
+                for name, rows in (texts | {schema.DIGEST: digest}).items()
+            },
         },
     )
 
@@ -216,7 +224,7 @@ def record_matrices(path: Path, key: str, reasons: Sequence[str] | None = None) 
         for i, j in zip(*np.triu_indices(len(labels)), strict=True):
             rows, columns = (slice(k * tile, (k + 1) * tile) for k in (i, j))
             fingerprints[place, i, j] = f"{metric} {i} {j}"
-            texts = recorded.tile_texts(f"{metric} {i} {j}", 0, reasons[rows] if i == j else ())
+            texts = recorded.tile_texts(f"{metric} {i} {j}", 0, 0, reasons[rows] if i == j else ())
             identity = recorded.tile_identity(key, metric, (int(i), int(j)), labels[i], labels[j])
             sealed[place, i, j] = digests.bind(identity, texts, digests.hash_values(values[rows, columns]))
     about = [{"metric": metric, "scope": [0, 1]} for metric in metrics]
@@ -230,5 +238,6 @@ def record_matrices(path: Path, key: str, reasons: Sequence[str] | None = None) 
             schema.FINGERPRINT: (schema.FINGERPRINT_DIMS, fingerprints, str),
             schema.DIGEST: (schema.FINGERPRINT_DIMS, sealed, str),
             schema.MISSING: (schema.FINGERPRINT_DIMS, np.zeros(sealed.shape, np.int32), np.int32),
+            schema.UNRESOLVED: (schema.FINGERPRINT_DIMS, np.zeros(sealed.shape, np.int32), np.int32),
         },
     )

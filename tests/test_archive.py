@@ -444,9 +444,9 @@ def test_copies_of_a_task_that_write_at_once_leave_what_each_has_done(tmp_path):
     fingerprints = store.get_array(group, "provenance/fingerprint")
     before = store.read(fingerprints)
     record = _Record(group, 0, [(0, 0), (0, 1)])
-    record.write((0, 0), "first", 1, "one")
+    record.write((0, 0), "first", "one", 1)
     store.write_rows(fingerprints, 0, before)  # by a copy that read before
-    record.write((0, 1), "second", 2, "two")
+    record.write((0, 1), "second", "two", 2)
     assert store.read(fingerprints)[0, 0, :2].tolist() == ["first", "second"]
     assert store.read(store.get_array(group, "provenance/missing"))[0, 0, :2].tolist() == [1, 2]
 

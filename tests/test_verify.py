@@ -290,7 +290,7 @@ def test_each_metadata_document_that_is_lost_is_named_and_restored(
     if kind == "archive":
         compute_tiles(frames, path)
     documents = sorted(path.glob("*/**/zarr.json"))
-    assert len(documents) == {"frames": 6, "distances": 13, "archive": 17}[kind]
+    assert len(documents) == {"frames": 6, "distances": 14, "archive": 18}[kind]
     for document in documents:
         saved = document.read_bytes()
         damage(document)
