@@ -172,7 +172,7 @@ def _add_group(checks: Checks, found: _Found, report: VerifyReport) -> None:
 def _lost_fingerprints(root: store.Group, found: _Found) -> list[Damage]:
     """Compare the number of fingerprints with that when the last run came to its end."""
     name = f"{schema.PROVENANCE}/{schema.FINGERPRINT}"
-    if not found.recorded or name not in found.arrays:
+    if not found.recorded or name not in found.arrays or found.faults:
         return []
     try:
         counts = count_fingerprints(store.get_group(root, found.name))
