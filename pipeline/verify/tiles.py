@@ -87,6 +87,8 @@ def add_tiles(
     records.setdefault(schema.DIGEST, np.full(shape, "", dtype=object))
     records.setdefault(schema.UNRESOLVED, np.zeros(shape, np.int32))
     labels = {column: read_column(name, arrays[column], report) for column in LABELS}
+    # Records can be compared with their digests again once the metadata is restored.
+    lost = any(f"{prefix}{column}" in faults for column in (schema.DIGEST, schema.UNRESOLVED))
     names = [str(metric) for metric in records[schema.METRIC]]
     for place, metric in enumerate(names):
         done = (records[schema.FINGERPRINT][place] != "").any()
@@ -112,7 +114,7 @@ def add_tiles(
             str(records[schema.SPECIFICATION][place]),
             records[schema.CONTENT],
             records[schema.FINGERPRINT][place],
-            None if f"{prefix}{schema.DIGEST}" in faults else records[schema.DIGEST][place],
+            None if lost else records[schema.DIGEST][place],
             records[schema.MISSING][place],
             records[schema.UNRESOLVED][place],
             records[schema.FAILURE][place],
