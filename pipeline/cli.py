@@ -36,6 +36,7 @@ from pipeline.display import (
     show_calibration,
     show_cluster,
     show_correlations,
+    show_damaged,
     show_distances,
     show_embeddings,
     show_neighbours,
@@ -334,6 +335,7 @@ def run(
     if report.archive is not None:
         show_archive(report.archive)
     show_correlations(report.correlation)
+    show_damaged(report.correlation.damaged)
     output.print(f"report: {report.page}", markup=False)
     _exit(report.complete)
 
@@ -509,6 +511,8 @@ def correlate_command(
         )
     if report.up_to_date:
         output.print("nothing to do: the results are up to date")
+    show_damaged(report.damaged)
+    _exit(not report.damaged)
 
 
 @app.command("report")
@@ -561,6 +565,8 @@ def neighbours_command(
 
     found = find_neighbours(distances, of, k, metric, matrix=group, other_sequences=other_sequences)
     show_neighbours(found, as_json=as_json)
+    show_damaged(found.left_out)
+    _exit(not found.left_out)
 
 
 @app.command("embed")

@@ -6,10 +6,13 @@ frames reads them here, and so never computes from others than the store's ``con
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import xxhash
 
 from pipeline import schema, store
+from pipeline.digests import is_sealed
 
 
 def content_hash(frames: np.ndarray, parameter: np.ndarray) -> str:
@@ -67,3 +70,41 @@ def read_sequence(group: store.Group, row: int, content: str) -> np.ndarray:
             f"expected {content}",
         )
     return values
+
+
+def unbound_rows(group: store.Group) -> list[int]:
+    """List the sequences of a field whose name, source and content are not those of one conversion.
+
+    Parameters
+    ----------
+    group : Group
+        A field of ``frames.zarr``. One without sources was made by others, and says nothing of this.
+    """
+    if schema.SOURCE not in group:
+        return []
+    columns = [
+        store.read(store.get_array(group, n)) for n in (schema.SEQUENCE, schema.CONTENT, schema.SOURCE)
+    ]
+    return [
+        row
+        for row, (name, content, source) in enumerate(zip(*columns, strict=True))
+        if content and not is_bound(group.path, str(name), str(content), str(source))
+    ]
+
+
+def is_bound(key: str, name: str, content: str, source: str) -> bool:
+    """Tell whether what is recorded of a sequence's source is of that name and content."""
+    return is_sealed(json.loads(source or "{}"), key, name, content)
+
+
+def check_bound(group: store.Group) -> None:
+    """Raise :class:`~pipeline.store.DamagedError` naming the sequences that :func:`unbound_rows` lists."""
+    if rows := unbound_rows(group):
+        names = store.read(store.get_array(group, schema.SEQUENCE))
+        named = ", ".join(str(names[row]) or f"row {row}" for row in rows[:5])
+        more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+        raise store.DamagedError(
+            str(group.store_path),
+            f"name, source and content of sequences {named}{more} are not those of one conversion: "
+            "convert again",
+        )

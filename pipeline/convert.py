@@ -51,6 +51,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import schema, store
 from pipeline.address import absolute
 from pipeline.catalog import Catalog, Dataset, where
+from pipeline.content import is_bound
 from pipeline.readers import LazySequence, list_sequences
 from pipeline.shards import (
     COLUMNS,
@@ -339,7 +340,9 @@ def _plan_field(
         old_row = rows.get(sequence_name)
         if index is not None and old_row is not None and index.content[old_row]:
             record = index.record(old_row)
-            if not verify and same_look(record, look):
+            if not is_bound(key, sequence_name, index.content[old_row], index.source[old_row]):
+                plan.sources[old_row] = Decode(sequence)  # whose record this is, nobody knows
+            elif not verify and same_look(record, look):
                 plan.kept.append(sequence_name)
             else:
                 plan.sources[old_row] = Decode(sequence, record, index.content[old_row], verify=verify)

@@ -30,12 +30,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import xarray as xr
 import xxhash
 
 from pipeline import schema, statistics, store
 from pipeline.address import absolute, is_address, relative
+from pipeline.digests import is_sealed, sealed
 from pipeline.mirror import local_folder
+from pipeline.recorded import check_rows
 from pipeline.resolution import Resolution, from_text, list_unresolved
 from pipeline.schema import Pairs
 from pipeline.statistics import Protocol
@@ -91,6 +92,8 @@ class CorrelationReport:
         Data sets that the tables pool, by the pool's name.
     notes : list of str
         What a reader of the tables must know, such as missing members of a pool.
+    damaged : list of str
+        Distances that are not as they were written, each with its metric and sequence. They are left out.
     up_to_date : bool
         True where the results were there already and nothing was computed.
     seconds : float
@@ -103,6 +106,7 @@ class CorrelationReport:
     left_out: pd.DataFrame
     pools: dict[str, list[str]]
     notes: list[str]
+    damaged: list[str]
     up_to_date: bool
     seconds: float
 
@@ -176,7 +180,7 @@ def _correlate(
         "level": LEVEL,
     }
     if (record := _valid_record(out, identity)) is not None:
-        return _load(location, out, record)
+        return _load(location, out, record, archive.damaged)
 
     selections, notes = _selections(archive)
     notes += (
@@ -221,7 +225,7 @@ def _correlate(
         "outputs": {name: _hash_file(out / name) for name in (*tables, PUBLISHED_TABLE)},
     }
     # Last: without the record, what is there does not count.
-    _replace(out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    _replace(out / RECORD, json.dumps(sealed(record), indent=2, ensure_ascii=False) + "\n")
     return CorrelationReport(
         out=_named(location),
         correlations=tables[CORRELATIONS],
@@ -229,6 +233,7 @@ def _correlate(
         left_out=tables[LEFT_OUT],
         pools=archive.pools,
         notes=notes,
+        damaged=archive.damaged,
         up_to_date=False,
         seconds=seconds,
     )
@@ -263,6 +268,7 @@ class _Archive:
     fields: list[_Field]
     metrics: list[str]
     pools: dict[str, list[str]]
+    damaged: list[str]
 
 
 @dataclass(frozen=True)
@@ -287,32 +293,35 @@ def _read(path: str) -> _Archive:
     kind = root.attrs.get("kind", schema.DISTANCES_STORE)
     if kind != schema.DISTANCES_STORE:
         raise CorrelationError(f"{path}: expected a store of distances, found one of {kind}")
+    store.check_documents(root)
     keys = store.field_keys(root, schema.PARAMETER)
     order = [str(name) for name in _attribute(root.attrs.asdict(), "datasets", list)]
     rank = {name: k for k, name in enumerate(order)}
     keys.sort(key=lambda key: rank.get(key.split("/")[0], len(rank)))  # stable: else as in the store
     if not keys:
         raise CorrelationError(f"{path}: no distances here; expected groups <dataset>/<field>")
-    fields = []
+    fields, damaged = [], []
     for key in keys:
         group = store.load_dataset(path, key)
+        names = schema.metric_names(map(str, group.variables))
+        checked = check_rows(root, key, {name: group[name].values for name in names})
+        for name, rows in checked.damaged.items():
+            if name in names:
+                group[name].values[rows] = np.nan
         schema.validate_distances(group, f"{path}/{key}")
         dataset, field = key.split("/")
-        has_provenance = schema.PROVENANCE in store.get_group(root, key)
-        provenance = store.load_dataset(path, f"{key}/{schema.PROVENANCE}") if has_provenance else None
-        problems = _problems(provenance) if provenance is not None else {}
-        _refuse_lost(store.get_group(root, key), group, problems)
+        sequences = [str(name) for name in group[schema.SEQUENCE].values]
+        damaged += checked.told(key, sequences)
+        resolutions = {metric: list(map(from_text, texts)) for metric, texts in checked.resolutions.items()}
         fields.append(
             _Field(
                 dataset=dataset,
                 field=field,
-                sequences=[str(name) for name in group[schema.SEQUENCE].values],
+                sequences=sequences,
                 parameter=group[schema.PARAMETER].values,
-                matrices={
-                    name: group[name].values for name in schema.metric_names(map(str, group.variables))
-                },
-                problems=problems,
-                resolutions=_resolutions(provenance) if provenance is not None else {},
+                matrices={name: group[name].values for name in names},
+                problems=_problems(checked.problems, resolutions),
+                resolutions=resolutions,
             )
         )
     # In the order in which they were asked for, where the store tells; then by name.
@@ -323,7 +332,7 @@ def _read(path: str) -> _Archive:
         raise CorrelationError(f"{path}: no metric's distances here; found only {', '.join(keys)}")
     attributes = root.attrs.asdict()
     pools = {str(k): [str(m) for m in v] for k, v in _attribute(attributes, "pools", dict).items()}
-    return _Archive(fields, metrics, pools)
+    return _Archive(fields, metrics, pools, damaged)
 
 
 def _unlike_settings(path: str) -> list[str]:
@@ -366,39 +375,19 @@ def _directed(path: str) -> list[str]:
     return [f"Of metrics that are not symmetric the earlier frame of a pair is the reference: {names}"]
 
 
-def _problems(provenance: xr.Dataset) -> dict[str, list[str]]:
-    """Per metric and sequence, why its distances do not count; empty where they do.
-
-    Values may be there all the same: those of a block that is out of date and failed to be computed
-    again. The distances stage writes a failure for these, or takes the fingerprint away.
-    """
-    metrics = [str(name) for name in provenance[schema.METRIC].values]
-    failure, fingerprint = (provenance[name].values for name in (schema.FAILURE, schema.FINGERPRINT))
-    problems = {
-        metric: [
-            str(reason) or ("" if mark else "not computed: its fingerprint is missing; run distances again")
-            for reason, mark in zip(failure[k], fingerprint[k], strict=True)
-        ]
-        for k, metric in enumerate(metrics)
-        if metric
-    }
-    for metric, resolutions in _resolutions(provenance).items():
-        for row, resolution in enumerate(resolutions):
-            if resolution is None and not problems[metric][row]:
-                problems[metric][row] = "what rounding did to it is not recorded; run distances again"
-    return problems
-
-
-def _resolutions(provenance: xr.Dataset) -> dict[str, list[Resolution | None]]:
-    """By metric and sequence, what rounding can have done to its distances; none of stores without it."""
-    if schema.RESOLUTION not in provenance:
-        return {}
+def _problems(
+    problems: Mapping[str, Sequence[str]], resolutions: Mapping[str, Sequence[Resolution | None]]
+) -> dict[str, list[str]]:
+    """Add to why distances don't count those of which nobody knows what rounding did to them."""
+    unknown = "what rounding did to it is not recorded; run distances again"
     return {
-        str(metric): [from_text(str(text)) if text else None for text in texts]
-        for metric, texts in zip(
-            provenance[schema.METRIC].values, provenance[schema.RESOLUTION].values, strict=True
-        )
-        if metric
+        metric: [
+            reason or ("" if resolution is not None else unknown)
+            for reason, resolution in zip(reasons, resolutions[metric], strict=True)
+        ]
+        if metric in resolutions
+        else list(reasons)
+        for metric, reasons in problems.items()
     }
 
 
@@ -412,18 +401,6 @@ def _unresolved(path: str, archive: _Archive) -> list[str]:
             + ", ".join(unknown)
         )
     return notes
-
-
-def _refuse_lost(group: store.Group, values: xr.Dataset, problems: Mapping[str, Sequence[str]]) -> None:
-    """Raise where distances are recorded and their chunk is gone: it would read as NaN, of no reason."""
-    for metric in problems.keys() & set(map(str, values.variables)):
-        lost = np.isnan(np.diagonal(values[metric].values, axis1=1, axis2=2)).any(
-            axis=1
-        )  # zero where written
-        for row in np.flatnonzero(lost & (np.array(problems[metric], dtype=object) == "")):
-            array = store.get_array(group, metric)
-            if missing := store.missing_chunks(array, int(row)):
-                raise store.DamagedError(str(array.store_path), f"chunk {', '.join(missing)} is missing")
 
 
 def _holds_all_pairs(fields: Iterable[_Field]) -> bool:
@@ -756,9 +733,9 @@ def _valid_record(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads((out / RECORD).read_text())
-    except json.JSONDecodeError:
+    except ValueError:
         return None
-    if record.get("identity") != identity:
+    if not isinstance(record, dict) or record.get("identity") != identity or not is_sealed(record):
         return None
     intact = all(
         (out / name).exists() and _hash_file(out / name) == expected
@@ -767,7 +744,7 @@ def _valid_record(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     return record if intact else None
 
 
-def _load(location: str, out: Path, record: dict[str, Any]) -> CorrelationReport:
+def _load(location: str, out: Path, record: dict[str, Any], damaged: list[str]) -> CorrelationReport:
     return CorrelationReport(
         out=_named(location),
         correlations=pd.read_parquet(out / CORRELATIONS),
@@ -775,6 +752,7 @@ def _load(location: str, out: Path, record: dict[str, Any]) -> CorrelationReport
         left_out=read_csv(out / LEFT_OUT),
         pools=record["pools"],
         notes=record["notes"],
+        damaged=damaged,
         up_to_date=True,
         seconds=record["seconds"],
     )

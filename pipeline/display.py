@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -179,6 +179,10 @@ def show_distances(report: Any) -> None:
         console.print(
             f"not symmetric, so half of d(a, b) + d(b, a): {', '.join(report.symmetrised)}", markup=False
         )
+    if report.unrecorded:
+        console.print(
+            f"{report.unrecorded} matrices were computed again: their record was damaged, or without a digest"
+        )
     for name, reason in report.unavailable.items():
         console.print(f"left out: {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
     _show_unresolved(report.unresolved)
@@ -316,6 +320,15 @@ def show_verified(report: Any) -> None:
     for damage in report.damages:
         where = "/".join(filter(None, (damage.group, damage.array, damage.chunk)))
         output.print(f"damaged: {where} ({damage.what}): {damage.reason}", style="red", markup=False)
+
+
+def show_damaged(damaged: Sequence[str]) -> None:
+    """Name what isn't as it was written, and what to do."""
+    for text in damaged[:SHOWN]:
+        console.print(f"left out: {text}", style="red", markup=False, soft_wrap=True)
+    if damaged:
+        more = f"{len(damaged) - SHOWN} more are left out; " if len(damaged) > SHOWN else ""
+        console.print(f"{more}'lsim verify' lists all, 'lsim verify --repair' has them made again")
 
 
 def show_correlations(report: CorrelationReport) -> None:

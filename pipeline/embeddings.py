@@ -30,6 +30,7 @@ from pipeline.batches import in_batch_or_alone
 from pipeline.content import NOT_READ, read_sequence, why_not_read
 from pipeline.fields import checked_fields, drop_vanished
 from pipeline.metric_choice import Settings, choose_metrics
+from pipeline.recorded import record_fingerprints
 from pipeline.runs import begin_run, record_run
 from pipeline.scopes import dataset_range
 from pipeline.workers.cluster import Cluster
@@ -216,6 +217,7 @@ def compute_embeddings(
                 counts = {"blocks": report.blocks, "frames": report.computed}
                 spent = {"seconds": round(report.seconds, 3)}
                 record_run(root, made_by | counts | spent | report.cluster)
+            record_fingerprints(root)
             store.consolidate(out_path)
     report.failures = list_embedding_failures(out_path)
     return report

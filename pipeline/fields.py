@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 from pipeline import schema, store
+from pipeline.content import check_bound
 from pipeline.names import group_fault
 
 
@@ -50,6 +51,7 @@ def checked_fields(
                 f"{path}: {content.count('')} of {len(content)} sequences of {key} are not there: their "
                 "conversion was interrupted; run it again"
             )
+        check_bound(store.get_group(source, key))
         small = (schema.PARAMETER, schema.SEQUENCE, schema.CONTENT)
         schema.validate_frames(store.load_dataset(path, key, small), f"{path}/{key}")
     return keys

@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline import schema, store
 from pipeline.content import NOT_READ, read_sequence, why_not_read
+from pipeline.digests import hash_labels
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class FrameBlock:
-    """Frames ``start:stop`` of an archive's order, and the pieces of sequences that they are."""
+    """Frames ``start:stop`` of an archive's order, and the pieces of sequences that they are.
+
+    ``labels`` is :func:`pipeline.digests.hash_labels` of them.
+    """
 
     start: int
     stop: int
     pieces: tuple[Piece, ...]
+    labels: bytes = b""
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -80,6 +85,12 @@ class ArchiveFrames:
     def blocks(self, length: int) -> list[FrameBlock]:
         """All frames cut into blocks of ``length``; the last may be shorter."""
         ends = np.cumsum([len(piece) for piece in self.sequences])
+        labels = {
+            schema.FIELD: self.field,
+            schema.SEQUENCE: self.sequence,
+            schema.NUMBER: self.number,
+            schema.PARAMETER: self.parameter,
+        }
         blocks = []
         for start in range(0, len(self), length):
             stop = min(start + length, len(self))
@@ -89,7 +100,8 @@ class ArchiveFrames:
                 whole, origin = self.sequences[index], int(ends[index]) - len(self.sequences[index])
                 begin, end = max(start - origin, 0), min(stop - origin, len(whole))
                 pieces.append(Piece(whole.key, whole.row, whole.content, begin, end))
-            blocks.append(FrameBlock(start, stop, tuple(pieces)))
+            of_block = {name: column[start:stop] for name, column in labels.items()}
+            blocks.append(FrameBlock(start, stop, tuple(pieces), hash_labels(of_block)))
         return blocks
 
 

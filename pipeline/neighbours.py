@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from pipeline import schema, store
+from pipeline.recorded import CheckedMatrix, check_rows, labels_of_blocks
 from pipeline.resolution import from_text
 
 NAMES_TOGETHER = 1 << 16
@@ -78,6 +79,9 @@ class Neighbours:
     unresolved : int
         Distances that rounding may have changed by more than 0.1 %, of the sequence or the tiles that those
         shown are from, by the metric that orders them.
+    left_out : list of str
+        Distances that were looked at and don't count, with the reason: damaged ones, and those that aren't
+        computed yet.
     """
 
     of: Frame
@@ -86,6 +90,27 @@ class Neighbours:
     compared: int
     without_distance: int
     unresolved: int = 0
+    left_out: list[str] = field(default_factory=list)
+
+
+class _CheckedSequence:
+    """A sequence's matrix of a ``distances.zarr``; NaN where it doesn't count, and ``left_out`` says why."""
+
+    def __init__(self, values: np.ndarray, left_out: list[str]) -> None:
+        self._values = values
+        self.left_out = dict.fromkeys(left_out)
+        self.length = len(values)
+
+    def row(self, index: int, columns: slice) -> np.ndarray:
+        """Read distances of one frame, (column,)."""
+        return np.asarray(self._values[index, columns])
+
+    def value(self, index: int, column: int) -> float:
+        """Read one distance."""
+        return float(self._values[index, column])
+
+
+_Matrix: TypeAlias = CheckedMatrix | _CheckedSequence
 
 
 def find_neighbours(
@@ -127,6 +152,7 @@ def find_neighbours(
     if k < 1:
         raise NeighboursError(f"expected at least one neighbour to look for, got {k}")
     root = _open(path)
+    store.check_documents(root)
     frame = find_frame(path, name, matrix)
     group = store.get_group(root, frame.matrix)
     if other_sequences and not _is_archive(group):
@@ -135,29 +161,53 @@ def find_neighbours(
             "by 'lsim distances FRAMES --scope dataset --matrix archive --out archive.zarr'"
         )
     metric = _choose_metric(path, frame.matrix, metrics_of(group), metric)
-    found = neighbours_of(group, frame, k, metric, other_sequences=other_sequences)
+    found = neighbours_of(root, frame, k, metric, other_sequences=other_sequences)
     if found.without_distance == found.compared:
-        why = _why(group, frame, metric)
+        why = "; ".join(found.left_out[:NAMED]) or _why(group, frame, metric)
         raise NeighboursError(f"{frame.name} has no distances by {metric}" + (f": {why}" if why else ""))
     return found
 
 
 def neighbours_of(
-    group: store.Group, frame: Frame, k: int, metric: str, *, other_sequences: bool = False
+    root: store.Group, frame: Frame, k: int, metric: str, *, other_sequences: bool = False
 ) -> Neighbours:
-    """:func:`find_neighbours` for a frame that is known, of a matrix's group."""
+    """:func:`find_neighbours` for a frame that is known."""
+    group = store.get_group(root, frame.matrix)
     apart = (frame.field, frame.sequence) if other_sequences else None
-    columns, compared, missing = _nearest_columns(group, frame.row, k, metric, apart)
-    names = metrics_of(group)
+    matrices = _checked_matrices(root, group, frame)
+    columns, compared, missing = _nearest_columns(matrices[metric], group, frame.row[-1], k, apart)
     nearest = [
         Neighbour(
             _frame(group, frame.matrix, (*frame.row[:-1], column)),
-            {name: _value(store.get_array(group, name), (*frame.row, column)) for name in names},
+            {name: matrix.value(frame.row[-1], column) for name, matrix in matrices.items()},
         )
         for column in columns
     ]
     unresolved = _unresolved_near(group, frame.row, columns, metric)
-    return Neighbours(frame, metric, nearest, compared, missing, unresolved)
+    left_out = [text for matrix in matrices.values() for text in matrix.left_out]
+    return Neighbours(frame, metric, nearest, compared, missing, unresolved, left_out)
+
+
+def _checked_matrices(root: store.Group, group: store.Group, frame: Frame) -> dict[str, _Matrix]:
+    """The matrices that a frame is in, by metric: each is compared with its record where it is read."""
+    names, key = metrics_of(group), frame.matrix
+    if _is_archive(group):
+        if not names:
+            return {}
+        labels = labels_of_blocks(group, store.get_array(group, names[0]).chunks[0])
+        return {name: CheckedMatrix(root, key, name, labels) for name in names}
+    row = slice(frame.row[0], frame.row[0] + 1)
+    values = {name: store.read(store.get_array(group, name), row) for name in names}
+    checked = check_rows(root, key, values, row)
+    found: dict[str, _Matrix] = {}
+    for name, matrix in values.items():
+        reason = checked.problems.get(name, [""])[0]
+        if checked.counts(name, 0):
+            found[name] = _CheckedSequence(matrix[0], [])
+        else:
+            about = f"{key}: {name}, sequence {frame.sequence}: {reason}"
+            found[name] = _CheckedSequence(np.full_like(matrix[0], np.nan), [about])
+    return found
 
 
 def find_frame(path: str | os.PathLike[str], name: str, matrix: str | None = None) -> Frame:
@@ -216,23 +266,23 @@ def frame_name(field: str, sequence: str, number: int) -> str:
 
 
 def _nearest_columns(
-    group: store.Group, row: tuple[int, ...], k: int, metric: str, apart: tuple[str, str] | None
+    matrix: _Matrix, group: store.Group, row: int, k: int, apart: tuple[str, str] | None
 ) -> tuple[list[int], int, int]:
     """The ``k`` other columns of a row with the smallest distances, nearest first.
 
     And how many others there are, and how many of these have no distance. Frames of the field and sequence
     ``apart`` are no others.
     """
-    array = store.get_array(group, metric)
-    length, chunk = array.shape[-1], array.chunks[-1]
-    step = max(1, COLUMNS_TOGETHER // chunk) * chunk
+    length = matrix.length
+    tile = matrix.tile if isinstance(matrix, CheckedMatrix) else length
+    step = max(1, COLUMNS_TOGETHER // tile) * tile
     distances, columns = np.empty(0), np.empty(0, dtype=int)
     compared = missing = 0
     for start in range(0, length, step):
         part = slice(start, min(start + step, length))
-        values = store.read(array, (*row, part)).astype(np.float64)
+        values = matrix.row(row, part).astype(np.float64)
         here = np.arange(part.start, part.stop)
-        kept = here != row[-1]
+        kept = here != row
         if apart is not None:
             kept &= ~_is_of(group, part, *apart)
         values, here = values[kept], here[kept]
@@ -244,10 +294,6 @@ def _nearest_columns(
         best = np.argsort(distances, kind="stable")[:k]
         distances, columns = distances[best], columns[best]
     return columns.tolist(), compared, missing
-
-
-def _value(array: store.Array, place: tuple[int, ...]) -> float:
-    return float(store.read(array, place))
 
 
 def _unresolved_near(group: store.Group, row: tuple[int, ...], columns: Sequence[int], metric: str) -> int:
@@ -262,7 +308,8 @@ def _unresolved_near(group: store.Group, row: tuple[int, ...], columns: Sequence
     place, array = names.index(metric), store.get_array(provenance, recorded)
     if recorded == schema.RESOLUTION:
         text = str(store.read(array, (slice(place, place + 1), slice(row[0], row[0] + 1))).item())
-        return from_text(text).unresolved if text else 0
+        resolution = from_text(text)
+        return 0 if resolution is None else resolution.unresolved
     tile = store.get_array(group, metric).chunks[0]
     tiles = {tuple(sorted((row[0] // tile, column // tile))) for column in columns}
     return sum(

@@ -140,10 +140,13 @@ def to_text(resolution: Resolution) -> str:
     return json.dumps(asdict(resolution))
 
 
-def from_text(text: str) -> Resolution:
-    """Read what :func:`to_text` wrote."""
-    found = json.loads(text)
-    return Resolution(**found | {"constant": tuple(found["constant"])})
+def from_text(text: str) -> Resolution | None:
+    """Read what :func:`to_text` wrote; None of any other text, as of one that damage has put there."""
+    try:
+        recorded = json.loads(text)
+        return Resolution(**recorded | {"constant": tuple(recorded["constant"])})
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def precision_of(specification: str) -> str:
@@ -206,7 +209,7 @@ def _counts_of_sequences(provenance: store.Group) -> list[tuple[int, int]]:
     """Unresolved distances of each metric, and all, over the sequences of a field."""
     counts = []
     for texts in store.read(store.get_array(provenance, schema.RESOLUTION)):
-        some = [from_text(str(text)) for text in texts if text]
+        some = [resolution for text in texts if (resolution := from_text(str(text))) is not None]
         counts.append((sum(one.unresolved for one in some), sum(one.distances for one in some)))
     return counts
 

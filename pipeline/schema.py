@@ -32,13 +32,15 @@ one per metric  sequence, frame, frame_other       float64      distances; symme
 and in the child group ``provenance``: ``metric`` (metric), ``specification`` (metric; JSON: all that
 determines the metric's values, with scope, pairs and versions), ``fingerprint`` (metric, sequence; empty
 where the distances are out of date), ``content`` (metric, sequence; hash of the frames that they were
-computed from), ``failure`` (metric, sequence; why distances are missing, empty where none are) and
+computed from), ``failure`` (metric, sequence; why distances are missing, empty where none are),
 ``resolution`` (metric, sequence; JSON: ``rounding``, the largest bound on what rounding did to any of them,
 ``distances`` and ``unresolved``, how many there are and how many may be off by more than 0.1 %,
-``constant``, the kinds of pairs, ``reference`` and ``all``, whose distances cannot be told from a constant).
-The attribute ``resolution`` has these counts by metric. Where the scope was a data set there is ``ranges``
-(one JSON document), minimum and maximum of each sequence by the hash of its content, or ``masked_ranges``,
-those of frames with a mask; ``archive.zarr`` has them as well.
+``constant``, the kinds of pairs, ``reference`` and ``all``, whose distances cannot be told from a constant)
+and ``digest`` (metric, sequence; hash of the distances, bound to all that is recorded of them, see
+:mod:`pipeline.digests`; ``archive.zarr`` has that of each tile; each specification has one of its own, under
+``digest``). The attribute ``resolution`` has these counts by metric. Where the scope was a data set there is
+``ranges`` (one JSON document), minimum and maximum of each sequence by the hash of its content, or
+``masked_ranges``, those of frames with a mask; ``archive.zarr`` has them as well.
 Its attribute ``precision`` says by metric how sums over pairs were computed in the last run that did: method,
 promised relative error and its bound, pairs, how many were taken again, and on what device; for networks
 it is that of sums over their features.
@@ -118,6 +120,7 @@ SPECIFICATION = "specification"
 MISSING = "missing"
 RESOLUTION = "resolution"
 UNRESOLVED = "unresolved"
+DIGEST = "digest"
 RANGES = "ranges"
 MASKED_RANGES = "masked_ranges"
 DIRECTED = "directed"
@@ -260,3 +263,17 @@ def _expect_unique_sequences(group: xr.Dataset, where: str) -> None:
             raise SchemaError(f"{where}: sequence {shown(name)!r}: {fault}")
     if (counts > 1).any():
         raise SchemaError(f"{where}: sequence {names[counts > 1][0]!r} stands twice")
+
+
+RECORDED = "recorded"
+"""Attribute of provenance: how many fingerprints each metric had when a run came to its end."""
+
+ATTRIBUTES = frozenset(
+    {
+        *("kind", "schema_version", "catalog", "title", "datasets", "pools", "runs", "versions"),
+        *("convert_seconds", "frames", "unavailable", "scope", "plan", "role", "licence", "citation"),
+        *("units", "groups", "precision", "metric", "specification", "euclidean", "feature_distance"),
+        *(QUARANTINED, RESOLUTION, RECORDED, DIRECTED),
+    }
+)
+"""Of stores, groups and arrays that the stages write. Others are users' own, which nobody checks."""

@@ -108,8 +108,9 @@ def _record(provenance: store.Group, preprocessing: Preprocessing, ranges: dict[
 
 def _recorded_under(preprocessing: Preprocessing) -> tuple[str, str]:
     """The array that has ranges, and what they have to be of."""
-    label = f"{preprocessing.size}/{preprocessing.order}/{preprocessing.compat}"
-    return schema.MASKED_RANGES if preprocessing.mask else schema.RANGES, label
+    # With the array's own name: ranges of the other one are not taken for these.
+    name = schema.MASKED_RANGES if preprocessing.mask else schema.RANGES
+    return name, f"{name}/{preprocessing.size}/{preprocessing.order}/{preprocessing.compat}"
 
 
 def _over_all(ranges: Sequence[Any]) -> Range:

@@ -16,6 +16,7 @@ import xxhash
 
 from pipeline import schema, store
 from pipeline.content import content_hash
+from pipeline.digests import sealed
 from pipeline.readers import LazySequence, ReaderError, TooLargeError
 from pipeline.readers.base import FIRST_VERSION
 
@@ -221,7 +222,8 @@ def convert_shard(task: ShardTask, known: Mapping[int, _Decoded] | None = None) 
                 result = _read_sequence(source, row, task.folder, (frames.shape[1:], frames.dtype))
             outcome = result.outcome if isinstance(result, _Decoded) else result
             outcomes.append(outcome)
-            columns[schema.SOURCE][place] = json.dumps(outcome.record)
+            about = (task.key, outcome.sequence, outcome.content)
+            columns[schema.SOURCE][place] = json.dumps(sealed(outcome.record, *about))
             columns[schema.CONTENT][place] = outcome.content
             if not outcome.committed_before:
                 unsettled.append(place)

@@ -28,7 +28,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, ObjectStore
 
-from pipeline import limits, locks, objects, schema
+from pipeline import digests, limits, locks, objects, schema
 from pipeline.address import absolute, is_address
 from pipeline.text_chunks import read_texts
 
@@ -364,19 +364,65 @@ def members(
             elif name in expected:
                 faults[name] = "missing"
             continue
-        if isinstance(found, zarr.Array):
+        if name in expected and _document_of(found) != _without_members((listed or {})[f"{prefix}{name}"]):
+            faults[name] = "other metadata than the consolidated metadata of the root has"
+        elif isinstance(found, zarr.Array):
             arrays[name] = get_array(group, name)
         else:
             groups[name] = found
     return arrays, groups, faults
 
 
-def check_documents(root: Group) -> None:
-    """Raise :class:`DamagedError` for metadata documents that are lost, or that cannot be read.
+def _document_of(found: Array | Group) -> dict[str, Any]:
+    """Metadata of a group or an array, as its document has it."""
+    buffers = found.metadata.to_buffer_dict(default_buffer_prototype())
+    document: dict[str, Any] = json.loads(buffers[DOCUMENT].to_bytes())
+    return _without_members(document)
+
+
+def _without_members(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata of a group or an array without users' attributes, and what it lists of its members."""
+    rest = {name: value for name, value in document.items() if name != "consolidated_metadata"}
+    return rest | {"attributes": _own(document.get("attributes", {}))}
+
+
+def _own(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes that the stages write; users may add others to a store that is done."""
+    return {name: value for name, value in attributes.items() if name in schema.ATTRIBUTES}
+
+
+def root_fault(root: Group) -> str:
+    """Say what is wrong with the root's own metadata, which has a digest where a run came to its end."""
+    data = sync(root.store.get(DOCUMENT, default_buffer_prototype()))
+    document: dict[str, Any] = json.loads(data.to_bytes()) if data is not None else {}
+    if "digest" not in document.get("attributes", {}) or _seal_of_root(document) == document:
+        return ""
+    return "attributes, or consolidated metadata, that are not those that were written with it"
+
+
+def _seal_of_root(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Add to the root's document, as an attribute, the digest of its attributes and consolidated metadata."""
+    attributes = document.get("attributes", {})
+    listed = (document.get("consolidated_metadata") or {}).get("metadata", {})
+    of_members = {path: _without_members(member) for path, member in listed.items()}
+    digest = digests.hash_document([_own(attributes), of_members])
+    return {**document, "attributes": {**attributes, "digest": digest}}
+
+
+def check_documents(root: Group, *, itself: bool = True) -> None:
+    """Raise :class:`DamagedError` for metadata documents that are lost, changed, or that cannot be read.
 
     One that is lost shows where it is listed in the consolidated metadata: Zarr itself takes a group or an
-    array without a document for none.
+    array without a document for none. So does one that says something else than is listed there.
+
+    Parameters
+    ----------
+    root : Group
+    itself : bool
+        Whether the root's own document is looked at as well.
     """
+    if itself and (fault := root_fault(root)):
+        raise DamagedError(str(root.store_path), f"{DOCUMENT}: {fault}")
     listed = listed_members(root)
 
     def visit(group: Group) -> Iterator[str]:
@@ -406,13 +452,7 @@ def paths_of_documents(path: str | os.PathLike[str]) -> Iterator[str]:
 
 def restore_root(path: str | os.PathLike[str], attributes: Mapping[str, Any]) -> None:
     """Write a lost metadata document of the root again, with these attributes alone."""
-    document = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
-    data = json.dumps(document, indent=2).encode()
-    location = absolute(path)
-    if is_address(location):
-        objects.write(location, DOCUMENT, data)
-    else:
-        _replace(Path(location) / DOCUMENT, data)
+    _write_document(path, {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)})
 
 
 def _replace(file: Path, content: bytes) -> None:
@@ -693,7 +733,9 @@ def resize_rows(array: Array, length: int, *, axis: int = 0) -> None:
 
 
 def set_attributes(group: Group, attributes: Mapping[str, Any]) -> None:
-    """Update a group's attributes with JSON values, in one write."""
+    """Update a group's attributes with JSON values, in one write; the root's lose their digest."""
+    if not group.path:
+        group.metadata.attributes.pop("digest", None)
     group.update_attributes(json.loads(json.dumps(dict(attributes))))
 
 
@@ -744,7 +786,8 @@ def iterate_datasets(path: str | os.PathLike[str], variable: str) -> Iterator[tu
 def specifications(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """``(metric, specification)`` of every field of a ``distances.zarr`` that records one.
 
-    A run that was stopped before its first block may have named a metric and not described it.
+    A run that was stopped before its first block may have named a metric and not described it. A
+    specification of another metric or field is left out: :mod:`pipeline.recorded` tells of what it damages.
     """
     root = open_store(path)
     for key in field_keys(root, schema.PROVENANCE):
@@ -752,7 +795,9 @@ def specifications(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str
         names, texts = (read(get_array(provenance, name)) for name in (schema.METRIC, schema.SPECIFICATION))
         for name, text in zip(names, texts, strict=False):
             if name and text:
-                yield str(name), json.loads(str(text))
+                specification = json.loads(str(text))
+                if digests.is_sealed(specification, key, str(name)):
+                    yield str(name), {k: v for k, v in specification.items() if k != "digest"}
 
 
 def consolidate(path: str | os.PathLike[str]) -> None:
@@ -761,6 +806,16 @@ def consolidate(path: str | os.PathLike[str]) -> None:
         # Readers that don't know it read the arrays' own metadata, which are there as well.
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
         zarr.consolidate_metadata(_storage(path), zarr_format=3)
+    _write_document(path, _seal_of_root(json.loads(_read_document(path) or b"{}")))
+
+
+def _write_document(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
+    """Replace the root's metadata document, whole or not at all."""
+    location, data = absolute(path), json.dumps(document, indent=2).encode()
+    if is_address(location):
+        objects.write(location, DOCUMENT, data)
+    else:
+        _replace(Path(location) / DOCUMENT, data)
 
 
 def is_consolidated(path: str | os.PathLike[str]) -> bool:
@@ -771,15 +826,10 @@ def is_consolidated(path: str | os.PathLike[str]) -> bool:
 
 def drop_consolidated(path: str | os.PathLike[str]) -> None:
     """Remove consolidated metadata before the hierarchy changes: stale, it would hide what is new."""
-    location = absolute(path)
-    metadata = json.loads(_read_document(location) or b"{}")
-    if metadata.pop("consolidated_metadata", None) is None:
-        return
-    text = json.dumps(metadata, indent=2)
-    if is_address(location):
-        objects.write(location, DOCUMENT, text.encode())
-        return
-    _replace(Path(location) / DOCUMENT, text.encode())
+    document = json.loads(_read_document(path) or b"{}")
+    sealed = document.get("attributes", {}).pop("digest", None) is not None
+    if document.pop("consolidated_metadata", None) is not None or sealed:
+        _write_document(path, document)
 
 
 def remove_partials(path: str | os.PathLike[str]) -> None:

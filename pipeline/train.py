@@ -16,6 +16,7 @@ from lsim.simulate import find_recipe, missing_families
 from lsim.training import LayoutFolders, SequenceError, SequenceSource, TrainingSequence, TrainingSettings
 from lsim.training.train import STATE
 from pipeline import schema
+from pipeline.content import read_sequence
 from pipeline.resources import find_resource, read_yaml, validated
 from pipeline.store import exists, field_keys, get_array, get_group, open_store, read
 
@@ -165,12 +166,14 @@ class StoredSequences:
         Raises
         ------
         SequenceError
-            When its shard is damaged.
+            When its shard is damaged, or it is not as it was converted.
         """
         key, row, name = self._rows[index]
         group = self._groups[key]
         try:
-            frames, parameter = (read(get_array(group, v), row) for v in (schema.FRAMES, schema.PARAMETER))
+            content = str(read(get_array(group, schema.CONTENT), slice(row, row + 1))[0])
+            frames = read_sequence(group, row, content)
+            parameter = read(get_array(group, schema.PARAMETER), row)
         except (OSError, ValueError, RuntimeError) as error:  # as codecs raise them
             raise SequenceError(f"{self._path}: {name} cannot be read: {error}") from error
         return TrainingSequence(name, frames, parameter)

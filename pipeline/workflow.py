@@ -117,9 +117,9 @@ class WorkflowReport:
 
     @property
     def complete(self) -> bool:
-        """Whether no sequence was quarantined and no distance failed."""
+        """Whether no sequence was quarantined, and no distance failed or is damaged."""
         failures = self.distances.failures or (self.archive is not None and self.archive.failures)
-        return not (self.conversion.quarantined or failures)
+        return not (self.conversion.quarantined or failures or self.correlation.damaged)
 
 
 def open_workflow(name: str | os.PathLike[str]) -> Workflow:

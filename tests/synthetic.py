@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline import schema, store
+from pipeline import digests, recorded, schema, store
 from pipeline.content import content_hash
 
 NOISE = {"good": 0.02, "fair": 0.15, "poor": 0.6}
@@ -22,8 +23,12 @@ def write_field(
     parameter: np.ndarray,
     matrices: Mapping[str, np.ndarray],
     failures: Mapping[tuple[str, str], str] | None = None,
+    resolutions: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Write one group of a ``distances.zarr``; ``failures`` maps (metric, sequence) to a reason."""
+    """Write one group of a ``distances.zarr``; ``failures`` maps (metric, sequence) to a reason.
+
+    ``resolutions`` has by metric the text of each sequence; without it the group says nothing of rounding.
+    """
     group = root.create_group(key, overwrite=True)
     arrays = {schema.SEQUENCE: ((schema.SEQUENCE,), np.array(sequences, dtype=object), str)}
     arrays[schema.PARAMETER] = (schema.PARAMETER_DIMS, np.asarray(parameter, np.float64), np.float64)
@@ -33,19 +38,43 @@ def write_field(
     metrics = list(matrices)
     failure = [[(failures or {}).get((m, s), "") for s in sequences] for m in metrics]
     fingerprint = [[f"{key}/{m}/{s}" for s in sequences] for m in metrics]
+    identities = digests.identify_rows(sequences, np.asarray(parameter, np.float64))
+    texts = {schema.FAILURE: failure, schema.FINGERPRINT: fingerprint}
+    if resolutions is not None:
+        texts[schema.RESOLUTION] = [list(resolutions[metric]) for metric in metrics]
+    digest = [
+        [
+            digests.bind(
+                digests.identify(key, metric) + identity,
+                {name: rows[k][row] for name, rows in texts.items()},
+                digests.hash_values(np.asarray(matrices[metric])[row]),
+            )
+            for row, identity in enumerate(identities)
+        ]
+        for k, metric in enumerate(metrics)
+    ]
+    about = [{"name": m, "version": 1, "size": 224} for m in metrics]
     _write(
         group.create_group(schema.PROVENANCE),
         {
             schema.METRIC: ((schema.METRIC,), np.array(metrics, dtype=object), str),
             schema.SPECIFICATION: (
                 (schema.METRIC,),
-                np.array([f'{{"name": "{m}", "version": 1, "size": 224}}' for m in metrics], dtype=object),
+                _sealed(about, key, metrics),
                 str,
             ),
-            schema.FAILURE: (schema.PROVENANCE_DIMS, np.array(failure, dtype=object), str),
-            schema.FINGERPRINT: (schema.PROVENANCE_DIMS, np.array(fingerprint, dtype=object), str),
+            **{
+                name: (schema.PROVENANCE_DIMS, np.array(rows, dtype=object), str)
+                for name, rows in (texts | {schema.DIGEST: digest}).items()
+            },
         },
     )
+
+
+def _sealed(specifications: Sequence[Mapping[str, Any]], key: str, metrics: Sequence[str]) -> np.ndarray:
+    """Specifications as provenance has them."""
+    both = zip(specifications, metrics, strict=True)
+    return np.array([json.dumps(digests.sealed(about, key, metric)) for about, metric in both], dtype=object)
 
 
 def _write(group: Any, arrays: Mapping[str, tuple[tuple[str, ...], np.ndarray, Any]]) -> None:
@@ -172,19 +201,43 @@ def make_archive(
                 dtype="float32",
             )
             store.write_rows(array, 0, scale * distances)
-        about = [f'{{"metric": "{metric}", "scope": [0, 1]}}' for metric in metrics]
-        _write(
-            group.create_group(schema.PROVENANCE),
-            {
-                schema.METRIC: ((schema.METRIC,), np.array(metrics, object), str),
-                schema.SPECIFICATION: ((schema.METRIC,), np.array(about, object), str),
-                schema.FAILURE: (
-                    (schema.METRIC, schema.FRAME),
-                    np.array([reasons] * len(metrics), object),
-                    str,
-                ),
-            },
-        )
+        record_matrices(path, key, reasons)
         store.set_attributes(group, {"groups": list(fields), "scope": "dataset"})
     store.set_attributes(root, {"runs": [], **(attributes or {})})
     return path
+
+
+def record_matrices(path: Path, key: str, reasons: Sequence[str] | None = None) -> None:
+    """Write the provenance of a group of an ``archive.zarr`` anew, for the matrices and labels that it has.
+
+    ``reasons`` say why frames have no distances; default none.
+    """
+    group = store.open_store(path, "r+")[key]
+    metrics = sorted(schema.archive_metric_names(group.array_keys()))
+    tile = group[metrics[0]].chunks[0]
+    labels = recorded.labels_of_blocks(group, tile)
+    reasons = reasons or [""] * group[schema.NUMBER].shape[0]
+    fingerprints = np.full((len(metrics), len(labels), len(labels)), "", object)
+    sealed = fingerprints.copy()
+    for place, metric in enumerate(metrics):
+        values = store.read(group[metric])
+        for i, j in zip(*np.triu_indices(len(labels)), strict=True):
+            rows, columns = (slice(k * tile, (k + 1) * tile) for k in (i, j))
+            fingerprints[place, i, j] = f"{metric} {i} {j}"
+            texts = recorded.tile_texts(f"{metric} {i} {j}", 0, 0, reasons[rows] if i == j else ())
+            identity = recorded.tile_identity(key, metric, (int(i), int(j)), labels[i], labels[j])
+            sealed[place, i, j] = digests.bind(identity, texts, digests.hash_values(values[rows, columns]))
+    about = [{"metric": metric, "scope": [0, 1]} for metric in metrics]
+    of_frames = np.array([list(reasons)] * len(metrics), object)
+    _write(
+        store.create_group(group, schema.PROVENANCE),
+        {
+            schema.METRIC: ((schema.METRIC,), np.array(metrics, object), str),
+            schema.SPECIFICATION: ((schema.METRIC,), _sealed(about, key, metrics), str),
+            schema.FAILURE: ((schema.METRIC, schema.FRAME), of_frames, str),
+            schema.FINGERPRINT: (schema.FINGERPRINT_DIMS, fingerprints, str),
+            schema.DIGEST: (schema.FINGERPRINT_DIMS, sealed, str),
+            schema.MISSING: (schema.FINGERPRINT_DIMS, np.zeros(sealed.shape, np.int32), np.int32),
+            schema.UNRESOLVED: (schema.FINGERPRINT_DIMS, np.zeros(sealed.shape, np.int32), np.int32),
+        },
+    )

@@ -47,6 +47,7 @@ LEAVES = (
     "pipeline.limits",
     "pipeline.tables",
     "pipeline.text_chunks",
+    "pipeline.digests",
 )
 SHARED_BY_STAGES = (
     "pipeline.metric_choice",

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import run_lsim
-from synthetic import make_archive, make_distances, make_frames
+from synthetic import make_archive, make_distances, make_frames, record_matrices
 
 from pipeline import neighbours, schema, store
 from pipeline.neighbours import NeighboursError, find_frame, find_neighbours
@@ -54,7 +54,7 @@ def test_only_the_row_s_chunks_are_read(tmp_path):
         if chunk.parts[-2] != "2":
             chunk.write_bytes(b"damaged")
     assert find_neighbours(path, "a3:2", 20) == wanted
-    with pytest.raises(store.DamagedError, match=r"lsim.*c/0/0"):
+    with pytest.raises(neighbours.NeighboursError, match=r"lsim.*c/0/0"):
         find_neighbours(path, "a0:2", 20)
 
 
@@ -81,6 +81,7 @@ def test_of_equally_near_ones_the_first_in_the_matrix_comes_first(tmp_path):
     root = store.open_store(path, "r+")
     for name in ("good", "lsim"):
         store.write_rows(store.get_array(root, f"A/x/{name}"), 0, np.ones((8, 8), np.float32) - np.eye(8))
+    record_matrices(path, "A/x")
     found = find_neighbours(path, "a0:2", 5)
     assert [near.frame.row[0] for near in found.nearest] == [0, 1, 3, 4, 5]
 
@@ -197,6 +198,8 @@ def test_many_metrics_leave_room_for_names_and_are_named(archive, tmp_path):
             dtype="float32",
         )
         store.write_block(copy, (0, 0), store.read(good))
+    record_matrices(archive, "Smoke/density")
+    store.consolidate(archive)
     code, text = run_lsim("neighbours", archive, "--of", "smoke1:3", "--group", "Smoke/density", "--k", 4)
     assert code == 0, text
     found = find_neighbours(archive, "smoke1:3", 4, matrix="Smoke/density")

@@ -15,6 +15,7 @@ from PIL import Image
 from synthetic import make_distances, make_frames, parameters, random_distances, write_field
 
 from pipeline import store
+from pipeline.content import content_hash
 from pipeline.correlate import correlate
 from pipeline.report import ReportError, pictures, write_report
 from pipeline.report.contents import Strip
@@ -227,7 +228,11 @@ def test_size_stays_bounded(tmp_path: Path):
     noise = np.random.default_rng(0)
     for key in fields:  # incompressible
         array = store.get_array(store.open_store(root, "r+"), f"{key}/frames")
-        store.write_rows(array, 0, noise.integers(0, 255, array.shape).astype(np.uint8))
+        values = noise.integers(0, 255, array.shape).astype(np.uint8)
+        store.write_rows(array, 0, values)
+        group = store.open_store(root, "r+")[key]
+        both = zip(values, store.read(group["parameter"]), strict=True)
+        store.write_rows(group["content"], 0, np.array([content_hash(*one) for one in both], object))
     correlate(path, tmp_path / "results", replicates=20)
     index = write_report(tmp_path / "results")
     assert index.stat().st_size < 8e6

@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from commands import run_lsim
-from synthetic import make_archive, make_distances, make_frames
+from synthetic import make_archive, make_distances, make_frames, record_matrices
 from test_report import Page
 
 from pipeline import scaling, schema, store
 from pipeline.correlate import correlate
-from pipeline.report import ReportError, archive, maps, write_archive_report, write_report
+from pipeline.report import DamagedReportError, ReportError, archive, maps, write_archive_report, write_report
 from pipeline.report.archive import gather_archive, say_how_much
 
 MATRICES = {
@@ -164,10 +164,14 @@ def test_damage_is_named_and_costs_a_picture_or_a_map(tmp_path):
     )
     (tmp_path / "frames.zarr/A/x/frames/c/0/0/0/0/0").write_bytes(b"damaged")
     next((tmp_path / "archive.zarr/A/x/lsim/c").glob("*/*")).write_bytes(b"damaged")
-    found = Page(Path(write_archive_report(path, tmp_path / "page")))
+    with pytest.raises(
+        DamagedReportError, match=r"index\.html is written .*A/x: lsim, tile \d, \d: .*chunk c/"
+    ):
+        write_archive_report(path, tmp_path / "page")
+    found = Page(tmp_path / "page/index.html")
     assert "Pictures of frames are missing. Damaged: A/x/a" in found.text
-    assert re.search(r"lsim No map: .*lsim: chunk c/\d/\d .* is damaged", found.text)
-    assert "good : The two axes hold 100 %" in found.text
+    assert re.search(r"Left out, .*lsim, tile \d, \d: damaged distances: chunk c/\d/\d cannot", found.text)
+    assert "The two axes hold 100 %" in found.text
 
 
 def test_of_many_frames_some_sequences_are_shown_and_landmarks_place_them(tmp_path, monkeypatch):
@@ -197,6 +201,7 @@ def test_a_metric_that_has_no_map_says_why(tmp_path):
     path = make_archive(tmp_path / "archive.zarr", {"A/x": {"A/x": 2}}, metrics=["psnr"])
     array = store.get_array(store.open_store(path, "r+"), "A/x/psnr")
     store.write_rows(array, 0, -store.read(array))
+    record_matrices(path, "A/x")
     text = Page(Path(write_archive_report(path, tmp_path / "page"))).text
     assert "No metric has a map of these frames." in text
     assert "No map: a map needs distances from zero on" in text
@@ -215,6 +220,7 @@ def test_names_of_others_are_text(tmp_path):
     root = store.open_store(path, "r+")
     names = np.array(["<script>alert(1)</script>"] * 3 + ['"><img src=x onerror=y>'] * 3, object)
     store.write_rows(store.get_array(root, "A/x/sequence"), 0, names)
+    record_matrices(path, "A/x")
     found = Page(Path(write_archive_report(path, tmp_path / "page")))
     assert not [tag for tag, _ in found.tags if tag == "script"]
     assert not found.attributes("onerror")

@@ -183,13 +183,8 @@ def test_results_of_before_are_computed_again(made: Path, tmp_path: Path):
 def test_a_row_without_its_resolution_is_left_out(tmp_path: Path):
     root, parameter = store.open_store(tmp_path / "d.zarr", "a"), parameters(3)
     matrices = np.abs(parameter[:, :, None] - parameter[:, None, :])
-    write_field(root, "A/x", list("abc"), parameter, {"m": matrices})
-    group = store.get_group(root, "A/x/provenance")
-    array = store.create_array(
-        group, schema.RESOLUTION, shape=(1, 3), chunks=(1, 3), dims=schema.PROVENANCE_DIMS, dtype=str
-    )
     fine = to_text(Resolution(0.0, 55, 0, ()))
-    store.write_rows(array, 0, np.array([[fine, "", fine]], object))
+    write_field(root, "A/x", list("abc"), parameter, {"m": matrices}, resolutions={"m": [fine, "", fine]})
     report = correlate(tmp_path / "d.zarr", tmp_path / "r", replicates=0)
     assert report.left_out.sequence.tolist() == ["b"]
     assert "not recorded" in report.left_out.reason[0]

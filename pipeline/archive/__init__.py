@@ -28,6 +28,7 @@ from pipeline.archive.tiles import TileTask, compute_tiles
 from pipeline.embedding_cache import clear_cache
 from pipeline.fields import checked_fields, drop_vanished, refuse_others_results
 from pipeline.metric_choice import Settings, choose_metrics
+from pipeline.recorded import record_fingerprints
 from pipeline.resolution import Unresolved, list_unresolved, record_resolution
 from pipeline.runs import begin_run, carried, record_run
 from pipeline.workers.cluster import Cluster
@@ -200,6 +201,7 @@ def compute_archive(
             about: dict[str, Any] = {"scope": settings.scope, "unavailable": report.unavailable}
             if report.plans:
                 about["plan"] = [describe_plan(plan) for plan in report.plans]
+            record_fingerprints(root)
             record_run(root, run, **carried(source), frames=relative(frames_path, out_path), **about)
             store.consolidate(out_path)
     report.failures = list_archive_failures(out_path)

@@ -14,10 +14,16 @@ from typing import Any
 import numpy as np
 
 from lsim.preprocess import Scope, scope_identity
-from pipeline import schema, store
+from pipeline import digests, schema, store
 from pipeline.frame_blocks import ArchiveFrames, FrameBlock
+from pipeline.recorded import labels_of_blocks, tile_identity, tile_texts
 
-OF_TILES: dict[str, str | int] = {schema.FINGERPRINT: "", schema.MISSING: 0, schema.UNRESOLVED: 0}
+OF_TILES: dict[str, str | int] = {
+    schema.FINGERPRINT: "",
+    schema.DIGEST: "",
+    schema.MISSING: 0,
+    schema.UNRESOLVED: 0,
+}
 """Records of tiles, the fingerprint first as they are taken away, with what stands for none."""
 
 LABELS_TOGETHER = 16384
@@ -138,6 +144,7 @@ def _lay_out_provenance(
         },
         schema.MISSING: {"shape": (0, count, count), "dtype": "int32", **squares},
         schema.UNRESOLVED: {"shape": (0, count, count), "dtype": "int32", **squares},
+        schema.DIGEST: {"shape": (0, count, count), "dtype": str, **squares},
         schema.FINGERPRINT: {"shape": (0, count, count), "dtype": str, **squares},
     }
     for name, layout in layouts.items():
@@ -187,20 +194,32 @@ def sides(group: store.Group) -> tuple[int, int]:
 def stale_tiles(
     group: store.Group, name: str, specification_hash: str, scope: Scope, blocks: Sequence[FrameBlock]
 ) -> np.ndarray:
-    """Which tiles (i, j), i <= j, of a metric are out of date: (tile, tile_other) bool."""
+    """Which tiles (i, j), i <= j, of a metric are out of date: (tile, tile_other) bool.
+
+    So are those whose record, or the labels of whose frames, are others than were written with them.
+    """
     count = len(blocks)
     stale = np.triu(np.ones((count, count), bool))
     places = metric_places(group) if schema.PROVENANCE in group else {}
     if name not in places or not _records_resolution(group):
         return stale
-    array = store.get_array(store.get_group(group, schema.PROVENANCE), schema.FINGERPRINT)
-    recorded = store.read(array, places[name])
+    provenance, place = store.get_group(group, schema.PROVENANCE), places[name]
+    recorded = store.read(store.get_array(provenance, schema.FINGERPRINT), place)
+    text = str(store.read(store.get_array(provenance, schema.SPECIFICATION))[place])
+    if not digests.is_sealed(json.loads(text or "{}"), group.path, name) or schema.DIGEST not in provenance:
+        return stale
+    of_tiles, missing, unresolved, failures = (
+        store.read(store.get_array(provenance, column), place)
+        for column in (schema.DIGEST, schema.MISSING, schema.UNRESOLVED, schema.FAILURE)
+    )
     for i, j in np.argwhere(stale[: len(recorded), : len(recorded)]):
-        found = recorded[i, j]
-        if found and found == tile_fingerprint(
-            blocks[i].content, blocks[j].content, specification_hash, scope
-        ):
-            stale[i, j] = False
+        rows, columns = blocks[i], blocks[j]
+        found = tile_fingerprint(rows.content, columns.content, specification_hash, scope)
+        if recorded[i, j] == found:
+            reasons = failures[rows.start : rows.stop].tolist() if i == j else ()
+            identity = tile_identity(group.path, name, (int(i), int(j)), rows.labels, columns.labels)
+            texts = tile_texts(found, int(missing[i, j]), int(unresolved[i, j]), reasons)
+            stale[i, j] = not digests.binds(str(of_tiles[i, j]), identity, texts)
     return stale
 
 
@@ -213,7 +232,9 @@ def invalidate(group: store.Group, blocks: Sequence[FrameBlock], stale: Mapping[
     provenance = store.get_group(group, schema.PROVENANCE)
     array = store.get_array(provenance, schema.CONTENT)
     contents = np.array([block.content for block in blocks], object)
-    changed = store.read(array) != contents
+    labels = labels_of_blocks(group, len(blocks[0])) if blocks else []
+    relabelled = np.array([block.labels != found for block, found in zip(blocks, labels, strict=True)], bool)
+    changed = (store.read(array) != contents) | relabelled
     for name, place in metric_places(group).items():
         gone = stale[name] if name in stale else changed[:, None] | changed
         for of_tiles, nothing in OF_TILES.items():
@@ -221,7 +242,7 @@ def invalidate(group: store.Group, blocks: Sequence[FrameBlock], stale: Mapping[
         # Reasons come with the tile of a block with itself.
         of_frames = np.repeat(np.diagonal(gone), [len(block) for block in blocks])
         _clear(store.get_array(provenance, schema.FAILURE), place, of_frames, "")
-    if changed.any():
+    if (store.read(array) != contents).any():
         store.write_rows(array, 0, contents)
 
 
@@ -239,5 +260,5 @@ def describe(group: store.Group, specifications: Mapping[str, Mapping[str, Any]]
     texts = store.read(array)
     for name, place in metric_places(group).items():
         if name in specifications:
-            texts[place] = json.dumps(specifications[name], sort_keys=True)
+            texts[place] = json.dumps(digests.sealed(specifications[name], group.path, name), sort_keys=True)
     store.write_rows(array, 0, texts)

@@ -21,11 +21,12 @@ from lsim.embedding import Embedding
 from lsim.metric import Metric
 from lsim.precision import PairPrecision, ReportsPrecision
 from lsim.preprocess import Scope
-from pipeline import schema, store, trials
+from pipeline import digests, schema, store, trials
 from pipeline.archive.matrix import OF_TILES, tile_fingerprint
 from pipeline.embedding_cache import FRAMES_TOGETHER, EmbeddedBlock, cache, embed_block
 from pipeline.frame_blocks import FrameBlock, read_block
 from pipeline.metric_choice import is_directed
+from pipeline.recorded import tile_identity, tile_texts
 from pipeline.resolution import count_unresolved
 from pipeline.workers import stopping
 from pipeline.workers.resident import MetricRequest, get_metric, still_wanted
@@ -112,10 +113,7 @@ class TileResult:
 
 @dataclass
 class _Record:
-    """The records of a task's square of tiles; its copies write them, too.
-
-    They are a tile's fingerprint, and counts of its missing and its unresolved distances.
-    """
+    """What is recorded of the tiles of a task's square; its copies write that, too."""
 
     group: store.Group
     place: int
@@ -133,10 +131,11 @@ class _Record:
         self.origin = (i - i % side, j - j % side)
         self.part = tuple(slice(start, start + side) for start in self.origin)
 
-    def write(self, tile: Tile, fingerprint: str, missing: int, unresolved: int = 0) -> None:
+    def write(self, tile: Tile, fingerprint: str, digest: str, missing: int = 0, unresolved: int = 0) -> None:
         """Say that a tile is done; the fingerprint last."""
         self.done[tile[0] - self.origin[0], tile[1] - self.origin[1]] = {
             schema.FINGERPRINT: fingerprint,
+            schema.DIGEST: digest,
             schema.MISSING: missing,
             schema.UNRESOLVED: unresolved,
         }
@@ -209,7 +208,7 @@ def compute_tiles(task: TileTask) -> TileResult:
                 _check_wanted(task, i, j)
                 if reason:
                     # Another copy may have finished it: its fingerprint must not stand for what comes now.
-                    records[name].write((i, j), "", 0)
+                    records[name].write((i, j), "", "")
                 _write_tile(group, task, name, (i, j), values, mirrored, rows)
                 if reason:
                     errors[name], undone = reason, undone + 1
@@ -220,8 +219,12 @@ def compute_tiles(task: TileTask) -> TileResult:
                         missing += int((np.isnan(mirrored) & both.T).sum())
                     contents = task.blocks[i].content, task.blocks[j].content
                     made_of = tile_fingerprint(*contents, metric.specification_hash, task.scope)
+                    reasons = [rows.reasons.get(k, "") for k in range(len(values))] if i == j else []
+                    texts = tile_texts(made_of, missing, unresolved, reasons)
+                    arrays = [values] if mirrored is None else [values, mirrored]
+                    digest = _digest(task, name, (i, j), arrays, texts)
                     _check_wanted(task, i, j)
-                    records[name].write((i, j), made_of, missing, unresolved)
+                    records[name].write((i, j), made_of, digest, missing, unresolved)
                     done += 1
                 seconds["write"] += time.perf_counter() - began  # type: ignore[assignment]
     precision = {
@@ -230,6 +233,15 @@ def compute_tiles(task: TileTask) -> TileResult:
         if isinstance(metric, ReportsPrecision) and (kept := metric.take_precision()) is not None
     }
     return TileResult(done, errors, undone, embedded[0], seconds, precision, first.device.type)
+
+
+def _digest(
+    task: TileTask, metric: str, tile: Tile, arrays: Sequence[np.ndarray], texts: Mapping[str, str]
+) -> str:
+    """Make the digest of a tile that is done, and of its mirror image where that is no transpose."""
+    rows, columns = (task.blocks[index].labels for index in tile)
+    identity = tile_identity(task.key, metric, tile, rows, columns)
+    return digests.bind(identity, texts, "".join(map(digests.hash_values, arrays)))
 
 
 def _check_wanted(task: TileTask, i: int, j: int) -> None:

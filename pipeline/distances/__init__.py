@@ -23,7 +23,8 @@ from lsim.metric import Metric
 from lsim.preprocess import Preprocessing, Scope
 from pipeline import schema, store
 from pipeline.address import absolute, relative
-from pipeline.distances.blocks import StaleBlock, StaleRows, describe, find_stale, lay_out
+from pipeline.digests import identify_rows
+from pipeline.distances.blocks import StaleBlock, StaleRows, describe, digest_rows, find_stale, lay_out
 from pipeline.distances.compute import (
     BlockResult,
     BlockTask,
@@ -34,6 +35,7 @@ from pipeline.distances.compute import (
 from pipeline.distances.sizing import BlockSize, Pace, block_size
 from pipeline.fields import checked_fields, drop_vanished, field_units
 from pipeline.metric_choice import Settings, choose_metrics, is_directed
+from pipeline.recorded import record_fingerprints
 from pipeline.resolution import Unresolved, list_unresolved, record_resolution
 from pipeline.runs import begin_run, carried, record_run
 from pipeline.scopes import dataset_range
@@ -86,6 +88,9 @@ class DistancesReport:
         By field, the blocks of those that are new in this run.
     copies : int
         Tasks that ran so long that a second copy was sent to another worker.
+    unrecorded : int
+        Matrices that were computed again as their record was not the one that was written with them: it was
+        damaged, or was made before records had digests.
     """
 
     computed: int = 0
@@ -99,6 +104,7 @@ class DistancesReport:
     cluster: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, BlockSize] = field(default_factory=dict)
     copies: int = 0
+    unrecorded: int = 0
 
 
 @dataclass
@@ -204,6 +210,7 @@ def compute_distances(
                 _record_precision(root, totals)
                 record_resolution(root)
             about = {"frames": relative(frames_path, out_path), "unavailable": report.unavailable}
+            record_fingerprints(root)
             record_run(root, run, **carried(source), **about)
             store.consolidate(out_path)
     report.failures = list_failures(out_path)
@@ -328,12 +335,15 @@ def _bring_into_shape(
     }
     hashes = {metric.name: metric.specification_hash for metric in metrics}
     scope_of = {metric.name: this.scopes[metric.preprocessing.mask] for metric in metrics}
-    this.stale = find_stale(group, contents, hashes, scope_of, settings.pairs)
+    parameter = store.read(store.get_array(origin, schema.PARAMETER))
+    identities = identify_rows(store.read(store.get_array(origin, schema.SEQUENCE)), parameter)
+    this.stale = find_stale(group, contents, hashes, scope_of, settings.pairs, identities)
+    report.unrecorded += sum(this.stale.damaged.values())
     report.up_to_date += this.stale.fresh
     made_with = {"pairs": settings.pairs, "versions": versions()}
     describe(
         group,
-        store.read(store.get_array(origin, schema.PARAMETER)),
+        parameter,
         {
             metric.name: metric.specification()
             | {"scope": scope_of[metric.name]}
@@ -363,6 +373,7 @@ def _measured_size(
             {name: {row: ""} for name in this.requests},
             {row: contents[row]},
             dict.fromkeys(this.requests, 0),
+            {row: b""},
         )
         # What is timed is what every block takes: nothing is tried.
         task = replace(this.task(block, requests, scopes), run="")
@@ -431,8 +442,14 @@ def _run(
         # Now nobody else writes. Without a fingerprint these are computed again by the next run.
         for task, reason in given_up:
             group = store.get_group(root, task.key)
-            named = {name: dict.fromkeys(rows, reason) for name, rows in task.block.rows.items()}
-            write_provenance(group, schema.FAILURE, task.block, named)
+            block = task.block
+            texts: dict[str, dict[str, dict[int, str]]] = {
+                schema.FAILURE: {name: dict.fromkeys(rows, reason) for name, rows in block.rows.items()},
+                schema.CONTENT: {name: dict.fromkeys(rows, "") for name, rows in block.rows.items()},
+            }
+            texts[schema.DIGEST] = digest_rows(task.key, block, texts, {})
+            for name, by_metric in texts.items():
+                write_provenance(group, name, block, by_metric)
 
 
 def _record_precision(root: store.Group, totals: Totals) -> None:

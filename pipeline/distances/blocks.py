@@ -10,22 +10,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from lsim.preprocess import Scope, scope_identity
-from pipeline import schema, store
+from pipeline import digests, schema, store
+from pipeline.recorded import bound_rows
 from pipeline.schema import Pairs
+
+Matrices: TypeAlias = Mapping[str, Mapping[int, np.ndarray]]
+"""By metric and row."""
 
 METRICS_PER_CHUNK = 64
 """Of the texts in provenance: one chunk holds those of all metrics for a block's sequences, which one task
 writes at once, instead of a small file a metric. A block has one task at a time, whatever its metrics."""
 
-ROW_TEXTS = (schema.FAILURE, schema.CONTENT, schema.RESOLUTION, schema.FINGERPRINT)
-"""Texts that provenance has for every metric and sequence, the fingerprint last: as they are written."""
+ROW_TEXTS = (schema.FAILURE, schema.CONTENT, schema.RESOLUTION, schema.DIGEST, schema.FINGERPRINT)
+"""Texts that provenance has for every metric and sequence, the fingerprint last: as they are written. The
+digest is of all others, see :func:`digest_rows`."""
 
 SATISFIED_BY: dict[Pairs, tuple[Pairs, ...]] = {"all": ("all",), "reference": ("reference", "all")}
 """Which recorded pairs will do for those asked for: all pairs hold the reference's too."""
@@ -42,7 +48,8 @@ ROWS_AT_ONCE = 4096
 class StaleBlock:
     """Sequences ``start:stop`` of a field; for each metric the rows to compute, with their fingerprints.
 
-    ``contents`` has the content hash of each row, and ``places`` the index of each metric in provenance.
+    ``contents`` has the content hash of each row, ``places`` the index of each metric in provenance, and
+    ``identities`` what digests bind each row to besides group and metric.
     """
 
     start: int
@@ -50,6 +57,7 @@ class StaleBlock:
     rows: Mapping[str, Mapping[int, str]]
     contents: Mapping[int, str]
     places: Mapping[str, int]
+    identities: Mapping[int, bytes]
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,11 @@ class StaleRows:
         By metric, what fingerprints are made of besides the content.
     places : dict of str to int
         Index of each metric in provenance.
+    identities : sequence of bytes
+        See :func:`pipeline.digests.identify_rows`.
+    damaged : dict of str to int
+        By metric, how many rows of today's fingerprint are stale as their record is not the one that was
+        written with it, or holds no digest.
     """
 
     stale: Mapping[str, np.ndarray]
@@ -74,6 +87,8 @@ class StaleRows:
     contents: Sequence[str]
     suffixes: Mapping[str, str]
     places: Mapping[str, int]
+    identities: Sequence[bytes]
+    damaged: Mapping[str, int]
 
     @property
     def metrics(self) -> list[str]:
@@ -103,7 +118,9 @@ class StaleRows:
                         row: _hashed(self.contents[row], suffix) for row in (found + start).tolist()
                     }
             contents = dict(enumerate(self.contents[start:stop], start))
-            yield StaleBlock(start, stop, rows, contents, {name: self.places[name] for name in rows})
+            identities = dict(enumerate(self.identities[start:stop], start))
+            places = {name: self.places[name] for name in rows}
+            yield StaleBlock(start, stop, rows, contents, places, identities)
 
 
 def fingerprint(content: str, specification_hash: str, scope: Scope, pairs: Pairs) -> str:
@@ -122,12 +139,40 @@ def _hashed(content: str, suffix: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def digest_rows(
+    key: str, block: StaleBlock, texts: Mapping[str, Mapping[str, Mapping[int, str]]], values: Matrices
+) -> dict[str, dict[int, str]]:
+    """Make the digests of a block's rows, by metric and row.
+
+    Parameters
+    ----------
+    key : str
+        ``<dataset>/<field>``.
+    block : StaleBlock
+    texts : mapping
+        By name of the text, metric and row, all other texts that are recorded of the rows.
+    values : mapping
+        By metric and row, the matrices, of the rows that have fingerprints; others' don't count.
+    """
+    found: dict[str, dict[int, str]] = {}
+    for metric, rows in block.rows.items():
+        about = digests.identify(key, metric)
+        for row in rows:
+            of_row = {name: by_metric.get(metric, {}).get(row, "") for name, by_metric in texts.items()}
+            done = of_row.get(schema.FINGERPRINT, "") != ""
+            hashed = digests.hash_values(values[metric][row]) if done else ""
+            identity = about + block.identities[row]
+            found.setdefault(metric, {})[row] = digests.bind(identity, of_row, hashed)
+    return found
+
+
 def find_stale(
     group: store.Group,
     contents: Sequence[str],
     specifications: Mapping[str, str],
     scopes: Mapping[str, Scope],
     pairs: Pairs,
+    identities: Sequence[bytes],
 ) -> StaleRows:
     """What of a field is out of date, and its fingerprints taken from it before anything else changes.
 
@@ -146,6 +191,9 @@ def find_stale(
     scopes : mapping of str to scope
         The scope of each metric, by name.
     pairs : {"all", "reference"}
+    identities : sequence of bytes
+        What each row's digest is bound to, see :func:`pipeline.digests.identify_rows`. A row whose record is
+        another than was written with its fingerprint is out of date.
     """
     provenance = store.get_group(group, schema.PROVENANCE)
     names = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
@@ -155,10 +203,11 @@ def find_stale(
         name: [_suffix(hashed, scopes[name], p) for p in SATISFIED_BY[pairs]]
         for name, hashed in specifications.items()
     }
-    fingerprints, computed_from, resolutions = (
-        store.get_array(provenance, name) for name in (schema.FINGERPRINT, schema.CONTENT, schema.RESOLUTION)
-    )
+    described = _described(group, names)
+    arrays = {name: store.get_array(provenance, name) for name in ROW_TEXTS}
+    fingerprints = arrays[schema.FINGERPRINT]
     stale = {name: np.ones(len(contents), bool) for name in specifications}
+    damaged: Counter[str] = Counter()
     length = fingerprints.chunks[1]
     at_once = max(1, ROWS_AT_ONCE // length) * length
     for start in range(0, len(contents), at_once):
@@ -167,19 +216,37 @@ def find_stale(
         found = store.read(fingerprints, (slice(None), rows))
         if not (found != "").any():
             continue
-        of_today = store.read(computed_from, (slice(None), rows)) == np.array(here, dtype=object)[None]
-        resolved = store.read(resolutions, (slice(None), rows)) != ""
+        texts = {name: store.read(array, (slice(None), rows)) for name, array in arrays.items()}
+        of_today = texts[schema.CONTENT] == np.array(here, dtype=object)[None]
+        resolved = texts[schema.RESOLUTION] != ""
         valid = np.where(of_today & resolved, found, "").astype(object)
         for name, place in places.items():
             wanted = suffixes[name]
-            stale[name][rows] = [
-                all(recorded != _hashed(content, suffix) for suffix in wanted)
-                for recorded, content in zip(np.where(resolved, found, "")[place], here, strict=True)
-            ]
+            of_other = np.array(
+                [
+                    all(recorded != _hashed(content, suffix) for suffix in wanted)
+                    for recorded, content in zip(np.where(resolved, found, "")[place], here, strict=True)
+                ],
+                dtype=bool,
+            )
+            bound = bound_rows(group.path, name, identities[rows], {k: v[place] for k, v in texts.items()})
+            unbound = ~bound if described[name] else np.ones(len(here), bool)
+            damaged[name] += int((unbound & ~of_other).sum())
+            stale[name][rows] = of_other | unbound
             valid[place, stale[name][rows]] = ""
         _write_changed(fingerprints, start, found, valid)
     recorded_as = {name: wanted[0] for name, wanted in suffixes.items()}
-    return StaleRows(stale, length, contents, recorded_as, places)
+    return StaleRows(stale, length, contents, recorded_as, places, identities, damaged)
+
+
+def _described(group: store.Group, names: Sequence[str]) -> dict[str, bool]:
+    """Tell of each metric whether its specification is the one that was recorded for it here."""
+    array = store.get_array(store.get_group(group, schema.PROVENANCE), schema.SPECIFICATION)
+    texts = store.read(array)
+    return {
+        name: digests.is_sealed(json.loads(str(text) or "{}"), group.path, name)
+        for name, text in zip(names, texts, strict=True)
+    }
 
 
 def _write_changed(array: store.Array, start: int, old: np.ndarray, new: np.ndarray) -> None:
@@ -214,7 +281,9 @@ def describe(
     texts = known.copy()
     for index, name in enumerate(names):
         if name in specifications:
-            texts[index] = json.dumps(specifications[name], sort_keys=True)
+            texts[index] = json.dumps(
+                digests.sealed(specifications[name], group.path, str(name)), sort_keys=True
+            )
     if (texts != known).any():
         store.write_rows(array, 0, texts)
 
@@ -303,9 +372,9 @@ def _align_rows(group: store.Group, sequences: list[str]) -> None:
     names = store.get_array(group, schema.SEQUENCE)
     texts = {name: store.get_array(provenance, name) for name in ROW_TEXTS}
     matrices = [store.get_array(group, name) for name in schema.metric_names(group.array_keys())]
-    parameter = store.get_array(group, schema.PARAMETER)
+    parameters = store.get_array(group, schema.PARAMETER)
     old = [str(name) for name in store.read(names)]
-    lengths = {array.shape[0] for array in (names, parameter, *matrices)}
+    lengths = {array.shape[0] for array in (names, parameters, *matrices)}
     lengths |= {array.shape[1] for array in texts.values()}
     if old == sequences and lengths == {len(sequences)}:
         return
@@ -325,7 +394,9 @@ def _align_rows(group: store.Group, sequences: list[str]) -> None:
         store.resize_rows(array, len(sequences))
         if values is not None:
             store.write_rows(array, 0, values)
-    store.resize_rows(parameter, len(sequences))
+    of_rows = _rearranged(store.read(parameters), origin, np.nan, axis=0)
+    store.resize_rows(parameters, len(sequences))
+    store.write_rows(parameters, 0, of_rows)
     store.resize_rows(names, len(sequences))
     store.write_rows(names, 0, np.array(sequences, dtype=object))
     for name, array in texts.items():

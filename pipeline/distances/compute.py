@@ -26,7 +26,7 @@ from lsim.prepared import Prepared
 from lsim.preprocess import FramesError, Scope, finite_frames
 from pipeline import schema, store, trials
 from pipeline.content import NOT_READ, read_sequence, why_not_read
-from pipeline.distances.blocks import Pairs, StaleBlock
+from pipeline.distances.blocks import ROW_TEXTS, Pairs, StaleBlock, digest_rows
 from pipeline.metric_choice import is_directed
 from pipeline.resolution import resolution_of, to_text
 from pipeline.workers.resident import MetricRequest, get_metric, still_wanted
@@ -191,14 +191,19 @@ def compute_block(task: BlockTask) -> BlockResult:
             write_provenance(group, schema.FINGERPRINT, block, undone)
         for name, matrices in found.matrices.items():
             _write_matrices(group, name, block, matrices)
-        write_provenance(group, schema.FAILURE, block, found.reasons)
         computed_from = {
             name: {row: block.contents[row] for row in matrices} for name, matrices in found.matrices.items()
         }
-        write_provenance(group, schema.CONTENT, block, computed_from)
-        write_provenance(group, schema.RESOLUTION, block, found.resolutions)
-        # The fingerprints last: they say that all else is there.
-        write_provenance(group, schema.FINGERPRINT, block, found.done)
+        texts: dict[str, Mapping[str, Mapping[int, str]]] = {
+            schema.FAILURE: found.reasons,
+            schema.CONTENT: computed_from,
+            schema.RESOLUTION: found.resolutions,
+            schema.FINGERPRINT: found.done,
+        }
+        texts[schema.DIGEST] = digest_rows(task.key, block, texts, found.matrices)
+        # In their order, the fingerprints last: they say that all else is there.
+        for name in ROW_TEXTS:
+            write_provenance(group, name, block, texts[name])
     kept = {metric.name: _take_precision(metric) for metric in found.metrics}
     precision = {name: promise for name, promise in kept.items() if promise is not None}
     finished = sum(len(rows) for rows in found.done.values())

@@ -21,14 +21,20 @@ from pipeline.report.archive import ArchiveContents, gather_archive, is_archive
 from pipeline.report.contents import ReportError
 from pipeline.tables import write_csv
 
-__all__ = ["ReportError", "is_archive", "write_archive_report", "write_report"]
+__all__ = ["DamagedReportError", "ReportError", "is_archive", "write_archive_report", "write_report"]
 
+NAMED = 5
+"""Of what is damaged, in an error; the page names all."""
 TITLE = "Which metric ranks simulations best?"
 ARCHIVE_TITLE = "What lies near what?"
 MAP = "map"
 PAGE = "index.html"
 PICTURE = "overview.png"
 MARKDOWN = "correlations.md"
+
+
+class DamagedReportError(ReportError):
+    """A report that is written, and shows less than there should be: the message names what is damaged."""
 
 
 def write_report(
@@ -69,8 +75,10 @@ def write_report(
     Raises
     ------
     ReportError
-        When there are no correlations in ``results``, the distances aren't where they say, or
-        ``protocol`` or ``statistic`` is not among them.
+        When there are no correlations in ``results`` or they are damaged, the distances aren't where they
+        say, or ``protocol`` or ``statistic`` is not among them.
+    DamagedReportError
+        Once the page is written, when it leaves out distances that are not as they were written.
     """
     location = absolute(results)
     place = join(location, "report") if out is None else absolute(out)
@@ -92,6 +100,7 @@ def write_report(
         (folder / MARKDOWN).write_text(contents.markdown(found), encoding="utf-8")
         (folder / PICTURE).write_bytes(pictures.overview(found))
         _write_page(folder, page)
+    _refuse_damaged(place, [*found.damaged, *(maps_of.damaged if maps_of is not None else [])])
     return join(place, PAGE) if is_address(place) else Path(place, PAGE)
 
 
@@ -117,6 +126,8 @@ def write_archive_report(
     ------
     ReportError
         When this is no archive, or it has no distances yet.
+    DamagedReportError
+        Once the page is written, when it leaves out distances that are not as they were written.
     """
     found = gather_archive(absolute(archive))
     place = absolute(out)
@@ -125,7 +136,18 @@ def write_archive_report(
         folder.mkdir(parents=True, exist_ok=True)
         write_csv(found.table, folder / f"{MAP}.csv")
         _write_page(folder, page)
+    _refuse_damaged(place, found.damaged)
     return join(place, PAGE) if is_address(place) else Path(place, PAGE)
+
+
+def _refuse_damaged(place: str, damaged: list[str]) -> None:
+    """Raise :class:`DamagedReportError` where a page that is written leaves out what is damaged."""
+    if damaged:
+        more = f"; and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
+        raise DamagedReportError(
+            f"{join(place, PAGE)} is written without what is damaged: {'; '.join(damaged[:NAMED])}{more}; "
+            "'lsim verify' lists all that is damaged in a store"
+        )
 
 
 def _of_archive(found: ArchiveContents | None) -> dict[str, Any]:

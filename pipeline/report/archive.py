@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline import scaling, schema, store
+from pipeline.content import NOT_READ, check_bound, read_sequence
 from pipeline.neighbours import (
     COLUMNS_TOGETHER,
     NAMES_TOGETHER,
@@ -26,6 +27,7 @@ from pipeline.neighbours import (
     metrics_of,
     neighbours_of,
 )
+from pipeline.recorded import CheckedMatrix, labels_of_blocks
 from pipeline.report.contents import ReportError, find_frames
 from pipeline.resolution import list_unresolved
 
@@ -71,6 +73,8 @@ class Matrix:
         Which of the frames shown are looked at.
     nearest : list of Neighbours
         Of a few references, in other sequences.
+    left_out : list of str
+        Tiles that don't count, with the reason.
     """
 
     key: str
@@ -83,6 +87,7 @@ class Matrix:
     not_mapped: list[str]
     marked: list[int]
     nearest: list[Neighbours]
+    left_out: list[str]
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class ArchiveContents:
     specifications: dict[str, str]
     frames_by_name: dict[str, np.ndarray]
     missing_frames: str
+    damaged: list[str]
     table: pd.DataFrame
 
 
@@ -135,7 +141,8 @@ def gather_archive(path: str | os.PathLike[str]) -> ArchiveContents:
     metrics = sorted({name for group in groups.values() for name in metrics_of(group)})
     if not metrics:
         raise ReportError(f"{path}: no matrix has distances yet")
-    matrices = [_matrix(key, groups[key]) for key in keys[:SHOWN_MATRICES]]
+    store.check_documents(root)
+    matrices = [_matrix(root, key) for key in keys[:SHOWN_MATRICES]]
     frames, missing_frames = find_frames(path, attributes)
     frames_by_name, damage = _read_frames(frames, matrices) if frames is not None else ({}, "")
     plans = attributes.get("plan", [])
@@ -154,6 +161,7 @@ def gather_archive(path: str | os.PathLike[str]) -> ArchiveContents:
         specifications=_specifications(path),
         frames_by_name=frames_by_name,
         missing_frames=missing_frames or damage,
+        damaged=[text for matrix in matrices for text in matrix.left_out],
         table=_table(matrices),
     )
 
@@ -175,7 +183,8 @@ def say_how_much(found: scaling.FrameMap) -> str:
     )
 
 
-def _matrix(key: str, group: store.Group) -> Matrix:
+def _matrix(root: store.Group, key: str) -> Matrix:
+    group = store.get_group(root, key)
     count = store.get_array(group, schema.NUMBER).shape[0]
     shown = _sample(group, count)
     fields, sequences, numbers, parameter = (
@@ -183,7 +192,11 @@ def _matrix(key: str, group: store.Group) -> Matrix:
         for name in (schema.FIELD, schema.SEQUENCE, schema.NUMBER, schema.PARAMETER)
     )
     names = _leading_first(metrics_of(group))
-    maps = [_map(store.get_array(group, name), shown, name) for name in names[: 1 + SMALL_MAPS]]
+    labels = labels_of_blocks(group, store.get_array(group, names[0]).chunks[0]) if names else []
+    checked = [CheckedMatrix(root, key, name, labels) for name in names]
+    for one in checked:
+        one.check_records()
+    maps = [_map(one, shown) for one in checked[: 1 + SMALL_MAPS]]
     first = next((one for one in maps if one.found is not None), None)
     matrix = Matrix(
         key=key,
@@ -196,9 +209,12 @@ def _matrix(key: str, group: store.Group) -> Matrix:
         not_mapped=names[1 + SMALL_MAPS :],
         marked=scaling.spread(first.found.positions, MARKED) if first and first.found else [],
         nearest=[],
+        left_out=[],
     )
     if first is not None:
-        matrix.nearest.extend(_nearest(group, matrix, shown, first.metric))
+        matrix.nearest.extend(_nearest(root, matrix, shown, first.metric))
+    left_out = [*(one.left_out for one in checked), *(near.left_out for near in matrix.nearest)]
+    matrix.left_out.extend(dict.fromkeys(text for texts in left_out for text in texts))
     return matrix
 
 
@@ -234,41 +250,53 @@ def _sample(group: store.Group, count: int) -> np.ndarray:
     return np.concatenate([np.arange(bounds[k], bounds[k + 1]) for k in chosen])[:SHOWN_FRAMES]
 
 
-def _picked(array: store.Array, places: np.ndarray, row: tuple[int, ...] = ()) -> np.ndarray:
-    """Values of an array, or of a row of it, at places along its last axis; read some chunks at a time."""
-    length, chunk = array.shape[-1], array.chunks[-1]
+def _picked(array: store.Array, places: np.ndarray) -> np.ndarray:
+    """Values of an array at places; read some chunks at a time."""
+    length, chunk = array.shape[0], array.chunks[0]
     step = max(1, COLUMNS_TOGETHER // chunk) * chunk
     found = []
     for start in range(0, length, step):
         here = places[(places >= start) & (places < start + step)]
         if len(here):
-            found.append(store.read(array, (*row, slice(start, min(start + step, length))))[here - start])
-    return np.concatenate(found) if found else store.read(array, (*row, slice(0, 0)))
+            found.append(store.read(array, slice(start, min(start + step, length)))[here - start])
+    return np.concatenate(found) if found else store.read(array, slice(0, 0))
+
+
+def _picked_of_row(matrix: CheckedMatrix, row: int, places: np.ndarray) -> np.ndarray:
+    """Distances of a frame to others; read some tiles at a time."""
+    step = max(1, COLUMNS_TOGETHER // matrix.tile) * matrix.tile
+    found = []
+    for start in range(0, matrix.length, step):
+        here = places[(places >= start) & (places < start + step)]
+        if len(here):
+            found.append(matrix.row(row, slice(start, min(start + step, matrix.length)))[here - start])
+    return np.concatenate(found) if found else np.empty(0, np.float32)
 
 
 # -- Maps ---------------------------------------------------------------------------------------------
 
 
-def _map(array: store.Array, shown: np.ndarray, metric: str) -> MetricMap:
+def _map(matrix: CheckedMatrix, shown: np.ndarray) -> MetricMap:
     """By all distances between the frames shown, or by those to landmarks, where frames are many."""
 
     def row(k: int) -> np.ndarray:
-        return _picked(array, shown, (int(shown[k]),))
+        return _picked_of_row(matrix, int(shown[k]), shown)
 
+    metric = matrix.metric
     try:
-        if len(shown) <= scaling.CLASSICAL_UP_TO and len(shown) == array.shape[0]:
-            found = scaling.classical_map(store.read(array))
+        if len(shown) <= scaling.CLASSICAL_UP_TO and len(shown) == matrix.length:
+            found = scaling.classical_map(matrix.whole())
         else:
             landmarks, rows = scaling.choose_landmarks(row, len(shown))
             found = scaling.landmark_map(rows, landmarks)
-    except (ValueError, store.DamagedError) as error:
+    except ValueError as error:
         return MetricMap(metric, None, str(error))
     if len(found.left_out) == len(shown):
         return MetricMap(metric, None, "no frame has distances")
     return MetricMap(metric, found, "")
 
 
-def _nearest(group: store.Group, matrix: Matrix, shown: np.ndarray, metric: str) -> Iterator[Neighbours]:
+def _nearest(root: store.Group, matrix: Matrix, shown: np.ndarray, metric: str) -> Iterator[Neighbours]:
     """Of references of the sequences of the frames that are marked, as long as there are other sequences."""
     references = {
         (matrix.fields[k], matrix.sequences[k]): k for k in np.flatnonzero(matrix.numbers == 0)[::-1].tolist()
@@ -277,7 +305,7 @@ def _nearest(group: store.Group, matrix: Matrix, shown: np.ndarray, metric: str)
     places = [references[pair] for pair in dict.fromkeys(wanted) if pair in references]
     for k in places[:REFERENCES]:
         reference = _frame(matrix, k, int(shown[k]))
-        found = neighbours_of(group, reference, NEAREST, metric, other_sequences=True)
+        found = neighbours_of(root, reference, NEAREST, metric, other_sequences=True)
         if found.nearest:
             yield found
 
@@ -317,13 +345,19 @@ def _read_frames(path: str, matrices: Sequence[Matrix]) -> tuple[dict[str, np.nd
         group = store.get_group(root, key)
         names = store.read(store.get_array(group, schema.SEQUENCE))
         row_of = {str(name): row for row, name in enumerate(names)}
-        array = store.get_array(group, schema.FRAMES)
-        for frame in wanted:
-            if frame.field == key and frame.sequence in row_of and frame.number < array.shape[1]:
-                try:
-                    frames[frame.name] = store.read(array, (row_of[frame.sequence], frame.number))
-                except store.DamagedError:
-                    damaged[frame.name] = None
+        contents = store.read(store.get_array(group, schema.CONTENT))
+        length = store.get_array(group, schema.FRAMES).shape[1]
+        here = [f for f in wanted if f.field == key and f.sequence in row_of and f.number < length]
+        for sequence in dict.fromkeys(frame.sequence for frame in here):
+            of_sequence = [frame for frame in here if frame.sequence == sequence]
+            row = row_of[sequence]
+            try:
+                check_bound(group)
+                values = read_sequence(group, row, str(contents[row]))
+            except NOT_READ:
+                damaged |= dict.fromkeys(frame.name for frame in of_sequence)
+            else:
+                frames |= {frame.name: values[frame.number] for frame in of_sequence}
     return frames, f"Damaged: {', '.join(damaged)}." if damaged else ""
 
 

@@ -13,11 +13,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import xxhash
 from markupsafe import Markup
 
 from pipeline import schema, statistics, store
 from pipeline.address import absolute, resolve
+from pipeline.content import check_bound, read_sequence
+from pipeline.digests import is_sealed
 from pipeline.names import printable
+from pipeline.recorded import check_rows
 from pipeline.tables import read_csv
 
 WORST = 6
@@ -93,6 +97,7 @@ class Contents:
     notes: list[str]
     made_by: dict[str, Any]
     missing_frames: str
+    damaged: list[str]
     tables: dict[str, pd.DataFrame]
 
 
@@ -160,7 +165,7 @@ def gather(results: str, folder: Path, protocol: str | None, statistic: str) -> 
 
     ``folder`` holds the files of ``results``, which may be an address.
     """
-    record = _read_record(results, folder)
+    record = read_record(results, folder)
     correlations = pd.read_parquet(folder / "correlations.parquet")
     differences = pd.read_parquet(folder / "differences.parquet")
     left_out = read_csv(folder / "left_out.csv")
@@ -175,6 +180,7 @@ def gather(results: str, folder: Path, protocol: str | None, statistic: str) -> 
             "there; keep both folders in the same places to one another, or run correlate again"
         )
     root = store.open_store(distances)
+    store.check_documents(root)
     attributes: dict[str, Any] = dict(root.attrs)
     frames, missing_frames = find_frames(distances, attributes)
     about = _attributes_by_dataset(distances)
@@ -184,7 +190,7 @@ def gather(results: str, folder: Path, protocol: str | None, statistic: str) -> 
     names: list[str] = record["columns"]
     metrics: list[str] = record["metrics"]
     pools: dict[str, list[str]] = record["pools"]
-    fields = _read_fields(distances, metrics, protocol, left_out)
+    fields, damaged = _read_fields(root, distances, metrics, protocol, left_out)
     main = correlations[(correlations.protocol == protocol) & (correlations.statistic == statistic)]
     compared = differences[(differences.protocol == protocol) & (differences.statistic == statistic)]
     headline = _headline(main, compared, names, pools)
@@ -231,9 +237,10 @@ def gather(results: str, folder: Path, protocol: str | None, statistic: str) -> 
         left_out=_condense(left_out),
         quarantined=quarantined,
         unavailable={str(k): str(v) for k, v in attributes.get("unavailable", {}).items()},
-        notes=[*record["notes"], *_outdated(record, distances)],
+        notes=[*record["notes"], *_outdated(record, distances), *(f"Damaged: {text}." for text in damaged)],
         made_by=_made_by(record, distances, attributes, source, frames),
         missing_frames=missing_frames,
+        damaged=damaged,
         tables={
             "correlations": correlations,
             "differences": differences,
@@ -257,13 +264,29 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 # -- Reading ------------------------------------------------------------------------------------------
 
 
-def _read_record(results: str, folder: Path) -> dict[str, Any]:
+def read_record(results: str, folder: Path) -> dict[str, Any]:
+    """Read what correlate recorded of its results, and compare its files with that.
+
+    Raises
+    ------
+    ReportError
+        When there is no record, or it or a file beside it is not as correlate wrote it.
+    """
+    again = f"run 'lsim correlate DISTANCES --out {results}'"
     try:
-        return json.loads((folder / "correlations.json").read_text())
+        record: dict[str, Any] = json.loads((folder / "correlations.json").read_text())
     except FileNotFoundError as error:
-        raise ReportError(
-            f"{results}: no correlations.json here; run 'lsim correlate DISTANCES --out {results}' first"
-        ) from error
+        raise ReportError(f"{results}: no correlations.json here; {again} first") from error
+    except ValueError as error:
+        raise ReportError(f"{results}: correlations.json cannot be read ({error}); {again} again") from error
+    if not isinstance(record, dict) or not is_sealed(record):
+        raise ReportError(f"{results}: correlations.json is not as correlate wrote it; {again} again")
+    for name, expected in record["outputs"].items():
+        file = folder / name
+        if not file.exists() or xxhash.xxh3_128_hexdigest(file.read_bytes()) != expected:
+            state = "not as correlate wrote it" if file.exists() else "missing"
+            raise ReportError(f"{results}: {name} is {state}; {again} again")
+    return record
 
 
 def _choose_protocol(record: dict[str, Any], protocol: str | None) -> tuple[list[str], str]:
@@ -300,27 +323,36 @@ def _attributes_by_dataset(path: str) -> dict[str, dict[str, Any]]:
     return {name: dict(group.attrs) for name, group in store.open_store(path).groups()}
 
 
-def _read_fields(path: str, metrics: list[str], protocol: str, left_out: pd.DataFrame) -> list[Field]:
+def _read_fields(
+    root: store.Group, path: str, metrics: list[str], protocol: str, left_out: pd.DataFrame
+) -> tuple[list[Field], list[str]]:
+    """Read what is drawn of each field, and name what of it is damaged: that is left out."""
     here = left_out[left_out.protocol == protocol]
     without = set(zip(here.dataset, here.field, here.sequence, here.metric, strict=True))
-    fields = []
-    for key in store.field_keys(store.open_store(path), schema.PARAMETER):
+    fields, damaged = [], []
+    for key in store.field_keys(root, schema.PARAMETER):
         group = store.load_dataset(path, key)
         dataset, field = key.split("/")
         sequences = [str(name) for name in group[schema.SEQUENCE].values]
         pairs = statistics.PAIRS[protocol](group.sizes[schema.FRAME])
         targets = statistics.ground_truth(group[schema.PARAMETER].values, pairs)
-        predictions, ranked, matrices = {}, {}, {}
-        for metric in (name for name in metrics if name in group):
-            matrices[metric] = group[metric].values
+        predictions, ranked = {}, {}
+        matrices = {name: group[name].values for name in metrics if name in group}
+        checked = check_rows(root, key, matrices)
+        damaged += checked.told(key, sequences)
+        for metric, values in matrices.items():
+            if metric in checked.damaged:
+                values[checked.damaged[metric]] = np.nan
             scaled = np.full(targets.shape, np.nan)
             kept = np.array([(dataset, field, name, metric) not in without for name in sequences], dtype=bool)
+            if metric in checked.damaged:
+                kept &= ~checked.damaged[metric]
             if kept.any():
-                scaled[kept] = statistics.scale(statistics.select_pairs(matrices[metric][kept], pairs))
+                scaled[kept] = statistics.scale(statistics.select_pairs(values[kept], pairs))
             predictions[metric] = scaled
             ranked[metric] = statistics.sequence_correlations(scaled, targets, "spearman")
         fields.append(Field(key, dataset, field, sequences, targets, predictions, ranked, matrices))
-    return fields
+    return fields, damaged
 
 
 def read_strip(frames: str | None, key: str, sequence: str) -> Strip:
@@ -329,15 +361,19 @@ def read_strip(frames: str | None, key: str, sequence: str) -> Strip:
     nothing = Strip(dataset, field, sequence, None, [], [], "")
     if frames is None or key not in store.field_keys(store.open_store(frames), schema.FRAMES):
         return nothing
-    group = store.load_dataset(frames, key, (schema.SEQUENCE, schema.PARAMETER))
+    group = store.load_dataset(frames, key, (schema.SEQUENCE, schema.PARAMETER, schema.CONTENT))
     names = [str(name) for name in group[schema.SEQUENCE].values]
     if sequence not in names:
         return nothing
     row, count = names.index(sequence), group.sizes[schema.FRAME]
     positions = np.unique(np.linspace(0, count - 1, min(count, SHOWN_FRAMES)).round().astype(int))
     array = group[schema.FRAMES]
-    with store.damage_named(store.get_array(store.open_store(frames), f"{key}/{schema.FRAMES}"), row):
-        shown = array[row, positions].values
+    content, of_frames = (
+        str(group[schema.CONTENT].values[row]),
+        store.get_group(store.open_store(frames), key),
+    )
+    check_bound(of_frames)
+    shown = read_sequence(of_frames, row, content)[positions]
     return Strip(
         dataset=dataset,
         field=field,

@@ -16,15 +16,17 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from pipeline import schema, store
-from pipeline.content import content_hash
+from pipeline.content import content_hash, is_bound
+from pipeline.digests import binds_values, identify_rows, is_sealed
 from pipeline.distances.blocks import fingerprint
+from pipeline.recorded import LABELS, bound_rows, count_fingerprints
 from pipeline.schema import Pairs
 from pipeline.verify.damage import (
     Check,
@@ -76,9 +78,14 @@ def verify(
         # All else is looked at once it is there again.
         return VerifyReport(kind, damages=[document_damage("", "", reason or "missing")])
     report = VerifyReport(str(root.attrs.get("kind") or _kind_of_fields(path) or schema.DISTANCES_STORE))
+    if fault := store.root_fault(root):
+        report.kind = _kind_of_fields(path) or report.kind
+        report.damages.append(document_damage("", "", fault))
+        return report
     checks = Checks()
     for found_group in _groups(root, store.listed_members(root)):
         _add_group(checks, found_group, report)
+        report.damages += _lost_fingerprints(root, found_group)
     for done, found in enumerate(_in_threads(checks, threads), start=1):
         report.damages += found
         if progress is not None:
@@ -100,22 +107,29 @@ def _kind_of_fields(path: str | os.PathLike[str]) -> str | None:
 
 @dataclass(frozen=True)
 class _Found:
-    """A group of a store, and what of it is there; ``faults`` say why metadata is not, by array or group."""
+    """A group of a store, and what of it is there; ``faults`` say why metadata is not, by array or group.
+
+    ``recorded`` has the number of fingerprints of each metric when a run came to its end.
+    """
 
     name: str
     arrays: dict[str, store.Array]
     faults: dict[str, str]
     listed: bool
+    recorded: Mapping[str, int] = field(default_factory=dict)
 
 
 def _groups(group: store.Group, listed: Mapping[str, Any] | None) -> Iterator[_Found]:
     """Every group of a store; those of provenance go with the group above."""
     arrays, children, faults = store.members(group, listed)
+    recorded: Any = {}
     if arrays and schema.PROVENANCE in children:
-        of_records = store.members(children.pop(schema.PROVENANCE), listed)
+        provenance = children.pop(schema.PROVENANCE)
+        of_records = store.members(provenance, listed)
+        recorded = provenance.attrs.get(schema.RECORDED, {}) if listed is not None else {}
         arrays |= {f"{schema.PROVENANCE}/{name}": array for name, array in of_records[0].items()}
         faults |= {f"{schema.PROVENANCE}/{name}": reason for name, reason in of_records[2].items()}
-    yield _Found(group.path, arrays, faults, listed is not None)
+    yield _Found(group.path, arrays, faults, listed is not None, recorded)
     for child in children.values():
         yield from _groups(child, listed)
 
@@ -129,7 +143,7 @@ NEEDED = {
         *(f"{schema.PROVENANCE}/{name}" for name in RECORDS),
     ),
     schema.ARCHIVE_STORE: (
-        schema.NUMBER,
+        *LABELS,
         *(f"{schema.PROVENANCE}/{name}" for name in (*RECORDS, schema.MISSING)),
     ),
 }
@@ -153,6 +167,30 @@ def _add_group(checks: Checks, found: _Found, report: VerifyReport) -> None:
     for name, reason in found.faults.items():
         if (found.name, name) not in told:
             report.damages.append(document_damage(found.name, name, reason))
+
+
+def _lost_fingerprints(root: store.Group, found: _Found) -> list[Damage]:
+    """Compare the number of fingerprints with that when the last run came to its end."""
+    name = f"{schema.PROVENANCE}/{schema.FINGERPRINT}"
+    if not found.recorded or name not in found.arrays or found.faults:
+        return []
+    try:
+        counts = count_fingerprints(store.get_group(root, found.name))
+    except store.StoreError:
+        return []  # named by whoever reads all that is recorded
+    missing = ", ".join(store.missing_chunks(found.arrays[name]))
+    return [
+        Damage(
+            found.name,
+            name,
+            missing,
+            f"fingerprints of {metric}" if metric else "fingerprints",
+            f"{counts.get(metric, 0)} are there, {count} were when the last run ended",
+            metric=metric,
+        )
+        for metric, count in found.recorded.items()
+        if counts.get(metric, 0) < count
+    ]
 
 
 def _in_threads(checks: Iterable[Check], threads: int) -> Iterator[list[Damage]]:
@@ -189,6 +227,11 @@ def _add_frames(checks: Checks, found: _Found, report: VerifyReport) -> None:
         report.damages.append(Damage(name, schema.SEQUENCE, "", "names of sequences", "missing", nameless))
     if found.listed:  # a run that is under way, or was stopped, names sequences before it has them
         report.damages += lost_chunks(name, found.arrays[schema.CONTENT], sequences != "")
+    for row in there if schema.SOURCE in columns else ():
+        record = (str(sequences[row]), str(contents[row]), str(columns[schema.SOURCE][row]))
+        if sequences[row] and not is_bound(name, *record):
+            reason = "its name, content and source are not those that were converted together"
+            report.damages.append(Damage(name, schema.SOURCE, "", f"sequence {record[0]}", reason, (row,)))
     parameter = columns[schema.PARAMETER]
     checks.add(
         len(there),
@@ -227,14 +270,21 @@ def _sequence(
 
 @dataclass(frozen=True)
 class _Recorded:
-    """What provenance says of one metric's matrices; all by row."""
+    """What provenance says of one metric's matrices; all by row.
 
+    ``bound`` says of each row whether its digest is that of its record. There are no digests where the
+    metadata of all is lost: that is damage by itself.
+    """
+
+    group: str
     metric: str
     specification: str
     sequences: Sequence[str]
     fingerprints: Sequence[str]
     contents: Sequence[str]
     failures: Sequence[str]
+    digests: Sequence[str] | None
+    bound: Sequence[bool]
 
     def pairs(self, row: int) -> Pairs | None:
         """Which pairs a fingerprint says are there; None where it is of nothing that is recorded."""
@@ -255,17 +305,34 @@ def _add_distances(checks: Checks, found: _Found, report: VerifyReport) -> None:
         for column, array in arrays.items()
         if column.startswith(prefix)
     }
-    sequences = read_column(name, arrays[schema.SEQUENCE], report)
-    add_chunks(checks, name, arrays[schema.PARAMETER], report)
+    # Of a store of before, which has none, nothing is known to be as it was written.
+    texts.setdefault(schema.DIGEST, np.full(texts[schema.FINGERPRINT].shape, "", dtype=object))
+    sequences, parameter = (
+        read_column(name, arrays[column], report) for column in (schema.SEQUENCE, schema.PARAMETER)
+    )
     fingerprints = texts[schema.FINGERPRINT]
     for carried in (schema.SEQUENCE, schema.PARAMETER):
         report.damages += lost_chunks(name, arrays[carried], (fingerprints != "").any(axis=0))
     names = [str(metric) for metric in texts[schema.METRIC]]
     for place, metric in enumerate(names):
         done = tuple(np.flatnonzero(fingerprints[place] != "").tolist())
-        if metric and metric not in arrays and done:
+        if done and not metric:
+            reason = "the name of a metric is lost"
+            report.damages.append(Damage(name, f"{prefix}{schema.METRIC}", "", "all metrics", reason))
+        elif done and metric not in arrays:
             reason, what = found.faults.get(metric, "missing"), f"all {len(done)} matrices"
             report.damages.append(Damage(name, metric, store.DOCUMENT, what, reason, done, metric))
+    # What is lost of these is named, costs no distances, and is written by the next run.
+    carried_lost = {
+        row
+        for damage in report.damages
+        if damage.group == name and damage.array in (schema.SEQUENCE, schema.PARAMETER)
+        for row in damage.rows
+    }
+    # Records can be compared with their digests again once the metadata is restored.
+    lost = any(f"{prefix}{text}" in found.faults for text in (schema.DIGEST, schema.RESOLUTION))
+    identities = identify_rows(sequences, parameter)
+    by_row = [column for column, values in texts.items() if values.ndim == len(schema.PROVENANCE_DIMS)]
     for metric in schema.metric_names(key for key in arrays if "/" not in key):
         array = arrays[metric]
         if metric not in names:  # a run was stopped before it could say so
@@ -274,12 +341,22 @@ def _add_distances(checks: Checks, found: _Found, report: VerifyReport) -> None:
             continue
         place = names.index(metric)
         length = min(array.shape[0], fingerprints.shape[1])
-        of_rows = (schema.FINGERPRINT, schema.CONTENT, schema.FAILURE)
+        padded = {column: _padded(texts[column][place], length) for column in by_row}
+        of_metric = {column: np.array(values, dtype=object) for column, values in padded.items()}
+        of_rows = [*identities[:length], *[b""] * (length - len(identities))]
         recorded = _Recorded(
+            name,
             metric,
             str(texts[schema.SPECIFICATION][place]),
             _padded(sequences, length),
-            *(_padded(texts[column][place], length) for column in of_rows),
+            padded[schema.FINGERPRINT],
+            padded[schema.CONTENT],
+            padded[schema.FAILURE],
+            None if lost else padded[schema.DIGEST],
+            [
+                bound or lost or row in carried_lost
+                for row, bound in enumerate(bound_rows(name, metric, of_rows, of_metric))
+            ],
         )
         there = sum(bool(text) for text in recorded.fingerprints)
         report.compared += there
@@ -332,16 +409,20 @@ def _fault(matrix: np.ndarray, row: int, recorded: _Recorded) -> str:
     """What is wrong with a matrix that has a fingerprint; empty when nothing is."""
     if not recorded.specification:
         return "its metric has no specification recorded"
+    if not is_sealed(json.loads(recorded.specification), recorded.group, recorded.metric):
+        return "the specification of its metric is not the one that was recorded"
     pairs = recorded.pairs(row)
     if pairs is None:
         return "its fingerprint is not that of the content and specification that are recorded"
+    if not recorded.bound[row]:
+        return "what is recorded of it, with its sequence and parameter, is not what was written with it"
     directed = bool(json.loads(recorded.specification).get(schema.DIRECTED))
     if not directed and not np.array_equal(matrix, matrix.T, equal_nan=True):
         return "not symmetric"
-    if recorded.failures[row]:
-        return ""
-    if np.isnan(matrix if pairs == "all" else matrix[0]).any():
-        return "NaN, and no failure that says why"
-    if not directed and np.diagonal(matrix).any():
-        return "values other than zero on the diagonal"
-    return ""
+    if not recorded.failures[row]:
+        if np.isnan(matrix if pairs == "all" else matrix[0]).any():
+            return "NaN, and no failure that says why"
+        if not directed and np.diagonal(matrix).any():
+            return "values other than zero on the diagonal"
+    same = recorded.digests is None or binds_values(recorded.digests[row], matrix)
+    return "" if same else "its distances are not those that were computed"

@@ -166,6 +166,6 @@ def _rows_of(array: store.Array, first: tuple[int, ...]) -> tuple[tuple[int, ...
 def recorded_specification(text: str) -> tuple[str, Any]:
     """Hash of a metric's specification, and its scope, as provenance has them."""
     recorded: dict[str, Any] = json.loads(text)
-    settings = {"scope", "pairs", "versions", schema.DIRECTED}
+    settings = {"scope", "pairs", "versions", "digest", schema.DIRECTED}
     metric = {name: value for name, value in recorded.items() if name not in settings}
     return hash_specification(metric), recorded["scope"]

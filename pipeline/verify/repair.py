@@ -10,6 +10,7 @@ That of the root is listed nowhere: it is written again with the kind of store a
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 
@@ -46,8 +47,10 @@ def repair(path: str | os.PathLike[str], report: VerifyReport) -> int:
     forget = _FORGET[report.kind]
     count = 0
     if any(is_of_root(damage) for damage in report.damages):
-        # What else was recorded there, the next run of its stage records again.
-        store.restore_root(path, {"kind": report.kind, "schema_version": schema.SCHEMA_VERSION})
+        # What else belongs there, the next run of its stage records again.
+        store.restore_root(
+            path, _attributes(path) | {"kind": report.kind, "schema_version": schema.SCHEMA_VERSION}
+        )
         return 0
     with store.locked(path):
         root = store.open_store(path, "r+")
@@ -64,6 +67,16 @@ def repair(path: str | os.PathLike[str], report: VerifyReport) -> int:
                     store.delete_chunk(store.get_array(group, damage.array), damage.chunk)
             count += forget(group, damages)
     return count
+
+
+def _attributes(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Attributes of a root whose document can be read, without its digest."""
+    try:
+        attributes = dict(store.open_store(path).attrs)
+    except store.StoreError:
+        return {}
+    attributes.pop("digest", None)
+    return attributes
 
 
 def _forget_frames(group: store.Group, damages: list[Damage]) -> int:
@@ -95,10 +108,12 @@ def _forget_distances(group: store.Group, damages: list[Damage]) -> int:
     before = store.read(array)
     after = before.copy()
     for damage in damages:
+        if damage.array == _FINGERPRINT and not damage.rows:
+            continue  # what is gone need not be taken
         if damage.metric in names:
             after[names.index(damage.metric), list(damage.rows)] = ""
         elif damage.array in (schema.PARAMETER, f"{schema.PROVENANCE}/{schema.FAILURE}", *_RANGES):
-            continue  # the first is written by every run; a lost failure is seen in its distances
+            continue  # the first is written by every run; a lost failure is seen in its digest
         elif damage.array.startswith(schema.PROVENANCE) and not damage.rows:
             after[...] = ""
         elif damage.rows:
@@ -115,6 +130,8 @@ def _forget_tiles(group: store.Group, damages: list[Damage]) -> int:
     before = store.read(array)
     after = before.copy()
     for damage in damages:
+        if damage.array == _FINGERPRINT and not damage.unreadable:
+            continue  # what is gone need not be taken
         if damage.metric in names:
             after[(names.index(damage.metric), *damage.rows)] = ""
         elif damage.array.startswith(schema.PROVENANCE) and damage.array not in _RANGES:
@@ -123,6 +140,7 @@ def _forget_tiles(group: store.Group, damages: list[Damage]) -> int:
     return int(np.sum(before != after))
 
 
+_FINGERPRINT = f"{schema.PROVENANCE}/{schema.FINGERPRINT}"
 _RANGES = tuple(f"{schema.PROVENANCE}/{name}" for name in (schema.RANGES, schema.MASKED_RANGES))
 """Found again in the frames where they are lost: distances don't depend on their record."""
 

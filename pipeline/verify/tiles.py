@@ -11,6 +11,8 @@ import numpy as np
 
 from pipeline import schema, store
 from pipeline.archive.matrix import tile_fingerprint
+from pipeline.digests import binds, binds_mirror_image, binds_values, hash_labels, is_sealed
+from pipeline.recorded import LABELS, tile_identity, tile_texts
 from pipeline.verify.damage import (
     Check,
     Checks,
@@ -24,14 +26,33 @@ from pipeline.verify.damage import (
 
 @dataclass(frozen=True)
 class _Recorded:
-    """What provenance says of one metric's tiles and frames."""
+    """What provenance says of one metric's tiles and frames, and the hashes of the labels of each block."""
 
+    group: str
     metric: str
     specification: str
     contents: np.ndarray
     fingerprints: np.ndarray
+    digests: np.ndarray | None
     missing: np.ndarray
-    comparable: np.ndarray
+    unresolved: np.ndarray
+    failures: np.ndarray
+    labels: list[bytes]
+
+    @property
+    def comparable(self) -> np.ndarray:
+        """Frames that have distances."""
+        return np.asarray(self.failures == "")
+
+    def bound(self, i: int, j: int, tile: int) -> bool:
+        """Tell whether the digest of a tile, where there are digests, is that of its record."""
+        if self.digests is None:
+            return True
+        reasons = self.failures[i * tile : (i + 1) * tile].tolist() if i == j else ()
+        counts = int(self.missing[i, j]), int(self.unresolved[i, j])
+        texts = tile_texts(str(self.fingerprints[i, j]), *counts, reasons)
+        identity = tile_identity(self.group, self.metric, (i, j), self.labels[i], self.labels[j])
+        return binds(str(self.digests[i, j]), identity, texts)
 
 
 def add_tiles(
@@ -61,25 +82,43 @@ def add_tiles(
         for column, array in arrays.items()
         if column.startswith(prefix)
     }
+    # Of a store of before, which has none, nothing is known to be as it was written.
+    shape = records[schema.FINGERPRINT].shape
+    records.setdefault(schema.DIGEST, np.full(shape, "", dtype=object))
+    records.setdefault(schema.UNRESOLVED, np.zeros(shape, np.int32))
+    labels = {column: read_column(name, arrays[column], report) for column in LABELS}
+    # Records can be compared with their digests again once the metadata is restored.
+    lost = any(f"{prefix}{column}" in faults for column in (schema.DIGEST, schema.UNRESOLVED))
     names = [str(metric) for metric in records[schema.METRIC]]
     for place, metric in enumerate(names):
-        if metric and metric not in arrays and (records[schema.FINGERPRINT][place] != "").any():
+        done = (records[schema.FINGERPRINT][place] != "").any()
+        if done and not metric:
+            reason = "the name of a metric is lost"
+            report.damages.append(Damage(name, f"{prefix}{schema.METRIC}", "", "all metrics", reason))
+        elif done and metric not in arrays:
             reason = faults.get(metric, "missing")
             report.damages.append(Damage(name, metric, store.DOCUMENT, "all tiles", reason, (), metric))
     for metric, array in arrays.items():
         if metric.startswith(prefix):
             continue
-        if metric in schema.CARRIED_BY_ARCHIVE or metric not in names:
+        if metric in schema.CARRIED_BY_ARCHIVE:
+            continue
+        if metric not in names:
             add_chunks(checks, name, array, report)
             continue
         place, tile = names.index(metric), array.chunks[0]
+        starts = range(0, array.shape[0], tile)
         recorded = _Recorded(
+            name,
             metric,
             str(records[schema.SPECIFICATION][place]),
             records[schema.CONTENT],
             records[schema.FINGERPRINT][place],
+            None if lost else records[schema.DIGEST][place],
             records[schema.MISSING][place],
-            records[schema.FAILURE][place] == "",
+            records[schema.UNRESOLVED][place],
+            records[schema.FAILURE][place],
+            [hash_labels({c: values[k : k + tile] for c, values in labels.items()}) for k in starts],
         )
         report.chunks += store.chunk_count(array)
         count = -(-array.shape[0] // tile)
@@ -139,10 +178,14 @@ def _fault(found: list[np.ndarray], place: tuple[int, int], tile: int, recorded:
     i, j = place
     if not recorded.specification:
         return "its metric has no specification recorded"
+    if not is_sealed(json.loads(recorded.specification), recorded.group, recorded.metric):
+        return "the specification of its metric is not the one that was recorded"
     hashed, scope = recorded_specification(recorded.specification)
     made_of = tile_fingerprint(str(recorded.contents[i]), str(recorded.contents[j]), hashed, scope)
     if made_of != recorded.fingerprints[i, j]:
         return "its fingerprint is not that of the content and specification that are recorded"
+    if not recorded.bound(i, j, tile):
+        return "what is recorded of it, with the names of its frames, is not what was written with it"
     directed = bool(json.loads(recorded.specification).get(schema.DIRECTED))
     if not directed and not np.array_equal(found[0], found[-1].T, equal_nan=True):
         return "not symmetric: it differs from its mirror image"
@@ -157,4 +200,8 @@ def _fault(found: list[np.ndarray], place: tuple[int, int], tile: int, recorded:
         )
     if i == j and not directed and np.diagonal(found[0])[rows].any():
         return "values other than zero on the diagonal"
-    return ""
+    digest = "" if recorded.digests is None else str(recorded.digests[i, j])
+    same = recorded.digests is None or (
+        binds_values(digest, found[0]) and (i == j or binds_mirror_image(digest, found[-1]))
+    )
+    return "" if same else "its distances are not those that were computed"

@@ -1,0 +1,134 @@
+"""Hashes that bind values in a store of results to what is recorded of them.
+
+A checksum tells a chunk that was flipped or cut short. It says nothing of a chunk that stands in another's
+place, or that is gone and reads as its fill value. So each block has a *digest* beside its fingerprint, which
+is two hashes. The second is the hash of its values. The first is the hash of what they are of (group, metric,
+sequence or tile), of all other texts that are recorded of them, and of the second. The record can be checked
+without reading values, and the values once they are read.
+
+Digests find accidents: 64 bits are enough for these, and are no protection against forgery.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import xxhash
+
+HALF = 16
+"""Characters of each of the two hashes."""
+
+_BETWEEN = "\x1f"
+
+
+def hash_values(values: np.ndarray) -> str:
+    """Hash the bytes of an array, in C order and little-endian.
+
+    Parameters
+    ----------
+    values : ndarray
+        Numbers.
+
+    Returns
+    -------
+    str
+        16 hexadecimal digits.
+    """
+    little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+    return xxhash.xxh3_64_hexdigest(little.reshape(-1).view(np.uint8).data)
+
+
+def bind(identity: bytes, texts: Mapping[str, str], values: str = "") -> str:
+    """Make a digest of a record.
+
+    Parameters
+    ----------
+    identity : bytes
+        What the record is of: group, metric, sequence or tile.
+    texts : mapping of str to str
+        All else that is recorded, by name. An empty text is the same as none.
+    values : str
+        :func:`hash_values` of the values, and after it that of the mirror image where that has its own;
+        empty where none count.
+    """
+    told = _BETWEEN.join([f"{name}={texts[name]}" for name in sorted(texts) if texts[name]])
+    record = xxhash.xxh3_64_hexdigest(b"%b\n%b\n%b" % (identity, encode(told), values.encode()))
+    return record + values
+
+
+def binds(digest: str, identity: bytes, texts: Mapping[str, str]) -> bool:
+    """Tell whether a digest is that of a record, whatever the values are."""
+    return digest != "" and digest == bind(identity, texts, digest[HALF:])
+
+
+def binds_values(digest: str, values: np.ndarray) -> bool:
+    """Tell whether a digest is of these values."""
+    return digest[HALF : 2 * HALF] == hash_values(values)
+
+
+def binds_mirror_image(digest: str, values: np.ndarray) -> bool:
+    """Tell whether a digest is of the tile of which these values are the mirror image.
+
+    That of a directed metric has values of its own, whose hash is the digest's third; else it is the tile,
+    transposed.
+    """
+    if len(digest) > 2 * HALF:
+        return digest[2 * HALF :] == hash_values(values)
+    return digest[HALF:] == hash_values(values.T)
+
+
+def encode(text: str) -> bytes:
+    """Encode a text of others, which may hold what is no Unicode."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def identify(*names: str) -> bytes:
+    """Join names to an identity."""
+    return encode(_BETWEEN.join(names))
+
+
+def identify_rows(sequences: Iterable[str], parameter: np.ndarray) -> list[bytes]:
+    """Identify the sequences of a field, each by its name and its parameter.
+
+    Parameters
+    ----------
+    sequences : iterable of str
+    parameter : ndarray of shape (sequence, frame), float64
+    """
+    little = np.ascontiguousarray(parameter, dtype="<f8")
+    return [identify("", str(name), "") + row.tobytes() for name, row in zip(sequences, little, strict=True)]
+
+
+def hash_labels(labels: Mapping[str, np.ndarray]) -> bytes:
+    """Hash what some frames are: columns of texts or numbers, (frame,), by name."""
+    digest = xxhash.xxh3_64()
+    for name in sorted(labels):
+        column = labels[name]
+        digest.update(identify(name, str(len(column)), ""))
+        if column.dtype.kind in "OTU":
+            digest.update(encode(_BETWEEN.join(map(str, column.tolist()))))
+        else:
+            digest.update(np.ascontiguousarray(column, dtype=column.dtype.newbyteorder("<")).tobytes())
+    return digest.hexdigest().encode()
+
+
+# ---------------------------------------------------------------- documents
+
+
+def hash_document(document: Any) -> str:
+    """Hash a value of JSON, whatever the order of its keys."""
+    return xxhash.xxh3_128_hexdigest(encode(json.dumps(document, sort_keys=True, ensure_ascii=False)))
+
+
+def sealed(document: Mapping[str, Any], *place: str) -> dict[str, Any]:
+    """Add to an object of JSON, under ``digest``, the hash of the rest and of the place where it stands."""
+    rest = {name: value for name, value in document.items() if name != "digest"}
+    return rest | {"digest": hash_document([list(place), json.loads(json.dumps(rest))])}
+
+
+def is_sealed(document: Mapping[str, Any], *place: str) -> bool:
+    """Tell whether an object of JSON is as :func:`sealed` made it, at that place."""
+    return "digest" in document and sealed(document, *place)["digest"] == document["digest"]
