@@ -47,6 +47,11 @@ replaced by another, no two by the same."""
 CHANGES: tuple[Change, ...] = get_args(Change)
 
 
+PROBES = 4
+"""How many times more than one probe shows rounding may do: once for each frame of a pair, and twice that for
+errors that are less random than the probe's."""
+
+
 class SizeWarning(UserWarning):
     """Frames of a size that the metric was not made for."""
 
@@ -595,8 +600,7 @@ class Metric(ABC):
         )
         embedding = self._embed(self._frames(moved))
         found = float(self.between(embedding[slice(0, 1)], embedding[slice(1, 2)]))
-        # Once for each frame of a pair.
-        return 2 * abs(found) if math.isfinite(found) and self.info.distance_to_itself == 0 else 0.0
+        return PROBES * abs(found) if math.isfinite(found) and self.info.distance_to_itself == 0 else 0.0
 
     def rounding_between(self, a: Embedding, b: Embedding, block: Tensor) -> Tensor:
         """:meth:`rounding` of what :meth:`between` gave, both ways where that was: float64."""

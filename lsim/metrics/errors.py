@@ -37,6 +37,7 @@ from lsim.pairs import (
     squared_differences,
 )
 from lsim.preprocess import Preprocessing
+from lsim.rounding import of_difference, of_sum
 from lsim.threads import in_threads
 
 FULL_SCALE = 255.0
@@ -178,6 +179,10 @@ class ConservedError(_OverPixels):
         # A pixel is missing in all channels or in none.
         count = known.sum(1) if self.preprocessing.mask else difference.shape[1]
         return (difference.sum(1) / count).abs().mean(1) / FULL_SCALE
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of one value: errors that are alike in all pixels don't cancel in their mean."""
+        return of_difference(a, b, stored=True) + of_sum(distances, torch.float64)
 
 
 class BoundaryError(_OverPixels):
