@@ -37,8 +37,9 @@ from lsim.pairs import (
     rows_in_torch,
     squared_differences,
 )
+from lsim.precision import CONFIDENCE, HALF_ULP_OF_DOUBLE
 from lsim.preprocess import Preprocessing
-from lsim.rounding import of_difference, of_sum
+from lsim.rounding import of_difference, of_each, of_sum
 from lsim.threads import in_threads
 
 FULL_SCALE = 255.0
@@ -81,6 +82,10 @@ class _OverPixels(Metric):
         difference = a.parts["values"].double() - b.parts["values"].double()
         known = ~difference.isnan()
         return (torch.where(known, difference, 0) if self.preprocessing.mask else difference), known
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of a norm of the difference: off by the largest error of a value, and by the sum's own."""
+        return of_difference(a, b) + of_sum(distances, a.parts["values"].dtype)
 
     def _has_kernel(self, a: Embedding, b: Embedding) -> bool:
         plain = not self.preprocessing.mask and self.pixel_weights is None
@@ -156,11 +161,24 @@ class NMAE(_OverPixels):
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         difference, known = self._differences(a, b)
         weights = self._weights(known)
-        reference = a.parts["values"].double()
-        reference = torch.where(known, reference, 0) if self.preprocessing.mask else reference
-        size, count = (reference.abs() * weights).sum((1, 2)), weights.sum((1, 2))
-        distances = (difference.abs() * weights).sum((1, 2)) / (size + EPSILON * FULL_SCALE * count)
-        return torch.where(count > 0, distances, math.nan) if self.preprocessing.mask else distances
+        error = (difference.abs() * weights).sum((1, 2)) / weights.sum((1, 2)) / FULL_SCALE
+        return error / self._divisor_paired(a, b)
+
+    def _divisor_paired(self, a: Embedding, b: Embedding) -> Tensor:
+        """Mean magnitude of the reference over what is known, on [0, 1], and 1e-7: (len(b),)."""
+        weights = self._weights(self._differences(a, b)[1])
+        reference = a.parts["values"].double().abs()
+        reference = reference.nan_to_num() if self.preprocessing.mask else reference
+        return (reference * weights).sum((1, 2)) / weights.sum((1, 2)) / FULL_SCALE + EPSILON
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of a norm over another norm."""
+        error = of_difference(a, b) + distances * of_each(a)[:, None] / FULL_SCALE
+        if self.preprocessing.mask:
+            sizes = rows_in_torch(self._divisor_paired, a, b)
+        else:
+            sizes = torch.cat([self._divisor_paired(frame, frame) for frame in a])[:, None]
+        return error / sizes + of_sum(distances, a.parts["values"].dtype)
 
 
 class ConservedError(_OverPixels):
@@ -193,8 +211,14 @@ class ConservedError(_OverPixels):
         return ((difference * weights).sum(1) / weights.sum(1)).abs().mean(1) / FULL_SCALE
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of one value: errors that are alike in all pixels don't cancel in their mean."""
-        return of_difference(a, b, stored=True) + of_sum(distances, torch.float64)
+        """As of one value: errors that are alike in all pixels don't cancel in their mean.
+
+        Sums of values, which cancel out, are off by their own in double.
+        """
+        x, y = (_largest_magnitudes(side) for side in (a, b))
+        terms = CONFIDENCE * math.sqrt(a.parts["values"].shape[1]) + 4
+        own = terms * HALF_ULP_OF_DOUBLE * (x[:, None] + y) / FULL_SCALE
+        return of_difference(a, b, stored=True) + of_sum(distances, torch.float64) + own
 
 
 class BoundaryError(_OverPixels):
@@ -243,6 +267,11 @@ class BoundaryError(_OverPixels):
         difference, known = self._differences(a, b)
         weights = self._weights(known)
         return safe_sqrt((difference.square() * weights).sum(1) / weights.sum(1)).mean(1) / FULL_SCALE
+
+
+def _largest_magnitudes(embedding: Embedding) -> Tensor:
+    """Largest magnitude of the known values of each frame: (n,) float64."""
+    return embedding.parts["values"].nan_to_num().abs().flatten(1).amax(1).double()
 
 
 def _channel_means(embedding: Embedding) -> Tensor:
