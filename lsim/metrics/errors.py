@@ -475,7 +475,7 @@ def _quarter_shells(
     y: int, x: int, start: int, stop: int | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Members of each shell of a quarter plane (y, x), filled up with 0, and 1 where one is there, else 0."""
-    shell = np.floor(np.hypot(*np.indices((y, x)))).astype(np.int64).ravel()
+    shell = np.floor(np.hypot(*np.indices((y, x)).astype(np.float64))).astype(np.int64).ravel()
     rows = [np.flatnonzero(shell == k) for k in range(min(y, x))[start:stop]]
     members = np.zeros((len(rows), max(map(len, rows))), np.int64)
     there = np.zeros(members.shape)
