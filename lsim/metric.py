@@ -86,6 +86,8 @@ class MetricInfo:
         The largest value there is, reached by frames that differ in many ways: gradients are 0 there.
     takes_mask : bool
         Whether missing pixels can be left out of both frames, see :meth:`Metric.pairwise`.
+    takes_weights : bool
+        Whether its means over pixels can be weighted, see :meth:`Metric.weighted`.
     one_channel_suffices : bool
         Whether one channel gives the distance that three equal ones do: a scalar field then comes to
         :meth:`Metric.embed` with one channel instead of three.
@@ -116,6 +118,7 @@ class MetricInfo:
     distance_to_itself: float = 0.0
     saturates_at: float = float("inf")
     takes_mask: bool = False
+    takes_weights: bool = False
     one_channel_suffices: bool = False
     feature_distance: Literal["", "euclidean", "squared euclidean"] = ""
     blind_to: tuple[Change, ...] = ()
@@ -160,6 +163,8 @@ class Metric(ABC):
         self.options = options
         self.source_sha256 = ""
         """Of the file of a metric of one's own that is loaded by reference: another file, other distances."""
+        self.pixel_weights: Tensor | None = None
+        """Weights of the pixels (y, x) in means, float64, the largest 1; see :meth:`weighted`."""
         self._symmetrised = False
         self._warned = False
         self._range_known = False
@@ -256,6 +261,11 @@ class Metric(ABC):
             found["symmetrised"] = True
         if self.source_sha256:
             found["source_sha256"] = self.source_sha256
+        if self.pixel_weights is not None:
+            found["weights_of_pixels"] = {
+                "shape": list(self.pixel_weights.shape),
+                "sha256": hashlib.sha256(self.pixel_weights.numpy().tobytes()).hexdigest(),
+            }
         return found
 
     def symmetrised(self) -> Self:
@@ -265,6 +275,50 @@ class Metric(ABC):
         both_ways = copy.copy(self)
         both_ways._symmetrised = True
         return both_ways
+
+    def weighted(self, weights: ArrayLike) -> Self:
+        """Give the metric with weighted means over pixels.
+
+        Parameters
+        ----------
+        weights : array_like of shape (y, x)
+            Of each pixel, in all channels: areas of cells, or the cosine of latitude. Finite, not negative,
+            and not all 0; only their ratios count. Pixels of weight 0 count in no mean. With a mask, the
+            means of each pair are over the pixels that both frames have.
+
+        Returns
+        -------
+        Metric
+            For frames (y, x), which must keep their size: of ``size=None``. The :meth:`specification` has the
+            weights' hash. Computed in torch, without the compiled kernels.
+
+        Raises
+        ------
+        ValueError
+            When the metric isn't a mean over pixels (:attr:`MetricInfo.takes_weights`), when it resizes
+            frames, or when weights are not as described.
+
+        Examples
+        --------
+        >>> import lsim, numpy as np
+        >>> weights = np.array([[1.0, 1.0], [3.0, 3.0]])
+        >>> metric = lsim.load_metric("l1", size=None).weighted(weights)
+        >>> metric.distance([[0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [2.0, 2.0]], scope="none")
+        array([1.5])
+        """
+        if not self.info.takes_weights:
+            raise ValueError(
+                f"metric {self.name!r} takes no weights of pixels: it is no mean over single pixels, as "
+                "'l1', 'rmse', 'vrmse' and 'correlation' are; leave the weights out, or take one of these"
+            )
+        if self.preprocessing.size is not None:
+            raise ValueError(
+                f"metric {self.name!r} resizes frames to {self.preprocessing.size}², and weights are those "
+                "of the frames' own pixels: load it with size=None"
+            )
+        copied = copy.copy(self)
+        copied.pixel_weights = torch.from_numpy(_checked_weights(weights))
+        return copied
 
     @property
     def axioms(self) -> frozenset[str]:
@@ -320,7 +374,14 @@ class Metric(ABC):
             return self.info.units
         return raised(field_units, self.info.power_of_units)
 
-    def distance(self, a: ArrayLike, b: ArrayLike, scope: Scope = "batch", mask: Mask = None) -> np.ndarray:
+    def distance(
+        self,
+        a: ArrayLike,
+        b: ArrayLike,
+        scope: Scope = "batch",
+        mask: Mask = None,
+        weights: ArrayLike | None = None,
+    ) -> np.ndarray:
         """Distances between two arrays, frame by frame.
 
         Parameters
@@ -338,6 +399,9 @@ class Metric(ABC):
             that take it (:attr:`MetricInfo.takes_mask`). ``"nan"``: those that are NaN or infinite in either
             frame. An array (y, x), or of the frames' shape with or without the channel: besides those, where
             it is false, in both.
+        weights : array_like of shape (y, x), optional
+            Weights of the pixels in means, for metrics that take them (:attr:`MetricInfo.takes_weights`), as
+            :meth:`weighted` takes them.
 
         Returns
         -------
@@ -360,6 +424,8 @@ class Metric(ABC):
         first, second = _as_batch(a, "a"), _as_batch(b, "b")
         if first.shape != second.shape:
             raise ValueError(f"a and b differ in shape: {np.shape(a)} and {np.shape(b)}")
+        if weights is not None:
+            return self.weighted(weights).distance(first, second, scope, mask)
         if mask is not None:
             metric = self._masking()
             return metric.distance(_where(first, mask), _where(second, mask), scope)
@@ -383,7 +449,13 @@ class Metric(ABC):
         self.claims.check_distances(distances, square=False, single=single)
         return distances
 
-    def pairwise(self, frames: ArrayLike, scope: Scope = "sequence", mask: Mask = None) -> np.ndarray:
+    def pairwise(
+        self,
+        frames: ArrayLike,
+        scope: Scope = "sequence",
+        mask: Mask = None,
+        weights: ArrayLike | None = None,
+    ) -> np.ndarray:
         """All distances among the frames of a sequence; each frame is embedded once.
 
         Parameters
@@ -395,6 +467,8 @@ class Metric(ABC):
             :meth:`distance` takes it.
         mask : "nan" or array_like of bool, optional
             As :meth:`distance` takes it.
+        weights : array_like of shape (y, x), optional
+            As :meth:`distance` takes them.
 
         Returns
         -------
@@ -404,6 +478,8 @@ class Metric(ABC):
             to itself: 0, and −inf for PSNR.
         """
         array = as_frames(frames)
+        if weights is not None:
+            return self.weighted(weights).pairwise(array, scope, mask)
         if mask is not None:
             return self._masking().pairwise(_where(array, mask), scope)
         if scope != "pair":
@@ -745,6 +821,12 @@ class Metric(ABC):
                 f"metric {self.name!r} cannot take frames of {y}×{x}; the smallest that works is "
                 f"{smallest}×{smallest}"
             )
+        if self.pixel_weights is not None and (y, x) != self.pixel_weights.shape:
+            raise FramesError(
+                f"metric {self.name!r} has weights of pixels of shape {tuple(self.pixel_weights.shape)}, and "
+                f"the frames are of {y}×{x}: give weights (y, x) of these frames, such as "
+                "np.broadcast_to(np.cos(latitude)[:, None], (y, x))"
+            )
 
     def _warn_of_size(self, y: int, x: int) -> None:
         """Warn, once in the metric's life, of frames outside the sizes it was made for."""
@@ -828,6 +910,27 @@ def _as_batch(array: ArrayLike, what: str) -> np.ndarray:
     """(y, x), (y, x, channel) or (batch, y, x, channel) → (batch, y, x, channel)."""
     values = as_array(array, what)
     return as_frames(values[None] if values.ndim == 3 else values, what)
+
+
+def _checked_weights(weights: ArrayLike) -> np.ndarray:
+    """Divide weights of pixels (y, x) by the largest, in float64; :class:`ValueError` where they are none."""
+    array = np.ma.asanyarray(weights) if isinstance(weights, np.ma.MaskedArray) else np.asarray(weights)
+    if array.ndim != 2 or array.dtype.kind not in "biuf":
+        raise ValueError(
+            "weights of pixels must be real numbers of shape (y, x), "
+            f"got {array.dtype} of shape {array.shape}"
+        )
+    doubles = array.astype(np.float64)
+    values = doubles.filled(np.nan) if isinstance(doubles, np.ma.MaskedArray) else doubles
+    usable = np.isfinite(values) & (values >= 0)
+    if not usable.all():
+        raise ValueError(
+            "weights of pixels must be finite and not negative; "
+            f"{np.count_nonzero(~usable)} of {values.size} are not: give such pixels the weight 0"
+        )
+    if not values.any():
+        raise ValueError("weights of pixels are all 0; expected some above 0")
+    return np.ascontiguousarray(values / values.max())
 
 
 def _where(frames: np.ndarray, mask: Mask) -> np.ndarray:

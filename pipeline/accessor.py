@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Mask: TypeAlias = Literal["nan"] | xr.DataArray | None
 Range: TypeAlias = tuple[Any, Any]
+Weights: TypeAlias = xr.DataArray | np.ndarray | str | os.PathLike[str] | None
+"""Of pixels, as an array; or of a network, as the path of a file."""
 
 
 @xr.register_dataarray_accessor("lsim")
@@ -43,6 +45,7 @@ class Distances:
         channel: Hashable | None = None,
         scope: Literal["sequence", "pair", "none"] | Range = "sequence",
         mask: Mask = None,
+        weights: Weights = None,
         device: str | None = None,
         **settings: Any,
     ) -> xr.DataArray:
@@ -64,10 +67,14 @@ class Distances:
             ``"none"`` takes the values as they are, in the units of the array.
         mask : "nan" or DataArray of bool, optional
             Leave out single pixels: those that are NaN, and where the array is false.
+        weights : DataArray, ndarray or path, optional
+            A DataArray along one or both of ``spatial``, or an ndarray (y, x): weights of the pixels in
+            means, such as ``np.cos(np.deg2rad(ds["lat"]))``, as :meth:`lsim.Metric.weighted` takes them. A
+            path: a learned metric's weights, as :func:`lsim.load_metric` takes it.
         device : str, optional
             Default: the process's own, a GPU where it has one.
         **settings
-            ``weights``, ``size``, ``order``, ``compat``, ``symmetrise``, ``precision`` and the
+            ``size``, ``order``, ``compat``, ``symmetrise``, ``precision`` and the
             metric's options, as :func:`lsim.load_metric` takes them.
 
         Returns
@@ -82,8 +89,9 @@ class Distances:
         Raises
         ------
         ValueError
-            For dimensions that aren't there, settings that the metric cannot take, and a mask of other
-            coordinates; for frames whose dtype, size or number of channels it cannot take. Before computing.
+            For dimensions that aren't there, settings that the metric cannot take, and a mask or weights of
+            other coordinates; for frames whose dtype, size or number of channels it cannot take. Before
+            computing.
         """
         other = f"{dim}_other"
         array = _masked(self._array, mask)
@@ -92,13 +100,20 @@ class Distances:
             raise ValueError(f"the result's second dimension would be {other!r}, which the array has, too")
         if scope not in ("sequence", "pair", "none") and not _is_range(scope):
             raise ValueError(f"scope must be 'sequence', 'pair', 'none' or (lo, hi), got {scope!r}")
-        loaded, request = _request(metric, mask is not None, settings, scope)
+        pixels, file = _pixel_weights(array, frame, weights)
+        loaded, request = _request(metric, mask is not None, settings | file, scope)
+        loaded = loaded if pixels is None else loaded.weighted(pixels)
         core = (dim, *frame)
         count = array.sizes[dim]
         _check_frames(loaded, self._array, dim, frame, scope, resized=loaded.preprocessing.size is not None)
         found: xr.DataArray = xr.apply_ufunc(
             functools.partial(
-                _pairwise, request=request, device=device, scope=scope, channels=channel is not None
+                _pairwise,
+                request=request,
+                device=device,
+                scope=scope,
+                channels=channel is not None,
+                weights=pixels,
             ),
             _in_one_chunk(array, core),
             input_core_dims=[core],
@@ -124,6 +139,7 @@ class Distances:
         channel: Hashable | None = None,
         scope: Literal["none"] | Range | None = None,
         mask: Mask = None,
+        weights: Weights = None,
         device: str | None = None,
         **settings: Any,
     ) -> xr.DataArray:
@@ -141,7 +157,7 @@ class Distances:
             :meth:`lsim.Metric.distance` does for a batch. Default: each pair's own.
         scope : (lo, hi) or "none", optional
             A fixed range instead; or the values as they are, in the units of the array.
-        spatial, channel, mask, device, **settings
+        spatial, channel, mask, weights, device, **settings
             As :meth:`pairwise` takes them; ``spatial`` is by default the last two that both arrays have.
 
         Returns
@@ -162,7 +178,9 @@ class Distances:
         frame = _frame_dims(one, dim, spatial, channel)
         if missing := [name for name in (*frame, *([] if dim is None else [dim])) if name not in two.dims]:
             raise ValueError(f"the reference has no dimension {missing[0]!r}; it has {tuple(two.dims)}")
-        loaded, request = _request(metric, mask is not None, settings, scope)
+        pixels, file = _pixel_weights(one, frame, weights)
+        loaded, request = _request(metric, mask is not None, settings | file, scope)
+        loaded = loaded if pixels is None else loaded.weighted(pixels)
         core = frame if dim is None else (dim, *frame)
         settled = loaded.preprocessing
         # As published, metrics on 8 bit compare frames of the size that they have.
@@ -173,7 +191,7 @@ class Distances:
         found: xr.DataArray = xr.apply_ufunc(
             functools.partial(
                 _distance, request=request, device=device, scope=scope or "batch",
-                batch=dim is not None, channels=channel is not None,
+                batch=dim is not None, channels=channel is not None, weights=pixels,
             ),
             _in_one_chunk(one, core),
             _in_one_chunk(two, core),
@@ -190,7 +208,13 @@ class Distances:
 
 
 def _pairwise(
-    frames: np.ndarray, *, request: MetricRequest, device: str | None, scope: Any, channels: bool
+    frames: np.ndarray,
+    *,
+    request: MetricRequest,
+    device: str | None,
+    scope: Any,
+    channels: bool,
+    weights: np.ndarray | None,
 ) -> np.ndarray:
     """(…, n, y, x[, channel]) → (…, n, n)."""
     from lsim.preprocess import as_array
@@ -202,7 +226,7 @@ def _pairwise(
     outer, n = frames.shape[:-4], frames.shape[-4]
     out = np.empty((*outer, n, n))
     for index in np.ndindex(outer):
-        out[index] = metric.pairwise(frames[index], scope, mask)
+        out[index] = metric.pairwise(frames[index], scope, mask, weights)
     return out
 
 
@@ -215,6 +239,7 @@ def _distance(
     scope: Any,
     batch: bool,
     channels: bool,
+    weights: np.ndarray | None,
 ) -> np.ndarray:
     """(…, [n,] y, x[, channel]) of both → (…[, n])."""
     from lsim.preprocess import as_array
@@ -228,7 +253,7 @@ def _distance(
     frames, references = (np.broadcast_to(a, (*outer, *a.shape[-4:])) for a in (frames, references))
     out = np.empty((*outer, frames.shape[-4]))
     for index in np.ndindex(outer):
-        out[index] = metric.distance(references[index], frames[index], scope, mask)
+        out[index] = metric.distance(references[index], frames[index], scope, mask, weights)
     return out if batch else out[..., 0]
 
 
@@ -327,6 +352,24 @@ def _masked(array: xr.DataArray, mask: Mask) -> xr.DataArray:
     array, mask = xr.align(array, mask, join="exact", copy=False)
     floating = array if array.dtype.kind == "f" else array.astype(np.float64)
     return floating.where(mask).transpose(*array.dims)
+
+
+def _pixel_weights(
+    array: xr.DataArray, frame: Sequence[Hashable], weights: Weights
+) -> tuple[np.ndarray | None, dict[str, Any]]:
+    """Weights of pixels (y, x), and the setting of a learned metric's own, of which one at most is there."""
+    if weights is None or isinstance(weights, str | os.PathLike):
+        return None, {} if weights is None else {"weights": weights}
+    spatial = frame[:2]
+    if not isinstance(weights, xr.DataArray):
+        return np.asarray(weights), {}
+    if extra := [name for name in weights.dims if name not in spatial]:
+        raise ValueError(
+            f"weights of pixels lie along {tuple(spatial)} or one of these, and have a dimension {extra[0]!r}"
+        )
+    pixels = array.isel({name: 0 for name in array.dims if name not in spatial}, drop=True)
+    pixels, aligned = xr.align(pixels, weights, join="exact", copy=False)
+    return aligned.broadcast_like(pixels).transpose(*spatial).to_numpy(), {}
 
 
 def _in_one_chunk(array: xr.DataArray, dims: Sequence[Hashable]) -> xr.DataArray:

@@ -828,6 +828,7 @@ def _show_metric(name: str) -> None:
         "claims": ", ".join(sorted(info.axioms)) or "nothing",
         "gradient": "yes" if info.differentiable else "no",
         "mask": "yes: missing pixels can be left out" if info.takes_mask else "no",
+        "weights": "yes: of pixels, in its means" if info.takes_weights else "no",
         "symmetric": "yes" if symmetric else "no: stores hold ½ (d(a, b) + d(b, a)), unless told --directed",
         "frames": sizes,
         "to itself": "depends on the frame" if math.isnan(own := info.distance_to_itself) else f"{own:g}",

@@ -27,7 +27,7 @@ def load(name: str) -> lsim.Metric:
 
 
 def frames(name: str, normalisation: object) -> tuple[Tensor, Tensor]:
-    side = {"ms-ssim": 161, "lsim-open": 48}.get(name, 24)
+    side = {"ms-ssim": 161, "lsim-open": 48, "frmse-high": 26}.get(name, 24)
     coarse = torch.randn(2, 2, 2, 9, 9, generator=torch.Generator().manual_seed(2))
     smooth = F.interpolate(coarse.flatten(0, 1), (side, side), mode="bicubic").unflatten(0, (2, 2, 1))
     smooth = smooth if normalisation is not None else 128 + 30 * smooth

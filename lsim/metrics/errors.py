@@ -20,11 +20,12 @@ from __future__ import annotations
 import functools
 import math
 from abc import abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numba
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from lsim.metric import Embedding, Metric, MetricInfo, positive_number, safe_sqrt
@@ -36,8 +37,9 @@ from lsim.pairs import (
     rows_in_torch,
     squared_differences,
 )
+from lsim.precision import CONFIDENCE, HALF_ULP_OF_DOUBLE
 from lsim.preprocess import Preprocessing
-from lsim.rounding import of_difference, of_sum
+from lsim.rounding import of_difference, of_each, of_sum
 from lsim.threads import in_threads
 
 FULL_SCALE = 255.0
@@ -67,7 +69,7 @@ class _OverPixels(Metric):
 
     def embed(self, frames: Tensor) -> Embedding:
         """Values by pixel: float32, or float64 where the frames are."""
-        values = frames.flatten(1, 2)
+        values = self._of_pixels(frames)
         return Embedding({"values": values if values.dtype == torch.float64 else values.float()})
 
     @property
@@ -81,8 +83,24 @@ class _OverPixels(Metric):
         known = ~difference.isnan()
         return (torch.where(known, difference, 0) if self.preprocessing.mask else difference), known
 
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of a norm of the difference: off by the largest error of a value, and by the sum's own."""
+        return of_difference(a, b) + of_sum(distances, a.parts["values"].dtype)
+
     def _has_kernel(self, a: Embedding, b: Embedding) -> bool:
-        return not self.preprocessing.mask and has_kernel(a.parts["values"], b.parts["values"])
+        plain = not self.preprocessing.mask and self.pixel_weights is None
+        return plain and has_kernel(a.parts["values"], b.parts["values"])
+
+    def _weights(self, known: Tensor) -> Tensor:
+        """Weights of known values, 0 of others: (n, pixel, channel) float64."""
+        if self.pixel_weights is None:
+            return known.double()
+        weights = self._of_pixels(self.pixel_weights.to(known.device)[None, ..., None])
+        return torch.where(known, weights, 0) if self.preprocessing.mask else weights.expand(known.shape)
+
+    def _of_pixels(self, frames: Tensor) -> Tensor:
+        """Values by pixel, as they are embedded: (n, y, x, channel) → (n, pixel, channel)."""
+        return frames.flatten(1, 2)
 
 
 class MaxError(_OverPixels):
@@ -123,6 +141,7 @@ class NMAE(_OverPixels):
         source="The Well (Ohana et al., NeurIPS 2024), NMAE",
         axioms=PLAIN - {"symmetric"},
         takes_mask=True,
+        takes_weights=True,
         one_channel_suffices=True,
         takes_physical_values=True,
     )
@@ -141,15 +160,25 @@ class NMAE(_OverPixels):
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         difference, known = self._differences(a, b)
-        reference = torch.where(known, a.parts["values"].double(), 0) if self.preprocessing.mask else None
-        size = (a.parts["values"].double() if reference is None else reference).abs().flatten(1).sum(1)
-        count = known.flatten(1).sum(1) if self.preprocessing.mask else known[0].numel()
-        distances = difference.abs().flatten(1).sum(1) / (size + EPSILON * FULL_SCALE * count)
-        return (
-            torch.where(known.flatten(1).any(1), distances, math.nan)
-            if self.preprocessing.mask
-            else distances
-        )
+        weights = self._weights(known)
+        error = (difference.abs() * weights).sum((1, 2)) / weights.sum((1, 2)) / FULL_SCALE
+        return error / self._divisor_paired(a, b)
+
+    def _divisor_paired(self, a: Embedding, b: Embedding) -> Tensor:
+        """Mean magnitude of the reference over what is known, on [0, 1], and 1e-7: (len(b),)."""
+        weights = self._weights(self._differences(a, b)[1])
+        reference = a.parts["values"].double().abs()
+        reference = reference.nan_to_num() if self.preprocessing.mask else reference
+        return (reference * weights).sum((1, 2)) / weights.sum((1, 2)) / FULL_SCALE + EPSILON
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of a norm over another norm."""
+        error = of_difference(a, b) + distances * of_each(a)[:, None] / FULL_SCALE
+        if self.preprocessing.mask:
+            sizes = rows_in_torch(self._divisor_paired, a, b)
+        else:
+            sizes = torch.cat([self._divisor_paired(frame, frame) for frame in a])[:, None]
+        return error / sizes + of_sum(distances, a.parts["values"].dtype)
 
 
 class ConservedError(_OverPixels):
@@ -163,6 +192,7 @@ class ConservedError(_OverPixels):
         source="PDEBench (Takamoto et al., NeurIPS 2022), cRMSE",
         axioms=NORM,
         takes_mask=True,
+        takes_weights=True,
         one_channel_suffices=True,
         takes_physical_values=True,
         power_of_units=1,
@@ -177,12 +207,18 @@ class ConservedError(_OverPixels):
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         difference, known = self._differences(a, b)
         # A pixel is missing in all channels or in none.
-        count = known.sum(1) if self.preprocessing.mask else difference.shape[1]
-        return (difference.sum(1) / count).abs().mean(1) / FULL_SCALE
+        weights = self._weights(known)
+        return ((difference * weights).sum(1) / weights.sum(1)).abs().mean(1) / FULL_SCALE
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of one value: errors that are alike in all pixels don't cancel in their mean."""
-        return of_difference(a, b, stored=True) + of_sum(distances, torch.float64)
+        """As of one value: errors that are alike in all pixels don't cancel in their mean.
+
+        Sums of values, which cancel out, are off by their own in double.
+        """
+        x, y = (_largest_magnitudes(side) for side in (a, b))
+        terms = CONFIDENCE * math.sqrt(a.parts["values"].shape[1]) + 4
+        own = terms * HALF_ULP_OF_DOUBLE * (x[:, None] + y) / FULL_SCALE
+        return of_difference(a, b, stored=True) + of_sum(distances, torch.float64) + own
 
 
 class BoundaryError(_OverPixels):
@@ -196,16 +232,29 @@ class BoundaryError(_OverPixels):
         source="PDEBench (Takamoto et al., NeurIPS 2022), bRMSE",
         axioms=NORM,
         takes_mask=True,
+        takes_weights=True,
         one_channel_suffices=True,
         takes_physical_values=True,
         power_of_units=1,
     )
     shares_embedding = ""
 
-    def embed(self, frames: Tensor) -> Embedding:
+    def _of_pixels(self, frames: Tensor) -> Tensor:
         """Values of the rim: (n, pixel, channel)."""
-        rim = torch.cat([frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]], 1)
-        return Embedding({"values": rim if rim.dtype == torch.float64 else rim.float()})
+        return torch.cat([frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]], 1)
+
+    def weighted(self, weights: ArrayLike) -> Self:
+        """Give the metric with weighted means, as :meth:`~lsim.Metric.weighted`; not all 0 on the rim."""
+        metric = super().weighted(weights)
+        if (
+            metric.pixel_weights is not None
+            and not self._of_pixels(metric.pixel_weights[None, ..., None]).any()
+        ):
+            raise ValueError(
+                f"metric {self.name!r} is a mean along the rim, where all weights of pixels are 0: give "
+                "weights with some above 0 there, or leave this metric out"
+            )
+        return metric
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         if not self._has_kernel(a, b):
@@ -216,8 +265,13 @@ class BoundaryError(_OverPixels):
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         difference, known = self._differences(a, b)
-        count = known.sum(1) if self.preprocessing.mask else difference.shape[1]
-        return safe_sqrt(difference.square().sum(1) / count).mean(1) / FULL_SCALE
+        weights = self._weights(known)
+        return safe_sqrt((difference.square() * weights).sum(1) / weights.sum(1)).mean(1) / FULL_SCALE
+
+
+def _largest_magnitudes(embedding: Embedding) -> Tensor:
+    """Largest magnitude of the known values of each frame: (n,) float64."""
+    return embedding.parts["values"].nan_to_num().abs().flatten(1).amax(1).double()
 
 
 def _channel_means(embedding: Embedding) -> Tensor:

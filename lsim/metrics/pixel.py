@@ -1,7 +1,8 @@
-"""Metrics of pixel differences, on [0, 1] after the common normalisation; every pixel counts alike.
+"""Metrics of pixel differences, on [0, 1] after the common normalisation.
 
 Those of squared differences share one matrix of them in a run. With a mask, pixels missing in either frame
-of a pair are left out of all that is summed for it: differences, normalisers and means.
+of a pair are left out of all that is summed for it: differences, normalisers and means. Every pixel counts
+alike, or by its weight in all of these.
 """
 
 from __future__ import annotations
@@ -70,6 +71,9 @@ class _PixelMetric(ReportsPrecision, Metric):
         """As of a norm of the difference: off by the largest error of a value, and by the sum's own."""
         return of_difference(a, b) + of_sum(distances, a.parts["values"].dtype)
 
+    def _has_kernel(self, x: Tensor, y: Tensor) -> bool:
+        return self.pixel_weights is None and has_kernel(x, y)
+
     @property
     def axioms(self) -> frozenset[str]:
         """Without the triangle inequality where every pair leaves out pixels of its own."""
@@ -84,6 +88,7 @@ class L1(_PixelMetric):
         source="1/N Σ |a − b|",
         axioms=SYMMETRIC | {"triangle"},
         takes_mask=True,
+        takes_weights=True,
         one_channel_suffices=True,
         takes_physical_values=True,
         power_of_units=1,
@@ -93,7 +98,7 @@ class L1(_PixelMetric):
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = a.parts["values"], b.parts["values"]
         self.note_precision(directly(x, x if a is b else y))
-        if not has_kernel(x, y):
+        if not self._has_kernel(x, y):
             return _rows(self.paired, a, b)
         masked = self.preprocessing.mask
         kernel = known_absolute_differences if masked else absolute_differences
@@ -127,7 +132,10 @@ class _OfSquares(_PixelMetric):
         return 1.0
 
     def _mean_squared(self, a: Embedding, b: Embedding) -> Tensor:
-        mean, record = _shared(a, b, "mean squared differences", lambda: self._mean_squared_anew(a, b))
+        if self.pixel_weights is not None:  # other metrics of these embeddings may have others
+            mean, record = self._mean_squared_anew(a, b)
+        else:
+            mean, record = _shared(a, b, "mean squared differences", lambda: self._mean_squared_anew(a, b))
         self.note_precision(record)
         return mean
 
@@ -135,11 +143,11 @@ class _OfSquares(_PixelMetric):
         x = a.parts["values"]
         y = x if a is b else b.parts["values"]
         masked = self.preprocessing.mask
-        if not (masked or carries_gradients(x, y)):
+        if not (masked or self.pixel_weights is not None or carries_gradients(x, y)):
             sums, record = squared_distances(x, y)
             return sums / (x.shape[1] * FULL_SCALE**2), record
         record = directly(x, y)
-        if not has_kernel(x, y):
+        if not self._has_kernel(x, y):
             return _rows(self._mean_squared_paired, a, b), record
         sides = (x.numpy(), y.numpy())
         sums = all_pairs(
@@ -160,6 +168,7 @@ class L2(_OfSquares):
         title="mean squared difference",
         source="1/N Σ (a − b)²; skimage mean_squared_error",
         takes_mask=True,
+        takes_weights=True,
         one_channel_suffices=True,
         takes_physical_values=True,
         power_of_units=2,
@@ -184,6 +193,7 @@ class RMSE(_OfSquares):
         source="√(1/N Σ (a − b)²)",
         axioms=SYMMETRIC | {"triangle"},
         takes_mask=True,
+        takes_weights=True,
         one_channel_suffices=True,
         takes_physical_values=True,
         power_of_units=1,
@@ -205,6 +215,7 @@ class NRMSE(RMSE):
         source="The Well (Ohana et al., NeurIPS 2024), NRMSE; skimage normalized_root_mse, euclidean",
         axioms=SYMMETRIC - {"symmetric"},
         takes_mask=True,
+        takes_weights=True,
         one_channel_suffices=True,
         takes_physical_values=True,
     )
@@ -212,6 +223,8 @@ class NRMSE(RMSE):
 
     def _divisor(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = a.parts["values"], b.parts["values"]
+        if self.pixel_weights is not None:
+            return _rows(self._divisor_paired, a, b)
         if not self.preprocessing.mask:
             powers = a.once(f"mean squares, {self.centred}", lambda: _powers(x, self.centred))[:, None]
         elif has_kernel(x, y):
@@ -232,9 +245,10 @@ class NRMSE(RMSE):
         known = _known(self, a, b)
         values = a.parts["values"].expand(len(b), -1).double()
         centred = _centred(values, known) if self.centred else _where_known(values, known)
-        squares = _where_known(centred.square(), known).sum(1)
         count = values.shape[1] if known is None else known.sum(1)
-        return squares / _degrees_of_freedom(count, self.centred) / FULL_SCALE**2 + EPSILON
+        if self.centred:
+            count = _degrees_of_freedom(count, known)
+        return _sum(centred.square(), known)[:, 0] / count / FULL_SCALE**2 + EPSILON
 
 
 class VRMSE(NRMSE):
@@ -249,6 +263,7 @@ class VRMSE(NRMSE):
         source="The Well (Ohana et al., NeurIPS 2024), VRMSE",
         axioms=SYMMETRIC - {"symmetric"},
         takes_mask=True,
+        takes_weights=True,
         one_channel_suffices=True,
         takes_physical_values=True,
     )
@@ -265,6 +280,7 @@ class PSNR(_OfSquares):
         axioms=frozenset({"symmetric"}),
         distance_to_itself=-float("inf"),
         takes_mask=True,
+        takes_weights=True,
         one_channel_suffices=True,
         units="dB",
     )
@@ -300,6 +316,7 @@ class Cosine(_PixelMetric):
         source="1 − Σ ab / √(Σ a² Σ b²); scipy cosine",
         axioms=SYMMETRIC,
         takes_mask=True,
+        takes_weights=True,
         one_channel_suffices=True,
         blind_to=("scale",),
         takes_physical_values=True,
@@ -309,7 +326,9 @@ class Cosine(_PixelMetric):
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = a.parts["values"], b.parts["values"]
-        if not self.preprocessing.mask:
+        if self.pixel_weights is not None:
+            distances = _rows(self.paired, a, b)
+        elif not self.preprocessing.mask:
             distances = self._of_unit_vectors(a, b)
         elif has_kernel(x, y):
             sides = (x.numpy(), y.numpy(), self.centred)
@@ -353,11 +372,13 @@ class Cosine(_PixelMetric):
 
         A frame that is exactly constant has no direction, and its distances are what they are said to be.
         """
-        if self.preprocessing.mask:
+        if self.preprocessing.mask or self.pixel_weights is not None:
             x, y = self._masked_lengths(a, b), self._masked_lengths(b, a).T
         else:
             x, y = self._lengths(a)[:, None], self._lengths(b)
-        sizes = (_spreads_and_sizes(a)[1][:, None], _spreads_and_sizes(b)[1])
+        # Weights may be all on the largest value.
+        size_of = _largest if self.pixel_weights is not None else lambda side: _spreads_and_sizes(side)[1]
+        sizes = (size_of(a)[:, None], size_of(b))
         roundings = 4 + math.sqrt(a.parts["values"].shape[1]) / 2
         angle = _angle(of_each(a, stored=True)[:, None], sizes[0], x, roundings)
         angle = angle + _angle(of_each(b, stored=True), sizes[1], y, roundings)
@@ -367,7 +388,7 @@ class Cosine(_PixelMetric):
     def _masked_lengths(self, a: Embedding, b: Embedding) -> Tensor:
         """:meth:`_lengths` of the first of each pair, over what is known in both: (len(a), len(b))."""
         x, y = a.parts["values"], b.parts["values"]
-        if not has_kernel(x, y):
+        if not self._has_kernel(x, y):
             return _rows(self._masked_lengths_paired, a, b)
         sides = (x.numpy(), y.numpy(), self.centred)
         powers = all_pairs(_known_powers, len(x), len(y), *sides, symmetric=False, operations=4 * x.shape[1])
@@ -387,7 +408,7 @@ class Cosine(_PixelMetric):
         distances = _from_units(
             (u - v).square().sum(1), flat, self._is_flat(b, v) if known is None else _is_zero(v)
         )
-        return distances if known is None else torch.where(known.any(1), distances, math.nan)
+        return distances if known is None else torch.where(known.bool().any(1), distances, math.nan)
 
 
 class Correlation(Cosine):
@@ -401,6 +422,7 @@ class Correlation(Cosine):
         source="1 − cov(a, b) / (σ_a σ_b); scipy correlation",
         axioms=SYMMETRIC,
         takes_mask=True,
+        takes_weights=True,
         one_channel_suffices=True,
         blind_to=("offset", "scale"),
         takes_physical_values=True,
@@ -412,24 +434,39 @@ class Correlation(Cosine):
 
 
 def _known(metric: Metric, a: Embedding, b: Embedding) -> Tensor | None:
-    """Where neither frame is missing; None stands for everywhere."""
-    if not metric.preprocessing.mask:
-        return None
-    return ~(a.parts["values"].isnan() | b.parts["values"].isnan())
+    """Where neither frame is missing, true or a weight in double; None stands for everywhere."""
+    x, y = a.parts["values"], b.parts["values"]
+    known = ~(x.isnan() | y.isnan()) if metric.preprocessing.mask else None
+    if metric.pixel_weights is None:
+        return known
+    pixels = metric.pixel_weights.to(x.device).flatten()
+    weights = pixels.repeat_interleave(x.shape[1] // len(pixels))  # channels of a pixel are neighbours
+    return weights.expand(max(len(x), len(y)), -1) if known is None else torch.where(known, weights, 0)
 
 
 def _where_known(values: Tensor, known: Tensor | None) -> Tensor:
     """Zero elsewhere, with gradients of zero."""
-    return values if known is None else torch.where(known, values, 0)
+    return values if known is None else torch.where(known.bool(), values, 0)
+
+
+def _sum(values: Tensor, known: Tensor | None) -> Tensor:
+    """(rows, 1), by weight, of values that are zero where unknown."""
+    if known is not None and known.dtype != torch.bool:
+        values = values * known
+    return values.sum(1, True)
 
 
 def _mean(values: Tensor, known: Tensor | None) -> Tensor:
-    """(rows, 1), of values that are zero where unknown."""
-    return values.mean(1, keepdim=True) if known is None else values.sum(1, True) / known.sum(1, True)
+    """(rows, 1), by weight, of values that are zero where unknown."""
+    return values.mean(1, keepdim=True) if known is None else _sum(values, known) / known.sum(1, True)
 
 
 def _centred(values: Tensor, known: Tensor | None) -> Tensor:
     """Less the mean of the known."""
+    if known is not None and known.dtype != torch.bool:
+        # A weighted mean of equal values is not quite their value; that of zeros is.
+        smallest = torch.where(known.bool(), values, math.inf).amin(1, keepdim=True)
+        values = values - smallest.detach()
     values = _where_known(values, known)
     return _where_known(values - _mean(values, known), known)
 
@@ -438,6 +475,8 @@ def _units(values: Tensor, known: Tensor | None, centred: bool) -> Tensor:
     """Rows of length 1 in double, those of length 0 left so: (rows, columns)."""
     values = values.double()
     values = _centred(values, known) if centred else _where_known(values, known)
+    if known is not None and known.dtype != torch.bool:
+        values = values * known.sqrt()
     squares = values.square().sum(1, keepdim=True)
     flat = squares == 0
     return torch.where(flat, 0, values / torch.where(flat, 1, squares).sqrt())
@@ -460,6 +499,11 @@ def _spreads_and_sizes(embedding: Embedding) -> tuple[Tensor, Tensor]:
     return embedding.once("spreads and sizes", compute)
 
 
+def _largest(embedding: Embedding) -> Tensor:
+    """Largest magnitude of each frame's values that are known: (n,)."""
+    return embedding.parts["values"].nan_to_num().abs().amax(1).double()
+
+
 def _angle(error: Tensor, size: Tensor, length: Tensor, roundings: float) -> Tensor:
     """Bound the angle by which a direction is off: errors of values, and that of a mean, in double."""
     return error / length + 2.0**-53 * (4 + roundings * size / length)
@@ -477,11 +521,17 @@ def _from_units(squared: Tensor, left_is_flat: Tensor, right_is_flat: Tensor) ->
     return torch.where((left_is_flat ^ right_is_flat) & ~squared.isnan(), 1, distances)
 
 
-def _degrees_of_freedom(count: Any, centred: bool) -> Any:
-    """What a sum of squares of ``count`` values is divided by: one less about their own mean."""
-    if not centred:
-        return count
-    return (count - 1).clamp(min=1) if isinstance(count, Tensor) else max(count - 1, 1)
+def _degrees_of_freedom(count: Any, known: Tensor | None = None) -> Any:
+    """Give what a sum of squares about the mean of ``count`` values is divided by: one less.
+
+    By weights, Σ w − Σ w² / Σ w: unbiased for weights of any scale, as GSL's ``gsl_stats_wvariance``.
+    """
+    if not isinstance(count, Tensor):
+        return max(count - 1, 1)
+    if known is None or known.dtype == torch.bool:
+        return (count - 1).clamp(min=1)
+    left = count - known.square().sum(1) / count
+    return torch.where(known.bool().sum(1) > 1, left, count)
 
 
 @numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")
@@ -585,9 +635,8 @@ def _powers(values: Tensor, centred: bool) -> Tensor:
     """Mean square of each row, or its variance if ``centred``: (rows,) float64."""
     if not has_kernel(values):
         rows = [_centred(row.double(), None) if centred else row.double() for row in values.split(1)]
-        return torch.cat([row.square().sum(1) for row in rows]) / _degrees_of_freedom(
-            values.shape[1], centred
-        )
+        count = _degrees_of_freedom(values.shape[1]) if centred else values.shape[1]
+        return torch.cat([row.square().sum(1) for row in rows]) / count
     every, powers = np.arange(len(values)), np.zeros(len(values))
     _known_powers(every, every, powers, values.numpy(), values.numpy(), centred)
     return torch.from_numpy(powers)
