@@ -42,7 +42,7 @@ test-keras: $(KERAS)/.installed
 	LSIM_TEST_KERAS=1 $(KERAS)/bin/python -m pytest tests/test_export_keras.py
 
 test-faults: $(VENV)/.installed
-	$(BIN)/python -m pytest -m 'not netns and not slurm' tests/faults tests/test_verify.py
+	$(BIN)/python -m pytest -m 'not netns and not slurm' tests/faults tests/test_verify.py tests/test_integrity.py
 
 test-slurm: $(VENV)/.installed
 	tests/debian.sh slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge

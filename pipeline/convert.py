@@ -578,7 +578,8 @@ def _quarantined(plans: Sequence[_Plan]) -> list[dict[str, Any]]:
             "field": plan.name,
             "file": record["file"],
             "reason": record["reason"],
-            "source": record,
+            # The digest is that of a row of the store, which a quarantined sequence has none of.
+            "source": {key: value for key, value in record.items() if key != "digest"},
         }
         for plan in plans
         for name, record in sorted(plan.broken.items())

@@ -170,7 +170,9 @@ FORMULAS: dict[str, Callable[[Plane, Plane], Any]] = {
     "l2": mse,
     "rmse": lambda a, b: mpmath.sqrt(mse(a, b)),
     "nrmse": lambda a, b: mpmath.sqrt(mse(a, b) / (mean([v * v for v in flat(a)]) + mpf("1e-7"))),
-    "vrmse": lambda a, b: mpmath.sqrt(mse(a, b) / (mean([v * v for v in centred(flat(a))]) + mpf("1e-7"))),
+    "vrmse": lambda a, b: mpmath.sqrt(
+        mse(a, b) / (sum(v * v for v in centred(flat(a))) / (len(flat(a)) - 1) + mpf("1e-7"))
+    ),
     "psnr": lambda a, b: 10 * mpmath.log10(mse(a, b)),
     "cosine": lambda a, b: one_minus_cosine(flat(a), flat(b)),
     "correlation": lambda a, b: one_minus_cosine(centred(flat(a)), centred(flat(b))),

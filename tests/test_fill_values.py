@@ -477,7 +477,8 @@ def test_missing_values_are_those_of_the_netcdf_library(tmp_path: Path, variable
     for engine in ("h5netcdf" if "4" in variable["format"][:7] else "scipy", "netcdf4"):
         empty = missing.all(axis=(1, 2))
         if empty.any():
-            assert f"{list_frames(np.flatnonzero(empty))} ha" in reason(path, "keep", engine=engine)
+            text = reason(path, "keep", engine=engine)
+            assert f"{list_frames(np.flatnonzero(empty))} ha" in text or "64-bit integers beyond" in text
             continue
         frames = read(path, "keep", engine=engine)
         np.testing.assert_array_equal(np.isnan(frames), missing)

@@ -149,6 +149,7 @@ def test_distances_that_are_exchanged_deleted_or_flipped_are_named(made: Path, t
     assert not unseen
 
 
+@pytest.mark.slow_faults
 def test_tiles_that_are_exchanged_deleted_or_flipped_are_named(made: Path, tmp_path: Path):
     path = shutil.copytree(made / "archive.zarr", tmp_path / "archive.zarr")
     sound = near(path)

@@ -139,7 +139,7 @@ def test_unresolved_distances_stand_in_provenance_notes_and_terminal(made: Path,
     with Cluster(Profile(kind="none")) as cluster:
         again = compute_distances(made / "frames.zarr", made / "all.zarr", settings, cluster=cluster)
     assert again.blocks == 0
-    (one,) = again.unresolved
+    (one,) = (entry for entry in again.unresolved if entry.metric != "l1")
     expected = f"{one.metric}: {one.unresolved} of 135 distances are below what single precision resolves"
     assert one.unresolved == 135  # rounding of a thousandth of the range is above 0.1 % of all of them
     show_distances(again)

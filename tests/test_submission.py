@@ -236,7 +236,7 @@ def test_a_task_that_runs_far_too_long_is_told_of_once(two_workers, monkeypatch,
 
 def test_tasks_of_stages_say_what_they_are_of():
     common = ("frames.zarr", "out.zarr", "A/density")
-    block = BlockTask(*common, StaleBlock(8, 12, {}, {}, {}), (), {}, ((0, 1),), False)
+    block = BlockTask(*common, StaleBlock(8, 12, {}, {}, {}, {}), (), {}, ((0, 1),), False)
     assert block.label == "A/density, sequences 8 to 11"
     tiles = TileTask(*common, (), {}, {"l2": ((0, 3), (0, 4)), "l1": ((0, 3),)}, {}, (0.0, 1.0), 1, 1)
     assert tiles.label == "A/density, 2 tiles from (0, 3)"
