@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -29,8 +30,12 @@ class Paced(Metric):
 
     info = MetricInfo(title="paced mean difference", source="this test")
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.itself = id(self)  # a copy is tried, once a run and worker, for the same result twice
+
     def embed(self, frames: Tensor) -> Embedding:
-        if FOLDER in os.environ and len(frames) > TRIED:
+        if FOLDER in os.environ and len(frames) > TRIED and id(self) == self.itself:
             pace = Pace(Path(os.environ[FOLDER]))
             sequence = f"{zlib.crc32(frames.numpy().tobytes()):08x}"
             pace.note("begin", sequence)
