@@ -291,5 +291,5 @@ def test_a_folder_called_pipeline_is_not_in_the_way(tmp_path: Path):
 def test_the_script_starts_a_module_that_needs_neither_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["scripts"] == {"lsim": "lsim_command:main"}
-    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]
     assert "lsim_command.py" in included
