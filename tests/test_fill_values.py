@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from hypothesis import HealthCheck, given, settings
+from hypothesis import assume, HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.io import netcdf_file
 
@@ -471,6 +471,8 @@ def test_missing_values_are_those_of_the_netcdf_library(tmp_path: Path, variable
         created.set_auto_maskandscale(False)
         created.setncatts(variable["attributes"])
         created[: variable["written"]] = values[: variable["written"]]
+    # Larger ones are refused: floating point, which missing values need, doesn't hold them.
+    assume(values.dtype.kind not in "iu" or np.abs(values.astype(float)).max() <= 2**53)
     with netcdf.Dataset(path) as file:
         expected = file["u"][:]
     missing = np.ma.getmaskarray(expected) | np.isnan(np.ma.getdata(expected))
