@@ -53,7 +53,7 @@ class ClaimError(MetricError):
 
 @dataclass(frozen=True)
 class Claims:
-    """What a metric says of itself, with the checks of it.
+    """Hold what a metric says of itself, and check it.
 
     Attributes
     ----------

@@ -190,7 +190,7 @@ class Metric(ABC):
 
     @classmethod
     def needs_double(cls, options: Mapping[str, Any]) -> bool:
-        """Whether frames have to be prepared in double precision under these options."""
+        """Tell whether frames have to be prepared in double precision under these options."""
         return False
 
     @classmethod
@@ -724,12 +724,12 @@ class Metric(ABC):
 
     @property
     def claims(self) -> Claims:
-        """What the metric says of its distances, with the checks of it."""
+        """Give what the metric says of its distances, with the checks of it."""
         return Claims(self.name, self.axioms, self.info.distance_to_itself)
 
     @property
     def of_others(self) -> bool:
-        """Whether the class is none of this package's, which its own tests hold to the contract."""
+        """Tell whether the class is another package's, which no test here holds to the contract."""
         return not type(self).__module__.startswith("lsim.")
 
     def _running(self, what: str) -> contextlib.AbstractContextManager[None]:
