@@ -46,12 +46,12 @@ from lsim.networks import LsimTrunk
 from lsim.precision import PROMISE
 from lsim.registry import why_unavailable
 from lsim.weights import find_weights
-from pipeline import schema, store
-from pipeline.archive import ArchiveReport, MatrixRequest, compute_archive
-from pipeline.archive.tiles import ROWS_AT_ONCE, compare_blocks
-from pipeline.content import content_hash
-from pipeline.embedding_cache import EmbeddedBlock
-from pipeline.metric_choice import Settings
+from pipeline.matrix import ArchiveReport, MatrixRequest, compute_archive
+from pipeline.matrix.embedding_cache import EmbeddedBlock
+from pipeline.matrix.tiles import ROWS_AT_ONCE, compare_blocks
+from pipeline.metrics.settings import Settings
+from pipeline.storage import schema, store
+from pipeline.storage.checked_frames import content_hash
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 

@@ -30,11 +30,11 @@ from distributed import Client, LocalCluster
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from pipeline import store
-from pipeline.catalog import open_catalog
-from pipeline.content import content_hash
 from pipeline.convert import convert
-from pipeline.readers import list_sequences
+from pipeline.sources.catalog import open_catalog
+from pipeline.sources.readers import list_sequences
+from pipeline.storage import store
+from pipeline.storage.checked_frames import content_hash
 
 FRAMES = 11
 

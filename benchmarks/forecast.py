@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.archive.measuring import Measured
-from pipeline.archive.plan import Workers, choose_sides, plan_family
-from pipeline.limits import readable
+from pipeline.matrix.measuring import Measured
+from pipeline.matrix.plan import Workers, choose_sides, plan_family
+from pipeline.storage.limits import readable
 
 VALUES = 226_208
 """Of an LSiM embedding at 224²."""

@@ -34,15 +34,15 @@ import psutil
 from common import processor
 from distributed import Client
 
-from pipeline import schema, store
-from pipeline.content import content_hash
 from pipeline.distances import Settings, compute_distances, list_failures
 from pipeline.distances.blocks import StaleBlock
 from pipeline.distances.compute import BlockTask
+from pipeline.stage.bounded_map import run_bounded
+from pipeline.storage import schema, store
+from pipeline.storage.checked_frames import content_hash
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
-from pipeline.workers.resident import MetricRequest
-from pipeline.workers.submission import run_bounded
+from pipeline.workers.worker_metrics import MetricRequest
 
 METRICS = ("l1", "l2", "psnr", "ssim", "ms-ssim", "gmsd", "vi", "lsim", "lpips-alex", "flow")
 KEY = "D/density"

@@ -305,8 +305,8 @@ def with_preprocessing(
 
 def write_frames(path: Path, sequences: int) -> None:
     """A ``frames.zarr`` of sequences of 11 frames of 256²×3."""
-    from pipeline import schema, store
-    from pipeline.content import content_hash
+    from pipeline.storage import schema, store
+    from pipeline.storage.checked_frames import content_hash
 
     group = store.open_store(path, "a").require_group("Waves/density")
     names = np.array([f"s{k}" for k in range(sequences)], object)
@@ -335,9 +335,9 @@ def measure_registry(sequences: int, folder: Path, device: str, metrics: list[st
 
     A store of one sequence goes first, so that nothing is loaded or compiled in the time that is measured.
     """
-    from pipeline import store
     from pipeline.distances import compute_distances
-    from pipeline.metric_choice import Settings
+    from pipeline.metrics.settings import Settings
+    from pipeline.storage import store
     from pipeline.workers.cluster import Cluster
     from pipeline.workers.profiles import Profile
 

@@ -30,12 +30,12 @@ from typing import Any
 from common import processor
 from convert import FRAMES, make_archive
 
-from pipeline import objects
-from pipeline.catalog import fetch, open_catalog
 from pipeline.convert import convert
 from pipeline.distances import compute_distances
-from pipeline.metric_choice import Settings
-from pipeline.versions import versions
+from pipeline.metrics.settings import Settings
+from pipeline.sources.catalog import fetch, open_catalog
+from pipeline.storage import objects
+from pipeline.storage.versions import versions
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 

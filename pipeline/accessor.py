@@ -5,7 +5,7 @@
 
 Importing this loads neither torch nor Dask. A task of a lazy result holds how the metric is to be loaded; the
 metric itself is loaded once per process, as on the workers of a run
-(:func:`pipeline.workers.resident.get_metric`).
+(:func:`pipeline.workers.worker_metrics.get_metric`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import xarray as xr
 
 if TYPE_CHECKING:
     from lsim.metric import Metric
-    from pipeline.workers.resident import MetricRequest
+    from pipeline.workers.worker_metrics import MetricRequest
 
 Mask: TypeAlias = Literal["nan"] | xr.DataArray | None
 Range: TypeAlias = tuple[Any, Any]
@@ -218,7 +218,7 @@ def _pairwise(
 ) -> np.ndarray:
     """(…, n, y, x[, channel]) → (…, n, n)."""
     from lsim.preprocess import as_array
-    from pipeline.workers.resident import get_metric
+    from pipeline.workers.worker_metrics import get_metric
 
     metric, mask = get_metric(request, device), "nan" if request.mask else None
     frames = as_array(frames)  # a task's array may be masked
@@ -243,7 +243,7 @@ def _distance(
 ) -> np.ndarray:
     """(…, [n,] y, x[, channel]) of both → (…[, n])."""
     from lsim.preprocess import as_array
-    from pipeline.workers.resident import get_metric
+    from pipeline.workers.worker_metrics import get_metric
 
     metric, mask = get_metric(request, device), "nan" if request.mask else None
     frames, references = (as_array(a) for a in (frames, references))
@@ -265,7 +265,7 @@ def _request(
 ) -> tuple[Metric, MetricRequest]:
     """The metric, for what is known of it, and how tasks are to load it: wrong settings are errors here."""
     from lsim.registry import default_metric
-    from pipeline.workers.resident import MetricRequest
+    from pipeline.workers.worker_metrics import MetricRequest
 
     own = dict(settings)
     weights = own.pop("weights", None)

@@ -21,17 +21,17 @@ import numpy as np
 import torch
 
 from lsim.simulate import simulate_families
-from pipeline import schema, store
-from pipeline.address import absolute
-from pipeline.content import content_hash
 from pipeline.distances import compute_distances
 from pipeline.distances.sizing import block_size
-from pipeline.fields import checked_fields
-from pipeline.metric_choice import Settings, choose_metrics
-from pipeline.versions import versions
+from pipeline.metrics.fields import checked_fields
+from pipeline.metrics.settings import Settings, choose_metrics
+from pipeline.storage import schema, store
+from pipeline.storage.address import absolute
+from pipeline.storage.checked_frames import content_hash
+from pipeline.storage.versions import versions
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import ACROSS_HOSTS, ClusterError, Profile
-from pipeline.workers.resident import MetricRequest, get_metric
+from pipeline.workers.worker_metrics import MetricRequest, get_metric
 
 MUST_AGREE = ("lsim", "torch", "zarr")
 """Packages of which another version computes or stores otherwise."""
@@ -57,7 +57,7 @@ class WorkerFindings:
     device : str
         Where it has the metrics.
     versions : dict of str to str
-        As :func:`pipeline.versions.versions` gives them.
+        As :func:`pipeline.storage.versions.versions` gives them.
     load_s : float
         Seconds until it had loaded the metrics.
     """
@@ -163,7 +163,7 @@ def check_cluster(
     ------
     ClusterError
         When no worker comes, or one cannot import this package.
-    ValueError, pipeline.store.StoreError
+    ValueError, pipeline.storage.store.StoreError
         For metrics that aren't there, and for a store that is none.
     """
     settings = settings or Settings()
@@ -261,7 +261,7 @@ def compare_versions(here: Mapping[str, str], there: Mapping[str, str]) -> tuple
     Parameters
     ----------
     here, there : dict of str to str
-        As :func:`pipeline.versions.versions` gives them.
+        As :func:`pipeline.storage.versions.versions` gives them.
 
     Returns
     -------

@@ -27,12 +27,12 @@ from lsim.simulate import (
 from lsim.simulate.families import ground_truth
 from lsim.simulate.hardness import reference_errors
 from lsim.simulate.layout import Format, read_frames, read_record, settings
-from pipeline.address import absolute, is_address, split_bucket
-from pipeline.catalog import Catalog, Dataset, Source, data_root
 from pipeline.convert import ConversionReport, convert
-from pipeline.store import exists
+from pipeline.sources.catalog import Catalog, Dataset, Source, data_root
+from pipeline.stage.bounded_map import run_bounded
+from pipeline.storage.address import absolute, is_address, split_bucket
+from pipeline.storage.store import exists
 from pipeline.workers.cluster import Cluster
-from pipeline.workers.submission import run_bounded
 
 Output: TypeAlias = Literal["npz", "png", "zarr"]
 OUTPUTS: tuple[Output, ...] = ("npz", "png", "zarr")
@@ -117,7 +117,7 @@ def simulate(
     out : path, or address with ``zarr``
         Folder of data sets. With ``zarr`` the store lies beside it, ``<out>.zarr``; ``out`` may be given
         with that ending, too. With an address the store alone lies there, and the families under the data
-        root (:func:`pipeline.catalog.data_root`).
+        root (:func:`pipeline.sources.catalog.data_root`).
     families : int
         How many, numbered from 1.
     size : int, default 256

@@ -15,10 +15,10 @@ import pydantic
 from lsim.simulate import find_recipe, missing_families
 from lsim.training import LayoutFolders, SequenceError, SequenceSource, TrainingSequence, TrainingSettings
 from lsim.training.train import STATE
-from pipeline import schema
-from pipeline.content import read_sequence
 from pipeline.resources import find_resource, read_yaml, validated
-from pipeline.store import exists, field_keys, get_array, get_group, open_store, read
+from pipeline.storage import schema
+from pipeline.storage.checked_frames import read_sequence
+from pipeline.storage.store import exists, field_keys, get_array, get_group, open_store, read
 
 
 class TrainingFileError(ValueError):
@@ -132,7 +132,7 @@ class StoredSequences:
 
     Raises
     ------
-    pipeline.store.StoreError
+    pipeline.storage.store.StoreError
         When there is no store.
     ValueError
         When it lacks a data set.

@@ -15,16 +15,16 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import pydantic
 
-from pipeline import store
-from pipeline.address import absolute, join
-from pipeline.archive import ArchiveReport, MatrixRequest, compute_archive
-from pipeline.catalog import fetch, open_catalog
 from pipeline.convert import ConversionReport, convert
 from pipeline.correlate import CorrelationReport, correlate
 from pipeline.distances import DistancesReport, compute_distances
-from pipeline.metric_choice import Settings, choose_metrics
+from pipeline.matrix import ArchiveReport, MatrixRequest, compute_archive
+from pipeline.metrics.settings import Settings, choose_metrics
 from pipeline.report import write_report
 from pipeline.resources import find_resource, read_yaml, validated
+from pipeline.sources.catalog import fetch, open_catalog
+from pipeline.storage import store
+from pipeline.storage.address import absolute, join
 from pipeline.workers.cluster import Cluster
 
 StageProgress: TypeAlias = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
@@ -48,7 +48,7 @@ class CorrelateSection(_Strict):
 
 
 class ArchiveSection(_Strict):
-    """A matrix over all frames, see :func:`pipeline.archive.compute_archive`; its maps go into the report.
+    """A matrix over all frames, see :func:`pipeline.matrix.compute_archive`; its maps go into the report.
 
     Metrics are told what the section ``distances`` tells them.
 
@@ -168,7 +168,7 @@ def run_workflow(
     out : path or address, optional
         Instead of the workflow's own folder.
     data_dir : path, optional
-        Where source data lies, see :mod:`pipeline.catalog`.
+        Where source data lies, see :mod:`pipeline.sources.catalog`.
     progress : callable
         Shows each stage's progress.
     announce : callable, optional
@@ -179,12 +179,12 @@ def run_workflow(
 
     Raises
     ------
-    pipeline.objects.ObjectStoreError
+    pipeline.storage.objects.ObjectStoreError
         When ``out`` is an address that cannot be opened.
-    pipeline.catalog.MissingDataError
+    pipeline.sources.catalog.MissingDataError
         When source data is absent; says what to download.
     ValueError, lsim.UnknownMetricError, lsim.WeightsError
-        For metrics that :func:`pipeline.metric_choice.choose_metrics` refuses; before anything is fetched.
+        For metrics that :func:`pipeline.metrics.settings.choose_metrics` refuses; before anything is fetched.
     """
     folder = absolute(out if out is not None else workflow.out)
     names = ("frames.zarr", "distances.zarr", "archive.zarr", "results")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline import schema, store
-from pipeline.content import content_hash
+from pipeline.storage import schema, store
+from pipeline.storage.checked_frames import content_hash
 
 
 def smooth_sequence(seed: int, frames: int = 5, size: int = 40, channels: int = 1) -> np.ndarray:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from paced import FOLDER, WHO, Pace
 
-from pipeline import schema, store
+from pipeline.storage import schema, store
 
 HERE = Path(__file__).parent
 LSIM = (sys.executable, "-c", "from pipeline.cli import main; main()")

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import digests, recorded, schema, store
-from pipeline.content import content_hash
+from pipeline.storage import digests, recorded, schema, store
+from pipeline.storage.checked_frames import content_hash
 
 NOISE = {"good": 0.02, "fair": 0.15, "poor": 0.6}
 """Metrics of :func:`random_distances`: standard deviation of their noise, in steps of the parameter."""

@@ -17,7 +17,7 @@ from distributed import Client, LocalCluster
 
 import lsim
 import pipeline.accessor  # noqa: F401  registers .lsim
-from pipeline.workers import resident
+from pipeline.workers import worker_metrics
 
 
 @pytest.fixture
@@ -96,8 +96,8 @@ def test_each_process_of_a_cluster_loads_a_metric_once_and_none_travels(ensemble
         graph = dask.base.collections_to_expr([found.data]).__dask_graph__()
         assert not any("SSIM" in repr(task) for task in graph.values())
         xr.testing.assert_identical(found.compute(), expected)
-        assert all(counts in ({}, {"ssim": 1}) for counts in client.run(resident.load_counts).values())
-        assert sum(counts.get("ssim", 0) for counts in client.run(resident.load_counts).values()) >= 1
+        assert all(counts in ({}, {"ssim": 1}) for counts in client.run(worker_metrics.load_counts).values())
+        assert sum(counts.get("ssim", 0) for counts in client.run(worker_metrics.load_counts).values()) >= 1
 
 
 def test_one_array_of_frames_alone(ensemble):

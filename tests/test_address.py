@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.address import AddressError, absolute, is_address, join, relative, resolve
+from pipeline.storage.address import AddressError, absolute, is_address, join, relative, resolve
 
 
 def test_paths_are_made_absolute_and_addresses_stay(tmp_path, monkeypatch):

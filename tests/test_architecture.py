@@ -19,69 +19,69 @@ STAGES = (
     "pipeline.distances",
     "pipeline.correlate",
     "pipeline.report",
-    "pipeline.archive",
-    "pipeline.embeddings",
+    "pipeline.matrix",
+    "pipeline.matrix.embeddings",
 )
 PARTS_OF_STAGES = {
     "pipeline.distances.blocks": "pipeline.distances",
     "pipeline.distances.compute": "pipeline.distances",
     "pipeline.distances.sizing": "pipeline.distances",
-    "pipeline.shards": "pipeline.convert",
-    "pipeline.embedding_cache": "pipeline.archive",
-    "pipeline.frame_blocks": "pipeline.archive",
-    "pipeline.archive.job": "pipeline.archive",
-    "pipeline.archive.machines": "pipeline.archive",
-    "pipeline.archive.matrix": "pipeline.archive",
-    "pipeline.archive.measuring": "pipeline.archive",
-    "pipeline.archive.plan": "pipeline.archive",
-    "pipeline.archive.tiles": "pipeline.archive",
+    "pipeline.convert.shards": "pipeline.convert",
+    "pipeline.matrix.embedding_cache": "pipeline.matrix",
+    "pipeline.matrix.frame_blocks": "pipeline.matrix",
+    "pipeline.matrix.job": "pipeline.matrix",
+    "pipeline.matrix.machines": "pipeline.matrix",
+    "pipeline.matrix.layout": "pipeline.matrix",
+    "pipeline.matrix.measuring": "pipeline.matrix",
+    "pipeline.matrix.plan": "pipeline.matrix",
+    "pipeline.matrix.tiles": "pipeline.matrix",
 }
-"""Modules that belong to one stage; ``pipeline.statistics`` knows arrays alone, and is anybody's."""
+"""Modules that belong to one stage; ``pipeline.correlate.statistics`` knows arrays alone, and is anybody's."""
 LEAVES = (
-    "pipeline.versions",
+    "pipeline.storage.versions",
     "pipeline.resources",
-    "pipeline.statistics",
-    "pipeline.scaling",
-    "pipeline.address",
-    "pipeline.names",
-    "pipeline.limits",
-    "pipeline.tables",
-    "pipeline.text_chunks",
-    "pipeline.digests",
+    "pipeline.correlate.statistics",
+    "pipeline.matrix.mds",
+    "pipeline.storage.address",
+    "pipeline.storage.safe_names",
+    "pipeline.storage.limits",
+    "pipeline.storage.csv_tables",
+    "pipeline.storage.text_chunks",
+    "pipeline.storage.digests",
 )
 SHARED_BY_STAGES = (
-    "pipeline.metric_choice",
-    "pipeline.fields",
-    "pipeline.scopes",
-    "pipeline.batches",
-    "pipeline.trials",
+    "pipeline.metrics.settings",
+    "pipeline.metrics.fields",
+    "pipeline.metrics.value_range",
+    "pipeline.stage.retry_single",
+    "pipeline.stage.trials",
 )
 """What several stages ask: which metrics, over which range frames are normalised, what where one raises."""
 WORKERS = (
     "pipeline.workers.cluster",
-    "pipeline.workers.credentials",
+    "pipeline.workers.tls",
     "pipeline.workers.departure",
-    "pipeline.workers.deployment",
-    "pipeline.workers.packed",
+    "pipeline.workers.cluster_kinds",
+    "pipeline.workers.pickled_task",
     "pipeline.workers.profiles",
-    "pipeline.workers.resident",
+    "pipeline.workers.worker_metrics",
     "pipeline.workers.stopping",
-    "pipeline.workers.submission",
+    "pipeline.stage.bounded_map",
 )
 """How stages get at workers: profiles below, the cluster above."""
 KNOW_DASK = (
     *WORKERS,
     "pipeline.convert",
     "pipeline.distances",
-    "pipeline.archive",
-    "pipeline.archive.machines",
+    "pipeline.matrix",
+    "pipeline.matrix.machines",
     "pipeline.workflow",
 )
 CHECKERS = ("pipeline.verify", "pipeline.verify.damage", "pipeline.verify.repair", "pipeline.verify.tiles")
 """What compares what stages wrote with what they recorded of it."""
 COMPOSERS = ("pipeline.workflow", "pipeline.cluster_check")
 """Who compose stages: a whole run, and a small one that tells how fit a cluster is."""
-KNOW_ZARR = ("pipeline.store", "pipeline.schema")
+KNOW_ZARR = ("pipeline.storage.store", "pipeline.storage.schema")
 
 
 def module_name(path: Path, root: Path) -> str:
@@ -143,10 +143,10 @@ def test_modules_are_read() -> None:
     assert {
         "lsim.metric",
         "lsim.metrics.learned",
-        "pipeline.store",
+        "pipeline.storage.store",
         "pipeline.workers.cluster",
     } <= IMPORTS.keys()
-    assert any(is_within(name, "lsim") for name in IMPORTS["pipeline.workers.resident"])
+    assert any(is_within(name, "lsim") for name in IMPORTS["pipeline.workers.worker_metrics"])
 
 
 def test_imports_are_found_wherever_they_stand() -> None:
@@ -214,7 +214,7 @@ def test_preprocessing_and_networks_are_below_the_metrics() -> None:
     [
         (("dask", "distributed"), KNOW_DASK),
         (("zarr",), KNOW_ZARR),
-        (("obstore",), ("pipeline.objects",)),
+        (("obstore",), ("pipeline.storage.objects",)),
         (("cv2",), ("lsim.metrics.flow",)),
         (("torchvision", "pyiqa"), ()),
     ],
@@ -248,17 +248,31 @@ def _siblings(stage: str) -> list[str]:
 
 def test_nothing_below_imports_what_is_above() -> None:
     above = {
-        ("pipeline.schema", "pipeline.store"): (*STAGES, *WORKERS, "pipeline.catalog"),
-        ("pipeline.locks", "pipeline.objects"): (*STAGES, *WORKERS, "pipeline.store", "pipeline.catalog"),
-        WORKERS: (*STAGES, "pipeline.store", "pipeline.schema", "pipeline.readers"),
+        ("pipeline.storage.schema", "pipeline.storage.store"): (
+            *STAGES,
+            *WORKERS,
+            "pipeline.sources.catalog",
+        ),
+        ("pipeline.storage.locks", "pipeline.storage.objects"): (
+            *STAGES,
+            *WORKERS,
+            "pipeline.storage.store",
+            "pipeline.sources.catalog",
+        ),
+        WORKERS: (*STAGES, "pipeline.storage.store", "pipeline.storage.schema", "pipeline.sources.readers"),
         ("pipeline.workers.profiles", "pipeline.workers.departure"): tuple(
             set(WORKERS) - {"pipeline.workers.profiles"}
         ),
-        ("pipeline.workers.credentials",): ("pipeline.workers.cluster", "pipeline.workers.deployment"),
-        ("pipeline.workers.deployment",): ("pipeline.workers.cluster",),
-        ("pipeline.workers.resident",): ("pipeline.workers.cluster", "pipeline.workers.submission"),
-        ("pipeline.catalog",): (*STAGES, "pipeline.readers", "pipeline.store", *WORKERS),
-        ("pipeline.readers",): (*STAGES, "pipeline.store", *WORKERS),
+        ("pipeline.workers.tls",): ("pipeline.workers.cluster", "pipeline.workers.cluster_kinds"),
+        ("pipeline.workers.cluster_kinds",): ("pipeline.workers.cluster",),
+        ("pipeline.workers.worker_metrics",): ("pipeline.workers.cluster", "pipeline.stage.bounded_map"),
+        ("pipeline.sources.catalog",): (
+            *STAGES,
+            "pipeline.sources.readers",
+            "pipeline.storage.store",
+            *WORKERS,
+        ),
+        ("pipeline.sources.readers",): (*STAGES, "pipeline.storage.store", *WORKERS),
         SHARED_BY_STAGES: (*STAGES, *PARTS_OF_STAGES, "pipeline.workflow"),
         (*STAGES,): ("pipeline.workflow",),
     }
@@ -266,7 +280,7 @@ def test_nothing_below_imports_what_is_above() -> None:
         assert not list(offenders(below, *higher))
     command = ("pipeline.cli", "pipeline.__main__")
     everything_but_cli = tuple(module for module in IMPORTS if module not in command)
-    assert {m for m in IMPORTS if "pipeline.display" in IMPORTS[m]} == {"pipeline.cli"}
+    assert {m for m in IMPORTS if "pipeline.cli.display" in IMPORTS[m]} == {"pipeline.cli"}
     for module in everything_but_cli:
         assert "pipeline.cli" not in IMPORTS[module], module
         if module != "pipeline.workflow":
@@ -287,14 +301,14 @@ def test_the_accessor_knows_metrics_and_no_store() -> None:
 
 
 def test_readers_know_the_catalog_and_not_the_reverse() -> None:
-    assert list(offenders("pipeline.readers", "pipeline.catalog"))
-    assert not list(offenders("pipeline.catalog", "pipeline.readers"))
+    assert list(offenders("pipeline.sources.readers", "pipeline.sources.catalog"))
+    assert not list(offenders("pipeline.sources.catalog", "pipeline.sources.readers"))
 
 
 def test_metrics_are_reached_through_distances_and_cluster() -> None:
     """Other stages know data, not metrics."""
-    stages = ("pipeline.convert", "pipeline.correlate", "pipeline.report", "pipeline.readers")
-    assert not list(offenders((*stages, "pipeline.store", "pipeline.schema"), "lsim"))
+    stages = ("pipeline.convert", "pipeline.correlate", "pipeline.report", "pipeline.sources.readers")
+    assert not list(offenders((*stages, "pipeline.storage.store", "pipeline.storage.schema"), "lsim"))
 
 
 @pytest.mark.parametrize("leaf", LEAVES)

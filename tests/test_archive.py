@@ -24,15 +24,15 @@ import lsim
 from lsim.embedding import Embedding
 from lsim.metrics.pixel import L2
 from lsim.metrics.structural import SSIM
-from pipeline import schema, store
-from pipeline.archive import MatrixRequest, compute_archive, job
-from pipeline.archive.machines import shared_memory_profile
-from pipeline.archive.measuring import Device, share_of_device
-from pipeline.archive.plan import PlanError, order_squares, simulate_embeddings
-from pipeline.archive.tiles import TileTask, _Record, compare_blocks
-from pipeline.embedding_cache import EmbeddedBlock, EmbeddingCache
-from pipeline.frame_blocks import list_frames
-from pipeline.metric_choice import Settings
+from pipeline.matrix import MatrixRequest, compute_archive, job
+from pipeline.matrix.embedding_cache import EmbeddedBlock, EmbeddingCache
+from pipeline.matrix.frame_blocks import list_frames
+from pipeline.matrix.machines import shared_memory_profile
+from pipeline.matrix.measuring import Device, share_of_device
+from pipeline.matrix.plan import PlanError, order_squares, simulate_embeddings
+from pipeline.matrix.tiles import TileTask, _Record, compare_blocks
+from pipeline.metrics.settings import Settings
+from pipeline.storage import schema, store
 from pipeline.workers import stopping
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile, WorkerRange
@@ -269,8 +269,8 @@ def test_a_driver_that_is_killed_costs_the_tiles_in_hand(tmp_path):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(8))
     out = tmp_path / "a.zarr"
     code = f"""
-    from pipeline.archive import MatrixRequest, compute_archive
-    from pipeline.metric_choice import Settings
+    from pipeline.matrix import MatrixRequest, compute_archive
+    from pipeline.metrics.settings import Settings
     from pipeline.workers.cluster import Cluster
     from pipeline.workers.profiles import Profile
     settings = Settings(metrics=("l2", "ssim"), size=None, scope="dataset")
@@ -455,10 +455,10 @@ def test_a_copy_that_nobody_waits_for_writes_nothing(tmp_path, monkeypatch):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(1))
     compared = []
     monkeypatch.setattr(
-        "pipeline.archive.tiles.compare_blocks",
+        "pipeline.matrix.tiles.compare_blocks",
         lambda *given: (compared.append(given), compare_blocks(*given))[1],
     )
-    monkeypatch.setattr("pipeline.archive.tiles.still_wanted", lambda: not compared)
+    monkeypatch.setattr("pipeline.matrix.tiles.still_wanted", lambda: not compared)
     report = compute(frames, tmp_path / "a.zarr")
     assert compared
     assert "nobody waits for tile 0,0" in report.failures[0].reason
@@ -473,7 +473,7 @@ def test_a_full_disk_stops_the_run(tmp_path, monkeypatch):
         tried.append(given)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pipeline.archive.tiles._write_tile", full)
+    monkeypatch.setattr("pipeline.matrix.tiles._write_tile", full)
     with pytest.raises(store.StoreError, match="No space left on device; what is finished is kept"):
         compute(frames, tmp_path / "a.zarr", matrix=MatrixRequest(tile=2))
     assert len(tried) == 1
@@ -615,8 +615,8 @@ def test_embeddings_are_as_many_as_planned_where_memory_holds_a_part(tmp_path, m
     settings = Settings(metrics=("l2",), size=None, scope=RANGE)
     block = 8 * 4 * 40 * 40
     # What a process holds differs from one moment to the next.
-    monkeypatch.setattr("pipeline.archive.job.room_for", lambda *given: 5 * block)
-    monkeypatch.setattr("pipeline.archive.plan.room_for", lambda *given: 5 * block)
+    monkeypatch.setattr("pipeline.matrix.job.room_for", lambda *given: 5 * block)
+    monkeypatch.setattr("pipeline.matrix.plan.room_for", lambda *given: 5 * block)
     report = compute(frames, tmp_path / "a.zarr", settings)
     planned = report.plans[0].families[0]
     assert planned.cache == 5 * block
@@ -794,8 +794,8 @@ def test_threads_share_the_cache_and_wait_for_room_without_a_deadlock():
 BOUNDED = """
 import resource, sys
 import numpy as np
-from pipeline.archive import MatrixRequest, compute_archive
-from pipeline.metric_choice import Settings
+from pipeline.matrix import MatrixRequest, compute_archive
+from pipeline.metrics.settings import Settings
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from pipeline import resources
-from pipeline.catalog import (
+from pipeline.sources.catalog import (
     Catalog,
     CatalogError,
     MissingDataError,
@@ -28,7 +28,7 @@ from pipeline.catalog import (
     verify,
     where,
 )
-from pipeline.readers import list_sequences
+from pipeline.sources.readers import list_sequences
 
 ENTRY = "{name: A, source: {path: data}, reader: lsim}"
 

@@ -18,11 +18,11 @@ from archives import archive_of, matrices_of, write_archive
 import lsim
 from lsim.claims import MetricError, OthersCode
 from lsim.testing import check_metric
-from pipeline import store
-from pipeline.archive import MatrixRequest, compute_archive
 from pipeline.distances import compute_distances
-from pipeline.embeddings import compute_embeddings
-from pipeline.metric_choice import Settings
+from pipeline.matrix import MatrixRequest, compute_archive
+from pipeline.matrix.embeddings import compute_embeddings
+from pipeline.metrics.settings import Settings
+from pipeline.storage import store
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 

@@ -26,13 +26,13 @@ from ssh_server import ssh_server
 from pipeline import cluster_check
 from pipeline.cluster_check import ClusterFindings, _look_at_workers, check_cluster, compare_versions
 from pipeline.distances import Settings, compute_distances
-from pipeline.workers import deployment, resident
+from pipeline.stage.bounded_map import run_bounded
+from pipeline.workers import cluster_kinds, worker_metrics
 from pipeline.workers.cluster import FAULT_TOLERANCE, Cluster
-from pipeline.workers.credentials import credentials
-from pipeline.workers.deployment import check_options, jobs_cluster, lifetime, pod_options
+from pipeline.workers.cluster_kinds import check_options, jobs_cluster, lifetime, pod_options
 from pipeline.workers.profiles import ClusterError, Kind, Profile, load_profile, parse_duration
-from pipeline.workers.resident import MetricRequest, dismiss_unfit_workers, load_counts, prewarm
-from pipeline.workers.submission import run_bounded
+from pipeline.workers.tls import credentials
+from pipeline.workers.worker_metrics import MetricRequest, dismiss_unfit_workers, load_counts, prewarm
 
 SETTINGS = Settings(metrics=("l1", "ssim"), size=None, block=1)
 
@@ -167,7 +167,7 @@ def has_joined_beside(sound: str, client: Any) -> bool:
 
 def test_workers_that_cannot_be_asked_are_not_sent_away(local, monkeypatch):
     there = set(local.client.nthreads())
-    monkeypatch.setattr(resident, "load_metrics", cannot_be_reached)
+    monkeypatch.setattr(worker_metrics, "load_metrics", cannot_be_reached)
     dismiss_unfit_workers(local.client, [])
     assert set(local.client.nthreads()) == there
 
@@ -475,12 +475,12 @@ def test_workers_that_are_lost_while_they_start_are_started_again(said, monkeypa
             raise RuntimeError("Cluster failed to start: see above") from said
         return "a cluster"
 
-    monkeypatch.setattr(deployment, "_start_local", fail_at_first)
-    assert deployment.start_cluster(Profile(kind="local"), None) == "a cluster"
+    monkeypatch.setattr(cluster_kinds, "_start_local", fail_at_first)
+    assert cluster_kinds.start_cluster(Profile(kind="local"), None) == "a cluster"
     attempts.clear()
-    monkeypatch.setattr(deployment, "START_ATTEMPTS", 1)
+    monkeypatch.setattr(cluster_kinds, "START_ATTEMPTS", 1)
     with pytest.raises(ClusterError, match="no workers on this machine: in 1 attempts a process died"):
-        deployment.start_cluster(Profile(kind="local"), None)
+        cluster_kinds.start_cluster(Profile(kind="local"), None)
 
 
 def test_a_cluster_that_does_not_start_is_one_line_that_names_the_file(tmp_path, capfd):

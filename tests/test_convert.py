@@ -20,11 +20,11 @@ import pytest
 import xarray as xr
 from PIL import Image
 
-from pipeline import schema, store
-from pipeline.catalog import Catalog, CatalogError, open_catalog
-from pipeline.content import content_hash
 from pipeline.convert import ConversionError, ConversionReport, convert
-from pipeline.readers import READERS, LazySequence, lsim
+from pipeline.sources.catalog import Catalog, CatalogError, open_catalog
+from pipeline.sources.readers import READERS, LazySequence, lsim
+from pipeline.storage import schema, store
+from pipeline.storage.checked_frames import content_hash
 
 SHAPE = (6, 8, 3)
 FRAMES = 3
@@ -481,7 +481,7 @@ class FailingSequence(LazySequence):
 
 
 def test_a_failing_disk_is_tried_again_at_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from pipeline.readers import SourceFile
+    from pipeline.sources.readers import SourceFile
 
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "file").touch()
@@ -714,7 +714,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_convert
-from pipeline import store
+from pipeline.storage import store
 store.SHARD_BYTES = 2 * test_convert.SEQUENCE_BYTES
 test_convert.Archive(Path({folder!r}), seconds=0.1).convert()
 """
@@ -792,7 +792,7 @@ def test_what_travels_is_small(archive: Archive):
     """Tasks and outcomes pickle to little, whatever the frames' size."""
     import pickle
 
-    from pipeline.shards import Decode, Opening, ShardTask, convert_shard, open_field
+    from pipeline.convert.shards import Decode, Opening, ShardTask, convert_shard, open_field
 
     out = archive.folder / "huge.zarr"
     store.open_store(out, "a")
@@ -810,10 +810,10 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_convert
-from pipeline import store
-from pipeline.catalog import open_catalog
+from pipeline.storage import store
+from pipeline.sources.catalog import open_catalog
 from pipeline.convert import convert
-from pipeline.readers import READERS
+from pipeline.sources.readers import READERS
 store.SHARD_BYTES = 8 * 2**20
 READERS["huge"] = lambda entry, folder: [
     test_convert.HugeSequence(name=f"h{{n}}", field="f", files=()) for n in range(count)

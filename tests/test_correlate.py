@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import NOISE, make_distances, parameters, random_distances, write_field
 
-from pipeline import statistics, store
-from pipeline.correlate import CorrelationError, correlate
+from pipeline.correlate import CorrelationError, correlate, statistics
+from pipeline.storage import store
 
 MODES = ("spearman", "pearson", "pearsonMean", "spearmanMean")
 

@@ -15,7 +15,8 @@ from cryptography import x509
 from distributed import Client, Security
 
 from pipeline.workers.cluster import Cluster
-from pipeline.workers.credentials import (
+from pipeline.workers.profiles import ClusterError, Profile, SecurityFiles
+from pipeline.workers.tls import (
     UnencryptedClusterWarning,
     credentials,
     is_loopback,
@@ -23,7 +24,6 @@ from pipeline.workers.credentials import (
     warn_if_open,
     write_temporary,
 )
-from pipeline.workers.profiles import ClusterError, Profile, SecurityFiles
 
 JOBS = {"kind": "slurm", "memory_limit": "1GB"}
 

@@ -22,14 +22,15 @@ from lsim.networks import LsimTrunk
 from lsim.prepared import Prepared
 from lsim.testing import write_random_checkpoint
 from lsim.weights import load_checkpoint, save_checkpoint
-from pipeline import schema, scopes, store, versions
-from pipeline.archive import MatrixRequest, compute_archive
 from pipeline.correlate import CorrelationError, correlate
 from pipeline.distances import compute_distances
 from pipeline.distances.blocks import fingerprint
 from pipeline.distances.compute import BlockTask, compute_block, compute_blocks
-from pipeline.metric_choice import Settings, UnavailableMetricError
+from pipeline.matrix import MatrixRequest, compute_archive
+from pipeline.metrics import value_range
+from pipeline.metrics.settings import Settings, UnavailableMetricError
 from pipeline.report import write_report
+from pipeline.storage import schema, store, versions
 from pipeline.verify import verify
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
@@ -211,7 +212,7 @@ def test_a_new_version_of_a_metric_or_other_settings_are_computed_again(tmp_path
 
 def test_ranges_read_before_a_run_was_stopped_are_not_read_again(tmp_path, monkeypatch):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(4))
-    read, rows = scopes.sequence_range, []
+    read, rows = value_range.sequence_range, []
 
     def stopped_at_the_third(path, key, row, *others):
         if len(rows) == 2:
@@ -219,7 +220,7 @@ def test_ranges_read_before_a_run_was_stopped_are_not_read_again(tmp_path, monke
         rows.append(row)
         return read(path, key, row, *others)
 
-    monkeypatch.setattr(scopes, "sequence_range", stopped_at_the_third)
+    monkeypatch.setattr(value_range, "sequence_range", stopped_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         compute(frames, tmp_path / "d.zarr", scope="dataset")
 
@@ -227,7 +228,7 @@ def test_ranges_read_before_a_run_was_stopped_are_not_read_again(tmp_path, monke
         rows.append(row)
         return read(path, key, row, *others)
 
-    monkeypatch.setattr(scopes, "sequence_range", read_and_counted)
+    monkeypatch.setattr(value_range, "sequence_range", read_and_counted)
     compute(frames, tmp_path / "d.zarr", scope="dataset")
     assert sorted(rows) == [0, 1, 2, 3]
     compute(frames, tmp_path / "whole.zarr", scope="dataset")
@@ -656,7 +657,7 @@ def test_a_size_that_a_metric_asked_for_cannot_take_is_an_error_before_anything_
     own_weights(tmp_path / "mine.safetensors")
     monkeypatch.chdir(tmp_path)
     # Whatever is not here for another reason.
-    monkeypatch.setattr("pipeline.metric_choice.list_metrics", lambda: ["l1", "ssim", "ms-ssim"])
+    monkeypatch.setattr("pipeline.metrics.settings.list_metrics", lambda: ["l1", "ssim", "ms-ssim"])
     with pytest.raises(lsim.FramesError, match=f"metric '{culprit}' cannot take frames of"):
         compute(frames, tmp_path / "d.zarr", **({"size": 100} | changes))
     assert not (tmp_path / "d.zarr").exists()

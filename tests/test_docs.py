@@ -16,8 +16,8 @@ from synthetic import make_archive
 from lsim.networks import LsimTrunk
 from lsim.testing import write_random_checkpoint
 from lsim.weights import load_checkpoint, save_checkpoint
-from pipeline.embeddings import compute_embeddings
-from pipeline.metric_choice import Settings
+from pipeline.matrix.embeddings import compute_embeddings
+from pipeline.metrics.settings import Settings
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 

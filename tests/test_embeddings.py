@@ -14,9 +14,10 @@ from scipy.spatial import cKDTree
 from scipy.spatial.distance import pdist, squareform
 
 import lsim
-from pipeline import embeddings, schema, store
-from pipeline.embeddings import compute_embeddings
-from pipeline.metric_choice import Settings
+from pipeline.matrix import embeddings
+from pipeline.matrix.embeddings import compute_embeddings
+from pipeline.metrics.settings import Settings
+from pipeline.storage import schema, store
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 

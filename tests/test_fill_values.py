@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from scipy.io import netcdf_file
 
-from pipeline.catalog import CatalogError, Dataset
-from pipeline.readers import LazySequence, ReaderError, list_sequences
-from pipeline.readers.formats import missing_filters
-from pipeline.readers.missing import FILL_VALUES, Coding, decode, list_frames
+from pipeline.sources.catalog import CatalogError, Dataset
+from pipeline.sources.readers import LazySequence, ReaderError, list_sequences
+from pipeline.sources.readers.formats import missing_filters
+from pipeline.sources.readers.missing import FILL_VALUES, Coding, decode, list_frames
 
 TIMES = np.array([0.0, 1.0, 3.0])
 FRAMES = np.arange(36, dtype=np.float32).reshape(3, 3, 4)

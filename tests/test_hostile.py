@@ -34,20 +34,20 @@ from archives import smooth_sequence, write_archive
 from synthetic import make_distances, parameters, random_distances, write_field
 from test_catalog import Server, write_catalog
 
-from pipeline import limits, schema, store
-from pipeline import unpack as unpack_module
-from pipeline.catalog import Catalog, CatalogError, Dataset, fetch, open_catalog
 from pipeline.cli import main
 from pipeline.convert import convert
 from pipeline.correlate import correlate
 from pipeline.distances import Settings, compute_distances
-from pipeline.names import printable
-from pipeline.readers import list_sequences
-from pipeline.readers.base import natural_key
-from pipeline.readers.containers import _value as value_size
 from pipeline.report import DamagedReportError, write_report
-from pipeline.tables import read_csv, write_csv
-from pipeline.unpack import UnpackError, unpack
+from pipeline.sources import unpack as unpack_module
+from pipeline.sources.catalog import Catalog, CatalogError, Dataset, fetch, open_catalog
+from pipeline.sources.readers import list_sequences
+from pipeline.sources.readers.base import natural_key
+from pipeline.sources.readers.containers import _value as value_size
+from pipeline.sources.unpack import UnpackError, unpack
+from pipeline.storage import limits, schema, store
+from pipeline.storage.csv_tables import read_csv, write_csv
+from pipeline.storage.safe_names import printable
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import load_profile
 
@@ -1194,7 +1194,9 @@ def test_what_is_no_size_is_an_error(tmp_path: Path, text: str):
 
 def test_the_memory_of_a_process_is_no_more_than_its_limit():
     assert 2**28 < limits.memory_bytes() < 2**50
-    program = "import resource as r; r.setrlimit(r.RLIMIT_AS, (2**33, 2**33)); import pipeline.limits as l"
+    program = (
+        "import resource as r; r.setrlimit(r.RLIMIT_AS, (2**33, 2**33)); import pipeline.storage.limits as l"
+    )
     done = subprocess.run(
         [sys.executable, "-c", f"{program}; print(l.memory_bytes())"],
         capture_output=True,
@@ -1278,8 +1280,8 @@ def test_nothing_here_unpickles_or_loads_yaml_unsafely():
 def test_limits_of_the_process_count_as_its_memory(limit):
     code = f"""
         import resource
-        from pipeline import limits
-        from pipeline.archive.machines import find_workers
+        from pipeline.storage import limits
+        from pipeline.matrix.machines import find_workers
         from pipeline.workers.cluster import Cluster
         from pipeline.workers.profiles import Profile
         resource.setrlimit(resource.{limit}, (2**33, resource.RLIM_INFINITY))

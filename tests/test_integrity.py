@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 from archives import archive_of, write_archive
 
-from pipeline import store
-from pipeline.archive import MatrixRequest, compute_archive
 from pipeline.correlate import correlate
 from pipeline.distances import compute_distances
-from pipeline.metric_choice import Settings
-from pipeline.neighbours import NeighboursError, find_neighbours
+from pipeline.matrix import MatrixRequest, compute_archive
+from pipeline.matrix.neighbours import NeighboursError, find_neighbours
+from pipeline.metrics.settings import Settings
 from pipeline.report.archive import gather_archive
 from pipeline.report.contents import ReportError, read_record
+from pipeline.storage import store
 from pipeline.verify import verify
 from pipeline.verify.repair import repair
 from pipeline.workers.cluster import Cluster

@@ -12,12 +12,12 @@ from archives import archive_of, matrices_of, smooth_sequence, write_archive
 from commands import run_lsim
 
 import lsim
-from pipeline import schema, store
-from pipeline.catalog import CatalogError, open_catalog
-from pipeline.content import content_hash
 from pipeline.convert import ConversionReport, convert
 from pipeline.distances import compute_distances
-from pipeline.metric_choice import Settings
+from pipeline.metrics.settings import Settings
+from pipeline.sources.catalog import CatalogError, open_catalog
+from pipeline.storage import schema, store
+from pipeline.storage.checked_frames import content_hash
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 

@@ -11,8 +11,9 @@ import pytest
 from commands import run_lsim
 from synthetic import make_archive, make_distances, make_frames, record_matrices
 
-from pipeline import neighbours, schema, store
-from pipeline.neighbours import NeighboursError, find_frame, find_neighbours
+from pipeline.matrix import neighbours
+from pipeline.matrix.neighbours import NeighboursError, find_frame, find_neighbours
+from pipeline.storage import schema, store
 
 
 @pytest.fixture(scope="module")

@@ -29,20 +29,20 @@ from obstore.store import S3Store
 from zarr.storage import ObjectStore
 
 from lsim.simulate import write_families
-from pipeline import locks, objects, schema, store
-from pipeline.address import AddressError, absolute
-from pipeline.archive import compute_archive
-from pipeline.catalog import MissingDataError, fetch, open_catalog
 from pipeline.cli import main
 from pipeline.convert import convert
 from pipeline.correlate import correlate
 from pipeline.distances import compute_distances
-from pipeline.metric_choice import Settings
-from pipeline.mirror import local_folder
-from pipeline.neighbours import find_neighbours
-from pipeline.remote_copy import bring, brought
+from pipeline.matrix import compute_archive
+from pipeline.matrix.neighbours import find_neighbours
+from pipeline.metrics.settings import Settings
 from pipeline.report import write_report
 from pipeline.simulate import simulate
+from pipeline.sources.catalog import MissingDataError, fetch, open_catalog
+from pipeline.sources.local_folder import local_folder
+from pipeline.sources.remote_copy import bring, brought
+from pipeline.storage import locks, objects, schema, store
+from pipeline.storage.address import AddressError, absolute
 from pipeline.train import TrainingRun, open_sequences
 from pipeline.verify import verify
 from pipeline.workers.cluster import Cluster

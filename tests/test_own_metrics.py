@@ -14,12 +14,12 @@ from commands import run_lsim
 from distributed import LocalCluster
 
 import lsim
-from pipeline import schema, store
 from pipeline.cli import main
 from pipeline.correlate import correlate
 from pipeline.distances import compute_distances
-from pipeline.metric_choice import Settings
+from pipeline.metrics.settings import Settings
 from pipeline.report import write_report
+from pipeline.storage import schema, store
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import ClusterError, Profile
 

@@ -24,7 +24,7 @@ from archives import archive_of, write_archive
 from threadpoolctl import threadpool_info
 
 from pipeline import cli
-from pipeline.workers import resident, stopping
+from pipeline.workers import stopping, worker_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,7 +62,7 @@ def process_state(known: Collection[str] = ()) -> dict[str, Any]:
         "random": (random.getstate(), torch.get_rng_state().tolist(), repr(np.random.get_state())),
         "numpy": (np.geterr(), repr(np.get_printoptions())),
         "grace": (vars(stopping._state)["grace"], stopping.asked(), stopping._state.deferring),
-        "device": resident._device,
+        "device": worker_metrics._device,
     }
 
 
@@ -159,7 +159,7 @@ def test_commands_that_raise_leave_the_process_as_it_was(error: BaseException, m
         sys.path.append("/nowhere")
         raise error
 
-    monkeypatch.setattr("pipeline.versions.versions", fail)
+    monkeypatch.setattr("pipeline.storage.versions.versions", fail)
     run_here(monkeypatch, "--version")
     before = process_state()
     ended = run_here(monkeypatch, "--version")
@@ -169,7 +169,7 @@ def test_commands_that_raise_leave_the_process_as_it_was(error: BaseException, m
 
 
 def test_a_metric_of_the_same_name_in_another_folder_is_another(folder: Path, monkeypatch):
-    from pipeline import store
+    from pipeline.storage import store
 
     first = (*DISTANCES[:-1], "own_half:Half", "--out", folder / "one.zarr", "--cluster", "none")
     assert run_here(monkeypatch, *first) == 0
@@ -216,7 +216,7 @@ WAITING = """
     def wait():
         print("during", flush=True)
         time.sleep(60)
-    monkeypatch.setattr("pipeline.versions.versions", wait)
+    monkeypatch.setattr("pipeline.storage.versions.versions", wait)
 """
 
 

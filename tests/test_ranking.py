@@ -7,7 +7,7 @@ import pytest
 from synthetic import parameters, random_distances
 
 from lsim.ranking import pooled_spearman
-from pipeline.statistics import correlation, pooled_inputs
+from pipeline.correlate.statistics import correlation, pooled_inputs
 
 
 def test_it_is_what_the_pipeline_reports() -> None:

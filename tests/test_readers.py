@@ -12,9 +12,9 @@ import pytest
 import xarray as xr
 from PIL import Image
 
-from pipeline.catalog import Catalog, CatalogError, Dataset
-from pipeline.readers import READERS, LazySequence, ReaderError, find_reader, list_sequences
-from pipeline.readers.base import SourceFile, field_in_name, natural_key, scale_parameter
+from pipeline.sources.catalog import Catalog, CatalogError, Dataset
+from pipeline.sources.readers import READERS, LazySequence, ReaderError, find_reader, list_sequences
+from pipeline.sources.readers.base import SourceFile, field_in_name, natural_key, scale_parameter
 
 
 def entry(reader: str, **more: Any) -> Dataset:

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 from synthetic import make_distances, make_frames, parameters, random_distances, write_field
 
-from pipeline import store
-from pipeline.content import content_hash
 from pipeline.correlate import correlate
 from pipeline.report import ReportError, pictures, write_report
 from pipeline.report.contents import Strip
+from pipeline.storage import store
+from pipeline.storage.checked_frames import content_hash
 
 VOID = {"meta", "img", "br", "wbr", "link", "input", "hr"}
 

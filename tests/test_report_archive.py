@@ -12,10 +12,11 @@ from commands import run_lsim
 from synthetic import make_archive, make_distances, make_frames, record_matrices
 from test_report import Page
 
-from pipeline import scaling, schema, store
 from pipeline.correlate import correlate
+from pipeline.matrix import mds
 from pipeline.report import DamagedReportError, ReportError, archive, maps, write_archive_report, write_report
 from pipeline.report.archive import gather_archive, say_how_much
+from pipeline.storage import schema, store
 
 MATRICES = {
     "Smoke/density": {"Smoke/density": 6},
@@ -99,7 +100,7 @@ def test_words_say_how_much_of_the_distances_a_map_shows(page):
 )
 def test_words_for_every_share(explained, words):
     nothing = np.array([], int)
-    found = scaling.FrameMap(np.zeros((1, 2)), explained, 0.0, nothing, nothing)
+    found = mds.FrameMap(np.zeros((1, 2)), explained, 0.0, nothing, nothing)
     assert words in say_how_much(found)
 
 
@@ -107,7 +108,7 @@ def test_positions_are_those_of_the_map(made):
     table = pd.read_csv(made / "page/map.csv")
     here = table[(table.matrix == "Smoke/density") & (table.metric == "lsim")]
     array = store.get_array(store.open_store(made / "archive.zarr"), "Smoke/density/lsim")
-    wanted = scaling.classical_map(store.read(array)).positions
+    wanted = mds.classical_map(store.read(array)).positions
     np.testing.assert_allclose(here[["x", "y"]].to_numpy(), wanted, atol=1e-8)
     assert here[here.x.isna()].number.tolist() == [5, 6]
     assert set(table.metric) == {"good", "lsim"}

@@ -16,15 +16,15 @@ from synthetic import parameters, write_field
 from lsim import Embedding, Metric, MetricInfo
 from lsim.preprocess import Preprocessing
 from lsim.ranking import may_be_constant, pooled_spearman
-from pipeline import schema, store
-from pipeline.archive import compute_archive
+from pipeline.cli.display import show_distances
 from pipeline.correlate import correlate
-from pipeline.display import show_distances
 from pipeline.distances import compute_distances
-from pipeline.metric_choice import Settings
-from pipeline.neighbours import find_neighbours
+from pipeline.matrix import compute_archive
+from pipeline.matrix.neighbours import find_neighbours
+from pipeline.metrics.resolution import Resolution, count_unresolved, from_text, resolution_of, to_text
+from pipeline.metrics.settings import Settings
 from pipeline.report import write_archive_report, write_report
-from pipeline.resolution import Resolution, count_unresolved, from_text, resolution_of, to_text
+from pipeline.storage import schema, store
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from pipeline.scaling import choose_landmarks, classical_map, landmark_map, spread
+from pipeline.matrix.mds import choose_landmarks, classical_map, landmark_map, spread
 
 
 def planar(rng: np.random.Generator, count: int = 60) -> np.ndarray:

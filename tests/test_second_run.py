@@ -18,10 +18,10 @@ import pytest
 import xarray as xr
 from commands import run_lsim
 
-from pipeline import schema, shards, store
-from pipeline.catalog import open_catalog
-from pipeline.convert import ConversionReport, convert
-from pipeline.readers.base import LazySequence, SourceFile
+from pipeline.convert import ConversionReport, convert, shards
+from pipeline.sources.catalog import open_catalog
+from pipeline.sources.readers.base import LazySequence, SourceFile
+from pipeline.storage import schema, store
 
 TIME_NS = 1_700_000_000_000_000_000
 """Time of modification of every file here, as archives keep it."""
@@ -210,7 +210,7 @@ def test_records_of_earlier_versions_are_compared_with_what_is_there(runs: Runs,
     """They have no marks: sources with the same bytes stay, those with others are seen."""
     with monkeypatch.context() as patch:
         described = partial(describe_as_before, describe=shards.describe)
-        patch.setattr("pipeline.shards.describe", described)
+        patch.setattr("pipeline.convert.shards.describe", described)
         patch.setattr("pipeline.convert.describe", described)
         runs.convert()
     swap_by_mv(runs)
@@ -233,7 +233,7 @@ def describe_as_before(
 
 def freeze_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have no look at a file show a change, as where a disk gives other bytes than were written."""
-    monkeypatch.setattr("pipeline.readers.base._mark", lambda look: "the same")
+    monkeypatch.setattr("pipeline.sources.readers.base._mark", lambda look: "the same")
 
 
 def test_verifying_sources_finds_what_no_look_shows(runs: Runs, monkeypatch: pytest.MonkeyPatch):
@@ -290,7 +290,7 @@ def test_the_command_verifies_sources(tmp_path: Path):
 READER = """
 from dataclasses import dataclass
 import numpy as np
-from pipeline.readers import LazySequence, SourceFile
+from pipeline.sources.readers import LazySequence, SourceFile
 
 @dataclass(frozen=True, kw_only=True)
 class RawSequence(LazySequence):
@@ -366,11 +366,11 @@ def test_what_a_reader_imports_is_compared_by_verifying_sources(tmp_path: Path, 
 
 
 def test_a_new_version_of_a_shipped_reader_decodes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from pipeline import readers
+    from pipeline.sources import readers
 
     runs = Runs(tmp_path, "stack")
     runs.convert()
-    monkeypatch.setitem(readers.VERSIONS, "pipeline.readers.stack", "next")
+    monkeypatch.setitem(readers.VERSIONS, "pipeline.sources.readers.stack", "next")
     decoded = []
     original = readers.stack.StackSequence.read
     monkeypatch.setattr(
@@ -381,7 +381,7 @@ def test_a_new_version_of_a_shipped_reader_decodes_again(tmp_path: Path, monkeyp
 
 
 def test_code_without_a_file_is_never_taken_for_the_same():
-    from pipeline.readers.code_hash import hash_code
+    from pipeline.sources.readers.code_hash import hash_code
 
     scope: dict[str, Any] = {"__name__": "notebook_cell"}
     exec("def read(entry, folder): return []", scope)

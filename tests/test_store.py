@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from pipeline import schema, store
+from pipeline.storage import schema, store
 
 
 def test_a_block_that_would_share_a_chunk_or_shard_is_refused(tmp_path):

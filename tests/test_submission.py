@@ -19,15 +19,16 @@ from pathlib import Path
 import pytest
 from distributed import Client, KilledWorker, LocalCluster
 
-from pipeline.archive.tiles import TileTask
 from pipeline.distances.blocks import StaleBlock
 from pipeline.distances.compute import BlockTask
-from pipeline.embeddings import EmbedTask
-from pipeline.workers import packed, stopping, submission
+from pipeline.matrix.embeddings import EmbedTask
+from pipeline.matrix.tiles import TileTask
+from pipeline.stage import bounded_map
+from pipeline.stage.bounded_map import reason_of, run_bounded
+from pipeline.workers import pickled_task, stopping
 from pipeline.workers.cluster import FAULT_TOLERANCE, Cluster
 from pipeline.workers.profiles import ClusterError, Profile
-from pipeline.workers.resident import still_wanted
-from pipeline.workers.submission import reason_of, run_bounded
+from pipeline.workers.worker_metrics import still_wanted
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +135,8 @@ def test_tasks_are_taken_as_others_finish(two_workers):
         # What has come in one message with this one is done, too.
         ahead.append(taken - done)
     assert sorted(found) == list(range(1000))
-    assert max(ahead) <= 2 * submission.IN_FLIGHT
-    assert ahead[0] <= submission.IN_FLIGHT
+    assert max(ahead) <= 2 * bounded_map.IN_FLIGHT
+    assert ahead[0] <= bounded_map.IN_FLIGHT
 
 
 def test_no_tasks_are_no_trouble(two_workers):
@@ -144,8 +145,8 @@ def test_no_tasks_are_no_trouble(two_workers):
 
 
 def test_the_window_follows_the_threads_that_join(monkeypatch):
-    monkeypatch.setattr(submission, "IN_FLIGHT", 2)
-    monkeypatch.setattr(submission, "COUNT_THREADS_S", 0.1)
+    monkeypatch.setattr(bounded_map, "IN_FLIGHT", 2)
+    monkeypatch.setattr(bounded_map, "COUNT_THREADS_S", 0.1)
     stop = time.monotonic() + 60
     taken, joined, windows = 0, 0.0, []
 
@@ -163,7 +164,7 @@ def test_the_window_follows_the_threads_that_join(monkeypatch):
             if not joined and len(cluster.client.nthreads()) == 2:
                 joined, stop = done, time.monotonic() + 2
     assert joined, "no second worker in a minute"
-    assert max(windows[:20]) <= 2 * submission.IN_FLIGHT_PER_THREAD
+    assert max(windows[:20]) <= 2 * bounded_map.IN_FLIGHT_PER_THREAD
     assert max(windows) > 1.5 * max(windows[:20])
 
 
@@ -180,7 +181,7 @@ def test_a_task_that_kills_its_workers_is_handed_back_and_the_others_go_on(monke
 
 
 def test_a_straggler_gets_a_second_copy_and_the_first_result_counts(two_workers, tmp_path, monkeypatch):
-    monkeypatch.setattr(submission, "STRAGGLER_SECONDS", 1.0)
+    monkeypatch.setattr(bounded_map, "STRAGGLER_SECONDS", 1.0)
     tally: Counter[str] = Counter()
     began = time.monotonic()
     tasks = ((str(tmp_path), number) for number in range(12))
@@ -192,7 +193,7 @@ def test_a_straggler_gets_a_second_copy_and_the_first_result_counts(two_workers,
 
 
 def test_a_copy_that_fails_leaves_the_task_to_the_first(two_workers, tmp_path, monkeypatch):
-    monkeypatch.setattr(submission, "STRAGGLER_SECONDS", 0.5)
+    monkeypatch.setattr(bounded_map, "STRAGGLER_SECONDS", 0.5)
     tally: Counter[str] = Counter()
     tasks = ((str(tmp_path), number) for number in range(12))
     outcomes = list(run_bounded(two_workers, fail_where_it_is_slow, tasks, tally=tally))
@@ -212,8 +213,8 @@ def test_a_task_knows_when_nobody_waits_for_it_any_more(two_workers, tmp_path):
 
 
 def test_a_run_without_workers_says_so_once_and_waits(monkeypatch, caplog):
-    monkeypatch.setattr(submission, "NO_WORKERS_S", 0.2)
-    monkeypatch.setattr(submission, "COUNT_THREADS_S", 0.05)
+    monkeypatch.setattr(bounded_map, "NO_WORKERS_S", 0.2)
+    monkeypatch.setattr(bounded_map, "COUNT_THREADS_S", 0.05)
     with (
         LocalCluster(n_workers=0, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster,
         cluster.get_client() as client,
@@ -225,7 +226,7 @@ def test_a_run_without_workers_says_so_once_and_waits(monkeypatch, caplog):
 
 
 def test_a_task_that_runs_far_too_long_is_told_of_once(two_workers, monkeypatch, caplog):
-    monkeypatch.setattr(submission, "HUNG_SECONDS", 0.5)
+    monkeypatch.setattr(bounded_map, "HUNG_SECONDS", 0.5)
     tasks = [((Nap(0.02),),) for _ in range(20)] + [((Nap(3.0), Nap(0.0)),)]
     assert len(list(run_bounded(two_workers, take, tasks))) == 21
     (said,) = [record.getMessage() for record in caplog.records if "may hang" in record.getMessage()]
@@ -245,7 +246,7 @@ def test_tasks_of_stages_say_what_they_are_of():
 
 
 def test_nothing_is_told_of_tasks_that_are_all_long(two_workers, monkeypatch, caplog):
-    monkeypatch.setattr(submission, "HUNG_SECONDS", 0.2)
+    monkeypatch.setattr(bounded_map, "HUNG_SECONDS", 0.2)
     assert len(list(run_bounded(two_workers, nap, [(0.5 + k / 1000,) for k in range(6)]))) == 6
     assert not caplog.records
 
@@ -271,7 +272,7 @@ FAULTS = """
 import os, signal
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
-from pipeline.workers.submission import run_bounded
+from pipeline.stage.bounded_map import run_bounded
 from test_submission import die, raise_as_told
 
 if __name__ == "__main__":
@@ -307,21 +308,21 @@ def test_what_our_own_messages_say_is_not_logged_besides_unless_wanted(tmp_path,
 
 
 def test_sigterm_is_heeded_while_a_lost_result_is_computed_again(two_workers, monkeypatch):
-    monkeypatch.setattr(submission, "OUTCOME_S", 0.2)
+    monkeypatch.setattr(bounded_map, "OUTCOME_S", 0.2)
     future = two_workers.submit(nap, 2.0, pure=False)
-    assert submission._outcome(future) is None  # of one that isn't done, or not any more
+    assert bounded_map._outcome(future) is None  # of one that isn't done, or not any more
     deadline = time.monotonic() + 60
-    while (outcome := submission._outcome(future)) is None:
+    while (outcome := bounded_map._outcome(future)) is None:
         assert time.monotonic() < deadline
     assert outcome == (2.0, None)
 
 
 def test_a_result_that_is_lost_with_the_scheduler_is_an_error(two_workers):
-    flight = submission._Flight(two_workers, nap, iter(()), Counter())
+    flight = bounded_map._Flight(two_workers, nap, iter(()), Counter())
     future = two_workers.submit(nap, 5.0, pure=False)
     future.cancel()
     with pytest.raises(ClusterError, match="lost the scheduler"):
-        flight._ask(lambda: submission._outcome(future))
+        flight._ask(lambda: bounded_map._outcome(future))
 
 
 @contextlib.contextmanager
@@ -399,7 +400,7 @@ def test_a_scheduler_needs_nothing_of_what_tasks_name():
         finally:
             worker.kill()
             worker.wait()
-    assert packed.__name__ in imported
+    assert pickled_task.__name__ in imported
     assert not {"torch", "zarr", "lsim", "test_submission"} & set(imported)
 
 

@@ -14,12 +14,12 @@ from archives import archive_of, matrices_of, write_archive
 from commands import run_lsim
 from PIL import Image
 
-from pipeline import schema, store
-from pipeline.archive import MatrixRequest, compute_archive
-from pipeline.catalog import open_catalog
 from pipeline.convert import ConversionReport, convert
 from pipeline.distances import DistancesReport, compute_distances
-from pipeline.metric_choice import Settings
+from pipeline.matrix import MatrixRequest, compute_archive
+from pipeline.metrics.settings import Settings
+from pipeline.sources.catalog import open_catalog
+from pipeline.storage import schema, store
 from pipeline.verify import verify
 from pipeline.verify.damage import Damage, VerifyReport
 from pipeline.verify.repair import repair

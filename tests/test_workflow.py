@@ -10,9 +10,9 @@ import xarray as xr
 from commands import run_lsim
 
 import lsim
-from pipeline.catalog import open_catalog
-from pipeline.metric_choice import Settings
+from pipeline.metrics.settings import Settings
 from pipeline.resources import shipped_names
+from pipeline.sources.catalog import open_catalog
 from pipeline.train import open_training
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile

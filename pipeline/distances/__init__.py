@@ -21,9 +21,6 @@ from distributed import Client
 
 from lsim.metric import Metric
 from lsim.preprocess import Preprocessing, Scope
-from pipeline import schema, store
-from pipeline.address import absolute, relative
-from pipeline.digests import identify_rows
 from pipeline.distances.blocks import StaleBlock, StaleRows, describe, digest_rows, find_stale, lay_out
 from pipeline.distances.compute import (
     BlockResult,
@@ -33,17 +30,20 @@ from pipeline.distances.compute import (
     write_provenance,
 )
 from pipeline.distances.sizing import BlockSize, Pace, block_size
-from pipeline.fields import checked_fields, drop_vanished, field_units
-from pipeline.metric_choice import Settings, choose_metrics, is_directed
-from pipeline.recorded import record_fingerprints
-from pipeline.resolution import Unresolved, list_unresolved, record_resolution
-from pipeline.runs import begin_run, carried, record_run
-from pipeline.scopes import dataset_range
-from pipeline.versions import versions
+from pipeline.metrics.fields import checked_fields, drop_vanished, field_units
+from pipeline.metrics.resolution import Unresolved, list_unresolved, record_resolution
+from pipeline.metrics.settings import Settings, choose_metrics, is_directed
+from pipeline.metrics.value_range import dataset_range
+from pipeline.stage.bounded_map import reason_of, run_bounded
+from pipeline.storage import schema, store
+from pipeline.storage.address import absolute, relative
+from pipeline.storage.digests import identify_rows
+from pipeline.storage.recorded import record_fingerprints
+from pipeline.storage.run_records import begin_run, carried, record_run
+from pipeline.storage.versions import versions
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
-from pipeline.workers.resident import MetricRequest, dismiss_unfit_workers, prewarm
-from pipeline.workers.submission import reason_of, run_bounded
+from pipeline.workers.worker_metrics import MetricRequest, dismiss_unfit_workers, prewarm
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (blocks done, blocks in all)."""
@@ -155,7 +155,7 @@ def compute_distances(
     ------
     ValueError, lsim.UnknownMetricError, lsim.WeightsError
         For metrics that :func:`choose_metrics` refuses; before any computing.
-    pipeline.store.StoreError
+    pipeline.storage.store.StoreError
         When ``frames`` is no store.
     """
     if cluster is None:

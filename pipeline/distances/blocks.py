@@ -18,9 +18,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from lsim.preprocess import Scope, scope_identity
-from pipeline import digests, schema, store
-from pipeline.recorded import bound_rows
-from pipeline.schema import Pairs
+from pipeline.storage import digests, schema, store
+from pipeline.storage.recorded import bound_rows
+from pipeline.storage.schema import Pairs
 
 Matrices: TypeAlias = Mapping[str, Mapping[int, np.ndarray]]
 """By metric and row."""
@@ -76,7 +76,7 @@ class StaleRows:
     places : dict of str to int
         Index of each metric in provenance.
     identities : sequence of bytes
-        See :func:`pipeline.digests.identify_rows`.
+        See :func:`pipeline.storage.digests.identify_rows`.
     damaged : dict of str to int
         By metric, how many rows of today's fingerprint are stale as their record is not the one that was
         written with it, or holds no digest.
@@ -192,7 +192,7 @@ def find_stale(
         The scope of each metric, by name.
     pairs : {"all", "reference"}
     identities : sequence of bytes
-        What each row's digest is bound to, see :func:`pipeline.digests.identify_rows`. A row whose record is
+        What each row's digest is bound to, see :func:`pipeline.storage.digests.identify_rows`. A row whose record is
         another than was written with its fingerprint is out of date.
     """
     provenance = store.get_group(group, schema.PROVENANCE)

@@ -24,12 +24,13 @@ from lsim.claims import OthersCode
 from lsim.metric import Metric
 from lsim.prepared import Prepared
 from lsim.preprocess import FramesError, Scope, finite_frames
-from pipeline import schema, store, trials
-from pipeline.content import NOT_READ, read_sequence, why_not_read
 from pipeline.distances.blocks import ROW_TEXTS, Pairs, StaleBlock, digest_rows
-from pipeline.metric_choice import is_directed
-from pipeline.resolution import resolution_of, to_text
-from pipeline.workers.resident import MetricRequest, get_metric, still_wanted
+from pipeline.metrics.resolution import resolution_of, to_text
+from pipeline.metrics.settings import is_directed
+from pipeline.stage import trials
+from pipeline.storage import schema, store
+from pipeline.storage.checked_frames import NOT_READ, read_sequence, why_not_read
+from pipeline.workers.worker_metrics import MetricRequest, get_metric, still_wanted
 
 logger = logging.getLogger(__name__)
 

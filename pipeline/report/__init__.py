@@ -14,12 +14,12 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from pipeline.address import absolute, is_address, join
-from pipeline.mirror import local_folder
 from pipeline.report import contents, maps, pictures
 from pipeline.report.archive import ArchiveContents, gather_archive, is_archive
 from pipeline.report.contents import ReportError
-from pipeline.tables import write_csv
+from pipeline.sources.local_folder import local_folder
+from pipeline.storage.address import absolute, is_address, join
+from pipeline.storage.csv_tables import write_csv
 
 __all__ = ["DamagedReportError", "ReportError", "is_archive", "write_archive_report", "write_report"]
 

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline import scaling, schema, store
-from pipeline.content import NOT_READ, check_bound, read_sequence
-from pipeline.neighbours import (
+from pipeline.matrix import mds
+from pipeline.matrix.neighbours import (
     COLUMNS_TOGETHER,
     NAMES_TOGETHER,
     Frame,
@@ -27,9 +26,11 @@ from pipeline.neighbours import (
     metrics_of,
     neighbours_of,
 )
-from pipeline.recorded import CheckedMatrix, labels_of_blocks
+from pipeline.metrics.resolution import list_unresolved
 from pipeline.report.contents import ReportError, find_frames
-from pipeline.resolution import list_unresolved
+from pipeline.storage import schema, store
+from pipeline.storage.checked_frames import NOT_READ, check_bound, read_sequence
+from pipeline.storage.recorded import CheckedMatrix, labels_of_blocks
 
 SHOWN_MATRICES = 12
 """Matrices beyond this many are named; the page must stay small."""
@@ -48,7 +49,7 @@ class MetricMap:
     """A metric's map, or why there is none."""
 
     metric: str
-    found: scaling.FrameMap | None
+    found: mds.FrameMap | None
     reason: str
 
 
@@ -166,7 +167,7 @@ def gather_archive(path: str | os.PathLike[str]) -> ArchiveContents:
     )
 
 
-def say_how_much(found: scaling.FrameMap) -> str:
+def say_how_much(found: mds.FrameMap) -> str:
     """How much of the distances a map shows, in a sentence or two."""
     if np.isnan(found.explained):
         return "All frames are the same to this metric."
@@ -207,7 +208,7 @@ def _matrix(root: store.Group, key: str) -> Matrix:
         parameter=parameter.astype(float),
         maps=maps,
         not_mapped=names[1 + SMALL_MAPS :],
-        marked=scaling.spread(first.found.positions, MARKED) if first and first.found else [],
+        marked=mds.spread(first.found.positions, MARKED) if first and first.found else [],
         nearest=[],
         left_out=[],
     )
@@ -284,11 +285,11 @@ def _map(matrix: CheckedMatrix, shown: np.ndarray) -> MetricMap:
 
     metric = matrix.metric
     try:
-        if len(shown) <= scaling.CLASSICAL_UP_TO and len(shown) == matrix.length:
-            found = scaling.classical_map(matrix.whole())
+        if len(shown) <= mds.CLASSICAL_UP_TO and len(shown) == matrix.length:
+            found = mds.classical_map(matrix.whole())
         else:
-            landmarks, rows = scaling.choose_landmarks(row, len(shown))
-            found = scaling.landmark_map(rows, landmarks)
+            landmarks, rows = mds.choose_landmarks(row, len(shown))
+            found = mds.landmark_map(rows, landmarks)
     except ValueError as error:
         return MetricMap(metric, None, str(error))
     if len(found.left_out) == len(shown):

@@ -16,13 +16,14 @@ import pandas as pd
 import xxhash
 from markupsafe import Markup
 
-from pipeline import schema, statistics, store
-from pipeline.address import absolute, resolve
-from pipeline.content import check_bound, read_sequence
-from pipeline.digests import is_sealed
-from pipeline.names import printable
-from pipeline.recorded import check_rows
-from pipeline.tables import read_csv
+from pipeline.correlate import statistics
+from pipeline.storage import schema, store
+from pipeline.storage.address import absolute, resolve
+from pipeline.storage.checked_frames import check_bound, read_sequence
+from pipeline.storage.csv_tables import read_csv
+from pipeline.storage.digests import is_sealed
+from pipeline.storage.recorded import check_rows
+from pipeline.storage.safe_names import printable
 
 WORST = 6
 """How many of the worst-ranked sequences are shown."""

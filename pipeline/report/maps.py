@@ -15,10 +15,10 @@ import numpy as np
 from markupsafe import Markup, escape
 from PIL import Image
 
-from pipeline.neighbours import Frame
+from pipeline.matrix.mds import FrameMap
+from pipeline.matrix.neighbours import Frame
 from pipeline.report import pictures
 from pipeline.report.archive import ArchiveContents, Matrix, marked_frames, say_how_much
-from pipeline.scaling import FrameMap
 
 LARGE, SMALL = 480, 240
 """Widths of maps, in the SVG's own units."""

@@ -18,8 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipeline.names import printable
 from pipeline.report.contents import Contents, Strip, number
+from pipeline.storage.safe_names import printable
 
 FRAME_BYTES = 4_500_000
 """What all pictures of frames may take in the page together, as incompressible PNG in base64."""

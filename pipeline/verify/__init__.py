@@ -22,12 +22,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from pipeline import schema, store
-from pipeline.content import content_hash, is_bound
-from pipeline.digests import binds_values, identify_rows, is_sealed
 from pipeline.distances.blocks import fingerprint
-from pipeline.recorded import LABELS, bound_rows, count_fingerprints
-from pipeline.schema import Pairs
+from pipeline.storage import schema, store
+from pipeline.storage.checked_frames import content_hash, is_bound
+from pipeline.storage.digests import binds_values, identify_rows, is_sealed
+from pipeline.storage.recorded import LABELS, bound_rows, count_fingerprints
+from pipeline.storage.schema import Pairs
 from pipeline.verify.damage import (
     Check,
     Checks,

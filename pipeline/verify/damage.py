@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from lsim.metric import hash_specification
-from pipeline import schema, store
+from pipeline.storage import schema, store
 
 
 @dataclass(frozen=True)

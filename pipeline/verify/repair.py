@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import schema, store
+from pipeline.storage import schema, store
 from pipeline.verify.damage import Damage, VerifyReport, is_of_root
 
 

@@ -9,10 +9,10 @@ from functools import partial
 
 import numpy as np
 
-from pipeline import schema, store
-from pipeline.archive.matrix import tile_fingerprint
-from pipeline.digests import binds, binds_mirror_image, binds_values, hash_labels, is_sealed
-from pipeline.recorded import LABELS, tile_identity, tile_texts
+from pipeline.matrix.layout import tile_fingerprint
+from pipeline.storage import schema, store
+from pipeline.storage.digests import binds, binds_mirror_image, binds_values, hash_labels, is_sealed
+from pipeline.storage.recorded import LABELS, tile_identity, tile_texts
 from pipeline.verify.damage import (
     Check,
     Checks,

@@ -14,10 +14,8 @@ import dask
 from distributed import Client, Security, Worker, WorkerPlugin
 from distributed.utils import silence_logging_cmgr
 
-from pipeline.workers.credentials import credentials, wants_tls, warn_if_open
-from pipeline.workers.departure import PassOnSignal, leave_when_told
-from pipeline.workers.deployment import FAULT_TOLERANCE as FAULT_TOLERANCE
-from pipeline.workers.deployment import (
+from pipeline.workers.cluster_kinds import FAULT_TOLERANCE as FAULT_TOLERANCE
+from pipeline.workers.cluster_kinds import (
     LOOPBACK,
     OF_THIS_MACHINE,
     check_options,
@@ -25,9 +23,11 @@ from pipeline.workers.deployment import (
     settings,
     start_cluster,
 )
+from pipeline.workers.departure import PassOnSignal, leave_when_told
 from pipeline.workers.profiles import BATCH, ClusterError, Profile
-from pipeline.workers.resident import choose_device, set_device, set_up_process
 from pipeline.workers.stopping import allow_grace
+from pipeline.workers.tls import credentials, wants_tls, warn_if_open
+from pipeline.workers.worker_metrics import choose_device, set_device, set_up_process
 
 
 class Cluster:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from commands import run_lsim
 
-from pipeline import schema, store
+from pipeline.storage import schema, store
 
 CLASSIC = "l1,l2,psnr,ssim,vi"
 

@@ -11,7 +11,7 @@ import pytest
 from commands import run_lsim
 from PIL import Image
 
-from pipeline import store
+from pipeline.storage import store
 
 FOLDERS = {
     # set: (folder, sequence folders that the evaluation takes, one that it must not)

@@ -10,10 +10,10 @@ import pytest
 from archives import archive_of, matrices_of, write_archive
 from commands import run_lsim
 
-from pipeline import schema, store
-from pipeline.content import content_hash
 from pipeline.distances import DistancesReport, compute_distances
-from pipeline.metric_choice import Settings
+from pipeline.metrics.settings import Settings
+from pipeline.storage import schema, store
+from pipeline.storage.checked_frames import content_hash
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 

@@ -13,9 +13,9 @@ import pytest
 from archives import archive_of, matrices_of, write_archive
 from commands import run_lsim
 
-from pipeline import store
 from pipeline.distances import DistancesReport, compute_distances
-from pipeline.metric_choice import Settings
+from pipeline.metrics.settings import Settings
+from pipeline.storage import store
 from pipeline.verify import verify
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from archives import archive_of, matrices_of, write_archive
 
-from pipeline import schema, store
 from pipeline.distances import compute_distances
-from pipeline.metric_choice import Settings
+from pipeline.metrics.settings import Settings
+from pipeline.storage import schema, store
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 

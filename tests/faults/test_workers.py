@@ -17,7 +17,7 @@ from archives import archive_of, matrices_of, write_archive
 from hindered import BROKEN, SLOW
 from processes import Processes, children, done, processes
 
-from pipeline import store
+from pipeline.storage import store
 
 SEQUENCES = 16
 KEY = "A/density"

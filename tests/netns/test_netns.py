@@ -23,7 +23,7 @@ from archives import archive_of, matrices_of, write_archive
 from commands import run_lsim, skip_or_fail
 from hosts import ADDRESSES, ROOT, SCHEDULER, Hosts, Membership, netns, why_no_hosts, write_credentials
 
-from pipeline import schema, store
+from pipeline.storage import schema, store
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(900)]
 

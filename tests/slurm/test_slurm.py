@@ -18,7 +18,7 @@ import yaml
 from archives import archive_of, matrices_of, write_archive
 from commands import run_lsim, skip_or_fail
 
-from pipeline import schema, store
+from pipeline.storage import schema, store
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 

@@ -1,0 +1,309 @@
+"""What a matrix over an archive takes: tiles, embeddings, memory, bytes, time; checked before it starts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.matrix.embedding_cache import FRAMES_TOGETHER
+from pipeline.matrix.measuring import Measured
+from pipeline.matrix.tiles import ROWS_AT_ONCE
+from pipeline.storage.limits import readable
+
+TASK_SECONDS = 60.0
+"""A task takes no longer, if one tile doesn't. What is lost with a worker is a tile: tasks may be long, and
+the longer they are, the fewer embeddings they need."""
+TASKS_PER_THREAD = 8
+"""Tasks that a thread has at least, so that all end about together."""
+TILES_A_SIDE = 1024
+"""Of a large archive: a million files with metrics' tiles, and half as many fingerprints."""
+SMALLEST_TILE = 8
+WRITE_RATE = 100e6
+"""Bytes of tiles that a thread compresses and writes a second: an assumption, of the estimate alone."""
+GPU_WORKSPACE = 700 * 2**20
+"""What a product of matrices and a network take on a GPU besides."""
+
+
+class PlanError(ValueError):
+    """A plan that doesn't fit the memory that there is; the message has the numbers."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who computes.
+
+    Attributes
+    ----------
+    workers, threads : int
+        Processes, and threads of each: those of one process share its embeddings.
+    memory : int
+        Bytes that each process may take, or its device has.
+    device : str
+        Kind of device.
+    """
+
+    workers: int
+    threads: int
+    memory: int
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class FamilyPlan:
+    """What one family of metrics will take; memory is that of a worker.
+
+    Attributes
+    ----------
+    metrics : tuple of str
+    tiles, up_to_date : int
+        Tiles on and above the diagonal that are to be computed, and that are there.
+    tasks : int
+    embeddings : int
+        Frames embedded in total, by all workers; ``factor`` times those there are.
+    process, cache, work : int
+        Bytes of memory: what the process takes anyway, embeddings that are kept, and what is in hand at most.
+    memory : int
+        Bytes that there are.
+    written : int
+        Bytes of distances, uncompressed.
+    seconds : float
+        An estimate.
+    fault : str
+        What the estimate lacks, as it could not be measured.
+    """
+
+    metrics: tuple[str, ...]
+    tiles: int
+    up_to_date: int
+    tasks: int
+    embeddings: int
+    factor: float
+    process: int
+    cache: int
+    work: int
+    memory: int
+    written: int
+    seconds: float
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the matrix of one group will take; see :func:`describe_plan`."""
+
+    key: str
+    frames: int
+    tile: int
+    side: int
+    workers: Workers
+    families: tuple[FamilyPlan, ...]
+
+    @property
+    def seconds(self) -> float:
+        """An estimate of the time."""
+        return sum(family.seconds for family in self.families)
+
+
+def choose_sides(n: int, measured: Sequence[Measured], workers: Workers, tile: int | None) -> tuple[int, int]:
+    """Frames on a side of a tile, and tiles on a side of a task.
+
+    Blocks of frames are so long that each thread can have one, and all of them another, in memory; tasks so
+    large that they touch few blocks for their tiles, and so small that there are enough of them.
+
+    Raises
+    ------
+    PlanError
+        When the given tile, or the smallest, doesn't fit.
+    """
+    fits = [tile] if tile is not None else _tiles(n, workers.device)
+    for length in fits:
+        rooms = [room_for(one, workers, length) // (one.frame_bytes * length or 1) for one in measured]
+        if min(rooms) >= workers.threads + 1:
+            break
+    else:
+        worst = max(measured, key=lambda one: work_bytes(one, workers, fits[-1]) + one.frame_bytes)
+        raise PlanError(_does_not_fit(worst, workers, fits[-1]))
+    pair_seconds = max(max(one.pair_seconds for one in measured), 1e-12)
+    blocks = -(-n // length)
+    by_room = min(rooms) // (workers.threads + 1)
+    by_time = int(math.sqrt(TASK_SECONDS / pair_seconds)) // length
+    enough = math.sqrt(2 * TASKS_PER_THREAD * workers.workers * workers.threads)
+    return length, max(1, min(by_room, by_time, math.ceil(blocks / enough)))
+
+
+def _tiles(n: int, device: str) -> list[int]:
+    """Lengths of blocks to try, the best first."""
+    best = 128 if n >= 1024 else 64 if n >= 256 else 32
+    if device != "cpu":
+        best = 1024 if n >= 16384 else 512 if n >= 4096 else 256
+    while n > best * TILES_A_SIDE:
+        best *= 2
+    return [best >> k for k in range(best.bit_length()) if best >> k >= SMALLEST_TILE]
+
+
+def work_bytes(measured: Measured, workers: Workers, tile: int) -> int:
+    """What a worker has in hand at most besides the embeddings that it keeps."""
+    batch = FRAMES_TOGETHER.get(workers.device, 32)
+    reading = 2 * measured.sequence_bytes + batch * measured.raw_bytes
+    embedding = batch * (2 * measured.raw_bytes + 6 * measured.prepared_bytes + measured.frame_bytes)
+    if workers.device == "cpu":
+        # Both sides in double, where metrics take them so, and the tile.
+        copied = 4 * min(ROWS_AT_ONCE, tile) * measured.frame_bytes if measured.copies else 0
+        comparing = copied + 24 * tile**2
+        return workers.threads * (reading + max(embedding, comparing))
+    return workers.threads * (embedding + 32 * tile**2) + GPU_WORKSPACE
+
+
+def room_for(measured: Measured, workers: Workers, tile: int) -> int:
+    """Bytes of embeddings that a worker may keep; below 0 where there is no room at all."""
+    return workers.memory - measured.process_bytes - work_bytes(measured, workers, tile)
+
+
+def _does_not_fit(measured: Measured, workers: Workers, tile: int) -> str:
+    block = measured.frame_bytes * tile
+    needed = measured.process_bytes + work_bytes(measured, workers, tile) + (workers.threads + 1) * block
+    return (
+        f"a worker has {readable(workers.memory)} of memory, and with tiles of {tile} frames a side needs "
+        f"{readable(needed)}: {readable(measured.process_bytes)} for the process, "
+        f"{readable(work_bytes(measured, workers, tile))} for what is in hand, and {workers.threads + 1} "
+        f"blocks of {readable(block)} ({tile} embeddings of {readable(measured.frame_bytes)}); give it more "
+        "(--memory), smaller tiles (--tile), fewer threads, or smaller frames (--size)"
+    )
+
+
+def plan_family(
+    metrics: Sequence[str],
+    stale: Sequence[np.ndarray],
+    n: int,
+    tile: int,
+    side: int,
+    measured: Measured,
+    workers: Workers,
+) -> FamilyPlan:
+    """What one family takes: its metrics, and for each which tiles are out of date."""
+    room = room_for(measured, workers, tile)
+    block = measured.frame_bytes * tile
+    if room < 2 * block:
+        raise PlanError(_does_not_fit(measured, workers, tile))
+    count = len(stale[0])
+    any_stale = np.logical_or.reduce(stale)
+    squares = list(order_squares(any_stale, side))
+    embedded = simulate_embeddings(squares, count, side, workers.workers, room // block if block else count)
+    lengths = np.full(count, tile)
+    lengths[-1:] = n - tile * (count - 1)
+    frames = int((embedded * lengths).sum())
+    of_tile = lengths[:, None] * lengths
+    pairs = sum(int(of_tile[one].sum()) for one in stale)
+    values = sum(int(of_tile[one | one.T].sum()) for one in stale)
+    there = count * (count + 1) // 2 * len(stale)
+    tiles = sum(int(one.sum()) for one in stale)
+    seconds = frames * measured.embed_seconds + pairs / len(stale) * measured.pair_seconds
+    seconds += 4 * values / WRITE_RATE
+    return FamilyPlan(
+        tuple(metrics),
+        tiles,
+        there - tiles,
+        len(squares),
+        frames,
+        frames / max(int(lengths[any_stale.any(0) | any_stale.any(1)].sum()), 1),
+        measured.process_bytes,
+        min(room, n * measured.frame_bytes),
+        work_bytes(measured, workers, tile),
+        workers.memory,
+        4 * values,
+        seconds / (workers.workers * workers.threads),
+        measured.fault,
+    )
+
+
+def order_squares(stale: np.ndarray, side: int) -> Iterator[tuple[int, int]]:
+    """The squares of ``side`` × ``side`` tiles that hold any that is out of date, row by row, to and fro.
+
+    A square has blocks in common with the one before it, or with the one before that.
+    """
+    count = -(-len(stale) // side)
+    for row in range(count):
+        columns = range(row, count)
+        for column in reversed(columns) if row % 2 else columns:
+            part = stale[row * side : (row + 1) * side, column * side : (column + 1) * side]
+            if part.any():
+                yield row, column
+
+
+def simulate_embeddings(
+    squares: Sequence[tuple[int, int]], count: int, side: int, workers: int, capacity: int
+) -> np.ndarray:
+    """How often each block is embedded when workers take the squares in turn: (count,) int.
+
+    Each worker keeps the ``capacity`` blocks that it used last.
+    """
+    times = np.zeros(count, int)
+    for worker in range(workers):
+        kept: OrderedDict[int, None] = OrderedDict()
+        for row, column in itertools.islice(squares, worker, None, workers):
+            for index in _touched(row, column, side, count):
+                if index in kept:
+                    kept.move_to_end(index)
+                    continue
+                times[index] += 1
+                kept[index] = None
+                if len(kept) > capacity:
+                    kept.popitem(last=False)
+    return times
+
+
+def _touched(row: int, column: int, side: int, count: int) -> Iterator[int]:
+    """The blocks that a square uses, tile by tile, as :func:`pipeline.matrix.tiles.in_order` has them."""
+    rows = range(row * side, min((row + 1) * side, count))
+    columns = range(column * side, min((column + 1) * side, count))
+    for number, i in enumerate(rows):
+        for j in reversed(columns) if number % 2 else columns:
+            if i < j:
+                yield i
+                yield j
+            elif i == j:
+                yield i
+
+
+def describe_plan(plan: Plan) -> str:
+    """A plan in words, a line each for the group, its metrics, memory and time."""
+    blocks = -(-plan.frames // plan.tile)
+    lines = [
+        f"{plan.key}: {plan.frames:,} frames, {_count(blocks, 'block')} of {plan.tile}, on "
+        f"{_count(plan.workers.workers, 'worker')} of {_count(plan.workers.threads, 'thread')} "
+        f"({plan.workers.device})"
+    ]
+    for family in plan.families:
+        there = f", {family.up_to_date:,} up to date" if family.up_to_date else ""
+        lines.append(
+            f"  {', '.join(family.metrics)}: {_count(family.tiles, 'tile')} in "
+            f"{_count(family.tasks, 'task')}{there}; "
+            f"{family.embeddings:,} embeddings ({family.factor:.2f} a frame); "
+            f"{readable(family.written)} of distances; about {in_time(family.seconds)}"
+        )
+        lines.append(
+            f"    memory of a worker: {readable(family.process + family.cache + family.work)} of "
+            f"{readable(family.memory)}: process {readable(family.process)}, embeddings "
+            f"{readable(family.cache)}, in hand {readable(family.work)}"
+        )
+        if family.fault:
+            lines.append(f"    could not be measured, and counts as nothing: {family.fault}")
+    return "\n".join(lines)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def in_time(seconds: float) -> str:
+    """A time to read."""
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.2g} min"
+    return f"{seconds / 3600:,.3g} h"

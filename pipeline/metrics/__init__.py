@@ -1,0 +1,1 @@
+"""Choose metrics for a stage: settings, fields, ranges of values, and what rounding hides."""

@@ -1,0 +1,1 @@
+"""Find, download and read source data: catalogs, downloads, and a reader for each format."""

@@ -1,0 +1,99 @@
+"""NumPy's files, ``.npy`` and ``.npz``: their headers are looked at before anything is allocated.
+
+Headers are claims: a file of 128 bytes may say that it holds 10¹² numbers. Arrays of Python objects are
+pickles, that is programs, and are never loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from pipeline.sources.readers.base import ReaderError, check_size
+from pipeline.sources.unpack import open_zip
+
+_MAGIC = b"\x93NUMPY"
+_HEADER_BYTES = 10_000
+"""As NumPy allows, which reads the whole header before it looks at its length."""
+_ARRAYS = 10_000
+"""Of one ``.npz`` file."""
+
+
+def load_npy(path: str, most: int) -> np.ndarray:
+    """The array of an ``.npy`` file.
+
+    Parameters
+    ----------
+    path : str
+    most : int
+        Bytes that the array may take.
+
+    Raises
+    ------
+    ReaderError
+        When it holds Python objects, or claims more than ``most`` or than the file has.
+    """
+    with open(path, "rb") as file:
+        needed = _look(file, path, "array", most)
+        there = os.fstat(file.fileno()).st_size - file.tell()
+        if there < needed:
+            raise ReaderError(f"the header claims {needed} bytes; {there} are there", path)
+        file.seek(0)
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def load_npz(path: str, names: Sequence[str], most: int) -> list[np.ndarray]:
+    """Some arrays of an ``.npz`` file.
+
+    Parameters
+    ----------
+    path : str
+    names : sequence of str
+    most : int
+        Bytes that each array may take.
+
+    Raises
+    ------
+    ReaderError
+        When one isn't there, holds Python objects, or claims more than ``most``.
+    UnpackError
+        When the file holds more than 10,000 arrays.
+    """
+    with open_zip(Path(path), _ARRAYS) as members:
+        present = [name.removesuffix(".npy") for name in members.namelist() if name.endswith(".npy")]
+        arrays = []
+        for name in names:
+            if name not in present:
+                raise ReaderError(f"no array {name!r}; found {', '.join(present) or 'none'}", path)
+            with members.open(f"{name}.npy") as stream:
+                _look(stream, path, f"array {name!r}", most)
+            with members.open(f"{name}.npy") as stream:
+                arrays.append(np.lib.format.read_array(stream, allow_pickle=False))
+    return arrays
+
+
+def _look(file: IO[bytes], path: str, what: str, most: int) -> int:
+    """Bytes of the array whose header comes next; refused where it can't be loaded."""
+    if not file.peek(len(_MAGIC)).startswith(_MAGIC):  # type: ignore[attr-defined]
+        raise ReaderError(f"{what}: not a NumPy file; a pickle is a program, and not loaded", path)
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    elif version == (2, 0):
+        length = int.from_bytes(file.peek(4)[:4], "little")  # type: ignore[attr-defined]
+        if length > _HEADER_BYTES:
+            raise ReaderError(
+                f"{what}: a header that claims {length} bytes; expected {_HEADER_BYTES} at most", path
+            )
+        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    else:
+        raise ReaderError(f"{what}: version {version} of the format, which is for records", path)
+    if dtype.hasobject:
+        raise ReaderError(f"{what} holds Python objects, which are pickled programs and not loaded", path)
+    if min(shape, default=0) < 0:
+        raise ReaderError(f"{what}: the header claims the shape {shape}", path)
+    return check_size(shape, dtype.itemsize, most, path, what)

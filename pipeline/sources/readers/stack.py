@@ -1,0 +1,119 @@
+"""Reader of NumPy stacks: one ``.npz`` or ``.npy`` file a sequence.
+
+``name.npz`` holds the array ``frames`` (n, y, x) or (n, y, x, channel) and the array ``parameter`` (n,).
+``name.npy`` holds the frames; the parameter lies beside it in ``name.parameter.npy``. The parameter is
+scaled to [0, 1]. Folders within the folder are searched too; a sequence is called by its path without the
+ending; endings count in any case. The field is taken, in lower case, from the name where it stands between
+dots (``run1.density.npz``).
+
+Options: ``field`` (default "frames"), ``arrays`` (field: key, for NPZ files with several fields;
+default ``{<field>: frames}``), ``parameter`` (the key of the parameter, default "parameter", or a list of
+numbers that holds for all sequences).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.sources.catalog import Dataset, reader_options
+from pipeline.sources.readers.base import (
+    BrokenSequence,
+    LazySequence,
+    ReaderError,
+    SourceFile,
+    decoding,
+    field_in_name,
+    natural_key,
+    scale_parameter,
+    with_channel,
+)
+from pipeline.sources.readers.npy import load_npy, load_npz
+
+VERSION = "1"
+"""Raised when other frames, or another parameter, are made of the same files."""
+_BESIDE = ".parameter.npy"
+
+
+class StackOptions(BaseModel):
+    """Options of this reader; see the module."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    field: str = "frames"
+    arrays: dict[str, str] = {}
+    parameter: str | list[float] = "parameter"
+
+
+def read(entry: Dataset, folder: Path) -> list[LazySequence]:
+    """The sequences in ``folder``, one for each stack (and field of it) in it, or in the folders below."""
+    options = reader_options(StackOptions, entry)
+    found = (
+        [folder]
+        if folder.is_file()
+        else [p for p in folder.rglob("*") if p.suffix.lower() in (".npy", ".npz") and not p.is_dir()]
+    )
+    top = folder.parent if folder.is_file() else folder
+    sequences: list[LazySequence] = []
+    for path in sorted(found, key=lambda p: natural_key(p.relative_to(top).as_posix())):
+        if path.name.lower().endswith(_BESIDE) or any(p.startswith(".") for p in path.relative_to(top).parts):
+            continue
+        name = path.relative_to(top).with_suffix("").as_posix()
+        arrays = options.arrays or {field_in_name(path.stem, options.field): "frames"}
+        beside = path.with_name(f"{path.stem}.parameter{path.suffix}")
+        try:
+            files = [SourceFile.of(path)]
+            if path.suffix.lower() == ".npy" and isinstance(options.parameter, str) and beside.is_file():
+                files.append(SourceFile.of(beside))
+        except (OSError, ReaderError) as error:
+            sequences += [BrokenSequence.of(name, field, path, error) for field in arrays]
+            continue
+        sequences += [
+            StackSequence(
+                name=name,
+                field=field,
+                files=tuple(files),
+                settings={"key": key, "parameter": options.parameter},
+            )
+            for field, key in arrays.items()
+        ]
+    return sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackSequence(LazySequence):
+    """One file of stacked frames."""
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Decode the stack and its parameter."""
+        path, key, parameter = self.files[0].path, self.settings["key"], self.settings["parameter"]
+        with decoding(path):
+            if path.lower().endswith(".npy"):
+                frames = load_npy(path, self.most_bytes)
+                if isinstance(parameter, str):
+                    if len(self.files) < 2:
+                        raise ReaderError(
+                            f"no parameter: expected it in {Path(path).stem}.parameter{Path(path).suffix}",
+                            path,
+                        )
+                    parameter = load_npy(self.files[1].path, self.most_bytes)
+            elif isinstance(parameter, str):
+                frames, parameter = load_npz(path, [key, parameter], self.most_bytes)
+            else:
+                (frames,) = load_npz(path, [key], self.most_bytes)
+        if frames.ndim not in (3, 4):
+            raise ReaderError(
+                f"array of shape {frames.shape}; expected (frame, y, x) or (frame, y, x, channel), "
+                "one sequence a file",
+                path,
+            )
+        try:
+            scaled = scale_parameter(np.asarray(parameter), self.name)
+        except ReaderError as error:
+            raise ReaderError(error.reason, path) from error
+        if len(scaled) != len(frames):
+            raise ReaderError(f"{len(frames)} frames, but {len(scaled)} values of the parameter", path)
+        return with_channel(frames), scaled

@@ -1,0 +1,332 @@
+"""Reader of what xarray opens: NetCDF and HDF5 files, Zarr stores.
+
+The source is one such file or store, or a folder of them. A variable with the dims frame, y and x is a
+field; with the dim sequence it holds several sequences, named by that dim's coordinate or else numbered.
+The parameter is scaled to [0, 1].
+
+Times are not decoded: they stay the numbers that are stored, in whatever calendar, and so they name the
+sequences where the dim sequence is a time. Scales, offsets, fill values and valid ranges are applied as CF
+says, see :mod:`pipeline.sources.readers.missing`; missing values are NaN. A file of several that cannot be opened, or
+has no field, is one broken sequence, named by the file: its ``read`` raises the reason. It counts to the
+first field of the others that the catalog takes.
+
+Options
+-------
+``dims`` : mapping, default ``{sequence: sequence, frame: frame, y: y, x: x, channel: channel}``
+    What the source calls them. ``sequence`` and ``channel`` may be absent from the source.
+``variables`` : list of names, or mapping of field to name; default: every variable with the three dims.
+``parameter`` : name of a variable or coordinate with the dim frame, or sequence and frame; or a list of
+    numbers that holds for all sequences; default "parameter".
+``fill`` : number that replaces missing values, whatever ``missing`` says; default none: they are NaN. It
+    counts as data, also where frames are normalised. A frame without any value is refused all the same.
+``group`` : group of the file or store.
+``engine`` : xarray's name of the format, where it can't tell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.sources.catalog import Dataset, reader_options
+from pipeline.sources.readers.base import (
+    BrokenSequence,
+    LazySequence,
+    ReaderError,
+    SourceFile,
+    check_size,
+    decoding,
+    list_folder,
+    opening_error,
+    scale_parameter,
+)
+from pipeline.sources.readers.containers import check_container
+from pipeline.sources.readers.formats import explain_failure, explain_scales, import_filters, stored_form
+from pipeline.sources.readers.missing import RULES_VERSION, Coding, MissingCount, decode, list_frames
+from pipeline.storage.limits import LISTED_SEQUENCES
+from pipeline.storage.safe_names import group_fault, printable
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+VERSION = "1"
+"""Raised when other frames, or another parameter, are made of the same files."""
+_ENDINGS = (".nc", ".nc4", ".cdf", ".h5", ".hdf5", ".zarr")
+_RULES = "missing_rules"
+"""Key of a sequence's settings for the version of the rules by which its values were decoded."""
+_ZARR_DOCUMENTS = ("zarr.json", ".zgroup", ".zmetadata")
+
+
+class Dims(BaseModel):
+    """What the source calls the dims."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sequence: str = "sequence"
+    frame: str = "frame"
+    y: str = "y"
+    x: str = "x"
+    channel: str = "channel"
+
+
+class XarrayOptions(BaseModel):
+    """Options of this reader; see the module."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dims: Dims = Field(default_factory=Dims)
+    variables: list[str] | dict[str, str] = []
+    parameter: str | list[float] = "parameter"
+    fill: float | None = Field(None, allow_inf_nan=False)
+    group: str | None = None
+    engine: str | None = None
+
+
+def read(entry: Dataset, folder: Path) -> list[LazySequence]:
+    """The sequences of every file or store at, or in, ``folder``; only metadata is read."""
+    options = reader_options(XarrayOptions, entry)
+    if folder.is_file() or _is_zarr(folder):
+        sources = [folder]
+    else:
+        sources = [path for child in list_folder(folder) if _is_source(path := Path(child.path))]
+    sequences: list[LazySequence] = []
+    broken: list[tuple[Path, Exception]] = []
+    for path in sources:
+        try:
+            file = SourceFile.of(path)
+            check_container(path, folder)
+            with _open(path, options.group, options.engine) as dataset:
+                for field, variable in _variables(dataset, options, path).items():
+                    sequences += _sequences_of(
+                        dataset, field, variable, file, options, alone=len(sources) == 1
+                    )
+        except Exception as error:  # each engine has its own for a damaged file; none is lost, see below
+            broken.append((path, error))
+    if not broken:
+        return sequences
+    if not sequences:
+        path, cause = broken[0]
+        raise opening_error(path, cause) from cause
+    field = _first_field(sequences, entry)
+    return sequences + [BrokenSequence.of(path.stem, field, path, cause) for path, cause in broken]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledSequence(LazySequence):
+    """One sequence of a variable; ``index`` along the dim sequence, None where there is no such dim."""
+
+    variable: str
+    index: int | None
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Decode the variable at this index, and its parameter."""
+        path = self.files[0].path
+        options = XarrayOptions.model_validate({k: v for k, v in self.settings.items() if k != _RULES})
+        dims = options.dims
+        with (
+            decoding(path, f"{self.variable} "),
+            _open(Path(path), options.group, options.engine) as dataset,
+        ):
+            order = [dims.frame, dims.y, dims.x]
+            if dims.channel in dataset[self.variable].dims:
+                order.append(dims.channel)
+            frames, missing = self._values(dataset[self.variable], options, order)
+            parameter = self._parameter(dataset, options)
+        try:
+            scaled = scale_parameter(parameter, self.name)
+        except ReaderError as error:
+            raise ReaderError(error.reason, path) from error
+        if len(scaled) != len(frames):
+            raise ReaderError(f"{len(frames)} frames, but {len(scaled)} values of the parameter", path)
+        if missing:
+            self._check_missing(missing, options)
+            if options.fill is not None:
+                frames[np.isnan(frames)] = options.fill
+        return frames if frames.ndim == 4 else frames[..., None], scaled
+
+    def _parameter(self, dataset: xr.Dataset, options: XarrayOptions) -> np.ndarray:
+        """Decode the parameter, of which no value may be missing."""
+        if not isinstance(options.parameter, str):
+            return np.asarray(options.parameter)
+        name, path = options.parameter, self.files[0].path
+        if name not in dataset.variables:
+            raise ReaderError(f"no parameter {name!r}; found {_names(dataset)}", path)
+        values, missing = self._values(dataset[name], options, None)
+        if missing:
+            raise ReaderError(f"sequence {self.name}: parameter {name!r}: {missing}", path)
+        return values
+
+    def _check_missing(self, missing: MissingCount, options: XarrayOptions) -> None:
+        """Refuse missing values where the catalog doesn't take them, and frames that hold nothing else."""
+        path = self.files[0].path
+        what = f"sequence {self.name}: {self.variable}: {missing}"
+        if empty := missing.empty_frames():
+            verb = "has" if len(empty) == 1 else "have"
+            raise ReaderError(f"{what}; {list_frames(empty)} {verb} no finite value", path)
+        if options.fill is None and self.missing == "quarantine":
+            raise ReaderError(
+                f"{what}; expected none (missing: keep stores them as NaN, and --mask nan leaves their "
+                "pixels out of distances; options.fill states a number for them, which then counts as data)",
+                path,
+            )
+
+    def _values(
+        self, data: xr.DataArray, options: XarrayOptions, order: list[str] | None
+    ) -> tuple[np.ndarray, MissingCount]:
+        """Decode a variable at this index, once it is known how large it, and each chunk of it, is."""
+        path, along = self.files[0].path, options.dims.sequence
+        as_float = self.missing == "keep" or options.fill is not None
+        coding, lengths = _coding_of(data, Path(path), options, as_float=as_float)
+        if self.index is not None and along in data.dims:
+            data = data.isel({along: self.index})
+            if self.index >= lengths.pop(along, self.index + 1):
+                lengths = {str(data.dims[0]): 0}
+        for shape in (data.shape, data.encoding.get("chunksizes"), data.encoding.get("chunks")):
+            if shape is not None:
+                itemsize = max(data.dtype.itemsize, coding.decoded.itemsize)
+                check_size(shape, itemsize, self.most_bytes, path, f"variable {data.name!r}")
+        if order is not None:
+            data = data.transpose(*order)
+        try:
+            return decode(data.values, coding, [lengths.get(str(dim)) for dim in data.dims])
+        except ReaderError as error:
+            raise ReaderError(f"variable {data.name!r}: {error.reason}", path) from error
+
+
+def _coding_of(
+    data: xr.DataArray, path: Path, options: XarrayOptions, *, as_float: bool
+) -> tuple[Coding, dict[str, int]]:
+    """Look up how a variable is coded, and the dims of which less is stored than declared."""
+    sizes = {str(dim): length for dim, length in data.sizes.items()}
+    try:
+        form = stored_form(path, options.group, str(data.name), sizes)
+        attributes = {
+            str(name): value for name, value in {**data.attrs, **form.attributes}.items() if value is not None
+        }
+        coding = Coding.of(attributes, data.dtype, default_fill=form.default_fill, as_float=as_float)
+    except ReaderError as error:
+        raise ReaderError(f"variable {data.name!r}: {error.reason}", str(path)) from error
+    return coding, dict(form.lengths)
+
+
+@contextlib.contextmanager
+def _open(path: Path, group: str | None, engine: str | None) -> Iterator[xr.Dataset]:
+    """Open a file or store with its values as they are stored; say in plain words why that fails."""
+    import xarray as xr
+
+    # Undecoded times: the parameter is scaled anyway, and a calendar or unit that has no date can be read.
+    # Undecoded values: xarray takes other values for missing than CF says, see pipeline.sources.readers.missing.
+    how: dict[str, Any] = {"decode_times": False, "mask_and_scale": False}
+    source: Any = path
+    if engine == "zarr" or (engine is None and path.is_dir()):
+        # Zarr's fill value as the mask in either format, so that xarray doesn't decode _FillValue, which
+        # fails where it is a number. open_dataset has an option for it, and ignores that.
+        source = xr.backends.ZarrStore.open_group(
+            path, group=group, mode="r", consolidated=False, use_zarr_fill_value_as_mask=True
+        )
+    else:
+        import_filters(path, group)
+        how |= {"engine": engine, "group": group}
+    try:
+        with xr.open_dataset(source, **how) as dataset:
+            yield dataset
+    except ReaderError:
+        raise
+    except Exception as error:  # each engine has its own for a file that it can't read
+        from_disk = isinstance(error, OSError) and error.errno is not None
+        if not from_disk and (reason := explain_failure(path, group)):
+            raise ReaderError(reason, str(path)) from error
+        raise
+
+
+def _is_source(path: Path) -> bool:
+    ending = path.suffix.lower()
+    if os.path.isdir(path):
+        return ending == ".zarr" or _is_zarr(path)
+    return ending in _ENDINGS
+
+
+def _first_field(sequences: list[LazySequence], entry: Dataset) -> str:
+    """The first field that the catalog takes: in another, a broken file would go unseen."""
+    choices = entry.fields if isinstance(entry.fields, dict) else {}
+    taken = {choice.source or name for name, choice in choices.items()} | set(entry.fields)
+    return next((s.field for s in sequences if s.field in taken), sequences[0].field)
+
+
+def _is_zarr(path: Path) -> bool:
+    return any(os.path.isfile(path / name) for name in _ZARR_DOCUMENTS)
+
+
+def _names(dataset: xr.Dataset) -> str:
+    return ", ".join(sorted(map(str, dataset.variables))) or "none"
+
+
+def _variables(dataset: xr.Dataset, options: XarrayOptions, path: Path) -> Mapping[str, str]:
+    """Field to variable; a variable that is named but isn't there, or has other dims, is an error."""
+    dims = options.dims
+    needed = {dims.frame, dims.y, dims.x}
+    allowed = needed | {dims.sequence, dims.channel}
+    chosen = options.variables or [str(n) for n, v in dataset.data_vars.items() if needed <= set(v.dims)]
+    fields = chosen if isinstance(chosen, dict) else {name: name for name in chosen}
+    if not options.variables and (fault := next(filter(None, map(group_fault, fields)), "")):
+        raise ReaderError(f"a variable that can't name a field, {fault}", str(path))
+    for name in fields.values():
+        if name not in dataset.data_vars:
+            raise ReaderError(f"no variable {name!r}; found {_names(dataset)}", str(path))
+        found = dataset[name].dims
+        if not needed <= set(found) <= allowed:
+            raise ReaderError(
+                f"variable {name!r} has dims {found}; expected {dims.frame}, {dims.y}, {dims.x} and perhaps "
+                f"{dims.sequence}, {dims.channel} (options.dims maps them)",
+                str(path),
+            )
+    if not fields:
+        if reason := explain_scales(path):
+            raise ReaderError(reason, str(path))
+        found_dims = {str(name): variable.dims for name, variable in dataset.data_vars.items()}
+        raise ReaderError(
+            f"no variable has the dims {dims.frame}, {dims.y}, {dims.x} (options.dims maps them); "
+            f"found {found_dims}",
+            str(path),
+        )
+    return fields
+
+
+def _sequences_of(
+    dataset: xr.Dataset, field: str, variable: str, file: SourceFile, options: XarrayOptions, *, alone: bool
+) -> list[LazySequence]:
+    along = options.dims.sequence
+    stem = Path(file.path).stem
+    indices: list[int | None] = [None]
+    names = [stem]
+    if along in dataset[variable].dims:
+        count = dataset.sizes[along]
+        if count > LISTED_SEQUENCES:
+            raise ReaderError(f"{count} sequences; expected {LISTED_SEQUENCES} at most", file.path)
+        indices = list(range(count))
+        labels: Iterable[str] = (f"{number:05d}" for number in range(count))
+        if along in dataset.coords:
+            coding, _ = _coding_of(dataset[along], Path(file.path), options, as_float=False)
+            # One by one: NumPy can't cast its own variable-length strings to fixed ones.
+            labels = map(str, decode(dataset[along].values, coding)[0])
+        names = [label if alone else f"{stem}/{label}" for label in labels]
+    units = dataset[variable].attrs.get("units")
+    return [
+        LabelledSequence(
+            name=name,
+            field=field,
+            files=(file,),
+            settings={**options.model_dump(), _RULES: RULES_VERSION},
+            attributes={"units": printable(str(units))[:100]} if units is not None else {},
+            variable=variable,
+            index=index,
+        )
+        for name, index in zip(names, indices, strict=True)
+    ]

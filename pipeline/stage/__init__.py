@@ -1,0 +1,1 @@
+"""Run blocks on workers: what every stage that computes has in common."""
