@@ -2,7 +2,7 @@
 
     python benchmarks/forecast.py
 
-prints the table of docs/archives.md. No archive is read, and nothing measured.
+prints the table of docs/matrix.md. No archive is read, and nothing measured.
 """
 
 from __future__ import annotations

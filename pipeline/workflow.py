@@ -18,7 +18,7 @@ import pydantic
 from pipeline.convert import ConversionReport, convert
 from pipeline.correlate import CorrelationReport, correlate
 from pipeline.distances import DistancesReport, compute_distances
-from pipeline.matrix import ArchiveReport, MatrixRequest, compute_archive
+from pipeline.matrix import MatrixReport, MatrixRequest, compute_matrix
 from pipeline.metrics.settings import Settings, choose_metrics
 from pipeline.report import write_report
 from pipeline.resources import find_resource, read_yaml, validated
@@ -47,8 +47,8 @@ class CorrelateSection(_Strict):
     seed: int = 0
 
 
-class ArchiveSection(_Strict):
-    """A matrix over all frames, see :func:`pipeline.matrix.compute_archive`; its maps go into the report.
+class MatrixSection(_Strict):
+    """A matrix over all frames, see :func:`pipeline.matrix.compute_matrix`; its maps go into the report.
 
     Metrics are told what the section ``distances`` tells them.
 
@@ -90,7 +90,7 @@ class Workflow(_Strict):
         Make or download what is absent first. Off for downloads that nobody should start by accident.
     out : str
         Default folder of the stores and results.
-    archive : ArchiveSection, optional
+    archive : MatrixSection, optional
         Without it there is no matrix over all frames.
     """
 
@@ -101,7 +101,7 @@ class Workflow(_Strict):
     out: str
     distances: Settings = Settings()
     correlate: CorrelateSection = CorrelateSection()
-    archive: ArchiveSection | None = None
+    archive: MatrixSection | None = None
 
 
 @dataclass
@@ -113,7 +113,7 @@ class WorkflowReport:
     correlation: CorrelationReport
     page: Path | str
     stores: dict[str, str] = field(default_factory=dict)
-    archive: ArchiveReport | None = None
+    archive: MatrixReport | None = None
 
     @property
     def complete(self) -> bool:
@@ -187,7 +187,7 @@ def run_workflow(
         For metrics that :func:`pipeline.metrics.settings.choose_metrics` refuses; before anything is fetched.
     """
     folder = absolute(out if out is not None else workflow.out)
-    names = ("frames.zarr", "distances.zarr", "archive.zarr", "results")
+    names = ("frames.zarr", "distances.zarr", "matrix.zarr", "results")
     frames, distances, archive, results = (join(folder, name) for name in names)
     catalog = open_catalog(workflow.catalog)
     store.exists(frames)  # an object store that doesn't answer is an error now, before anything is fetched
@@ -215,7 +215,7 @@ def run_workflow(
     if section is not None and of_archive is not None:
         matrix = MatrixRequest(section.groups, section.together)
         with progress("archive") as show:
-            of_all_frames = compute_archive(
+            of_all_frames = compute_matrix(
                 *(frames, archive, of_archive, matrix),
                 cluster=cluster,
                 progress=show,

@@ -158,13 +158,13 @@ def make_archive(
     failures: Mapping[str, str] | None = None,
     attributes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """An ``archive.zarr`` of frames on planar curves, so that distances by every metric are Euclidean.
+    """An ``matrix.zarr`` of frames on planar curves, so that distances by every metric are Euclidean.
 
     ``matrices`` has by group the number of sequences of each ``<dataset>/<field>`` in it; ``failures`` the
     reason, by name, of frames that have no distances. The metrics have scales of their own: 1, 2, ….
     """
     root = store.open_store(path, "a")
-    store.set_attributes(root, {"kind": schema.ARCHIVE_STORE, "schema_version": schema.SCHEMA_VERSION})
+    store.set_attributes(root, {"kind": schema.MATRIX_STORE, "schema_version": schema.SCHEMA_VERSION})
     for key, fields in matrices.items():
         points, names = [], []
         for field, count in fields.items():
@@ -197,7 +197,7 @@ def make_archive(
                 metric,
                 shape=distances.shape,
                 chunks=(tile, tile),
-                dims=schema.ARCHIVE_DIMS,
+                dims=schema.MATRIX_DIMS,
                 dtype="float32",
             )
             store.write_rows(array, 0, scale * distances)
@@ -208,12 +208,12 @@ def make_archive(
 
 
 def record_matrices(path: Path, key: str, reasons: Sequence[str] | None = None) -> None:
-    """Write the provenance of a group of an ``archive.zarr`` anew, for the matrices and labels that it has.
+    """Write the provenance of a group of an ``matrix.zarr`` anew, for the matrices and labels that it has.
 
     ``reasons`` say why frames have no distances; default none.
     """
     group = store.open_store(path, "r+")[key]
-    metrics = sorted(schema.archive_metric_names(group.array_keys()))
+    metrics = sorted(schema.matrix_metric_names(group.array_keys()))
     tile = group[metrics[0]].chunks[0]
     labels = recorded.labels_of_blocks(group, tile)
     reasons = reasons or [""] * group[schema.NUMBER].shape[0]

@@ -12,7 +12,7 @@ import dask.array
 import numpy as np
 import pytest
 import xarray as xr
-from archives import smooth_sequence
+from matrices import smooth_sequence
 from distributed import Client, LocalCluster
 
 import lsim

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from archives import archive_of, matrices_of, write_archive
+from matrices import archive_of, matrices_of, write_archive
 
 import lsim
 from lsim.claims import MetricError, OthersCode
 from lsim.testing import check_metric
 from pipeline.distances import compute_distances
-from pipeline.matrix import MatrixRequest, compute_archive
+from pipeline.matrix import MatrixRequest, compute_matrix
 from pipeline.matrix.embeddings import compute_embeddings
 from pipeline.metrics.settings import Settings
 from pipeline.storage import store
@@ -239,7 +239,7 @@ def test_in_a_matrix_too(tmp_path, module, frames):
     def compute(out: str, **changes) -> dict[str, set[str]]:
         own = settings(module, scope=(-2, 2), **changes)
         with Cluster(Profile(kind="none")) as cluster:
-            report = compute_archive(frames, tmp_path / out, own, MatrixRequest(tile=5), cluster=cluster)
+            report = compute_matrix(frames, tmp_path / out, own, MatrixRequest(tile=5), cluster=cluster)
         reasons: dict[str, set[str]] = {}
         for failure in report.failures:
             reasons.setdefault(failure.metric, set()).add(failure.reason)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 
-from archives import archive_of, write_archive
+from matrices import archive_of, write_archive
 from commands import run_lsim
 
 

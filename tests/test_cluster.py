@@ -18,7 +18,7 @@ import dask
 import numpy as np
 import psutil
 import pytest
-from archives import archive_of, write_archive
+from matrices import archive_of, write_archive
 from commands import run_lsim
 from distributed import LocalCluster
 from ssh_server import ssh_server

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from archives import archive_of, matrices_of, smooth_sequence, write_archive
+from matrices import archive_of, matrices_of, smooth_sequence, write_archive
 from commands import run_lsim
 
 import lsim
@@ -26,7 +26,7 @@ from pipeline.correlate import CorrelationError, correlate
 from pipeline.distances import compute_distances
 from pipeline.distances.blocks import fingerprint
 from pipeline.distances.compute import BlockTask, compute_block, compute_blocks
-from pipeline.matrix import MatrixRequest, compute_archive
+from pipeline.matrix import MatrixRequest, compute_matrix
 from pipeline.metrics import value_range
 from pipeline.metrics.settings import Settings, UnavailableMetricError
 from pipeline.report import write_report
@@ -265,7 +265,7 @@ def test_frames_that_lost_metadata_are_refused_and_cost_no_distances(tmp_path, l
     assert np.isfinite(kept["l2"]).all()
     settings = Settings(metrics=("l2",), size=None, scope="dataset")
     with pytest.raises(store.DamagedError, match=f"{lost}/zarr.json"), Cluster(Profile(kind="none")) as own:
-        compute_archive(frames, tmp_path / "a.zarr", settings, MatrixRequest(tile=8), cluster=own)
+        compute_matrix(frames, tmp_path / "a.zarr", settings, MatrixRequest(tile=8), cluster=own)
 
 
 def test_reference_pairs_alone_and_all_pairs_will_do_for_them(tmp_path):
@@ -730,12 +730,12 @@ def test_an_archive_keeps_directions_across_tiles(tmp_path):
     frames, out = warm(tmp_path / "frames.zarr"), tmp_path / "a.zarr"
     settings = Settings(metrics=("nrmse", "l1"), size=None, scope="none", directed=True)
     with Cluster(Profile(kind="none")) as cluster:
-        compute_archive(frames, out, settings, MatrixRequest(tile=3), cluster=cluster)
+        compute_matrix(frames, out, settings, MatrixRequest(tile=3), cluster=cluster)
     values = np.concatenate([v + 300 for v in archive_of(2, frames=4)["A/density"].values()])
     dataset = store.open_dataset(out, "A/density")
     for name in ("nrmse", "l1"):
         expected = lsim.load_metric(name, size=None).pairwise(values, "none").astype(np.float32)
         np.testing.assert_array_equal(dataset[name].values, expected)
     assert dataset["l1"].attrs["units"] == "K"
-    schema.validate_archive(dataset.load(), "A/density")
+    schema.validate_matrix(dataset.load(), "A/density")
     assert verify(out).damages == []

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from archives import archive_of, smooth_sequence, write_archive
+from matrices import archive_of, smooth_sequence, write_archive
 from synthetic import make_archive
 
 from lsim.networks import LsimTrunk
@@ -65,7 +65,7 @@ def test_pages_run(page, given, tmp_path, monkeypatch):
 
 def _make_stores(folder: Path) -> None:
     """An archive and embeddings of it, as the commands of the page make them."""
-    make_archive(folder / "archive.zarr", {"A/density": {"A/density": 2}})
+    make_archive(folder / "matrix.zarr", {"A/density": {"A/density": 2}})
     frames = write_archive(folder / "frames.zarr", archive_of(2))
     settings = Settings(metrics=("lsim-open",), size=64, scope="dataset")
     with Cluster(Profile(kind="none")) as cluster:

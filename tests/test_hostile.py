@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
-from archives import smooth_sequence, write_archive
+from matrices import smooth_sequence, write_archive
 from synthetic import make_distances, parameters, random_distances, write_field
 from test_catalog import Server, write_catalog
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from archives import archive_of, write_archive
+from matrices import archive_of, write_archive
 
 from pipeline.correlate import correlate
 from pipeline.distances import compute_distances
-from pipeline.matrix import MatrixRequest, compute_archive
+from pipeline.matrix import MatrixRequest, compute_matrix
 from pipeline.matrix.neighbours import NeighboursError, find_neighbours
 from pipeline.metrics.settings import Settings
-from pipeline.report.archive import gather_archive
+from pipeline.report.matrix import gather_matrices
 from pipeline.report.contents import ReportError, read_record
 from pipeline.storage import store
 from pipeline.verify import verify
@@ -43,8 +43,8 @@ def distances_of(frames: Path, out: Path) -> Any:
 
 def matrix_of(frames: Path, out: Path) -> Any:
     with Cluster(Profile(kind="none")) as cluster:
-        compute_archive(frames, out, MATRIX, MatrixRequest(tile=4), cluster=cluster)
-        return compute_archive(
+        compute_matrix(frames, out, MATRIX, MatrixRequest(tile=4), cluster=cluster)
+        return compute_matrix(
             frames, out, MATRIX, MatrixRequest(together="all", groups=("A/*",), tile=4), cluster=cluster
         )
 
@@ -58,7 +58,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fields["A/rho"]["s2"][3] = np.nan
     frames = write_archive(folder / "frames.zarr", fields)
     distances_of(frames, folder / "distances.zarr")
-    matrix_of(frames, folder / "archive.zarr")
+    matrix_of(frames, folder / "matrix.zarr")
     correlate(folder / "distances.zarr", folder / "results", replicates=0)
     return folder
 
@@ -151,7 +151,7 @@ def test_distances_that_are_exchanged_deleted_or_flipped_are_named(made: Path, t
 
 @pytest.mark.slow_faults
 def test_tiles_that_are_exchanged_deleted_or_flipped_are_named(made: Path, tmp_path: Path):
-    path = shutil.copytree(made / "archive.zarr", tmp_path / "archive.zarr")
+    path = shutil.copytree(made / "matrix.zarr", tmp_path / "matrix.zarr")
     sound = near(path)
     assert sound is not None
     silent, unseen = [], []
@@ -167,10 +167,10 @@ def test_tiles_that_are_exchanged_deleted_or_flipped_are_named(made: Path, tmp_p
 
 
 def test_the_archive_report_names_tiles_that_are_exchanged(made: Path, tmp_path: Path):
-    path = shutil.copytree(made / "archive.zarr", tmp_path / "archive.zarr")
-    assert gather_archive(path).damaged == []
+    path = shutil.copytree(made / "matrix.zarr", tmp_path / "matrix.zarr")
+    assert gather_matrices(path).damaged == []
     exchange(path / "A/density/l2/c/0/1", path / "A/density/l2/c/0/2")
-    assert {text.split(":")[1] for text in gather_archive(path).damaged} == {
+    assert {text.split(":")[1] for text in gather_matrices(path).damaged} == {
         " l2, tile 0, 1",
         " l2, tile 0, 2",
     }

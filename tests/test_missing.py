@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
-from archives import archive_of, matrices_of, smooth_sequence, write_archive
+from matrices import archive_of, matrices_of, smooth_sequence, write_archive
 from commands import run_lsim
 
 import lsim

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
-from archives import archive_of, write_archive
+from matrices import archive_of, write_archive
 from moto.server import ThreadedMotoServer
 from obstore.exceptions import PermissionDeniedError
 from obstore.store import S3Store
@@ -33,7 +33,7 @@ from pipeline.cli import main
 from pipeline.convert import convert
 from pipeline.correlate import correlate
 from pipeline.distances import compute_distances
-from pipeline.matrix import compute_archive
+from pipeline.matrix import compute_matrix
 from pipeline.matrix.neighbours import find_neighbours
 from pipeline.metrics.settings import Settings
 from pipeline.report import write_report
@@ -802,15 +802,15 @@ def test_matrices_of_archives_embeddings_and_checks_take_addresses(bucket, tmp_p
     settings = Settings(metrics=("l2",), size=None, scope="dataset")
     with Cluster(Profile(kind="none")) as cluster:
         for place, frames in ((bucket, f"{bucket}/frames.zarr"), (str(tmp_path), str(local))):
-            compute_archive(frames, f"{place}/archive.zarr", settings, cluster=cluster)
-    assert chunks_alone(objects_of(f"{bucket}/archive.zarr")) == chunks_alone(
-        files_of(tmp_path / "archive.zarr")
+            compute_matrix(frames, f"{place}/matrix.zarr", settings, cluster=cluster)
+    assert chunks_alone(objects_of(f"{bucket}/matrix.zarr")) == chunks_alone(
+        files_of(tmp_path / "matrix.zarr")
     )
-    found = find_neighbours(f"{bucket}/archive.zarr", "A/density/s1:0", 3)
+    found = find_neighbours(f"{bucket}/matrix.zarr", "A/density/s1:0", 3)
     assert [near.frame for near in found.nearest] == [
-        near.frame for near in find_neighbours(tmp_path / "archive.zarr", "A/density/s1:0", 3).nearest
+        near.frame for near in find_neighbours(tmp_path / "matrix.zarr", "A/density/s1:0", 3).nearest
     ]
-    address = f"{bucket}/archive.zarr"
+    address = f"{bucket}/matrix.zarr"
     assert not verify(address).damages
     name = next(name for name in objects.names(address) if "/l2/c/" in name)
     objects.write(address, name, objects.read(address, name)[:-1] + b"!")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from archives import archive_of, matrices_of, smooth_sequence, write_archive
+from matrices import archive_of, matrices_of, smooth_sequence, write_archive
 from commands import run_lsim
 from distributed import LocalCluster
 

@@ -20,7 +20,7 @@ import dask
 import numpy as np
 import pytest
 import torch
-from archives import archive_of, write_archive
+from matrices import archive_of, write_archive
 from threadpoolctl import threadpool_info
 
 from pipeline import cli

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from archives import write_archive
+from matrices import write_archive
 from hypothesis import given
 from hypothesis import strategies as st
 from synthetic import parameters, write_field
@@ -19,11 +19,11 @@ from lsim.ranking import may_be_constant, pooled_spearman
 from pipeline.cli.display import show_distances
 from pipeline.correlate import correlate
 from pipeline.distances import compute_distances
-from pipeline.matrix import compute_archive
+from pipeline.matrix import compute_matrix
 from pipeline.matrix.neighbours import find_neighbours
 from pipeline.metrics.resolution import Resolution, count_unresolved, from_text, resolution_of, to_text
 from pipeline.metrics.settings import Settings
-from pipeline.report import write_archive_report, write_report
+from pipeline.report import write_matrix_report, write_report
 from pipeline.storage import schema, store
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
@@ -114,7 +114,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             told = settings.model_copy(update=changes)
             compute_distances(folder / "frames.zarr", folder / f"{name}.zarr", told, cluster=cluster)
         told = settings.model_copy(update={"scope": "dataset", "metrics": ("test_resolution:Corner",)})
-        compute_archive(folder / "frames.zarr", folder / "archive.zarr", told, cluster=cluster)
+        compute_matrix(folder / "frames.zarr", folder / "matrix.zarr", told, cluster=cluster)
     return folder
 
 
@@ -156,14 +156,14 @@ def test_unresolved_distances_stand_in_provenance_notes_and_terminal(made: Path,
 def test_unresolved_distances_of_a_matrix_are_counted_once_a_pair(made: Path, tmp_path: Path):
     settings = Settings(metrics=("test_resolution:Corner",), size=None, scope="dataset")
     with Cluster(Profile(kind="none")) as cluster:
-        report = compute_archive(made / "frames.zarr", made / "archive.zarr", settings, cluster=cluster)
+        report = compute_matrix(made / "frames.zarr", made / "matrix.zarr", settings, cluster=cluster)
     assert report.tiles == 0
     (one,) = report.unresolved
     assert (one.unresolved, one.distances) == (54 * 53 // 2, 54 * 53 // 2)
-    root = store.open_store(made / "archive.zarr")
+    root = store.open_store(made / "matrix.zarr")
     assert root.attrs["runs"][0]["unresolved"] == {one.metric: one.unresolved}
-    assert str(one) in write_archive_report(made / "archive.zarr", tmp_path).read_text()
-    assert find_neighbours(made / "archive.zarr", "far0:3").unresolved > 0
+    assert str(one) in write_matrix_report(made / "matrix.zarr", tmp_path).read_text()
+    assert find_neighbours(made / "matrix.zarr", "far0:3").unresolved > 0
 
 
 def test_results_of_before_are_computed_again(made: Path, tmp_path: Path):

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from archives import archive_of, matrices_of, write_archive
+from matrices import archive_of, matrices_of, write_archive
 from commands import run_lsim
 from PIL import Image
 
 from pipeline.convert import ConversionReport, convert
 from pipeline.distances import DistancesReport, compute_distances
-from pipeline.matrix import MatrixRequest, compute_archive
+from pipeline.matrix import MatrixRequest, compute_matrix
 from pipeline.metrics.settings import Settings
 from pipeline.sources.catalog import open_catalog
 from pipeline.storage import schema, store
@@ -94,7 +94,7 @@ def test_frames_that_no_metric_takes_are_no_damage(tmp_path: Path, which: slice)
     assert compute(frames, tmp_path / "d.zarr", block=1).failures
     with Cluster(Profile(kind="none")) as cluster:
         settings = SETTINGS.model_copy(update={"scope": "dataset"})
-        assert compute_archive(
+        assert compute_matrix(
             frames, tmp_path / "a.zarr", settings, MatrixRequest(tile=4), cluster=cluster
         ).failures
     for path in (frames, tmp_path / "d.zarr", tmp_path / "a.zarr"):
@@ -384,7 +384,7 @@ def test_claims_of_more_chunks_than_anyone_can_read_are_refused(
 def compute_tiles(frames: Path, out: Path) -> Any:
     settings = Settings(metrics=("l2", "l1"), size=None, scope="dataset")
     with Cluster(Profile(kind="none")) as cluster:
-        return compute_archive(frames, out, settings, MatrixRequest(tile=8), cluster=cluster)
+        return compute_matrix(frames, out, settings, MatrixRequest(tile=8), cluster=cluster)
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])

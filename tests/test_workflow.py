@@ -16,7 +16,7 @@ from pipeline.sources.catalog import open_catalog
 from pipeline.train import open_training
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
-from pipeline.workflow import ArchiveSection, Workflow, WorkflowError, open_workflow, run_workflow
+from pipeline.workflow import MatrixSection, Workflow, WorkflowError, open_workflow, run_workflow
 
 TRAINING = [name for name in shipped_names("workflows") if name.startswith("train_")]
 RUNS = [name for name in shipped_names("workflows") if name not in TRAINING]
@@ -153,14 +153,14 @@ def test_the_archive_s_metrics_are_told_what_distances_are():
         options={"ssim": {"window": "gaussian"}},
         weights={"mine": "a", "other": "b"},
     )
-    section = ArchiveSection(metrics=("ssim", "mine"), scope=(0.0, 1.0))
+    section = MatrixSection(metrics=("ssim", "mine"), scope=(0.0, 1.0))
     found = section.settings(distances)
     assert (found.metrics, found.scope, found.size) == (("ssim", "mine"), (0.0, 1.0), 64)
     assert (found.options, found.weights) == (distances.options, {"mine": "a"})
 
 
 def test_wrong_metrics_of_an_archive_are_errors_before_any_stage(tmp_path):
-    section = ArchiveSection(metrics=("nosuch",))
+    section = MatrixSection(metrics=("nosuch",))
     workflow = Workflow(catalog="demo", fetch=True, out=str(tmp_path / "out"), archive=section)
     with Cluster(Profile(kind="none")) as cluster, pytest.raises(lsim.UnknownMetricError, match="nosuch"):
         run_workflow(workflow, cluster, data_dir=tmp_path / "data", progress=contextlib.nullcontext)

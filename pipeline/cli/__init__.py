@@ -32,7 +32,7 @@ from pipeline.cli.display import (
     add_row,
     console,
     output,
-    show_archive,
+    show_matrix,
     show_calibration,
     show_cluster,
     show_correlations,
@@ -333,7 +333,7 @@ def run(
     show_quarantined(report.conversion.quarantined)
     show_distances(report.distances)
     if report.archive is not None:
-        show_archive(report.archive)
+        show_matrix(report.archive)
     show_correlations(report.correlation)
     show_damaged(report.correlation.damaged)
     output.print(f"report: {report.page}", markup=False)
@@ -402,7 +402,7 @@ def distances_command(
     order: Annotated[int, typer.Option(help="Spline order of the resize, 0 to 5.")] = 0,
     matrix: Annotated[
         str,
-        typer.Option(help="sequence: one a sequence; archive: one over all frames, see docs/archives.md."),
+        typer.Option(help="sequence: one a sequence; archive: one over all frames, see docs/matrix.md."),
     ] = "sequence",
     groups: Groups = None,
     together: Annotated[
@@ -442,7 +442,7 @@ def distances_command(
         if block:
             raise typer.BadParameter("--block is for --matrix sequence; of an archive use --tile")
         wanted = _matrix(groups, together, tile, memory)
-        _compute_archive(frames, out, settings, wanted, load_profile(cluster, workers), plan_only=plan)
+        _compute_matrix(frames, out, settings, wanted, load_profile(cluster, workers), plan_only=plan)
         return
     of_archives = {"groups": groups, "together": together, "tile": tile, "memory": memory, "plan": plan}
     if given := [name for name, value in of_archives.items() if value]:
@@ -464,16 +464,16 @@ def _matrix(groups: str | None, together: str | None, tile: int | None, memory: 
     return MatrixRequest(tuple(_separated(groups) or ()), together, tile, room)
 
 
-def _compute_archive(
+def _compute_matrix(
     frames: str, out: str, settings: Settings, matrix: MatrixRequest, profile: Profile, *, plan_only: bool
 ) -> None:
     """The command ``distances`` with ``--matrix archive``."""
-    from pipeline.matrix import compute_archive
+    from pipeline.matrix import compute_matrix
     from pipeline.matrix.machines import shared_memory_profile
     from pipeline.workers.cluster import Cluster
 
     with Cluster(shared_memory_profile(profile)) as pool, stage(pool)("archive") as show:
-        report = compute_archive(
+        report = compute_matrix(
             *(frames, out, settings, matrix),
             cluster=pool,
             progress=show,
@@ -481,7 +481,7 @@ def _compute_archive(
             plan_only=plan_only,
         )
     if not plan_only:
-        show_archive(report)
+        show_matrix(report)
         _exit(not report.failures)
 
 
@@ -520,21 +520,21 @@ def report_command(
     results: Annotated[
         str,
         typer.Argument(
-            help="The folder or address that 'lsim correlate' wrote to; or an archive.zarr, alone."
+            help="The folder or address that 'lsim correlate' wrote to; or an matrix.zarr, alone."
         ),
     ],
     out: Annotated[
         str | None, typer.Option(help="Folder of the page; default RESULTS/report, of an archive report.")
     ] = None,
-    archive: Annotated[str | None, typer.Option(help="An archive.zarr whose maps are shown as well.")] = None,
+    archive: Annotated[str | None, typer.Option(help="An matrix.zarr whose maps are shown as well.")] = None,
 ) -> None:
     """Write the HTML report, of correlations, of an archive, or of both."""
-    from pipeline.report import is_archive, write_archive_report, write_report
+    from pipeline.report import is_matrix, write_matrix_report, write_report
 
-    if not is_archive(results):
+    if not is_matrix(results):
         page = write_report(results, out=out, archive=archive)
     elif archive is None:
-        page = write_archive_report(results, out or "report")
+        page = write_matrix_report(results, out or "report")
     else:
         raise typer.BadParameter(f"{results} is an archive; --archive goes with a folder of results")
     output.print(f"report: {page}", markup=False)
@@ -543,7 +543,7 @@ def report_command(
 @app.command("neighbours")
 def neighbours_command(
     distances: Annotated[
-        str, typer.Argument(help="An archive.zarr; or a distances.zarr, sequence by sequence.")
+        str, typer.Argument(help="An matrix.zarr; or a distances.zarr, sequence by sequence.")
     ],
     of: Annotated[
         str, typer.Option(help="The frame, <dataset>/<field>/<sequence>:<number>, or an end of that.")
@@ -625,7 +625,7 @@ def verify_command(
     show_verified(report)
     if mend and not report.whole:
         count = repair(path, report)
-        stages = {"frames": "convert", "distances": "distances", "archive": "distances --matrix archive"}
+        stages = {"frames": "convert", "distances": "distances", "archive": "matrix"}
         restored = sum(damage.chunk == DOCUMENT for damage in report.damages)
         told = [f"{count} of what is recorded taken away"] if count else []
         told += [f"metadata of {restored} groups and arrays written again"] if restored else []

@@ -29,7 +29,7 @@ from pipeline.storage.safe_names import printable
 
 if TYPE_CHECKING:
     from pipeline.correlate import CorrelationReport
-    from pipeline.matrix import ArchiveReport
+    from pipeline.matrix import MatrixReport
     from pipeline.matrix.embeddings import EmbeddingsReport
     from pipeline.matrix.neighbours import Neighbours
 
@@ -204,7 +204,7 @@ def _show_unresolved(unresolved: list[Any]) -> None:
         console.print(str(one), style="yellow", markup=False, soft_wrap=True)
 
 
-def show_archive(report: ArchiveReport) -> None:
+def show_matrix(report: MatrixReport) -> None:
     if report.tiles:
         output.print(
             f"{report.tiles} tiles computed, {report.up_to_date} up to date, from {report.embeddings} "

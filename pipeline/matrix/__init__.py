@@ -1,4 +1,4 @@
-"""frames.zarr → archive.zarr: the distances of all pairs of frames of a field, or of several together.
+"""frames.zarr → matrix.zarr: the distances of all pairs of frames of a field, or of several together.
 
 Here is what the driver does: of each matrix (:mod:`pipeline.matrix.job`) measure what metrics take, plan and
 check the plan, find the tiles that are out of date (:mod:`pipeline.matrix.layout`), and hand squares of them
@@ -40,7 +40,7 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class ArchiveFailure:
+class MatrixFailure:
     """Frames of a sequence, or tiles, for which a metric gave no distances, and why."""
 
     group: str
@@ -50,8 +50,8 @@ class ArchiveFailure:
 
 
 @dataclass
-class ArchiveReport:
-    """What a run of :func:`compute_archive` did.
+class MatrixReport:
+    """What a run of :func:`compute_matrix` did.
 
     Attributes
     ----------
@@ -63,7 +63,7 @@ class ArchiveReport:
         Second copies of stragglers.
     plans : list of Plan
         Empty where nothing was to be done.
-    failures : list of ArchiveFailure
+    failures : list of MatrixFailure
         All that the store records, and of this run.
     unresolved : list of Unresolved
         Metrics with distances of the store that rounding may have changed by more than 0.1 %.
@@ -83,7 +83,7 @@ class ArchiveReport:
     embeddings: int = 0
     copies: int = 0
     plans: list[Plan] = field(default_factory=list)
-    failures: list[ArchiveFailure] = field(default_factory=list)
+    failures: list[MatrixFailure] = field(default_factory=list)
     unresolved: list[Unresolved] = field(default_factory=list)
     unavailable: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
@@ -92,7 +92,7 @@ class ArchiveReport:
     cluster: dict[str, Any] = field(default_factory=dict)
 
 
-def compute_archive(
+def compute_matrix(
     frames: str | os.PathLike[str],
     out: str | os.PathLike[str],
     settings: Settings,
@@ -102,8 +102,8 @@ def compute_archive(
     progress: Progress | None = None,
     announce: Callable[[str], None] | None = None,
     plan_only: bool = False,
-) -> ArchiveReport:
-    """Bring ``archive.zarr`` up to date with ``frames.zarr``: distances of all pairs of frames.
+) -> MatrixReport:
+    """Bring ``matrix.zarr`` up to date with ``frames.zarr``: distances of all pairs of frames.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ def compute_archive(
 
     Returns
     -------
-    ArchiveReport
+    MatrixReport
 
     Raises
     ------
@@ -140,7 +140,7 @@ def compute_archive(
     matrix = matrix or MatrixRequest()
     if cluster is None:
         with Cluster(shared_memory_profile(Profile())) as own:
-            return compute_archive(
+            return compute_matrix(
                 *(frames, out, settings, matrix),
                 cluster=own,
                 progress=progress,
@@ -154,7 +154,7 @@ def compute_archive(
     chosen = choose_metrics(settings)
     source = store.open_store(frames_path)
     keys = checked_fields(source, frames_path, matrix.groups or None)
-    report = ArchiveReport(unavailable=chosen.unavailable)
+    report = MatrixReport(unavailable=chosen.unavailable)
     context = Context(frames_path, out_path, settings, matrix, cluster, chosen.metrics, chosen.requests)
     jobs = [MatrixJob(context, key, source, fields) for key, fields in _matrices(keys, matrix)]
     report.frames = sum(len(job.frames) for job in jobs)
@@ -171,9 +171,9 @@ def compute_archive(
         report.seconds = time.perf_counter() - began
         return report
     made_by = begin_run(scope=settings.scope, compat=settings.compat, mask=settings.mask)
-    errors: list[ArchiveFailure] = []
+    errors: list[MatrixFailure] = []
     with store.locked(out_path):
-        root = store.open_output(out_path, schema.ARCHIVE_STORE)
+        root = store.open_output(out_path, schema.MATRIX_STORE)
         store.drop_consolidated(out_path)
         drop_vanished(root, schema.NUMBER, source, _BESIDES)
         try:
@@ -204,7 +204,7 @@ def compute_archive(
             record_fingerprints(root)
             record_run(root, run, **carried(source), frames=relative(frames_path, out_path), **about)
             store.consolidate(out_path)
-    report.failures = list_archive_failures(out_path)
+    report.failures = list_matrix_failures(out_path)
     report.unresolved = list_unresolved(store.open_store(out_path))
     # The store tells of damaged frames, unless the tile of their block with itself was up to date.
     said = {(known.group, known.metric, known.reason) for known in report.failures}
@@ -212,7 +212,7 @@ def compute_archive(
     return report
 
 
-def _record_precision(root: store.Group, report: ArchiveReport) -> None:
+def _record_precision(root: store.Group, report: MatrixReport) -> None:
     """Say in each group's provenance how its metrics kept their promise of precision in this run."""
     for key, by_metric in report.precision.items():
         provenance = store.get_group(root, f"{key}/{schema.PROVENANCE}")
@@ -221,10 +221,10 @@ def _record_precision(root: store.Group, report: ArchiveReport) -> None:
         store.set_attributes(provenance, {"precision": known | found})
 
 
-def list_archive_failures(out: str | os.PathLike[str]) -> list[ArchiveFailure]:
-    """All failures that an ``archive.zarr`` records: by sequence and reason, and NaN of finite frames."""
+def list_matrix_failures(out: str | os.PathLike[str]) -> list[MatrixFailure]:
+    """All failures that an ``matrix.zarr`` records: by sequence and reason, and NaN of finite frames."""
     root = store.open_store(out)
-    found: list[ArchiveFailure] = []
+    found: list[MatrixFailure] = []
     for key in store.field_keys(root, schema.NUMBER):
         group = store.get_group(root, key)
         provenance = store.get_group(group, schema.PROVENANCE)
@@ -240,10 +240,10 @@ def list_archive_failures(out: str | os.PathLike[str]) -> list[ArchiveFailure]:
                     which = f"{fields[index]}/{sequences[index]}"
                     by_sequence.setdefault((which, str(texts[index])), []).append(str(numbers[index]))
             for (which, reason), frames in by_sequence.items():
-                found.append(ArchiveFailure(key, name, f"{which}: frame {_few(frames)}", reason))
+                found.append(MatrixFailure(key, name, f"{which}: frame {_few(frames)}", reason))
             if count := int(store.read(missing, place).sum(dtype=np.int64)):
                 reason = f"the metric gave NaN or infinity for {count} distances of frames that it takes"
-                found.append(ArchiveFailure(key, name, "", reason))
+                found.append(MatrixFailure(key, name, "", reason))
     return found
 
 
@@ -273,14 +273,14 @@ def _matrices(keys: Sequence[str], matrix: MatrixRequest) -> list[tuple[str, lis
 
 
 _BESIDES = (f"{schema.TOGETHER}/*",)
-"""Groups of an ``archive.zarr`` that are of several fields."""
+"""Groups of an ``matrix.zarr`` that are of several fields."""
 
 
 def _refuse_others(root: store.Group, path: str, source: store.Group) -> None:
     found = root.attrs.get("kind")
-    if found not in (None, schema.ARCHIVE_STORE):
+    if found not in (None, schema.MATRIX_STORE):
         raise store.StoreError(
-            f"{path}: expected a store of kind {schema.ARCHIVE_STORE!r}, found kind {found!r}: choose "
+            f"{path}: expected a store of kind {schema.MATRIX_STORE!r}, found kind {found!r}: choose "
             "another path"
         )
     refuse_others_results(root, schema.NUMBER, source, _BESIDES)
@@ -291,8 +291,8 @@ def _run(
     count: int,
     context: Context,
     progress: Progress | None,
-    report: ArchiveReport,
-) -> list[ArchiveFailure]:
+    report: MatrixReport,
+) -> list[MatrixFailure]:
     """Run the tasks. What fails every time is left to the next run."""
     if not count:
         return []
@@ -300,7 +300,7 @@ def _run(
     if progress is not None:
         progress(0, count)
     tally: Counter[str] = Counter()
-    errors: list[ArchiveFailure] = []
+    errors: list[MatrixFailure] = []
     try:
         outcomes = run_bounded(client, compute_tiles, tasks, tally=tally)
         for done, ((task,), result, error) in enumerate(outcomes, start=1):
@@ -312,14 +312,14 @@ def _run(
                 for name, kept in result.precision.items():
                     here[name] = here[name] + kept if name in here else kept
                 errors += [
-                    ArchiveFailure(task.key, name, f"{_tiles_of(task)}: {result.undone} tiles", reason)
+                    MatrixFailure(task.key, name, f"{_tiles_of(task)}: {result.undone} tiles", reason)
                     for name, reason in result.errors.items()
                 ]
             elif store.is_full_disk(error):
                 raise error  # as would all others
             else:
                 reason = reason_of(error)
-                errors += [ArchiveFailure(task.key, name, _tiles_of(task), reason) for name in task.tiles]
+                errors += [MatrixFailure(task.key, name, _tiles_of(task), reason) for name in task.tiles]
             if progress is not None:
                 progress(done, count)
     finally:

@@ -53,7 +53,7 @@ class FrameBlock:
 
 
 @dataclass(frozen=True)
-class ArchiveFrames:
+class MatrixFrames:
     """All frames of some fields: by key, then by sequence as the store has them, then by number.
 
     Attributes
@@ -105,7 +105,7 @@ class ArchiveFrames:
         return blocks
 
 
-def list_frames(source: store.Group, keys: Sequence[str]) -> ArchiveFrames:
+def list_frames(source: store.Group, keys: Sequence[str]) -> MatrixFrames:
     """The frames of some fields of a ``frames.zarr``, in an archive's order; no pixel is read."""
     sequences: list[Piece] = []
     names: list[str] = []
@@ -123,7 +123,7 @@ def list_frames(source: store.Group, keys: Sequence[str]) -> ArchiveFrames:
         shapes[key] = tuple(array.shape[2:])
         largest = max(largest, store.store_bytes(array.shape[1:], array.dtype))
     lengths = [len(piece) for piece in sequences]
-    return ArchiveFrames(
+    return MatrixFrames(
         tuple(sequences),
         np.repeat(np.array(fields, object), lengths),
         np.repeat(np.array(names, object), lengths),

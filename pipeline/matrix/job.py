@@ -12,7 +12,7 @@ import numpy as np
 
 from lsim.metric import Metric
 from lsim.preprocess import Scope
-from pipeline.matrix.frame_blocks import ArchiveFrames, FrameBlock, list_frames
+from pipeline.matrix.frame_blocks import MatrixFrames, FrameBlock, list_frames
 from pipeline.matrix.layout import describe, invalidate, label, lay_out, metric_places, sides, stale_tiles
 from pipeline.matrix.machines import find_workers
 from pipeline.matrix.measuring import Measured, measure
@@ -94,7 +94,7 @@ class MatrixJob:
         self.context = context
         self.key = key
         self.fields = list(fields)
-        self.frames: ArchiveFrames = list_frames(source, fields)
+        self.frames: MatrixFrames = list_frames(source, fields)
         self._units = field_units(source, fields)
         self._measured: dict[str, Measured] = {}
         self._workers: Workers | None = None
@@ -288,7 +288,7 @@ class MatrixJob:
             )
 
 
-def _check_shapes(frames: ArchiveFrames, settings: Settings) -> None:
+def _check_shapes(frames: MatrixFrames, settings: Settings) -> None:
     """Frames of several fields can be compared where they come out alike."""
     channels = {3 if shape[2] == 4 else shape[2] for shape in frames.shapes.values()}
     sizes = {shape[:2] for shape in frames.shapes.values()}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lsim.preprocess import Scope, scope_identity
-from pipeline.matrix.frame_blocks import ArchiveFrames, FrameBlock
+from pipeline.matrix.frame_blocks import MatrixFrames, FrameBlock
 from pipeline.storage import digests, schema, store
 from pipeline.storage.recorded import labels_of_blocks, tile_identity, tile_texts
 
@@ -46,7 +46,7 @@ def tile_fingerprint(rows: str, columns: str, specification_hash: str, scope: Sc
 
 
 def lay_out(
-    root: store.Group, key: str, frames: ArchiveFrames, metrics: Mapping[str, str], tile: int, side: int
+    root: store.Group, key: str, frames: MatrixFrames, metrics: Mapping[str, str], tile: int, side: int
 ) -> store.Group:
     """Bring a group into the shape of its frames, with an array for every metric.
 
@@ -55,10 +55,10 @@ def lay_out(
     Parameters
     ----------
     root : Group
-        Of ``archive.zarr``.
+        Of ``matrix.zarr``.
     key : str
         ``<dataset>/<field>`` or ``together/<name>``.
-    frames : ArchiveFrames
+    frames : MatrixFrames
     metrics : mapping of str to str
         Names of the metrics to have, and the units of each; arrays already in the store stay.
     tile : int
@@ -85,10 +85,10 @@ def lay_out(
     for name, units in metrics.items():
         if name not in group:
             store.create_array(
-                group, name, shape=(n, n), chunks=(tile, tile), dims=schema.ARCHIVE_DIMS, dtype="float32"
+                group, name, shape=(n, n), chunks=(tile, tile), dims=schema.MATRIX_DIMS, dtype="float32"
             )
         store.set_units(store.get_array(group, name), units)
-    for name in schema.archive_metric_names(group.array_keys()):
+    for name in schema.matrix_metric_names(group.array_keys()):
         for axis in (0, 1):
             store.resize_rows(store.get_array(group, name), n, axis=axis)
     _lay_out_provenance(group, list(metrics), n, count, tile, side)
@@ -164,7 +164,7 @@ def _lay_out_provenance(
     store.write_rows(arrays[schema.METRIC], 0, np.array(known, dtype=object))
 
 
-def label(group: store.Group, frames: ArchiveFrames) -> None:
+def label(group: store.Group, frames: MatrixFrames) -> None:
     """Write what each frame is; only once the tiles of other frames are known to be out of date."""
     labels = {
         schema.FIELD: frames.field,

@@ -158,7 +158,7 @@ def find_neighbours(
     if other_sequences and not _is_archive(group):
         raise NeighboursError(
             f"{path} compares frames with those of their own sequence alone; a matrix of all frames is made "
-            "by 'lsim distances FRAMES --scope dataset --matrix archive --out archive.zarr'"
+            "by 'lsim distances FRAMES --scope dataset --matrix archive --out matrix.zarr'"
         )
     metric = _choose_metric(path, frame.matrix, metrics_of(group), metric)
     found = neighbours_of(root, frame, k, metric, other_sequences=other_sequences)
@@ -248,7 +248,7 @@ def matrix_keys(root: store.Group) -> list[str]:
 
 def metrics_of(group: store.Group) -> list[str]:
     """Metrics of a matrix's group."""
-    names = schema.archive_metric_names if _is_archive(group) else schema.metric_names
+    names = schema.matrix_metric_names if _is_archive(group) else schema.metric_names
     return names(group.array_keys())
 
 
@@ -335,7 +335,7 @@ def _why(group: store.Group, frame: Frame, metric: str) -> str:
 def _open(path: str | os.PathLike[str]) -> store.Group:
     root = store.open_store(path)
     kind = root.attrs.get("kind", schema.DISTANCES_STORE)
-    if kind not in (schema.ARCHIVE_STORE, schema.DISTANCES_STORE):
+    if kind not in (schema.MATRIX_STORE, schema.DISTANCES_STORE):
         raise store.StoreError(
             f"{path}: expected a store of distances, of an archive best; found one of {kind}"
         )

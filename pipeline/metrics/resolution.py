@@ -184,7 +184,7 @@ def resolution_of_group(group: store.Group) -> list[Unresolved]:
     Parameters
     ----------
     group : Group
-        Of a ``distances.zarr`` or an ``archive.zarr``.
+        Of a ``distances.zarr`` or an ``matrix.zarr``.
     """
     if schema.PROVENANCE not in group:
         return []

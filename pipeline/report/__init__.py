@@ -15,18 +15,18 @@ import jinja2
 import pandas as pd
 
 from pipeline.report import contents, maps, pictures
-from pipeline.report.archive import ArchiveContents, gather_archive, is_archive
+from pipeline.report.matrix import MatrixContents, gather_matrices, is_matrix
 from pipeline.report.contents import ReportError
 from pipeline.sources.local_folder import local_folder
 from pipeline.storage.address import absolute, is_address, join
 from pipeline.storage.csv_tables import write_csv
 
-__all__ = ["DamagedReportError", "ReportError", "is_archive", "write_archive_report", "write_report"]
+__all__ = ["DamagedReportError", "ReportError", "is_matrix", "write_matrix_report", "write_report"]
 
 NAMED = 5
 """Of what is damaged, in an error; the page names all."""
 TITLE = "Which metric ranks simulations best?"
-ARCHIVE_TITLE = "What lies near what?"
+MATRIX_TITLE = "What lies near what?"
 MAP = "map"
 PAGE = "index.html"
 PICTURE = "overview.png"
@@ -62,7 +62,7 @@ def write_report(
     title : str, optional
         Of the page; default the question that it answers.
     archive : path or address, optional
-        An ``archive.zarr`` whose maps are shown as well.
+        An ``matrix.zarr`` whose maps are shown as well.
 
     Returns
     -------
@@ -84,12 +84,12 @@ def write_report(
     place = join(location, "report") if out is None else absolute(out)
     with local_folder(location) as folder:
         found = contents.gather(location, folder, protocol, statistic)
-    maps_of = None if archive is None else gather_archive(absolute(archive))
+    maps_of = None if archive is None else gather_matrices(absolute(archive))
     page = _render(
         "page.html.jinja",
         pictures=pictures.draw(found),
         heading=title or TITLE,
-        **_of_archive(maps_of),
+        **_matrix_section(maps_of),
         **vars(found),
     )
     with local_folder(place) as folder:
@@ -104,7 +104,7 @@ def write_report(
     return join(place, PAGE) if is_address(place) else Path(place, PAGE)
 
 
-def write_archive_report(
+def write_matrix_report(
     archive: str | os.PathLike[str], out: str | os.PathLike[str], *, title: str | None = None
 ) -> Path | str:
     """Write the report of an archive by itself: its maps, what lies near what, and what made it.
@@ -112,7 +112,7 @@ def write_archive_report(
     Parameters
     ----------
     archive : path or address
-        An ``archive.zarr``. It names its ``frames.zarr``; without that, there are no pictures of frames.
+        An ``matrix.zarr``. It names its ``frames.zarr``; without that, there are no pictures of frames.
     out : path or address
         Folder of the page, ``index.html``, and of ``map.csv``, where each frame lies on each map.
     title : str, optional
@@ -129,9 +129,9 @@ def write_archive_report(
     DamagedReportError
         Once the page is written, when it leaves out distances that are not as they were written.
     """
-    found = gather_archive(absolute(archive))
+    found = gather_matrices(absolute(archive))
     place = absolute(out)
-    page = _render("archive_page.html.jinja", heading=title or ARCHIVE_TITLE, **_of_archive(found))
+    page = _render("matrix_page.html.jinja", heading=title or MATRIX_TITLE, **_matrix_section(found))
     with local_folder(place) as folder:
         folder.mkdir(parents=True, exist_ok=True)
         write_csv(found.table, folder / f"{MAP}.csv")
@@ -150,9 +150,9 @@ def _refuse_damaged(place: str, damaged: list[str]) -> None:
         )
 
 
-def _of_archive(found: ArchiveContents | None) -> dict[str, Any]:
+def _matrix_section(found: MatrixContents | None) -> dict[str, Any]:
     """What the section of an archive is told; it is left out where there is none."""
-    return {"archive": found, "archive_pictures": None if found is None else maps.draw_archive(found)}
+    return {"archive": found, "matrix_pictures": None if found is None else maps.draw_matrices(found)}
 
 
 def _render(template: str, **told: Any) -> str:

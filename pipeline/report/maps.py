@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline.matrix.mds import FrameMap
 from pipeline.matrix.neighbours import Frame
 from pipeline.report import pictures
-from pipeline.report.archive import ArchiveContents, Matrix, marked_frames, say_how_much
+from pipeline.report.matrix import MatrixContents, Matrix, marked_frames, say_how_much
 
 LARGE, SMALL = 480, 240
 """Widths of maps, in the SVG's own units."""
@@ -42,7 +42,7 @@ THUMB_SIZES = (16, 88)
 """Smallest and largest height of a frame's picture, in pixels."""
 
 
-def draw_archive(contents: ArchiveContents) -> dict[str, Any]:
+def draw_matrices(contents: MatrixContents) -> dict[str, Any]:
     """All pictures of the section, by where they stand in it."""
     thumbs = _thumbs(contents.frames_by_name)
     return {

@@ -227,7 +227,7 @@ def record_fingerprints(root: store.Group) -> None:
 
 
 LABELS = (schema.FIELD, schema.SEQUENCE, schema.NUMBER, schema.PARAMETER)
-"""What ``archive.zarr`` says of each frame."""
+"""What ``matrix.zarr`` says of each frame."""
 TILE_RECORDS = (schema.MISSING, schema.UNRESOLVED, schema.FINGERPRINT)
 """What is recorded of each tile, besides its digest and the failures of its frames."""
 
@@ -293,7 +293,7 @@ class BandRecord:
 
 
 class CheckedMatrix:
-    """A metric's matrix of an ``archive.zarr``, each tile compared with its digest when it is read.
+    """A metric's matrix of an ``matrix.zarr``, each tile compared with its digest when it is read.
 
     Distances of tiles that don't count are NaN, and ``left_out`` names these tiles.
 

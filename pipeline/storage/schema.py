@@ -37,10 +37,10 @@ computed from), ``failure`` (metric, sequence; why distances are missing, empty 
 ``distances`` and ``unresolved``, how many there are and how many may be off by more than 0.1 %,
 ``constant``, the kinds of pairs, ``reference`` and ``all``, whose distances cannot be told from a constant)
 and ``digest`` (metric, sequence; hash of the distances, bound to all that is recorded of them, see
-:mod:`pipeline.storage.digests`; ``archive.zarr`` has that of each tile; each specification has one of its own, under
+:mod:`pipeline.storage.digests`; ``matrix.zarr`` has that of each tile; each specification has one of its own, under
 ``digest``). The attribute ``resolution`` has these counts by metric. Where the scope was a data set there is
 ``ranges`` (one JSON document), minimum and maximum of each sequence by the hash of its content, or
-``masked_ranges``, those of frames with a mask; ``archive.zarr`` has them as well.
+``masked_ranges``, those of frames with a mask; ``matrix.zarr`` has them as well.
 Its attribute ``precision`` says by metric how sums over pairs were computed in the last run that did: method,
 promised relative error and its bound, pairs, how many were taken again, and on what device; for networks
 it is that of sums over their features.
@@ -49,7 +49,7 @@ that isn't symmetric, of a run that keeps directions, has the attribute ``direct
 distance with frame i as the reference, and the diagonal is computed; its specification says ``directed``,
 too.
 
-``archive.zarr``, one matrix over all frames of a group ``/<dataset>/<field>``, or of several groups together,
+``matrix.zarr``, one matrix over all frames of a group ``/<dataset>/<field>``, or of several groups together,
 ``/together/<name>``:
 
 =============== ================================== ============ =========================================
@@ -93,7 +93,7 @@ SCHEMA_VERSION = 1
 
 FRAMES_STORE = "frames"
 DISTANCES_STORE = "distances"
-ARCHIVE_STORE = "archive"
+MATRIX_STORE = "matrix"
 EMBEDDINGS_STORE = "embeddings"
 TOGETHER = "together"
 """The group of matrices over several fields of an archive."""
@@ -130,7 +130,7 @@ FRAMES_DIMS = (SEQUENCE, FRAME, "y", "x", "channel")
 PARAMETER_DIMS = (SEQUENCE, FRAME)
 DISTANCE_DIMS = (SEQUENCE, FRAME, FRAME_OTHER)
 PROVENANCE_DIMS = (METRIC, SEQUENCE)
-ARCHIVE_DIMS = (FRAME, FRAME_OTHER)
+MATRIX_DIMS = (FRAME, FRAME_OTHER)
 FINGERPRINT_DIMS = (METRIC, TILE, TILE_OTHER)
 
 VALIDATED_TOGETHER = 1024
@@ -142,11 +142,11 @@ FRAME_DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float16"
 CARRIED = frozenset({PARAMETER, SEQUENCE})
 """Variables of a ``distances.zarr`` group that are not metrics."""
 
-CARRIED_BY_ARCHIVE = frozenset({FIELD, SEQUENCE, NUMBER, PARAMETER})
-"""Variables of an ``archive.zarr`` group that are not metrics."""
+CARRIED_BY_MATRIX = frozenset({FIELD, SEQUENCE, NUMBER, PARAMETER})
+"""Variables of an ``matrix.zarr`` group that are not metrics."""
 
-RESERVED = CARRIED | CARRIED_BY_ARCHIVE | {FRAME, FRAME_OTHER, PROVENANCE}
-"""Names that no metric can have in a ``distances.zarr`` or an ``archive.zarr``."""
+RESERVED = CARRIED | CARRIED_BY_MATRIX | {FRAME, FRAME_OTHER, PROVENANCE}
+"""Names that no metric can have in a ``distances.zarr`` or an ``matrix.zarr``."""
 
 
 Pairs: TypeAlias = Literal["all", "reference"]
@@ -162,9 +162,9 @@ def metric_names(variables: Iterable[str]) -> list[str]:
     return sorted(str(name) for name in variables if str(name) not in CARRIED)
 
 
-def archive_metric_names(variables: Iterable[str]) -> list[str]:
-    """Names of the metrics among the variables of an ``archive.zarr`` group."""
-    return sorted(str(name) for name in variables if str(name) not in CARRIED_BY_ARCHIVE)
+def matrix_metric_names(variables: Iterable[str]) -> list[str]:
+    """Names of the metrics among the variables of an ``matrix.zarr`` group."""
+    return sorted(str(name) for name in variables if str(name) not in CARRIED_BY_MATRIX)
 
 
 def validate_parameter(parameter: np.ndarray, where: str) -> None:
@@ -217,8 +217,8 @@ def validate_distances(group: xr.Dataset, where: str) -> None:
             raise SchemaError(f"{where}: {name} has values other than 0 on the diagonal")
 
 
-def validate_archive(group: xr.Dataset, where: str) -> None:
-    """Raise :class:`SchemaError` unless ``group`` is a valid group of ``archive.zarr``.
+def validate_matrix(group: xr.Dataset, where: str) -> None:
+    """Raise :class:`SchemaError` unless ``group`` is a valid group of ``matrix.zarr``.
 
     Checks names, dims and dtypes, and that each matrix is symmetric with a zero diagonal, but for directed
     ones. In memory it has two bands of a matrix at a time.
@@ -226,8 +226,8 @@ def validate_archive(group: xr.Dataset, where: str) -> None:
     for name, dtypes in ((FIELD, None), (SEQUENCE, None), (NUMBER, ("int32",)), (PARAMETER, ("float64",))):
         _expect_variable(group, name, (FRAME,), dtypes, where)
     n = group.sizes[FRAME]
-    for name in archive_metric_names(map(str, group.variables)):
-        _expect_variable(group, name, ARCHIVE_DIMS, ("float32",), where)
+    for name in matrix_metric_names(map(str, group.variables)):
+        _expect_variable(group, name, MATRIX_DIMS, ("float32",), where)
         if group.sizes[FRAME_OTHER] != n:
             raise SchemaError(f"{where}: {name} has shape {group[name].shape}; expected {(n, n)}")
         if group[name].attrs.get(DIRECTED):

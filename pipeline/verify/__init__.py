@@ -56,7 +56,7 @@ def verify(
     Parameters
     ----------
     path : str or path
-        A ``frames.zarr``, ``distances.zarr`` or ``archive.zarr``; of other Zarr stores the chunks alone are
+        A ``frames.zarr``, ``distances.zarr`` or ``matrix.zarr``; of other Zarr stores the chunks alone are
         checked.
     threads : int
         Each holds one sequence of frames, or one chunk, at a time.
@@ -96,7 +96,7 @@ def verify(
 def _kind_of_fields(path: str | os.PathLike[str]) -> str | None:
     """The kind of a store whose root doesn't say it, by what is in its fields; None where none is known."""
     of_kinds = {
-        f"{schema.PROVENANCE}/{schema.MISSING}": schema.ARCHIVE_STORE,
+        f"{schema.PROVENANCE}/{schema.MISSING}": schema.MATRIX_STORE,
         schema.NUMBER: schema.EMBEDDINGS_STORE,
         f"{schema.PROVENANCE}/{schema.FINGERPRINT}": schema.DISTANCES_STORE,
         schema.FRAMES: schema.FRAMES_STORE,
@@ -142,7 +142,7 @@ NEEDED = {
         schema.PARAMETER,
         *(f"{schema.PROVENANCE}/{name}" for name in RECORDS),
     ),
-    schema.ARCHIVE_STORE: (
+    schema.MATRIX_STORE: (
         *LABELS,
         *(f"{schema.PROVENANCE}/{name}" for name in (*RECORDS, schema.MISSING)),
     ),

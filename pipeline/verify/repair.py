@@ -24,7 +24,7 @@ def repair(path: str | os.PathLike[str], report: VerifyReport) -> int:
     Parameters
     ----------
     path : str or path
-        A ``frames.zarr``, ``distances.zarr`` or ``archive.zarr``.
+        A ``frames.zarr``, ``distances.zarr`` or ``matrix.zarr``.
     report : VerifyReport
         Of that store as it is now.
 
@@ -147,5 +147,5 @@ _RANGES = tuple(f"{schema.PROVENANCE}/{name}" for name in (schema.RANGES, schema
 _FORGET = {
     schema.FRAMES_STORE: _forget_frames,
     schema.DISTANCES_STORE: _forget_distances,
-    schema.ARCHIVE_STORE: _forget_tiles,
+    schema.MATRIX_STORE: _forget_tiles,
 }

@@ -1,4 +1,4 @@
-"""Whether the tiles of an ``archive.zarr`` are whole: each against its fingerprint and its mirror image."""
+"""Whether the tiles of an ``matrix.zarr`` are whole: each against its fingerprint and its mirror image."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def add_tiles(
     name : str
         Of the group.
     arrays : mapping of str to Array
-        Of a group of an ``archive.zarr``, those of provenance with that in front.
+        Of a group of an ``matrix.zarr``, those of provenance with that in front.
     faults : mapping of str to str
         Why others can't be opened, by name.
     report : VerifyReport
@@ -101,7 +101,7 @@ def add_tiles(
     for metric, array in arrays.items():
         if metric.startswith(prefix):
             continue
-        if metric in schema.CARRIED_BY_ARCHIVE:
+        if metric in schema.CARRIED_BY_MATRIX:
             continue
         if metric not in names:
             add_chunks(checks, name, array, report)

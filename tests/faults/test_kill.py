@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from archives import archive_of, matrices_of, write_archive
+from matrices import archive_of, matrices_of, write_archive
 
 from pipeline.distances import compute_distances
 from pipeline.metrics.settings import Settings

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from archives import archive_of, matrices_of, write_archive
+from matrices import archive_of, matrices_of, write_archive
 from hindered import BROKEN, SLOW
 from processes import Processes, children, done, processes
 

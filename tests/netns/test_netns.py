@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import paced
 import pytest
-from archives import archive_of, matrices_of, write_archive
+from matrices import archive_of, matrices_of, write_archive
 from commands import run_lsim, skip_or_fail
 from hosts import ADDRESSES, ROOT, SCHEDULER, Hosts, Membership, netns, why_no_hosts, write_credentials
 

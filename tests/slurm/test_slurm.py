@@ -15,7 +15,7 @@ import numpy as np
 import paced
 import pytest
 import yaml
-from archives import archive_of, matrices_of, write_archive
+from matrices import archive_of, matrices_of, write_archive
 from commands import run_lsim, skip_or_fail
 
 from pipeline.storage import schema, store
@@ -186,7 +186,7 @@ def test_the_demo_while_a_job_is_cancelled_and_replaced(start, tmp_path, capsys)
 
     code, text = run_lsim(*command, tmp_path / "alone", "--cluster", "none")
     assert code == 0, text
-    for name, metric in (("distances.zarr", "paced"), ("archive.zarr", "lsim-open")):
+    for name, metric in (("distances.zarr", "paced"), ("matrix.zarr", "lsim-open")):
         keys = store.field_keys(store.open_store(tmp_path / "alone" / name), schema.PARAMETER)
         assert keys
         for key in keys:

@@ -14,8 +14,8 @@ from test_report import Page
 
 from pipeline.correlate import correlate
 from pipeline.matrix import mds
-from pipeline.report import DamagedReportError, ReportError, archive, maps, write_archive_report, write_report
-from pipeline.report.archive import gather_archive, say_how_much
+from pipeline.report import DamagedReportError, ReportError, archive, maps, write_matrix_report, write_report
+from pipeline.report.matrix import gather_matrices, say_how_much
 from pipeline.storage import schema, store
 
 MATRICES = {
@@ -39,9 +39,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "plan": ["66 frames, 15 tiles"],
         "unavailable": {"lpips": "no weights"},
     }
-    path = folder / "archive.zarr"
+    path = folder / "matrix.zarr"
     make_archive(path, MATRICES, failures=FAILURES, attributes=attributes)
-    write_archive_report(path, folder / "page")
+    write_matrix_report(path, folder / "page")
     return folder
 
 
@@ -107,7 +107,7 @@ def test_words_for_every_share(explained, words):
 def test_positions_are_those_of_the_map(made):
     table = pd.read_csv(made / "page/map.csv")
     here = table[(table.matrix == "Smoke/density") & (table.metric == "lsim")]
-    array = store.get_array(store.open_store(made / "archive.zarr"), "Smoke/density/lsim")
+    array = store.get_array(store.open_store(made / "matrix.zarr"), "Smoke/density/lsim")
     wanted = mds.classical_map(store.read(array)).positions
     np.testing.assert_allclose(here[["x", "y"]].to_numpy(), wanted, atol=1e-8)
     assert here[here.x.isna()].number.tolist() == [5, 6]
@@ -116,7 +116,7 @@ def test_positions_are_those_of_the_map(made):
 
 def test_frames_are_shown_and_what_is_nearest_to_references(made, page):
     pictures = [attrs["alt"] for tag, attrs in page.tags if tag == "img" and "alt" in attrs]
-    found = gather_archive(made / "archive.zarr")
+    found = gather_matrices(made / "matrix.zarr")
     first = found.matrices[0]
     assert len(first.marked) == 8
     for frame in archive.marked_frames(first):
@@ -151,8 +151,8 @@ def test_more_fields_than_colours_share_the_last():
 
 
 def test_without_frames_there_are_names_and_no_pictures(tmp_path):
-    path = make_archive(tmp_path / "archive.zarr", MATRICES, attributes={"frames": "../gone.zarr"})
-    found = Page(Path(write_archive_report(path, tmp_path / "page")))
+    path = make_archive(tmp_path / "matrix.zarr", MATRICES, attributes={"frames": "../gone.zarr"})
+    found = Page(Path(write_matrix_report(path, tmp_path / "page")))
     assert "Pictures of frames are missing. The frames were at ../gone.zarr" in found.text
     assert {attrs["alt"] for tag, attrs in found.tags if tag == "img"} == {"colour scale from dark to bright"}
     assert "Nearest in other sequences" in found.text
@@ -161,14 +161,14 @@ def test_without_frames_there_are_names_and_no_pictures(tmp_path):
 def test_damage_is_named_and_costs_a_picture_or_a_map(tmp_path):
     make_frames(tmp_path / "frames.zarr", {"A/x": (3, "float32", 1)})
     path = make_archive(
-        tmp_path / "archive.zarr", {"A/x": {"A/x": 3}}, attributes={"frames": "../frames.zarr"}
+        tmp_path / "matrix.zarr", {"A/x": {"A/x": 3}}, attributes={"frames": "../frames.zarr"}
     )
     (tmp_path / "frames.zarr/A/x/frames/c/0/0/0/0/0").write_bytes(b"damaged")
-    next((tmp_path / "archive.zarr/A/x/lsim/c").glob("*/*")).write_bytes(b"damaged")
+    next((tmp_path / "matrix.zarr/A/x/lsim/c").glob("*/*")).write_bytes(b"damaged")
     with pytest.raises(
         DamagedReportError, match=r"index\.html is written .*A/x: lsim, tile \d, \d: .*chunk c/"
     ):
-        write_archive_report(path, tmp_path / "page")
+        write_matrix_report(path, tmp_path / "page")
     found = Page(tmp_path / "page/index.html")
     assert "Pictures of frames are missing. Damaged: A/x/a" in found.text
     assert re.search(r"Left out, .*lsim, tile \d, \d: damaged distances: chunk c/\d/\d cannot", found.text)
@@ -176,11 +176,11 @@ def test_damage_is_named_and_costs_a_picture_or_a_map(tmp_path):
 
 
 def test_of_many_frames_some_sequences_are_shown_and_landmarks_place_them(tmp_path, monkeypatch):
-    path = make_archive(tmp_path / "archive.zarr", {"A/x": {"A/x": 12}}, tile=16)
+    path = make_archive(tmp_path / "matrix.zarr", {"A/x": {"A/x": 12}}, tile=16)
     monkeypatch.setattr(archive, "SHOWN_FRAMES", 60)
     monkeypatch.setattr(archive, "COLUMNS_TOGETHER", 16)
     monkeypatch.setattr(archive, "NAMES_TOGETHER", 7)
-    (matrix,) = gather_archive(path).matrices
+    (matrix,) = gather_matrices(path).matrices
     assert matrix.count == 132
     assert list(dict.fromkeys(matrix.sequences)) == ["a0", "a3", "a6", "a8", "a11"]
     assert matrix.numbers.tolist() == [*range(11)] * 5
@@ -193,36 +193,36 @@ def test_of_many_frames_some_sequences_are_shown_and_landmarks_place_them(tmp_pa
     np.testing.assert_allclose(
         np.hypot(*np.moveaxis(difference, -1, 0)), whole[np.ix_(kept, kept)], atol=1e-3
     )
-    text = Page(Path(write_archive_report(path, tmp_path / "page"))).text
+    text = Page(Path(write_matrix_report(path, tmp_path / "page"))).text
     assert "132 frames, of which 55 are on the map: whole sequences, evenly spaced" in text
     assert "Frames are placed by their distances to" in text
 
 
 def test_a_metric_that_has_no_map_says_why(tmp_path):
-    path = make_archive(tmp_path / "archive.zarr", {"A/x": {"A/x": 2}}, metrics=["psnr"])
+    path = make_archive(tmp_path / "matrix.zarr", {"A/x": {"A/x": 2}}, metrics=["psnr"])
     array = store.get_array(store.open_store(path, "r+"), "A/x/psnr")
     store.write_rows(array, 0, -store.read(array))
     record_matrices(path, "A/x")
-    text = Page(Path(write_archive_report(path, tmp_path / "page"))).text
+    text = Page(Path(write_matrix_report(path, tmp_path / "page"))).text
     assert "No metric has a map of these frames." in text
     assert "No map: a map needs distances from zero on" in text
 
 
 def test_a_matrix_without_any_distance_has_no_map(tmp_path):
     failures = {f"A/x/a{k}:{n}": "no finite value" for k in range(2) for n in range(11)}
-    path = make_archive(tmp_path / "archive.zarr", {"A/x": {"A/x": 2}}, failures=failures)
-    text = Page(Path(write_archive_report(path, tmp_path / "page"))).text
+    path = make_archive(tmp_path / "matrix.zarr", {"A/x": {"A/x": 2}}, failures=failures)
+    text = Page(Path(write_matrix_report(path, tmp_path / "page"))).text
     assert "No map: no frame has distances" in text
     assert "no finite value" in text
 
 
 def test_names_of_others_are_text(tmp_path):
-    path = make_archive(tmp_path / "archive.zarr", {"A/x": {"A/x": 2}}, frames=3, tile=4)
+    path = make_archive(tmp_path / "matrix.zarr", {"A/x": {"A/x": 2}}, frames=3, tile=4)
     root = store.open_store(path, "r+")
     names = np.array(["<script>alert(1)</script>"] * 3 + ['"><img src=x onerror=y>'] * 3, object)
     store.write_rows(store.get_array(root, "A/x/sequence"), 0, names)
     record_matrices(path, "A/x")
-    found = Page(Path(write_archive_report(path, tmp_path / "page")))
+    found = Page(Path(write_matrix_report(path, tmp_path / "page")))
     assert not [tag for tag, _ in found.tags if tag == "script"]
     assert not found.attributes("onerror")
     # Of a path, the last part stands below a picture.
@@ -235,7 +235,7 @@ def test_results_may_have_an_archive_beside_them(tmp_path, made):
     correlate(path, tmp_path / "results", replicates=0)
     alone = Page(Path(write_report(tmp_path / "results")))
     assert "The archive, seen" not in alone.text
-    both = Page(Path(write_report(tmp_path / "results", archive=made / "archive.zarr")))
+    both = Page(Path(write_report(tmp_path / "results", archive=made / "matrix.zarr")))
     assert "The archive, seen" in both.text
     assert "archive" in both.attributes("id")
     assert "#archive" in both.attributes("href")
@@ -244,16 +244,16 @@ def test_results_may_have_an_archive_beside_them(tmp_path, made):
 
 def test_other_stores_are_refused(tmp_path, made):
     with pytest.raises(ReportError, match="expected a store of an archive, found one of"):
-        gather_archive(made / "frames.zarr")
+        gather_matrices(made / "frames.zarr")
     root = store.open_store(tmp_path / "empty.zarr", "a")
-    store.set_attributes(root, {"kind": schema.ARCHIVE_STORE})
+    store.set_attributes(root, {"kind": schema.MATRIX_STORE})
     with pytest.raises(ReportError, match="no matrix has distances yet"):
-        gather_archive(tmp_path / "empty.zarr")
+        gather_matrices(tmp_path / "empty.zarr")
 
 
 def test_the_command(made, tmp_path):
-    code, text = run_lsim("report", made / "archive.zarr", "--out", tmp_path / "page")
+    code, text = run_lsim("report", made / "matrix.zarr", "--out", tmp_path / "page")
     assert code == 0, text
     assert (tmp_path / "page/index.html").is_file()
-    code, text = run_lsim("report", made / "archive.zarr", "--archive", made / "archive.zarr")
+    code, text = run_lsim("report", made / "matrix.zarr", "--archive", made / "matrix.zarr")
     assert (code, "--archive goes with a folder of results" in text) == (2, True)

@@ -92,7 +92,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class ArchiveContents:
+class MatrixContents:
     """Everything that the page shows of an archive, under the names that its template uses.
 
     ``frames_by_name`` holds the frames that are shown, (y, x, channel), where they could be read; ``table``
@@ -117,12 +117,12 @@ class ArchiveContents:
     table: pd.DataFrame
 
 
-def is_archive(path: str | os.PathLike[str]) -> bool:
-    """Whether there is an ``archive.zarr`` at a path or address."""
-    return store.exists(path) and store.open_store(path).attrs.get("kind") == schema.ARCHIVE_STORE
+def is_matrix(path: str | os.PathLike[str]) -> bool:
+    """Whether there is an ``matrix.zarr`` at a path or address."""
+    return store.exists(path) and store.open_store(path).attrs.get("kind") == schema.MATRIX_STORE
 
 
-def gather_archive(path: str | os.PathLike[str]) -> ArchiveContents:
+def gather_matrices(path: str | os.PathLike[str]) -> MatrixContents:
     """Read all that the report shows of an archive.
 
     Raises
@@ -132,7 +132,7 @@ def gather_archive(path: str | os.PathLike[str]) -> ArchiveContents:
     """
     root = store.open_store(path)
     attributes: dict[str, Any] = dict(root.attrs)
-    if attributes.get("kind") != schema.ARCHIVE_STORE:
+    if attributes.get("kind") != schema.MATRIX_STORE:
         raise ReportError(
             f"{path}: expected a store of an archive, found one of {attributes.get('kind', 'another kind')}; "
             "'lsim distances FRAMES --scope dataset --matrix archive' makes one"
@@ -147,7 +147,7 @@ def gather_archive(path: str | os.PathLike[str]) -> ArchiveContents:
     frames, missing_frames = find_frames(path, attributes)
     frames_by_name, damage = _read_frames(frames, matrices) if frames is not None else ({}, "")
     plans = attributes.get("plan", [])
-    return ArchiveContents(
+    return MatrixContents(
         title=str(attributes.get("title") or ""),
         matrices=matrices,
         not_illustrated=keys[SHOWN_MATRICES:],

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from archives import archive_of, smooth_sequence, write_archive
+from matrices import archive_of, smooth_sequence, write_archive
 from commands import run_lsim
 
 import lsim
 from lsim.embedding import Embedding
 from lsim.metrics.pixel import L2
 from lsim.metrics.structural import SSIM
-from pipeline.matrix import MatrixRequest, compute_archive, job
+from pipeline.matrix import MatrixRequest, compute_matrix, job
 from pipeline.matrix.embedding_cache import EmbeddedBlock, EmbeddingCache
 from pipeline.matrix.frame_blocks import list_frames
 from pipeline.matrix.machines import shared_memory_profile
@@ -46,14 +46,14 @@ def compute(
 ):
     """In this process, without workers."""
     with Cluster(Profile(kind="none")) as cluster:
-        return compute_archive(
+        return compute_matrix(
             frames, out, settings, matrix or MatrixRequest(tile=8), cluster=cluster, **options
         )
 
 
 def matrices(path: Path, key: str = "A/density") -> dict[str, np.ndarray]:
     dataset = store.open_dataset(path, key)
-    return {name: dataset[name].values for name in schema.archive_metric_names(map(str, dataset.variables))}
+    return {name: dataset[name].values for name in schema.matrix_metric_names(map(str, dataset.variables))}
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
@@ -94,7 +94,7 @@ def test_distances_are_those_of_the_library_and_the_store_is_valid(tmp_path):
     assert not report.failures
     with xr.open_datatree(tmp_path / "a.zarr", engine="zarr") as tree:
         group = tree["A/density"].to_dataset()
-        schema.validate_archive(group, "A/density")
+        schema.validate_matrix(group, "A/density")
         assert list(group["sequence"].values[::5]) == ["s0", "s1", "s2", "s3"]
         assert list(group["number"].values[:7]) == [0, 1, 2, 3, 4, 0, 1]
         assert set(group["field"].values) == {"A/density"}
@@ -106,7 +106,7 @@ def test_distances_are_those_of_the_library_and_the_store_is_valid(tmp_path):
             )
             np.fill_diagonal(expected, 0)
             np.testing.assert_array_equal(group[name].values, expected.astype(np.float32), err_msg=name)
-    assert tree.attrs["kind"] == schema.ARCHIVE_STORE
+    assert tree.attrs["kind"] == schema.MATRIX_STORE
     assert "20 frames" in tree.attrs["plan"][0]
 
 
@@ -126,13 +126,13 @@ def test_same_bytes_whatever_the_workers(tmp_path, profile):
     settings = Settings(metrics=("l2", "lsim-open"), size=48, scope="dataset")
     compute(frames, tmp_path / "alone.zarr", settings)
     with Cluster(Profile(**profile)) as cluster:
-        report = compute_archive(
+        report = compute_matrix(
             frames, tmp_path / "many.zarr", settings, MatrixRequest(tile=5), cluster=cluster
         )
         same(matrices(tmp_path / "alone.zarr"), matrices(tmp_path / "many.zarr"))
         # Threads of one process share what is embedded.
         assert report.embeddings == 60 if profile["workers"] == 1 else report.embeddings <= 120
-        again = compute_archive(frames, tmp_path / "many.zarr", settings, cluster=cluster)
+        again = compute_matrix(frames, tmp_path / "many.zarr", settings, cluster=cluster)
     assert (again.tiles, again.up_to_date, again.plans) == (0, 2 * 21, [])
 
 
@@ -269,13 +269,13 @@ def test_a_driver_that_is_killed_costs_the_tiles_in_hand(tmp_path):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(8))
     out = tmp_path / "a.zarr"
     code = f"""
-    from pipeline.matrix import MatrixRequest, compute_archive
+    from pipeline.matrix import MatrixRequest, compute_matrix
     from pipeline.metrics.settings import Settings
     from pipeline.workers.cluster import Cluster
     from pipeline.workers.profiles import Profile
     settings = Settings(metrics=("l2", "ssim"), size=None, scope="dataset")
     with Cluster(Profile(kind="none")) as cluster:
-        compute_archive({str(frames)!r}, {str(out)!r}, settings, MatrixRequest(tile=2), cluster=cluster)
+        compute_matrix({str(frames)!r}, {str(out)!r}, settings, MatrixRequest(tile=2), cluster=cluster)
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)])
     try:
@@ -396,7 +396,7 @@ def test_frames_with_nan_are_said_and_the_others_compared(tmp_path):
     assert bad[7].all()
     assert bad[:, 7].all()
     assert bad.sum() == 15 + 14
-    schema.validate_archive(store.open_dataset(tmp_path / "a.zarr", "A/density"), "A/density")
+    schema.validate_matrix(store.open_dataset(tmp_path / "a.zarr", "A/density"), "A/density")
 
 
 def test_a_damaged_sequence_is_left_out_until_it_is_mended(tmp_path):
@@ -532,7 +532,7 @@ def test_the_table_of_the_page_is_the_planners():
     made = subprocess.run(
         [sys.executable, folder / "benchmarks/forecast.py"], capture_output=True, text=True, check=True
     )
-    assert made.stdout in (folder / "docs/archives.md").read_text(encoding="utf-8")
+    assert made.stdout in (folder / "docs/matrix.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -670,7 +670,7 @@ def test_plans_are_made_for_all_workers_that_a_profile_asks_for_and_after_unfit_
             lambda *given, name=name, whole=whole, **told: (calls.append(name), whole(*given, **told))[1],
         )
     with Cluster(Profile(workers=WorkerRange(minimum=1, maximum=7))) as cluster:
-        report = compute_archive(frames, tmp_path / "a.zarr", SETTINGS, cluster=cluster, plan_only=True)
+        report = compute_matrix(frames, tmp_path / "a.zarr", SETTINGS, cluster=cluster, plan_only=True)
     assert report.plans[0].workers.workers == 7
     assert calls[0] == "dismiss_unfit_workers"
 
@@ -794,7 +794,7 @@ def test_threads_share_the_cache_and_wait_for_room_without_a_deadlock():
 BOUNDED = """
 import resource, sys
 import numpy as np
-from pipeline.matrix import MatrixRequest, compute_archive
+from pipeline.matrix import MatrixRequest, compute_matrix
 from pipeline.metrics.settings import Settings
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
@@ -807,13 +807,13 @@ frames, small, out, budget, needed = *sys.argv[1:4], *map(int, sys.argv[4:])
 settings = Settings(metrics=("l2",), size=224, scope=(0.0, 255.0))
 with Cluster(Profile(kind="none")) as cluster:
     # Loads and compiles all there is, and starts the threads that read and write.
-    compute_archive(small, out + ".small", settings, cluster=cluster)
+    compute_matrix(small, out + ".small", settings, cluster=cluster)
     resource.setrlimit(resource.RLIMIT_DATA, (now("VmData") + budget, resource.RLIM_INFINITY))
     try:
         np.zeros(needed, np.uint8)
     except MemoryError:
         print("all at once: no")
-    report = compute_archive(
+    report = compute_matrix(
         frames, out, settings, MatrixRequest(memory=now("VmRSS") + budget), cluster=cluster, announce=print
     )
     print("tiles", report.tiles, "embeddings", report.embeddings)

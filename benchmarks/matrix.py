@@ -11,7 +11,7 @@ them is computed on every core by one process, as the command does, and
 
 On a GPU 16,384 frames, made there, and the accuracy of single, TF32 and bfloat16 products.
 
-    python benchmarks/archive.py [--json] [--frames 512,1024,2048,4096] [--reported 2048] [--memory 3e9]
+    python benchmarks/matrix.py [--json] [--frames 512,1024,2048,4096] [--reported 2048] [--memory 3e9]
                                  [--device auto]
 
 Weights are those of lsim in $LSIM_WEIGHTS, else the shipped ones: times are the same. Needs 4 GB of disk.
@@ -46,7 +46,7 @@ from lsim.networks import LsimTrunk
 from lsim.precision import PROMISE
 from lsim.registry import why_unavailable
 from lsim.weights import find_weights
-from pipeline.matrix import ArchiveReport, MatrixRequest, compute_archive
+from pipeline.matrix import MatrixReport, MatrixRequest, compute_matrix
 from pipeline.matrix.embedding_cache import EmbeddedBlock
 from pipeline.matrix.tiles import ROWS_AT_ONCE, compare_blocks
 from pipeline.metrics.settings import Settings
@@ -119,7 +119,7 @@ def compute(frames: Path, out: Path, metric: str, threads: int, memory: int) -> 
         client: Client | None = cluster.client  # its start isn't counted
         assert client is not None
         began = time.perf_counter()
-        report = compute_archive(
+        report = compute_matrix(
             frames, out, settings, MatrixRequest(memory=memory), cluster=cluster, announce=announced.append
         )
         seconds = time.perf_counter() - began
@@ -128,7 +128,7 @@ def compute(frames: Path, out: Path, metric: str, threads: int, memory: int) -> 
 
 
 def described(
-    report: ArchiveReport, seconds: float, peak: int, threads: int, announced: list[str]
+    report: MatrixReport, seconds: float, peak: int, threads: int, announced: list[str]
 ) -> dict[str, Any]:
     plan = report.plans[0]
     n, family = plan.frames, plan.families[0]
@@ -340,7 +340,7 @@ def on_cpu(name: str, counts: list[int], reported: int, threads: int, memory: in
         for count in counts:
             part = Path(folder) / f"{count}.zarr"
             shortened(frames, part, count)
-            growth.append(compute(part, Path(folder) / f"{count}-archive.zarr", name, threads, memory))
+            growth.append(compute(part, Path(folder) / f"{count}-matrix.zarr", name, threads, memory))
             print(f"{count} frames: {growth[-1]['seconds']} s", file=sys.stderr)
     chosen = next((one for one in growth if one["frames"] == reported), growth[-1])
     with torch.no_grad():
