@@ -33,7 +33,8 @@ from convert import FRAMES, make_archive
 from pipeline.convert import convert
 from pipeline.distances import compute_distances
 from pipeline.metrics.settings import Settings
-from pipeline.sources.catalog import fetch, open_catalog
+from pipeline.sources.catalog import open_catalog
+from pipeline.sources.fetch import fetch
 from pipeline.storage import objects
 from pipeline.storage.versions import versions
 from pipeline.workers.cluster import Cluster

@@ -28,7 +28,8 @@ from lsim.simulate.families import ground_truth
 from lsim.simulate.hardness import reference_errors
 from lsim.simulate.layout import Format, read_frames, read_record, settings
 from pipeline.convert import ConversionReport, convert
-from pipeline.sources.catalog import Catalog, Dataset, Source, data_root
+from pipeline.sources.catalog import Catalog, Dataset, Source
+from pipeline.sources.fetch import data_root
 from pipeline.stage.bounded_map import run_bounded
 from pipeline.storage.address import absolute, is_address, split_bucket
 from pipeline.storage.store import exists
@@ -117,7 +118,7 @@ def simulate(
     out : path, or address with ``zarr``
         Folder of data sets. With ``zarr`` the store lies beside it, ``<out>.zarr``; ``out`` may be given
         with that ending, too. With an address the store alone lies there, and the families under the data
-        root (:func:`pipeline.sources.catalog.data_root`).
+        root (:func:`pipeline.sources.fetch.data_root`).
     families : int
         How many, numbered from 1.
     size : int, default 256

@@ -22,7 +22,8 @@ from pipeline.matrix import MatrixReport, MatrixRequest, compute_matrix
 from pipeline.metrics.settings import Settings, choose_metrics
 from pipeline.report import write_report
 from pipeline.resources import find_resource, read_yaml, validated
-from pipeline.sources.catalog import fetch, open_catalog
+from pipeline.sources.catalog import open_catalog
+from pipeline.sources.fetch import fetch
 from pipeline.storage import store
 from pipeline.storage.address import absolute, join
 from pipeline.workers.cluster import Cluster
@@ -90,7 +91,7 @@ class Workflow(_Strict):
         Make or download what is absent first. Off for downloads that nobody should start by accident.
     out : str
         Default folder of the stores and results.
-    archive : MatrixSection, optional
+    matrix : MatrixSection, optional
         Without it there is no matrix over all frames.
     """
 
@@ -101,7 +102,7 @@ class Workflow(_Strict):
     out: str
     distances: Settings = Settings()
     correlate: CorrelateSection = CorrelateSection()
-    archive: MatrixSection | None = None
+    matrix: MatrixSection | None = None
 
 
 @dataclass
@@ -113,12 +114,12 @@ class WorkflowReport:
     correlation: CorrelationReport
     page: Path | str
     stores: dict[str, str] = field(default_factory=dict)
-    archive: MatrixReport | None = None
+    matrix: MatrixReport | None = None
 
     @property
     def complete(self) -> bool:
         """Whether no sequence was quarantined, and no distance failed or is damaged."""
-        failures = self.distances.failures or (self.archive is not None and self.archive.failures)
+        failures = self.distances.failures or (self.matrix is not None and self.matrix.failures)
         return not (self.conversion.quarantined or failures or self.correlation.damaged)
 
 
@@ -172,7 +173,7 @@ def run_workflow(
     progress : callable
         Shows each stage's progress.
     announce : callable, optional
-        Called with a line for what is about to be fetched, and with the plans of matrices over the archive,
+        Called with a line for what is about to be fetched, and with the plans of matrices of all frames,
         in words, before they are computed.
     verify_sources : bool, default False
         See :func:`pipeline.convert.convert`.
@@ -188,14 +189,14 @@ def run_workflow(
     """
     folder = absolute(out if out is not None else workflow.out)
     names = ("frames.zarr", "distances.zarr", "matrix.zarr", "results")
-    frames, distances, archive, results = (join(folder, name) for name in names)
+    frames, distances, all_frames, results = (join(folder, name) for name in names)
     catalog = open_catalog(workflow.catalog)
     store.exists(frames)  # an object store that doesn't answer is an error now, before anything is fetched
     choose_metrics(workflow.distances)
-    section = workflow.archive
-    of_archive = section.settings(workflow.distances) if section is not None else None
-    if of_archive is not None:
-        choose_metrics(of_archive)
+    section = workflow.matrix
+    matrix_settings = section.settings(workflow.distances) if section is not None else None
+    if matrix_settings is not None:
+        choose_metrics(matrix_settings)
     if workflow.fetch:
         with progress("fetch"):
             fetch(catalog, workflow.datasets, data_dir, announce)
@@ -212,11 +213,14 @@ def run_workflow(
     with progress("distances") as show:
         computed = compute_distances(frames, distances, workflow.distances, cluster=cluster, progress=show)
     of_all_frames = None
-    if section is not None and of_archive is not None:
+    if section is not None and matrix_settings is not None:
         matrix = MatrixRequest(section.groups, section.together)
-        with progress("archive") as show:
+        with progress("matrix") as show:
             of_all_frames = compute_matrix(
-                *(frames, archive, of_archive, matrix),
+                frames,
+                all_frames,
+                matrix_settings,
+                matrix,
                 cluster=cluster,
                 progress=show,
                 announce=announce,
@@ -227,9 +231,9 @@ def run_workflow(
             distances, results, protocol=told.protocols, replicates=told.replicates, seed=told.seed
         )
     with progress("report"):
-        maps_of = archive if of_all_frames is not None else None
-        page = write_report(results, title=workflow.title or None, archive=maps_of)
+        maps_of = all_frames if of_all_frames is not None else None
+        page = write_report(results, title=workflow.title or None, matrix=maps_of)
     stores = {"frames": frames, "distances": distances, "results": results}
     if of_all_frames is not None:
-        stores["archive"] = archive
+        stores["matrix"] = all_frames
     return WorkflowReport(conversion, computed, correlation, page, stores, of_all_frames)

@@ -148,7 +148,7 @@ def make_frames(path: Path, fields: Mapping[str, tuple[int, str, int]], *, frame
     return path
 
 
-def make_archive(
+def make_matrix(
     path: Path,
     matrices: Mapping[str, Mapping[str, int]],
     *,

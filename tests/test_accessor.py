@@ -12,8 +12,8 @@ import dask.array
 import numpy as np
 import pytest
 import xarray as xr
-from matrices import smooth_sequence
 from distributed import Client, LocalCluster
+from matrices import smooth_sequence
 
 import lsim
 import pipeline.accessor  # noqa: F401  registers .lsim

@@ -36,7 +36,8 @@ PARTS_OF_STAGES = {
     "pipeline.matrix.plan": "pipeline.matrix",
     "pipeline.matrix.tiles": "pipeline.matrix",
 }
-"""Modules that belong to one stage; ``pipeline.correlate.statistics`` knows arrays alone, and is anybody's."""
+"""Modules that belong to one stage; ``pipeline.correlate.statistics`` knows arrays alone, and is
+anybody's."""
 LEAVES = (
     "pipeline.storage.versions",
     "pipeline.resources",

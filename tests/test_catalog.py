@@ -17,17 +17,8 @@ import numpy as np
 import pytest
 
 from pipeline import resources
-from pipeline.sources.catalog import (
-    Catalog,
-    CatalogError,
-    MissingDataError,
-    fetch,
-    list_catalogs,
-    locate,
-    open_catalog,
-    verify,
-    where,
-)
+from pipeline.sources.catalog import Catalog, CatalogError, MissingDataError, list_catalogs, open_catalog
+from pipeline.sources.fetch import fetch, locate, verify, where
 from pipeline.sources.readers import list_sequences
 
 ENTRY = "{name: A, source: {path: data}, reader: lsim}"

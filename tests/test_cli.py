@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 
-from matrices import archive_of, write_archive
 from commands import run_lsim
+from matrices import archive_of, write_archive
 
 
 def test_version():

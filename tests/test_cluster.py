@@ -18,9 +18,9 @@ import dask
 import numpy as np
 import psutil
 import pytest
-from matrices import archive_of, write_archive
 from commands import run_lsim
 from distributed import LocalCluster
+from matrices import archive_of, write_archive
 from ssh_server import ssh_server
 
 from pipeline import cluster_check

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from matrices import archive_of, matrices_of, smooth_sequence, write_archive
 from commands import run_lsim
+from matrices import archive_of, matrices_of, smooth_sequence, write_archive
 
 import lsim
 from lsim.metrics.pixel import L1, L2
@@ -463,15 +463,6 @@ def test_metrics_of_unlike_settings_are_ranked_with_a_note(tmp_path):
 def test_wrong_settings_are_refused_before_anything_starts(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         Settings(**changes)
-
-
-def test_blocks_are_not_for_archives(tmp_path):
-    code, text = run_lsim(
-        *("distances", tmp_path / "f.zarr", "--out", tmp_path / "a.zarr"),
-        *("--matrix", "archive", "--block", 4),
-    )
-    assert code == 2
-    assert "--block is for --matrix sequence" in text
 
 
 def test_wrong_stores_are_refused_and_left_as_they_are(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from matrices import archive_of, smooth_sequence, write_archive
-from synthetic import make_archive
+from synthetic import make_matrix
 
 from lsim.networks import LsimTrunk
 from lsim.testing import write_random_checkpoint
@@ -22,7 +22,7 @@ from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("write-a-metric.md", "xarray.md", "metrics.md", "archives.md")
+PAGES = ("write-a-metric.md", "xarray.md", "metrics.md", "matrix.md")
 
 
 def blocks(page: str) -> list[tuple[int, str]]:
@@ -51,7 +51,7 @@ def test_pages_run(page, given, tmp_path, monkeypatch):
     (tmp_path / "my-run").mkdir()
     checkpoint = load_checkpoint(pickled, LsimTrunk)
     save_checkpoint(tmp_path / "my-run" / "weights.safetensors", checkpoint, "lsim", {})
-    if page == "archives.md":
+    if page == "matrix.md":
         _make_stores(tmp_path)
     found = blocks(page)
     assert found
@@ -65,7 +65,7 @@ def test_pages_run(page, given, tmp_path, monkeypatch):
 
 def _make_stores(folder: Path) -> None:
     """An archive and embeddings of it, as the commands of the page make them."""
-    make_archive(folder / "matrix.zarr", {"A/density": {"A/density": 2}})
+    make_matrix(folder / "matrix.zarr", {"A/density": {"A/density": 2}})
     frames = write_archive(folder / "frames.zarr", archive_of(2))
     settings = Settings(metrics=("lsim-open",), size=64, scope="dataset")
     with Cluster(Profile(kind="none")) as cluster:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
-from matrices import archive_of, smooth_sequence, write_archive
 from commands import run_lsim
+from matrices import archive_of, smooth_sequence, write_archive
 from scipy.spatial import cKDTree
 from scipy.spatial.distance import pdist, squareform
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from matrices import archive_of, smooth_sequence, write_archive
 from commands import run_lsim
+from matrices import archive_of, smooth_sequence, write_archive
 
 import lsim
 from lsim.embedding import Embedding
@@ -385,8 +385,8 @@ def test_frames_with_nan_are_said_and_the_others_compared(tmp_path):
     archive = archive_of(3)
     archive["A/density"]["s1"][2, 3, 4] = np.nan
     frames = write_archive(tmp_path / "frames.zarr", archive)
-    arguments = ("--matrix", "archive", "--metrics", "l2", "--scope=-2,2", "--size", 0, "--cluster", "none")
-    code, text = run_lsim("distances", frames, "--out", tmp_path / "a.zarr", *arguments)
+    arguments = ("--metrics", "l2", "--scope=-2,2", "--size", 0, "--cluster", "none")
+    code, text = run_lsim("matrix", frames, "--out", tmp_path / "a.zarr", *arguments)
     assert code == 3
     assert "15 frames" in text
     assert "A/density/s1: frame 2" in text

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
-from matrices import archive_of, matrices_of, smooth_sequence, write_archive
 from commands import run_lsim
+from matrices import archive_of, matrices_of, smooth_sequence, write_archive
 
 import lsim
 from pipeline.convert import ConversionReport, convert

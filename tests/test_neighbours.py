@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import run_lsim
-from synthetic import make_archive, make_distances, make_frames, record_matrices
+from synthetic import make_distances, make_frames, make_matrix, record_matrices
 
 from pipeline.matrix import neighbours
 from pipeline.matrix.neighbours import NeighboursError, find_frame, find_neighbours
@@ -25,7 +25,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "together/both": {"Smoke/density": 4, "Shapes/rgb": 3},
     }
     failures = {"Smoke/density/smoke2:5": "frames hold NaN or infinity"}
-    return make_archive(tmp_path_factory.mktemp("made") / "matrix.zarr", matrices, failures=failures)
+    return make_matrix(tmp_path_factory.mktemp("made") / "matrix.zarr", matrices, failures=failures)
 
 
 def matrix(path: Path, key: str, metric: str = "lsim") -> np.ndarray:
@@ -48,7 +48,7 @@ def test_the_nearest_are_those_of_the_row(archive, monkeypatch, columns_together
 
 
 def test_only_the_row_s_chunks_are_read(tmp_path):
-    path = make_archive(tmp_path / "matrix.zarr", {"A/x": {"A/x": 8}}, tile=16)
+    path = make_matrix(tmp_path / "matrix.zarr", {"A/x": {"A/x": 8}}, tile=16)
     wanted = find_neighbours(path, "a3:2", 20)
     # Frame 35 is in the third row of tiles; all others are damaged.
     for chunk in path.glob("A/x/*/c/*/*"):
@@ -78,7 +78,7 @@ def test_own_sequence_may_be_left_out(archive, monkeypatch, columns_together):
 
 
 def test_of_equally_near_ones_the_first_in_the_matrix_comes_first(tmp_path):
-    path = make_archive(tmp_path / "matrix.zarr", {"A/x": {"A/x": 2}}, frames=4, tile=4)
+    path = make_matrix(tmp_path / "matrix.zarr", {"A/x": {"A/x": 2}}, frames=4, tile=4)
     root = store.open_store(path, "r+")
     for name in ("good", "lsim"):
         store.write_rows(store.get_array(root, f"A/x/{name}"), 0, np.ones((8, 8), np.float32) - np.eye(8))
@@ -96,7 +96,7 @@ def test_any_end_of_a_name_that_is_of_one_frame_will_do(archive):
 
 
 def test_a_name_of_several_frames_lists_them(tmp_path):
-    path = make_archive(tmp_path / "matrix.zarr", {f"A/{f}": {f"A/{f}": 2} for f in "xyz"})
+    path = make_matrix(tmp_path / "matrix.zarr", {f"A/{f}": {f"A/{f}": 2} for f in "xyz"})
     with pytest.raises(NeighboursError, match="'a1:2' may be any of A/x/a1:2, A/y/a1:2, A/z/a1:2: give more"):
         find_frame(path, "a1:2")
     assert find_frame(path, "y/a1:2").field == "A/y"
@@ -110,7 +110,7 @@ def test_a_frame_of_several_matrices_lists_those(archive):
 
 
 def test_names_with_slashes_and_colons(tmp_path):
-    path = make_archive(tmp_path / "matrix.zarr", {"A/x": {"A/x": 3}}, frames=2, tile=4)
+    path = make_matrix(tmp_path / "matrix.zarr", {"A/x": {"A/x": 3}}, frames=2, tile=4)
     root = store.open_store(path, "r+")
     names = np.array(["run/a:1", "run/a:1", "run/a", "run/a", "<b>", "<b>"], object)
     store.write_rows(store.get_array(root, "A/x/sequence"), 0, names)

@@ -38,7 +38,8 @@ from pipeline.matrix.neighbours import find_neighbours
 from pipeline.metrics.settings import Settings
 from pipeline.report import write_report
 from pipeline.simulate import simulate
-from pipeline.sources.catalog import MissingDataError, fetch, open_catalog
+from pipeline.sources.catalog import MissingDataError, open_catalog
+from pipeline.sources.fetch import fetch
 from pipeline.sources.local_folder import local_folder
 from pipeline.sources.remote_copy import bring, brought
 from pipeline.storage import locks, objects, schema, store

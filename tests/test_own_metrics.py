@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matrices import archive_of, matrices_of, smooth_sequence, write_archive
 from commands import run_lsim
 from distributed import LocalCluster
+from matrices import archive_of, matrices_of, smooth_sequence, write_archive
 
 import lsim
 from pipeline.cli import main

@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from commands import run_lsim
-from synthetic import make_archive, make_distances, make_frames, record_matrices
+from synthetic import make_distances, make_frames, make_matrix, record_matrices
 from test_report import Page
 
 from pipeline.correlate import correlate
 from pipeline.matrix import mds
-from pipeline.report import DamagedReportError, ReportError, archive, maps, write_matrix_report, write_report
+from pipeline.report import DamagedReportError, ReportError, maps, write_matrix_report, write_report
+from pipeline.report import matrix as contents
 from pipeline.report.matrix import gather_matrices, say_how_much
 from pipeline.storage import schema, store
 
@@ -40,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "unavailable": {"lpips": "no weights"},
     }
     path = folder / "matrix.zarr"
-    make_archive(path, MATRICES, failures=FAILURES, attributes=attributes)
+    make_matrix(path, MATRICES, failures=FAILURES, attributes=attributes)
     write_matrix_report(path, folder / "page")
     return folder
 
@@ -119,7 +120,7 @@ def test_frames_are_shown_and_what_is_nearest_to_references(made, page):
     found = gather_matrices(made / "matrix.zarr")
     first = found.matrices[0]
     assert len(first.marked) == 8
-    for frame in archive.marked_frames(first):
+    for frame in contents.marked_frames(first):
         assert frame.name in pictures
     assert len(first.nearest) == 3
     for row in first.nearest:
@@ -151,7 +152,7 @@ def test_more_fields_than_colours_share_the_last():
 
 
 def test_without_frames_there_are_names_and_no_pictures(tmp_path):
-    path = make_archive(tmp_path / "matrix.zarr", MATRICES, attributes={"frames": "../gone.zarr"})
+    path = make_matrix(tmp_path / "matrix.zarr", MATRICES, attributes={"frames": "../gone.zarr"})
     found = Page(Path(write_matrix_report(path, tmp_path / "page")))
     assert "Pictures of frames are missing. The frames were at ../gone.zarr" in found.text
     assert {attrs["alt"] for tag, attrs in found.tags if tag == "img"} == {"colour scale from dark to bright"}
@@ -160,9 +161,7 @@ def test_without_frames_there_are_names_and_no_pictures(tmp_path):
 
 def test_damage_is_named_and_costs_a_picture_or_a_map(tmp_path):
     make_frames(tmp_path / "frames.zarr", {"A/x": (3, "float32", 1)})
-    path = make_archive(
-        tmp_path / "matrix.zarr", {"A/x": {"A/x": 3}}, attributes={"frames": "../frames.zarr"}
-    )
+    path = make_matrix(tmp_path / "matrix.zarr", {"A/x": {"A/x": 3}}, attributes={"frames": "../frames.zarr"})
     (tmp_path / "frames.zarr/A/x/frames/c/0/0/0/0/0").write_bytes(b"damaged")
     next((tmp_path / "matrix.zarr/A/x/lsim/c").glob("*/*")).write_bytes(b"damaged")
     with pytest.raises(
@@ -176,10 +175,10 @@ def test_damage_is_named_and_costs_a_picture_or_a_map(tmp_path):
 
 
 def test_of_many_frames_some_sequences_are_shown_and_landmarks_place_them(tmp_path, monkeypatch):
-    path = make_archive(tmp_path / "matrix.zarr", {"A/x": {"A/x": 12}}, tile=16)
-    monkeypatch.setattr(archive, "SHOWN_FRAMES", 60)
-    monkeypatch.setattr(archive, "COLUMNS_TOGETHER", 16)
-    monkeypatch.setattr(archive, "NAMES_TOGETHER", 7)
+    path = make_matrix(tmp_path / "matrix.zarr", {"A/x": {"A/x": 12}}, tile=16)
+    monkeypatch.setattr(contents, "SHOWN_FRAMES", 60)
+    monkeypatch.setattr(contents, "COLUMNS_TOGETHER", 16)
+    monkeypatch.setattr(contents, "NAMES_TOGETHER", 7)
     (matrix,) = gather_matrices(path).matrices
     assert matrix.count == 132
     assert list(dict.fromkeys(matrix.sequences)) == ["a0", "a3", "a6", "a8", "a11"]
@@ -199,7 +198,7 @@ def test_of_many_frames_some_sequences_are_shown_and_landmarks_place_them(tmp_pa
 
 
 def test_a_metric_that_has_no_map_says_why(tmp_path):
-    path = make_archive(tmp_path / "matrix.zarr", {"A/x": {"A/x": 2}}, metrics=["psnr"])
+    path = make_matrix(tmp_path / "matrix.zarr", {"A/x": {"A/x": 2}}, metrics=["psnr"])
     array = store.get_array(store.open_store(path, "r+"), "A/x/psnr")
     store.write_rows(array, 0, -store.read(array))
     record_matrices(path, "A/x")
@@ -210,14 +209,14 @@ def test_a_metric_that_has_no_map_says_why(tmp_path):
 
 def test_a_matrix_without_any_distance_has_no_map(tmp_path):
     failures = {f"A/x/a{k}:{n}": "no finite value" for k in range(2) for n in range(11)}
-    path = make_archive(tmp_path / "matrix.zarr", {"A/x": {"A/x": 2}}, failures=failures)
+    path = make_matrix(tmp_path / "matrix.zarr", {"A/x": {"A/x": 2}}, failures=failures)
     text = Page(Path(write_matrix_report(path, tmp_path / "page"))).text
     assert "No map: no frame has distances" in text
     assert "no finite value" in text
 
 
 def test_names_of_others_are_text(tmp_path):
-    path = make_archive(tmp_path / "matrix.zarr", {"A/x": {"A/x": 2}}, frames=3, tile=4)
+    path = make_matrix(tmp_path / "matrix.zarr", {"A/x": {"A/x": 2}}, frames=3, tile=4)
     root = store.open_store(path, "r+")
     names = np.array(["<script>alert(1)</script>"] * 3 + ['"><img src=x onerror=y>'] * 3, object)
     store.write_rows(store.get_array(root, "A/x/sequence"), 0, names)
@@ -235,15 +234,15 @@ def test_results_may_have_an_archive_beside_them(tmp_path, made):
     correlate(path, tmp_path / "results", replicates=0)
     alone = Page(Path(write_report(tmp_path / "results")))
     assert "The archive, seen" not in alone.text
-    both = Page(Path(write_report(tmp_path / "results", archive=made / "matrix.zarr")))
+    both = Page(Path(write_report(tmp_path / "results", matrix=made / "matrix.zarr")))
     assert "The archive, seen" in both.text
-    assert "archive" in both.attributes("id")
-    assert "#archive" in both.attributes("href")
+    assert "maps" in both.attributes("id")
+    assert "#maps" in both.attributes("href")
     assert (tmp_path / "results/report/map.csv").is_file()
 
 
 def test_other_stores_are_refused(tmp_path, made):
-    with pytest.raises(ReportError, match="expected a store of an archive, found one of"):
+    with pytest.raises(ReportError, match="expected a store of kind matrix, found"):
         gather_matrices(made / "frames.zarr")
     root = store.open_store(tmp_path / "empty.zarr", "a")
     store.set_attributes(root, {"kind": schema.MATRIX_STORE})
@@ -255,5 +254,5 @@ def test_the_command(made, tmp_path):
     code, text = run_lsim("report", made / "matrix.zarr", "--out", tmp_path / "page")
     assert code == 0, text
     assert (tmp_path / "page/index.html").is_file()
-    code, text = run_lsim("report", made / "matrix.zarr", "--archive", made / "matrix.zarr")
-    assert (code, "--archive goes with a folder of results" in text) == (2, True)
+    code, text = run_lsim("report", made / "matrix.zarr", "--matrix", made / "matrix.zarr")
+    assert (code, "--matrix goes with a folder of results" in text) == (2, True)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matrices import write_archive
 from hypothesis import given
 from hypothesis import strategies as st
+from matrices import write_archive
 from synthetic import parameters, write_field
 
 from lsim import Embedding, Metric, MetricInfo

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matrices import archive_of, matrices_of, write_archive
 from commands import run_lsim
+from matrices import archive_of, matrices_of, write_archive
 from PIL import Image
 
 from pipeline.convert import ConversionReport, convert

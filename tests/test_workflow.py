@@ -102,14 +102,14 @@ def test_wrong_settings_of_metrics_are_errors_before_any_stage(tmp_path, monkeyp
     assert not (tmp_path / "data").exists()
 
 
-def test_a_workflow_with_an_archive_shows_its_map(tmp_path):
+def test_a_workflow_with_a_matrix_shows_its_map(tmp_path):
     (tmp_path / "waves.yaml").write_text(
         "name: waves\ndatasets:\n- name: Waves\n  reader: lsim\n"
         "  source: {simulate: {recipe: waves, families: 2, size: 64, seed: 4}}\n"
     )
     (tmp_path / "mine.yaml").write_text(
         "catalog: waves.yaml\nfetch: true\nout: results\ndistances: {metrics: [l1], size: 64}\n"
-        "correlate: {replicates: 0}\narchive: {metrics: [l2, l1], together: all}\n"
+        "correlate: {replicates: 0}\nmatrix: {metrics: [l2, l1], together: all}\n"
     )
     workflow = open_workflow(tmp_path / "mine.yaml")
     out = tmp_path / "out"
@@ -131,22 +131,22 @@ def test_a_workflow_with_an_archive_shows_its_map(tmp_path):
             )
 
     report = run()
-    assert begun == ["fetch", "convert", "distances", "archive", "correlate", "report"]
-    assert report.archive is not None
-    assert report.archive.frames == 22
+    assert begun == ["fetch", "convert", "distances", "matrix", "correlate", "report"]
+    assert report.matrix is not None
+    assert report.matrix.frames == 22
     assert shown[0] == "Waves: simulating 2 families (waves)"
     assert "together/all: 22 frames" in shown[1]
     assert report.complete
-    archive = xr.open_datatree(report.stores["archive"], engine="zarr")["together/all"]
-    assert archive.sizes["frame"] == 22
-    assert {"l1", "l2"} <= set(archive.data_vars)
+    matrices = xr.open_datatree(report.stores["matrix"], engine="zarr")["together/all"]
+    assert matrices.sizes["frame"] == 22
+    assert {"l1", "l2"} <= set(matrices.data_vars)
     assert '<svg class="map' in Path(report.page).read_text()
     again = run()
-    assert again.archive is not None
-    assert again.archive.tiles == 0
+    assert again.matrix is not None
+    assert again.matrix.tiles == 0
 
 
-def test_the_archive_s_metrics_are_told_what_distances_are():
+def test_the_metrics_of_a_matrix_have_the_options_of_distances():
     distances = Settings(
         metrics=("ssim",),
         size=64,
@@ -159,9 +159,9 @@ def test_the_archive_s_metrics_are_told_what_distances_are():
     assert (found.options, found.weights) == (distances.options, {"mine": "a"})
 
 
-def test_wrong_metrics_of_an_archive_are_errors_before_any_stage(tmp_path):
+def test_wrong_metrics_of_a_matrix_are_errors_before_any_stage(tmp_path):
     section = MatrixSection(metrics=("nosuch",))
-    workflow = Workflow(catalog="demo", fetch=True, out=str(tmp_path / "out"), archive=section)
+    workflow = Workflow(catalog="demo", fetch=True, out=str(tmp_path / "out"), matrix=section)
     with Cluster(Profile(kind="none")) as cluster, pytest.raises(lsim.UnknownMetricError, match="nosuch"):
         run_workflow(workflow, cluster, data_dir=tmp_path / "data", progress=contextlib.nullcontext)
     assert not (tmp_path / "data").exists()

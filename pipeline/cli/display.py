@@ -44,6 +44,27 @@ class _SafeConsole(Console):
 console = _SafeConsole(stderr=True, highlight=False, emoji=False)
 output = _SafeConsole(highlight=False, soft_wrap=True, emoji=False)
 
+_reported_warnings: set[str] = set()
+
+
+def show_warning_once(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning in one line, once in a run, without the line of code that raised it."""
+    text = str(message)
+    if text not in _reported_warnings:
+        _reported_warnings.add(text)
+        console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+
+
+def forget_warnings() -> None:
+    """Let warnings of earlier runs in this process be printed again."""
+    _reported_warnings.clear()
+
+
+def announce(text: str) -> None:
+    """Print a line on what is about to be done, or on how it goes."""
+    output.print(text, markup=False)
+
+
 SHOWN = 8
 """Names of a list that may be long."""
 
@@ -312,7 +333,7 @@ def _without_nan(value: Any) -> Any:
 
 def show_verified(report: Any) -> None:
     """What was read, and each damage with its chunk."""
-    counted = {"frames": "sequences", "distances": "matrices", "archive": "tiles"}.get(report.kind, "records")
+    counted = {"frames": "sequences", "distances": "matrices", "matrix": "tiles"}.get(report.kind, "records")
     state = "whole" if report.whole else f"{len(report.damages)} damaged"
     output.print(f"{report.kind}: {report.chunks} chunks read, {report.compared} {counted} compared: {state}")
     if report.unfinished:

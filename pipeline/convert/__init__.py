@@ -2,11 +2,11 @@
 
 What is done
 ------------
-Each field of each data set is one dense group, see :mod:`pipeline.storage.schema`. Its rows hold good sequences
-only. A task owns one shard, that is a whole number of sequences: it decodes what is new or changed, keeps
-or moves the other rows, writes the shard at once, then the sequence's ``parameter`` and ``source``, and at
-last ``content``, the commit record. The arrays of names and records are chunked in step with the shards,
-so two tasks never share a chunk.
+Each field of each data set is one dense group, see :mod:`pipeline.storage.schema`. Its rows hold good
+sequences only. A task owns one shard, that is a whole number of sequences: it decodes what is new or
+changed, keeps or moves the other rows, writes the shard at once, then the sequence's ``parameter`` and
+``source``, and at last ``content``, the commit record. The arrays of names and records are chunked in step
+with the shards, so two tasks never share a chunk.
 
 A row whose ``content`` is empty isn't committed. It is emptied before the frames are overwritten, so a run
 that is killed leaves no row whose record belongs to other frames, and the next run decodes the rows that
@@ -61,7 +61,8 @@ from pipeline.convert.shards import (
     open_field,
     same_look,
 )
-from pipeline.sources.catalog import Catalog, Dataset, where
+from pipeline.sources.catalog import Catalog, Dataset
+from pipeline.sources.fetch import where
 from pipeline.sources.readers import LazySequence, list_sequences
 from pipeline.stage.bounded_map import run_bounded
 from pipeline.storage import schema, store
@@ -126,8 +127,8 @@ def convert(
     """Bring ``frames.zarr`` at ``out`` up to date with a catalog.
 
     Data sets of the store that are not selected stay as they are. Memory is bounded by one shard
-    (:data:`pipeline.storage.store.SHARD_BYTES`, or one sequence where that is larger) for each thread, whatever the
-    archive's size; frames don't pass through the scheduler.
+    (:data:`pipeline.storage.store.SHARD_BYTES`, or one sequence where that is larger) for each thread,
+    whatever the archive's size; frames don't pass through the scheduler.
 
     Parameters
     ----------
@@ -137,7 +138,7 @@ def convert(
     datasets : iterable of str, optional
         Data sets or pools of the catalog; all by default.
     data_dir : path, optional
-        Where downloads and simulations lie, see :func:`pipeline.sources.catalog.data_root`.
+        Where downloads and simulations lie, see :func:`pipeline.sources.fetch.data_root`.
     client : distributed.Client, or function that gives one, optional
         Whose workers decode; they must see the same files. A function is called when there is something to
         decode, and not before. None decodes in this process, to the same bytes.
@@ -149,8 +150,8 @@ def convert(
     Raises
     ------
     CatalogError
-        When data is missing (:class:`~pipeline.sources.catalog.MissingDataError`), a reader or field is unknown, or
-        a data set has no sequences.
+        When data is missing (:class:`~pipeline.sources.catalog.MissingDataError`), a reader or field is
+        unknown, or a data set has no sequences.
     ConversionError
         When ``out`` is a Zarr store of another kind or version.
     """

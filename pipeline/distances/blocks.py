@@ -192,8 +192,8 @@ def find_stale(
         The scope of each metric, by name.
     pairs : {"all", "reference"}
     identities : sequence of bytes
-        What each row's digest is bound to, see :func:`pipeline.storage.digests.identify_rows`. A row whose record is
-        another than was written with its fingerprint is out of date.
+        What each row's digest is bound to, see :func:`pipeline.storage.digests.identify_rows`. A row whose
+        record is another than was written with its fingerprint is out of date.
     """
     provenance = store.get_group(group, schema.PROVENANCE)
     names = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]

@@ -130,8 +130,8 @@ def compute_matrix(
     Raises
     ------
     ValueError, lsim.UnknownMetricError, lsim.WeightsError
-        For settings that a matrix can't have, and metrics that :func:`~pipeline.metrics.settings.choose_metrics`
-        refuses.
+        For settings that a matrix can't have, and metrics that
+        :func:`~pipeline.metrics.settings.choose_metrics` refuses.
     pipeline.matrix.plan.PlanError
         When the plan doesn't fit the memory that there is; nothing has been computed then.
     pipeline.storage.store.StoreError

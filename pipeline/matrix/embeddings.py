@@ -173,8 +173,8 @@ def compute_embeddings(
     Raises
     ------
     ValueError, lsim.UnknownMetricError, lsim.WeightsError
-        For metrics that :func:`pipeline.metrics.settings.choose_metrics` refuses, more than one, and scopes of
-        single sequences or pairs; before any computing.
+        For metrics that :func:`pipeline.metrics.settings.choose_metrics` refuses, more than one, and scopes
+        of single sequences or pairs; before any computing.
     pipeline.storage.store.StoreError
         When ``frames`` is no store, or ``out`` holds embeddings by another metric.
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from lsim.metric import Metric
 from lsim.preprocess import Scope
-from pipeline.matrix.frame_blocks import MatrixFrames, FrameBlock, list_frames
+from pipeline.matrix.frame_blocks import FrameBlock, MatrixFrames, list_frames
 from pipeline.matrix.layout import describe, invalidate, label, lay_out, metric_places, sides, stale_tiles
 from pipeline.matrix.machines import find_workers
 from pipeline.matrix.measuring import Measured, measure

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lsim.preprocess import Scope, scope_identity
-from pipeline.matrix.frame_blocks import MatrixFrames, FrameBlock
+from pipeline.matrix.frame_blocks import FrameBlock, MatrixFrames
 from pipeline.storage import digests, schema, store
 from pipeline.storage.recorded import labels_of_blocks, tile_identity, tile_texts
 

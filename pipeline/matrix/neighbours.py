@@ -158,7 +158,7 @@ def find_neighbours(
     if other_sequences and not _is_archive(group):
         raise NeighboursError(
             f"{path} compares frames with those of their own sequence alone; a matrix of all frames is made "
-            "by 'lsim distances FRAMES --scope dataset --matrix archive --out matrix.zarr'"
+            "by 'lsim matrix FRAMES --out matrix.zarr'"
         )
     metric = _choose_metric(path, frame.matrix, metrics_of(group), metric)
     found = neighbours_of(root, frame, k, metric, other_sequences=other_sequences)

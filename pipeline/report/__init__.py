@@ -15,8 +15,8 @@ import jinja2
 import pandas as pd
 
 from pipeline.report import contents, maps, pictures
-from pipeline.report.matrix import MatrixContents, gather_matrices, is_matrix
 from pipeline.report.contents import ReportError
+from pipeline.report.matrix import MatrixContents, gather_matrices, is_matrix
 from pipeline.sources.local_folder import local_folder
 from pipeline.storage.address import absolute, is_address, join
 from pipeline.storage.csv_tables import write_csv
@@ -44,7 +44,7 @@ def write_report(
     protocol: str | None = None,
     statistic: str = "spearman",
     title: str | None = None,
-    archive: str | os.PathLike[str] | None = None,
+    matrix: str | os.PathLike[str] | None = None,
 ) -> Path | str:
     """Write the report of a folder of correlations.
 
@@ -61,8 +61,8 @@ def write_report(
         What metrics are ranked by.
     title : str, optional
         Of the page; default the question that it answers.
-    archive : path or address, optional
-        An ``matrix.zarr`` whose maps are shown as well.
+    matrix : path or address, optional
+        A ``matrix.zarr`` whose maps are shown as well.
 
     Returns
     -------
@@ -84,7 +84,7 @@ def write_report(
     place = join(location, "report") if out is None else absolute(out)
     with local_folder(location) as folder:
         found = contents.gather(location, folder, protocol, statistic)
-    maps_of = None if archive is None else gather_matrices(absolute(archive))
+    maps_of = None if matrix is None else gather_matrices(absolute(matrix))
     page = _render(
         "page.html.jinja",
         pictures=pictures.draw(found),
@@ -105,14 +105,14 @@ def write_report(
 
 
 def write_matrix_report(
-    archive: str | os.PathLike[str], out: str | os.PathLike[str], *, title: str | None = None
+    matrix: str | os.PathLike[str], out: str | os.PathLike[str], *, title: str | None = None
 ) -> Path | str:
-    """Write the report of an archive by itself: its maps, what lies near what, and what made it.
+    """Write the report of a matrix of all frames: its maps, what lies near what, and what made it.
 
     Parameters
     ----------
-    archive : path or address
-        An ``matrix.zarr``. It names its ``frames.zarr``; without that, there are no pictures of frames.
+    matrix : path or address
+        A ``matrix.zarr``. It names its ``frames.zarr``; without that, there are no pictures of frames.
     out : path or address
         Folder of the page, ``index.html``, and of ``map.csv``, where each frame lies on each map.
     title : str, optional
@@ -125,11 +125,11 @@ def write_matrix_report(
     Raises
     ------
     ReportError
-        When this is no archive, or it has no distances yet.
+        When this is no matrix of all frames, or it has no distances yet.
     DamagedReportError
         Once the page is written, when it leaves out distances that are not as they were written.
     """
-    found = gather_matrices(absolute(archive))
+    found = gather_matrices(absolute(matrix))
     place = absolute(out)
     page = _render("matrix_page.html.jinja", heading=title or MATRIX_TITLE, **_matrix_section(found))
     with local_folder(place) as folder:
@@ -151,8 +151,8 @@ def _refuse_damaged(place: str, damaged: list[str]) -> None:
 
 
 def _matrix_section(found: MatrixContents | None) -> dict[str, Any]:
-    """What the section of an archive is told; it is left out where there is none."""
-    return {"archive": found, "matrix_pictures": None if found is None else maps.draw_matrices(found)}
+    """Give the section on matrices its values; it is left out where there are none."""
+    return {"maps": found, "matrix_pictures": None if found is None else maps.draw_matrices(found)}
 
 
 def _render(template: str, **told: Any) -> str:

@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline.matrix.mds import FrameMap
 from pipeline.matrix.neighbours import Frame
 from pipeline.report import pictures
-from pipeline.report.matrix import MatrixContents, Matrix, marked_frames, say_how_much
+from pipeline.report.matrix import Matrix, MatrixContents, marked_frames, say_how_much
 
 LARGE, SMALL = 480, 240
 """Widths of maps, in the SVG's own units."""

@@ -134,8 +134,8 @@ def gather_matrices(path: str | os.PathLike[str]) -> MatrixContents:
     attributes: dict[str, Any] = dict(root.attrs)
     if attributes.get("kind") != schema.MATRIX_STORE:
         raise ReportError(
-            f"{path}: expected a store of an archive, found one of {attributes.get('kind', 'another kind')}; "
-            "'lsim distances FRAMES --scope dataset --matrix archive' makes one"
+            f"{path}: expected a store of kind matrix, found {attributes.get('kind', 'another kind')}; "
+            "'lsim matrix FRAMES --out matrix.zarr' makes one"
         )
     keys = matrix_keys(root)
     groups = {key: store.get_group(root, key) for key in keys}

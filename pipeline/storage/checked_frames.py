@@ -98,7 +98,8 @@ def is_bound(key: str, name: str, content: str, source: str) -> bool:
 
 
 def check_bound(group: store.Group) -> None:
-    """Raise :class:`~pipeline.storage.store.DamagedError` naming the sequences that :func:`unbound_rows` lists."""
+    """Raise :class:`~pipeline.storage.store.DamagedError` naming the sequences that :func:`unbound_rows`
+    lists."""
     if rows := unbound_rows(group):
         names = store.read(store.get_array(group, schema.SEQUENCE))
         named = ", ".join(str(names[row]) or f"row {row}" for row in rows[:5])

@@ -272,7 +272,8 @@ def tile_texts(
 
 
 def labels_of_blocks(group: store.Group, tile: int) -> list[bytes]:
-    """Hash the labels of each block of a matrix's frames; see :func:`pipeline.storage.digests.hash_labels`."""
+    """Hash the labels of each block of a matrix's frames; see
+    :func:`pipeline.storage.digests.hash_labels`."""
     columns = {name: store.read(store.get_array(group, name)) for name in LABELS}
     count = len(columns[schema.NUMBER])
     return [

@@ -37,10 +37,10 @@ computed from), ``failure`` (metric, sequence; why distances are missing, empty 
 ``distances`` and ``unresolved``, how many there are and how many may be off by more than 0.1 %,
 ``constant``, the kinds of pairs, ``reference`` and ``all``, whose distances cannot be told from a constant)
 and ``digest`` (metric, sequence; hash of the distances, bound to all that is recorded of them, see
-:mod:`pipeline.storage.digests`; ``matrix.zarr`` has that of each tile; each specification has one of its own, under
-``digest``). The attribute ``resolution`` has these counts by metric. Where the scope was a data set there is
-``ranges`` (one JSON document), minimum and maximum of each sequence by the hash of its content, or
-``masked_ranges``, those of frames with a mask; ``matrix.zarr`` has them as well.
+:mod:`pipeline.storage.digests`; ``matrix.zarr`` has that of each tile; each specification has one of its
+own, under ``digest``). The attribute ``resolution`` has these counts by metric. Where the scope was a data
+set there is ``ranges`` (one JSON document), minimum and maximum of each sequence by the hash of its content,
+or ``masked_ranges``, those of frames with a mask; ``matrix.zarr`` has them as well.
 Its attribute ``precision`` says by metric how sums over pairs were computed in the last run that did: method,
 promised relative error and its bound, pairs, how many were taken again, and on what device; for networks
 it is that of sums over their features.

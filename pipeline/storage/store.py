@@ -787,7 +787,8 @@ def specifications(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str
     """``(metric, specification)`` of every field of a ``distances.zarr`` that records one.
 
     A run that was stopped before its first block may have named a metric and not described it. A
-    specification of another metric or field is left out: :mod:`pipeline.storage.recorded` tells of what it damages.
+    specification of another metric or field is left out: :mod:`pipeline.storage.recorded` tells of what it
+    damages.
     """
     root = open_store(path)
     for key in field_keys(root, schema.PROVENANCE):

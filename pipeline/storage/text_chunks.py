@@ -1,8 +1,8 @@
 """Chunks of text read straight from their files: a store of 10⁵ blocks has as many small ones.
 
 Zarr takes 0.15 ms a chunk, most of it between its threads; this takes a tenth of that. It reads what
-:func:`pipeline.storage.store.create_array` writes, and nothing else: text without compression, with a checksum or (in
-stores of before) without.
+:func:`pipeline.storage.store.create_array` writes, and nothing else: text without compression, with a
+checksum or (in stores of before) without.
 """
 
 from __future__ import annotations

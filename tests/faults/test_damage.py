@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matrices import archive_of, matrices_of, write_archive
 from commands import run_lsim
+from matrices import archive_of, matrices_of, write_archive
 
 from pipeline.distances import DistancesReport, compute_distances
 from pipeline.metrics.settings import Settings

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matrices import archive_of, matrices_of, write_archive
 from hindered import BROKEN, SLOW
+from matrices import archive_of, matrices_of, write_archive
 from processes import Processes, children, done, processes
 
 from pipeline.storage import store

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import paced
 import pytest
-from matrices import archive_of, matrices_of, write_archive
 from commands import run_lsim, skip_or_fail
 from hosts import ADDRESSES, ROOT, SCHEDULER, Hosts, Membership, netns, why_no_hosts, write_credentials
+from matrices import archive_of, matrices_of, write_archive
 
 from pipeline.storage import schema, store
 

@@ -15,8 +15,8 @@ import numpy as np
 import paced
 import pytest
 import yaml
-from matrices import archive_of, matrices_of, write_archive
 from commands import run_lsim, skip_or_fail
+from matrices import archive_of, matrices_of, write_archive
 
 from pipeline.storage import schema, store
 

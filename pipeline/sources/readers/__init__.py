@@ -4,8 +4,8 @@ Writing a reader
 ----------------
 A reader is one function ``(entry, folder) -> iterable of LazySequence``. It lists what is there and
 decodes nothing: names, fields, and of each file its path, size and time. Decoding is the sequence's
-:meth:`~pipeline.sources.readers.base.LazySequence.read`, called on a worker, so a sequence holds only what pickles
-and imports heavy libraries inside the call::
+:meth:`~pipeline.sources.readers.base.LazySequence.read`, called on a worker, so a sequence holds only what
+pickles and imports heavy libraries inside the call::
 
     @dataclass(frozen=True, kw_only=True)
     class RawSequence(LazySequence):
@@ -26,10 +26,11 @@ sequence's name stands once (sequences of one name are quarantined together, und
 finite (unless the catalog says ``missing: keep``), of one shape, and that the parameter rises. What is
 broken in one sequence is raised by its ``read`` as :class:`~pipeline.sources.readers.base.ReaderError`, which
 quarantines that sequence; one that cannot even be listed is given as
-:class:`~pipeline.sources.readers.base.BrokenSequence`. What is wrong with the whole entry is raised by the reader
-and stops the run.
-Options come from ``entry.options``; check them with :func:`pipeline.sources.catalog.reader_options`, for which an
-unknown key is an error. Whatever besides the files decides what is decoded belongs into ``settings``.
+:class:`~pipeline.sources.readers.base.BrokenSequence`. What is wrong with the whole entry is raised by the
+reader and stops the run.
+Options come from ``entry.options``; check them with :func:`pipeline.sources.catalog.reader_options`, for
+which an unknown key is an error. Whatever besides the files decides what is decoded belongs into
+``settings``.
 
 An installed package offers a reader by an entry point of the group ``lsim.readers``.
 

@@ -37,8 +37,9 @@ def check_container(path: Path, folder: Path) -> None:
     ------
     ReaderError
         When something leads out of it, would be unpickled, or when the variables of one dimension (which
-        coordinates are: they are read at once) claim more than :data:`~pipeline.storage.limits.COORDINATE_BYTES`
-        together, or :data:`~pipeline.storage.limits.COORDINATE_VALUE_BYTES` for one value.
+        coordinates are: they are read at once) claim more than
+        :data:`~pipeline.storage.limits.COORDINATE_BYTES` together, or
+        :data:`~pipeline.storage.limits.COORDINATE_VALUE_BYTES` for one value.
     """
     if path != folder and not is_within(os.path.realpath(path), os.path.realpath(folder)):
         raise ReaderError(LEADS_OUT, str(path))

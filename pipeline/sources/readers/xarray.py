@@ -6,9 +6,9 @@ The parameter is scaled to [0, 1].
 
 Times are not decoded: they stay the numbers that are stored, in whatever calendar, and so they name the
 sequences where the dim sequence is a time. Scales, offsets, fill values and valid ranges are applied as CF
-says, see :mod:`pipeline.sources.readers.missing`; missing values are NaN. A file of several that cannot be opened, or
-has no field, is one broken sequence, named by the file: its ``read`` raises the reason. It counts to the
-first field of the others that the catalog takes.
+says, see :mod:`pipeline.sources.readers.missing`; missing values are NaN. A file of several that cannot be
+opened, or has no field, is one broken sequence, named by the file: its ``read`` raises the reason. It counts
+to the first field of the others that the catalog takes.
 
 Options
 -------
@@ -222,7 +222,8 @@ def _open(path: Path, group: str | None, engine: str | None) -> Iterator[xr.Data
     import xarray as xr
 
     # Undecoded times: the parameter is scaled anyway, and a calendar or unit that has no date can be read.
-    # Undecoded values: xarray takes other values for missing than CF says, see pipeline.sources.readers.missing.
+    # Undecoded values: xarray takes other values for missing than CF says, see
+    # pipeline.sources.readers.missing.
     how: dict[str, Any] = {"decode_times": False, "mask_and_scale": False}
     source: Any = path
     if engine == "zarr" or (engine is None and path.is_dir()):

@@ -1,0 +1,164 @@
+"""Compute distances of all frames of an archive, embeddings of each, and ask what lies near a frame."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import pydantic
+import typer
+
+from pipeline.cli.display import (
+    announce,
+    show_damaged,
+    show_embeddings,
+    show_matrix,
+    show_neighbours,
+    stage,
+)
+from pipeline.cli.options import (
+    ClusterOption,
+    CommonScope,
+    Compat,
+    Directed,
+    Groups,
+    MaskOption,
+    Metrics,
+    Options,
+    Order,
+    OwnMetrics,
+    PrecisionOption,
+    Size,
+    Strict,
+    WeightsOption,
+    Workers,
+    exit_unless,
+    metric_names,
+    parse_mask_and_precision,
+    parse_scope,
+    read_settings,
+    split_list,
+)
+
+if TYPE_CHECKING:
+    from pipeline.matrix import MatrixRequest
+
+
+def matrix(
+    frames: Annotated[str, typer.Argument(help="A frames.zarr; a path or an address, s3:// or gs://.")],
+    out: Annotated[str, typer.Option(help="The store to make or bring up to date; a path or an address.")],
+    metrics: Metrics = "all",
+    own: OwnMetrics = None,
+    option: Options = None,
+    mask: MaskOption = None,
+    precision: PrecisionOption = None,
+    weights: WeightsOption = None,
+    groups: Groups = None,
+    together: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One matrix over all groups, under this name.")
+    ] = None,
+    scope: CommonScope = "dataset",
+    compat: Compat = "default",
+    size: Size = 224,
+    order: Order = 0,
+    tile: Annotated[
+        int | None, typer.Option(min=1, help="Frames on a side of a tile of a new store.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of each worker, for example 8GB.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what it will take, and stop.")] = False,
+    directed: Directed = False,
+    strict: Strict = False,
+    cluster: ClusterOption = "local",
+    workers: Workers = None,
+) -> None:
+    """Compute distances of all pairs of frames; only tiles that are new or out of date."""
+    from pipeline.matrix import compute_matrix
+    from pipeline.matrix.machines import shared_memory_profile
+    from pipeline.workers.cluster import Cluster
+    from pipeline.workers.profiles import load_profile
+
+    others = {"size": size or None, "order": order, "compat": compat, "scope": parse_scope(scope)}
+    others |= {"directed": directed, "strict": strict} | parse_mask_and_precision(mask, precision)
+    settings = read_settings(metric_names(metrics, own), option, weights, others)
+    request = _matrix_request(groups, together, tile, memory)
+    profile = shared_memory_profile(load_profile(cluster, workers))
+    with Cluster(profile) as pool, stage(pool)("matrix") as show:
+        report = compute_matrix(
+            frames, out, settings, request, cluster=pool, progress=show, announce=announce, plan_only=plan
+        )
+    if not plan:
+        show_matrix(report)
+        exit_unless(not report.failures)
+
+
+def _matrix_request(
+    groups: str | None, together: str | None, tile: int | None, memory: str | None
+) -> MatrixRequest:
+    from pipeline.matrix import MatrixRequest
+
+    try:
+        memory_bytes = (
+            None if memory is None else pydantic.TypeAdapter(pydantic.ByteSize).validate_python(memory)
+        )
+    except pydantic.ValidationError as error:
+        raise typer.BadParameter(f"--memory {memory!r}: expected a size, for example 8GB") from error
+    return MatrixRequest(tuple(split_list(groups) or ()), together, tile, memory_bytes)
+
+
+def neighbours(
+    distances: Annotated[
+        str, typer.Argument(help="An matrix.zarr; or a distances.zarr, sequence by sequence.")
+    ],
+    of: Annotated[
+        str, typer.Option(help="The frame, <dataset>/<field>/<sequence>:<number>, or an end of that.")
+    ],
+    k: Annotated[int, typer.Option("--k", min=1, help="How many.")] = 10,
+    metric: Annotated[
+        str | None, typer.Option(help="What orders them; default lsim, lsim-open, or the first there is.")
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(help="Group of the matrix, where the frame is in several.")
+    ] = None,
+    other_sequences: Annotated[
+        bool, typer.Option("--other-sequences", help="Leave out the frames of its own sequence.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """The frames nearest to a frame, of a matrix over a whole archive."""
+    from pipeline.matrix.neighbours import find_neighbours
+
+    found = find_neighbours(distances, of, k, metric, matrix=group, other_sequences=other_sequences)
+    show_neighbours(found, as_json=as_json)
+    show_damaged(found.left_out)
+    exit_unless(not found.left_out)
+
+
+def embed(
+    frames: Annotated[str, typer.Argument(help="A frames.zarr.")],
+    metric: Annotated[str, typer.Option(help="Whose embeddings: a name, or MODULE:CLASS.")],
+    out: Annotated[str, typer.Option(help="The store to make or bring up to date.")],
+    groups: Groups = None,
+    scope: CommonScope = "dataset",
+    option: Options = None,
+    mask: MaskOption = None,
+    precision: PrecisionOption = None,
+    weights: WeightsOption = None,
+    compat: Compat = "default",
+    size: Size = 224,
+    order: Order = 0,
+    cluster: ClusterOption = "local",
+    workers: Workers = None,
+) -> None:
+    """Write a metric's embedding of every frame, for search libraries; only what is new or out of date."""
+    from pipeline.matrix.embeddings import compute_embeddings
+    from pipeline.workers.cluster import Cluster
+    from pipeline.workers.profiles import load_profile
+
+    others = {"size": size or None, "order": order, "compat": compat, "scope": parse_scope(scope)}
+    settings = read_settings((metric,), option, weights, others | parse_mask_and_precision(mask, precision))
+    with Cluster(load_profile(cluster, workers)) as pool, stage(pool)("embed") as show:
+        chosen = split_list(groups)
+        report = compute_embeddings(frames, out, settings, groups=chosen, cluster=pool, progress=show)
+    show_embeddings(report)
+    exit_unless(not report.failures)

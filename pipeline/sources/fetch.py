@@ -1,0 +1,393 @@
+"""Find the data of a catalog on this machine; download, copy or simulate what is missing, and check it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Literal
+
+from pipeline.sources.catalog import (
+    CONTAINERS,
+    DOWNLOADS,
+    Catalog,
+    CatalogError,
+    ChecksumFile,
+    Dataset,
+    MissingDataError,
+    Simulation,
+    Source,
+    list_catalogs,
+    stem_of_download,
+)
+from pipeline.sources.remote_copy import bring, brought
+from pipeline.sources.unpack import UnpackError, unpack
+from pipeline.storage import limits
+from pipeline.storage.address import absolute, is_address, join
+
+_MADE_FROM = ".made-from.json"
+_UNPACKED_FROM = ".unpacked-from.json"
+_CHECKSUMS_BYTES = 2**24
+
+
+def data_root(data_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of downloads and simulations: ``data_dir``, ``$LSIM_DATA`` or the user's cache."""
+    chosen = data_dir or os.environ.get("LSIM_DATA")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    import pooch
+
+    return Path(pooch.os_cache("lsim")) / "data"
+
+
+def locate(catalog: Catalog, entry: Dataset, data_dir: str | os.PathLike[str] | None = None) -> Path | None:
+    """The local folder (or file) of a data set, or None where it isn't on this machine.
+
+    A download is looked for as unpacked by :func:`fetch`, with or without one folder at the archive's
+    top, and directly under the data root, where one unpacked by hand may lie.
+    """
+    source = entry.source
+    root = data_root(data_dir)
+    if (address := _address(source)) is not None:
+        return brought(address, root / catalog.name / entry.name)
+    if source.path is not None:
+        path = _path(catalog, source)
+        return path.resolve() if path.exists() else None
+    if source.simulate is not None:
+        folder = root / catalog.name / entry.name
+        note = _read_note(folder / _MADE_FROM) or {}
+        settings = {key: value for key, value in note.items() if key != "version"}
+        return folder if settings == source.simulate.model_dump() else None
+    unpacked = _unpacked_folder(root, source)
+    tops = sorted(unpacked.iterdir()) if unpacked.is_dir() else []
+    for top in [unpacked, *tops, root]:
+        # With no folder named, the root itself would pass for any data set.
+        found = top / source.folder if source.folder else top
+        if found.exists() and (source.folder or top == unpacked):
+            return found
+    # The data root may be the folder that the archive's folders lie in.
+    beside = root / PurePosixPath(source.folder).name
+    return beside if source.folder and beside.exists() else None
+
+
+def where(catalog: Catalog, entry: Dataset, data_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The local folder (or file) of a data set.
+
+    Raises
+    ------
+    MissingDataError
+        When it isn't on this machine; the message says what to download, how large it is, and the command.
+    """
+    found = locate(catalog, entry, data_dir)
+    if found is None:
+        raise MissingDataError(how_to_get(catalog, entry, data_dir))
+    return found
+
+
+def how_to_get(catalog: Catalog, entry: Dataset, data_dir: str | os.PathLike[str] | None = None) -> str:
+    """What to do for data that isn't there, in plain words."""
+    source = entry.source
+    label = f"dataset {entry.name} of catalog {catalog.name}"
+    command = f"lsim catalog fetch {_handle(catalog)}"
+    root = data_root(data_dir)
+    if (address := _address(source)) is not None:
+        return f"{label} lies at {address}, and there is no whole copy under {root}; make it with: {command}"
+    if source.path is not None:
+        return f"{label}: nothing at {_path(catalog, source)} ({catalog.file})"
+    if source.simulate is not None:
+        return f"{label} has not been simulated under {root}; make it with: {command}"
+    size = f" ({source.size})" if source.size else ""
+    doi = f"DOI {catalog.doi}, " if catalog.doi else ""
+    return (
+        f"{label} is not under {root}. It is part of {source.download_name}{size}, {doi}{source.url}. "
+        f"Download it with: {command} – or unpack it by hand so that {root / source.folder} exists; "
+        "LSIM_DATA names another data folder."
+    )
+
+
+def _address(source: Source) -> str | None:
+    """The address of a source in an object store; None for any other."""
+    location = absolute(source.path) if source.path is not None and "://" in source.path else ""
+    return join(location, *filter(None, [source.folder])) if is_address(location) else None
+
+
+def _path(catalog: Catalog, source: Source) -> Path:
+    """Where a source on this machine is; ``file://`` is a way to write a path."""
+    text = source.path or ""
+    path = Path(absolute(text)) if "://" in text else Path(text).expanduser()
+    return catalog.file.parent / path / source.folder
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What :func:`fetch` did for one data set."""
+
+    dataset: str
+    folder: Path
+    action: Literal["present", "downloaded", "simulated"]
+
+
+def fetch(
+    catalog: Catalog,
+    dataset_names: Iterable[str] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    report: Callable[[str], None] | None = None,
+) -> list[Fetched]:
+    """Bring data sets to this machine: download and unpack, or simulate; what is there stays.
+
+    Parameters
+    ----------
+    catalog : Catalog
+    dataset_names : iterable of str, optional
+        Data sets or pools; all by default.
+    data_dir : path, optional
+        The data root, see :func:`data_root`.
+    report : callable, optional
+        Told in a line what is about to be done, before it takes its time.
+
+    Raises
+    ------
+    CatalogError
+        When a checksum differs (the download is removed), an archive would write outside its folder or
+        doesn't hold the folder that the catalog names, or a ``path`` isn't there.
+    """
+    say = report or (lambda line: None)
+    done = []
+    for entry in catalog.select(dataset_names):
+        source = entry.source
+        action: Literal["present", "downloaded", "simulated"] = "present"
+        if source.simulate is not None:
+            folder = data_root(data_dir) / catalog.name / entry.name
+            version = _recipe_version(catalog, entry)
+            if (
+                locate(catalog, entry, data_dir) is None
+                or _read_note(folder / _MADE_FROM)["version"] != version
+            ):
+                say(
+                    f"{entry.name}: simulating {source.simulate.families} families ({source.simulate.recipe})"
+                )
+                _simulate(source.simulate, folder, version)
+                action = "simulated"
+        elif (address := _address(source)) is not None:
+            if locate(catalog, entry, data_dir) is None:
+                say(f"{entry.name}: copying {address}")
+            if bring(address, data_root(data_dir) / catalog.name / entry.name):
+                action = "downloaded"
+        elif locate(catalog, entry, data_dir) is None and source.url is not None:
+            size = f" ({source.size})" if source.size else ""
+            say(f"{entry.name}: downloading {source.download_name}{size}")
+            _download(entry, data_root(data_dir))
+            action = "downloaded"
+            if locate(catalog, entry, data_dir) is None:
+                raise CatalogError(
+                    f"{catalog.file}: dataset {entry.name}: no folder {source.folder!r} "
+                    f"in {source.download_name}"
+                )
+        done.append(Fetched(entry.name, where(catalog, entry, data_dir), action))
+    return done
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What :func:`verify` found of one data set.
+
+    ``checksum`` is "ok", "differs", or "unchecked" where there is nothing to compare: data that isn't a
+    download, or a download unpacked by hand.
+    """
+
+    dataset: str
+    present: bool
+    checksum: Literal["ok", "differs", "unchecked"]
+    detail: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether the data is there and no checksum differs."""
+        return self.present and self.checksum != "differs"
+
+
+def verify(
+    catalog: Catalog,
+    dataset_names: Iterable[str] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+) -> list[Verified]:
+    """What is there and what is missing; kept downloads are compared with their checksums again.
+
+    A checksum that the catalog names by its file was recorded when it was downloaded; nothing is
+    downloaded here.
+    """
+    root = data_root(data_dir)
+    digests: dict[tuple[Path, str], str] = {}
+    results = []
+    for entry in catalog.select(dataset_names):
+        folder = locate(catalog, entry, data_dir)
+        checksum: Literal["ok", "differs", "unchecked"] = "unchecked"
+        detail = str(folder) if folder is not None else how_to_get(catalog, entry, data_dir)
+        archive = root / DOWNLOADS / entry.source.download_name
+        if entry.source.url is not None and archive.is_file():
+            expected = _expected_checksum(entry, root, download=False)
+            if expected is not None:
+                algorithm, digest = expected.split(":")
+                key = (archive, algorithm)
+                if key not in digests:
+                    with archive.open("rb") as stream:
+                        digests[key] = hashlib.file_digest(stream, algorithm).hexdigest()
+                checksum = "ok" if digests[key] == digest.lower() else "differs"
+                if checksum == "differs":
+                    detail = f"{archive}: {algorithm} expected {digest}, found {digests[key]}"
+        results.append(Verified(entry.name, folder is not None, checksum, detail))
+    return results
+
+
+# -- fetching ------------------------------------------------------------------------------------------
+
+
+def _download(entry: Dataset, root: Path) -> None:
+    source = entry.source
+    expected = _expected_checksum(entry, root, download=True)
+    size = limits.DOWNLOAD_BYTES if source.size is None else limits.parse_size(source.size)
+    archive = _retrieve(
+        f"dataset {entry.name}",
+        source.url or "",
+        root / DOWNLOADS / source.download_name,
+        expected,
+        int(size * limits.DOWNLOAD_SLACK),
+    )
+    target = _unpacked_folder(root, source)
+    if target.exists() and not (target / _UNPACKED_FROM).is_file():
+        raise CatalogError(
+            f"dataset {entry.name}: {target} is there, and was not unpacked from a download; move it away"
+        )
+    # Unpacked beside its place and renamed: a folder under the final name is complete.
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=root))
+    try:
+        if source.download_name.endswith(CONTAINERS):
+            most = None if source.unpacked is None else limits.parse_size(source.unpacked)
+            unpack(archive, partial, most_bytes=most, most_members=source.members)
+        else:
+            shutil.copy2(archive, partial / source.download_name)
+        (partial / _UNPACKED_FROM).write_text(json.dumps({"url": source.url, "checksum": expected}))
+        if target.exists():
+            shutil.rmtree(target)
+        partial.chmod(0o755)
+        partial.rename(target)
+    except UnpackError as error:
+        raise CatalogError(f"dataset {entry.name}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _retrieve(label: str, url: str, path: Path, checksum: str | None, most: int) -> Path:
+    """Download to ``path``, unless it lies there with that checksum; no more than ``most`` bytes."""
+    import pooch
+
+    def download(url: str, output_file: str, _: Any) -> None:
+        with open(output_file, "wb") as file:
+            pooch.downloaders.choose_downloader(url)(url, _Counted(file, most), None)
+
+    try:
+        return Path(
+            pooch.retrieve(
+                url=url, known_hash=checksum, fname=path.name, path=path.parent, downloader=download
+            )
+        )
+    except ValueError as error:  # pooch's report of a checksum that differs, or of too much: the file is gone
+        raise CatalogError(f"{label}: {url}: {error}") from error
+
+
+class _Counted:
+    """A file that refuses to grow beyond ``most`` bytes, whatever a server says of their number."""
+
+    def __init__(self, file: IO[bytes], most: int) -> None:
+        self._file, self._most, self._written = file, most, 0
+
+    def write(self, data: bytes) -> int:
+        self._written += len(data)
+        if self._written > self._most:
+            raise CatalogError(
+                f"more than {limits.readable(self._most)} were sent; a catalog that expects more states "
+                "it as size"
+            )
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _unpacked_folder(root: Path, source: Source) -> Path:
+    return root / stem_of_download(source.download_name)
+
+
+def _expected_checksum(entry: Dataset, root: Path, *, download: bool) -> str | None:
+    """``<algorithm>:<hex>`` of the entry's download; None where it can't be known without downloading."""
+    checksum = entry.checksum
+    if not isinstance(checksum, ChecksumFile):
+        return checksum
+    file = root / DOWNLOADS / f"{entry.source.download_name}.{checksum.algorithm}"
+    if download:
+        # The list lies beside the data on the publisher's server: it guards against damage on the way,
+        # not against a publisher who changes both.
+        file.unlink(missing_ok=True)
+        _retrieve(f"dataset {entry.name}", checksum.url, file, None, _CHECKSUMS_BYTES)
+    elif not file.is_file():
+        return None
+    for line in file.read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.strip().partition(" ")
+        if PurePosixPath(name.strip().lstrip("*")).name == checksum.entry:
+            return f"{checksum.algorithm}:{digest.lower()}"
+    raise CatalogError(f"dataset {entry.name}: {checksum.url} has no line for {checksum.entry!r}")
+
+
+def _recipe_version(catalog: Catalog, entry: Dataset) -> int:
+    """Version of a simulated data set's recipe: it is raised when the same seed gives other frames."""
+    from lsim.simulate import UnknownRecipeError, find_recipe
+
+    assert entry.source.simulate is not None
+    try:
+        return find_recipe(entry.source.simulate.recipe).version
+    except UnknownRecipeError as error:
+        raise CatalogError(f"{catalog.file}: dataset {entry.name}: {error}") from error
+
+
+def _simulate(simulation: Simulation, folder: Path, version: int) -> None:
+    """Make the families that are not there yet, in place of those that were made with other settings."""
+    from lsim.simulate import family_folders, missing_families, write_families
+    from lsim.simulate.layout import read_record
+
+    recipe, families, size = simulation.recipe, simulation.families, simulation.size
+    made_from = simulation.model_dump() | {"version": version}
+    folder.mkdir(parents=True, exist_ok=True)
+    # First: from now on the folder is not what an earlier note says, whenever this is interrupted.
+    _write_note(folder / _MADE_FROM, made_from | {"complete": False})
+    missing = missing_families(folder, recipe, families, size, simulation.seed, simulation.format)
+    there = set(range(1, families + 1)) - set(missing)
+    kept = {path for number in there for path in family_folders(folder, recipe, number)}
+    for path in folder.iterdir():
+        if path not in kept and read_record(path) is not None:  # it would lie among the new ones
+            shutil.rmtree(path)
+    write_families(folder, recipe, families, size, simulation.seed, simulation.format)
+    _write_note(folder / _MADE_FROM, made_from)
+
+
+def _read_note(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _write_note(path: Path, note: dict[str, Any]) -> None:
+    """In one step: a note is never half written."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(note))
+    partial.replace(path)
+
+
+def _handle(catalog: Catalog) -> str:
+    """How a user names this catalog: by name where it is shipped, else by path."""
+    return catalog.name if catalog.name in list_catalogs() else str(catalog.file)
+
+
+# -- errors --------------------------------------------------------------------------------------------
