@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -119,9 +120,9 @@ def measure(folder: Path, sequences: int, size: int, kind: str, workers: int, re
         ) as cluster,
         Client(cluster) as client,
     ):
-        convert(catalog, folder / "warm.zarr", client=client)
+        convert(catalog, folder / "warm.zarr", cluster=SimpleNamespace(client=client))
         seconds[f"convert, {workers} workers"] = median_seconds(
-            lambda out: convert(catalog, out, client=client), folder, repeats
+            lambda out: convert(catalog, out, cluster=SimpleNamespace(client=client)), folder, repeats
         )
     started = time.perf_counter()
     nothing = convert(catalog, folder / "warm.zarr")

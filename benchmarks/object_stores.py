@@ -98,7 +98,7 @@ def measure(sequences: int, size: int, workers: int, repeats: int) -> dict[str, 
             def stages(place: str) -> dict[str, Callable[[], Any]]:
                 frames, out = f"{place}/frames.zarr", f"{place}/distances.zarr"
                 return {
-                    "convert": lambda: convert(here, frames, client=lambda: cluster.client),
+                    "convert": lambda: convert(here, frames, cluster=cluster),
                     "distances": lambda: compute_distances(frames, out, SETTINGS, cluster=cluster),
                     "nothing to do": lambda: compute_distances(frames, out, SETTINGS, cluster=cluster),
                 }

@@ -183,7 +183,7 @@ def simulate(
     report.discarded = _discarded(report)
     report.others, report.unlike = _others(report, size, seed, files)
     if format == "zarr" and report.numbers:
-        report.conversion = convert(_catalog(report), place, client=lambda: cluster.client)
+        report.conversion = convert(_catalog(report), place, cluster=cluster)
         report.store = place if is_address(place) else Path(place)
     elif format == "zarr" and exists(place):
         raise SimulationError(

@@ -206,7 +206,7 @@ def run_workflow(
             frames,
             datasets=workflow.datasets,
             data_dir=data_dir,
-            client=lambda: cluster.client,
+            cluster=cluster,
             progress=show,
             verify_sources=verify_sources,
         )

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -502,11 +503,19 @@ def test_a_failing_disk_is_tried_again_at_every_run(tmp_path: Path, monkeypatch:
 # -- what is decoded again -----------------------------------------------------------------------------------
 
 
+class _Unneeded:
+    """A cluster that nobody may start."""
+
+    @property
+    def client(self) -> None:
+        pytest.fail("no workers are needed")
+
+
 def test_nothing_to_do_reads_no_sequence_and_writes_nothing(archive: Archive):
     archive.convert()
     archive.decoded()
     before = {p: p.stat().st_mtime_ns for p in archive.out.rglob("*")}
-    report = archive.convert(client=lambda: pytest.fail("no workers are needed"))
+    report = archive.convert(cluster=_Unneeded())
     assert len(report.unchanged) == 7
     assert not report.changed
     assert archive.decoded() == []
@@ -771,7 +780,7 @@ def test_workers_give_the_same_bytes_as_this_process(archive: Archive, client: A
         archive.decoded()
         here = archive.convert(local)
         names = archive.decoded()
-        there = archive.convert(remote, client=lambda: client)
+        there = archive.convert(remote, cluster=SimpleNamespace(client=client))
         assert archive.decoded() == names
         assert contents(local) == contents(remote)
         assert (sorted(here.converted), here.quarantined) == (sorted(there.converted), there.quarantined)

@@ -125,7 +125,7 @@ def test_the_whole_chain_ends_with_the_bytes_of_one_in_folders(bucket, tmp_path,
     for place, profile in ((bucket, Profile(workers=2)), (str(here), Profile(kind="none"))):
         frames, distances, results = (f"{place}/{n}" for n in ("frames.zarr", "distances.zarr", "results"))
         with Cluster(profile) as cluster:
-            convert(catalog, frames, client=lambda cluster=cluster: cluster.client)
+            convert(catalog, frames, cluster=cluster)
             report = compute_distances(frames, distances, QUICK, cluster=cluster)
             assert report.computed == 6
             if cluster.client is not None:
@@ -155,7 +155,7 @@ def test_the_whole_chain_ends_with_the_bytes_of_one_in_folders(bucket, tmp_path,
     # A second run does nothing, and starts no worker.
     before = objects_of(bucket)
     with Cluster(Profile(workers=2)) as cluster:
-        assert not convert(catalog, f"{bucket}/frames.zarr", client=lambda: cluster.client).changed
+        assert not convert(catalog, f"{bucket}/frames.zarr", cluster=cluster).changed
         again = compute_distances(f"{bucket}/frames.zarr", f"{bucket}/distances.zarr", QUICK, cluster=cluster)
         assert (again.computed, again.up_to_date) == (0, 6)
         assert cluster.dashboard is None

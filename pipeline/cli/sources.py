@@ -45,7 +45,7 @@ def convert(
             out,
             datasets=dataset,
             data_dir=data_dir,
-            client=lambda: pool.client,
+            cluster=pool,
             progress=show,
             verify_sources=verify_sources,
         )

@@ -73,6 +73,8 @@ from pipeline.storage.versions import versions
 if TYPE_CHECKING:
     from distributed import Client
 
+    from pipeline.workers.cluster import Cluster
+
 Progress = Callable[[int, int], None]
 """Called with the number of sequences done, and the number that there are to look at."""
 
@@ -120,7 +122,7 @@ def convert(
     *,
     datasets: Iterable[str] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
-    client: Client | Callable[[], Client | None] | None = None,
+    cluster: Cluster | None = None,
     progress: Progress | None = None,
     verify_sources: bool = False,
 ) -> ConversionReport:
@@ -139,9 +141,9 @@ def convert(
         Data sets or pools of the catalog; all by default.
     data_dir : path, optional
         Where downloads and simulations lie, see :func:`pipeline.sources.fetch.data_root`.
-    client : distributed.Client, or function that gives one, optional
-        Whose workers decode; they must see the same files. A function is called when there is something to
-        decode, and not before. None decodes in this process, to the same bytes.
+    cluster : Cluster, optional
+        Its workers decode, and must see the same files. It is started only if there is something to decode.
+        By default this process decodes, to the same bytes.
     progress : callable, optional
     verify_sources : bool, default False
         Decode every sequence and compare its content with the store's, also where size, times and inode of
@@ -173,7 +175,7 @@ def convert(
             or not store.is_consolidated(path)
             or any(_differs(root, key, values) for key, values in attributes.items())
         ):
-            connect: Connect = client if callable(client) else lambda: client
+            connect: Connect = (lambda: None) if cluster is None else (lambda: cluster.client)
             _bring_up_to_date(path, root, plans, attributes, connect, progress, started)
 
     report = ConversionReport()
