@@ -41,9 +41,9 @@ from references import PairNetwork
 
 import lsim
 from lsim.embedding import Embedding
+from lsim.error_bounds import PROMISE
 from lsim.metrics.learned import LSiM
 from lsim.networks import LsimTrunk
-from lsim.precision import PROMISE
 from lsim.registry import why_unavailable
 from lsim.weights import find_weights
 from pipeline.matrix import MatrixReport, MatrixRequest, compute_matrix

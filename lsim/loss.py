@@ -20,9 +20,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lsim.ieee import ieee_convolutions
 from lsim.metric import Metric, SizeWarning, check_range, safe_sqrt
 from lsim.metrics.learned import LSiM, feature_scale
+from lsim.no_tf32 import ieee_convolutions
 from lsim.preprocess import FramesError
 from lsim.registry import load_metric
 

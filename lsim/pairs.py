@@ -7,7 +7,7 @@ across blocks: exact for 8-bit values (256 · 255² < 2²⁴), within 2e-7 other
 float64. Every pair goes through the same instructions in the same order, wherever in a tile it stands and
 whichever thread has it, so the result depends on its two rows alone. Other devices take squared differences
 by products of matrices, see
-:mod:`lsim.products`.
+:mod:`lsim.gram`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
-from lsim.precision import CONFIDENCE, DIRECTLY, PROMISE, PairPrecision, half_ulp, number_of_pairs
-from lsim.products import VALUES_TOGETHER, squared_differences_in_torch
+from lsim.error_bounds import CONFIDENCE, DIRECTLY, PROMISE, PairPrecision, half_ulp, number_of_pairs
+from lsim.gram import VALUES_TOGETHER, squared_differences_in_torch
 from lsim.threads import in_threads
 
 BLOCK = 256
@@ -279,7 +279,7 @@ def rows_in_torch(
     """The (len(a), len(b)) block of distances, row by row, from an elementwise formula in torch.
 
     The way for devices without a compiled kernel. Memory is that of ``together`` pairs of a row: by default
-    as many as have :data:`~lsim.products.VALUES_TOGETHER` values.
+    as many as have :data:`~lsim.gram.VALUES_TOGETHER` values.
     """
     if together is None:
         together = VALUES_TOGETHER // max(sum(part.shape[1:].numel() for part in b.parts.values()), 1)
@@ -299,7 +299,7 @@ def squared_distances(x: Tensor, y: Tensor) -> tuple[Tensor, PairPrecision]:
     Returns
     -------
     Tensor of shape (n, m), float64
-        With gradients where the rows carry them. Within :data:`~lsim.precision.PROMISE` of the sum of the
+        With gradients where the rows carry them. Within :data:`~lsim.error_bounds.PROMISE` of the sum of the
         exact differences, relatively. On the CPU, the same bits whatever the other rows.
     PairPrecision
     """

@@ -41,11 +41,11 @@ from lsim.metrics.information import (
     VariationOfInformation,
 )
 from lsim.metrics.learned import LSiM, LSiMAlex, LSiMSkip, NonSiameseMetric
+from lsim.metrics.optimal_transport import SlicedWasserstein, Wasserstein
 from lsim.metrics.perceptual import LPIPS, LPIPSSqueeze, LPIPSVgg
 from lsim.metrics.pixel import L1, L2, NRMSE, PSNR, RMSE, VRMSE, Correlation, Cosine
 from lsim.metrics.spectral import FourierAmplitude, RadialSpectrum
 from lsim.metrics.structural import SSIM, GaussianSSIM, MultiScaleSSIM
-from lsim.metrics.transport import SlicedWasserstein, Wasserstein
 from lsim.preprocess import Compat, Preprocessing
 from lsim.weights import WeightsError, find_weights, read_metadata
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lsim.embedding import Embedding
-from lsim.precision import half_ulp
+from lsim.error_bounds import half_ulp
 
 FULL_SCALE = 255.0
 OVERSHOOT = 2.5

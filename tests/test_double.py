@@ -15,9 +15,9 @@ from mpmath import mp, mpf
 from torch.nn import functional as F
 
 import lsim
+from lsim.error_bounds import PROMISE, PrecisionError
 from lsim.metric import Metric
-from lsim.metrics.transport import directions_and_weights
-from lsim.precision import PROMISE, PrecisionError
+from lsim.metrics.optimal_transport import directions_and_weights
 
 SIDE = 24
 Plane = list[list[Any]]

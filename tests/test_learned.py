@@ -14,10 +14,10 @@ from scipy.stats import spearmanr
 from torch.nn import functional as F
 
 import lsim
-from lsim.ieee import ieee_convolutions
 from lsim.metric import Metric
 from lsim.metrics.learned import NonSiameseMetric
 from lsim.networks import TRUNKS, NonSiamese
+from lsim.no_tf32 import ieee_convolutions
 from lsim.registry import why_unavailable
 from lsim.testing import check_metric, write_random_checkpoint
 from lsim.threads import batches

@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lsim import ieee, pairs, products
+from lsim import gram, no_tf32, pairs
 from lsim.embedding import Embedding
+from lsim.error_bounds import PROMISE, PairPrecision
+from lsim.gram import known_in_both, squared_differences_in_torch
 from lsim.pairs import (
     TileKernel,
     absolute_differences,
@@ -23,8 +25,6 @@ from lsim.pairs import (
     squared_differences,
     squared_distances,
 )
-from lsim.precision import PROMISE, PairPrecision
-from lsim.products import known_in_both, squared_differences_in_torch
 
 KERNELS = {
     "squared": squared_differences,
@@ -200,9 +200,9 @@ def test_rows_need_not_lie_side_by_side(rng: np.random.Generator) -> None:
 def test_tiles_and_chunks_of_products_fit_together(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, symmetric: bool
 ) -> None:
-    monkeypatch.setattr(products, "ROWS_OF_PRODUCT", 3)
-    monkeypatch.setattr(products, "CHUNKS_TOGETHER", 2)
-    monkeypatch.setattr(products, "VALUES_TOGETHER", 700)
+    monkeypatch.setattr(gram, "ROWS_OF_PRODUCT", 3)
+    monkeypatch.setattr(gram, "CHUNKS_TOGETHER", 2)
+    monkeypatch.setattr(gram, "VALUES_TOGETHER", 700)
     rows = torch.from_numpy(rng.uniform(0, 255, (11, 601)).astype(np.float32))
     rows[7:] = rows[3] + torch.from_numpy(rng.uniform(0, 0.01, (4, 601)).astype(np.float32))
     others = rows if symmetric else rows[:8].clone()
@@ -276,7 +276,7 @@ def test_settings_of_the_program_for_products_are_kept_and_not_followed(
         return product(a, b)
 
     monkeypatch.setattr(torch, "bmm", watched)
-    undo = ieee._settings_of_products()
+    undo = no_tf32._settings_of_products()
     try:
         tell()
         told = getattr(matmul, "fp32_precision", None)

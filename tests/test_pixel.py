@@ -11,8 +11,8 @@ from scipy.spatial import distance as scipy_distance
 from skimage.metrics import normalized_root_mse
 
 import lsim
+from lsim.error_bounds import PROMISE
 from lsim.metric import Metric
-from lsim.precision import PROMISE
 from lsim.testing import check_metric
 
 EPSILON = 1e-7

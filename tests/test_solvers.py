@@ -22,8 +22,8 @@ from lsim.simulate import (
 )
 from lsim.simulate import advection_diffusion as advdiff
 from lsim.simulate import advection_diffusion_2d as advdiff_2d
+from lsim.simulate.fourier import PeriodicGrid, diffusion, padded
 from lsim.simulate.recipe import FRAMES, Recipe
-from lsim.simulate.spectral import PeriodicGrid, diffusion, padded
 
 CPU = torch.device("cpu")
 DOUBLE = torch.float64

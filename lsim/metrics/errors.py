@@ -28,6 +28,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from lsim.error_bounds import CONFIDENCE, HALF_ULP_OF_DOUBLE
 from lsim.metric import Embedding, Metric, MetricInfo, positive_number, safe_sqrt
 from lsim.pairs import (
     FAST,
@@ -37,7 +38,6 @@ from lsim.pairs import (
     rows_in_torch,
     squared_differences,
 )
-from lsim.precision import CONFIDENCE, HALF_ULP_OF_DOUBLE
 from lsim.preprocess import Preprocessing
 from lsim.rounding import of_difference, of_each, of_sum
 from lsim.threads import in_threads

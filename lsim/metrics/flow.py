@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lsim.error_bounds import PrecisionError
 from lsim.metric import Embedding, Metric, MetricInfo
 from lsim.pairs import FAST, all_pairs
-from lsim.precision import PrecisionError
 from lsim.preprocess import Preprocessing
 
 Preset = Literal["medium", "fast", "ultrafast"]

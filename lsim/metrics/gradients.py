@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lsim.error_bounds import as_floats
 from lsim.metric import Embedding, Metric, MetricInfo, positive_number, safe_sqrt
 from lsim.pairs import FAST, all_pairs, has_kernel, rows_in_torch
-from lsim.precision import as_floats
 from lsim.preprocess import Preprocessing
 from lsim.rounding import of_difference, of_sum
 from lsim.threads import in_threads

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lsim.ieee import ieee_convolutions, ieee_products
+from lsim.error_bounds import NetworkPrecision, ReportsPrecision, check_network_precision, of_features
 from lsim.metric import Embedding, Metric, MetricInfo, safe_sqrt
 from lsim.networks import AlexTrunk, LsimTrunk, NonSiamese, SkipTrunk, for_one_channel
+from lsim.no_tf32 import ieee_convolutions, ieee_products
 from lsim.pairs import has_kernel, squared_distances
-from lsim.precision import NetworkPrecision, ReportsPrecision, check_network_precision, of_features
 from lsim.preprocess import FramesError, Preprocessing
 from lsim.rounding import of_features_difference, of_sum
 from lsim.threads import batches, in_threads

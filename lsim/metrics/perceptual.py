@@ -18,11 +18,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lsim.ieee import ieee_convolutions
+from lsim.error_bounds import NetworkPrecision, ReportsPrecision, check_network_precision, of_features
 from lsim.metric import Embedding, Metric, MetricInfo
 from lsim.networks import AlexTrunk, ImageTrunk, SqueezeTrunk, VggTrunk
+from lsim.no_tf32 import ieee_convolutions
 from lsim.pairs import has_kernel, squared_distances
-from lsim.precision import NetworkPrecision, ReportsPrecision, check_network_precision, of_features
 from lsim.preprocess import Preprocessing
 from lsim.rounding import of_features_difference, of_sum
 from lsim.threads import in_threads

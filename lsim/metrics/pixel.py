@@ -17,6 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lsim.error_bounds import (
+    CONFIDENCE,
+    DIRECTLY,
+    PROMISE,
+    PairPrecision,
+    ReportsPrecision,
+    as_floats,
+    number_of_pairs,
+)
+from lsim.gram import VALUES_TOGETHER, known_in_both
 from lsim.metric import Embedding, Metric, MetricInfo, safe_sqrt
 from lsim.pairs import (
     FAST,
@@ -31,16 +41,6 @@ from lsim.pairs import (
     squared_differences,
     squared_distances,
 )
-from lsim.precision import (
-    CONFIDENCE,
-    DIRECTLY,
-    PROMISE,
-    PairPrecision,
-    ReportsPrecision,
-    as_floats,
-    number_of_pairs,
-)
-from lsim.products import VALUES_TOGETHER, known_in_both
 from lsim.rounding import of_difference, of_each, of_sum
 
 FULL_SCALE = 255.0

@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 from . import sine_waves
+from .fourier import Decay, PeriodicGrid, diffusion, integrating_factor_rk4
 from .recipe import Parameters, Recipe, Variation
-from .spectral import Decay, PeriodicGrid, diffusion, integrating_factor_rk4
 
 SUBSTEPS = 3
 """Time steps a row: stable to a speed of 4.0; it begins below :data:`lsim.simulate.sine_waves.FASTEST`."""
@@ -51,7 +51,7 @@ def step(spectrum: Tensor, velocity: Tensor, decay: Decay, dt: float, grid: Peri
     velocity : Tensor, shape (row, size) or (row, 1)
         Lengths per unit time.
     decay : Decay
-        Of :func:`lsim.simulate.spectral.diffusion` for the same ``dt``.
+        Of :func:`lsim.simulate.fourier.diffusion` for the same ``dt``.
     dt : float
     grid : PeriodicGrid
     """

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from . import plane_waves
+from .fourier import Decay, PeriodicGrid, diffusion, integrating_factor_rk4
 from .recipe import Parameters, Recipe, Variation
-from .spectral import Decay, PeriodicGrid, diffusion, integrating_factor_rk4
 
 
 def step(

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from . import sine_waves
+from .fourier import Decay, PeriodicGrid, diffusion, integrating_factor_rk4
 from .recipe import Parameters, Recipe, Variation
-from .spectral import Decay, PeriodicGrid, diffusion, integrating_factor_rk4
 
 SUBSTEPS = 2
 """Time steps a row: stable to a speed of 2.6; it begins below :data:`lsim.simulate.sine_waves.FASTEST`."""
@@ -40,7 +40,7 @@ def step(spectrum: Tensor, decay: Decay, dt: float, grid: PeriodicGrid) -> Tenso
     ----------
     spectrum : Tensor, shape (row, size // 2 + 1), complex
     decay : Decay
-        Of :func:`lsim.simulate.spectral.diffusion` for the same ``dt``.
+        Of :func:`lsim.simulate.fourier.diffusion` for the same ``dt``.
     dt : float
     grid : PeriodicGrid
     """

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .fourier import PeriodicGrid, padded
 from .recipe import Parameters
-from .spectral import PeriodicGrid, padded
 
 LENGTHS = (1, 2, 4, 8)
 NOISE_WAVES = 12

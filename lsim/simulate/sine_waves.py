@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .fourier import PeriodicGrid
 from .recipe import Parameters
-from .spectral import PeriodicGrid
 
 WAVES = (1, 2, 4, 8)
 SHORTEST_NOISE = 32

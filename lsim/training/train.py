@@ -34,9 +34,9 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lsim.ieee import ieee_convolutions
 from lsim.metric import resolve_device
 from lsim.networks import TRUNKS, LsimTrunk
+from lsim.no_tf32 import ieee_convolutions
 from lsim.preprocess import preprocess
 from lsim.ranking import pooled_spearman
 from lsim.training.loss import sequence_loss

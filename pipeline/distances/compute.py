@@ -424,7 +424,7 @@ def _take_precision(metric: Metric) -> Any:
         with OthersCode(metric.name, "take_precision"):
             record = take()
         if record is not None and not {"pairs", "recomputed"} <= asdict(record).keys():
-            raise TypeError(f"expected a record as lsim.precision.PairPrecision is, found {record!r}")
+            raise TypeError(f"expected a record as lsim.error_bounds.PairPrecision is, found {record!r}")
         return record
     except Exception as error:  # of a metric of one's own: its distances are no worse for it
         logger.warning("%s: says nothing of its precision: %s: %s", metric.name, type(error).__name__, error)

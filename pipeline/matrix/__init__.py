@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from distributed import Client
 
-from lsim.precision import PairPrecision
+from lsim.error_bounds import PairPrecision
 from pipeline.matrix.embedding_cache import clear_cache
 from pipeline.matrix.job import Context, MatrixJob, MatrixRequest
 from pipeline.matrix.layout import metric_places

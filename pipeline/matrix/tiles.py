@@ -18,8 +18,8 @@ import torch
 
 from lsim.claims import ClaimError, other_random_numbers
 from lsim.embedding import Embedding
+from lsim.error_bounds import PairPrecision, ReportsPrecision
 from lsim.metric import Metric
-from lsim.precision import PairPrecision, ReportsPrecision
 from lsim.preprocess import Scope
 from pipeline.matrix.embedding_cache import FRAMES_TOGETHER, EmbeddedBlock, cache, embed_block
 from pipeline.matrix.frame_blocks import FrameBlock, read_block

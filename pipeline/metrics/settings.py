@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
+from lsim.error_bounds import PrecisionError
 from lsim.metric import Metric
-from lsim.precision import PrecisionError
 from lsim.preprocess import Compat, FramesError
 from lsim.registry import (
     METRICS,
@@ -126,7 +126,7 @@ def choose_metrics(settings: Settings) -> ChosenMetrics:
         When a metric asked for by name (or any, with ``strict``) can't take frames of that size.
     lsim.WeightsError
         For weights of another network.
-    lsim.precision.PrecisionError
+    lsim.error_bounds.PrecisionError
         When a metric asked for by name (or any, with ``strict``) doesn't have the precision.
     ValueError
         For names that are taken, options that no metric has or that it can't take, and a scope that a metric

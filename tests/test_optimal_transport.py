@@ -11,8 +11,8 @@ import torch
 from scipy.stats import wasserstein_distance
 
 import lsim
-from lsim.metrics import transport
-from lsim.metrics.transport import directions_and_weights
+from lsim.metrics import optimal_transport
+from lsim.metrics.optimal_transport import directions_and_weights
 from lsim.testing import check_metric
 
 NAMES = ("wasserstein", "sliced-wasserstein")
@@ -87,7 +87,7 @@ def test_parity_with_scipy_for_large_frames(rng: np.random.Generator, size: int)
 def test_values_are_sorted_as_numpy_does(rng: np.random.Generator, count: int) -> None:
     values = (rng.standard_normal(count) * 10.0 ** rng.integers(-44, 38, count)).astype(np.float32)
     values[:6] = np.array([np.inf, -np.inf, 0, -0.0, 1, 1], np.float32)[:count]
-    assert np.array_equal(transport.sorted_values(values), np.sort(values))
+    assert np.array_equal(optimal_transport.sorted_values(values), np.sort(values))
 
 
 def test_sliced_parity_with_pot(rng: np.random.Generator) -> None:
@@ -207,7 +207,7 @@ def test_in_torch_as_compiled(rng: np.random.Generator, monkeypatch: pytest.Monk
     frames[3] = frames[0]
     frames[3, 20, 20] += 1
     compiled = load(name).pairwise(frames, scope=(0, 255))
-    monkeypatch.setattr(transport, "has_kernel", lambda *tensors: False)
+    monkeypatch.setattr(optimal_transport, "has_kernel", lambda *tensors: False)
     np.testing.assert_allclose(load(name).pairwise(frames, scope=(0, 255)), compiled, rtol=1e-6)
 
 

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lsim.ieee import ieee_products
-from lsim.precision import (
+from lsim.error_bounds import (
     BY_PRODUCT,
     CONFIDENCE,
     HALF_ULP_OF_DOUBLE,
@@ -22,6 +21,7 @@ from lsim.precision import (
     half_ulp,
     number_of_pairs,
 )
+from lsim.no_tf32 import ieee_products
 
 CHUNK = 128
 """Columns that one product of matrices adds up in the rows' own precision."""

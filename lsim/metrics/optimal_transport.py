@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lsim.error_bounds import as_floats
 from lsim.metric import Embedding, Metric, MetricInfo
 from lsim.pairs import FAST, absolute_differences, all_pairs, has_kernel, rows_in_torch
-from lsim.precision import as_floats
 from lsim.preprocess import Preprocessing
 from lsim.rounding import of_difference, of_each, of_sum
 from lsim.threads import in_threads
