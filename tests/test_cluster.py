@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,12 +21,14 @@ import pytest
 from archives import archive_of, write_archive
 from commands import run_lsim
 from distributed import LocalCluster
+from distributed.comm import CommClosedError
 from ssh_server import ssh_server
 
 from pipeline import cluster_check
 from pipeline.cluster_check import ClusterFindings, _look_at_workers, check_cluster, compare_versions
 from pipeline.distances import Settings, compute_distances
-from pipeline.workers import deployment, resident
+from pipeline.workers import cluster as cluster_module
+from pipeline.workers import resident, starting
 from pipeline.workers.cluster import FAULT_TOLERANCE, Cluster
 from pipeline.workers.credentials import credentials
 from pipeline.workers.deployment import check_options, jobs_cluster, lifetime, pod_options
@@ -463,24 +465,78 @@ def test_what_a_kind_cannot_do_names_the_file_and_the_key_before_anything_starts
         check_cluster(profile)
 
 
+@pytest.fixture
+def lost_starts(monkeypatch) -> Callable[[str, Exception, int], list[str]]:
+    """Have starts fail, where and how often a test says; gives the list of attempts."""
+
+    def fail(where: str, error: Exception, times: int) -> list[str]:
+        attempts: list[str] = []
+
+        def reach(place: str) -> None:
+            attempts.append(place)
+            if place == where and attempts.count(place) <= times:
+                raise RuntimeError("Cluster failed to start: see above") from error
+
+        def start(profile: Profile, security: object) -> contextlib.nullcontext[str]:
+            reach("start")
+            return contextlib.nullcontext("a cluster")
+
+        monkeypatch.setattr(starting, "start_cluster", start)
+        monkeypatch.setattr(starting, "Client", lambda cluster, security: contextlib.nullcontext("a client"))
+        monkeypatch.setattr(cluster_module, "_set_up", lambda client, profile: reach("set-up"))
+        return attempts
+
+    return fail
+
+
+@pytest.mark.parametrize("where", ["start", "set-up"])
 @pytest.mark.parametrize(
-    "said", [RuntimeError("Nanny failed to start."), OSError("Stream is closed"), TimeoutError()]
+    "said",
+    [RuntimeError("Nanny failed to start worker process"), OSError("Stream is closed"), TimeoutError()],
 )
-def test_workers_that_are_lost_while_they_start_are_started_again(said, monkeypatch):
+def test_workers_that_are_lost_while_they_start_are_started_again(said, where, lost_starts):
+    attempts = lost_starts(where, said, 2)
+    with Cluster(Profile(kind="local")) as cluster:
+        assert cluster.client == "a client"
+    assert attempts.count(where) == 3
+    lost_starts(where, said, 3)
+    said_of_it = "no workers on this machine: in 3 attempts a process died"
+    with Cluster(Profile(kind="local")) as cluster, pytest.raises(ClusterError, match=said_of_it):
+        assert cluster.client
+
+
+def test_a_start_that_fails_for_another_reason_fails_at_once(lost_starts):
+    attempts = lost_starts("start", FileNotFoundError(2, "No such file", "/nope"), 1)
+    with Cluster(Profile(kind="local")) as cluster, pytest.raises(ClusterError, match="No such file"):
+        assert cluster.client
+    assert attempts == ["start"]
+
+
+def test_a_plugin_reaches_workers_though_one_is_lost_meanwhile(monkeypatch):
+    monkeypatch.setattr(resident, "REGISTERED_AGAIN_AFTER_S", 0)
     attempts = []
 
-    def fail_at_first(profile, security):
-        attempts.append(profile)
-        if len(attempts) < 3:
-            raise RuntimeError("Cluster failed to start: see above") from said
-        return "a cluster"
+    class Client:
+        def register_plugin(self, plugin: object) -> None:
+            attempts.append(plugin)
+            if len(attempts) < 3:
+                raise CommClosedError("Stream is closed")
 
-    monkeypatch.setattr(deployment, "_start_local", fail_at_first)
-    assert deployment.start_cluster(Profile(kind="local"), None) == "a cluster"
+    resident.register_plugin(Client(), "a plugin")
+    assert attempts == ["a plugin"] * 3
+    monkeypatch.setattr(resident, "REGISTRATIONS", 2)
     attempts.clear()
-    monkeypatch.setattr(deployment, "START_ATTEMPTS", 1)
-    with pytest.raises(ClusterError, match="no workers on this machine: in 1 attempts a process died"):
-        deployment.start_cluster(Profile(kind="local"), None)
+    with pytest.raises(ClusterError, match="workers were lost while they started, 2 times"):
+        resident.register_plugin(Client(), "a plugin")
+
+
+def test_ctrl_c_stays_whose_it_was_when_a_library_of_clusters_is_imported(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "dask_jobqueue"]:
+        monkeypatch.delitem(sys.modules, name)
+    handler = signal.getsignal(signal.SIGINT)
+    check_options(Profile(kind="slurm", memory_limit="4GB", walltime=3600))
+    assert "dask_jobqueue.runner" in sys.modules
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_cluster_that_does_not_start_is_one_line_that_names_the_file(tmp_path, capfd):
