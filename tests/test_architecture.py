@@ -65,6 +65,7 @@ WORKERS = (
     "pipeline.workers.packed",
     "pipeline.workers.profiles",
     "pipeline.workers.resident",
+    "pipeline.workers.starting",
     "pipeline.workers.stopping",
     "pipeline.workers.submission",
 )
