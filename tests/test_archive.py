@@ -378,7 +378,9 @@ def test_frames_that_fail_together_and_not_alone_are_compared_and_a_warning_says
     monkeypatch.setattr(L2, "embed", one_at_a_time)
     assert compute(frames, tmp_path / "a.zarr", settings).failures == []
     same(matrices(tmp_path / "a.zarr"), matrices(tmp_path / "whole.zarr"))
-    assert "l2: 8 frames at once failed (RuntimeError: no room for so many)" in caplog.text
+    because = "l2: 8 frames at once failed (RuntimeError: no room for so many)"
+    assert f"{because}, and went well one by one" in caplog.text
+    assert f"{because}, so the metric is tried on one of them" in caplog.text
 
 
 def test_frames_with_nan_are_said_and_the_others_compared(tmp_path):
