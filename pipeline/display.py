@@ -262,6 +262,7 @@ def show_neighbours(found: Neighbours, *, as_json: bool) -> None:
         about = {"of": found.of.name, "matrix": found.of.matrix, "metric": found.metric, "nearest": nearest}
         counts = {"compared": found.compared, "without_distance": found.without_distance}
         counts["unresolved"] = found.unresolved
+        about["directed"] = found.directed
         output.print(json.dumps(_without_nan(about | counts), ensure_ascii=False), markup=False)
         return
     metrics = [found.metric, *(name for name in found.nearest[0].distances if name != found.metric)]
@@ -285,6 +286,12 @@ def show_neighbours(found: Neighbours, *, as_json: bool) -> None:
         console.print(
             f"{found.without_distance} of {found.compared} frames {verb} no distance to it: not comparable",
             style="yellow",
+        )
+    if found.directed:
+        console.print(
+            f"not symmetric, so the distances with {found.of.name} as the reference: "
+            f"{', '.join(found.directed)}",
+            markup=False,
         )
     _say_unresolved(found)
 

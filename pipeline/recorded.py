@@ -295,7 +295,8 @@ class BandRecord:
 class CheckedMatrix:
     """A metric's matrix of an ``archive.zarr``, each tile compared with its digest when it is read.
 
-    Distances of tiles that don't count are NaN, and ``left_out`` names these tiles.
+    Distances of tiles that don't count are NaN, and ``left_out`` names these tiles. ``directed`` tells that
+    rows are references, and the other half of the matrix isn't the same.
 
     Parameters
     ----------
@@ -314,6 +315,7 @@ class CheckedMatrix:
         self.key, self.metric = key, metric
         group = store.get_group(root, key)
         self.array = store.get_array(group, metric)
+        self.directed = bool(self.array.attrs.get(schema.DIRECTED, False))
         self.tile: int = self.array.chunks[0]
         self.left_out: dict[str, None] = {}
         self._labels = labels_of_blocks(group, self.tile) if labels is None else labels
@@ -346,6 +348,17 @@ class CheckedMatrix:
         first = j * self.tile
         values = self.band(i, j, stop)[index - i * self.tile]
         return values[columns.start - first : columns.stop - first]
+
+    def both_ways(self, index: int, columns: slice) -> np.ndarray:
+        """Read distances of one frame in both directions, and give their mean, (column,) float64."""
+        values = self.row(index, columns).astype(np.float64)
+        if not self.directed:
+            return values
+        i, place = divmod(index, self.tile)
+        first, stop = columns.start // self.tile, -(-columns.stop // self.tile)
+        back = np.concatenate([self.band(j, i, i + 1)[:, place] for j in range(first, stop)])
+        start = first * self.tile
+        return (values + back[columns.start - start : columns.stop - start]) / 2
 
     def value(self, index: int, column: int) -> float:
         """Read one distance."""

@@ -22,14 +22,17 @@ from lsim.networks import LsimTrunk
 from lsim.prepared import Prepared
 from lsim.testing import write_random_checkpoint
 from lsim.weights import load_checkpoint, save_checkpoint
-from pipeline import schema, scopes, store, versions
+from pipeline import scaling, schema, scopes, store, versions
 from pipeline.archive import MatrixRequest, compute_archive
 from pipeline.correlate import CorrelationError, correlate
 from pipeline.distances import compute_distances
 from pipeline.distances.blocks import fingerprint
 from pipeline.distances.compute import BlockTask, compute_block, compute_blocks
 from pipeline.metric_choice import Settings, UnavailableMetricError
-from pipeline.report import write_report
+from pipeline.neighbours import find_neighbours
+from pipeline.report import write_archive_report, write_report
+from pipeline.report.archive import gather_archive
+from pipeline.resolution import list_unresolved
 from pipeline.verify import verify
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
@@ -738,3 +741,47 @@ def test_an_archive_keeps_directions_across_tiles(tmp_path):
     assert dataset["l1"].attrs["units"] == "K"
     schema.validate_archive(dataset.load(), "A/density")
     assert verify(out).damages == []
+
+
+def test_readers_of_a_directed_matrix_take_both_halves_or_name_the_reference(tmp_path, monkeypatch):
+    frames, out = warm(tmp_path / "frames.zarr"), tmp_path / "a.zarr"
+    settings = Settings(metrics=("nrmse", "l1"), size=None, scope="none", directed=True)
+    with Cluster(Profile(kind="none")) as cluster:
+        compute_archive(frames, out, settings, MatrixRequest(tile=3), cluster=cluster)
+    values = store.open_dataset(out, "A/density")["nrmse"].values.astype(np.float64)
+    np.fill_diagonal(values, 0)
+    assert not np.array_equal(values, values.T)
+    (matrix,) = gather_archive(out).matrices
+    mean = scaling.classical_map((values + values.T) / 2)
+    assert matrix.directed == ["nrmse"]
+    drawn = {one.metric: one.found for one in matrix.maps}
+    np.testing.assert_array_equal(drawn["nrmse"].positions, mean.positions)
+    monkeypatch.setattr(scaling, "CLASSICAL_UP_TO", 0)
+    (matrix,) = gather_archive(out).matrices
+    drawn = {one.metric: one.found for one in matrix.maps}
+    np.testing.assert_allclose(np.abs(drawn["nrmse"].positions), np.abs(mean.positions), atol=1e-9)
+    write_archive_report(out, tmp_path / "page")
+    assert "½ (d(a, b) + d(b, a))" in (tmp_path / "page/index.html").read_text()
+
+    found = find_neighbours(out, "s1:2", 7, "nrmse")
+    assert found.directed == ["nrmse"]
+    assert [near.distances["nrmse"] for near in found.nearest] == sorted(np.delete(values[6], 6))
+    code, text = run_lsim("neighbours", out, "--of", "s1:2", "--metric", "nrmse")
+    assert code == 0
+    assert "with A/density/s1:2 as the reference: nrmse" in " ".join(text.split())
+
+
+def test_unresolved_distances_of_an_archive_count_in_both_directions_where_both_are_kept(tmp_path):
+    archive = archive_of(2, frames=4)
+    for frames in archive["A/density"].values():
+        frames *= 1e-6
+    frames = write_archive(tmp_path / "frames.zarr", archive)
+    counts = {}
+    for directed in (False, True):
+        settings = Settings(metrics=("nrmse",), size=None, scope=(-100.0, 100.0), directed=directed)
+        with Cluster(Profile(kind="none")) as cluster:
+            out = tmp_path / f"{directed}.zarr"
+            compute_archive(frames, out, settings, MatrixRequest(tile=3), cluster=cluster)
+        (counts[directed],) = list_unresolved(store.open_store(out))
+    assert counts[True].distances == 2 * counts[False].distances == 8 * 7
+    assert counts[True].unresolved == 2 * counts[False].unresolved > 0

@@ -75,6 +75,8 @@ class Matrix:
         Of a few references, in other sequences.
     left_out : list of str
         Tiles that don't count, with the reason.
+    directed : list of str
+        Metrics of which both directions are kept.
     """
 
     key: str
@@ -88,6 +90,7 @@ class Matrix:
     marked: list[int]
     nearest: list[Neighbours]
     left_out: list[str]
+    directed: list[str]
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,7 @@ def _matrix(root: store.Group, key: str) -> Matrix:
         marked=scaling.spread(first.found.positions, MARKED) if first and first.found else [],
         nearest=[],
         left_out=[],
+        directed=[one.metric for one in checked if one.directed],
     )
     if first is not None:
         matrix.nearest.extend(_nearest(root, matrix, shown, first.metric))
@@ -263,21 +267,24 @@ def _picked(array: store.Array, places: np.ndarray) -> np.ndarray:
 
 
 def _picked_of_row(matrix: CheckedMatrix, row: int, places: np.ndarray) -> np.ndarray:
-    """Distances of a frame to others; read some tiles at a time."""
+    """Read distances of a frame to others, the mean of both directions, some tiles at a time."""
     step = max(1, COLUMNS_TOGETHER // matrix.tile) * matrix.tile
     found = []
     for start in range(0, matrix.length, step):
         here = places[(places >= start) & (places < start + step)]
         if len(here):
-            found.append(matrix.row(row, slice(start, min(start + step, matrix.length)))[here - start])
-    return np.concatenate(found) if found else np.empty(0, np.float32)
+            found.append(matrix.both_ways(row, slice(start, min(start + step, matrix.length)))[here - start])
+    return np.concatenate(found) if found else np.empty(0)
 
 
 # -- Maps ---------------------------------------------------------------------------------------------
 
 
 def _map(matrix: CheckedMatrix, shown: np.ndarray) -> MetricMap:
-    """By all distances between the frames shown, or by those to landmarks, where frames are many."""
+    """Map the frames shown by all distances between them, or by those to landmarks, where frames are many.
+
+    A map has one distance for a pair: of a metric that isn't symmetric, the mean of both directions.
+    """
 
     def row(k: int) -> np.ndarray:
         return _picked_of_row(matrix, int(shown[k]), shown)
@@ -285,7 +292,8 @@ def _map(matrix: CheckedMatrix, shown: np.ndarray) -> MetricMap:
     metric = matrix.metric
     try:
         if len(shown) <= scaling.CLASSICAL_UP_TO and len(shown) == matrix.length:
-            found = scaling.classical_map(matrix.whole())
+            distances = matrix.whole().astype(np.float64)
+            found = scaling.classical_map((distances + distances.T) / 2 if matrix.directed else distances)
         else:
             landmarks, rows = scaling.choose_landmarks(row, len(shown))
             found = scaling.landmark_map(rows, landmarks)
