@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
+from torch.masked import MaskedTensor
 
 from lsim.claims import Claims, OthersCode, other_random_numbers, versions
 from lsim.embedding import Embedding
@@ -508,6 +509,7 @@ class Metric(ABC):
             metric is differentiable; see :attr:`MetricInfo.differentiable`. Metrics that truncate to 8 bit
             (:attr:`quantised`) have the gradient 0 everywhere.
         """
+        check_tensors(reference, other)
         if reference.ndim != 4 or reference.shape != other.shape:
             raise ValueError(
                 "expected two tensors of equal shape (batch, channel, y, x), "
@@ -857,6 +859,22 @@ def hash_specification(specification: Mapping[str, Any]) -> str:
     """Hash of a metric's specification, as the metric gives it or as it was recorded; keys in any order."""
     document = json.dumps(specification, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(document.encode()).hexdigest()[:32]
+
+
+def check_tensors(*batches: Tensor) -> None:
+    """Refuse batches that are no tensors, and masked ones.
+
+    Raises
+    ------
+    ValueError
+        Naming what was found, and what to do.
+    """
+    for batch in batches:
+        if not isinstance(batch, Tensor) or isinstance(batch, MaskedTensor):
+            raise ValueError(
+                f"expected plain tensors (batch, channel, y, x), found {type(batch).__name__}: "
+                "Metric.distance takes arrays, and masked ones with mask='nan'"
+            )
 
 
 def check_range(name: str, remedy: str, a: Tensor, b: Tensor, stacklevel: int) -> bool:

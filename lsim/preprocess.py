@@ -451,6 +451,11 @@ def as_array(values: ArrayLike, what: str = "frames") -> np.ndarray:
     return np.where(missing, np.array(np.nan, dtype), data.astype(dtype, copy=False))
 
 
+def unmasked(frames: Frames) -> Frames:
+    """Give frames with NaN where they are masked (:func:`as_array`); others are returned as they are."""
+    return as_array(frames) if isinstance(frames, np.ma.MaskedArray) else frames
+
+
 def _holds_masked(values: Any) -> bool:
     """Tell whether nested lists hold masked arrays or tensors, which NumPy would read without their mask."""
     return any(
@@ -501,6 +506,7 @@ def drop_alpha(frames: Frames) -> Frames:
     """
     if 0 in frames.shape:
         raise FramesError(f"frames are empty: shape {frames.shape}")
+    frames = unmasked(frames)
     channels = frames.shape[-1]
     if channels in (1, 3):
         return frames
@@ -532,6 +538,7 @@ def resize(frames: np.ndarray, size: int, order: int = 0, *, zero_rim: bool = Fa
     -------
     ndarray of shape (n, size, size, channel), dtype of ``frames`` (half becomes single precision)
     """
+    frames = unmasked(frames)
     if frames.dtype == np.float16:
         frames = frames.astype(np.float32)
     if frames.dtype == np.bool_:
@@ -585,7 +592,7 @@ def value_range(
     lo, hi : ndarray of shape (channel,), float64
         NaN where no frame is finite.
     """
-    loaded = _loadable(frames)
+    loaded = _loadable(unmasked(frames))
     return _range(loaded, where, None if masked else _extremes(loaded).finite)
 
 
@@ -659,7 +666,8 @@ def _walk_extremes(frames, channels, lowest, highest):  # type: ignore[no-untype
 
 
 def finite_frames(frames: np.ndarray) -> np.ndarray:
-    """Which frames of (n, …) hold neither NaN nor infinity: bool (n,)."""
+    """Tell which frames of (n, …) hold neither NaN nor infinity: bool (n,)."""
+    frames = unmasked(frames)
     if frames.dtype.kind != "f":
         return np.ones(len(frames), dtype=bool)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -700,6 +708,7 @@ def normalise(
     ndarray or Tensor of shape (n, y, x, channel), float32, or float64 if ``double``
         New memory. The published code, too, rounds to single precision before it truncates to 8 bit.
     """
+    frames = unmasked(frames)
     single = frames.dtype == (torch.float32 if isinstance(frames, Tensor) else np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         low, high = lo.astype(np.float32), hi.astype(np.float32)
@@ -766,6 +775,7 @@ def truncate_to_8bit(frames: np.ndarray) -> np.ndarray:
     """
     # In one pass and one thread: this is half the time of the metrics of pixel differences, and waiting
     # for a second thread on a busy machine is more than the other half.
+    frames = unmasked(frames)
     out = np.empty(frames.shape, np.float32)
     floats = np.float64 if frames.dtype == np.float64 else np.float32
     _floor_within(np.ascontiguousarray(frames, floats).reshape(-1), out.reshape(-1))

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lsim.preprocess import as_array
+
 
 def may_be_constant(distances: np.ndarray, rounding: np.ndarray) -> bool:
     """Tell whether one value agrees with all distances, each known up to its rounding.
@@ -57,7 +59,13 @@ def pooled_spearman(
     -------
     float
         Sequences are left out whose distances hold NaN or infinity, or cannot be told from a constant
-        (:func:`may_be_constant`); NaN where that leaves none.
+        (:func:`may_be_constant`); NaN where that leaves none, and where the ground truth of the others holds
+        NaN. What is masked counts as NaN.
+
+    Raises
+    ------
+    ValueError
+        Where a bound is NaN.
     """
     import scipy.stats
 
@@ -69,11 +77,13 @@ def pooled_spearman(
         [0.0] * len(distances) if rounding is None else rounding,
         strict=True,
     ):
-        values = np.asarray(row, dtype=np.float64)
-        if np.isfinite(values).all() and not may_be_constant(values, np.asarray(bound, np.float64)):
+        values, error = (as_array(part).astype(np.float64) for part in (row, bound))
+        if np.isnan(error).any():
+            raise ValueError("rounding: expected a bound for each distance, found NaN or masked ones")
+        if np.isfinite(values).all() and not may_be_constant(values, error):
             low, high = values.min(), values.max()
             scaled.append(0.9 * ((values - low) / (high - low)) + 0.1)
-            truths.append(np.asarray(truth, dtype=np.float32))
+            truths.append(as_array(truth).astype(np.float32))
     if not scaled:
         return float("nan")
     return float(scipy.stats.spearmanr(np.concatenate(scaled), np.concatenate(truths)).statistic)

@@ -290,6 +290,18 @@ def _failure(error: Exception, sequence: LazySequence) -> dict[str, Any]:
     return failure
 
 
+def _without_mask(values: np.ndarray, here: str) -> np.ndarray:
+    """Put NaN where an array is masked: that of a reader of one's own may be, as netCDF4's are."""
+    if not isinstance(values, np.ma.MaskedArray):
+        return values
+    from lsim.preprocess import FramesError, as_array
+
+    try:
+        return as_array(values)
+    except FramesError as error:
+        raise ReaderError(f"{here}: {error}") from error
+
+
 class _OtherShapeError(ReaderError):
     """A sequence that is sound but of another shape or dtype than its field."""
 
@@ -303,9 +315,10 @@ def _checked(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Frames (n, y, x, channel), in native byte order, and parameter (n,); an error says what is wrong."""
     frames, parameter = sequence.read()
+    here = f"sequence {sequence.name}"
+    frames, parameter = (_without_mask(values, here) for values in (frames, parameter))
     frames = np.ascontiguousarray(frames, dtype=frames.dtype.newbyteorder("="))
     parameter = np.asarray(parameter, dtype=np.float64)
-    here = f"sequence {sequence.name}"
     if frames.ndim != 4 or 0 in frames.shape or len(frames) < 2:
         raise ReaderError(
             f"{here}: frames of shape {frames.shape}; expected (frame, y, x, channel), 2 or more"

@@ -37,7 +37,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from lsim.ieee import ieee_convolutions
 from lsim.metric import resolve_device
 from lsim.networks import TRUNKS, LsimTrunk
-from lsim.preprocess import preprocess
+from lsim.preprocess import as_array, preprocess
 from lsim.ranking import pooled_spearman
 from lsim.training.loss import sequence_loss
 from lsim.training.network import DistanceNetwork, PairNetwork
@@ -519,7 +519,8 @@ def batch_losses(
 
 def planes(frames: np.ndarray, device: torch.device) -> Tensor:
     """(n, y, x, channel) → (n, channel, y, x), float32, on the device."""
-    return torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32)).to(device).permute(0, 3, 1, 2)
+    values = np.ascontiguousarray(as_array(frames), dtype=np.float32)
+    return torch.from_numpy(values).to(device).permute(0, 3, 1, 2)
 
 
 def _read_ahead(

@@ -291,7 +291,7 @@ def scale_parameter(values: np.ndarray, name: str) -> np.ndarray:
     ReaderError
         Unless there are at least two values, all finite, and each is larger than the one before.
     """
-    values = np.asarray(values, dtype=np.float64)
+    values = np.ma.filled(np.ma.asanyarray(values, dtype=np.float64), np.nan)
     if values.ndim != 1 or values.size < 2:
         raise ReaderError(f"sequence {name}: parameter of shape {values.shape}; expected (n,) with n >= 2")
     if not np.isfinite(values).all():
