@@ -171,6 +171,7 @@ def convert(
             any(plan.has_work for plan in plans)
             or not store.is_consolidated(path)
             or any(_differs(root, key, values) for key, values in attributes.items())
+            or any(_other_attributes(root, plan) for plan in plans)
         ):
             connect: Connect = client if callable(client) else lambda: client
             _bring_up_to_date(path, root, plans, attributes, connect, progress, started)
@@ -206,6 +207,10 @@ def _bring_up_to_date(
     _compact(path, root, plans, connect)
     for key, values in attributes.items():
         _update(root, key, values)
+    for plan in plans:
+        if changed := _other_attributes(root, plan):
+            frames = store.get_array(store.get_group(root, plan.key), schema.FRAMES)
+            frames.update_attributes(changed)
     if any(plan.outcomes for plan in plans) or "convert_seconds" not in root.attrs:
         seconds = time.perf_counter() - started
         store.set_attributes(root, {"convert_seconds": seconds, "versions": versions()})
@@ -613,6 +618,17 @@ def _attributes(root: store.Group, catalog: Catalog, entries: Sequence[Dataset])
             "citation": entry.citation or catalog.citation,
         }
     return attributes
+
+
+def _other_attributes(root: store.Group, plan: _Plan) -> dict[str, Any]:
+    """List attributes, such as units, that the first good sequence of a field has, and the field has not."""
+    good = (name for name in plan.names if name in plan.sequences and name not in plan.broken)
+    if (first := next(good, None)) is None or f"{plan.key}/{schema.CONTENT}" not in root:
+        return {}
+    there = store.get_array(store.get_group(root, plan.key), schema.FRAMES).attrs
+    return {
+        name: value for name, value in plan.sequences[first].attributes.items() if there.get(name) != value
+    }
 
 
 def _differs(root: store.Group, key: str, values: dict[str, Any]) -> bool:

@@ -223,6 +223,27 @@ def test_fields_and_dtypes_are_groups_of_their_own(tmp_path: Path, rng: np.rando
     np.testing.assert_array_equal(stored.values[0], arrays["u"][..., :1])
 
 
+def test_units_that_changed_beside_the_same_values_are_updated(tmp_path: Path, rng: np.random.Generator):
+    values, out = rng.random((2, 3, 4, 5)), tmp_path / "frames.zarr"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "c.yaml").write_text(
+        "name: c\ndatasets:\n- {name: D, source: {path: data}, reader: xarray}\n"
+    )
+    units = {}
+    for attributes in ({}, {"units": "K"}, {"units": "mK"}, {}):
+        rho = (("sequence", "frame", "y", "x"), values, attributes)
+        data = xr.Dataset({"rho": rho, "parameter": ("frame", [0.0, 1.0, 2.0])})
+        data.to_netcdf(tmp_path / "data" / "sim.nc", engine="h5netcdf")
+        report = convert(open_catalog(tmp_path / "c.yaml"), out)
+        units[len(units)] = open_tree(out)["D/rho"]["frames"].attrs.get("units")
+        assert len(report.converted) == (2 if len(units) == 1 else 0)
+        before = contents(out)
+        assert not convert(open_catalog(tmp_path / "c.yaml"), out).changed
+        assert contents(out) == before
+    # A source that says nothing takes nothing away: somebody may have said it in the store.
+    assert list(units.values()) == [None, "K", "mK", "mK"]
+
+
 def test_units_and_a_store_that_is_read_again(tmp_path: Path, rng: np.random.Generator):
     """The project's own store is a source like any other, and NetCDF keeps its units."""
     data = xr.Dataset(

@@ -207,6 +207,25 @@ def test_source_data_is_copied_from_an_address_and_converted(bucket, tmp_path, f
         bring(f"{bucket}/absent", tmp_path / "absent")
 
 
+def test_an_object_of_the_same_size_and_second_is_copied_again_where_its_tag_is_another(bucket, tmp_path):
+    folder, note = tmp_path / "in", tmp_path / ".in.brought-from.json"
+    objects.write(f"{bucket}/in", "one", b"1")
+    objects.write(f"{bucket}/in", "two", b"a")
+    assert bring(f"{bucket}/in", folder)
+    objects.write(f"{bucket}/in", "one", b"2")
+    for one in objects.listed(f"{bucket}/in"):
+        os.utime(folder / one.name, (one.time, one.time))
+    assert bring(f"{bucket}/in", folder)
+    assert files_of(folder) == {"one": b"2", "two": b"a"}
+    assert not bring(f"{bucket}/in", folder)
+    # A copy of an earlier version has no tags: it is taken as it is, and notes them.
+    noted = json.loads(note.read_text())
+    assert all(noted["tags"].values())
+    note.write_text(json.dumps({"from": noted["from"], "file": ""}))
+    assert not bring(f"{bucket}/in", folder)
+    assert json.loads(note.read_text()) == noted
+
+
 def test_simulations_become_a_store_at_an_address_and_are_trained_on_there(bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("LSIM_DATA", str(tmp_path / "data"))
     with Cluster(Profile(kind="none")) as cluster:
