@@ -81,7 +81,7 @@ def test_a_worker_that_stops_for_good_as_it_starts_is_replaced(run, frames, mome
     assert_whole(run, frames, out, 1)
 
 
-@pytest.mark.parametrize(("number", "timeout"), [(signal.SIGKILL, 180), (signal.SIGSTOP, 20)])
+@pytest.mark.parametrize(("number", "timeout"), [(signal.SIGKILL, 180), (signal.SIGSTOP, 40)])
 def test_a_worker_that_is_lost_at_every_start_is_an_error_in_plain_words(run, frames, number, timeout):
     start(run, frames, "setup", number, 9, timeout)
     code, text = run.end(run.started[0])
