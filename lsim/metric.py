@@ -262,10 +262,7 @@ class Metric(ABC):
         if self.source_sha256:
             found["source_sha256"] = self.source_sha256
         if self.pixel_weights is not None:
-            found["weights_of_pixels"] = {
-                "shape": list(self.pixel_weights.shape),
-                "sha256": hashlib.sha256(self.pixel_weights.numpy().tobytes()).hexdigest(),
-            }
+            found[WEIGHTS_OF_PIXELS] = describe_weights(self.pixel_weights.numpy())
         return found
 
     def symmetrised(self) -> Self:
@@ -851,6 +848,38 @@ def _bounded(embedding: Embedding, prepared: Prepared) -> Embedding:
     if prepared.rounding is None:
         return embedding
     return replace(embedding, rounding=prepared.rounding, stored=prepared.stored)
+
+
+WEIGHTS_OF_PIXELS = "weights_of_pixels"
+"""Key of a specification for what :func:`describe_weights` gives."""
+
+
+def describe_weights(weights: ArrayLike) -> dict[str, Any]:
+    """Describe weights of pixels as specifications do: by their shape, and a hash of their ratios.
+
+    Parameters
+    ----------
+    weights : array_like of shape (y, x)
+        As :meth:`Metric.weighted` takes them.
+
+    Returns
+    -------
+    dict of JSON values
+
+    Raises
+    ------
+    ValueError
+        When they are none.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> weights = np.array([[1.0, 1.0], [3.0, 3.0]])
+    >>> describe_weights(weights) == describe_weights(2 * weights)
+    True
+    """
+    values = _checked_weights(weights)
+    return {"shape": list(values.shape), "sha256": hashlib.sha256(values.tobytes()).hexdigest()}
 
 
 def hash_specification(specification: Mapping[str, Any]) -> str:
