@@ -384,10 +384,10 @@ def _weights_of(sequence: LazySequence, frames: np.ndarray, expected: _Field | N
     digest = "" if weights is None else hash_weights(weights)
     if expected is not None and digest != expected.weights:
         state = "other than those of" if digest else "missing, unlike those of"
+        state = state if expected.weights else "there, unlike for"
         raise _OtherShapeError(
-            f"{what} are {state if expected.weights else 'there, unlike for'} the field's first sequence, and "
-            "all of a field are compared with the same. A group with weights of its own needs an entry of its "
-            "own in the catalog, chosen by its filter",
+            f"{what} are {state} the field's first sequence, and all of a field are compared with the same. "
+            "A group with weights of its own needs an entry of its own in the catalog, chosen by its filter",
             f"weights {digest}",
         )
     return weights
