@@ -165,6 +165,7 @@ class Metric(ABC):
         """Of the file of a metric of one's own that is loaded by reference: another file, other distances."""
         self.pixel_weights: Tensor | None = None
         """Weights of the pixels (y, x) in means, float64, the largest 1; see :meth:`weighted`."""
+        self._described_weights: dict[str, Any] | None = None
         self._symmetrised = False
         self._warned = False
         self._range_known = False
@@ -261,8 +262,8 @@ class Metric(ABC):
             found["symmetrised"] = True
         if self.source_sha256:
             found["source_sha256"] = self.source_sha256
-        if self.pixel_weights is not None:
-            found[WEIGHTS_OF_PIXELS] = describe_weights(self.pixel_weights.numpy())
+        if self._described_weights is not None:
+            found[WEIGHTS_OF_PIXELS] = self._described_weights
         return found
 
     def symmetrised(self) -> Self:
@@ -315,6 +316,8 @@ class Metric(ABC):
             )
         copied = copy.copy(self)
         copied.pixel_weights = torch.from_numpy(_checked_weights(weights))
+        # Once: specifications are asked for often, and hashing a million weights takes milliseconds.
+        copied._described_weights = describe_weights(weights)
         return copied
 
     @property
