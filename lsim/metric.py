@@ -166,6 +166,7 @@ class Metric(ABC):
         """Of the file of a metric of one's own that is loaded by reference: another file, other distances."""
         self.pixel_weights: Tensor | None = None
         """Weights of the pixels (y, x) in means, float64, the largest 1; see :meth:`weighted`."""
+        self._described_weights: dict[str, Any] | None = None
         self._symmetrised = False
         self._warned = False
         self._range_known = False
@@ -262,11 +263,8 @@ class Metric(ABC):
             found["symmetrised"] = True
         if self.source_sha256:
             found["source_sha256"] = self.source_sha256
-        if self.pixel_weights is not None:
-            found["weights_of_pixels"] = {
-                "shape": list(self.pixel_weights.shape),
-                "sha256": hashlib.sha256(self.pixel_weights.numpy().tobytes()).hexdigest(),
-            }
+        if self._described_weights is not None:
+            found[WEIGHTS_OF_PIXELS] = self._described_weights
         return found
 
     def symmetrised(self) -> Self:
@@ -319,6 +317,8 @@ class Metric(ABC):
             )
         copied = copy.copy(self)
         copied.pixel_weights = torch.from_numpy(_checked_weights(weights))
+        # Once: specifications are asked for often, and hashing a million weights takes milliseconds.
+        copied._described_weights = describe_weights(weights)
         return copied
 
     @property
@@ -853,6 +853,38 @@ def _bounded(embedding: Embedding, prepared: Prepared) -> Embedding:
     if prepared.rounding is None:
         return embedding
     return replace(embedding, rounding=prepared.rounding, stored=prepared.stored)
+
+
+WEIGHTS_OF_PIXELS = "weights_of_pixels"
+"""Key of a specification for what :func:`describe_weights` gives."""
+
+
+def describe_weights(weights: ArrayLike) -> dict[str, Any]:
+    """Describe weights of pixels as specifications do: by their shape, and a hash of their ratios.
+
+    Parameters
+    ----------
+    weights : array_like of shape (y, x)
+        As :meth:`Metric.weighted` takes them.
+
+    Returns
+    -------
+    dict of JSON values
+
+    Raises
+    ------
+    ValueError
+        When they are none.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> weights = np.array([[1.0, 1.0], [3.0, 3.0]])
+    >>> describe_weights(weights) == describe_weights(2 * weights)
+    True
+    """
+    values = _checked_weights(weights)
+    return {"shape": list(values.shape), "sha256": hashlib.sha256(values.tobytes()).hexdigest()}
 
 
 def hash_specification(specification: Mapping[str, Any]) -> str:

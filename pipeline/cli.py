@@ -128,6 +128,13 @@ PrecisionOption = Annotated[
         help="exact; double: for frames that hardly differ; or ranking: faster, the same but for near-ties.",
     ),
 ]
+PixelWeights = Annotated[
+    bool,
+    typer.Option(
+        "--pixel-weights",
+        help="Weight means over pixels by the field's weights, which its catalog names; needs --size 0.",
+    ),
+]
 VerifySources = Annotated[
     bool,
     typer.Option(
@@ -300,6 +307,7 @@ def run(
     mask: MaskOption = None,
     precision: PrecisionOption = None,
     weights: WeightsOption = None,
+    pixel_weights: PixelWeights = False,
     strict: Strict = False,
     verify_sources: VerifySources = False,
     cluster: ClusterOption = "local",
@@ -317,6 +325,7 @@ def run(
     changes: dict[str, Any] = {"strict": strict or there.strict, "weights": there.weights | _weights(weights)}
     changes["metrics"] = _metric_names(there.metrics if metrics is None else metrics, own)
     changes["options"] = _options(option, there.options)
+    changes["pixel_weights"] = pixel_weights or there.pixel_weights
     changes |= _mask_and_precision(mask, precision)
     settings = Settings.model_validate(there.model_dump() | changes)
     _make_importable(settings.metrics, Path.cwd(), find_resource("workflows", workflow).parent)
@@ -389,6 +398,7 @@ def distances_command(
     mask: MaskOption = None,
     precision: PrecisionOption = None,
     weights: WeightsOption = None,
+    pixel_weights: PixelWeights = False,
     pairs: Annotated[str, typer.Option(help="all, or reference: frame 0 against the others only.")] = "all",
     scope: Annotated[
         str,
@@ -432,9 +442,8 @@ def distances_command(
     from pipeline.workers.profiles import load_profile
 
     told = {"size": size or None, "order": order, "compat": compat, "scope": _scope(scope)}
-    told |= {"pairs": pairs, "directed": directed, "strict": strict, "block": block} | _mask_and_precision(
-        mask, precision
-    )
+    told |= {"pairs": pairs, "directed": directed, "strict": strict, "block": block}
+    told |= {"pixel_weights": pixel_weights} | _mask_and_precision(mask, precision)
     settings = _settings(_metric_names(metrics, own), option, weights, told)
     if matrix not in ("sequence", "archive"):
         raise typer.BadParameter(f"--matrix {matrix!r}: expected sequence or archive")

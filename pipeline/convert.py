@@ -32,6 +32,10 @@ rise within [0, 1] is listed with file and reason in the attribute ``quarantined
 when its files change, or that key. Where nothing is left of a field, the field is made anew from all that
 its sequences now are, whatever its shape was.
 
+All sequences of a field have the same weights of pixels, or none: those of the first good one. A sequence
+that has others is quarantined, as one of another shape is; where none is left that has the field's, the field
+is made anew. So is one whose weights are not those that are recorded of its sequences: a disk lost them.
+
 A name is the key of a sequence. Where several have one, which of them is meant can't be told: they are listed
 once, under it, with a reason that names their files, and what the store had of that name goes. The one that
 is left, when the others were removed or renamed, is a sequence like any other.
@@ -51,7 +55,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import schema, store
 from pipeline.address import absolute
 from pipeline.catalog import Catalog, Dataset, where
-from pipeline.content import is_bound
+from pipeline.content import hash_weights, is_bound, stored_weights, weights_of_record
 from pipeline.readers import LazySequence, list_sequences
 from pipeline.shards import (
     COLUMNS,
@@ -310,6 +314,8 @@ def _plan_field(
     wanted = {sequence.name: sequence for sequence in members}
     uses = Counter(file.path for sequence in members for file in sequence.files)
     index = _read_index(root, key)
+    if index is not None and _has_lost_weights(root, key, index):
+        index = None  # made anew
     plan = _Plan(
         dataset=key.partition("/")[0],
         key=key,
@@ -401,6 +407,17 @@ def _read_index(root: store.Group, key: str) -> _Index | None:
     ]
     ragged = any(store.get_array(group, name).shape[0] != length for name in COLUMNS)
     return _Index(columns[0], columns[1], columns[2], ragged)
+
+
+def _has_lost_weights(root: store.Group, key: str, index: _Index) -> bool:
+    """Tell whether a field's weights of pixels are not those that are recorded of its sequences."""
+    rows = [row for row, content in enumerate(index.content) if content]
+    recorded = {weights_of_record(index.source[row]) for row in rows}
+    try:
+        weights = stored_weights(store.get_group(root, key))
+    except store.DamagedError:
+        return True
+    return bool(recorded) and recorded != {"" if weights is None else hash_weights(weights)}
 
 
 def _rows_by_name(index: _Index) -> dict[str, int]:

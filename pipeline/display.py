@@ -179,6 +179,7 @@ def show_distances(report: Any) -> None:
         console.print(
             f"not symmetric, so half of d(a, b) + d(b, a): {', '.join(report.symmetrised)}", markup=False
         )
+    _show_weighted(report.weighted)
     if report.unrecorded:
         console.print(
             f"{report.unrecorded} matrices were computed again: their record was damaged, or without a digest"
@@ -198,6 +199,11 @@ def show_distances(report: Any) -> None:
         console.print(table)
 
 
+def _show_weighted(metrics: Sequence[str]) -> None:
+    if metrics:
+        console.print(f"means weighted by the fields' weights of pixels: {', '.join(metrics)}", markup=False)
+
+
 def _show_unresolved(unresolved: list[Any]) -> None:
     """A line for each metric with distances that its arithmetic doesn't resolve."""
     for one in unresolved:
@@ -214,6 +220,7 @@ def show_archive(report: ArchiveReport) -> None:
         output.print(f"nothing to do: {report.up_to_date} tiles are up to date")
     if report.copies:
         console.print(f"{report.copies} tasks ran so long that a second copy was sent to another worker")
+    _show_weighted(report.weighted)
     for name, reason in report.unavailable.items():
         console.print(f"left out: {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
     _show_unresolved(report.unresolved)

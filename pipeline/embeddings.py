@@ -252,6 +252,11 @@ def _check_scope(scope: Scope) -> None:
 
 
 def _one_metric(settings: Settings) -> tuple[Metric, MetricRequest]:
+    if settings.pixel_weights:
+        raise ValueError(
+            "weights of pixels count where embeddings are compared, and are not in a store of them: leave "
+            "pixel_weights out"
+        )
     chosen = choose_metrics(settings)
     if settings.metrics == "all" or len(chosen.metrics) != 1:
         names = ", ".join(metric.name for metric in chosen.metrics)

@@ -55,8 +55,10 @@ SHARED_BY_STAGES = (
     "pipeline.scopes",
     "pipeline.batches",
     "pipeline.trials",
+    "pipeline.pixel_weights",
 )
-"""What several stages ask: which metrics, over which range frames are normalised, what where one raises."""
+"""What several stages ask: which metrics, over which range frames are normalised, what where one raises, by
+what means are weighted."""
 WORKERS = (
     "pipeline.workers.cluster",
     "pipeline.workers.credentials",

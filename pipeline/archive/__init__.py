@@ -28,6 +28,7 @@ from pipeline.archive.tiles import TileTask, compute_tiles
 from pipeline.embedding_cache import clear_cache
 from pipeline.fields import checked_fields, drop_vanished, refuse_others_results
 from pipeline.metric_choice import Settings, choose_metrics
+from pipeline.pixel_weights import metrics_by_field
 from pipeline.recorded import record_fingerprints
 from pipeline.resolution import Unresolved, list_unresolved, record_resolution
 from pipeline.runs import begin_run, carried, record_run
@@ -69,6 +70,8 @@ class ArchiveReport:
         Metrics with distances of the store that rounding may have changed by more than 0.1 %.
     unavailable : dict of str to str
         Metrics left out of ``"all"``, with the reason.
+    weighted : list of str
+        Metrics whose means are weighted by the fields' weights of pixels.
     seconds : float
     seconds_by_stage : Counter
         ``embed``, ``compare``, ``write``, summed over threads.
@@ -86,6 +89,7 @@ class ArchiveReport:
     failures: list[ArchiveFailure] = field(default_factory=list)
     unresolved: list[Unresolved] = field(default_factory=list)
     unavailable: dict[str, str] = field(default_factory=dict)
+    weighted: list[str] = field(default_factory=list)
     seconds: float = 0.0
     seconds_by_stage: Counter[str] = field(default_factory=Counter)
     precision: dict[str, dict[str, PairPrecision]] = field(default_factory=dict)
@@ -155,8 +159,14 @@ def compute_archive(
     source = store.open_store(frames_path)
     keys = checked_fields(source, frames_path, matrix.groups or None)
     report = ArchiveReport(unavailable=chosen.unavailable)
-    context = Context(frames_path, out_path, settings, matrix, cluster, chosen.metrics, chosen.requests)
-    jobs = [MatrixJob(context, key, source, fields) for key, fields in _matrices(keys, matrix)]
+    chosen, by_field = metrics_by_field(chosen, source, frames_path, keys, weighted=settings.pixel_weights)
+    report.unavailable = chosen.unavailable
+    report.weighted = [metric.name for metric in chosen.metrics if settings.pixel_weights]
+    context = Context(frames_path, out_path, settings, matrix, cluster, chosen.requests)
+    jobs = [
+        MatrixJob(context, key, source, {one: by_field[one] for one in fields})
+        for key, fields in _matrices(keys, matrix)
+    ]
     report.frames = sum(len(job.frames) for job in jobs)
     there = store.exists(out_path)
     if there:
@@ -170,7 +180,12 @@ def compute_archive(
     if plan_only:
         report.seconds = time.perf_counter() - began
         return report
-    made_by = begin_run(scope=settings.scope, compat=settings.compat, mask=settings.mask)
+    made_by = begin_run(
+        scope=settings.scope,
+        compat=settings.compat,
+        mask=settings.mask,
+        pixel_weights=settings.pixel_weights,
+    )
     errors: list[ArchiveFailure] = []
     with store.locked(out_path):
         root = store.open_output(out_path, schema.ARCHIVE_STORE)

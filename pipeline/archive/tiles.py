@@ -29,10 +29,11 @@ from pipeline.archive.matrix import OF_TILES, tile_fingerprint
 from pipeline.embedding_cache import FRAMES_TOGETHER, EmbeddedBlock, cache, embed_block
 from pipeline.frame_blocks import FrameBlock, read_block
 from pipeline.metric_choice import is_directed
+from pipeline.pixel_weights import FieldWeights, get_weighted
 from pipeline.recorded import tile_identity, tile_texts
 from pipeline.resolution import count_unresolved
 from pipeline.workers import stopping
-from pipeline.workers.resident import MetricRequest, get_metric, still_wanted
+from pipeline.workers.resident import MetricRequest, still_wanted
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ class TileTask:
         Bytes of embeddings that the worker may keep.
     run : str
         The run's name, in which each worker tries each metric once.
+    weights : FieldWeights, optional
+        Of the frames' pixels, where metrics are weighted by them.
     """
 
     frames: str
@@ -78,6 +81,7 @@ class TileTask:
     frame_bytes: int
     room: int
     run: str = ""
+    weights: FieldWeights | None = None
 
     @property
     def label(self) -> str:
@@ -161,7 +165,7 @@ def compute_tiles(task: TileTask) -> TileResult:
     """
     source = store.open_store(task.frames)
     group = store.get_group(store.open_store(task.out, "r+"), task.key)
-    metrics = {metric.name: metric for metric in map(get_metric, task.requests)}
+    metrics = {metric.name: metric for metric in (get_weighted(one, task.weights) for one in task.requests)}
     first = next(iter(metrics.values()))
     records = {name: _Record(group, task.places[name], tiles) for name, tiles in task.tiles.items() if tiles}
     seconds: Counter[str] = Counter()

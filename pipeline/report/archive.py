@@ -107,6 +107,7 @@ class ArchiveContents:
     count: int
     metrics: list[str]
     scope: str
+    weighted: list[str]
     failures: list[dict[str, Any]]
     unresolved: list[str]
     unavailable: dict[str, str]
@@ -156,6 +157,7 @@ def gather_archive(path: str | os.PathLike[str]) -> ArchiveContents:
         count=sum(store.get_array(group, schema.NUMBER).shape[0] for group in groups.values()),
         metrics=_leading_first(metrics),
         scope=_scope_in_words(attributes.get("scope")),
+        weighted=_weighted(path),
         failures=[failure for key, group in groups.items() for failure in _failures(key, group)],
         unresolved=[str(one) for one in list_unresolved(root)],
         unavailable={str(k): str(v) for k, v in attributes.get("unavailable", {}).items()},
@@ -418,6 +420,12 @@ def _specifications(path: str | os.PathLike[str]) -> dict[str, str]:
     for metric, specification in store.specifications(path):
         found.setdefault(metric, json.dumps(specification, indent=2, ensure_ascii=False))
     return found
+
+
+def _weighted(path: str | os.PathLike[str]) -> list[str]:
+    """List the metrics whose means over pixels are weighted."""
+    specifications = store.specifications(path)
+    return list(dict.fromkeys(name for name, found in specifications if "weights_of_pixels" in found))
 
 
 def _table(matrices: Sequence[Matrix]) -> pd.DataFrame:

@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from pipeline import schema, store
-from pipeline.content import content_hash, is_bound
+from pipeline.content import content_hash, hash_weights, is_bound, weights_fault, weights_of_record
 from pipeline.digests import binds_values, identify_rows, is_sealed
 from pipeline.distances.blocks import fingerprint
 from pipeline.recorded import LABELS, bound_rows, count_fingerprints
@@ -214,7 +214,7 @@ def _add_frames(checks: Checks, found: _Found, report: VerifyReport) -> None:
     columns = {
         column: read_column(name, array, report)
         for column, array in found.arrays.items()
-        if column != schema.FRAMES
+        if column not in (schema.FRAMES, schema.WEIGHTS)
     }
     frames = found.arrays[schema.FRAMES]
     store.check_fits(frames, 0)
@@ -232,6 +232,9 @@ def _add_frames(checks: Checks, found: _Found, report: VerifyReport) -> None:
         if sequences[row] and not is_bound(name, *record):
             reason = "its name, content and source are not those that were converted together"
             report.damages.append(Damage(name, schema.SOURCE, "", f"sequence {record[0]}", reason, (row,)))
+    sources = columns.get(schema.SOURCE)
+    recorded = {weights_of_record(str(sources[row])) for row in there} if sources is not None else None
+    report.damages += _weights(found, recorded, tuple(there), report)
     parameter = columns[schema.PARAMETER]
     checks.add(
         len(there),
@@ -240,6 +243,34 @@ def _add_frames(checks: Checks, found: _Found, report: VerifyReport) -> None:
             for row in there
         ),
     )
+
+
+def _weights(
+    found: _Found, recorded: set[str] | None, rows: tuple[int, ...], report: VerifyReport
+) -> list[Damage]:
+    """A field's weights of pixels against their hash, which conversion recorded of each of its sequences."""
+    array, what = found.arrays.get(schema.WEIGHTS), "weights of all sequences"
+    if array is None:
+        if schema.WEIGHTS in found.faults or not (recorded or set()) - {""}:
+            return []  # the first is damage by itself
+        return [Damage(found.name, schema.WEIGHTS, "", what, weights_fault(""), rows)]
+    store.check_fits(array)
+    report.chunks += store.chunk_count(array)
+    try:
+        digest = hash_weights(store.read(array))
+    except store.DamagedError:
+        damaged = store.damaged_chunks(array)
+        return [
+            Damage(found.name, schema.WEIGHTS, c.key, what, c.reason, rows, unreadable=True) for c in damaged
+        ]
+    if not recorded or recorded == {digest}:
+        return []
+    missing = ", ".join(store.missing_chunks(array))
+    return [
+        Damage(
+            found.name, schema.WEIGHTS, missing, what, "missing" if missing else weights_fault(digest), rows
+        )
+    ]
 
 
 def _sequence(
