@@ -14,23 +14,38 @@ from numpy.typing import ArrayLike
 def may_be_constant(distances: np.ndarray, rounding: np.ndarray) -> bool:
     """Tell whether one value agrees with all distances, each known up to its rounding.
 
-    The order of such distances is that of their rounding, and says nothing of the frames.
+    The order of such distances is that of their rounding, and says nothing of the frames. Two values come
+    into question:
+
+    - Zero, which is exact, where no distance exceeds its own rounding r. A sequence with a single distance
+      above its rounding has a signal.
+    - Any other value, where a distance is above 2 r: it is known from the distances alone, and two of these
+      differ by r from either side before their order is sure, max(d − r) > min(d + r). Without that floor a
+      signal that rises from nothing to below 2 r would pass for a constant between the two.
 
     Parameters
     ----------
     distances : ndarray of shape (pair,)
         Finite, at least one.
-    rounding : ndarray of shape (pair,)
+    rounding : ndarray of shape (pair,), or a scalar array
         Bound on the error of each.
 
     Examples
     --------
     >>> import numpy as np
-    >>> may_be_constant(np.array([2e-15, 9e-15]), np.array([1e-14, 1e-14]))
+    >>> rounding = np.array([1e-14, 1e-14])
+    >>> may_be_constant(np.array([2e-15, 9e-15]), rounding)
     True
-    >>> may_be_constant(np.array([2e-15, 9e-14]), np.array([1e-14, 1e-14]))
+    >>> may_be_constant(np.array([2e-15, 1.1e-14]), rounding)
     False
+    >>> may_be_constant(np.array([0.5, 0.5 + 1.5e-14]), rounding)
+    True
     """
+    sizes = np.abs(distances)
+    if (sizes <= rounding).all():
+        return True
+    if not (sizes > 2 * rounding).any():
+        return False
     return bool((distances - rounding).max() <= (distances + rounding).min())
 
 

@@ -57,16 +57,26 @@ def sequence(step: float, frames: int = 6) -> np.ndarray:
 def test_a_value_that_agrees_with_all_distances_makes_them_a_constant():
     distances = np.array([0.0, 1.0, 2.0])
     assert not may_be_constant(distances, np.full(3, 0.99))
-    assert may_be_constant(distances, np.ones(3))
+    assert may_be_constant(distances, np.full(3, 2.0))
+    assert may_be_constant(10 + distances, np.ones(3))
+    assert not may_be_constant(10 + distances, np.full(3, 0.99))
     assert may_be_constant(np.full(3, 7.0), np.zeros(3))
     assert not may_be_constant(distances, np.zeros(3))
 
 
+@given(st.floats(1, 2, exclude_min=True), st.integers(2, 12), st.booleans())
+def test_a_signal_between_once_and_twice_its_rounding_is_none_of_a_constant(largest, count, falling):
+    distances = np.linspace(largest, 0, count) if falling else np.linspace(0.9, largest, count)
+    assert not may_be_constant(distances, np.ones(count))
+
+
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=9), st.floats(0, 1), st.integers(0, 99))
 def test_rounded_constants_are_always_seen(errors, constant, seed):
-    bound = np.array(errors)
+    bound = np.array(errors) + 1e-12
     signs = np.random.default_rng(seed).uniform(-1, 1, len(errors))
-    assert may_be_constant(constant + signs * bound, bound + 1e-12)
+    assert may_be_constant(np.abs(signs) * bound, bound)
+    above = 3 * bound.max() + constant
+    assert may_be_constant(above + 0.999 * signs * bound, bound)
 
 
 def test_unresolved_distances_are_those_whose_rounding_shows():

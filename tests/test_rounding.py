@@ -16,6 +16,7 @@ import lsim
 from lsim.embedding import Embedding
 from lsim.metric import CHANGES, Metric, MetricInfo, SizeWarning
 from lsim.preprocess import Preprocessing
+from lsim.ranking import may_be_constant
 
 SIDE = 48
 CLASSIC = [
@@ -55,7 +56,7 @@ def measured(metric: Metric, frames: np.ndarray, scope: Any = "sequence") -> tup
 
 def is_constant(distances: np.ndarray, bounds: np.ndarray) -> bool:
     """Whether the distances cannot be told from one number."""
-    return bool((distances - bounds).max() <= (distances + bounds).min())
+    return may_be_constant(distances, bounds)
 
 
 def field(side: int = SIDE) -> np.ndarray:
