@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lsim.preprocess import as_frames
+
 
 def may_be_constant(distances: np.ndarray, rounding: np.ndarray) -> bool:
     """Tell whether one value agrees with all distances, each known up to its rounding.
@@ -49,6 +51,25 @@ def may_be_constant(distances: np.ndarray, rounding: np.ndarray) -> bool:
     return bool((distances - rounding).max() <= (distances + rounding).min())
 
 
+def differ_by_rounding(frames: ArrayLike, size: int | None = 224) -> bool:
+    """Tell whether frames differ from the first by nothing but rounding, as the metric ``l2`` has it.
+
+    No metric has more to go by on such frames.
+
+    Parameters
+    ----------
+    frames : array_like of shape (frame, y, x, channel)
+    size : int or None, default 224
+        Frames are resized to it.
+    """
+    from lsim.registry import load_metric
+
+    metric = load_metric("l2", device="cpu", size=size)
+    prepared = metric.prepare(as_frames(frames), "sequence")
+    distances, rounding = metric.from_reference_with_rounding(prepared)
+    return bool(np.isfinite(distances).all()) and may_be_constant(distances[1:], rounding[1:])
+
+
 def pooled_spearman(
     distances: Sequence[ArrayLike],
     ground_truth: Sequence[ArrayLike] | np.ndarray,
@@ -66,7 +87,7 @@ def pooled_spearman(
     ground_truth : sequence of array_like (pair,), or array_like (pair,)
         A row a sequence, or one for all.
     rounding : sequence of array_like (pair,), optional
-        Bounds on the error of the distances, a row a sequence. Default: they are exact.
+        Bounds on the error of the distances, a row or a number for each sequence. Default: they are exact.
 
     Returns
     -------

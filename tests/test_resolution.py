@@ -15,7 +15,7 @@ from synthetic import parameters, write_field
 
 from lsim import Embedding, Metric, MetricInfo
 from lsim.preprocess import Preprocessing
-from lsim.ranking import may_be_constant, pooled_spearman
+from lsim.ranking import differ_by_rounding, may_be_constant, pooled_spearman
 from pipeline import schema, store
 from pipeline.archive import compute_archive
 from pipeline.correlate import correlate
@@ -103,6 +103,14 @@ def test_sequences_of_rounding_are_left_out_of_a_ranking_too():
     assert np.isnan(pooled_spearman([noise], truth, [1e-9]))
 
 
+def test_frames_that_differ_by_rounding_alone_are_told_from_others():
+    rng = np.random.default_rng(0)
+    base = rng.random((1, 32, 32, 1))
+    alike = base + 1e-9 * rng.standard_normal((5, 32, 32, 1))
+    assert differ_by_rounding(alike, None)
+    assert not differ_by_rounding(base + 1e-5 * np.arange(5).reshape(-1, 1, 1, 1) * base[:, ::-1], None)
+
+
 def test_each_pair_is_bounded_where_it_is_normalised_for_itself():
     metric = Corner("corner", Preprocessing(size=None), torch.device("cpu"))
     frames = sequence(0.1)
@@ -115,7 +123,8 @@ def test_each_pair_is_bounded_where_it_is_normalised_for_itself():
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Distances of sequences of nothing but rounding, of a signal just above it, and of one far above."""
     folder = tmp_path_factory.mktemp("made")
-    steps = {"below": 0.3 * BOUND, "above": 0.6 * BOUND, "far": 0.15}
+    # Five steps from the reference: 0.95 and 1.5 times the rounding.
+    steps = {"below": 0.19 * BOUND, "above": 0.3 * BOUND, "far": 0.15}
     archive = {"A/x": {f"{name}{k}": sequence(step) for name, step in steps.items() for k in range(3)}}
     write_archive(folder / "frames.zarr", archive)
     settings = Settings(metrics=("test_resolution:Corner", "l1"), size=None)
