@@ -218,7 +218,9 @@ class ConservedError(_OverPixels):
 
         Sums of values, which cancel out, are off by their own in double.
         """
-        x, y = (_largest_magnitudes(side) for side in (a, b))
+        partly = self.preprocessing.mask or self.pixel_weights is not None
+        x = _sizes(a, partly)
+        y = x if a is b else _sizes(b, partly)
         terms = CONFIDENCE * math.sqrt(a.parts["values"].shape[1]) + 4
         own = terms * HALF_ULP_OF_DOUBLE * (x[:, None] + y) / FULL_SCALE
         return of_difference(a, b, stored=True, mean=True) + of_sum(distances, torch.float64) + own
@@ -272,10 +274,12 @@ class BoundaryError(_OverPixels):
         return safe_sqrt((difference.square() * weights).sum(1) / weights.sum(1)).mean(1) / FULL_SCALE
 
 
-def _largest_magnitudes(embedding: Embedding) -> Tensor:
-    """Largest magnitude of the known values of each frame: (n,) float64."""
-    lowest, highest = embedding.parts["values"].nan_to_num().flatten(1).aminmax(dim=1)
-    return torch.maximum(-lowest, highest).double()
+def _sizes(embedding: Embedding, masked: bool) -> Tensor:
+    """Bound the mean magnitude of each frame's known values: (n,) float64."""
+    rows = embedding.parts["values"].flatten(1)
+    if masked:  # over any of the pixels
+        return rows.nan_to_num().abs().amax(1).double()
+    return torch.linalg.vector_norm(rows, dim=1).double() / rows.shape[1] ** 0.5
 
 
 def _sums_of_magnitudes(embedding: Embedding) -> Tensor:

@@ -45,7 +45,7 @@ def reference_errors(frames: ArrayLike, size: int | None = 224) -> np.ndarray:
 
 
 def rounding_of_errors(frames: ArrayLike, size: int | None = 224) -> float:
-    """Bound the rounding of :func:`reference_errors` for pools: infinite where there is nothing else, or 0."""
+    """Bound the rounding of :func:`reference_errors` for pools: infinity where there is no more, or 0."""
     return math.inf if differ_by_rounding(frames, size) else 0.0
 
 
