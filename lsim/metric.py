@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import inspect
 import json
@@ -15,7 +16,7 @@ import math
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args
 
@@ -35,6 +36,8 @@ from lsim.units import raised
 Mask: TypeAlias = Literal["nan"] | ArrayLike | None
 """What is left out of comparisons: pixels that are NaN in either frame, or where an array is false."""
 
+
+_Bounds: TypeAlias = Callable[[], np.ndarray]
 
 _NOTHING = contextlib.nullcontext()
 
@@ -485,7 +488,7 @@ class Metric(ABC):
             return self._masking().pairwise(_where(array, mask), scope)
         if scope != "pair":
             return self.all_pairs(self.prepare(array, scope))
-        return self.each_pair_with_rounding(array)[0]
+        return self._each_pair(array, bounded=False)[0]
 
     def __call__(
         self, reference: Tensor, other: Tensor, *, data_range: float | tuple[float, float] | None = None
@@ -569,28 +572,35 @@ class Metric(ABC):
 
     def all_pairs(self, prepared: Prepared) -> np.ndarray:
         """:meth:`pairwise` for frames that :meth:`prepare` made: (n, n) float64."""
-        return self.all_pairs_with_rounding(prepared)[0]
+        return self._matrix_and_bounds(prepared)[0]
 
     def all_pairs_with_rounding(self, prepared: Prepared) -> tuple[np.ndarray, np.ndarray]:
         """Compute :meth:`all_pairs`, and bound what rounding can have done to each: (n, n) both."""
+        matrix, bounds = self._matrix_and_bounds(prepared)
+        rounding = bounds()
+        np.fill_diagonal(rounding, 0)
+        rounding[np.isnan(matrix)] = np.nan
+        return matrix, rounding
+
+    def _matrix_and_bounds(self, prepared: Prepared) -> tuple[np.ndarray, _Bounds]:
+        """Compute :meth:`all_pairs`, and give what bounds its rounding where somebody asks."""
         with torch.no_grad():
             embedding = self.embedded(prepared)
             block = self.between(embedding, embedding)
-            single, block = block.dtype == torch.float32, block.double()
-            rounding = self.bounded(embedding, embedding, block, prepared)
-            matrix = block.cpu().numpy().copy()
-        matrix[~prepared.comparable] = np.nan
-        matrix[:, ~prepared.comparable] = np.nan
-        self.claims.check_distances(matrix, square=True, single=single, rounding=rounding)
-        if "symmetric" in self.axioms:
+        single, block = block.dtype == torch.float32, block.double()
+        bounds = functools.cache(lambda: self.bounded(embedding, embedding, block, prepared))
+        matrix = block.cpu().numpy().copy()
+        if not prepared.comparable.all():
+            matrix[~prepared.comparable] = np.nan
+            matrix[:, ~prepared.comparable] = np.nan
+        self.claims.check_distances(matrix, square=True, single=single, rounding=bounds)
+        if "symmetric" in self.axioms and not (matrix == matrix.T).all():
             # To the last bit: some devices add d(i, j) and d(j, i) in another order.
             below = np.tril_indices(len(matrix), -1)
             matrix[below] = matrix.T[below]
         itself = np.where(prepared.comparable, self._to_itself(matrix.diagonal()), np.nan)
         np.fill_diagonal(matrix, itself)
-        np.fill_diagonal(rounding, 0)
-        rounding[np.isnan(matrix)] = np.nan
-        return matrix, rounding
+        return matrix, bounds
 
     def each_pair_with_rounding(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Compute :meth:`pairwise` with every pair normalised for itself, and bound its rounding.
@@ -604,39 +614,50 @@ class Metric(ABC):
         distances, rounding : ndarrays of shape (n, n), float64
             As :meth:`all_pairs_with_rounding` gives them.
         """
+        return self._each_pair(frames, bounded=True)
+
+    def _each_pair(self, frames: np.ndarray, *, bounded: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Compute :meth:`each_pair_with_rounding`, with bounds of 0 unless they are asked for."""
         self._check_sizes(self.preprocessing, frames)
         matrix = np.empty((len(frames), len(frames)))
         rounding = np.zeros_like(matrix)
         for i, j, prepared in prepare_pairs(frames, self.preprocessing, self.device):
-            both, bounds = self.all_pairs_with_rounding(prepared)
+            both, bounds = self._matrix_and_bounds(prepared)
             matrix[i, j], matrix[j, i] = both[0, 1], both[1, 0]
-            rounding[i, j], rounding[j, i] = bounds[0, 1], bounds[1, 0]
+            if bounded and i != j:
+                rounding[i, j], rounding[j, i] = bounds()[[0, 1], [1, 0]]
         diagonal = matrix.diagonal()
         np.fill_diagonal(matrix, np.where(np.isnan(diagonal), np.nan, self._to_itself(diagonal)))
-        np.fill_diagonal(rounding, np.where(np.isnan(diagonal), np.nan, 0))
+        rounding[np.isnan(matrix)] = np.nan
         return matrix, rounding
 
     def from_reference(self, prepared: Prepared) -> np.ndarray:
         """Row 0 of :meth:`all_pairs` alone, the first frame as the reference of all: (n,) float64."""
-        return self.from_reference_with_rounding(prepared)[0]
+        return self._row_and_bounds(prepared)[0]
 
     def from_reference_with_rounding(self, prepared: Prepared) -> tuple[np.ndarray, np.ndarray]:
         """Compute :meth:`from_reference`, and bound what rounding can have done to each: (n,) both."""
+        row, bounds = self._row_and_bounds(prepared)
+        rounding = bounds()[0]
+        rounding[:1] = 0
+        rounding[np.isnan(row)] = np.nan
+        return row, rounding
+
+    def _row_and_bounds(self, prepared: Prepared) -> tuple[np.ndarray, _Bounds]:
+        """Compute :meth:`from_reference`, and give what bounds its rounding, (1, n), where somebody asks."""
         with torch.no_grad():
             embedding = self.embedded(prepared)
             reference = embedding[slice(0, 1)]
             block = self.between(reference, embedding)
-            single, block = block.dtype == torch.float32, block.double()
-            rounding = self.bounded(reference, embedding, block, prepared)[0]
-            row = block[0].cpu().numpy().copy()
+        single, block = block.dtype == torch.float32, block.double()
+        bounds = functools.cache(lambda: self.bounded(reference, embedding, block, prepared))
+        row = block[0].cpu().numpy().copy()
         comparable = prepared.comparable
         row[~(comparable & comparable[0])] = np.nan
-        self.claims.check_distances(row, square=False, single=single, rounding=rounding)
+        self.claims.check_distances(row, square=False, single=single, rounding=lambda: bounds()[0])
         if comparable[0]:
             row[:1] = self._to_itself(row[:1])
-        rounding[:1] = 0
-        rounding[np.isnan(row)] = np.nan
-        return row, rounding
+        return row, bounds
 
     def _to_itself(self, computed: np.ndarray) -> np.ndarray:
         """Distances of frames to themselves, given what was computed for them."""
@@ -666,19 +687,29 @@ class Metric(ABC):
         return (block + (block if a is b else self._compare(b, a)).T) / 2
 
     def _probed_rounding(self, prepared: Prepared) -> float:
-        """Try what errors of the first frame that can be compared do: its distance to itself with them."""
+        """Try what errors of the first frame that can be compared do: how far they move it from itself.
+
+        Of frames in 8 bit, those errors that may put a value on another level: the same whole number is on
+        the same level everywhere, so sources of integers have none.
+        """
         first = np.flatnonzero(prepared.comparable)[:1]
-        if prepared.rounding is None or not len(first) or self.quantised:
+        if prepared.rounding is None or not len(first):
             return 0.0
         frame = prepared.values[first]
+        size = prepared.rounding[first]
+        if self.quantised:
+            stored = torch.zeros_like(size) if prepared.stored is None else prepared.stored[first]
+            size = torch.where(stored > 0, size + stored, 0)
         signs = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], frame.shape)).to(frame)
-        error = prepared.rounding[first].to(frame)[:, None, None, None]
+        error = size.to(frame)[:, None, None, None]
         moved = Prepared(
             torch.cat([frame, frame + error * signs]), prepared.comparable[first].repeat(2), prepared.masked
         )
         embedding = self._embed(self._frames(moved))
-        found = float(self.between(embedding[slice(0, 1)], embedding[slice(1, 2)]))
-        return PROBES * abs(found) if math.isfinite(found) and self.info.distance_to_itself == 0 else 0.0
+        itself, other = self.between(embedding[slice(0, 1)], embedding)[0].double().tolist()
+        known = self.info.distance_to_itself
+        change = abs(other - (itself if math.isnan(known) else known))
+        return PROBES * change if math.isfinite(change) else 0.0
 
     def rounding_between(self, a: Embedding, b: Embedding, block: Tensor) -> Tensor:
         """:meth:`rounding` of what :meth:`between` gave, both ways where that was: float64."""
@@ -716,8 +747,16 @@ class Metric(ABC):
     def bounded(
         self, a: Embedding, b: Embedding, distances: Tensor, prepared: Prepared | None = None
     ) -> np.ndarray:
-        """:meth:`rounding`, as an array of its own; tried on ``prepared`` where the metric has no formula."""
-        with self._running("rounding"):
+        """:meth:`rounding`, as an array of its own; tried on ``prepared`` where the metric has no formula.
+
+        ``prepared`` are the frames of ``b``, of which ``a`` is the first, or all.
+        """
+        # A mean over some of the pixels, or by weight, may be larger than that over all.
+        if prepared is not None and not self.preprocessing.mask and self.pixel_weights is None:
+            both = a is b
+            b = replace(b, mean_rounding=prepared.mean_rounding)
+            a = b if both else b[: len(a)]
+        with torch.no_grad(), self._running("rounding"):
             rounding = self.rounding_between(a, b, distances)
             if prepared is not None and type(self).rounding is Metric.rounding:
                 rounding = rounding + self._probed_rounding(prepared)
@@ -761,7 +800,8 @@ class Metric(ABC):
         if not len(rows):
             return np.empty((0, 0))
         some = replace(prepared, values=prepared.values[rows], comparable=prepared.comparable[rows])
-        some = replace(some, rounding=None if some.rounding is None else some.rounding[rows]).anew()
+        rounding, stored = (None if bound is None else bound[rows] for bound in (some.rounding, some.stored))
+        some = replace(some, rounding=rounding, stored=stored, bounds=None).anew()
         claims = self.claims
         with torch.no_grad():
             frames = self._frames(some)

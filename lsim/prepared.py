@@ -23,7 +23,7 @@ from lsim.preprocess import (
     drop_alpha,
     truncate_to_8bit,
 )
-from lsim.rounding import FrameRounding, on
+from lsim.rounding import FrameRounding, of_mean_square, on
 
 
 @dataclass(eq=False)
@@ -45,6 +45,8 @@ class Prepared:
         nothing is known of it.
     stored : Tensor of shape (n,), float64
         The same of what the source's dtype, in floating point, may have rounded before.
+    bounds : FrameRounding
+        What both are of.
     """
 
     values: Tensor
@@ -52,6 +54,7 @@ class Prepared:
     masked: bool = False
     rounding: Tensor | None = None
     stored: Tensor | None = None
+    bounds: FrameRounding | None = field(default=None, repr=False)
     _embeddings: dict[Hashable, Embedding] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -63,6 +66,13 @@ class Prepared:
         if self.values.device.type == "cpu":
             return torch.from_numpy(truncate_to_8bit(self.values.numpy())).to(self.values.dtype)
         return self.values.clamp(0, 255).floor()
+
+    @cached_property
+    def mean_rounding(self) -> Tensor | None:
+        """Bound the root mean square of a frame's errors, ``rounding`` being the largest: (n,) float64."""
+        if self.bounds is None:
+            return self.rounding
+        return on(self.values.device, of_mean_square(self.values, self.bounds))
 
     def frames(self, *, quantised: bool, one_channel: bool, copied: bool = False) -> Tensor:
         """The frames as a metric takes them: truncated or not, a single channel as one or as three.
@@ -131,8 +141,8 @@ def _prepared(values: Tensor, settings: Preprocessing, rounding: FrameRounding) 
     # Without a mask, preparing makes a frame with NaN or infinity all NaN.
     looked_at = values if settings.mask else values[:, :1, :1, :1]
     comparable = looked_at.isfinite().flatten(1).any(1).cpu().numpy()
-    bounds = [on(values.device, bound) for bound in rounding]
-    return Prepared(values, comparable, settings.mask, rounding=bounds[0], stored=bounds[1])
+    prepared, stored = (on(values.device, bound) for bound in (rounding.prepared, rounding.stored))
+    return Prepared(values, comparable, settings.mask, prepared, stored, rounding)
 
 
 def moved(frames: np.ndarray, device: torch.device) -> Tensor:

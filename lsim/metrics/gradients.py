@@ -14,12 +14,16 @@ from lsim.metric import Embedding, Metric, MetricInfo, positive_number, safe_sqr
 from lsim.pairs import FAST, all_pairs, has_kernel, rows_in_torch
 from lsim.precision import as_floats
 from lsim.preprocess import Preprocessing
-from lsim.rounding import of_difference, of_sum
+from lsim.rounding import of_difference, of_each, of_sum
 from lsim.threads import in_threads
 
 FULL_SCALE = 255.0
 STABILISER = 170.0
 """T of Xue et al. 2014, for a data range of 255."""
+
+OF_GRADIENT = 0.8
+"""Share of an error of values that remains in a magnitude, as a root mean square: a third of errors without a
+pattern, by averages of 2×2 and Prewitt's filters; 0.5 of a pattern of the period that these pass best."""
 
 LUMINANCE = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in Y of YIQ."""
@@ -137,9 +141,11 @@ class GMSD(Metric):
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
         """As of a deviation of q², q = |mx − my| / √(mx² + my² + T), whose mean is a few deviations at most.
 
-        Errors of values move a magnitude by 2√2 of theirs at most, and the root below is √T at least.
+        The root below is √T at least. Errors of two frames are independent, or alike and cancel out; without
+        averages of 2×2 they are twice as large.
         """
-        error = 2 * 2**0.5 * FULL_SCALE * of_difference(a, b) / self._stabiliser**0.5
+        share = OF_GRADIENT * (1 if self._downsample else 2) / self._stabiliser**0.5
+        error = share * torch.hypot(of_each(a, mean=True)[:, None], of_each(b, mean=True))
         mean = (8 * distances + error.square()).clamp(max=1)
         return error * (2 * mean.sqrt() + 3 * mean + error) + of_sum(distances, torch.float64)
 
@@ -199,7 +205,7 @@ class GradientDifference(Metric):
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
         """As of a mean of differences of two values each, which stored offsets have rounded, too."""
-        return 2 * of_difference(a, b, stored=True) + of_sum(distances, torch.float64)
+        return 2 * of_difference(a, b, stored=True, mean=True) + of_sum(distances, torch.float64)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         difference = a.parts["frames"].double() - b.parts["frames"].double()

@@ -55,6 +55,17 @@ _BELL /= _BELL[0] + 2 * _BELL[1:].sum()
 _BELL_TAPS = [float(_BELL[abs(k)]) for k in range(-5, 6)]
 """All taps, as Python's numbers: torch.compile traces NumPy, and reversed slices wrongly."""
 
+CONTRAST = 0.7
+"""Share of an error of values that remains in a window's deviation: 0.4 of errors without a pattern, which
+add up as squares over both frames."""
+
+HALVING = 1.5
+"""How far errors are above half of those of the finer scale, from the second on: averages of 2×2 halve errors
+without a pattern."""
+
+SAMPLES = 2048
+"""Windows of a frame that its divisors are averaged over for bounds."""
+
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Exponents of the five scales, the finest first (Wang et al. 2003, section 3.2)."""
 
@@ -162,7 +173,7 @@ class _SSIM(_Structural):
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
         """As of squares P and Q, whose roots errors move by as much, over roots of what divides them."""
-        error = self._error(a, b, "luminance0") + self._error(a, b, "contrast0")
+        error = self._error(a, b, "luminance0") + CONTRAST * self._error(a, b, "contrast0")
         return _of_squares(distances.clamp(min=0), error) + of_sum(distances, a.parts["contrast0"].dtype)
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
@@ -285,12 +296,16 @@ class MultiScaleSSIM(_Structural):
         return Embedding(parts)
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of :class:`SSIM` at each scale, where what is lost is at most all that there is."""
+        """As of :class:`SSIM` at each scale, where what is lost is at most all that there is.
+
+        An error that is the same in a whole region passes averages, but has no contrast.
+        """
         lost = -torch.log1p(-distances.clamp(0, 1 - 1e-9))
         last = len(SCALES) - 1
         bound = of_sum(distances, a.parts["contrast0"].dtype)
         for scale, weight in enumerate(SCALES):
-            error = self._error(a, b, f"contrast{scale}")
+            share = CONTRAST * (HALVING / 2**scale if scale else 1)
+            error = share * self._error(a, b, f"contrast{scale}")
             if scale == last:
                 error = error + self._error(a, b, f"luminance{scale}")
             bound = bound + weight * _of_squares((lost / weight).clamp(max=1), error)
@@ -327,8 +342,10 @@ class MultiScaleSSIM(_Structural):
 
 
 def _mean_reciprocal(part: Tensor) -> Tensor:
-    """Mean of 1 / part, which is nowhere 0, over every seventh window of each frame: (n,) float64."""
-    return part.flatten(1)[:, ::7].double().reciprocal().nanmean(1)
+    """Mean of 1 / part, which is nowhere 0, over some windows of each frame: (n,) float64."""
+    windows = part.flatten(1)
+    step = windows.shape[1] // SAMPLES | 1  # odd, so that it walks through all columns
+    return windows[:, ::step].double().reciprocal().nanmean(1)
 
 
 def _of_squares(squares: Tensor, error: Tensor) -> Tensor:
