@@ -37,8 +37,13 @@ def hash_values(values: np.ndarray) -> str:
     str
         16 hexadecimal digits.
     """
+    return xxhash.xxh3_64_hexdigest(bytes_of(values))
+
+
+def bytes_of(values: np.ndarray) -> memoryview:
+    """Give the bytes of an array as they are hashed: in C order and little-endian."""
     little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
-    return xxhash.xxh3_64_hexdigest(little.reshape(-1).view(np.uint8).data)
+    return little.reshape(-1).view(np.uint8).data
 
 
 def bind(identity: bytes, texts: Mapping[str, str], values: str = "") -> str:
@@ -62,6 +67,11 @@ def bind(identity: bytes, texts: Mapping[str, str], values: str = "") -> str:
 def binds(digest: str, identity: bytes, texts: Mapping[str, str]) -> bool:
     """Tell whether a digest is that of a record, whatever the values are."""
     return digest != "" and digest == bind(identity, texts, digest[HALF:])
+
+
+def is_of_no_values(digest: str) -> bool:
+    """Tell whether a digest is of a record alone: of what failed, and is not done."""
+    return len(digest) == HALF
 
 
 def binds_values(digest: str, values: np.ndarray) -> bool:

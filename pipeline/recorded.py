@@ -6,8 +6,9 @@ of: values that are lost or stand in another's place, and records that are.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,17 @@ OTHER_RECORD = (
     "written with them"
 )
 OTHER_VALUES = "damaged distances: they are not those that were computed"
+NOT_EMBEDDED = "not computed: its fingerprint is missing; run embed again"
+OTHER_EMBEDDING_RECORD = (
+    "damaged embeddings: what is recorded of them, with the names of their frames, is not what was written "
+    "with them"
+)
+OTHER_EMBEDDINGS = "damaged embeddings: they are not those that were computed"
 OTHER_SPECIFICATION = "damaged distances: the specification of their metric is not the one that was recorded"
+
+
+ROWS_AT_ONCE = 4096
+"""Rows whose texts are in memory at once where failures are listed."""
 
 
 def bound_rows(
@@ -199,6 +210,51 @@ def _name_missing_chunks(found: CheckedRows, array: store.Array, first: int) -> 
             problems[row] = f"damaged distances: chunk {', '.join(missing)} is missing"
 
 
+# ---------------------------------------------------------------- failures
+
+
+def failures_of_rows(root: store.Group, key: str) -> list[tuple[str, str, str]]:
+    """List sequence, metric and reason of all matrices of a field that failed or whose record is damaged.
+
+    No distance is read.
+
+    Parameters
+    ----------
+    root : Group
+        Of a ``distances.zarr``.
+    key : str
+        ``<dataset>/<field>``.
+    """
+    group = store.get_group(root, key)
+    provenance = store.get_group(group, schema.PROVENANCE)
+    names = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
+    sequences, parameter = (
+        store.read(store.get_array(group, name)) for name in (schema.SEQUENCE, schema.PARAMETER)
+    )
+    identities = digests.identify_rows(sequences, parameter)
+    failures: dict[str, list[tuple[str, str, str]]] = {name: [] for name in names}
+    for start in range(0, len(sequences), ROWS_AT_ONCE):
+        rows = slice(start, min(start + ROWS_AT_ONCE, len(sequences)))
+        texts = _texts_of_rows(provenance, rows, rows.stop - rows.start)
+        for place, metric in enumerate(names):
+            of_metric = {name: column[place] for name, column in texts.items()}
+            bound = bound_rows(key, metric, identities[rows], of_metric)
+            for row, reason in _reasons_of_rows(of_metric, bound):
+                failures[metric].append((str(sequences[start + row]), metric, reason))
+    return [failure for of_metric in failures.values() for failure in of_metric]
+
+
+def _reasons_of_rows(texts: Mapping[str, np.ndarray], bound: np.ndarray) -> Iterator[tuple[int, str]]:
+    """Give the rows of a metric that failed, or whose record is damaged, with the reason."""
+    done = texts[schema.FINGERPRINT] != ""
+    for row in np.flatnonzero(bound & (texts[schema.FAILURE] != "") | ~bound).tolist():
+        if bound[row]:
+            yield row, str(texts[schema.FAILURE][row])
+        elif done[row] or digests.is_of_no_values(str(texts[schema.DIGEST][row])):
+            # Else it was up to date once, and what is recorded of it counts no more.
+            yield row, OTHER_RECORD
+
+
 # ---------------------------------------------------------------- fingerprints
 
 
@@ -227,7 +283,7 @@ def record_fingerprints(root: store.Group) -> None:
 
 
 LABELS = (schema.FIELD, schema.SEQUENCE, schema.NUMBER, schema.PARAMETER)
-"""What ``archive.zarr`` says of each frame."""
+"""What ``archive.zarr`` and ``embeddings.zarr`` say of each frame."""
 TILE_RECORDS = (schema.MISSING, schema.UNRESOLVED, schema.FINGERPRINT)
 """What is recorded of each tile, besides its digest and the failures of its frames."""
 
@@ -279,6 +335,62 @@ def labels_of_blocks(group: store.Group, tile: int) -> list[bytes]:
         digests.hash_labels({name: column[start : start + tile] for name, column in columns.items()})
         for start in range(0, count, tile)
     ]
+
+
+@dataclass(frozen=True)
+class TileFailures:
+    """What is recorded of the failures of a metric's matrix.
+
+    Attributes
+    ----------
+    damaged : list of (str, str)
+        Tiles whose record is not the one that was written with them, and what is wrong.
+    reasons : ndarray of shape (frame,), object
+        Why frames have no distances, as far as that is known to be as it was written.
+    missing : int
+        Distances that are NaN though both frames can be compared.
+    """
+
+    damaged: list[tuple[str, str]]
+    reasons: np.ndarray
+    missing: int
+
+
+def failures_of_tiles(group: store.Group, metric: str, place: int, labels: Sequence[bytes]) -> TileFailures:
+    """List what failed in a metric's matrix, compared with the digests of its tiles; no distance is read.
+
+    Parameters
+    ----------
+    group : Group
+        Of the matrix.
+    metric : str
+    place : int
+        Index of the metric in provenance.
+    labels : sequence of bytes
+        :func:`labels_of_blocks`.
+    """
+    provenance = store.get_group(group, schema.PROVENANCE)
+    reasons = store.get_array(provenance, schema.FAILURE)
+    tile = reasons.chunks[1]
+    reasons = store.read(reasons, (slice(place, place + 1), slice(None)))[0]
+    if not all(name in provenance for name in (*TILE_RECORDS, schema.DIGEST)):
+        return TileFailures([("all tiles", NOT_RECORDED)], np.full(reasons.shape, "", dtype=object), 0)
+    missing, unresolved, fingerprints, recorded = (
+        store.read(store.get_array(provenance, name), place) for name in (*TILE_RECORDS, schema.DIGEST)
+    )
+    known, damaged, count = np.full(reasons.shape, "", dtype=object), [], 0
+    for i, j in itertools.combinations_with_replacement(range(len(labels)), 2):
+        digest, fingerprint = str(recorded[i, j]), str(fingerprints[i, j])
+        rows = slice(i * tile, (i + 1) * tile)
+        of_frames = reasons[rows].tolist() if i == j else ()
+        texts = tile_texts(fingerprint, int(missing[i, j]), int(unresolved[i, j]), of_frames)
+        if digests.binds(digest, tile_identity(group.path, metric, (i, j), labels[i], labels[j]), texts):
+            count += int(missing[i, j])
+            if i == j:
+                known[rows] = reasons[rows]
+        elif fingerprint or digest:
+            damaged.append((f"tile {i}, {j}", OTHER_RECORD))
+    return TileFailures(damaged, known, count)
 
 
 @dataclass(frozen=True)
@@ -446,3 +558,131 @@ class CheckedMatrix:
         down = store.read(array, (place, slice(None), band))[0, :, 0]
         values: Any = np.where(np.arange(len(across)) < i, down, across)
         return np.asarray(values)
+
+
+# ---------------------------------------------------------------- embeddings
+
+
+def block_identity(key: str, metric: str, block: int, labels: bytes) -> bytes:
+    """Identify a block of embeddings.
+
+    Parameters
+    ----------
+    key : str
+        ``<dataset>/<field>``.
+    metric : str
+    block : int
+    labels : bytes
+        :func:`pipeline.digests.hash_labels` of its frames.
+    """
+    return digests.identify(key, metric, str(block), "") + labels
+
+
+def block_texts(fingerprint: str, parts: Iterable[str], failures: Iterable[str]) -> dict[str, str]:
+    """List what is recorded of a block of embeddings as texts, for its digest.
+
+    Parameters
+    ----------
+    fingerprint : str
+        Empty of a block that isn't done.
+    parts : iterable of str
+        Names of the arrays that embeddings consist of; the digest has a hash of each, ordered by name.
+    failures : iterable of str
+        Why each frame has no embedding.
+    """
+    reasons = "\x1f".join(f"{place}:{reason}" for place, reason in enumerate(failures) if reason)
+    return {
+        schema.FINGERPRINT: fingerprint,
+        "parts": "\x1f".join(sorted(parts)),
+        schema.FAILURE: reasons,
+    }
+
+
+class CheckedEmbeddings:
+    """Embeddings of a field of ``embeddings.zarr``, each block compared with its digest when it is read.
+
+    Those of blocks that don't count are NaN, and ``left_out`` names these blocks.
+
+    Parameters
+    ----------
+    root : Group
+        Of the store.
+    key : str
+        ``<dataset>/<field>``.
+
+    Attributes
+    ----------
+    parts : dict of str to Array
+        The arrays that embeddings consist of, in the order of the hashes in digests.
+    labels : dict of str to ndarray
+        What each frame is, (frame,), see :data:`LABELS`.
+    failures : ndarray of shape (frame,), object
+        Why frames have no embedding.
+    left_out : dict of str to None
+    """
+
+    def __init__(self, root: store.Group, key: str) -> None:
+        self.key = key
+        group = store.get_group(root, key)
+        provenance = store.get_group(group, schema.PROVENANCE)
+        names = sorted(set(group.array_keys()) - {*LABELS})
+        self.parts = {name: store.get_array(group, name) for name in names}
+        self.labels = {name: store.read(store.get_array(group, name)) for name in LABELS}
+        failures = store.get_array(provenance, schema.FAILURE)
+        self.failures = store.read(failures)
+        self.left_out: dict[str, None] = {}
+        self._length: int = failures.chunks[0]
+        self._metric = str(group.attrs.get("metric", ""))
+        self._fingerprints = store.read(store.get_array(provenance, schema.FINGERPRINT))
+        self._digests = np.full(self._fingerprints.shape, "", dtype=object)
+        if schema.DIGEST in provenance:
+            self._digests = store.read(store.get_array(provenance, schema.DIGEST))
+
+    @property
+    def count(self) -> int:
+        """How many blocks there are."""
+        return len(self._fingerprints)
+
+    def rows(self, block: int) -> slice:
+        """Give the frames of a block."""
+        return slice(block * self._length, min((block + 1) * self._length, len(self.failures)))
+
+    def is_bound(self, block: int) -> bool:
+        """Tell whether a block's digest is that of its record."""
+        rows = self.rows(block)
+        labels = digests.hash_labels({name: column[rows] for name, column in self.labels.items()})
+        identity = block_identity(self.key, self._metric, block, labels)
+        texts = block_texts(str(self._fingerprints[block]), self.parts, self.failures[rows])
+        return digests.binds(str(self._digests[block]), identity, texts)
+
+    def is_damaged(self, block: int) -> bool:
+        """Tell whether a block has a record that is not the one that was written with it."""
+        recorded = self._fingerprints[block] or digests.is_of_no_values(str(self._digests[block]))
+        return bool(recorded) and not self.is_bound(block)
+
+    def read(self, block: int) -> dict[str, np.ndarray]:
+        """Read the embeddings of a block, (frame, …), by part."""
+        digest, rows = str(self._digests[block]), self.rows(block)
+        reason = "" if self._fingerprints[block] else NOT_EMBEDDED
+        if not reason and not self.is_bound(block):
+            reason = OTHER_EMBEDDING_RECORD
+        values = {}
+        for place, (name, array) in enumerate(self.parts.items(), start=1):
+            try:
+                values[name] = store.read(array, rows)
+            except store.DamagedError as error:
+                values[name] = np.full((rows.stop - rows.start, *array.shape[1:]), np.nan, array.dtype)
+                reason = reason or f"damaged embeddings: {error.damage}"
+                continue
+            recorded = digest[place * digests.HALF : (place + 1) * digests.HALF]
+            if not reason and digests.hash_values(values[name]) != recorded:
+                missing = store.missing_chunks(array, rows)
+                gone = f"damaged embeddings: chunk {', '.join(missing)} of {name} is missing"
+                reason = gone if missing else OTHER_EMBEDDINGS
+        if reason:
+            self.left_out[f"{self.key}: block {block}, frames {rows.start} to {rows.stop - 1}: {reason}"] = (
+                None
+            )
+            for part in values.values():
+                part[...] = np.nan
+        return values
