@@ -13,7 +13,7 @@ import xxhash
 from pipeline import schema, store
 from pipeline.digests import HALF, binds, bytes_of, hash_labels, is_of_no_values
 from pipeline.recorded import LABELS, block_identity, block_texts
-from pipeline.verify.damage import Check, Checks, Damage, VerifyReport, lost_chunks, read_column
+from pipeline.verify.damage import Check, Checks, Damage, VerifyReport, read_column
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,12 @@ def add_embeddings(
     # Of a store of before, which has none, nothing is known to be as it was written.
     records.setdefault(schema.DIGEST, np.full(fingerprints.shape, "", dtype=object))
     length = arrays[f"{prefix}{schema.FAILURE}"].chunks[0]
-    done = np.repeat(fingerprints != "", length)[: len(failures)]
-    for column in LABELS:
-        report.damages += lost_chunks(name, arrays[column], done)
+    if (fingerprints != "").any():
+        report.damages += [
+            Damage(name, column, key, "names of frames", "missing")
+            for column in LABELS
+            for key in store.missing_chunks(arrays[column])
+        ]
     # The next run writes them again, and compares them with the digests of all blocks.
     nameless = any(damage.array in LABELS for damage in report.damages[before:])
     parts = {column: arrays[column] for column in sorted(arrays) if _is_part(column)}
