@@ -12,7 +12,7 @@ Digests find accidents: 64 bits are enough for these, and are no protection agai
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,13 @@ def hash_values(values: np.ndarray) -> str:
     return xxhash.xxh3_64_hexdigest(bytes_of(values))
 
 
+def hash_each(values: np.ndarray) -> list[str]:
+    """Hash each row of an array, along its first axis, as :func:`hash_values` does."""
+    together, size = bytes_of(values), values[:1].nbytes
+    hexdigest = xxhash.xxh3_64_hexdigest
+    return [hexdigest(together[start : start + size]) for start in range(0, size * len(values), size or 1)]
+
+
 def bytes_of(values: np.ndarray) -> memoryview:
     """Give the bytes of an array as they are hashed: in C order and little-endian."""
     little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
@@ -59,9 +66,31 @@ def bind(identity: bytes, texts: Mapping[str, str], values: str = "") -> str:
         :func:`hash_values` of the values, and after it that of the mirror image where that has its own;
         empty where none count.
     """
-    told = _BETWEEN.join([f"{name}={texts[name]}" for name in sorted(texts) if texts[name]])
-    record = xxhash.xxh3_64_hexdigest(b"%b\n%b\n%b" % (identity, encode(told), values.encode()))
-    return record + values
+    columns = {name: [text] for name, text in texts.items()}
+    return bind_each([identity], columns, [values])[0] + values
+
+
+def bind_each(
+    identities: Iterable[bytes], texts: Mapping[str, Sequence[str]], values: Iterable[str]
+) -> list[str]:
+    """Make the first halves of the digests of several records, see :func:`bind`.
+
+    Parameters
+    ----------
+    identities : iterable of bytes
+    texts : mapping of str to sequence of str
+        By name, those of all records.
+    values : iterable of str
+    """
+    names = sorted(texts)
+    prefixes = [f"{name}=" for name in names]
+    columns = zip(*(texts[name] for name in names), strict=True)
+    hexdigest = xxhash.xxh3_64_hexdigest
+    hashes = []
+    for identity, row, of_values in zip(identities, columns, values, strict=True):
+        recorded = _BETWEEN.join([prefix + text for prefix, text in zip(prefixes, row, strict=True) if text])
+        hashes.append(hexdigest(b"%b\n%b\n%b" % (identity, encode(recorded), of_values.encode())))
+    return hashes
 
 
 def binds(digest: str, identity: bytes, texts: Mapping[str, str]) -> bool:

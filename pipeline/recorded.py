@@ -34,6 +34,8 @@ OTHER_SPECIFICATION = "damaged distances: the specification of their metric is n
 
 ROWS_AT_ONCE = 4096
 """Rows whose texts are in memory at once where failures are listed."""
+TILES_AT_ONCE = 256
+"""Tiles on a side of a matrix whose records are read at once, and not a band at a time."""
 
 
 def bound_rows(
@@ -56,14 +58,12 @@ def bound_rows(
     ndarray of shape (sequence,), bool
     """
     about = digests.identify(key, metric)
-    names = [name for name in sorted(texts) if name != schema.DIGEST]
-    columns = zip(*(texts[name].tolist() for name in names), strict=True)
-    rows = zip(texts[schema.DIGEST].tolist(), identities, columns, strict=True)
+    recorded = texts[schema.DIGEST].tolist()
+    columns = {name: column.tolist() for name, column in texts.items() if name != schema.DIGEST}
+    own = [about + identity for identity in identities]
+    hashes = digests.bind_each(own, columns, [digest[digests.HALF :] for digest in recorded])
     return np.array(
-        [
-            digest != "" and digests.binds(digest, about + identity, dict(zip(names, row, strict=True)))
-            for digest, identity, row in rows
-        ],
+        [digest[: digests.HALF] == record for digest, record in zip(recorded, hashes, strict=True)],
         dtype=bool,
     )
 
@@ -182,8 +182,10 @@ def _judge(
     done = texts[schema.FINGERPRINT] != ""
     problems: list[str] = []
     damaged = np.zeros(len(done), bool)
-    for row, digest in enumerate(texts[schema.DIGEST]):
-        reason = str(texts[schema.FAILURE][row])
+    hashes = [] if values is None else digests.hash_each(values)
+    failures = texts[schema.FAILURE].tolist()
+    for row, digest in enumerate(texts[schema.DIGEST].tolist()):
+        reason = failures[row]
         if not done[row]:
             # What isn't done may have a reason of an earlier run beside it.
             problems.append(reason if bound[row] and reason else NOT_COMPUTED)
@@ -192,7 +194,7 @@ def _judge(
             reason = OTHER_SPECIFICATION
         elif not bound[row]:
             reason = OTHER_RECORD
-        elif values is None or not digests.binds_values(digest, values[row]):
+        elif values is None or digest[digests.HALF : 2 * digests.HALF] != hashes[row]:
             reason = OTHER_VALUES
         else:
             problems.append(reason)
@@ -433,6 +435,7 @@ class CheckedMatrix:
         self._labels = labels_of_blocks(group, self.tile) if labels is None else labels
         self._recorded = schema.PROVENANCE in group or root.attrs.get("kind") is not None
         self._records: dict[str, store.Array] = {}
+        self._of_tiles: dict[str, np.ndarray] = {}
         self._place, self._described = -1, False
         self._bands: dict[int, BandRecord] = {}
         self._last: tuple[tuple[int, int], np.ndarray] | None = None
@@ -531,7 +534,7 @@ class CheckedMatrix:
             reason = NOT_RECORDED if self._recorded else ""
             return BandRecord([""] * count, [reason] * count)
         columns = (*TILE_RECORDS, schema.DIGEST)
-        of_tiles = {name: self._mirrored(self._records[name], i) for name in columns}
+        of_tiles = {name: self._mirrored(name, i) for name in columns}
         rows = slice(i * self.tile, (i + 1) * self.tile)
         failures = store.read(self._records[schema.FAILURE], (slice(self._place, self._place + 1), rows))[0]
         reasons = []
@@ -551,11 +554,16 @@ class CheckedMatrix:
                 reasons.append("" if digests.binds(str(digest), identity, texts) else OTHER_RECORD)
         return BandRecord([str(digest) for digest in of_tiles[schema.DIGEST]], reasons)
 
-    def _mirrored(self, array: store.Array, i: int) -> np.ndarray:
+    def _mirrored(self, name: str, i: int) -> np.ndarray:
         """Read what is recorded of tiles (i, j) for every j; of those below the diagonal, of (j, i)."""
-        place, band = slice(self._place, self._place + 1), slice(i, i + 1)
-        across = store.read(array, (place, band, slice(None)))[0, 0]
-        down = store.read(array, (place, slice(None), band))[0, :, 0]
+        array, place, band = self._records[name], slice(self._place, self._place + 1), slice(i, i + 1)
+        if len(self._labels) <= TILES_AT_ONCE:
+            if name not in self._of_tiles:
+                self._of_tiles[name] = store.read(array, place)[0]
+            across, down = self._of_tiles[name][i], self._of_tiles[name][:, i]
+        else:
+            across = store.read(array, (place, band, slice(None)))[0, 0]
+            down = store.read(array, (place, slice(None), band))[0, :, 0]
         values: Any = np.where(np.arange(len(across)) < i, down, across)
         return np.asarray(values)
 
