@@ -634,7 +634,8 @@ def verify_command(
     show_verified(report)
     if mend and not report.whole:
         count = repair(path, report)
-        stages = {"frames": "convert", "distances": "distances", "archive": "distances --matrix archive"}
+        stages = {"frames": "convert", "distances": "distances", "embeddings": "embed"}
+        stages["archive"] = "distances --matrix archive"
         restored = sum(damage.chunk == DOCUMENT for damage in report.damages)
         told = [f"{count} of what is recorded taken away"] if count else []
         told += [f"metadata of {restored} groups and arrays written again"] if restored else []

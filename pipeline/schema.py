@@ -79,7 +79,9 @@ shown; ``runs``.
 
 ``embeddings.zarr``, the same groups: ``field``, ``sequence``, ``number``, ``parameter``, and a variable for
 each part of a metric's embedding, (frame, …): ``features`` (frame, feature; float32) of the learned metrics.
-The attribute ``euclidean`` is true where the metric is the Euclidean distance of its features.
+The attribute ``euclidean`` is true where the metric is the Euclidean distance of its features. The child
+group ``provenance`` has ``failure`` (frame; why it has no embedding), ``fingerprint`` and ``digest`` (block,
+of whole sequences).
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ def test_tasks_of_stages_say_what_they_are_of():
     assert block.label == "A/density, sequences 8 to 11"
     tiles = TileTask(*common, (), {}, {"l2": ((0, 3), (0, 4)), "l1": ((0, 3),)}, {}, (0.0, 1.0), 1, 1)
     assert tiles.label == "A/density, 2 tiles from (0, 3)"
-    embedding = EmbedTask(*common, 2, 8, 5, ("a", "b"), 1, None, (0.0, 1.0), "")
+    embedding = EmbedTask(*common, 2, 8, 5, ("a", "b"), 1, None, (0.0, 1.0), "", b"")
     assert embedding.label == "A/density, sequences 8 to 9"
 
 

@@ -22,14 +22,14 @@ from pipeline import schema, store
 from pipeline.address import absolute, relative
 from pipeline.archive.job import Context, MatrixJob, MatrixRequest
 from pipeline.archive.machines import shared_memory_profile
-from pipeline.archive.matrix import metric_places
+from pipeline.archive.matrix import metric_places, sides
 from pipeline.archive.plan import Plan, describe_plan
 from pipeline.archive.tiles import TileTask, compute_tiles
 from pipeline.embedding_cache import clear_cache
 from pipeline.fields import checked_fields, drop_vanished, refuse_others_results
 from pipeline.metric_choice import Settings, choose_metrics
 from pipeline.pixel_weights import metrics_by_field
-from pipeline.recorded import record_fingerprints
+from pipeline.recorded import failures_of_tiles, labels_of_blocks, record_fingerprints
 from pipeline.resolution import Unresolved, list_unresolved, record_resolution
 from pipeline.runs import begin_run, carried, record_run
 from pipeline.workers.cluster import Cluster
@@ -237,29 +237,42 @@ def _record_precision(root: store.Group, report: ArchiveReport) -> None:
 
 
 def list_archive_failures(out: str | os.PathLike[str]) -> list[ArchiveFailure]:
-    """All failures that an ``archive.zarr`` records: by sequence and reason, and NaN of finite frames."""
+    """List all failures that an ``archive.zarr`` records: by sequence and reason, and NaN of finite frames.
+
+    What is recorded is compared with its digest. A tile whose record is damaged is a failure by itself.
+    """
     root = store.open_store(out)
-    found: list[ArchiveFailure] = []
+    failures: list[ArchiveFailure] = []
     for key in store.field_keys(root, schema.NUMBER):
         group = store.get_group(root, key)
-        provenance = store.get_group(group, schema.PROVENANCE)
-        reasons, missing = (store.get_array(provenance, name) for name in (schema.FAILURE, schema.MISSING))
-        labels = [store.get_array(group, name) for name in (schema.FIELD, schema.SEQUENCE, schema.NUMBER)]
+        labels = labels_of_blocks(group, sides(group)[0])
         for name, place in metric_places(group).items():
-            texts = store.read(reasons, place)
-            by_sequence: dict[tuple[str, str], list[str]] = {}
-            bad = np.flatnonzero(texts != "")
-            if len(bad):
-                fields, sequences, numbers = (store.read(array) for array in labels)
-                for index in bad:
-                    which = f"{fields[index]}/{sequences[index]}"
-                    by_sequence.setdefault((which, str(texts[index])), []).append(str(numbers[index]))
-            for (which, reason), frames in by_sequence.items():
-                found.append(ArchiveFailure(key, name, f"{which}: frame {_few(frames)}", reason))
-            if count := int(store.read(missing, place).sum(dtype=np.int64)):
-                reason = f"the metric gave NaN or infinity for {count} distances of frames that it takes"
-                found.append(ArchiveFailure(key, name, "", reason))
-    return found
+            tiles = failures_of_tiles(group, name, place, labels)
+            failures += [ArchiveFailure(key, name, what, reason) for what, reason in tiles.damaged]
+            failures += _failures_of_sequences(group, name, tiles.reasons)
+            if tiles.missing:
+                reason = (
+                    f"the metric gave NaN or infinity for {tiles.missing} distances of frames that it takes"
+                )
+                failures.append(ArchiveFailure(key, name, "", reason))
+    return failures
+
+
+def _failures_of_sequences(group: store.Group, metric: str, reasons: np.ndarray) -> list[ArchiveFailure]:
+    """Put together the frames of a sequence that have no distances for the same reason."""
+    failed = np.flatnonzero(reasons != "")
+    if not len(failed):
+        return []
+    columns = (schema.FIELD, schema.SEQUENCE, schema.NUMBER)
+    fields, sequences, numbers = (store.read(store.get_array(group, name)) for name in columns)
+    by_sequence: dict[tuple[str, str], list[str]] = {}
+    for index in failed:
+        which = f"{fields[index]}/{sequences[index]}"
+        by_sequence.setdefault((which, str(reasons[index])), []).append(str(numbers[index]))
+    return [
+        ArchiveFailure(group.path, metric, f"{which}: frame {_few(frames)}", reason)
+        for (which, reason), frames in by_sequence.items()
+    ]
 
 
 def _few(names: Sequence[str], shown: int = 12) -> str:

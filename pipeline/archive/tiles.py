@@ -221,7 +221,12 @@ def compute_tiles(task: TileTask) -> TileResult:
                     # Another copy may have finished it: its fingerprint must not stand for what comes now.
                     records[name].write((i, j), "", "")
                 _write_tile(group, task, name, (i, j), values, mirrored, rows)
+                reasons = [rows.reasons.get(k, "") for k in range(len(values))] if i == j else []
                 if reason:
+                    if any(reasons):  # so that they are known to be what was written
+                        records[name].write(
+                            (i, j), "", _digest(task, name, (i, j), (), tile_texts("", 0, 0, reasons))
+                        )
                     errors[name], undone = reason, undone + 1
                 else:
                     both = rows.comparable[:, None] & columns.comparable
@@ -230,7 +235,6 @@ def compute_tiles(task: TileTask) -> TileResult:
                         missing += int((np.isnan(mirrored) & both.T).sum())
                     contents = task.blocks[i].content, task.blocks[j].content
                     made_of = tile_fingerprint(*contents, metric.specification_hash, task.scope)
-                    reasons = [rows.reasons.get(k, "") for k in range(len(values))] if i == j else []
                     texts = tile_texts(made_of, missing, unresolved, reasons)
                     arrays = [values] if mirrored is None else [values, mirrored]
                     digest = _digest(task, name, (i, j), arrays, texts)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
-import numpy as np
 from distributed import Client
 
 from lsim.metric import Metric
@@ -44,7 +43,7 @@ from pipeline.distances.sizing import BlockSize, Pace, block_size
 from pipeline.fields import checked_fields, drop_vanished, field_units
 from pipeline.metric_choice import Settings, choose_metrics, is_directed
 from pipeline.pixel_weights import FieldMetrics, metrics_by_field, weighted_otherwise
-from pipeline.recorded import record_fingerprints
+from pipeline.recorded import failures_of_rows, record_fingerprints
 from pipeline.resolution import Unresolved, list_unresolved, record_resolution
 from pipeline.runs import begin_run, carried, record_run
 from pipeline.scopes import dataset_range
@@ -240,21 +239,16 @@ def _symmetrised(metrics: Sequence[Metric]) -> list[str]:
 
 
 def list_failures(out: str | os.PathLike[str]) -> list[Failure]:
-    """All failures that a ``distances.zarr`` records."""
+    """List all failures that a ``distances.zarr`` records, each compared with the digest of its record.
+
+    A matrix whose record is damaged is a failure by itself.
+    """
     root = store.open_store(out)
-    found = []
+    failures = []
     for key in store.field_keys(root, schema.PARAMETER):
         dataset, field_name = key.split("/")
-        group = store.get_group(root, key)
-        provenance = store.get_group(group, schema.PROVENANCE)
-        sequences = store.read(store.get_array(group, schema.SEQUENCE))
-        names = store.read(store.get_array(provenance, schema.METRIC))
-        reasons = store.read(store.get_array(provenance, schema.FAILURE))
-        found += [
-            Failure(dataset, field_name, str(sequences[row]), str(names[index]), str(reasons[index, row]))
-            for index, row in np.argwhere(reasons != "")
-        ]
-    return found
+        failures += [Failure(dataset, field_name, *of_row) for of_row in failures_of_rows(root, key)]
+    return failures
 
 
 # ---------------------------------------------------------------- on the driver
