@@ -57,6 +57,7 @@ class GMSD(Metric):
         takes_mask=True,
         one_channel_suffices=True,
     )
+    algorithm_version = 2
 
     def __init__(
         self,
@@ -272,7 +273,9 @@ def similarity_deviation(i, j, out, x, y, stabiliser, masked):  # type: ignore[n
             present = 0
             for k in range(pixels):
                 difference = a[k] - b[k]
-                value = difference * difference / (a[k] * a[k] + b[k] * b[k] + stabiliser)
+                square = difference * difference
+                # Not a² + b²: one of the two would be rounded before the other is added, d(a, b) ≠ d(b, a).
+                value = square / (square + (2 * a[k] * b[k] + stabiliser))
                 apart[k] = value
                 known = value == value
                 total += value if known else 0.0

@@ -255,6 +255,7 @@ class MultiScaleSSIM(_Structural):
         takes_mask=True,
         one_channel_suffices=True,
     )
+    algorithm_version = 2
 
     def __init__(
         self,
@@ -318,7 +319,8 @@ class MultiScaleSSIM(_Structural):
         opposite = differences >= 1
         logarithms = torch.log1p(-torch.where(opposite | missing, 0, differences))
         weights = [weight * sum(SCALES) / sum(SCALES[: coarsest + 1]) for weight in SCALES[: coarsest + 1]]
-        total = torch.stack([weight * term for weight, term in zip(weights, logarithms, strict=True)]).sum(0)
+        # One after another: torch's own sum adds in an order that depends on how many pairs there are.
+        total = sum(weight * term for weight, term in zip(weights, logarithms, strict=True))
         distance = torch.where(opposite.any(0), 1, -torch.expm1(total))
         masked = self.preprocessing.mask
         if not masked or not coarsest or (is_plain(missing) and not missing.any()):
