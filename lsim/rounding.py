@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lsim.doubles import UNIT
 from lsim.embedding import Embedding
 from lsim.precision import half_ulp
 
@@ -37,14 +38,16 @@ class FrameRounding(NamedTuple):
 
     ``prepared``: what preparing has rounded. ``stored``: what the source's own floating dtype may have
     rounded before, which counts for metrics that are blind: a stored multiple of a field is not quite one.
+    ``with_rest``: ``prepared`` for metrics that take the rest of values in double precision, too.
     """
 
     prepared: np.ndarray
     stored: np.ndarray
+    with_rest: np.ndarray
 
     def of(self, frames: list[int]) -> FrameRounding:
         """Select frames."""
-        return FrameRounding(self.prepared[frames], self.stored[frames])
+        return FrameRounding(*(bound[frames] for bound in self))
 
 
 def bound_of_frames(
@@ -85,11 +88,11 @@ def bound_of_frames(
         prepared = 4 * of_work * size
         if of_result > of_work:
             prepared += of_result * np.exp2(np.floor(np.log2(size)))
-        if splines:
-            # Both ends of the range are resized values, too.
-            prepared += 2 * raw * (of_work + (8 if splines == 1 else 32) * 2.0**-53)
-        found = [np.nan_to_num(part, nan=0, posinf=0, neginf=0) for part in (prepared, of_source * raw)]
-    return FrameRounding(found[0].max(axis=1), found[1].max(axis=1))
+        # Both ends of the range are resized values, too.
+        resized = 2 * raw * (of_work + (8 if splines == 1 else 32) * 2.0**-53) if splines else 0.0
+        bounds = (prepared + resized, of_source * raw, UNIT * size + resized)
+        found = [np.nan_to_num(bound, nan=0, posinf=0, neginf=0).max(axis=1) for bound in bounds]
+    return FrameRounding(*found)
 
 
 def half_ulp_of(dtype: Any) -> float:
