@@ -261,6 +261,8 @@ class Metric(ABC):
             del settings["mask"]
         if settings["precision"] == "single":
             del settings["precision"]  # results of before say nothing of it
+        elif self.takes_rest:
+            settings["rest"] = "kept"  # results of before had lost it
         found = {
             "metric": self.name,
             "algorithm_version": self.algorithm_version,

@@ -257,8 +257,8 @@ def _rest(values: Frames, frames: Frames, lo: np.ndarray, hi: np.ndarray) -> Fra
         return values * 0
     low, high = np.where(constant, 0, lo), np.where(constant, 1, hi)
     if isinstance(frames, Tensor):
-        bounds = [torch.from_numpy(part).to(frames.device) for part in (low, high)]
-        rest = rest_of_normalised(values, frames, *bounds, 255.0)
+        smallest, largest = (torch.from_numpy(part).to(frames.device) for part in (low, high))
+        rest = rest_of_normalised(values, frames, smallest, largest, 255.0)
         return rest.masked_fill(torch.from_numpy(constant).to(frames.device), 0)
     with np.errstate(invalid="ignore", over="ignore"):
         rest = rest_of_normalised(values, frames, low, high, 255.0)
