@@ -159,7 +159,12 @@ class SlicedWasserstein(Metric):
         """As of cumulated mass, half of which can move by the share that the error of a value has in it."""
         x = of_each(a, stored=True) * a.parts["share"] + 2.0**-48
         y = of_each(b, stored=True) * b.parts["share"] + 2.0**-48
-        moved = (x[:, None] + y) / 2 if "mass" not in a.parts else (x[:, None] + y - 2.0**-47) / 2
+        moved = (x[:, None] + y) / 2
+        if "mass" in a.parts:
+            # What is subtracted for unequal totals is rounded as they differ.
+            first, second = a.parts["total"][:, None], b.parts["total"]
+            surplus = ((first - second).abs() / (first + second)).mean(2)
+            moved = moved - 2.0**-48 + 2.0**-46 * surplus
         return moved.clamp(max=1) + of_sum(distances, torch.float64)
 
     def _compare_masses(self, a: Embedding, b: Embedding) -> Tensor:
