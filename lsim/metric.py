@@ -155,6 +155,9 @@ class Metric(ABC):
     shares_embedding: ClassVar[str] = ""
     """Metrics with the same name here embed alike, so that a run embeds each frame once for all of them."""
 
+    takes_rest: bool = False
+    """Whether :meth:`embed_with_rest` makes something of what double precision has rounded off frames."""
+
     copies_to_compare: ClassVar[bool] = True
     """Whether :meth:`compare` on a CPU may copy both embeddings, in double: what plans of memory count."""
 
@@ -212,6 +215,13 @@ class Metric(ABC):
         given NaN for missing pixels, and no others are.
         """
 
+    def embed_with_rest(self, frames: Tensor, rest: Tensor) -> Embedding:
+        """Embed frames in double precision with what that has rounded off them, ``frames + rest`` exactly.
+
+        Metrics with :attr:`takes_rest` override it.
+        """
+        return self.embed(frames)
+
     @abstractmethod
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         """The (len(a), len(b)) block of distances, float64.
@@ -254,6 +264,8 @@ class Metric(ABC):
             del settings["mask"]
         if settings["precision"] == "single":
             del settings["precision"]  # results of before say nothing of it
+        elif self.takes_rest:
+            settings["rest"] = "kept"  # results of before had lost it
         found = {
             "metric": self.name,
             "algorithm_version": self.algorithm_version,
@@ -440,7 +452,7 @@ class Metric(ABC):
             np.concatenate([first, second]), scope, resized=not self._follows_8bit_publication
         )
         with torch.no_grad():
-            embedding = _bounded(self._embed(self._frames(prepared)), prepared)
+            embedding = self._bounded(self._embed_prepared(prepared), prepared)
             left, right = embedding[slice(0, len(first))], embedding[slice(len(first), None)]
             if self.device.type == "cpu":
                 values = torch.cat([self.between(x, y).reshape(1) for x, y in zip(left, right, strict=True)])
@@ -705,7 +717,7 @@ class Metric(ABC):
         moved = Prepared(
             torch.cat([frame, frame + error * signs]), prepared.comparable[first].repeat(2), prepared.masked
         )
-        embedding = self._embed(self._frames(moved))
+        embedding = self._embed_prepared(moved)
         itself, other = self.between(embedding[slice(0, 1)], embedding)[0].double().tolist()
         known = self.info.distance_to_itself
         change = abs(other - (itself if math.isnan(known) else known))
@@ -721,16 +733,32 @@ class Metric(ABC):
     def embedded(self, prepared: Prepared) -> Embedding:
         """:meth:`embed` for frames that :meth:`prepare` made; a family that embeds alike does so once."""
         self.check_size(prepared.values.shape[1], prepared.values.shape[2])
-        embedding = prepared.embedding(self.family, lambda: self._embed(self._frames(prepared)))
+        embedding = prepared.embedding(self.family, lambda: self._embed_prepared(prepared))
         if self.of_others and self.family is not None:
             embedding = embedding.copy()
-        return _bounded(embedding, prepared)
+        return self._bounded(embedding, prepared)
 
-    def _embed(self, frames: Tensor) -> Embedding:
+    def _embed_prepared(self, prepared: Prepared) -> Embedding:
+        frames = self._frames(prepared)
+        rest = self._rest(prepared)
+        return self._embed(frames, None if rest is None else rest.expand(frames.shape))
+
+    def _rest(self, prepared: Prepared) -> Tensor | None:
+        """Give what the metric takes of the frames' rest: nothing of frames that are truncated."""
+        return prepared.rest if self.takes_rest and not self.quantised else None
+
+    def _bounded(self, embedding: Embedding, prepared: Prepared) -> Embedding:
+        """Let an embedding know what preparing may have rounded of its frames."""
+        if prepared.rounding is None:
+            return embedding
+        rounding = prepared.rounding if self._rest(prepared) is None else prepared.rounding_with_rest
+        return replace(embedding, rounding=rounding, stored=prepared.stored)
+
+    def _embed(self, frames: Tensor, rest: Tensor | None = None) -> Embedding:
         """:meth:`embed`, checked; frames of which nobody else has a copy are given to code of others."""
         before = versions([frames])
         with self._running("embed"):
-            embedding = self.embed(frames)
+            embedding = self.embed(frames) if rest is None else self.embed_with_rest(frames, rest)
         self.claims.check_embedding(embedding, len(frames))
         self.claims.check_unwritten(before, versions([frames]), "embed wrote into the frames")
         return embedding
@@ -754,7 +782,8 @@ class Metric(ABC):
         # A mean over some of the pixels, or by weight, may be larger than that over all.
         if prepared is not None and not self.preprocessing.mask and self.pixel_weights is None:
             both = a is b
-            b = replace(b, mean_rounding=prepared.mean_rounding)
+            mean = prepared.mean_rounding if self._rest(prepared) is None else None
+            b = replace(b, mean_rounding=mean)
             a = b if both else b[: len(a)]
         with torch.no_grad(), self._running("rounding"):
             rounding = self.rounding_between(a, b, distances)
@@ -800,13 +829,16 @@ class Metric(ABC):
         if not len(rows):
             return np.empty((0, 0))
         some = replace(prepared, values=prepared.values[rows], comparable=prepared.comparable[rows])
-        rounding, stored = (None if bound is None else bound[rows] for bound in (some.rounding, some.stored))
-        some = replace(some, rounding=rounding, stored=stored, bounds=None).anew()
+        parts = (some.rest, some.rounding, some.stored, some.rounding_with_rest)
+        rest, rounding, stored, with_rest = (None if part is None else part[rows] for part in parts)
+        some = replace(
+            some, rest=rest, rounding=rounding, stored=stored, rounding_with_rest=with_rest, bounds=None
+        ).anew()
         claims = self.claims
         with torch.no_grad():
             frames = self._frames(some)
             kept = frames.clone()
-            embedding = self._embed(frames)
+            embedding = self._embed(frames, self._rest(some))
             if not torch.equal(frames.nan_to_num(), kept.nan_to_num()):
                 claims.refuse(
                     "embed wrote into the frames that it was given; it has to work on a copy (clone)"
@@ -814,7 +846,7 @@ class Metric(ABC):
             apart = embedding.copy()
             block = self.between(embedding, apart)
             with other_random_numbers():
-                again = self.between(self._embed(self._frames(some)), apart)
+                again = self.between(self._embed_prepared(some), apart)
         single = block.dtype == torch.float32
         first, second = (values.double().cpu().numpy() for values in (block, again))
         claims.check_repeated(first, second, "d", exact=self.device.type == "cpu")
@@ -886,13 +918,6 @@ class Metric(ABC):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {json.dumps(self.specification(), default=str)} on {self.device}>"
-
-
-def _bounded(embedding: Embedding, prepared: Prepared) -> Embedding:
-    """An embedding that knows what preparing may have rounded of its frames."""
-    if prepared.rounding is None:
-        return embedding
-    return replace(embedding, rounding=prepared.rounding, stored=prepared.stored)
 
 
 WEIGHTS_OF_PIXELS = "weights_of_pixels"

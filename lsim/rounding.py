@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lsim.doubles import UNIT
 from lsim.embedding import Embedding
 from lsim.precision import half_ulp
 
@@ -44,12 +45,14 @@ class FrameRounding(NamedTuple):
     ``prepared``: what preparing has rounded. ``stored``: what the source's own floating dtype may have
     rounded before, which counts for metrics that are blind: a stored multiple of a field is not quite one.
     Of what preparing has rounded, ``relative`` is a share of each value, and ``resized`` an error of any.
+    ``with_rest``: ``prepared`` for metrics that take the rest of values in double precision, too.
     """
 
     prepared: np.ndarray
     stored: np.ndarray
     relative: np.ndarray
     resized: np.ndarray
+    with_rest: np.ndarray
 
     def of(self, frames: list[int]) -> FrameRounding:
         """Select frames."""
@@ -98,7 +101,8 @@ def bound_of_frames(
             relative += of_result
         # Both ends of the range are resized values, too.
         resized = 2 * raw * (of_work + (8 if splines == 1 else 32) * 2.0**-53) if splines else 0 * raw
-        parts = (prepared + resized, of_source * raw, np.full_like(raw, relative), resized)
+        shares = np.full_like(raw, relative)
+        parts = (prepared + resized, of_source * raw, shares, resized, UNIT * size + resized)
         bounds = [np.nan_to_num(part, nan=0, posinf=0, neginf=0).max(axis=1) for part in parts]
     return FrameRounding(*bounds)
 

@@ -77,7 +77,7 @@ TAKE_FRAMES: dict[str, Callable[[Any], Any]] = {
     "truncate_to_8bit": pre.truncate_to_8bit,
     "apply": lambda frames: pre.apply(SETTINGS, frames, "sequence"),
     "apply with a mask": lambda frames: pre.apply(RESIZED, frames, (0, 1)),
-    "apply_to_pairs": lambda frames: [pair[2] for pair in pre.apply_to_pairs(SETTINGS, frames)],
+    "apply_to_pairs": lambda frames: [pair[2].values for pair in pre.apply_to_pairs(SETTINGS, frames)],
     "distance": lambda frames: l2().distance(frames, frames[::-1]),
     "distance with a mask": lambda frames: l2().distance(frames, frames[::-1], mask="nan"),
     "pairwise": lambda frames: l2().pairwise(frames),

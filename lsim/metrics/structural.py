@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lsim.doubles import add
 from lsim.metric import Embedding, Metric, MetricInfo, positive_number
 from lsim.pairs import FAST, PairKernel, all_pairs, has_kernel, is_plain, rows_in_torch
 from lsim.precision import as_floats
@@ -74,6 +75,7 @@ class _Structural(Metric):
     """Means over the windows of one scale: what SSIM and MS-SSIM are made of."""
 
     copies_to_compare = False
+    takes_rest = True
 
     def __init__(
         self,
@@ -122,11 +124,15 @@ class _Structural(Metric):
         bright = "luminance" if luminance else "contrast"
         parts = [f"{part}{scale}" for part in ("frames", bright, "contrast")]
         gaussian = self._window == "gaussian"
+        # In single precision the place of the rest is taken by what nobody looks at.
+        parts.insert(1, f"rest{scale}" if f"rest{scale}" in a.parts else parts[0])
         sides = [side.parts[part].numpy() for side in (a, b) for part in parts]
         rough = a.parts[f"contrast{scale}"]
         double = rough.dtype is torch.float64
         return all_pairs(
-            structural_difference(gaussian, luminance, self.preprocessing.mask, double),
+            structural_difference(
+                gaussian, luminance, self.preprocessing.mask, double, f"rest{scale}" in a.parts
+            ),
             len(a),
             len(b),
             channels.start,
@@ -140,6 +146,8 @@ class _Structural(Metric):
         """The same of a[k] and b[k], channel by channel: (n, channel)."""
         x, y = a.parts, b.parts
         difference = (x[f"frames{scale}"] - y[f"frames{scale}"]).double()
+        if f"rest{scale}" in x:
+            difference = difference + (x[f"rest{scale}"] - y[f"rest{scale}"])
         rough = x[f"contrast{scale}"].double() + y[f"contrast{scale}"].double()
         if self.preprocessing.mask:
             missing = difference.isnan()
@@ -170,6 +178,9 @@ class _SSIM(_Structural):
         """Frames channel-first, and the denominators of their windows: none for half a window at the rim."""
         planes = _channel_first(frames)
         return Embedding(self._parts(planes, 0, planes.dtype))
+
+    def embed_with_rest(self, frames: Tensor, rest: Tensor) -> Embedding:
+        return Embedding(self.embed(frames).parts | {"rest0": _channel_first(rest)})
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
         """As of squares P and Q, whose roots errors move by as much, over roots of what divides them."""
@@ -266,6 +277,7 @@ class MultiScaleSSIM(_Structural):
         takes_mask=True,
         one_channel_suffices=True,
     )
+    algorithm_version = 2
 
     def __init__(
         self,
@@ -293,6 +305,16 @@ class MultiScaleSSIM(_Structural):
         if not self.preprocessing.mask:
             for scale in range(len(SCALES) - 1):
                 del parts[f"luminance{scale}"]
+        return Embedding(parts)
+
+    def embed_with_rest(self, frames: Tensor, rest: Tensor) -> Embedding:
+        """Halve frames with their rest."""
+        parts = self.embed(frames).parts
+        planes, left = _channel_first(frames), _channel_first(rest)
+        parts["rest0"] = left
+        for scale in range(1, len(SCALES)):
+            planes, left = _halved_with_rest(planes, left)
+            parts |= {f"frames{scale}": planes, f"rest{scale}": left}
         return Embedding(parts)
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
@@ -333,7 +355,8 @@ class MultiScaleSSIM(_Structural):
         opposite = differences >= 1
         logarithms = torch.log1p(-torch.where(opposite | missing, 0, differences))
         weights = [weight * sum(SCALES) / sum(SCALES[: coarsest + 1]) for weight in SCALES[: coarsest + 1]]
-        total = torch.stack([weight * term for weight, term in zip(weights, logarithms, strict=True)]).sum(0)
+        # One after another: torch's own sum adds in an order that depends on how many pairs there are.
+        total = sum(weight * term for weight, term in zip(weights, logarithms, strict=True))
         distance = torch.where(opposite.any(0), 1, -torch.expm1(total))
         masked = self.preprocessing.mask
         if not masked or not coarsest or (is_plain(missing) and not missing.any()):
@@ -363,6 +386,15 @@ def _halved(planes: Tensor) -> Tensor:
         return torch.from_numpy(np.stack(in_threads(averages, planes.numpy())))
     y, x = planes.shape[2:]
     return F.avg_pool2d(planes.double(), 2, padding=(y % 2, x % 2))
+
+
+def _halved_with_rest(planes: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Do as :func:`_halved` with pairs of doubles."""
+    y, x = planes.shape[2:]
+    padded = [F.pad(part / 4, (x % 2, 0, y % 2, 0)) for part in (planes, rest)]
+    corners = [(padded[0][:, :, r::2, k::2], padded[1][:, :, r::2, k::2]) for r in (0, 1) for k in (0, 1)]
+    halved, left = functools.reduce(add, corners)
+    return halved.contiguous(), left.contiguous()
 
 
 def _moments(planes: Tensor, window: Window) -> tuple[Tensor, Tensor]:
@@ -398,19 +430,23 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 @functools.cache
-def structural_difference(gaussian: bool, luminance: bool, masked: bool, double: bool) -> PairKernel:
+def structural_difference(
+    gaussian: bool, luminance: bool, masked: bool, double: bool, with_rest: bool
+) -> PairKernel:
     """Compile ``out[p] +=`` mean over windows of 1 − SSIM, or of Q alone, for frames i[p] of x and j[p] of y.
 
     Over the channels from ``start`` to before ``stop`` of (n, channel, y, x); ``bright`` is µ² + C₁/2 and
     ``rough`` σ² + C₂/2. Where ``masked``, windows with NaN are left out, of all channels alike. Channels are
     walked outside of pairs, so that one frame's stays in the second-level cache while others pass.
-    ``double`` is slow.
+    ``double`` is slow. What frames have as ``rest`` is looked at where ``with_rest``.
     """
 
     dtype = np.float64 if double else np.float32
 
     @_compiled
-    def kernel(i, j, out, start, stop, x, x_bright, x_rough, y, y_bright, y_rough):  # type: ignore[no-untyped-def]
+    def kernel(  # type: ignore[no-untyped-def]
+        i, j, out, start, stop, x, x_rest, x_bright, x_rough, y, y_rest, y_bright, y_rough
+    ):
         rows, columns = x.shape[2:]
         height, width = x_bright.shape[2:]
         difference = np.empty((rows, columns), dtype)
@@ -421,6 +457,8 @@ def structural_difference(gaussian: bool, luminance: bool, masked: bool, double:
         for c in range(start, stop):
             for p in range(i.shape[0]):
                 _subtract(x[i[p], c], y[j[p], c], difference)
+                if with_rest:
+                    _add_difference(x_rest[i[p], c], y_rest[j[p], c], difference)
                 a_bright, b_bright = x_bright[i[p], c], y_bright[j[p], c]
                 a_rough, b_rough = x_rough[i[p], c], y_rough[j[p], c]
                 total = 0.0
@@ -641,6 +679,13 @@ def _subtract(x, y, difference):  # type: ignore[no-untyped-def]
     for r in range(difference.shape[0]):
         for k in range(difference.shape[1]):
             difference[r, k] = x[r, k] - y[r, k]
+
+
+@_compiled
+def _add_difference(x, y, difference):  # type: ignore[no-untyped-def]
+    for r in range(difference.shape[0]):
+        for k in range(difference.shape[1]):
+            difference[r, k] += x[r, k] - y[r, k]
 
 
 @_compiled
