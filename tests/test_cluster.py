@@ -74,13 +74,12 @@ def test_each_worker_loads_each_metric_once_and_again_after_a_restart(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["none", "local"])
-def test_a_task_that_fails_is_handed_back_and_the_others_go_on(kind):
-    profile = Profile(kind="none") if kind == "none" else Profile(workers=1)
-    with Cluster(profile) as cluster:
-        outcomes = {
-            task[0]: (result, error)
-            for task, result, error in run_bounded(cluster.client, squared_or_fail, ((k,) for k in range(40)))
-        }
+def test_a_task_that_fails_is_handed_back_and_the_others_go_on(kind, two_workers):
+    client = None if kind == "none" else two_workers.client
+    outcomes = {
+        task[0]: (result, error)
+        for task, result, error in run_bounded(client, squared_or_fail, ((k,) for k in range(40)))
+    }
     assert sorted(outcomes) == list(range(40))
     assert isinstance(outcomes[3][1], ValueError)
     assert all(result == k**2 for k, (result, _) in outcomes.items() if k != 3)

@@ -102,11 +102,10 @@ def test_bits_do_not_depend_on_blocks_or_workers(frames, tmp_path, here, monkeyp
         assert np.array_equal(features(tmp_path / "whole.zarr", key), features(tmp_path / "parts.zarr", key))
 
 
-def test_workers_give_the_same_bits(frames, tmp_path, here, monkeypatch):
+def test_workers_give_the_same_bits(frames, tmp_path, here, two_workers, monkeypatch):
     monkeypatch.setattr(embeddings, "BLOCK_BYTES", 4 * 20000 * 5)
     compute_embeddings(frames, tmp_path / "here.zarr", SETTINGS, cluster=here)
-    with Cluster(Profile(workers=2)) as cluster:
-        report = compute_embeddings(frames, tmp_path / "workers.zarr", SETTINGS, cluster=cluster)
+    report = compute_embeddings(frames, tmp_path / "workers.zarr", SETTINGS, cluster=two_workers)
     assert report.cluster["workers"] == 2
     for key in ("A/density", "B/rgb"):
         assert np.array_equal(features(tmp_path / "here.zarr", key), features(tmp_path / "workers.zarr", key))
