@@ -52,25 +52,23 @@ def where_it_runs() -> int:
 
 def test_each_worker_loads_each_metric_once_and_again_after_a_restart(tmp_path):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(12))
-    with Cluster(Profile(workers=2)) as cluster:
+    with Cluster(Profile(workers=1)) as cluster:
         compute_distances(frames, tmp_path / "one.zarr", SETTINGS, cluster=cluster)
         compute_distances(frames, tmp_path / "two.zarr", SETTINGS, cluster=cluster)
         client = cluster.client
         counts = client.run(load_counts)
-        assert len(counts) == 2
-        assert all(count == {"l1": 1, "ssim": 1} for count in counts.values())
+        assert list(counts.values()) == [{"l1": 1, "ssim": 1}]
 
-        processes = client.run(where_it_runs)
-        victim = next(iter(processes.values()))
+        (victim,) = client.run(where_it_runs).values()
         os.kill(victim, signal.SIGKILL)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             alive = set(client.run(where_it_runs, on_error="ignore").values())
-            if len(alive) == 2 and victim not in alive:
+            if alive and victim not in alive:
                 break
             time.sleep(0.2)
         compute_distances(frames, tmp_path / "three.zarr", SETTINGS, cluster=cluster)
-        assert all(count == {"l1": 1, "ssim": 1} for count in client.run(load_counts).values())
+        assert list(client.run(load_counts).values()) == [{"l1": 1, "ssim": 1}]
 
 
 @pytest.mark.parametrize("kind", ["none", "local"])
@@ -225,11 +223,11 @@ def test_a_nanny_that_is_told_to_go_waits_for_its_worker(tmp_path):
         command += ["distributed.cli.dask_worker", scheduler.scheduler_address, *loopback, "--nthreads", "1"]
         workers = [
             subprocess.Popen(
-                [*command, "--name", name],
+                [*command, "--name", name, nanny],
                 env=os.environ | {"PYTHONPATH": search},
                 stderr=subprocess.DEVNULL,
             )
-            for name in ("a", "b")
+            for name, nanny in (("a", "--nanny"), ("b", "--no-nanny"))
         ]
         try:
             address = Profile(kind="address", address=scheduler.scheduler_address, start_timeout=120)

@@ -129,7 +129,7 @@ def test_a_metric_that_raises_where_another_copy_has_finished_leaves_no_fingerpr
     compute(frames, tmp_path / "d.zarr")
     monkeypatch.undo()
     compute_block(given[0])  # of the other copy
-    monkeypatch.setattr("pipeline.distances.compute._matrix", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(lsim.Metric, "all_pairs_with_rounding", lambda *arguments: 1 / 0)
     compute_block(given[0])
     monkeypatch.undo()
     assert np.isnan(matrices_of(tmp_path / "d.zarr")["l2"]).all()

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import dask
 import pytest
 from distributed import Client, KilledWorker, LocalCluster
 
@@ -168,7 +169,7 @@ def test_the_window_follows_the_threads_that_join(monkeypatch):
 
 def test_a_task_that_kills_its_workers_is_handed_back_and_the_others_go_on(monkeypatch):
     monkeypatch.setitem(FAULT_TOLERANCE["distributed"]["scheduler"], "allowed-failures", 1)
-    with Cluster(Profile(workers=2)) as cluster:
+    with Cluster(Profile(workers=1)) as cluster:
         outcomes = {
             number: error
             for (number,), _, error in run_bounded(cluster.client, die, ((k,) for k in range(12)))
@@ -283,14 +284,11 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("configured", [False, True])
-def test_what_our_own_messages_say_is_not_logged_besides_unless_wanted(tmp_path, configured):
+def test_what_our_own_messages_say_is_not_logged_besides(tmp_path):
     script = tmp_path / "faults.py"
     script.write_text(FAULTS)
     search = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": search}
-    if configured:
-        environment["DASK_LOGGING__DISTRIBUTED"] = "error"
     done = subprocess.run(
         [sys.executable, str(script)],
         env=environment,
@@ -299,10 +297,14 @@ def test_what_our_own_messages_say_is_not_logged_besides_unless_wanted(tmp_path,
         timeout=120,
         check=True,
     )
-    if configured:
-        assert "Compute Failed" in done.stderr
-    else:
-        assert done.stderr == ""
+    assert done.stderr == ""
+
+
+def test_what_workers_log_is_kept_where_logging_is_configured(monkeypatch, capfd):
+    monkeypatch.setenv("DASK_LOGGING__DISTRIBUTED", "error")
+    with dask.config.set({"logging.distributed": "error"}), Cluster(Profile(workers=1)) as cluster:
+        assert all(error for _, _, error in run_bounded(cluster.client, raise_as_told, [("bare",)]))
+    assert "Compute Failed" in capfd.readouterr().err
 
 
 def test_sigterm_is_heeded_while_a_lost_result_is_computed_again(client, monkeypatch):
@@ -354,8 +356,7 @@ def test_a_scheduler_that_dies_is_an_error_and_no_wait_without_end():
                 "-m",
                 "distributed.cli.dask_worker",
                 address,
-                "--nworkers",
-                "1",
+                "--no-nanny",
                 "--no-dashboard",
             ]
         )
@@ -385,8 +386,7 @@ def test_a_scheduler_needs_nothing_of_what_tasks_name():
                 "-m",
                 "distributed.cli.dask_worker",
                 address,
-                "--nworkers",
-                "1",
+                "--no-nanny",
                 "--no-dashboard",
             ],
             env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
