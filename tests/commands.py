@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import tempfile
@@ -30,6 +31,7 @@ def run_lsim(*arguments: object) -> tuple[int, str]:
             mock.patch.object(sys, "argv", argv),
             mock.patch.dict(os.environ, {"COLUMNS": str(WIDTH)}),
             _printing_to(printed),
+            _logging_to_stderr(),
             pytest.raises(SystemExit) as end,
         ):
             cli.main()
@@ -56,6 +58,18 @@ def _printing_to(file: IO[str]) -> Iterator[None]:
         for number, copy in before:
             os.dup2(copy, number)
             os.close(copy)
+
+
+@contextlib.contextmanager
+def _logging_to_stderr() -> Iterator[None]:
+    """Have warnings logged as in a process that configures nothing: pytest's handlers would keep them."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    root.handlers.clear()
+    try:
+        yield
+    finally:
+        root.handlers[:] = before
 
 
 def skip_or_fail(reason: str) -> NoReturn:

@@ -25,7 +25,7 @@ from pipeline.workers.profiles import Profile
 
 METRICS = ("l2", "ssim", "vi")
 SEQUENCES = 60
-SIZE = 112
+SIZE = 40
 SETTINGS = Settings(metrics=METRICS, size=SIZE, block=1)
 TOTAL = SEQUENCES * len(METRICS)
 
