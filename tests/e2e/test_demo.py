@@ -29,7 +29,8 @@ def workflow(tmp_path) -> Path:
     catalog = {"name": "small", "datasets": datasets, "pools": {"All": ["Adv", "Sha"]}}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(catalog))
     text = {"catalog": str(tmp_path / "small.yaml"), "fetch": True, "out": str(tmp_path / "out")}
-    (tmp_path / "workflow.yaml").write_text(yaml.safe_dump(text | {"correlate": {"replicates": 200}}))
+    text |= {"distances": {"size": 96}, "correlate": {"replicates": 200}}
+    (tmp_path / "workflow.yaml").write_text(yaml.safe_dump(text))
     return tmp_path / "workflow.yaml"
 
 
@@ -85,7 +86,10 @@ def test_stages_one_by_one_give_what_run_gives(workflow):
             folder / "data",
             *here,
         ),
-        ("distances", one / "frames.zarr", "--out", one / "distances.zarr", "--metrics", CLASSIC, *here),
+        (
+            *("distances", one / "frames.zarr", "--out", one / "distances.zarr"),
+            *("--metrics", CLASSIC, "--size", 96, *here),
+        ),
         ("correlate", one / "distances.zarr", "--out", one / "results", "--replicates", "200"),
         ("report", one / "results"),
     ]
