@@ -223,11 +223,11 @@ def test_a_nanny_that_is_told_to_go_waits_for_its_worker(tmp_path):
         command += ["distributed.cli.dask_worker", scheduler.scheduler_address, *loopback, "--nthreads", "1"]
         workers = [
             subprocess.Popen(
-                [*command, "--name", name, nanny],
+                [*command, "--name", name],
                 env=os.environ | {"PYTHONPATH": search},
                 stderr=subprocess.DEVNULL,
             )
-            for name, nanny in (("a", "--nanny"), ("b", "--no-nanny"))
+            for name in ("a", "b")
         ]
         try:
             address = Profile(kind="address", address=scheduler.scheduler_address, start_timeout=120)
