@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -120,19 +121,23 @@ def test_same_bytes_whatever_the_tile_and_the_memory(tmp_path):
         same(matrices(tmp_path / "8.zarr"), matrices(tmp_path / f"{tile}.zarr"))
 
 
-@pytest.mark.parametrize("profile", [{"workers": 1, "threads": 2}, {"workers": 2}])
-def test_same_bytes_whatever_the_workers(tmp_path, profile):
+@pytest.fixture
+def two_threads() -> Iterator[Cluster]:
+    """One worker process with two threads, which share what is embedded."""
+    with Cluster(Profile(workers=1, threads=2)) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("workers", ["two_threads", "two_workers"])
+def test_same_bytes_whatever_the_workers(tmp_path, request, workers):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(6))
     settings = Settings(metrics=("l2", "lsim-open"), size=48, scope="dataset")
     compute(frames, tmp_path / "alone.zarr", settings)
-    with Cluster(Profile(**profile)) as cluster:
-        report = compute_archive(
-            frames, tmp_path / "many.zarr", settings, MatrixRequest(tile=5), cluster=cluster
-        )
-        same(matrices(tmp_path / "alone.zarr"), matrices(tmp_path / "many.zarr"))
-        # Threads of one process share what is embedded.
-        assert report.embeddings == 60 if profile["workers"] == 1 else report.embeddings <= 120
-        again = compute_archive(frames, tmp_path / "many.zarr", settings, cluster=cluster)
+    cluster = request.getfixturevalue(workers)
+    report = compute_archive(frames, tmp_path / "many.zarr", settings, MatrixRequest(tile=5), cluster=cluster)
+    same(matrices(tmp_path / "alone.zarr"), matrices(tmp_path / "many.zarr"))
+    assert report.embeddings == 60 if workers == "two_threads" else report.embeddings <= 120
+    again = compute_archive(frames, tmp_path / "many.zarr", settings, cluster=cluster)
     assert (again.tiles, again.up_to_date, again.plans) == (0, 2 * 21, [])
 
 

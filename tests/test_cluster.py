@@ -52,35 +52,32 @@ def where_it_runs() -> int:
 
 def test_each_worker_loads_each_metric_once_and_again_after_a_restart(tmp_path):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(12))
-    with Cluster(Profile(workers=2)) as cluster:
+    with Cluster(Profile(workers=1)) as cluster:
         compute_distances(frames, tmp_path / "one.zarr", SETTINGS, cluster=cluster)
         compute_distances(frames, tmp_path / "two.zarr", SETTINGS, cluster=cluster)
         client = cluster.client
         counts = client.run(load_counts)
-        assert len(counts) == 2
-        assert all(count == {"l1": 1, "ssim": 1} for count in counts.values())
+        assert list(counts.values()) == [{"l1": 1, "ssim": 1}]
 
-        processes = client.run(where_it_runs)
-        victim = next(iter(processes.values()))
+        (victim,) = client.run(where_it_runs).values()
         os.kill(victim, signal.SIGKILL)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             alive = set(client.run(where_it_runs, on_error="ignore").values())
-            if len(alive) == 2 and victim not in alive:
+            if alive and victim not in alive:
                 break
             time.sleep(0.2)
         compute_distances(frames, tmp_path / "three.zarr", SETTINGS, cluster=cluster)
-        assert all(count == {"l1": 1, "ssim": 1} for count in client.run(load_counts).values())
+        assert list(client.run(load_counts).values()) == [{"l1": 1, "ssim": 1}]
 
 
 @pytest.mark.parametrize("kind", ["none", "local"])
-def test_a_task_that_fails_is_handed_back_and_the_others_go_on(kind):
-    profile = Profile(kind="none") if kind == "none" else Profile(workers=1)
-    with Cluster(profile) as cluster:
-        outcomes = {
-            task[0]: (result, error)
-            for task, result, error in run_bounded(cluster.client, squared_or_fail, ((k,) for k in range(40)))
-        }
+def test_a_task_that_fails_is_handed_back_and_the_others_go_on(kind, two_workers):
+    client = None if kind == "none" else two_workers.client
+    outcomes = {
+        task[0]: (result, error)
+        for task, result, error in run_bounded(client, squared_or_fail, ((k,) for k in range(40)))
+    }
     assert sorted(outcomes) == list(range(40))
     assert isinstance(outcomes[3][1], ValueError)
     assert all(result == k**2 for k, (result, _) in outcomes.items() if k != 3)

@@ -25,6 +25,7 @@ from pipeline.catalog import Catalog, CatalogError, open_catalog
 from pipeline.content import content_hash
 from pipeline.convert import ConversionError, ConversionReport, convert
 from pipeline.readers import READERS, LazySequence, lsim
+from pipeline.workers.cluster import Cluster
 
 SHAPE = (6, 8, 3)
 FRAMES = 3
@@ -767,26 +768,22 @@ def test_kill_9_and_again(archive: Archive):
 # -- on a cluster --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def client() -> Iterator[Any]:
-    from distributed import Client, LocalCluster
-
-    with (
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
-        ) as cluster,
-        Client(cluster) as connected,
-    ):
-        yield connected
+@pytest.fixture
+def client(two_workers: Cluster) -> Iterator[Any]:
+    """A client of workers that make shards as small as this process does."""
+    before = two_workers.client.run(set_shard_bytes, store.SHARD_BYTES)
+    yield two_workers.client
+    two_workers.client.run(set_shard_bytes, next(iter(before.values())))
 
 
-def set_shard_bytes(count: int) -> None:
-    store.SHARD_BYTES = count
+def set_shard_bytes(count: int) -> int:
+    """Set the bytes of a shard; return what they were."""
+    before, store.SHARD_BYTES = store.SHARD_BYTES, count
+    return before
 
 
 def test_workers_give_the_same_bytes_as_this_process(archive: Archive, client: Any):
     truncate(archive.data / "p3")
-    client.run(set_shard_bytes, store.SHARD_BYTES)
     local, remote = archive.folder / "local.zarr", archive.folder / "remote.zarr"
     for _ in range(2):
         archive.decoded()

@@ -63,14 +63,14 @@ def test_matrices_are_those_of_the_library_and_the_store_is_valid(tmp_path):
                 np.testing.assert_array_equal(tree["A/density"][name].values[row], expected)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_same_bytes_whatever_the_workers_and_the_block(tmp_path, shared, published_weights, workers):
+@pytest.mark.usefixtures("published_weights")
+def test_same_bytes_whatever_the_workers_and_the_block(tmp_path, shared, two_workers):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(5, frames=4))
-    settings = Settings(metrics=(*CLASSIC, "lsim"), size=64, block=1)
+    weights = {"lsim": str(shared / "reference" / "weights" / "LSiM.pth")}
+    settings = Settings(metrics=(*CLASSIC, "lsim"), weights=weights, size=64, block=1)
     compute(frames, tmp_path / "alone.zarr", settings, block=3)
-    with Cluster(Profile(workers=workers)) as cluster:
-        report = compute_distances(frames, tmp_path / "many.zarr", settings, cluster=cluster)
-    assert report.cluster["workers"] == workers
+    report = compute_distances(frames, tmp_path / "many.zarr", settings, cluster=two_workers)
+    assert report.cluster["workers"] == 2
     alone, many = matrices_of(tmp_path / "alone.zarr"), matrices_of(tmp_path / "many.zarr")
     assert alone.keys() == many.keys() == {*CLASSIC, "lsim"}
     for name, matrices in alone.items():
@@ -129,7 +129,7 @@ def test_a_metric_that_raises_where_another_copy_has_finished_leaves_no_fingerpr
     compute(frames, tmp_path / "d.zarr")
     monkeypatch.undo()
     compute_block(given[0])  # of the other copy
-    monkeypatch.setattr("pipeline.distances.compute._matrix", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(lsim.Metric, "all_pairs_with_rounding", lambda *arguments: 1 / 0)
     compute_block(given[0])
     monkeypatch.undo()
     assert np.isnan(matrices_of(tmp_path / "d.zarr")["l2"]).all()
@@ -501,16 +501,15 @@ def test_two_runs_on_one_store_keep_out_of_each_others_way(tmp_path):
     assert compute(frames, tmp_path / "d.zarr").computed == 4
 
 
-def test_relative_paths_hold_for_workers_in_another_folder(tmp_path, monkeypatch):
+def test_relative_paths_hold_for_workers_in_another_folder(tmp_path, monkeypatch, two_workers):
     write_archive(tmp_path / "frames.zarr", archive_of(2))
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    with Cluster(Profile(workers=1)) as cluster:
-        cluster.client.run(os.chdir, str(elsewhere))
-        monkeypatch.chdir(tmp_path)
-        report = compute_distances("frames.zarr", "d.zarr", QUICK, cluster=cluster)
+    folders = set(two_workers.client.run(os.getcwd).values())
+    monkeypatch.chdir(tmp_path)
+    report = compute_distances("frames.zarr", "d.zarr", QUICK, cluster=two_workers)
     assert (report.computed, report.failures) == (4, [])
-    assert not (elsewhere / "d.zarr").exists()
+    assert len(matrices_of(tmp_path / "d.zarr")["l2"]) == 2
+    assert str(tmp_path) not in folders
+    assert not any(Path(folder, "d.zarr").exists() for folder in folders)
 
 
 @pytest.mark.parametrize("change", ["removed", "reordered", "added"])
@@ -586,15 +585,14 @@ def own_weights(path: Path, seed: int = 0) -> Path:
     return path
 
 
-def test_weights_of_ones_own_are_a_metric_of_any_name(tmp_path, monkeypatch):
+def test_weights_of_ones_own_are_a_metric_of_any_name(tmp_path, monkeypatch, two_workers):
     archive = archive_of(2, frames=4)
     frames = write_archive(tmp_path / "frames.zarr", archive)
     file = own_weights(tmp_path / "mine.safetensors")
     monkeypatch.chdir(tmp_path)
     settings = Settings(metrics=("l2", "smoke-only"), weights={"smoke-only": "mine.safetensors"}, size=64)
     # A worker runs elsewhere, and must find the file all the same.
-    with Cluster(Profile(workers=1)) as cluster:
-        report = compute_distances(frames, tmp_path / "d.zarr", settings, cluster=cluster)
+    report = compute_distances(frames, tmp_path / "d.zarr", settings, cluster=two_workers)
     assert (report.computed, report.failures) == (4, [])
     found = matrices_of(tmp_path / "d.zarr")["smoke-only"]
     metric = lsim.load_metric("smoke-only", file, "cpu", size=64)
