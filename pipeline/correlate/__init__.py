@@ -188,6 +188,7 @@ def _correlate(
         _unlike_settings(distances)
         + _symmetrised(distances)
         + _directed(distances)
+        + _weighted(distances)
         + _unresolved(distances, archive)
     )
     correlations: list[dict[str, Any]] = []
@@ -345,7 +346,8 @@ def _unlike_settings(path: str) -> list[str]:
         preprocessing = specification.get("preprocessing", {})
         settings = {"scope": "fixed" if isinstance(scope, list) else scope}
         masked = {"mask": "nan" if preprocessing.get("mask") else "none"}
-        for name, value in (settings | preprocessing | masked).items():
+        weights = {"weights of pixels": "the field's" if "weights_of_pixels" in specification else "none"}
+        for name, value in (settings | preprocessing | masked | weights).items():
             metrics = found.setdefault(name, {}).setdefault(str(value), [])
             metrics += [metric] if metric not in metrics else []
     return [
@@ -374,6 +376,17 @@ def _directed(path: str) -> list[str]:
         return []
     names = ", ".join(dict.fromkeys(found))
     return [f"Of metrics that are not symmetric the earlier frame of a pair is the reference: {names}"]
+
+
+def _weighted(path: str) -> list[str]:
+    """Note the metrics whose means over pixels are weighted."""
+    names = [
+        name for name, specification in store.specifications(path) if "weights_of_pixels" in specification
+    ]
+    if not names:
+        return []
+    listed = ", ".join(dict.fromkeys(names))
+    return [f"Means over pixels are weighted by the weights of the field's pixels: {listed}"]
 
 
 def _problems(

@@ -310,13 +310,20 @@ def _outdated(record: dict[str, Any], distances: str) -> list[str]:
 
 
 def find_frames(distances: str | os.PathLike[str], attributes: dict[str, Any]) -> tuple[str | None, str]:
-    """The ``frames.zarr`` that the distances name, or why there are no pictures of frames."""
+    """Find the ``frames.zarr`` that the distances name, or say why there are no pictures of frames.
+
+    Raises
+    ------
+    pipeline.storage.store.DamagedError
+        When metadata of that store is damaged.
+    """
     named = attributes.get("frames")
     if not named:
         return None, "The distances don't say which frames they were computed from."
     path = resolve(str(named), absolute(distances))
     if not store.exists(path):
         return None, f"The frames were at {named} beside the distances, and are there no more."
+    store.check_documents(store.open_store(path))
     return path, ""
 
 
