@@ -479,7 +479,7 @@ class Interrupted:
         return ("distances", *places, *self.options)
 
     def start(self) -> subprocess.Popen[str]:
-        program = f"from pipeline import objects; objects.PATIENCE_S = {self.patience}"
+        program = f"from pipeline.storage import objects; objects.PATIENCE_S = {self.patience}"
         program = f"{program}; from pipeline.cli import main; main()"
         return subprocess.Popen(
             [sys.executable, "-c", program, *self.command],

@@ -27,8 +27,8 @@ from pipeline.correlate import correlate
 from pipeline.distances import DistancesReport, compute_distances
 from pipeline.matrix import MatrixReport, MatrixRequest, compute_matrix
 from pipeline.matrix.embeddings import compute_embeddings
+from pipeline.metrics.pixel_weights import FieldWeights, _held, get_weighted
 from pipeline.metrics.settings import Settings, choose_metrics
-from pipeline.pixel_weights import FieldWeights, _held, get_weighted
 from pipeline.report import write_report
 from pipeline.sources.catalog import open_catalog
 from pipeline.sources.readers import ReaderError

@@ -38,10 +38,10 @@ from pipeline.distances.compute import (
 )
 from pipeline.distances.sizing import BlockSize, Pace, block_size
 from pipeline.metrics.fields import checked_fields, drop_vanished, field_units
+from pipeline.metrics.pixel_weights import FieldMetrics, metrics_by_field, weighted_otherwise
 from pipeline.metrics.resolution import Unresolved, list_unresolved, record_resolution
 from pipeline.metrics.settings import Settings, choose_metrics, is_directed
 from pipeline.metrics.value_range import dataset_range
-from pipeline.pixel_weights import FieldMetrics, metrics_by_field, weighted_otherwise
 from pipeline.stage.bounded_map import reason_of, run_bounded
 from pipeline.storage import schema, store
 from pipeline.storage.address import absolute, relative

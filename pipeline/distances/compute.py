@@ -25,9 +25,9 @@ from lsim.metric import Metric
 from lsim.prepared import Prepared
 from lsim.preprocess import FramesError, Scope, finite_frames
 from pipeline.distances.blocks import ROW_TEXTS, Pairs, StaleBlock, digest_rows
+from pipeline.metrics.pixel_weights import FieldWeights, get_weighted
 from pipeline.metrics.resolution import resolution_of, to_text
 from pipeline.metrics.settings import is_directed
-from pipeline.pixel_weights import FieldWeights, get_weighted
 from pipeline.stage import trials
 from pipeline.storage import schema, store
 from pipeline.storage.checked_frames import NOT_READ, read_sequence, why_not_read

@@ -25,9 +25,9 @@ from pipeline.matrix.machines import shared_memory_profile
 from pipeline.matrix.plan import Plan, describe_plan
 from pipeline.matrix.tiles import TileTask, compute_tiles
 from pipeline.metrics.fields import checked_fields, drop_vanished, refuse_others_results
+from pipeline.metrics.pixel_weights import metrics_by_field
 from pipeline.metrics.resolution import Unresolved, list_unresolved, record_resolution
 from pipeline.metrics.settings import Settings, choose_metrics
-from pipeline.pixel_weights import metrics_by_field
 from pipeline.stage.bounded_map import reason_of, run_bounded
 from pipeline.storage import schema, store
 from pipeline.storage.address import absolute, relative

@@ -19,9 +19,9 @@ from pipeline.matrix.measuring import Measured, measure
 from pipeline.matrix.plan import FamilyPlan, Plan, Workers, choose_sides, order_squares, plan_family, room_for
 from pipeline.matrix.tiles import TileTask, embeds_as
 from pipeline.metrics.fields import field_units
+from pipeline.metrics.pixel_weights import FieldMetrics, FieldWeights, weighted_otherwise
 from pipeline.metrics.settings import Settings, is_directed
 from pipeline.metrics.value_range import dataset_range, recorded_range
-from pipeline.pixel_weights import FieldMetrics, FieldWeights, weighted_otherwise
 from pipeline.stage.bounded_map import run_bounded
 from pipeline.storage import schema, store
 from pipeline.storage.versions import versions

@@ -19,7 +19,7 @@ from lsim.preprocess import FramesError, Scope, range_of
 from pipeline.matrix.embedding_cache import EmbeddedBlock, embed_block
 from pipeline.matrix.frame_blocks import FrameBlock, read_block
 from pipeline.matrix.tiles import ROWS_AT_ONCE
-from pipeline.pixel_weights import FieldWeights, get_weighted
+from pipeline.metrics.pixel_weights import FieldWeights, get_weighted
 from pipeline.storage import schema, store
 from pipeline.workers.worker_metrics import MetricRequest, this_device
 

@@ -27,9 +27,9 @@ from lsim.preprocess import FramesError, Scope
 from pipeline.matrix.embedding_cache import FRAMES_TOGETHER, EmbeddedBlock, cache, embed_block
 from pipeline.matrix.frame_blocks import FrameBlock, read_block
 from pipeline.matrix.layout import OF_TILES, tile_fingerprint
+from pipeline.metrics.pixel_weights import FieldWeights, get_weighted
 from pipeline.metrics.resolution import count_unresolved
 from pipeline.metrics.settings import is_directed
-from pipeline.pixel_weights import FieldWeights, get_weighted
 from pipeline.stage import trials
 from pipeline.storage import digests, schema, store
 from pipeline.storage.recorded import tile_identity, tile_texts
