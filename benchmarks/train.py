@@ -27,9 +27,10 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lsim.training import Augmentation, TrainingSequence, TrainingSettings
+from lsim.training.examples import make_example, planes
 from lsim.training.loss import sequence_loss
 from lsim.training.network import DistanceNetwork
-from lsim.training.train import batch_losses, make_example, make_network, planes
+from lsim.training.train import batch_losses, make_network
 
 EXPECTED = 5.0
 """Ratio of the step of pairs to that of sequences that this project means to reach."""

@@ -14,7 +14,7 @@ import pydantic
 
 from lsim.simulate import find_recipe, missing_families
 from lsim.training import LayoutFolders, SequenceError, SequenceSource, TrainingSequence, TrainingSettings
-from lsim.training.train import STATE
+from lsim.training.run_files import STATE
 from pipeline.resources import find_resource, read_yaml, validated
 from pipeline.storage import schema
 from pipeline.storage.checked_frames import read_sequence

@@ -33,17 +33,9 @@ from lsim.training import (
 )
 from lsim.training.loss import sequence_loss
 from lsim.training.network import DistanceNetwork, kept
+from lsim.training.run_files import HISTORY, LOSSES, PICTURE, STATE, UNTRAINED, WEIGHTS
 from lsim.training.sequences import hold_out, simulation_of
-from lsim.training.train import (
-    HISTORY,
-    LOSSES,
-    PICTURE,
-    STATE,
-    UNTRAINED,
-    WEIGHTS,
-    DivergedError,
-    validate,
-)
+from lsim.training.train import DivergedError, validate
 from lsim.weights import load_checkpoint
 from pipeline.cli import app
 from pipeline.train import (
@@ -488,7 +480,7 @@ def test_many_bad_sequences_end_the_run(tmp_path: Path) -> None:
 
 
 def test_a_run_that_diverges_says_so_and_keeps_what_was_saved(tmp_path: Path) -> None:
-    with pytest.raises(DivergedError, match=r"of blobs/blob\d+.density: loss .*nan.*learning_rate"):
+    with pytest.raises(DivergedError, match=r"with blobs/blob\d+.density: loss .*nan.*learning_rate"):
         train(Blobs(), replace(SMALL, learning_rate=1e12, checkpoint_minutes=0), tmp_path)
     state = torch.load(tmp_path / STATE, weights_only=True)
     assert np.isfinite(state["losses"]).all()

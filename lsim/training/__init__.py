@@ -7,7 +7,8 @@ from lsim.training.sequences import (
     SequenceSource,
     TrainingSequence,
 )
-from lsim.training.train import TrainingResult, TrainingSettings, train
+from lsim.training.settings import TrainingSettings
+from lsim.training.train import TrainingResult, train
 
 __all__ = [
     "Augmentation",
