@@ -1,8 +1,8 @@
 """Feature extractors of the learned metrics, as plain modules.
 
-A trunk maps frames of shape (batch, 3, y, x) to a list of feature maps (batch, channel, y', x'), and
-its :data:`CHANNELS` say how many channels each map has. Layer names are those of the published
-checkpoints without their slice numbering; :data:`CHECKPOINT_KEYS` translates.
+A trunk maps frames of shape (batch, 3, y, x) to a list of feature maps (batch, channel, y', x');
+:data:`CHANNELS` is the number of channels of each map. Layer names are those of the published checkpoints
+without their slice numbering; :data:`CHECKPOINT_KEYS` translates.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class LsimTrunk(nn.Module):
 
     @staticmethod
     def map_size(n: int) -> int:
-        """Length of the coarsest feature map for input length ``n``; below one the input is too small."""
+        """Return the length of the coarsest feature map for input length ``n``, below 1 if too small."""
         return _pooled(_pooled(_strided(n)))
 
     @staticmethod
     def takes(n: int) -> bool:
-        """Whether the network can take frames of length ``n`` along an axis."""
+        """Return True if the network can process frames of length ``n`` along an axis."""
         return LsimTrunk.map_size(n) >= 1
 
     def forward(self, frames: Tensor) -> list[Tensor]:
@@ -82,7 +82,7 @@ class SkipTrunk(nn.Module):
 
     @staticmethod
     def takes(n: int) -> bool:
-        """Whether the decoder's maps meet the encoder's again for frames of length ``n``."""
+        """Return True if the decoder's maps have the sizes of the encoder's for frames of length ``n``."""
         fine, middle = _strided(n), _pooled(_strided(n))
         coarse = _pooled(middle)
         return coarse >= 1 and middle == 2 * coarse + 2 and fine == 2 * middle + 3
@@ -130,7 +130,7 @@ class AlexTrunk(nn.Module):
 
     @staticmethod
     def takes(n: int) -> bool:
-        """Whether the network can take frames of length ``n`` along an axis."""
+        """Return True if the network can process frames of length ``n`` along an axis."""
         return n >= 31
 
     def forward(self, frames: Tensor) -> list[Tensor]:
@@ -145,7 +145,7 @@ class AlexTrunk(nn.Module):
 class VggTrunk(nn.Module):
     """VGG16's thirteen convolutions (Simonyan & Zisserman 2015, as in torchvision): for ImageNet's weights.
 
-    Frames in [0, 255] are standardised as ImageNet's images were. Its five maps are those before each
+    Frames in [0, 255] are standardised as ImageNet's images were. The five maps are those before each
     pooling, and the last.
     """
 
@@ -188,7 +188,7 @@ class VggTrunk(nn.Module):
 
     @staticmethod
     def takes(n: int) -> bool:
-        """Whether the network can take frames of length ``n`` along an axis."""
+        """Return True if the network can process frames of length ``n`` along an axis."""
         return n >= 16
 
     def forward(self, frames: Tensor) -> list[Tensor]:
@@ -209,7 +209,7 @@ class VggTrunk(nn.Module):
 
 
 class Fire(nn.Module):
-    """SqueezeNet's block: few channels, then many, half of them by 1×1 and half by 3×3 kernels."""
+    """SqueezeNet's block: few channels, then many; half of them from 1×1 and half from 3×3 kernels."""
 
     def __init__(self, channels: int, squeezed: int, expanded: int) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class Fire(nn.Module):
 class SqueezeTrunk(nn.Module):
     """SqueezeNet 1.1 (Iandola et al. 2016, as in torchvision): for ImageNet's weights.
 
-    Frames in [0, 255] are standardised as ImageNet's images were. Its seven maps are those before each
+    Frames in [0, 255] are standardised as ImageNet's images were. The seven maps are those before each
     pooling, and the last four.
     """
 
@@ -254,7 +254,7 @@ class SqueezeTrunk(nn.Module):
 
     @staticmethod
     def takes(n: int) -> bool:
-        """Whether the network can take frames of length ``n`` along an axis."""
+        """Return True if the network can process frames of length ``n`` along an axis."""
         return n >= 17
 
     def forward(self, frames: Tensor) -> list[Tensor]:
@@ -269,9 +269,9 @@ class SqueezeTrunk(nn.Module):
 
 
 class NonSiamese(nn.Module):
-    """The publication's baseline that sees both frames at once: six channels in, one distance out.
+    """The publication's baseline that takes both frames at once: six channels in, one distance out.
 
-    LSiM's convolutions, pooled to 6×6, and three full layers with a sigmoid; not symmetric.
+    LSiM's convolutions, pooled to 6×6, then three full layers and a sigmoid. It is not symmetric.
     """
 
     def __init__(self) -> None:
@@ -286,38 +286,38 @@ class NonSiamese(nn.Module):
         self.full3 = nn.Linear(128, 1)
 
     def forward(self, frames: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Distances in [0, 1] of pairs (pair, 6, y, x), reference before other: (pair,).
+        """Compute distances (pair,) in [0, 1] of pairs (pair, 6, y, x), reference before other.
 
-        ``keep`` (pair, 4608) multiplies the pooled features: a mask of dropout, in training.
+        ``keep`` (pair, 4608) multiplies the pooled features: a dropout mask, in training.
         """
         x = self.pooled(self.conv1(frames))
         return self.judged(x if keep is None else x * keep)
 
     def pooled(self, first: Tensor) -> Tensor:
-        """What the first convolution makes of pairs, (pair, 32, y', x'), → features (pair, 4608)."""
+        """Map the first convolution's output (pair, 32, y', x') to features (pair, 4608)."""
         x = F.relu(self.conv2(F.max_pool2d(F.relu(first), 4, 2)))
         x = F.relu(self.conv3(F.max_pool2d(x, 4, 2)))
         x = F.relu(self.conv5(F.relu(self.conv4(x))))
         return F.adaptive_avg_pool2d(x, 6).flatten(1)
 
     def judged(self, features: Tensor) -> Tensor:
-        """Features (pair, 4608) → distances (pair,)."""
+        """Map features (pair, 4608) to distances (pair,)."""
         x = F.relu(self.full2(F.relu(self.full1(features))))
         return torch.sigmoid(self.full3(x))[:, 0]
 
 
 Trunk: TypeAlias = LsimTrunk | SkipTrunk | AlexTrunk
 ImageTrunk: TypeAlias = AlexTrunk | VggTrunk | SqueezeTrunk
-"""Those that take ImageNet's weights; ``mean`` and ``deviation`` are what they standardise frames by."""
+"""Trunks for ImageNet's weights; ``mean`` and ``deviation`` standardise the frames."""
 TRUNKS: dict[str, type[Trunk]] = {"lsim": LsimTrunk, "skip": SkipTrunk, "alex": AlexTrunk}
 
 Convolving = TypeVar("Convolving", bound=LsimTrunk | SkipTrunk)
 
 
 def for_one_channel(trunk: Convolving) -> Convolving:
-    """A trunk for frames (batch, 1, y, x) whose channel stands for three equal ones: a copy.
+    """Copy a trunk for frames (batch, 1, y, x) whose channel stands for three equal ones.
 
-    The weights of its first convolution are summed over the channels, in double precision.
+    The weights of the first convolution are summed over the channels, in double precision.
     """
     grey = copy.deepcopy(trunk)
     weight = grey.conv1.weight
@@ -328,17 +328,17 @@ def for_one_channel(trunk: Convolving) -> Convolving:
 
 
 def _strided(n: int) -> int:
-    """Output length of the first convolution: kernel 12, stride 4, padding 2."""
+    """Return the output length of the first convolution: kernel 12, stride 4, padding 2."""
     return (n - 8) // 4 + 1
 
 
 def _pooled(n: int) -> int:
-    """Output length of the poolings: kernel 4, stride 2."""
+    """Return the output length of a pooling: kernel 4, stride 2."""
     return (n - 4) // 2 + 1
 
 
 def _register_imagenet(trunk: nn.Module) -> None:
-    """Mean and standard deviation of ImageNet's images, in [0, 255], as unsaved buffers (3, 1, 1)."""
+    """Register mean and deviation of ImageNet's images, in [0, 255], as unsaved buffers (3, 1, 1)."""
     mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     trunk.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None], persistent=False)
     trunk.register_buffer("deviation", 255 * torch.tensor(deviation)[:, None, None], persistent=False)

@@ -1,14 +1,14 @@
 """Find, download, verify and read the weights of learned metrics.
 
 Weights are searched in this order: an explicit path, the folders or files in ``$LSIM_WEIGHTS``, the user
-cache, files shipped with the package. Nothing is loaded before its SHA-256 was checked where one is
-known, and nothing is unpickled but tensors (``weights_only=True``).
+cache, files shipped with the package. A file with a published SHA-256 is checked against it before it is
+loaded, and only tensors are unpickled (``weights_only=True``).
 
-Files of the authors are pickles (``.pth``). LPIPS needs two: its head, and the convolutions of a network for
-images, which come from another publisher or from a file of the user's. Ours are safetensors: the tensors
-``trunk.<layer>.<weight|bias>``, ``channel_weights.<k>`` and ``deviation_squares.<k>``, and as metadata
-``format`` ("lsim"), ``format_version``, ``trunk`` (a name in :data:`lsim.networks.TRUNKS`), ``counts``, and
-what training says of where they come from.
+The authors' files are pickles (``.pth``). LPIPS needs two: its head, and the convolutions of an image
+network, which come from another publisher or from the user. Files of this package are safetensors with the
+tensors ``trunk.<layer>.<weight|bias>``, ``channel_weights.<k>`` and ``deviation_squares.<k>``. Their metadata
+are ``format`` ("lsim"), ``format_version``, ``trunk`` (a name in :data:`lsim.networks.TRUNKS`), ``counts``,
+and the origin as training records it.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ LPIPS_HEADS = (
 """LPIPS' linear heads, version 0.1, at a pinned commit; BSD-2-Clause licence."""
 
 TORCHVISION = "https://download.pytorch.org/models"
-"""Networks for images of torchvision, whose names begin with their hash; BSD-3-Clause licence."""
+"""Torchvision's image networks, whose file names contain their hash; BSD-3-Clause licence."""
 
 
 class WeightsError(RuntimeError):
-    """Weights that are absent, damaged, or not those of the network they are meant for."""
+    """Weights are absent, damaged, or belong to another network."""
 
 
 class MissingWeightsError(WeightsError):
-    """Weights that are nowhere to be found; the message says where was searched and how to get them."""
+    """Weights were not found; the message lists the folders searched and how to get them."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """A file of weights that somebody published: where it is, what it must hash to, and its size in MB."""
+    """A file of published weights: its address, expected hash, licence, and size in MB."""
 
     file: str
     url: str
@@ -133,14 +133,14 @@ PUBLISHED: dict[str, Published] = {
         5,
     ),
 }
-"""Each name is of one file; :data:`BACKBONES` says which metrics need a second."""
+"""Published weights by name, one file each; metrics in :data:`BACKBONES` need a second."""
 
 BACKBONES: dict[str, str] = {
     "lpips-alex": "alexnet",
     "lpips-vgg": "vgg16",
     "lpips-squeeze": "squeezenet1_1",
 }
-"""Published head to the published network that it stands on: a metric with the one needs the other, too."""
+"""Published head to the published network that it belongs to: a metric needs both."""
 
 SHIPPED: dict[str, Published] = {
     "lsim-open": Published(
@@ -158,7 +158,7 @@ SHIPPED: dict[str, Published] = {
         2.5,
     ),
 }
-"""Weights that come with the package, so without ``url``; ``lsim-untrained`` is what training began from."""
+"""Weights that ship with the package, hence without ``url``; ``lsim-untrained`` are the initial weights."""
 
 FORMAT, FORMAT_VERSION = "lsim", "1"
 
@@ -172,11 +172,11 @@ class Checkpoint:
     trunk : mapping of str to Tensor
         State of the trunk module.
     channel_weights : list of Tensor (channel,)
-        One per feature map; slightly negative ones are meant to be clamped.
+        One per feature map; slightly negative values are to be clamped to 0.
     deviation_squares : list of Tensor (y, x)
         Sum of squared deviations per pixel of each feature map over the training data.
     counts : list of int
-        How many frames these are the sums of.
+        Number of frames behind each sum.
     sha256 : str
         Hash of the file.
     """
@@ -189,70 +189,77 @@ class Checkpoint:
 
 
 def cache_folder() -> Path:
-    """Where fetched weights are kept."""
+    """Return the folder for downloaded weights."""
     import pooch
 
     return Path(pooch.os_cache("lsim")) / "weights"
 
 
 def find_weights(name: str, weights: str | os.PathLike[str] | None = None) -> Path:
-    """The file with a metric's weights.
+    """Find the file with a metric's weights.
 
     Parameters
     ----------
     name : str
         The metric's name.
     weights : path or str, optional
-        A path to a file, there or in one of the folders searched, or the name of published weights; None
-        takes those of the metric.
+        A path, also relative to one of the folders searched, or the name of published weights; None takes
+        the metric's own.
+
+    Returns
+    -------
+    Path
 
     Raises
     ------
     WeightsError
         When there is no such file; :class:`MissingWeightsError` where the search found none.
     """
-    known = PUBLISHED | SHIPPED
+    catalogue = PUBLISHED | SHIPPED
     folders = search_folders()
-    if weights is not None and str(weights) not in known:
+    if weights is not None and str(weights) not in catalogue:
         path = Path(weights).expanduser()
-        found = path if path.is_file() else None
-        if found is None and not path.is_absolute():
-            found = next((folder / path for folder in folders if (folder / path).is_file()), None)
-        if found is None:
-            raise WeightsError(
-                f"no weights at {path}: expected a file, there or in {', '.join(map(str, folders))}, "
-                f"or one of the names {', '.join(known)}"
-            )
-        return found
-    wanted = str(weights) if weights is not None else name
-    if wanted not in known:
+        # An absolute path stays what it is when joined to a folder.
+        for candidate in (path, *(folder / path for folder in folders)):
+            if candidate.is_file():
+                return candidate
         raise WeightsError(
-            f"no published weights of {name!r} are known here: train them with 'lsim train', then pass "
+            f"no weights at {path}: expected a file, there or in {', '.join(map(str, folders))}, "
+            f"or one of the names {', '.join(catalogue)}"
+        )
+    published_name = str(weights) if weights is not None else name
+    if published_name not in catalogue:
+        raise WeightsError(
+            f"there are no published weights of {name!r}: train them with 'lsim train', then pass "
             f"weights=FILE, or --weights {name}=FILE"
         )
-    file = known[wanted].file
+    file = catalogue[published_name].file
     for folder in folders:
         candidate = folder if folder.name == file else folder / file
         if candidate.is_file():
             return candidate
-    searched = f"no weights for {wanted!r}: searched {file} in {', '.join(map(str, folders))}"
-    if wanted in SHIPPED:
+    searched = f"no weights for {published_name!r}: searched {file} in {', '.join(map(str, folders))}"
+    if published_name in SHIPPED:
         raise MissingWeightsError(f"{searched}. They come with the package: install it again")
     raise MissingWeightsError(
-        f"{searched}. Get them with {_how_to_fetch(wanted)}, or set LSIM_WEIGHTS to their folder"
+        f"{searched}. Get them with {_how_to_fetch(published_name)}, or set LSIM_WEIGHTS to their folder"
     )
 
 
 def find_head_and_backbone(name: str, weights: str | os.PathLike[str] | None = None) -> tuple[Path, Path]:
-    """The two files of a metric that has a head on somebody's network.
+    """Find the two files of a metric that has a head on a published network.
 
     Parameters
     ----------
     name : str
         One of :data:`BACKBONES`.
     weights : path or str, optional
-        Of the network, as :func:`find_weights` takes it; None takes the published one. The head is
+        Weights of the network, as for :func:`find_weights`; None takes the published ones. The head is
         searched as usual, and then beside the network.
+
+    Returns
+    -------
+    head, backbone : Path
 
     Raises
     ------
@@ -270,19 +277,19 @@ def find_head_and_backbone(name: str, weights: str | os.PathLike[str] | None = N
 
 
 def _files_of(name: str) -> list[str]:
-    """Names of the published files that a metric of this name needs."""
+    """List the published weights that a metric of this name needs."""
     return [name, BACKBONES[name]] if name in BACKBONES else [name]
 
 
 def _how_to_fetch(name: str) -> str:
-    """The command that gets published weights, and others that they are of no use without; its size."""
+    """Return the command that downloads published weights with all files they need, and their size."""
     metric = next((head for head, backbone in BACKBONES.items() if backbone == name), name)
     megabytes = sum(PUBLISHED[file].megabytes for file in _files_of(metric))
     return f"'lsim weights fetch {metric}' ({round(megabytes, 1):g} MB)"
 
 
 def why_missing(name: str, weights: str | os.PathLike[str] | None = None) -> str:
-    """Empty when a metric's weights are here and whole, else the reason with the command that gets them."""
+    """Explain why a metric's weights are unusable, with the remedy; empty if they are fine."""
     try:
         if name in BACKBONES:
             for path in find_head_and_backbone(name, weights):
@@ -290,55 +297,60 @@ def why_missing(name: str, weights: str | os.PathLike[str] | None = None) -> str
         else:
             verified_sha256(find_weights(name, weights))
     except MissingWeightsError as error:
-        wanted = str(weights) if str(weights) in PUBLISHED | SHIPPED else name
-        if wanted in SHIPPED:
+        published_name = str(weights) if str(weights) in PUBLISHED | SHIPPED else name
+        if published_name in SHIPPED:
             return str(error)
-        return f"its weights are not here; get them with {_how_to_fetch(wanted)}"
+        return f"its weights are not here; get them with {_how_to_fetch(published_name)}"
     except WeightsError as error:
         return str(error)
     return ""
 
 
 def search_folders() -> list[Path]:
-    """Where weights are looked for, in order: ``$LSIM_WEIGHTS``, the user cache, the package."""
+    """List the folders searched for weights, in order: ``$LSIM_WEIGHTS``, the user cache, the package."""
     named = [Path(p).expanduser() for p in os.environ.get("LSIM_WEIGHTS", "").split(os.pathsep) if p]
     return [*named, cache_folder(), Path(__file__).parent / "shipped_weights"]
 
 
 def verified_bytes(path: Path) -> tuple[bytes, str]:
-    """Read a file and its SHA-256, and check it where a file of this name was published.
+    """Read a file, and check its SHA-256 if a file of this name was published.
+
+    Returns
+    -------
+    content : bytes
+    sha256 : str
 
     Raises
     ------
     WeightsError
-        When the file is named as published weights are, but is not those.
+        When the file has the name of published weights but another hash.
     """
     content = path.read_bytes()
     return content, _checked_sha256(path, io.BytesIO(content), perceptual=False)
 
 
 def verified_sha256(path: Path, *, perceptual: bool = False) -> str:
-    """SHA-256 of a file, checked as :func:`verified_bytes` does, without holding the file in memory.
+    """Return the SHA-256 of a file, checked as by :func:`verified_bytes` but without reading it whole.
 
-    LPIPS' heads have names that others' files may well have, ``alex.pth``: those are checked only where
-    ``perceptual`` says that LPIPS is what the file is for.
+    LPIPS' heads have common names such as ``alex.pth``: files of these names are checked only with
+    ``perceptual``, that is, where they are loaded for LPIPS.
     """
     with path.open("rb") as file:
         return _checked_sha256(path, file, perceptual)
 
 
 def _checked_sha256(path: Path, file: BinaryIO, perceptual: bool) -> str:
-    found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     for name, published in (PUBLISHED | SHIPPED).items():
         if name in BACKBONES and not perceptual:
             continue
-        if published.file == path.name and published.sha256 != found:
+        if published.file == path.name and published.sha256 != sha256:
             raise WeightsError(
-                f"{path}: SHA-256 is {found}, expected {published.sha256} of the published {published.file} "
-                f"({path.stat().st_size} bytes found). Damaged, or another file: fetch it again, or rename "
-                "your own"
+                f"{path}: SHA-256 is {sha256}, expected {published.sha256} of the published {published.file} "
+                f"(found {path.stat().st_size} bytes). It is damaged or another file: fetch it again, or "
+                "rename your own"
             )
-    return found
+    return sha256
 
 
 def save_checkpoint(
@@ -349,13 +361,13 @@ def save_checkpoint(
     Parameters
     ----------
     path : path
-        Of the file; replaced whole when it is there.
+        File to write; an existing one is replaced whole.
     checkpoint : Checkpoint
-        Its ``sha256`` is not looked at.
+        Its ``sha256`` is ignored.
     trunk : str
         Name of the network: one in :data:`lsim.networks.TRUNKS`, or "non-siamese".
     metadata : mapping of str to str
-        What else to say of them, such as how they were made.
+        Additions to the metadata, such as the origin of the weights.
 
     Returns
     -------
@@ -365,14 +377,15 @@ def save_checkpoint(
     tensors = {f"trunk.{name}": value for name, value in checkpoint.trunk.items()}
     tensors |= {f"channel_weights.{k}": value for k, value in enumerate(checkpoint.channel_weights)}
     tensors |= {f"deviation_squares.{k}": value for k, value in enumerate(checkpoint.deviation_squares)}
-    said = {
+    required = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "trunk": trunk,
         "counts": json.dumps(checkpoint.counts),
     }
     content = safetensors.torch.save(
-        {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, dict(metadata) | said
+        {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+        dict(metadata) | required,
     )
     partial = Path(f"{os.fspath(path)}.partial")
     partial.write_bytes(content)
@@ -381,12 +394,12 @@ def save_checkpoint(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """What a safetensors file of ours says of itself; its ``trunk`` names the network.
+    """Read the metadata of weights that this package wrote; ``trunk`` names the network.
 
     Raises
     ------
     WeightsError
-        When it isn't such a file.
+        When the file is of another format, or its metadata is incomplete.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -394,33 +407,32 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{path}: not a safetensors file: {error}") from error
     if metadata.get("format") != FORMAT or metadata.get("format_version") != FORMAT_VERSION:
-        found = metadata.get("format"), metadata.get("format_version")
-        raise WeightsError(f"{path}: expected weights of format {FORMAT} {FORMAT_VERSION}, found {found}")
-    if missing := {"trunk", "counts"} - metadata.keys():
+        stored = metadata.get("format"), metadata.get("format_version")
+        raise WeightsError(f"{path}: expected weights of format {FORMAT} {FORMAT_VERSION}, found {stored}")
+    missing = {"trunk", "counts"} - metadata.keys()
+    if missing:
         raise WeightsError(f"{path}: its metadata lacks {', '.join(sorted(missing))}")
     return metadata
 
 
 def load_checkpoint(path: Path, trunk_class: type[Trunk]) -> Checkpoint:
-    """Read weights: a file of ours (``.safetensors``), else a checkpoint of the authors' code.
+    """Read weights that this package wrote (``.safetensors``), or a checkpoint of the authors' code.
 
     The latter has the keys ``stateDict``, ``normM2`` and ``normCount``.
 
     Raises
     ------
     WeightsError
-        When hash, keys or shapes are not those expected; names file, expected and found.
+        When hash, keys or shapes are not the expected ones.
     """
     content, sha256 = verified_bytes(path)
     if path.suffix == ".safetensors":
         return _load_safetensors(path, content, sha256, trunk_class)
     raw = _unpickled(path, io.BytesIO(content))
-    wanted_keys = {"stateDict", "normM2", "normCount"}
-    if not isinstance(raw, dict) or not wanted_keys <= raw.keys():
-        found_keys = sorted(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
-        raise WeightsError(f"{path}: expected the keys {sorted(wanted_keys)}, found {found_keys}")
-
     containers = {"stateDict": Mapping, "normM2": Sequence, "normCount": Sequence}
+    if not isinstance(raw, dict) or not containers.keys() <= raw.keys():
+        keys = sorted(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
+        raise WeightsError(f"{path}: expected the keys {sorted(containers)}, found {keys}")
     for key, container in containers.items():
         if not isinstance(raw[key], container):
             raise WeightsError(
@@ -450,7 +462,7 @@ def load_checkpoint(path: Path, trunk_class: type[Trunk]) -> Checkpoint:
 
 @dataclass(frozen=True)
 class PerceptualWeights:
-    """What LPIPS is made of.
+    """Weights of LPIPS: a head and the trunk that it belongs to.
 
     Attributes
     ----------
@@ -459,7 +471,7 @@ class PerceptualWeights:
     channel_weights : list of Tensor (channel,)
         One per feature map, none negative.
     sha256 : dict of str to str
-        Hashes of the files of ``"head"`` and ``"backbone"``.
+        Hashes of the files, by ``"head"`` and ``"backbone"``.
     """
 
     trunk: Mapping[str, Tensor]
@@ -468,29 +480,30 @@ class PerceptualWeights:
 
 
 def load_perceptual(head: Path, backbone: Path, trunk_class: type[ImageTrunk]) -> PerceptualWeights:
-    """Read a head of LPIPS and the convolutions of the network that it stands on.
+    """Read a head of LPIPS and the convolutions of the network that it belongs to.
 
     Parameters
     ----------
     head : path
-        With the tensors ``lin<k>.model.1.weight`` (1, channel, 1, 1), as LPIPS' authors publish it.
+        File with the tensors ``lin<k>.model.1.weight`` (1, channel, 1, 1), as LPIPS' authors publish it.
     backbone : path
-        A state dict with torchvision's names (``features.<k>.weight``): safetensors, or what torch saves.
+        State dict with torchvision's names (``features.<k>.weight``), as safetensors or saved by torch.
     trunk_class : type
 
     Raises
     ------
     WeightsError
-        When hash, keys or shapes are not those expected; names file, expected and found.
+        When hash, keys or shapes are not the expected ones.
     """
     state, head_sha256 = _read_state(head)
     channel_weights = [
         _checked(state, f"lin{k}.model.1.weight", (1, channels, 1, 1), head).reshape(-1)
         for k, channels in enumerate(trunk_class.CHANNELS)
     ]
-    if (lowest := min(weights.min().item() for weights in channel_weights)) < 0:
+    lowest = min(weights.min().item() for weights in channel_weights)
+    if lowest < 0:
         raise WeightsError(
-            f"{head}: has negative channel weights, down to {lowest:.3g}, so distances could be negative; "
+            f"{head}: negative channel weights, down to {lowest:.3g}, would make distances negative; "
             "LPIPS' heads of version 0.1 have none"
         )
     state, backbone_sha256 = _read_state(backbone)
@@ -507,7 +520,7 @@ def load_perceptual(head: Path, backbone: Path, trunk_class: type[ImageTrunk]) -
 
 
 def _read_state(path: Path) -> tuple[Mapping[str, Tensor], str]:
-    """Tensors of a file by name, and its SHA-256, without holding the file in memory besides."""
+    """Read the tensors of a file by name, and its SHA-256, without a second copy in memory."""
     with path.open("rb") as file:
         sha256 = _checked_sha256(path, file, perceptual=True)
         file.seek(0)
@@ -523,11 +536,11 @@ def _read_state(path: Path) -> tuple[Mapping[str, Tensor], str]:
 
 
 def _unpickled(path: Path, file: BinaryIO) -> Any:
-    """What torch saved, if it is tensors in plain containers."""
+    """Load what torch saved, if it consists of tensors in plain containers."""
     try:
         return torch.load(file, weights_only=True, map_location="cpu")
-    except Exception as error:  # whatever a file that is no checkpoint makes of the unpickler
-        # torch's own message goes on to advise reading the file unsafely.
+    except Exception as error:  # the unpickler raises any exception for a file that is no checkpoint
+        # The rest of torch's message advises reading the file unsafely.
         reason = str(error).partition(". ")[0] or type(error).__name__
         raise WeightsError(
             f"{path}: not a checkpoint of tensors that torch can read safely: {reason}"
@@ -558,7 +571,7 @@ def _load_safetensors(path: Path, content: bytes, sha256: str, trunk_class: type
 def _checked_maps(
     path: Path, squares: Sequence[Any], counts: Sequence[Any]
 ) -> tuple[list[Tensor], list[int]]:
-    """Deviation maps and how many frames they are of, checked."""
+    """Check deviation maps and the numbers of frames behind them, and return both."""
     if any(not isinstance(m2, Tensor) or m2.ndim != 2 for m2 in squares):
         shapes = [tuple(getattr(m2, "shape", ())) for m2 in squares]
         raise WeightsError(f"{path}: maps of squared deviations have shapes {shapes}; expected (y, x)")
@@ -575,12 +588,12 @@ def _checked_maps(
 def fetch_weights(name: str, folder: Path | None = None) -> Path:
     """Download published weights into the user cache (or ``folder``) and check their SHA-256.
 
-    For a metric that needs a second file, of :data:`BACKBONES`, that one too.
+    For a metric that needs a second file (:data:`BACKBONES`), both are downloaded.
 
     Returns
     -------
     Path
-        The file of that name.
+        File with the weights of that name.
 
     Raises
     ------
@@ -588,7 +601,7 @@ def fetch_weights(name: str, folder: Path | None = None) -> Path:
         For an unknown name, when the publisher cannot be reached, or on a wrong hash.
     """
     if name not in PUBLISHED:
-        raise WeightsError(f"no published weights named {name!r}; there are {', '.join(PUBLISHED)}")
+        raise WeightsError(f"no published weights named {name!r}; available: {', '.join(PUBLISHED)}")
     fetched = {file: _fetch(PUBLISHED[file], folder or cache_folder()) for file in _files_of(name)}
     return fetched[name]
 
@@ -613,9 +626,9 @@ def _fetch(published: Published, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class WeightsStatus:
-    """Whether one set of published weights is here and whole.
+    """State of one set of published weights on this machine.
 
-    ``state`` is ``"ok"``, ``"absent"`` or ``"damaged"``; ``detail`` says where, or what is wrong.
+    ``state`` is ``"ok"``, ``"absent"`` or ``"damaged"``; ``detail`` is the path, the remedy or the fault.
     """
 
     name: str
@@ -624,22 +637,22 @@ class WeightsStatus:
 
 
 def weights_status() -> list[WeightsStatus]:
-    """State of all shipped and published weights, checking the hash of those that are found."""
-    found = []
+    """List the state of all shipped and published weights, with the hash of present files checked."""
+    statuses = []
     for name in SHIPPED | PUBLISHED:
         try:
             path = find_weights(name)
         except MissingWeightsError:
             how = "comes with the package" if name in SHIPPED else _how_to_fetch(name)
-            found.append(WeightsStatus(name, "absent", how))
+            statuses.append(WeightsStatus(name, "absent", how))
             continue
         try:
             verified_sha256(path, perceptual=True)
         except WeightsError as error:
-            found.append(WeightsStatus(name, "damaged", str(error)))
+            statuses.append(WeightsStatus(name, "damaged", str(error)))
         else:
-            found.append(WeightsStatus(name, "ok", str(path)))
-    return found
+            statuses.append(WeightsStatus(name, "ok", str(path)))
+    return statuses
 
 
 def _checked(state: Mapping[str, Tensor], name: str, shape: tuple[int, ...], path: Path) -> Tensor:

@@ -1,7 +1,7 @@
-"""Simulated data sets: families of a recipe as folders, made by Dask workers, and as a store.
+"""Simulated data sets: families of a recipe as folders, computed by Dask workers, and as a store.
 
-What is made is :mod:`lsim.simulate`'s; here it is spread over processes, one family a task, and accounted
-for. A family that is there is left, so a run that was killed goes on, to the same bytes.
+The recipes are those of :mod:`lsim.simulate`; this module distributes them, one family per task, and reports.
+Complete families are kept, so a run that was killed resumes, to the same bytes.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
+from distributed import Client
 
 from lsim.ranking import pooled_spearman
 from lsim.simulate import (
@@ -38,41 +39,44 @@ from pipeline.workers.cluster import Cluster
 Output: TypeAlias = Literal["npz", "png", "zarr"]
 OUTPUTS: tuple[Output, ...] = ("npz", "png", "zarr")
 Progress: TypeAlias = Callable[[int, int], None]
-"""Called with the number of families done, and the number that there are to make."""
+"""Receives the number of finished families and the number of all families to simulate."""
+
+Task: TypeAlias = tuple[str, str, int, int, int, Format]
+"""Arguments of :func:`make_family`."""
 
 CATALOG = "simulated"
 """Name of the catalog that a store of simulated data sets is converted from."""
 
 
 class SimulationError(RuntimeError):
-    """A family that could not be made or written; says which, and why."""
+    """A family could not be simulated or written; the message names it and the reason."""
 
 
 @dataclass
 class SimulationReport:
-    """What :func:`simulate` did.
+    """Result of :func:`simulate`.
 
     Attributes
     ----------
     recipe : str
     folder : Path
-        Where the families lie.
+        Folder of the families.
     made, present : list of int
-        Numbers of the families that were made now, and of those that were there.
+        Numbers of the families that were simulated now, and of those that existed before.
     unusable : dict of int to str
-        Families of which no draw was of use, with the reason; they are not written.
+        Families without a usable draw, with the reason; they are not written.
     discarded : dict of str to int
-        Draws thrown away before one was of use, by reason, over all families that are there.
+        Number of discarded draws by reason, over all families that exist.
     others : list of str
-        Folders beside them that this call was not asked for. They are left, and are not in the store.
+        Folders beside them that this call did not request. They are kept, and are not in the store.
     unlike : list of str
-        Those of ``others`` that were made with other settings (size, seed, format, version of the recipe), or
-        not by this function.
+        Folders in ``others`` that were made with other settings (size, seed, format, version of the recipe)
+        or by other means.
     store : Path, str for an address, or None
-        The store that was brought up to date.
+        The updated store.
     conversion : ConversionReport or None
     seconds : float
-        Of simulating and writing families, without the start of the workers and the conversion.
+        Time of simulating and writing, without the start of the workers and the conversion.
     """
 
     recipe: str
@@ -89,12 +93,12 @@ class SimulationReport:
 
     @property
     def numbers(self) -> list[int]:
-        """Families that are there, in order."""
+        """Numbers of the families that exist, in order."""
         return sorted(self.made + self.present)
 
     @property
     def complete(self) -> bool:
-        """Whether all families that were asked for are there."""
+        """True if all requested families exist, and none is quarantined in the store."""
         return not self.unusable and not (self.conversion and self.conversion.quarantined)
 
 
@@ -109,27 +113,27 @@ def simulate(
     cluster: Cluster,
     progress: Progress | None = None,
 ) -> SimulationReport:
-    """Make the families of a recipe that are not there yet, as folders ``<out>/<recipe>/``.
+    """Simulate the missing families of a recipe, as folders ``<out>/<recipe>/``.
 
     Parameters
     ----------
     recipe : str
         A name in :data:`lsim.simulate.RECIPES`.
     out : path, or address with ``zarr``
-        Folder of data sets. With ``zarr`` the store lies beside it, ``<out>.zarr``; ``out`` may be given
-        with that ending, too. With an address the store alone lies there, and the families under the data
+        Folder of data sets. With ``zarr`` the store is written beside it, to ``<out>.zarr``; ``out`` may have
+        that ending, too. With an address only the store is written there, and the families go to the data
         root (:func:`pipeline.sources.fetch.data_root`).
     families : int
-        How many, numbered from 1.
+        Number of families, numbered from 1.
     size : int, default 256
         Pixels along y and x, even.
     seed : int, default 0
     format : {"npz", "png", "zarr"}, default "npz"
-        Of the files; ``zarr`` makes ``npz`` folders and converts them to a store: this recipe's data set then
-        holds the families asked for and no others, data sets of other recipes stay.
+        Format of the files. ``zarr`` writes ``npz`` folders and converts them to a store: this recipe's data
+        set then holds exactly the requested families; data sets of other recipes are kept.
     cluster : Cluster
-        Whose workers simulate and write; they must see the same files. Started when there is something to do.
-        One thread a process: a family's bytes don't depend on the workers.
+        Cluster whose workers simulate and write; they must see the same files. It starts only when there is
+        something to do. Each worker has one thread, so a family's bytes don't depend on the workers.
     progress : callable, optional
 
     Raises
@@ -137,64 +141,81 @@ def simulate(
     UnknownRecipeError, ValueError
         As :func:`lsim.simulate.write_families`.
     SimulationError
-        When a family cannot be written, or a worker dies with it. A family that degenerates is no error: it
-        is reported in ``unusable``, and the others go on; but when all do, and there is a store that cannot
-        be brought up to date with nothing.
+        When a family cannot be written, or its worker dies; or when all families are degenerate and there is
+        a store, which cannot be updated with nothing. Single degenerate families are no error: they are
+        reported in ``unusable``.
     pipeline.convert.ConversionError
         When ``<out>.zarr`` is a Zarr store of another kind.
     """
     if format not in OUTPUTS:
         raise ValueError(f"format must be one of {OUTPUTS}, got {format!r}")
-    beside = absolute(out).removesuffix(".zarr")  # absolute: `.` has no name that a store could take
-    root = Path(beside)
-    if is_address(beside):
-        if format != "zarr":
-            raise ValueError(
-                f"{beside}: families are files in a folder on this machine; zarr makes a store there"
-            )
-        root = data_root() / CATALOG / split_bucket(beside)[2].rpartition("/")[2]
-    if format == "zarr" and not (split_bucket(beside)[2] if is_address(beside) else root.name):
-        raise ValueError(f"out must be a folder beside which a store can lie, got {out}")
-    place = f"{beside}.zarr"
+    root, place = _locate(out, format)
     files: Format = "npz" if format == "zarr" else format
     report = SimulationReport(recipe, root / recipe)
     missing = missing_families(report.folder, recipe, families, size, seed, files)
     report.present = sorted(set(range(1, families + 1)) - set(missing))
     if missing:
         tasks = [(str(report.folder), recipe, number, size, seed, files) for number in missing]
-        show = progress or (lambda done, total: None)
-        client = cluster.client
+        client = cluster.client  # starts the workers
         started = time.perf_counter()
-        show(0, len(tasks))
-        for done, (task, reason, error) in enumerate(run_bounded(client, make_family, tasks), 1):
-            number = task[2]
-            if error is not None:
-                raise SimulationError(
-                    f"{report.folder}: family {number} of recipe {recipe!r} failed: {type(error).__name__}: "
-                    f"{error}. What is written stays; run the same again to go on"
-                ) from error
-            if reason is None:
-                report.made.append(number)
-            else:
-                report.unusable[number] = reason
-            show(done, len(tasks))
+        report.unusable = _make_families(client, tasks, progress or (lambda done, total: None))
         report.seconds = time.perf_counter() - started
-        report.made.sort()
+        report.made = sorted(set(missing) - report.unusable.keys())
     report.discarded = _discarded(report)
     report.others, report.unlike = _others(report, size, seed, files)
-    if format == "zarr" and report.numbers:
-        report.conversion = convert(_catalog(report), place, cluster=cluster)
+    if format == "zarr":
+        report.conversion = _update_store(report, place, families, cluster)
+    if report.conversion is not None:
         report.store = place if is_address(place) else Path(place)
-    elif format == "zarr" and exists(place):
-        raise SimulationError(
-            f"{place} is left as it was: of {families} families of recipe {recipe!r} none is of use. "
-            f"The first: {report.unusable[min(report.unusable)]}"
-        )
     return report
 
 
+def _locate(out: str | os.PathLike[str], format: Output) -> tuple[Path, str]:
+    """Return the folder of data sets, and the path or address of the store."""
+    beside = absolute(out).removesuffix(".zarr")  # absolute: a store cannot be named after `.`
+    root = Path(beside)
+    if is_address(beside):
+        if format != "zarr":
+            raise ValueError(f"{beside}: families are local files; format zarr writes a store to an address")
+        root = data_root() / CATALOG / split_bucket(beside)[2].rpartition("/")[2]
+    if format == "zarr" and not (split_bucket(beside)[2] if is_address(beside) else root.name):
+        raise ValueError(f"out must be a folder with a name, beside which the store is written, got {out}")
+    return root, f"{beside}.zarr"
+
+
+def _make_families(client: Client | None, tasks: Sequence[Task], progress: Progress) -> dict[int, str]:
+    """Run :func:`make_family` on workers; return the reason for each family without a usable draw."""
+    unusable: dict[int, str] = {}
+    progress(0, len(tasks))
+    for done, (task, reason, error) in enumerate(run_bounded(client, make_family, tasks), 1):
+        folder, recipe, number, *_ = task
+        if error is not None:
+            raise SimulationError(
+                f"{folder}: family {number} of recipe {recipe!r} failed: {type(error).__name__}: "
+                f"{error}. Finished families are kept; run the same again to resume"
+            ) from error
+        if reason is not None:
+            unusable[number] = reason
+        progress(done, len(tasks))
+    return unusable
+
+
+def _update_store(
+    report: SimulationReport, place: str, families: int, cluster: Cluster
+) -> ConversionReport | None:
+    """Convert the families of a report to the store, None where there is neither."""
+    if report.numbers:
+        return convert(_catalog(report), place, cluster=cluster)
+    if exists(place):
+        raise SimulationError(
+            f"{place} is not updated: none of {families} families of recipe {report.recipe!r} is usable. "
+            f"The first: {report.unusable[min(report.unusable)]}"
+        )
+    return None
+
+
 def make_family(folder: str, recipe: str, number: int, size: int, seed: int, format: Format) -> str | None:
-    """Make and write one family, in any process; the reason where no draw of it is of use, else None."""
+    """Simulate and write one family, in any process; return the reason if no draw is usable, else None."""
     try:
         write_families(folder, recipe, [number], size, seed, format)
     except DegenerateFamilyError as error:
@@ -203,64 +224,63 @@ def make_family(folder: str, recipe: str, number: int, size: int, seed: int, for
 
 
 def measure_hardness(report: SimulationReport, most: int = 100) -> tuple[dict[str, float], int]:
-    """How well the mean squared error ranks families that are there, see :mod:`lsim.simulate.hardness`.
+    """Measure how well the mean squared error ranks existing families, see :mod:`lsim.simulate.hardness`.
 
     Parameters
     ----------
     report : SimulationReport
     most : int, default 100
-        The first so many families are read.
+        Largest number of families to read.
 
     Returns
     -------
     hardness : dict of str to float
-        Pooled Spearman correlation by field, and of all together where there are several (``"all"``).
+        Pooled Spearman correlation by field, and over all fields where there are several (``"all"``).
     families : int
-        How many were read.
+        Number of families read.
     """
     numbers = report.numbers[:most]
     errors: dict[str, list[tuple[np.ndarray, float]]] = {
         name: [] for name in find_recipe(report.recipe).fields
     }
     for number in numbers:
-        for of_field, folder in zip(
-            errors.values(), family_folders(report.folder, report.recipe, number), strict=True
-        ):
-            frames = read_frames(folder)
-            of_field.append((reference_errors(frames), rounding_of_errors(frames)))
+        folders = family_folders(report.folder, report.recipe, number)
+        for field_errors, folder in zip(errors.values(), folders, strict=True):
+            field_errors.append(reference_errors(read_frames(folder)))
     if not numbers:
         return {}, 0
     truth = ground_truth()[1:]
-    pools = dict(errors)
+    hardness = {name: pooled_spearman(rows, truth) for name, rows in errors.items()}
     if len(errors) > 1:
-        pools["all"] = [error for of_field in errors.values() for error in of_field]
-    found = {}
-    for name, pool in pools.items():
-        distances, rounding = zip(*pool, strict=True)
-        found[name] = pooled_spearman(distances, truth, rounding)
-    return found, len(numbers)
+        hardness["all"] = pooled_spearman([row for rows in errors.values() for row in rows], truth)
+    return hardness, len(numbers)
 
 
 def _discarded(report: SimulationReport) -> dict[str, int]:
+    """Count the discarded draws of all families by reason."""
     total: Counter[str] = Counter()
     for number in report.numbers:
         record = read_record(family_folders(report.folder, report.recipe, number)[0])
-        assert record is not None  # it has just been written, or found complete
+        assert record is not None  # the family has just been written, or checked
         total.update(record["family"]["discarded"])
     return dict(total)
 
 
 def _others(report: SimulationReport, size: int, seed: int, format: Format) -> tuple[list[str], list[str]]:
-    """Folders that were not asked for, and those of them that were made with other settings."""
+    """List folders that were not requested, and those among them with other settings."""
     recipe = find_recipe(report.recipe)
-    wanted = {
+    requested = {
         path.name
         for number in report.numbers
         for path in family_folders(report.folder, report.recipe, number)
     }
-    there = report.folder.iterdir() if report.folder.is_dir() else ()
-    # A hidden folder is one that is being written, and no reader's.
-    others = sorted(p for p in there if p.is_dir() and p.name not in wanted and not p.name.startswith("."))
+    entries = report.folder.iterdir() if report.folder.is_dir() else ()
+    # Hidden folders are being written, and no reader takes them.
+    others = sorted(
+        entry
+        for entry in entries
+        if entry.is_dir() and entry.name not in requested and not entry.name.startswith(".")
+    )
 
     def is_alike(folder: Path) -> bool:
         record = read_record(folder)
@@ -271,14 +291,14 @@ def _others(report: SimulationReport, size: int, seed: int, format: Format) -> t
 
 
 def _catalog(report: SimulationReport) -> Catalog:
-    """The families that are there as a data set, without what else lies in their folder."""
-    described = find_recipe(report.recipe)
+    """Describe the families of the report as a data set, without other folders beside them."""
+    recipe = find_recipe(report.recipe)
     entry = Dataset(
         name=report.recipe,
-        title=described.title,
+        title=recipe.title,
         source=Source(path=str(report.folder)),
         reader="lsim",
-        filter=[f"{described.folder}{number}." for number in report.numbers],
-        role="train" if described.role == "training" else "test",
+        filter=[f"{recipe.folder}{number}." for number in report.numbers],
+        role="train" if recipe.role == "training" else "test",
     )
     return Catalog(name=CATALOG, title="Simulated families", datasets=[entry])

@@ -1,6 +1,6 @@
-"""Training runs: a YAML file that says what to train on and how, and frames.zarr as a source of sequences.
+"""Training files (YAML) that define data and settings of a run, and frames.zarr as a source of sequences.
 
-Training itself is :mod:`lsim.training`, which knows folders of frames alone.
+Training itself is :mod:`lsim.training`, which reads folders of frames only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.storage.store import exists, field_keys, get_array, get_group, ope
 
 
 class TrainingFileError(ValueError):
-    """A training file with unknown keys or wrong values; names the file and the key."""
+    """A training file has unknown keys or wrong values; the message names the file and the key."""
 
 
 class _Strict(pydantic.BaseModel):
@@ -30,7 +30,7 @@ class _Strict(pydantic.BaseModel):
 
 
 class SimulatedSet(_Strict):
-    """Families of one recipe to make before training, see :func:`pipeline.simulate.simulate`."""
+    """Families of one recipe to simulate before training, see :func:`pipeline.simulate.simulate`."""
 
     families: int = pydantic.Field(ge=1)
     size: int = 256
@@ -38,7 +38,7 @@ class SimulatedSet(_Strict):
 
 
 class TrainingRun(_Strict):
-    """A training file.
+    """Content of a training file.
 
     Attributes
     ----------
@@ -49,9 +49,9 @@ class TrainingRun(_Strict):
         A ``frames.zarr``, at a path or an address, or a folder of data sets in the layout of the published
         data.
     datasets : list of str, optional
-        Which of its data sets; default all, or in a folder those of ``simulate``.
+        Data sets to train on; default all, or in a folder those of ``simulate``.
     simulate : dict, optional
-        Recipe to :class:`SimulatedSet`: made in ``<data>/<recipe>/`` first, where absent.
+        Recipe to :class:`SimulatedSet`: simulated first in ``<data>/<recipe>/``, where absent.
     training : dict
         Fields of :class:`lsim.training.TrainingSettings`.
     """
@@ -72,43 +72,49 @@ def open_training(name: str | os.PathLike[str]) -> TrainingRun:
     TrainingFileError
         For unknown keys and wrong values, naming the file and the key.
     pipeline.resources.ResourceError
-        When there is none of that name.
+        When there is no such file.
     """
     path = find_resource("workflows", name)
     return validated(read_yaml(path, TrainingFileError), TrainingRun, path, TrainingFileError)
 
 
 def missing_data(run: TrainingRun) -> dict[str, int]:
-    """How many families of ``simulate`` are yet to be made, by recipe.
+    """Count the families of ``simulate`` that are missing, by recipe.
 
-    None where ``data`` is a store, nor for a run that goes on: that has to have the data which it began with,
-    though a recipe may have changed since.
+    Nothing is missing where ``data`` is a store, or for a run that is resumed: it needs the data that it
+    began with, even if a recipe has changed since.
     """
     if (Path(run.out) / STATE).exists() or exists(run.data):
         return {}
     missing = {
-        recipe: len(missing_families(Path(run.data) / recipe, recipe, asked.families, asked.size, asked.seed))
-        for recipe, asked in run.simulate.items()
+        recipe: len(missing_families(Path(run.data) / recipe, recipe, entry.families, entry.size, entry.seed))
+        for recipe, entry in run.simulate.items()
     }
     return {recipe: count for recipe, count in missing.items() if count}
 
 
 def describe_data(run: TrainingRun) -> dict[str, str]:
-    """What the metadata of the weights shall say of the data: of recipes, those that are trained on."""
+    """Describe the data for the metadata of the weights: title and the recipes trained on."""
     described = {"title": run.title}
-    made = {
-        recipe: {"version": find_recipe(recipe).version, **asked.model_dump()}
-        for recipe, asked in run.simulate.items()
+    simulated = {
+        recipe: {"version": find_recipe(recipe).version, **entry.model_dump()}
+        for recipe, entry in run.simulate.items()
         if not run.datasets or recipe in run.datasets
     }
-    if made and not exists(run.data):
-        described["simulated"] = json.dumps(made)
+    if simulated and not exists(run.data):
+        described["simulated"] = json.dumps(simulated)
     return described
 
 
 def open_sequences(run: TrainingRun) -> SequenceSource:
-    """The sequences of a training file, from a store or from folders."""
-    if exists(run.data):  # in which nothing is simulated
+    """Open the sequences of a training file, from a store or from folders.
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is nothing to train on.
+    """
+    if exists(run.data):  # a store; nothing is simulated into it
         return StoredSequences(run.data, run.datasets or None)
     data = Path(run.data)
     datasets = run.datasets or sorted(run.simulate)
@@ -116,7 +122,7 @@ def open_sequences(run: TrainingRun) -> SequenceSource:
         datasets = sorted(entry.name for entry in data.iterdir() if entry.is_dir()) if data.is_dir() else []
     if not datasets:
         raise FileNotFoundError(
-            f"nothing to train on in {data}: expected frames.zarr or folders of data sets"
+            f"nothing to train on in {data}: expected a frames.zarr or folders of data sets"
         )
     return LayoutFolders(data, datasets)
 
@@ -128,24 +134,24 @@ class StoredSequences:
     ----------
     path : path or address
     datasets : sequence of str or None
-        None takes all.
+        Data sets to train on; None takes all.
 
     Raises
     ------
     pipeline.storage.store.StoreError
         When there is no store.
     ValueError
-        When it lacks a data set.
+        When the store lacks a data set.
     """
 
     def __init__(self, path: str | os.PathLike[str], datasets: Sequence[str] | None) -> None:
         self._path = path
         root = open_store(path)
         keys = field_keys(root, schema.FRAMES)
-        there = sorted({key.split("/")[0] for key in keys})
-        missing = sorted(set(datasets or ()) - set(there))
+        available = sorted({key.split("/")[0] for key in keys})
+        missing = sorted(set(datasets or ()) - set(available))
         if missing:
-            raise ValueError(f"{path}: no data set {', '.join(missing)}; there are: {', '.join(there)}")
+            raise ValueError(f"{path}: no data set {', '.join(missing)}; available: {', '.join(available)}")
         self._rows: list[tuple[str, int, str]] = []
         self._groups = {}
         for key in keys:
@@ -153,20 +159,20 @@ class StoredSequences:
             if datasets is None or dataset in datasets:
                 group = self._groups[key] = get_group(root, key)
                 names = read(get_array(group, schema.SEQUENCE)).tolist()
-                self._rows += [(key, row, _named(dataset, name, field)) for row, name in enumerate(names)]
+                self._rows += [(key, row, _full_name(dataset, name, field)) for row, name in enumerate(names)]
 
     @property
     def names(self) -> Sequence[str]:
-        """``<data set>/<sequence>.<field>``."""
+        """Names ``<data set>/<sequence>.<field>``."""
         return [name for _, _, name in self._rows]
 
     def read(self, index: int) -> TrainingSequence:
-        """One sequence, as stored.
+        """Read one sequence, as stored.
 
         Raises
         ------
         SequenceError
-            When its shard is damaged, or it is not as it was converted.
+            When its shard is damaged, or its frames are not those that were converted.
         """
         key, row, name = self._rows[index]
         group = self._groups[key]
@@ -174,11 +180,11 @@ class StoredSequences:
             content = str(read(get_array(group, schema.CONTENT), slice(row, row + 1))[0])
             frames = read_sequence(group, row, content)
             parameter = read(get_array(group, schema.PARAMETER), row)
-        except (OSError, ValueError, RuntimeError) as error:  # as codecs raise them
+        except (OSError, ValueError, RuntimeError) as error:  # codecs raise any of these
             raise SequenceError(f"{self._path}: {name} cannot be read: {error}") from error
         return TrainingSequence(name, frames, parameter)
 
 
-def _named(dataset: str, sequence: str, field: str) -> str:
-    """With the field as its ending, once."""
+def _full_name(dataset: str, sequence: str, field: str) -> str:
+    """Name a sequence with its data set and its field, which it may already end with."""
     return f"{dataset}/{sequence}" if sequence.endswith(f".{field}") else f"{dataset}/{sequence}.{field}"

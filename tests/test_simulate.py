@@ -213,7 +213,7 @@ def test_an_unknown_recipe_suggests_a_near_one(tmp_path):
     with pytest.raises(UnknownRecipeError, match=r"no recipe named 'burger'; did you mean 'burgers' or"):
         simulate_families("burger", 1)
     with pytest.raises(
-        UnknownRecipeError, match="there are advection-diffusion, advection-diffusion-2d, burgers"
+        UnknownRecipeError, match="available: advection-diffusion, advection-diffusion-2d, burgers"
     ):
         write_families(tmp_path, "xyz", 1)
 
@@ -366,7 +366,7 @@ def test_another_program_s_folder_is_left_alone(tmp_path):
     mine = tmp_path / "shapes1.density"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    with pytest.raises(FileExistsError, match="isn't replaced"):
+    with pytest.raises(FileExistsError, match="is not replaced"):
         write_families(tmp_path, "shapes", 1, SIZE)
     assert (mine / "thesis.txt").read_text() == "years of work"
 

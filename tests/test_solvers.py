@@ -22,7 +22,7 @@ from lsim.simulate import (
 )
 from lsim.simulate import advection_diffusion as advdiff
 from lsim.simulate import advection_diffusion_2d as advdiff_2d
-from lsim.simulate.fourier import PeriodicGrid, diffusion, padded
+from lsim.simulate.fourier import PeriodicGrid, diffusion, pad
 from lsim.simulate.recipe import FRAMES, Recipe
 
 CPU = torch.device("cpu")
@@ -383,7 +383,7 @@ def test_a_finer_grid_has_the_same_potential_and_noise_and_no_more_waves():
     noise = coarse.backward(plane_waves.noise([np.random.default_rng(2)], 20, coarse))
     assert float(noise.std()) == pytest.approx(1, rel=0.05)
     with pytest.raises(ValueError, match="64 points to a grid of 32: it is coarser"):
-        padded(fine.forward(torch.zeros(1, 64, 64, dtype=DOUBLE)), coarse)
+        pad(fine.forward(torch.zeros(1, 64, 64, dtype=DOUBLE)), coarse)
 
 
 # The box ----------------------------------------------------------------------------------------------
@@ -451,7 +451,7 @@ def test_the_vortex_that_euler_s_equations_keep_is_kept_to_first_order_in_the_ti
         v = (-np.sin(np.pi * faces)[:, None] * np.cos(np.pi * centres))[None]
         exact = u.copy()
         for _ in range(n):
-            u, v = box.carry_velocity(u, v, 1 / n)
+            u, v = box.advect_velocity(u, v, 1 / n)
             u, v, _ = box.project(u, v)
         errors.append(np.sqrt(((u - exact) ** 2).mean()))
         kept = (u * exact).sum() / (exact**2).sum()
@@ -474,7 +474,7 @@ def test_a_scalar_turns_with_the_fluid_and_keeps_its_bounds():
         )
         steps = 2 * n
         for _ in range(steps):
-            field = box.carry_scalar(field, u, v, math.pi / 2 / steps)
+            field = box.advect_scalar(field, u, v, math.pi / 2 / steps)
         assert field.min() >= 0
         assert field.max() <= 1
         errors.append(np.abs(field - turned).max())  # a quarter turn
@@ -546,7 +546,7 @@ def test_volume_is_that_of_the_first_state_to_rounding():
     phase = fluid.disc(box, np.array([0.5, 0.4]), np.array([0.5, 0.6]), np.array([0.2, 0.1]))
     blurred = np.clip(phase + 0.01 * rng.standard_normal(phase.shape) * phase * (1 - phase), 0, 1)
     amount = blurred.sum(axis=(1, 2))
-    sharp = liquid.sharpened(blurred)
+    sharp = liquid.sharpen(blurred)
     assert np.allclose(sharp.sum(axis=(1, 2)), amount, rtol=1e-13)
     lost = liquid.restored(0.99 * sharp, amount)
     assert np.allclose(lost.sum(axis=(1, 2)), amount, rtol=1e-13)

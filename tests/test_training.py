@@ -32,9 +32,9 @@ from lsim.training import (
     train,
 )
 from lsim.training.loss import sequence_loss
-from lsim.training.network import DistanceNetwork, kept
+from lsim.training.network import DistanceNetwork, dropout_mask
 from lsim.training.run_files import HISTORY, LOSSES, PICTURE, STATE, UNTRAINED, WEIGHTS
-from lsim.training.sequences import hold_out, simulation_of
+from lsim.training.sequences import hold_out, simulation_name
 from lsim.training.train import DivergedError, validate
 from lsim.weights import load_checkpoint
 from pipeline.cli import app
@@ -259,7 +259,7 @@ def test_the_correlation_is_over_pairs_with_the_reference_or_all(tmp_path: Path)
 
 
 def test_dropout_leaves_out_its_share_and_keeps_the_mean(tmp_path: Path) -> None:
-    mask = kept((300, 300), 0.3, torch.Generator().manual_seed(0), torch.device("cpu"))
+    mask = dropout_mask((300, 300), 0.3, torch.Generator().manual_seed(0), torch.device("cpu"))
     assert float((mask == 0).float().mean()) == pytest.approx(0.3, abs=0.01)
     assert float(mask.mean()) == pytest.approx(1, abs=0.01)
     network, frames = DistanceNetwork("lsim", 48), lsim.preprocess(Blobs().read(0).frames, 48)
@@ -537,20 +537,20 @@ def test_all_fields_of_a_simulation_are_held_out_together() -> None:
     training, validation = hold_out(Fields(), 0.2)
     assert len(training.names) + len(validation.names) == 200
     assert 10 < len(validation.names) < 80
-    assert not set(map(simulation_of, training.names)) & set(map(simulation_of, validation.names))
+    assert not set(map(simulation_name, training.names)) & set(map(simulation_name, validation.names))
 
 
 def test_augmentation_treats_all_frames_alike() -> None:
     frame = np.random.default_rng(0).uniform(size=(1, 70, 80, 3)).astype(np.float32)
     frames = np.repeat(frame, 4, axis=0)
     for seed in range(10):
-        varied = Augmentation(size=48).varied(frames, np.random.default_rng(seed))
+        varied = Augmentation(size=48).vary(frames, np.random.default_rng(seed))
         assert varied.shape == (4, 48, 48, 3)
         assert (varied == varied[:1]).all()
     noisy = Augmentation(size=48, noise=0.5)
     assert any(
         not (varied == varied[:1]).all()
-        for varied in (noisy.varied(frames, np.random.default_rng(seed)) for seed in range(10))
+        for varied in (noisy.vary(frames, np.random.default_rng(seed)) for seed in range(10))
     )
 
 
@@ -558,7 +558,7 @@ def test_noise_is_of_the_range_of_each_channel() -> None:
     frames = np.zeros((11, 64, 64, 3), np.float32)
     frames[..., 0], frames[..., 1] = np.linspace(0, 1, 64), np.linspace(-100, 100, 64)
     augment = Augmentation(size=64, margin=1, flip=False, turn=False, shuffle_channels=False, noise=0.5)
-    noises = [augment.varied(frames, np.random.default_rng(seed)) - frames for seed in range(10)]
+    noises = [augment.vary(frames, np.random.default_rng(seed)) - frames for seed in range(10)]
     deviations = np.array([noise.std((0, 1, 2)) for noise in noises if noise.any()])
     assert 0 < len(deviations) < 10
     assert (deviations[:, 2] == 0).all()
@@ -621,7 +621,7 @@ def test_a_store_is_read_as_folders_are(tmp_path: Path) -> None:
     assert source.read(1).frames.shape == (4, 48, 64, 1)
     np.testing.assert_allclose(source.read(1).parameter, np.linspace(0, 1, 4))
     assert len(StoredSequences(store, None).names) == 5
-    with pytest.raises(ValueError, match="no data set smoke; there are: flow, waves"):
+    with pytest.raises(ValueError, match="no data set smoke; available: flow, waves"):
         StoredSequences(store, ["smoke"])
     for chunk in (store / "waves" / "height" / "frames" / "c").rglob("*"):
         if chunk.is_file():

@@ -540,7 +540,7 @@ def test_publisher_out_of_reach_says_what_to_do(
 
 def test_fetch_of_an_unknown_name() -> None:
     with pytest.raises(
-        WeightsError, match="no published weights named 'lsim3d'; there are lsim, lsim-noiseless"
+        WeightsError, match="no published weights named 'lsim3d'; available: lsim, lsim-noiseless"
     ):
         fetch_weights("lsim3d")
 

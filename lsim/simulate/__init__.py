@@ -1,23 +1,24 @@
-"""Families of simulations to train and evaluate metrics on, made on the spot by batched solvers.
+"""Families of simulations for training and evaluating metrics, computed by batched solvers.
 
-A family is a reference and ten simulations more, in which one parameter of the reference, drawn at
+A family is a reference and ten more simulations, in which one parameter of the reference, drawn at
 random, moves by ten equal steps; frame i has the ground truth i / 10. A good metric ranks the frames by
-it. Every frame has noise of its own, which is what makes ranking hard.
+it. Every frame has its own noise, which makes ranking hard.
 
 >>> from lsim.simulate import simulate_families, write_families
 >>> families = simulate_families("smoke", 4, size=128)
 >>> families.frames["velocity"].shape
 (4, 11, 128, 128, 3)
 
-Each recipe is a module that begins with its equations, boundaries, ranges and source; `docs/simulate.md` has
-them side by side, with what is like the published data (Kohl, Um, Thuerey: Learning Similarity Metrics for
-Numerical Simulations, ICML 2020, https://arxiv.org/abs/2002.07863) and what isn't, how hard each is to rank,
-and what it costs. :mod:`lsim.simulate.hardness` measures the former, and searches the step that makes it so.
+Each recipe is a module whose docstring gives its equations, boundaries, ranges and source.
+`docs/simulate.md` compares the recipes with one another and with the published data (Kohl, Um, Thuerey:
+Learning Similarity Metrics for Numerical Simulations, ICML 2020, https://arxiv.org/abs/2002.07863), and lists
+how hard each is to rank and its cost. :mod:`lsim.simulate.hardness` measures how hard a recipe is, and
+searches the step for a given hardness.
 
-The random numbers come from NumPy's Philox streams on the host, one a family. The same recipe, seed and
-number give the same bytes on one machine and one thread, whatever the other families and the batch.
-Another number of threads, device, processor, or version of NumPy, SciPy or torch may round differently:
-expect differences below 1e-4 of a field's range in single precision, and below 1e-2 for liquid, liquid-noise
+The random numbers come from NumPy's Philox streams on the host, one per family. The same recipe, seed and
+number give the same bytes on one machine and one thread, regardless of the other families and the batch.
+Another number of threads, device, processor, or version of NumPy, SciPy or torch may round differently.
+Differences are below 1e-4 of a field's range in single precision, and below 1e-2 for liquid, liquid-noise
 and transport, where a sharp interface or a fast swirl magnifies them.
 """
 
@@ -78,21 +79,27 @@ RECIPES: dict[str, Recipe] = {
         liquid.NOISY_RECIPE,
     )
 }
-"""Every recipe by name."""
+"""All recipes by name."""
 
 
 class UnknownRecipeError(KeyError):
-    """No recipe of that name; the message suggests near ones."""
+    """There is no recipe of this name; the message suggests similar ones."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe registered under ``name``; raises :class:`UnknownRecipeError`."""
+    """Find the recipe registered under ``name``.
+
+    Raises
+    ------
+    UnknownRecipeError
+        When there is none.
+    """
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(RECIPES)}"
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"available: {', '.join(RECIPES)}"
         raise UnknownRecipeError(f"no recipe named {name!r}; {hint}")
     return RECIPES[name]
 
@@ -115,25 +122,25 @@ def simulate_families(
     recipe : str
         A name in :data:`RECIPES`.
     families : int or sequence of int
-        How many, numbered from 1; or the numbers.
+        Number of families, numbered from 1; or their numbers.
     size : int, default 256
         Pixels along y and x, even. Below 128 the finest densities aren't resolved.
     seed : int, default 0
         Not negative.
     device : torch.device or str, default "cpu"
     dtype : torch.dtype, default torch.float32
-        In which is computed: float32 or float64. Frames are float32 either way.
+        Precision of the computation: float32 or float64. Frames are float32 either way.
     batch : int, default 4
-        How many families advance together; it doesn't change them. On a GPU, more is faster.
+        Number of families that advance together; it doesn't change them. On a GPU, more is faster.
     threads : int, default 1
-        Of torch, on the CPU, meanwhile; the setting is restored. More than one is seldom faster.
+        Torch's threads on the CPU; the setting is restored. More than one is seldom faster.
 
     Returns
     -------
     Families
         ``frames`` by field, (family, frame, y, x, channel) float32, ``parameter`` (frame,) float64, and a
-        record of each family: what was varied, its values, and how many draws were discarded as not finite,
-        constant or without effect.
+        record of each family: the varied parameter, its values, and the number of draws that were discarded
+        as not finite, constant or without effect.
 
     Raises
     ------
@@ -141,15 +148,15 @@ def simulate_families(
     ValueError
         When another argument isn't as described.
     DegenerateFamilyError
-        When a family degenerates in every draw.
+        When a family is degenerate in every draw.
     """
-    chosen = find_recipe(recipe)
+    definition = find_recipe(recipe)
     numbers = _numbers(families)
     _check(size, seed, batch, threads)
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     with torch_threads(threads):
-        return make(chosen, numbers, size, seed, torch.device(device), dtype, batch)
+        return make(definition, numbers, size, seed, torch.device(device), dtype, batch)
 
 
 def write_families(
@@ -166,43 +173,43 @@ def write_families(
 ) -> list[Path]:
     """Simulate families and write each as a folder of the LSIM layout (:mod:`lsim.simulate.layout`).
 
-    A folder that is complete with the same settings is left as it is and nothing is simulated for it;
-    one made with other settings (recipe and its version, size, seed, format) is made again. Interrupted
-    and called again, it goes on where it was. Folders of other families in ``out_dir`` are left alone.
+    A folder that is complete with the same settings is kept, and nothing is simulated for it. One with
+    other settings (recipe and its version, size, seed, format) is replaced. After an interruption, the same
+    call resumes. Folders of other families in ``out_dir`` are not touched.
 
     Parameters
     ----------
     out_dir : str or Path
-        Made when it isn't there.
+        Output folder; created if missing.
     recipe, families, size, seed, device, batch, threads
         See :func:`simulate_families`.
     format : {"npz", "png"}, default "npz"
-        ``npz`` keeps the values, ``png`` has 8 bits.
+        ``npz`` stores the values, ``png`` 8 bits.
 
     Returns
     -------
     list of Path
-        The folders, one a field of a family, in order.
+        The folders, one per field of a family, in order.
 
     Raises
     ------
     FileExistsError
-        When a folder of such a name is there that wasn't made by this function.
+        When a folder of such a name exists that this function didn't write.
     UnknownRecipeError, ValueError, DegenerateFamilyError
         As :func:`simulate_families`.
     """
     _check(size, seed, batch, threads)
-    chosen = find_recipe(recipe)
+    definition = find_recipe(recipe)
     missing = missing_families(out_dir, recipe, families, size, seed, format)
     for start in range(0, len(missing), batch):
-        made = simulate_families(
+        simulated = simulate_families(
             recipe, missing[start : start + batch], size, seed, device, batch=batch, threads=threads
         )
-        for k, record in enumerate(made.records):
-            made_with = layout.settings(chosen, record.number, size, seed, format)
+        for k, record in enumerate(simulated.records):
+            settings = layout.settings(definition, record.number, size, seed, format)
             folders = family_folders(out_dir, recipe, record.number)
-            for folder, frames in zip(folders, made.frames.values(), strict=True):
-                layout.write_family(folder, chosen, frames[k], record, made_with)
+            for folder, frames in zip(folders, simulated.frames.values(), strict=True):
+                layout.write_family(folder, definition, frames[k], record, settings)
     return [folder for number in _numbers(families) for folder in family_folders(out_dir, recipe, number)]
 
 
@@ -214,29 +221,34 @@ def missing_families(
     seed: int = 0,
     format: Format = "npz",
 ) -> list[int]:
-    """Numbers of the families that :func:`write_families` would make: absent, damaged, or of other settings.
+    """List the families that :func:`write_families` would write: absent, damaged, or with other settings.
+
+    Returns
+    -------
+    list of int
+        Their numbers.
 
     Raises
     ------
     UnknownRecipeError, ValueError
         As :func:`write_families`.
     """
-    chosen = find_recipe(recipe)
+    definition = find_recipe(recipe)
     numbers = _numbers(families)
     _check(size, seed)
     if format not in FORMATS:
         raise ValueError(f"format must be one of {FORMATS}, got {format!r}")
 
-    def is_there(number: int) -> bool:
-        made_with = layout.settings(chosen, number, size, seed, format)
+    def is_complete(number: int) -> bool:
+        settings = layout.settings(definition, number, size, seed, format)
         folders = family_folders(out_dir, recipe, number)
-        return all(layout.is_complete(folder, made_with) for folder in folders)
+        return all(layout.is_complete(folder, settings) for folder in folders)
 
-    return [number for number in numbers if not is_there(number)]
+    return [number for number in numbers if not is_complete(number)]
 
 
 def family_folders(out_dir: str | Path, recipe: str, number: int) -> list[Path]:
-    """Where :func:`write_families` puts the fields of a family, in the recipe's order."""
+    """List the folders of a family's fields as :func:`write_families` names them, in the recipe's order."""
     return [Path(out_dir) / name for name in layout.folder_names(find_recipe(recipe), number)]
 
 

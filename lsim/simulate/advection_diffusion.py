@@ -2,7 +2,7 @@
 
 Equation
     d_t + u d_x = ν d_xx,  u(x, t) = u(x, 0) + ∫ F dt + noise
-    The velocity u is prescribed: it isn't advected itself.
+    The velocity u is prescribed and not advected itself.
 Domain
     x in [0, 1) periodic, t in [0, 1]; row i of the image is the time i / size, column j the place
     j / size. Density without unit, velocity in lengths per unit time, ν in lengths² per unit time.
@@ -10,7 +10,7 @@ Initial density
     sin³(2π · density_waves · x + density_phase), density_waves one of 2, 3, 4, 6, 12
 Velocity, forcing and noise
     see :mod:`lsim.simulate.sine_waves`. The recipe ``density-noise`` has the noise on the density instead,
-    added between the rows, so that it is carried and diffused, too.
+    added between the rows, so that it is advected and diffused, too.
 Ranges
     ν log-uniform in [1e-3, 1e-2], so that converging flow doesn't squeeze the density below the grid
     at 256; noise 0.01…0.03, on the density 0.015…0.04; velocities of scale 0.2
@@ -39,19 +39,19 @@ from .fourier import Decay, PeriodicGrid, diffusion, integrating_factor_rk4
 from .recipe import Parameters, Recipe, Variation
 
 SUBSTEPS = 3
-"""Time steps a row: stable to a speed of 4.0; it begins below :data:`lsim.simulate.sine_waves.FASTEST`."""
+"""Time steps per row: stable up to a speed of 4.0, twice :data:`lsim.simulate.sine_waves.FASTEST`."""
 
 
 def step(spectrum: Tensor, velocity: Tensor, decay: Decay, dt: float, grid: PeriodicGrid) -> Tensor:
-    """Advance the density's spectrum by ``dt`` in a velocity that is constant meanwhile.
+    """Advance the density's spectrum by ``dt`` in a constant velocity.
 
     Parameters
     ----------
     spectrum : Tensor, shape (row, size // 2 + 1), complex
     velocity : Tensor, shape (row, size) or (row, 1)
-        Lengths per unit time.
+        In lengths per unit time.
     decay : Decay
-        Of :func:`lsim.simulate.fourier.diffusion` for the same ``dt``.
+        Result of :func:`lsim.simulate.fourier.diffusion` for the same ``dt``.
     dt : float
     grid : PeriodicGrid
     """
@@ -64,7 +64,7 @@ def step(spectrum: Tensor, velocity: Tensor, decay: Decay, dt: float, grid: Peri
 
 
 def draw(rng: np.random.Generator) -> Parameters:
-    """Draw a reference; ranges in the module's docstring."""
+    """Draw a reference; the module's docstring has the ranges."""
     drawn = sine_waves.draw_velocity(rng, 0.2)
     drawn["density_waves"] = np.asarray(float(rng.choice([2, 3, 4, 6, 12])))
     drawn["density_phase"] = np.asarray(rng.uniform(0, 2 * math.pi))
@@ -74,7 +74,7 @@ def draw(rng: np.random.Generator) -> Parameters:
 
 
 def draw_noisy(rng: np.random.Generator) -> Parameters:
-    """Draw a reference with noise on the density; ranges in the module's docstring."""
+    """Draw a reference with noise on the density; the module's docstring has the ranges."""
     return draw(rng) | {"noise": np.asarray(rng.uniform(0.015, 0.04))}
 
 
@@ -86,7 +86,7 @@ def solve(
     dtype: torch.dtype,
     noise_on: Literal["velocity", "density"] = "velocity",
 ) -> dict[str, Tensor]:
-    """Density (row, time, x, 1); see :data:`lsim.simulate.recipe.Solver`."""
+    """Solve for the density (row, time, x, 1); see :data:`lsim.simulate.recipe.Solver`."""
     grid = PeriodicGrid(size, 1, device, dtype)
     p = {name: values[:, None] for name, values in parameters.items()}
     (x,) = grid.coordinates

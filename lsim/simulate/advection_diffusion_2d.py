@@ -1,11 +1,11 @@
-"""Advection–diffusion of a density in two dimensions: the last state of a simulation.
+"""Advection–diffusion of a density in two dimensions: the final state of a simulation.
 
 Equation
     d_t + u·∇d = ν ∇²d,  u = mean + (∂P/∂y, −∂P/∂x),  P(x, t) = P(x, 0) + ∫ F dt + noise
-    The velocity is prescribed and free of divergence: the density's integral and bounds are kept.
+    The velocity is prescribed and free of divergence, so the density's integral and bounds are conserved.
 Domain
-    periodic in x and y, t in [0, 1/2]; from 192 pixels on there is a point to every 2 × 2 pixels, and the
-    image is made by the Fourier series. Density without unit, lengths in box lengths.
+    periodic in x and y, t in [0, 1/2]; from 192 pixels on there is one point per 2 × 2 pixels, and the image
+    is evaluated by the Fourier series. Density without unit, lengths in box lengths.
 Initial density
     ((sin(2π · density_waves · x + density_phase) + sin(2π · density_waves · y)) / 2)³, density_waves 1…4
 Velocity's potential P, its forcing F, and noise
@@ -38,7 +38,7 @@ from .recipe import Parameters, Recipe, Variation
 def step(
     spectrum: Tensor, velocity: tuple[Tensor, Tensor], decay: Decay, dt: float, grid: PeriodicGrid
 ) -> Tensor:
-    """Advance the density's spectrum by ``dt``; the velocity (along x, along y) is constant meanwhile."""
+    """Advance the density's spectrum by ``dt`` in a constant velocity (along x, along y)."""
     along_x, along_y = velocity
 
     def advection(density: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def step(
 
 
 def draw(rng: np.random.Generator) -> Parameters:
-    """Draw a reference; ranges in the module's docstring."""
+    """Draw a reference; the module's docstring has the ranges."""
     drawn = plane_waves.draw(rng, 0.3)
     drawn["density_waves"] = np.asarray(float(rng.integers(1, 5)))
     drawn["density_phase"] = np.asarray(rng.uniform(0, 2 * math.pi))
@@ -66,7 +66,7 @@ def solve(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Density (row, y, x, 1); see :data:`lsim.simulate.recipe.Solver`."""
+    """Solve for the density (row, y, x, 1); see :data:`lsim.simulate.recipe.Solver`."""
     grid = plane_waves.grid_for(size, device, dtype)
     p = parameters
     frames = len(p["noise"]) // len(generators)
@@ -86,8 +86,8 @@ def solve(
             column["mean_y"] - grid.backward(grid.derivative(potential, -1)),
         )
         spectrum = step(spectrum, velocity, decay, dt, grid)
-        disturbed = math.sqrt(dt) * column["noise"] * plane_waves.noise(generators, frames, grid)
-        potential = potential + dt * plane_waves.forcing(p, grid, k * dt) + disturbed
+        disturbance = math.sqrt(dt) * column["noise"] * plane_waves.noise(generators, frames, grid)
+        potential = potential + dt * plane_waves.forcing(p, grid, k * dt) + disturbance
     return {"density": plane_waves.to_image(spectrum, grid, size)[..., None]}
 
 

@@ -8,7 +8,7 @@ Domain
 Initial velocity, forcing and noise
     see :mod:`lsim.simulate.sine_waves`; forcing and noise are added between the rows
 Ranges
-    ν log-uniform in [2e-3, 2e-2], so that fronts are some points wide at 256; noise 0.02…0.06;
+    ν log-uniform in [2e-3, 2e-2], so that fronts are several points wide at 256; noise 0.02…0.06;
     velocities of scale 0.4 (:func:`lsim.simulate.sine_waves.draw_velocity`)
 Varied
     one of mean, amplitude_1 … amplitude_8, phase_a, phase_b, forcing, forcing_speed, viscosity, noise
@@ -30,7 +30,7 @@ from .fourier import Decay, PeriodicGrid, diffusion, integrating_factor_rk4
 from .recipe import Parameters, Recipe, Variation
 
 SUBSTEPS = 2
-"""Time steps a row: stable to a speed of 2.6; it begins below :data:`lsim.simulate.sine_waves.FASTEST`."""
+"""Time steps per row: stable up to a speed of 2.6; :data:`lsim.simulate.sine_waves.FASTEST` is 2."""
 
 
 def step(spectrum: Tensor, decay: Decay, dt: float, grid: PeriodicGrid) -> Tensor:
@@ -40,7 +40,7 @@ def step(spectrum: Tensor, decay: Decay, dt: float, grid: PeriodicGrid) -> Tenso
     ----------
     spectrum : Tensor, shape (row, size // 2 + 1), complex
     decay : Decay
-        Of :func:`lsim.simulate.fourier.diffusion` for the same ``dt``.
+        Result of :func:`lsim.simulate.fourier.diffusion` for the same ``dt``.
     dt : float
     grid : PeriodicGrid
     """
@@ -53,7 +53,7 @@ def step(spectrum: Tensor, decay: Decay, dt: float, grid: PeriodicGrid) -> Tenso
 
 
 def draw(rng: np.random.Generator) -> Parameters:
-    """Draw a reference; ranges in the module's docstring."""
+    """Draw a reference; the module's docstring has the ranges."""
     drawn = sine_waves.draw_velocity(rng, 0.4)
     drawn["viscosity"] = np.asarray(2e-3 * 10 ** rng.uniform())
     drawn["noise"] = np.asarray(rng.uniform(0.02, 0.06))
@@ -67,7 +67,7 @@ def solve(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Velocity (row, time, x, 1); see :data:`lsim.simulate.recipe.Solver`."""
+    """Solve for the velocity (row, time, x, 1); see :data:`lsim.simulate.recipe.Solver`."""
     grid = PeriodicGrid(size, 1, device, dtype)
     p = {name: values[:, None] for name, values in parameters.items()}
     (x,) = grid.coordinates

@@ -1,16 +1,16 @@
-"""Burgers' equation in two dimensions, for a velocity without curl: the last state of a simulation.
+"""Burgers' equation in two dimensions, for a velocity without curl: the final state of a simulation.
 
 Equation
     u_t + (u·∇)u = ν ∇²u + ∇F + noise,  u = mean + ∇P.  A velocity without curl stays so, and its potential
-    obeys P_t + mean·∇P + |∇P|²/2 = ν ∇²P + F + noise, which is what is solved.
+    obeys P_t + mean·∇P + |∇P|²/2 = ν ∇²P + F + noise, the equation solved.
 Domain
-    periodic in x and y, t in [0, 1/2]; from 192 pixels on there is a point to every 2 × 2 pixels, and the
-    image is made by the Fourier series. Velocity in box lengths per unit time.
+    periodic in x and y, t in [0, 1/2]; from 192 pixels on there is one point per 2 × 2 pixels, and the image
+    is evaluated by the Fourier series. Velocity in box lengths per unit time.
 Potential P, its forcing F, and noise
     see :mod:`lsim.simulate.plane_waves`
 Ranges
-    ν log-uniform in [2e-3, 1e-2], so that fronts are some points wide; noise 0.006…0.015; velocities of scale
-    0.3
+    ν log-uniform in [2e-3, 1e-2], so that fronts are several points wide; noise 0.006…0.015; velocities of
+    scale 0.3
 Varied
     one of amplitude_1 … amplitude_8, phase_a, phase_b, mean_x, mean_y, forcing, forcing_speed, viscosity,
     noise
@@ -50,7 +50,7 @@ def step(
 
 
 def draw(rng: np.random.Generator) -> Parameters:
-    """Draw a reference; ranges in the module's docstring."""
+    """Draw a reference; the module's docstring has the ranges."""
     drawn = plane_waves.draw(rng, 0.3)
     drawn["viscosity"] = np.asarray(2e-3 * 5 ** rng.uniform())
     drawn["noise"] = np.asarray(rng.uniform(0.006, 0.015))
@@ -64,7 +64,7 @@ def solve(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Velocity (row, y, x, 3: along x, along y, 0); see :data:`lsim.simulate.recipe.Solver`."""
+    """Solve for the velocity (row, y, x, 3: x, y and 0); see :data:`lsim.simulate.recipe.Solver`."""
     grid = plane_waves.grid_for(size, device, dtype)
     p = parameters
     frames = len(p["noise"]) // len(generators)
@@ -77,8 +77,8 @@ def solve(
     spectrum = plane_waves.potential(p, grid)
     for k in range(steps):
         spectrum = step(spectrum, mean, decay, dt, grid)
-        disturbed = math.sqrt(dt) * column["noise"] * plane_waves.noise(generators, frames, grid)
-        spectrum = spectrum + dt * plane_waves.forcing(p, grid, k * dt) + disturbed
+        disturbance = math.sqrt(dt) * column["noise"] * plane_waves.noise(generators, frames, grid)
+        spectrum = spectrum + dt * plane_waves.forcing(p, grid, k * dt) + disturbance
     u = plane_waves.to_image(grid.derivative(spectrum, -1), grid, size) + mean[0]
     v = plane_waves.to_image(grid.derivative(spectrum, -2), grid, size) + mean[1]
     return {"velocity": torch.stack([u, v, torch.zeros_like(u)], -1)}

@@ -1,8 +1,8 @@
 """Families: a reference, and ten more simulations in which one parameter moves by equal steps.
 
 A family's random numbers come from one Philox stream on the host, keyed by seed, recipe, family number
-and attempt. What a family holds therefore depends on nothing else: not on the families beside it, the
-device, or the number of threads (these two up to rounding).
+and attempt. The family therefore depends on nothing else: not on the families beside it, and on device and
+number of threads only by rounding.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from lsim.preprocess import as_array
 from .recipe import FRAMES, Parameters, Recipe
 
 ATTEMPTS = 50
-"""Draws after which a family that keeps degenerating is given up."""
+"""Number of draws after which a degenerate family is given up."""
 
 
 class DegenerateFamilyError(RuntimeError):
-    """A family of which no draw is of use; says which, and why."""
+    """No draw of a family is usable; the message names the family and the reasons."""
 
 
 @dataclass(frozen=True)
 class FamilyRecord:
-    """How one family was made.
+    """Origin of one family.
 
     Attributes
     ----------
@@ -39,15 +39,15 @@ class FamilyRecord:
         From 1.
     seed : int
     varied : str
-        The parameter that moves.
+        Name of the varied parameter.
     values : tuple of float
         Its value in each frame.
     step : float
-        From one frame to the next.
+        Its change from one frame to the next.
     reference : dict
         All parameters of frame 0 by name: numbers, or nested lists of them.
     discarded : dict
-        How many draws were thrown away before this one, by reason.
+        Number of draws discarded before this one, by reason.
     """
 
     number: int
@@ -71,7 +71,7 @@ class Families:
     parameter : ndarray of shape (frame,), float64
         Ground truth: 0, 0.1, …, 1.
     records : tuple of FamilyRecord
-        One a family.
+        One per family.
     """
 
     recipe: str
@@ -81,7 +81,7 @@ class Families:
 
     @property
     def discarded(self) -> dict[str, int]:
-        """Draws thrown away over all families, by reason."""
+        """Number of discarded draws over all families, by reason."""
         total: Counter[str] = Counter()
         for record in self.records:
             total.update(record.discarded)
@@ -97,11 +97,11 @@ class _Draw:
     varied: str
     step: float
     frames: Parameters  # every parameter with a leading axis of FRAMES
-    generator: np.random.Generator  # goes on to draw the noise
+    generator: np.random.Generator  # draws the noise next
 
 
 def ground_truth() -> np.ndarray:
-    """Position of each frame in [0, 1]: i / 10, shape (11,), float64."""
+    """Return the position of each frame in [0, 1]: i / 10, shape (11,), float64."""
     return np.arange(FRAMES) / (FRAMES - 1)
 
 
@@ -114,16 +114,22 @@ def make(
     dtype: torch.dtype,
     batch: int,
 ) -> Families:
-    """Simulate the families of the given numbers, ``batch`` of them at a time."""
-    done: dict[int, tuple[dict[str, np.ndarray], FamilyRecord]] = {}
+    """Simulate the families with these numbers, ``batch`` of them at a time.
+
+    Raises
+    ------
+    DegenerateFamilyError
+        When a family is degenerate in every draw.
+    """
+    finished: dict[int, tuple[dict[str, np.ndarray], FamilyRecord]] = {}
     discarded: dict[int, Counter[str]] = {number: Counter() for number in numbers}
     waiting = [draw_family(recipe, number, seed) for number in numbers]
     while waiting:
-        now, waiting = waiting[:batch], waiting[batch:]
-        for draw, frames in zip(now, _simulate(recipe, now, size, device, dtype), strict=True):
+        draws, waiting = waiting[:batch], waiting[batch:]
+        for draw, frames in zip(draws, _simulate(recipe, draws, size, device, dtype), strict=True):
             reason = next(filter(None, map(defect, frames.values())), None)
             if reason is None:
-                done[draw.number] = frames, _record(draw, seed, discarded[draw.number])
+                finished[draw.number] = frames, _record(draw, seed, discarded[draw.number])
                 continue
             discarded[draw.number][reason] += 1
             if draw.attempt + 1 == ATTEMPTS:
@@ -132,8 +138,8 @@ def make(
                     f"row were unusable ({dict(discarded[draw.number])}); size {size} may be too small"
                 )
             waiting.append(draw_family(recipe, draw.number, seed, draw.attempt + 1))
-    stacked = {field: np.stack([done[number][0][field] for number in numbers]) for field in recipe.fields}
-    records = tuple(done[number][1] for number in numbers)
+    stacked = {field: np.stack([finished[number][0][field] for number in numbers]) for field in recipe.fields}
+    records = tuple(finished[number][1] for number in numbers)
     return Families(recipe.name, stacked, ground_truth(), records)
 
 
@@ -154,7 +160,7 @@ def draw_family(recipe: Recipe, number: int, seed: int, attempt: int = 0) -> _Dr
 
 
 def defect(frames: np.ndarray) -> str | None:
-    """Why a family is of no use, or None.
+    """Find the reason why a family is unusable.
 
     Parameters
     ----------
@@ -163,9 +169,9 @@ def defect(frames: np.ndarray) -> str | None:
     Returns
     -------
     str or None
-        ``"not finite"``: NaN or infinity somewhere; ``"constant frame"``: one frame has one value only,
-        up to rounding; ``"no effect"``: the last frame differs from the reference by less than a
-        thousandth of the reference's standard deviation.
+        ``"not finite"``: NaN or infinity somewhere; ``"constant frame"``: a frame is constant up to
+        rounding; ``"no effect"``: the last frame differs from the reference by less than a thousandth of
+        the reference's standard deviation; None if the family is usable.
     """
     frames = as_array(frames)  # what is masked is not finite
     if not np.isfinite(frames).all():
@@ -182,7 +188,7 @@ def defect(frames: np.ndarray) -> str | None:
 def _simulate(
     recipe: Recipe, draws: Sequence[_Draw], size: int, device: torch.device, dtype: torch.dtype
 ) -> list[dict[str, np.ndarray]]:
-    """Frames (frame, y, x, channel), float32, by field, of some draws at once."""
+    """Simulate several draws at once; each gives frames (frame, y, x, channel), float32, by field."""
     parameters = {
         name: torch.from_numpy(np.concatenate([draw.frames[name] for draw in draws])).to(device, dtype)
         for name in draws[0].frames
@@ -210,7 +216,7 @@ def _record(draw: _Draw, seed: int, discarded: Counter[str]) -> FamilyRecord:
 
 @contextlib.contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Let torch use ``threads`` threads for a while; small transforms are slower on several."""
+    """Set torch's number of threads within a context; small transforms are slower on several."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

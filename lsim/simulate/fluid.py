@@ -1,28 +1,28 @@
-"""Incompressible flow in a box with walls, on a staggered grid: what the recipes of smoke and liquid share.
+"""Incompressible flow in a box with walls, on a staggered grid, for the recipes of smoke and liquid.
 
 Domain
-    the unit square, n × n cells of width h = 1/n. Axis 1 is y, upwards; axis 2 is x; axis 0 a batch, whose
-    members don't depend on one another.
+    the unit square, n × n cells of width h = 1/n. Axis 1 is y, upwards; axis 2 is x; axis 0 a batch of
+    independent rows.
 Variables
     scalars at cell centres (row, n, n); velocity through the faces: ``u`` along x (row, n, n + 1), ``v``
     along y (row, n + 1, n). Lengths in box lengths.
 Boundaries
-    left, right and bottom are walls without friction: no flow through them. The top is a wall, too, or open:
-    zero pressure, through which fluid leaves and enters. Scalars don't change across a boundary.
+    left, right and bottom are walls without friction: no flow through them. The top is a wall, too, or open,
+    with zero pressure: fluid leaves and enters. Scalars don't change across a boundary.
 Advection
-    semi-Lagrangian along second-order characteristics, corrected as by MacCormack and clamped to the values
-    it was interpolated from (Selle, Fedkiw, Kim, Liu, Rossignac: An unconditionally stable MacCormack method,
+    semi-Lagrangian along second-order characteristics, with MacCormack's correction, clamped to the values
+    that it interpolates (Selle, Fedkiw, Kim, Liu, Rossignac: An unconditionally stable MacCormack method,
     J. Sci. Comput. 35, 2008): second order where the flow is smooth, stable for any time step.
-    With the projection after it, a step is of first order in time.
+    Together with the projection, a step is of first order in time.
 Projection
     exact to rounding: the discrete Poisson equation is diagonal in cosine transforms, DCT-II between walls
     and DCT-IV between a wall and an open side.
 Obstacles
-    cells that no flow enters. The velocity is made free of divergence and blocked in turns
-    (:data:`PASSES` times, alternating projections), ending with blocked: nothing crosses an obstacle's faces,
-    and some divergence is left in the cells beside them.
+    cells that no flow enters. The velocity is alternately made free of divergence and blocked
+    (:data:`PASSES` times, alternating projections), and blocked last: nothing crosses an obstacle's faces,
+    and some divergence remains in the cells beside them.
 
-All runs in NumPy and Numba on the CPU, whatever the device asked for.
+Everything runs in NumPy and Numba on the CPU, for any requested device.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ import torch
 from torch import Tensor
 
 PASSES = 3
-"""Projections a step where there is an obstacle."""
+"""Number of projections per step where there is an obstacle."""
 
 NOISE_CELLS = 16
-"""Points of the coarse grid along each axis on which noise is drawn."""
+"""Number of points along each axis of the coarse grid on which noise is drawn."""
 
 
 class Box:
@@ -52,7 +52,7 @@ class Box:
         Cells along each axis.
     open_top : bool
     dtype : numpy dtype
-        float32 or float64, of all fields.
+        Precision of all fields: float32 or float64.
     """
 
     def __init__(self, n: int, open_top: bool, dtype: np.dtype) -> None:
@@ -62,7 +62,7 @@ class Box:
         to_open = 2 - 2 * np.cos(np.pi * (k + 0.5) / n)
         eigenvalues = ((to_open if open_top else between_walls)[:, None] + between_walls[None]) * n**2
         if not open_top:
-            eigenvalues[0, 0] = 1  # the mean pressure between walls is nothing: set to zero
+            eigenvalues[0, 0] = 1  # the mean pressure between walls is arbitrary: set to zero below
         self._inverse = (-1 / eigenvalues).astype(dtype)
         if not open_top:
             self._inverse[0, 0] = 0
@@ -70,12 +70,12 @@ class Box:
         self.y, self.x = centres[:, None], centres[None, :]
 
     def still(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Velocity (u, v) at rest."""
+        """Return the velocity (u, v) of a fluid at rest."""
         n = self.n
         return np.zeros((rows, n, n + 1), self.dtype), np.zeros((rows, n + 1, n), self.dtype)
 
     def divergence(self, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """Divergence at cell centres, per unit time."""
+        """Compute the divergence at cell centres, per unit time."""
         return np.asarray((np.diff(u, axis=2) + np.diff(v, axis=1)) * self.dtype.type(self.n))
 
     def project(
@@ -92,7 +92,7 @@ class Box:
         Returns
         -------
         u, v, potential : ndarray
-            What was taken away is the gradient of the potential: the pressure times the time step.
+            The velocity changes by the gradient of the potential, which is pressure times time step.
         """
         self._walls(u, v)
         if blocked is None:
@@ -125,23 +125,23 @@ class Box:
         if not self.open_top:
             v[:, -1] = 0
 
-    def carry_scalar(self, field: np.ndarray, u: np.ndarray, v: np.ndarray, dt: float) -> np.ndarray:
-        """A scalar after a time step in a velocity."""
+    def advect_scalar(self, field: np.ndarray, u: np.ndarray, v: np.ndarray, dt: float) -> np.ndarray:
+        """Advect a scalar with a velocity for one time step."""
         return _maccormack(
             field, u, v, self.dtype.type(dt * self.n), self.dtype.type(0.5), self.dtype.type(0.5)
         )
 
-    def carry_velocity(self, u: np.ndarray, v: np.ndarray, dt: float) -> tuple[np.ndarray, np.ndarray]:
-        """A velocity after a time step in itself."""
-        half, none, cells = self.dtype.type(0.5), self.dtype.type(0), self.dtype.type(dt * self.n)
-        return _maccormack(u, u, v, cells, half, none), _maccormack(v, u, v, cells, none, half)
+    def advect_velocity(self, u: np.ndarray, v: np.ndarray, dt: float) -> tuple[np.ndarray, np.ndarray]:
+        """Advect a velocity with itself for one time step."""
+        half, zero, cells = self.dtype.type(0.5), self.dtype.type(0), self.dtype.type(dt * self.n)
+        return _maccormack(u, u, v, cells, half, zero), _maccormack(v, u, v, cells, zero, half)
 
     def centred(self, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Velocity along x and y at the cell centres."""
+        """Interpolate the velocity along x and y to the cell centres."""
         return (u[:, :, 1:] + u[:, :, :-1]) / 2, (v[:, 1:] + v[:, :-1]) / 2
 
     def noise(self, generators: Sequence[np.random.Generator], frames: int) -> tuple[np.ndarray, np.ndarray]:
-        """Normal numbers of variance one at every face, drawn on a coarse grid: one stream a family."""
+        """Draw normal numbers of variance one at every face, from a coarse grid: one stream per family."""
         shape = (frames, 2, NOISE_CELLS, NOISE_CELLS)
         drawn = np.concatenate([rng.standard_normal(shape, dtype=np.float32) for rng in generators])
         centres, faces = _interpolation(self.n, False), _interpolation(self.n, True)
@@ -152,14 +152,16 @@ class Box:
 
 
 def disc(box: Box, y: np.ndarray, x: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """How much of each cell a disc covers, about: (row, n, n) in [0, 1], moving smoothly with the disc."""
+    """Approximate the share of each cell that a disc covers: (row, n, n) in [0, 1], smooth in its place."""
     shape = (-1, 1, 1)
-    away = np.hypot(box.y[None] - y.reshape(shape), box.x[None] - x.reshape(shape)) - radius.reshape(shape)
-    return np.clip(0.5 - away * box.n, 0, 1).astype(box.dtype)
+    distance = np.hypot(box.y[None] - y.reshape(shape), box.x[None] - x.reshape(shape)) - radius.reshape(
+        shape
+    )
+    return np.clip(0.5 - distance * box.n, 0, 1).astype(box.dtype)
 
 
 def as_images(field: np.ndarray, size: int) -> np.ndarray:
-    """A scalar (row, n, n), y upwards, as images (row, size, size), y downwards; interpolated linearly."""
+    """Interpolate a scalar (row, n, n), y upwards, to images (row, size, size), y downwards."""
     image = field[:, ::-1]
     n = field.shape[1]
     if n == size:
@@ -171,7 +173,7 @@ def as_images(field: np.ndarray, size: int) -> np.ndarray:
 def as_fields(
     box: Box, size: int, scalars: dict[str, np.ndarray], u: np.ndarray, v: np.ndarray
 ) -> dict[str, Tensor]:
-    """Images of scalars (…, 1) and of the velocity (…, x y 0), y downwards in the image only."""
+    """Convert scalars to images (…, 1) and the velocity to images (…, x y 0), with y downwards."""
     images = {name: as_images(values, size)[..., None] for name, values in scalars.items()}
     along = [as_images(component, size) for component in box.centred(u, v)]
     images["velocity"] = np.stack([*along, np.zeros_like(along[0])], axis=-1)
@@ -179,30 +181,31 @@ def as_fields(
 
 
 def cells_for(size: int) -> int:
-    """Cells along each axis for images of ``size`` pixels: half as many from 192 on."""
+    """Return the cells along each axis for images of ``size`` pixels: half as many from 192 on."""
     return size // 2 if size >= 192 else size
 
 
 @cache
 def _interpolation(n: int, faces: bool) -> np.ndarray:
-    """Matrix that interpolates :data:`NOISE_CELLS` values to n centres or n + 1 faces, of unit variance."""
-    places = np.arange(n + 1) / n if faces else (np.arange(n) + 0.5) / n
-    matrix = _linear(places * (NOISE_CELLS - 1), NOISE_CELLS)
+    """Return the matrix from :data:`NOISE_CELLS` values to n centres or n + 1 faces, of unit variance."""
+    positions = np.arange(n + 1) / n if faces else (np.arange(n) + 0.5) / n
+    matrix = _linear(positions * (NOISE_CELLS - 1), NOISE_CELLS)
     return np.asarray(matrix / np.sqrt((matrix**2).sum(axis=1, keepdims=True)))
 
 
 @cache
 def _between_centres(n: int, m: int) -> np.ndarray:
-    """Matrix that interpolates values at n cell centres to m cell centres of the same interval."""
+    """Return the matrix that interpolates n cell centres to m cell centres of the same interval."""
     return _linear(np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1), n)
 
 
-def _linear(places: np.ndarray, n: int) -> np.ndarray:
-    matrix = np.zeros((len(places), n))
-    low = np.minimum(places.astype(int), n - 2)
-    rows = np.arange(len(places))
-    matrix[rows, low] = 1 - (places - low)
-    matrix[rows, low + 1] = places - low
+def _linear(positions: np.ndarray, n: int) -> np.ndarray:
+    """Return the matrix that interpolates n values linearly at index positions."""
+    matrix = np.zeros((len(positions), n))
+    low = np.minimum(positions.astype(int), n - 2)
+    rows = np.arange(len(positions))
+    matrix[rows, low] = 1 - (positions - low)
+    matrix[rows, low + 1] = positions - low
     return matrix
 
 
@@ -211,7 +214,7 @@ def _linear(places: np.ndarray, n: int) -> np.ndarray:
 
 @numba.njit(nogil=True, cache=True)
 def _sample(field, y, x):  # type: ignore[no-untyped-def]
-    """Linear interpolation at an index position, held to the array's edge; with the range of the corners."""
+    """Interpolate linearly at an index position, clamped to the array; also return the corners' range."""
     rows, columns = field.shape
     y = min(max(y, field.dtype.type(0)), field.dtype.type(rows - 1))
     x = min(max(x, field.dtype.type(0)), field.dtype.type(columns - 1))
@@ -225,14 +228,14 @@ def _sample(field, y, x):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True)
 def _velocity(u, v, y, x):  # type: ignore[no-untyped-def]
-    """Velocity at a position in cells from the box's corner."""
+    """Interpolate the velocity at a position in cells from the box's corner."""
     half = u.dtype.type(0.5)
     return _sample(v, y, x - half)[0], _sample(u, y - half, x)[0]
 
 
 @numba.njit(nogil=True, cache=True)
 def _trace(u, v, y, x, cells):  # type: ignore[no-untyped-def]
-    """Where fluid at a position was ``cells`` (a time over the cell width) ago: midpoint rule."""
+    """Trace fluid back from a position by ``cells`` (time over cell width), by the midpoint rule."""
     half = u.dtype.type(0.5)
     vy, vx = _velocity(u, v, y, x)
     vy, vx = _velocity(u, v, y - half * cells * vy, x - half * cells * vx)

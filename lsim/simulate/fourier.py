@@ -4,10 +4,9 @@ A recipe keeps its state as Fourier coefficients, evaluates products in space, d
 wave numbers that a product of two fields pollutes (the 2/3 rule of Orszag, 1971), and advances with an
 integrating factor: diffusion exactly, the rest by the classic fourth-order Runge–Kutta scheme.
 
-Everything is batched over the leading axes, and a row's result doesn't depend on the rows beside it:
-not in the last bit, either. That rules out products of two whole batches of spectra, whose last few
-numbers torch multiplies with other rounding than the rest. Real factors are fine, and so are complex
-ones that all rows share.
+Everything is batched over the leading axes, and a row's result is bit-identical for any rows beside it. That
+excludes products of two whole batches of spectra, since torch rounds the last few of such products
+differently. Real factors, and complex factors shared by all rows, are safe.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ class PeriodicGrid:
     Parameters
     ----------
     size : int
-        Points along each axis, even and at least 16.
+        Number of points along each axis, even and at least 16.
     dim : int, default 1
     device, dtype
-        Of the fields; float32 or float64.
+        Device and precision of the fields; float32 or float64.
 
     Attributes
     ----------
     coordinates : tuple of Tensor
-        Of each axis, shaped to broadcast against a field; the last is x.
+        Coordinates along each axis, shaped to broadcast against a field; the last is x.
     wavenumbers : tuple of Tensor
-        Of each axis, shaped to broadcast against a spectrum.
+        Wave numbers along each axis, shaped to broadcast against a spectrum.
     laplacian : Tensor
         −|k|², the Laplacian as a factor on a spectrum.
     band : Tensor
@@ -71,34 +70,34 @@ class PeriodicGrid:
         for k in wavenumbers:
             inside = inside & (k.abs() < 2 / 3 * nyquist)
         self.band = inside.to(device, dtype)
-        # The derivative of the highest wave, sampled, is zero: it has no imaginary part to turn into.
+        # The sampled derivative of the highest wave is zero: its sine vanishes at all points.
         self._derivatives = tuple(
             (1j * torch.where(k.abs() < nyquist * (1 - 1e-9), k, 0 * k)).to(device, _complex(dtype))
             for k in wavenumbers
         )
 
     def forward(self, field: Tensor) -> Tensor:
-        """Spectrum of a real field; the leading axes are a batch."""
+        """Transform a real field to its spectrum; the leading axes are a batch."""
         return torch.fft.rfftn(field, dim=self._axes)
 
     def backward(self, spectrum: Tensor) -> Tensor:
-        """Real field of a spectrum; the leading axes are a batch."""
+        """Transform a spectrum to its real field; the leading axes are a batch."""
         return torch.fft.irfftn(spectrum, s=(self.size,) * self.dim, dim=self._axes)
 
     def derivative(self, spectrum: Tensor, axis: int = -1) -> Tensor:
-        """Spectrum of the first derivative along ``axis`` (−1 is x, −2 is y)."""
+        """Differentiate a spectrum along ``axis`` (−1 is x, −2 is y)."""
         return spectrum * self._derivatives[axis]
 
 
 class Decay(NamedTuple):
-    """What diffusion leaves of each Fourier coefficient after half a time step and after a whole one."""
+    """Factors of diffusion on each Fourier coefficient over half a time step and over a whole one."""
 
     half: Tensor
     full: Tensor
 
 
 def diffusion(grid: PeriodicGrid, viscosity: Tensor, dt: float) -> Decay:
-    """Exact solution operator of u_t = ν ∇²u: exp(−ν |k|² dt) per coefficient.
+    """Compute the exact solution operator of u_t = ν ∇²u: exp(−ν |k|² dt) per coefficient.
 
     Parameters
     ----------
@@ -115,11 +114,11 @@ def diffusion(grid: PeriodicGrid, viscosity: Tensor, dt: float) -> Decay:
 def integrating_factor_rk4(
     spectrum: Tensor, tendency: Callable[[Tensor], Tensor], decay: Decay, dt: float
 ) -> Tensor:
-    """One time step of U_t = L U + N(U), where ``decay`` solves the linear part exactly.
+    """Take one time step of U_t = L U + N(U), where ``decay`` solves the linear part exactly.
 
     The classic Runge–Kutta scheme of fourth order in the variable exp(−L t) U; see Kassam and
     Trefethen, Fourth-order time-stepping for stiff PDEs, SIAM J. Sci. Comput. 26 (2005), section 2.
-    Stable for advection while speed · k · dt < 2.8, k being the largest wave number kept.
+    Stable for advection while speed · k · dt < 2.8, where k is the largest wave number in use.
 
     Parameters
     ----------
@@ -139,15 +138,14 @@ def integrating_factor_rk4(
     return decay.full * (spectrum + (dt / 6) * a) + decay.half * ((dt / 3) * (b + c)) + (dt / 6) * d
 
 
-def padded(spectrum: Tensor, grid: PeriodicGrid) -> Tensor:
-    """The spectrum (…, n, n // 2 + 1) of a coarser 2-D grid's field, on ``grid``: the same waves, and no
-    others.
+def pad(spectrum: Tensor, grid: PeriodicGrid) -> Tensor:
+    """Pad the spectrum (…, n, n // 2 + 1) of a coarser 2-D grid to ``grid``: the same waves, no others.
 
-    The highest wave of the coarser grid is dropped: its sign is not known there.
+    The highest wave of the coarser grid is dropped: its sign is undetermined there.
     """
     n, m = spectrum.shape[-2], grid.size
     if n > m:
-        raise ValueError(f"cannot take a spectrum of {n} points to a grid of {m}: it is coarser")
+        raise ValueError(f"cannot pad a spectrum of {n} points to a coarser grid of {m}")
     half = n // 2
     out = torch.zeros(*spectrum.shape[:-2], m, m // 2 + 1, device=spectrum.device, dtype=spectrum.dtype)
     out[..., :half, :half] = spectrum[..., :half, :half]
@@ -156,7 +154,7 @@ def padded(spectrum: Tensor, grid: PeriodicGrid) -> Tensor:
 
 
 def _along(values: Tensor, axis: int) -> Tensor:
-    """Shape (n,) to broadcast along ``axis`` (−1: (n,), −2: (n, 1), …)."""
+    """Reshape (n,) to broadcast along ``axis`` (−1: (n,), −2: (n, 1), …)."""
     return values.reshape(-1, *(1,) * (-axis - 1))
 
 

@@ -9,8 +9,8 @@ A folder is one sequence, ``<name><number>.<field>``, a field of a family; the t
 ground truth, as a count of steps from the reference. An ``.npz`` holds the array ``arr_0`` (y, x, channel),
 float32; a ``.png`` has 8 bits, the family's minimum and maximum over all frames mapped to 0 and 255.
 
-A folder is written under a hidden name and renamed when it is whole, so that a folder with the proper
-name is never half written. One process at a time may write a folder.
+A folder is written under a hidden name and renamed when it is complete, so a folder with the final name is
+never half written. Only one process at a time may write a folder.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ Format: TypeAlias = Literal["npz", "png"]
 FORMATS: tuple[Format, ...] = ("npz", "png")
 RECORD = "family.json"
 LAYOUT_VERSION = 1
-"""Raised whenever the same frames are written as other files than before."""
+"""Version of the files; raised whenever the same frames give other files than before."""
 
 
 def settings(recipe: Recipe, number: int, size: int, seed: int, format: Format) -> dict[str, Any]:
-    """All that decides a folder's content; a folder made with other settings is made again."""
+    """Return the settings that determine a folder's content; one with other settings is replaced."""
     return {
         "recipe": recipe.name,
         "recipe_version": recipe.version,
@@ -49,17 +49,17 @@ def settings(recipe: Recipe, number: int, size: int, seed: int, format: Format) 
 
 
 def folder_names(recipe: Recipe, number: int) -> list[str]:
-    """``<name><number>.<field>`` of each field."""
+    """List the folder name ``<name><number>.<field>`` of each field."""
     return [f"{recipe.folder}{number}.{field}" for field in recipe.fields]
 
 
 def frame_names(recipe: Recipe, format: Format) -> list[str]:
-    """File names of the frames, the reference first."""
+    """List the file names of the frames, the reference first."""
     return [f"{recipe.folder}{index:02d}.{format}" for index in range(FRAMES)]
 
 
 def is_complete(folder: Path, expected: dict[str, Any]) -> bool:
-    """Whether a folder holds what ``expected`` (of :func:`settings`) asks for, every file in full length."""
+    """Return True if a folder has the ``expected`` :func:`settings`, and every file its full length."""
     record = read_record(folder)
     if record is None or record.get("settings") != expected:
         return False
@@ -68,9 +68,9 @@ def is_complete(folder: Path, expected: dict[str, Any]) -> bool:
 
 
 def write_family(
-    folder: Path, recipe: Recipe, frames: np.ndarray, record: FamilyRecord, made_with: dict[str, Any]
+    folder: Path, recipe: Recipe, frames: np.ndarray, record: FamilyRecord, settings: dict[str, Any]
 ) -> None:
-    """Write one field of a family as a folder, in place of one that was made here with other settings.
+    """Write one field of a family as a folder, and replace one with other settings.
 
     Parameters
     ----------
@@ -78,15 +78,13 @@ def write_family(
     recipe : Recipe
     frames : ndarray of shape (frame, y, x, channel), float32
     record : FamilyRecord
-    made_with : dict
-        Of :func:`settings`.
+    settings : dict
+        Result of :func:`settings`.
 
     Raises
     ------
     FileExistsError
-        When there is something of that name that wasn't made here; it is left alone.
-    ValueError
-        For frames with NaN, infinity or masked values: the files have no place for what is missing.
+        When the folder exists and was not written by this function; it is not touched.
     """
     frames = as_array(frames)
     if not (finite := finite_frames(frames)).all():
@@ -95,7 +93,7 @@ def write_family(
         )
     if folder.exists() and read_record(folder) is None:
         raise FileExistsError(
-            f"{folder} exists and has no {RECORD} of simulated families, so it isn't replaced; "
+            f"{folder} exists without a {RECORD} of simulated families, and is not replaced: "
             "move it away or choose another output folder"
         )
     partial = folder.with_name(f".{folder.name}.partial")
@@ -105,7 +103,7 @@ def write_family(
             shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     try:
-        _write_files(partial, recipe, frames, record, made_with)
+        _write_files(partial, recipe, frames, record, settings)
         if folder.exists():
             folder.rename(replaced)
         partial.rename(folder)
@@ -116,12 +114,12 @@ def write_family(
 
 
 def read_frames(folder: Path) -> np.ndarray:
-    """One field of a family, as it was written: (frame, y, x, channel), float32, or uint8 of PNG.
+    """Read one field of a family: (frame, y, x, channel), float32 from NPZ or uint8 from PNG.
 
     Raises
     ------
     FileNotFoundError
-        When the folder isn't there, or wasn't written here.
+        When the folder is missing, or is no simulated family.
     """
     record = read_record(folder)
     if record is None:
@@ -141,9 +139,9 @@ def _read_frame(path: Path) -> np.ndarray:
 
 
 def _write_files(
-    folder: Path, recipe: Recipe, frames: np.ndarray, record: FamilyRecord, made_with: dict[str, Any]
+    folder: Path, recipe: Recipe, frames: np.ndarray, record: FamilyRecord, settings: dict[str, Any]
 ) -> None:
-    format: Format = made_with["format"]
+    format: Format = settings["format"]
     names = frame_names(recipe, format)
     lo, hi = float(frames.min()), float(frames.max())
     for name, frame in zip(names, frames, strict=True):
@@ -152,7 +150,7 @@ def _write_files(
         else:
             _write_png(folder / name, np.rint((frame - lo) * (255 / (hi - lo))).astype(np.uint8))
     described = {
-        "settings": made_with,
+        "settings": settings,
         "family": dataclasses.asdict(record),
         "range": [lo, hi],
         "bytes": {name: (folder / name).stat().st_size for name in names},
@@ -171,17 +169,17 @@ def _write_png(path: Path, image: np.ndarray) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """What ``family.json`` holds, or None where there is none that was written here.
+    """Read ``family.json``; None if there is none in the expected form.
 
-    Keys: ``settings`` (of :func:`settings`), ``family`` (the :class:`FamilyRecord`), ``range`` (minimum and
-    maximum), ``bytes`` (length of each frame's file, the reference first).
+    Keys are ``settings`` (see :func:`settings`), ``family`` (the :class:`FamilyRecord`), ``range`` (minimum
+    and maximum) and ``bytes`` (length of each frame's file, the reference first).
     """
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    ours = isinstance(record, dict) and {"settings", "family", "bytes"} <= record.keys()
-    return record if ours else None
+    is_record = isinstance(record, dict) and {"settings", "family", "bytes"} <= record.keys()
+    return record if is_record else None
 
 
 def _length(path: Path) -> int | None:

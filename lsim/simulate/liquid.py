@@ -1,28 +1,28 @@
 """A liquid-like two-phase flow: a drop that falls into a basin, and the same on a noisy background.
 
-What it is, and is not
-    Two fluids that don't mix and weigh differently, in a closed box. The difference in weight is felt in
-    gravity alone (Boussinesq), so that both are equally inert: the drop sinks, spreads and stirs the basin up
-    as a heavy fluid does in a slightly lighter one. There is no surface tension, no free surface with air
-    that weighs nothing, no spray and no splash. It stands in for the published liquid data in its look — a
-    sharp interface that is torn and folded — and not in its physics.
+Scope
+    Two immiscible fluids of different weight in a closed box. The difference acts in gravity alone
+    (Boussinesq) and both have the same inertia: the drop sinks, spreads and stirs the basin like a heavy
+    fluid in a slightly lighter one. There is no surface tension, no free surface with weightless air, no
+    spray and no splash. It resembles the published liquid data in its look, a sharp interface that is torn
+    and folded, and not in its physics.
 Equations
     u_t + (u·∇)u = −∇p − g (c − ½) + noise,  ∇·u = 0,  c_t + u·∇c = 0
-    with the velocity u, the pressure p, gravity g, and the liquid's share c of a cell, 0 or 1 but within the
-    interface. After each step the interface is sharpened by the flux of the conservative phase field,
-    ∇·(ε ∇c − c (1 − c) n), n = ∇c / |∇c|, ε half a cell (Chiu, Lin, J. Comput. Phys. 230, 2011), and what the
-    advection gained or lost of the liquid is given back within the interface.
+    with the velocity u, the pressure p, gravity g, and the liquid's share c of a cell, 0 or 1 except in
+    the interface. After each step the interface is sharpened by the flux of the conservative phase field,
+    ∇·(ε ∇c − c (1 − c) n), n = ∇c / |∇c|, ε half a cell (Chiu, Lin, J. Comput. Phys. 230, 2011). Liquid that
+    the advection gained or lost is restored within the interface.
 Domain
-    the unit square with walls without friction all around, t in [0, 1]; from 192 pixels on there is a cell to
-    every 2 × 2 pixels
+    the unit square with walls without friction all around, t in [0, 1]; from 192 pixels on there is one cell
+    per 2 × 2 pixels
 Initial values
     at rest; a basin of liquid and a disc of it above
 Noise
-    a normal acceleration of variance noise² / Δt, drawn for each frame and step on its own on a grid of 16 ×
-    16
-Background (``liquid-noise`` alone)
-    where there is no liquid, normal noise of standard deviation 0.2, times the field's range, in each pixel,
-    frame and channel on its own
+    a normal acceleration of variance noise² / Δt, drawn independently for each frame and step, on a 16 × 16
+    grid
+Background (``liquid-noise`` only)
+    where there is no liquid, normal noise of standard deviation 0.2 times the field's range, independent in
+    each pixel, frame and channel
 Ranges
     drop at x 0.3…0.7, y 0.55…0.75, radius 0.1…0.18; basin 0.15…0.3 high; gravity along y 3…5, along x ±0.5;
     noise 0.02…0.06
@@ -53,7 +53,7 @@ BACKGROUND = 0.2
 
 
 def draw(rng: np.random.Generator) -> Parameters:
-    """Draw a reference; ranges in the module's docstring."""
+    """Draw a reference; the module's docstring has the ranges."""
     drawn = {
         "drop_x": rng.uniform(0.3, 0.7),
         "drop_y": rng.uniform(0.55, 0.75),
@@ -73,7 +73,7 @@ def solve(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Phase and velocity; see :data:`lsim.simulate.recipe.Solver`. Runs on the CPU."""
+    """Solve for phase and velocity, on the CPU; see :data:`lsim.simulate.recipe.Solver`."""
     precision = np.dtype(np.float32 if dtype == torch.float32 else np.float64)
     p = {name: values.cpu().numpy().astype(precision) for name, values in parameters.items()}
     rows, frames = len(p["noise"]), len(p["noise"]) // len(generators)
@@ -86,9 +86,9 @@ def solve(
     u, v = box.still(rows)
     amount = phase.sum(axis=(1, 2), dtype=np.float64)
     for _ in range(STEPS):
-        phase = sharpened(box.carry_scalar(phase, u, v, dt))
-        phase = restored(phase, amount)
-        u, v = box.carry_velocity(u, v, dt)
+        phase = sharpen(box.advect_scalar(phase, u, v, dt))
+        phase = restore(phase, amount)
+        u, v = box.advect_velocity(u, v, dt)
         noise_x, noise_y = box.noise(generators, frames)
         u += precision.type(dt**0.5) * noise * noise_x
         v += precision.type(dt**0.5) * noise * noise_y
@@ -105,13 +105,13 @@ def solve_on_noise(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """:func:`solve` with a noisy background where there is no liquid."""
+    """Solve for phase and velocity, with a noisy background where there is no liquid."""
     solved = solve(parameters, generators, size, device, dtype)
     frames = len(solved["phase"]) // len(generators)
     empty = 1 - solved["phase"].clamp(0, 1)
     noisy = {}
     for name, images in solved.items():
-        channels = 2 if images.shape[-1] == 3 else 1  # the third of a velocity stays 0
+        channels = 2 if images.shape[-1] == 3 else 1  # the third channel of a velocity stays 0
         drawn = np.concatenate(
             [rng.standard_normal((frames, size, size, channels), dtype=np.float32) for rng in generators]
         )
@@ -122,8 +122,8 @@ def solve_on_noise(
     return noisy
 
 
-def restored(phase: np.ndarray, amount: np.ndarray) -> np.ndarray:
-    """Give each row's liquid back what it lost, within the interface: its sum becomes ``amount``."""
+def restore(phase: np.ndarray, amount: np.ndarray) -> np.ndarray:
+    """Restore each row's sum of liquid to ``amount``, by a change within the interface."""
     interface = phase * (1 - phase)
     missing = amount - phase.sum(axis=(1, 2), dtype=np.float64)
     share = missing / np.maximum(interface.sum(axis=(1, 2), dtype=np.float64), 1e-6)
@@ -131,8 +131,8 @@ def restored(phase: np.ndarray, amount: np.ndarray) -> np.ndarray:
 
 
 @numba.njit(nogil=True, cache=True)
-def sharpened(phase):  # type: ignore[no-untyped-def]
-    """One pseudo-time step of ∇·(ε ∇c − c (1 − c) n) in units of cells, ε = ½; keeps the sum.
+def sharpen(phase):  # type: ignore[no-untyped-def]
+    """Take a pseudo-time step of ∇·(ε ∇c − c (1 − c) n) in units of cells, ε = ½; the sum is conserved.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
-"""What the two-dimensional recipes share: a potential made of plane waves, its forcing, and smooth noise.
+"""A potential of plane waves, its forcing, and smooth noise, for the two-dimensional recipes.
 
-Space is the periodic square [0, 1)², time runs over [0, 1/2]; lengths in box lengths. All of it has so few
-waves that it is evaluated on a coarse grid and taken to the fine one by its Fourier coefficients, exactly.
+Space is the periodic square [0, 1)², time runs over [0, 1/2]; lengths are in box lengths. The fields have so
+few waves that they are evaluated on a coarse grid and padded to the fine one, which is exact.
 
 potential
     P(x, 0) = Σ_k amplitude_k / (2πk) Σ_j sin(2π K_kj · x + θ_kj),  k = 1, 2, 4, 8, two directions j each,
@@ -10,8 +10,8 @@ potential
 forcing
     forcing · P(x + s(t), ·), s(t) = forcing_speed · t · (½ + sin 3t) along both axes
 noise
-    white in time, flat in space up to :data:`NOISE_WAVES`, of strength ``noise``, drawn for each frame on its
-    own: its law doesn't depend on the resolution
+    white in time, flat in space up to :data:`NOISE_WAVES`, of strength ``noise``, drawn independently for
+    each frame; its distribution doesn't depend on the resolution
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .fourier import PeriodicGrid, padded
+from .fourier import PeriodicGrid, pad
 from .recipe import Parameters
 
 LENGTHS = (1, 2, 4, 8)
 NOISE_WAVES = 12
 COARSE = 32
-"""Points of the coarse grid along each axis: enough for all waves here."""
+"""Number of points of the coarse grid along each axis: enough for all waves in this module."""
 FASTEST = 1.0
-"""Speed that no initial velocity exceeds, |u| + |v|, lengths per unit time: it bounds the time step."""
+"""Bound on the initial speed |u| + |v|, in lengths per unit time: it limits the time step."""
 DURATION = 0.5
 
 
@@ -59,28 +59,30 @@ def draw(rng: np.random.Generator, scale: float) -> Parameters:
 
 
 def potential(p: dict[str, Tensor], grid: PeriodicGrid, shift: Tensor | float = 0.0) -> Tensor:
-    """Spectrum on ``grid`` of P at x + ``shift`` (row,): (row, size, size // 2 + 1)."""
+    """Compute the spectrum of P at x + ``shift`` (row,): (row, size, size // 2 + 1)."""
     coarse = _coarse(grid)
     y, x = coarse.coordinates
     field = torch.zeros(len(p["phase_a"]), COARSE, COARSE, device=y.device, dtype=y.dtype)
-    moved = torch.as_tensor(shift, device=y.device, dtype=y.dtype).reshape(-1, 1, 1)
+    offset = torch.as_tensor(shift, device=y.device, dtype=y.dtype).reshape(-1, 1, 1)
     for k, length in enumerate(LENGTHS):
         strength = p[f"amplitude_{length}"][:, None, None] / (2 * math.pi * length)
         for j, phase in enumerate(("phase_a", "phase_b")):
             k_y, k_x = (p["wave_vectors"][:, k, j, axis, None, None] for axis in (0, 1))
-            angle = 2 * math.pi * (k_y * (y + moved) + k_x * (x + moved)) + (k + 1) * p[phase][:, None, None]
+            angle = (
+                2 * math.pi * (k_y * (y + offset) + k_x * (x + offset)) + (k + 1) * p[phase][:, None, None]
+            )
             field = field + strength * torch.sin(angle)
-    return padded(coarse.forward(field), grid)
+    return pad(coarse.forward(field), grid)
 
 
 def forcing(p: dict[str, Tensor], grid: PeriodicGrid, time: float) -> Tensor:
-    """Spectrum of the forcing's potential at a time."""
+    """Compute the spectrum of the forcing's potential at a time."""
     shift = p["forcing_speed"] * (time * (0.5 + math.sin(3 * time)))
     return p["forcing"][:, None, None] * potential(p, grid, shift)
 
 
 def noise(generators: Sequence[np.random.Generator], frames: int, grid: PeriodicGrid) -> Tensor:
-    """Spectrum of normal numbers of variance one, waves up to :data:`NOISE_WAVES`: one stream a family."""
+    """Draw normal numbers of variance one, waves up to :data:`NOISE_WAVES`, as a spectrum."""
     coarse = _coarse(grid)
     drawn = np.concatenate(
         [rng.standard_normal((frames, COARSE, COARSE), dtype=np.float32) for rng in generators]
@@ -89,26 +91,26 @@ def noise(generators: Sequence[np.random.Generator], frames: int, grid: Periodic
     k_y, k_x = coarse.wavenumbers
     inside = ((k_y.abs() < limit) & (k_x.abs() < limit)).to(coarse.laplacian.dtype)
     share = (2 * NOISE_WAVES + 1) / COARSE
-    return padded(coarse.forward(torch.from_numpy(drawn).to(coarse.laplacian)) * (inside / share), grid)
+    return pad(coarse.forward(torch.from_numpy(drawn).to(coarse.laplacian)) * (inside / share), grid)
 
 
 def steps_for(grid: PeriodicGrid) -> int:
-    """Time steps with which twice :data:`FASTEST` is stable in the kept band."""
+    """Return the number of time steps with which twice :data:`FASTEST` is stable in the band."""
     largest = 2 / 3 * math.pi * grid.size
     return math.ceil(DURATION * 2 * FASTEST * largest / 2.8)
 
 
 def grid_for(size: int, device: torch.device, dtype: torch.dtype) -> PeriodicGrid:
-    """Half as many points as pixels along each axis from 192 on: :func:`to_image` is exact."""
+    """Make a grid with half as many points as pixels from 192 on; :func:`to_image` stays exact."""
     return PeriodicGrid(size // 4 * 2 if size >= 192 else size, 2, device, dtype)
 
 
 def to_image(spectrum: Tensor, grid: PeriodicGrid, size: int) -> Tensor:
-    """Field of a spectrum, at ``size`` points along each axis."""
+    """Transform a spectrum to its field at ``size`` points along each axis."""
     if grid.size == size:
         return grid.backward(spectrum)
     fine = PeriodicGrid(size, 2, spectrum.device, grid.laplacian.dtype)
-    return fine.backward(padded(spectrum, fine))
+    return fine.backward(pad(spectrum, fine))
 
 
 def _coarse(grid: PeriodicGrid) -> PeriodicGrid:

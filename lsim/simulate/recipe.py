@@ -1,4 +1,4 @@
-"""What a recipe is: a few numbers drawn at random, one of them to vary, and a solver."""
+"""Recipes: a few random parameters, one of which is varied, and a solver."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 FRAMES = 11
-"""Frames of a family: the reference and ten steps of one parameter."""
+"""Number of frames of a family: the reference and ten steps of one parameter."""
 
 Parameters: TypeAlias = dict[str, np.ndarray]
 """The parameters of one simulation by name; most are numbers (shape ``()``)."""
@@ -21,25 +21,25 @@ Solver: TypeAlias = Callable[
 ]
 """``solve(parameters, generators, size, device, dtype) -> {field: frames}``
 
-parameters: each (row, …), a row being one frame of one family, families one after the other;
-generators: one a family, for its noise, all drawn on the host, so that no row depends on the rows of
-other families; frames: (row, y, x, channel), one channel for a scalar, three for a vector (x, y and 0, so
-that metrics and PNG take it).
+parameters: each (row, …); a row is one frame of one family, families one after the other.
+generators: one per family, for its noise, drawn on the host, so that no row depends on other families.
+frames: (row, y, x, channel), one channel for a scalar, three for a vector (x, y and 0, so that metrics and
+PNG accept it).
 """
 
 
 @dataclass(frozen=True)
 class Variation:
-    """How one parameter moves through a family.
+    """Variation of one parameter through a family.
 
     Attributes
     ----------
     step : float
-        From one frame to the next, in the parameter's own unit; ``relative``: as a fraction of the
-        reference's value.
+        Change from one frame to the next, in the parameter's unit.
     relative : bool, default False
+        The step is a fraction of the reference's value instead.
     both_ways : bool, default True
-        Up or down at random; otherwise up only, for what must stay positive.
+        Up or down at random; otherwise up only, for parameters that must stay positive.
     """
 
     step: float
@@ -49,26 +49,26 @@ class Variation:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to make families of simulations.
+    """A recipe for families of simulations.
 
     Attributes
     ----------
     name : str
-        As users write it.
+        Name in commands and calls.
     title : str
-        One line for people.
+        One-line description.
     folder : str
     fields : tuple of str
         Sequences are named ``<folder><number>.<field>``.
     draw : callable
         Draws the parameters of a reference from a generator.
     variations : mapping
-        The parameters of which one is varied, with their steps.
+        The parameters that can vary, one per family, with their steps.
     solve : Solver
     role : {"training", "test"}
-        Whether the published evaluation trains on such data, or keeps it for tests alone.
+        ``"test"`` if the published evaluation uses such data for tests alone.
     version : int
-        Raised whenever the same seed gives other frames than before; written data is then remade.
+        Raised whenever the same seed gives other frames than before; existing data is then replaced.
     """
 
     name: str

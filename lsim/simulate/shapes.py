@@ -1,7 +1,7 @@
-"""Discs and squares that move along straight lines: no simulation, but a motion that is known exactly.
+"""Discs and squares that move along straight lines: not a simulation, but an exactly known motion.
 
 Motion
-    centre(i) = start + (end − start) · position,  position = 0, 0.1, …, 1: every shape moves at once.
+    centre(i) = start + (end − start) · position,  position = 0, 0.1, …, 1: all shapes move at once.
     Where shapes overlap, the largest value counts.
 Domain
     The unit square, y downwards, with walls: no shape leaves it. Value 1 inside, 0 outside, without
@@ -34,12 +34,12 @@ MOST_SHAPES = 5
 
 
 def draw(rng: np.random.Generator) -> Parameters:
-    """Draw the shapes of a family; ``radius`` is 0 for those of the five that aren't there."""
+    """Draw the shapes of a family; ``radius`` is 0 for those of the five that are absent."""
     count = rng.integers(1, MOST_SHAPES + 1)
     start, end = np.zeros((2, MOST_SHAPES, 2))
     radius = np.zeros(MOST_SHAPES)
     for shape in range(count):
-        start[shape], end[shape] = draw_way(rng)
+        start[shape], end[shape] = draw_path(rng)
         radius[shape] = rng.uniform(0.1, 0.2) * np.linalg.norm(end[shape] - start[shape])
     return {
         "start": start,
@@ -59,7 +59,7 @@ def solve(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Occupancy (row, y, x, 1); see :data:`lsim.simulate.recipe.Solver`."""
+    """Draw the occupancy (row, y, x, 1); see :data:`lsim.simulate.recipe.Solver`."""
     p = parameters
     pixels = (torch.arange(size, device=device, dtype=dtype) + 0.5) / size
     y, x = pixels[:, None], pixels[None, :]
@@ -69,9 +69,9 @@ def solve(
     image = torch.zeros(len(centre), size, size, device=device, dtype=dtype)
     for shape in range(MOST_SHAPES):
         radius, square = (p[name][:, shape, None, None] for name in ("radius", "square"))
-        away_y, away_x = ((axis - centre[:, shape, i, None, None]).abs() for i, axis in enumerate((y, x)))
-        from_disc = torch.hypot(away_y, away_x) - radius
-        from_square = torch.maximum(away_y, away_x) - 0.85 * radius
+        offset_y, offset_x = ((axis - centre[:, shape, i, None, None]).abs() for i, axis in enumerate((y, x)))
+        from_disc = torch.hypot(offset_y, offset_x) - radius
+        from_square = torch.maximum(offset_y, offset_x) - 0.85 * radius
         outside = torch.where(square > 0, from_square, from_disc)
         covered = (0.5 - outside / edge).clamp(0, 1)
         image = torch.maximum(image, torch.where(radius > 0, covered, torch.zeros_like(covered)))
@@ -81,15 +81,15 @@ def solve(
 
 
 def pixel_noise(generators: Sequence[np.random.Generator], rows: int, size: int) -> Tensor:
-    """Normal numbers (row, y, x), one stream a family."""
+    """Draw normal numbers (row, y, x), from one stream per family."""
     shape = (rows // len(generators), size, size)
     return torch.from_numpy(
         np.concatenate([rng.standard_normal(shape, dtype=np.float32) for rng in generators])
     )
 
 
-def draw_way(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Start and end of a way, far enough from the walls for the largest shape on it."""
+def draw_path(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Draw start and end of a path, far enough from the walls for the largest shape on it."""
     while True:
         start, end = rng.uniform(size=(2, 2))
         margin = 0.25 * np.linalg.norm(end - start)

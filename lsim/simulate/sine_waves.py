@@ -1,4 +1,4 @@
-"""What the advection–diffusion and the Burgers recipe share: an initial velocity, a forcing, their draws.
+"""An initial velocity and a forcing of sine waves, for the recipes advection-diffusion and burgers.
 
 Space is the periodic interval [0, 1), time runs over [0, 1]; a velocity is in lengths per unit time.
 
@@ -8,12 +8,12 @@ initial velocity
 forcing
     F(x, t) = forcing · Σ_k amplitude_k sin(2πk (x + s(t)) + φ_k), with the phases
     φ = (0, phase_a, phase_b, 0.7 phase_a), and s(t) = forcing_speed · t · (½ + sin 3t): a pattern of
-    the same waves that travels there and back; its speed sets the frequency felt at a point
+    the same waves that travels back and forth; its speed sets the frequency at a point
 noise
-    space–time white noise of strength ``noise``, without the waves shorter than 1/32, drawn for each
-    frame on its own: at each of the `size` rows the velocity gets a normal increment of variance
-    noise² Δt/Δx per point (Δt = Δx here) before the short waves are dropped. The law doesn't depend on
-    the resolution.
+    space–time white noise of strength ``noise``, without the waves shorter than 1/32, drawn independently
+    for each frame: at each of the `size` rows the velocity gets a normal increment of variance
+    noise² Δt/Δx per point (where Δt = Δx) before the short waves are dropped. The distribution doesn't
+    depend on the resolution.
 
 The form follows Kohl, Um, Thuerey (ICML 2020), appendix on data generation, and the scripts that the
 authors published with their later work on volumes (Kohl, Chen, Thuerey, AAAI 2023). The scales are this
@@ -34,13 +34,13 @@ from .recipe import Parameters
 
 WAVES = (1, 2, 4, 8)
 SHORTEST_NOISE = 32
-"""Waves a box length of the finest noise."""
+"""Number of waves per box length of the finest noise."""
 FASTEST = 2.0
-"""Speed that no initial velocity exceeds anywhere, lengths per unit time: it bounds the time step."""
+"""Bound on the initial speed, in lengths per unit time: it limits the time step."""
 
 
 def draw_velocity(rng: np.random.Generator, scale: float) -> Parameters:
-    """Draw the parameters of initial velocity and forcing; all are numbers.
+    """Draw the parameters of initial velocity and forcing, all scalars.
 
     ``mean`` and ``amplitude_1`` are uniform within ± scale · (1…3), the amplitudes of 2 and 4 waves
     within 3/4 of it, of 8 waves within half. A strong initial velocity goes with a weak forcing, as in
@@ -65,14 +65,14 @@ def draw_velocity(rng: np.random.Generator, scale: float) -> Parameters:
 
 
 def initial_velocity(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-    """u(x, 0), shape (row, x); parameters are (row, 1)."""
+    """Compute u(x, 0), shape (row, x), from parameters (row, 1)."""
     p = parameters
     phases = (p["phase_a"], p["phase_b"], 0.4 * p["phase_a"], 0.3 * p["phase_b"])
     return p["mean"] + _waves(p, x, phases)
 
 
 def forcing(parameters: dict[str, Tensor], x: Tensor, time: float) -> Tensor:
-    """F(x, t), shape (row, x); parameters are (row, 1)."""
+    """Compute F(x, t), shape (row, x), from parameters (row, 1)."""
     p = parameters
     phases = (torch.zeros_like(p["phase_a"]), p["phase_a"], p["phase_b"], 0.7 * p["phase_a"])
     shift = p["forcing_speed"] * (time * (0.5 + math.sin(3 * time)))
@@ -80,7 +80,7 @@ def forcing(parameters: dict[str, Tensor], x: Tensor, time: float) -> Tensor:
 
 
 def white_noise(generators: Sequence[np.random.Generator], frames: int, grid: PeriodicGrid) -> Tensor:
-    """Normal numbers (family · frame, time, x) without short waves: one stream a family, on the host."""
+    """Draw normal numbers (family · frame, time, x) without short waves: one stream per family."""
     shape = (frames, grid.size, grid.size)
     drawn = np.concatenate([rng.standard_normal(shape, dtype=np.float32) for rng in generators])
     long_waves = grid.wavenumbers[-1] <= 2 * math.pi * (SHORTEST_NOISE + 0.5)

@@ -7,12 +7,12 @@ Equations
     Without viscosity; the scheme has some of its own (:mod:`lsim.simulate.fluid`).
 Domain
     the unit square, t in [0, 1.1]; walls without friction left, right and below, open above; a disc that
-    nothing flows through. From 192 pixels on there is a cell to every 2 × 2 pixels.
+    nothing flows through. From 192 pixels on there is one cell per 2 × 2 pixels.
 Initial values
-    at rest, without smoke; density is kept at 1 at least within the source, a disc near the floor
+    at rest, without smoke; density is at least 1 within the source, a disc near the floor
 Noise
-    a normal acceleration of variance noise² / Δt, drawn for each frame and step on its own on a grid of 16 ×
-    16
+    a normal acceleration of variance noise² / Δt, drawn independently for each frame and step, on a 16 × 16
+    grid
 Ranges
     source at x 0.35…0.65, y 0.08…0.14, radius 0.07…0.12; buoyancy along y 2…3.5, along x ±0.3; obstacle at x
     0.3…0.7, y 0.4…0.6, radius 0.06…0.12; wind ±0.1; noise 0.03…0.09
@@ -41,7 +41,7 @@ DURATION, STEPS = 1.1, 44
 
 
 def draw(rng: np.random.Generator) -> Parameters:
-    """Draw a reference; ranges in the module's docstring."""
+    """Draw a reference; the module's docstring has the ranges."""
     drawn = {
         "source_x": rng.uniform(0.35, 0.65),
         "source_y": rng.uniform(0.08, 0.14),
@@ -64,7 +64,7 @@ def solve(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Density, velocity and pressure; see :data:`lsim.simulate.recipe.Solver`. Runs on the CPU."""
+    """Solve for density, velocity and pressure, on the CPU; see :data:`lsim.simulate.recipe.Solver`."""
     precision = np.dtype(np.float32 if dtype == torch.float32 else np.float64)
     p = {name: values.cpu().numpy().astype(precision) for name, values in parameters.items()}
     rows, frames = len(p["noise"]), len(p["noise"]) // len(generators)
@@ -79,9 +79,9 @@ def solve(
     potential = density
     for _ in range(STEPS):
         density = np.maximum(density, source)
-        density = box.carry_scalar(density, u, v, dt)
+        density = box.advect_scalar(density, u, v, dt)
         density[blocked] = 0
-        u, v = box.carry_velocity(u, v, dt)
+        u, v = box.advect_velocity(u, v, dt)
         noise_x, noise_y = box.noise(generators, frames)
         u += precision.type(dt) * wind + precision.type(dt**0.5) * noise * noise_x
         v += precision.type(dt**0.5) * noise * noise_y

@@ -1,27 +1,27 @@
-"""A density that is carried along by a steady flow, without diffusion, along its characteristics.
+"""Transport of a density by a steady flow, without diffusion, along its characteristics.
 
 Equation
     ∂c/∂t + u · ∇c = 0,  u = wind + ∇⊥ψ,  ψ = swirl/(2πm) · sin(2πm x + p) sin(2πm y + q): a uniform wind over
-    Taylor–Green's cells, which is a steady flow without divergence. Hence c(x, 1) = c₀(X), X the point that
-    the flow takes to x within time 1, found by eight Runge–Kutta steps of fourth order. There is no error but
-    theirs, which grows with the swirl: at m = 2 X is off by less than 5e-4 of the box at .25, by about .01 at
-    .45, and at .65, the largest that a family comes to, by up to .18, more than .005 in 14 % of the pixels.
-    Fields of such swirls are smooth maps of the initial density, and not solutions of the equation.
+    Taylor–Green cells, which is a steady flow without divergence. Hence c(x, 1) = c₀(X), where X is the point
+    that the flow takes to x within time 1, computed by eight Runge–Kutta steps of fourth order. Their error
+    is the only one, and grows with the swirl: at m = 2 X is off by less than 5e-4 of the box at .25, by about
+    .01 at .45, and at .65, the largest swirl of any family, by up to .18, and by more than .005 in 14 % of
+    the pixels. With such swirls the fields are smooth maps of the initial density, not solutions of the equation.
 Domain
     the unit square, periodic, y downwards
 Initial density
-    half of the families, a texture: tanh(sharpness · Σ of 8 plane waves of whole numbers up to 2…6); the
-    others, 1 to 4 puffs exp(−(r/radius)²) of radius 0.04…0.14; without unit
+    in half of the families a texture: tanh(sharpness · Σ of 8 plane waves of integer wave numbers up to
+    2…6); in the others 1 to 4 puffs exp(−(r/radius)²) of radius 0.04…0.14; without unit
 Ranges
     wind −0.2…0.2 along each axis; swirl 0…0.25; m 1 or 2; sharpness 0.5…4
 Noise
-    normal, independent in each pixel and frame, of a standard deviation that is uniform in 0…0.3
+    normal, independent in each pixel and frame, of a standard deviation uniform in 0…0.3
 Varied
     wind along x or y in steps of 0.03, swirl in steps of 0.04
 
-Not in the publication. Diffusive recipes of which the mean squared error ranks six frames in ten or more move
-little; this one teaches how far things have moved once they no longer overlap. The flow is that of Taylor and
-Green: Mechanism of the production of small eddies from large ones, Proc. R. Soc. A 158, 1937.
+Not in the publication. In diffusive recipes that the mean squared error ranks well, little moves; this recipe
+teaches how far structures have moved once they no longer overlap. The flow is that of Taylor and Green:
+Mechanism of the production of small eddies from large ones, Proc. R. Soc. A 158, 1937.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STEPS = 8
 
 
 def draw(rng: np.random.Generator) -> Parameters:
-    """Draw flow and initial density of a family; ``radius`` is 0 for puffs that aren't there."""
+    """Draw flow and initial density of a family; ``radius`` is 0 for absent puffs."""
     finest = rng.integers(2, 7)
     waves = rng.integers(-finest, finest + 1, (WAVES, 2))
     waves[(waves == 0).all(axis=1)] = 1
@@ -72,7 +72,7 @@ def solve(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Density (row, y, x, 1); see :data:`lsim.simulate.recipe.Solver`."""
+    """Compute the density (row, y, x, 1); see :data:`lsim.simulate.recipe.Solver`."""
     p = {name: value[..., None, None] for name, value in parameters.items()}
     pixels = (torch.arange(size, device=device, dtype=dtype) + 0.5) / size
     rows = len(p["noise"])
@@ -86,9 +86,9 @@ def solve(
     texture = torch.tanh(p["sharpness"] * texture)
     puffs = torch.zeros_like(x)
     for puff in range(MOST_PUFFS):
-        # The nearest of a puff's periodic images; at this radius the others add nothing.
-        away = [c - p["centre"][:, puff, i] for i, c in enumerate((y, x))]
-        squared = sum((a - a.round()).square() for a in away)
+        # Of a puff's periodic images, only the nearest contributes at this radius.
+        offsets = [c - p["centre"][:, puff, i] for i, c in enumerate((y, x))]
+        squared = sum((a - a.round()).square() for a in offsets)
         radius = p["radius"][:, puff]
         puffs += (radius > 0) * torch.exp(-squared / radius.clamp(min=1e-6).square())
 
@@ -98,7 +98,7 @@ def solve(
 
 
 def departure(p: dict[str, Tensor], y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the flow takes to (y, x) from, within time 1; parameters with two axes of length 1 at the end."""
+    """Trace the flow back from (y, x) over time 1; parameters end with two axes of length 1."""
     k = 2 * math.pi * p["cells"]
 
     def flow(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Damped circular waves whose centres move along straight lines: no simulation, but a motion known exactly.
+"""Damped circular waves with centres on straight lines: not a simulation, but an exactly known motion.
 
 Motion
     as in :mod:`lsim.simulate.shapes`: centre(i) = start + (end − start) · position, position = 0, 0.1, …, 1
@@ -30,18 +30,18 @@ import torch
 from torch import Tensor
 
 from .recipe import Parameters, Recipe, Variation
-from .shapes import draw_way, pixel_noise
+from .shapes import draw_path, pixel_noise
 
 MOST_WAVES = 3
 
 
 def draw(rng: np.random.Generator) -> Parameters:
-    """Draw the waves of a family; ``reach`` is 0 for those of the three that aren't there."""
+    """Draw the waves of a family; ``reach`` is 0 for those of the three that are absent."""
     count = rng.integers(1, MOST_WAVES + 1)
     start, end = np.zeros((2, MOST_WAVES, 2))
     frequency, reach = np.zeros((2, MOST_WAVES))
     for wave in range(count):
-        start[wave], end[wave] = draw_way(rng)
+        start[wave], end[wave] = draw_path(rng)
         frequency[wave], reach[wave] = rng.uniform(2, 6), rng.uniform(0.08, 0.2)
     return {
         "start": start,
@@ -60,7 +60,7 @@ def solve(
     device: torch.device,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Elevation (row, y, x, 1); see :data:`lsim.simulate.recipe.Solver`."""
+    """Draw the elevation (row, y, x, 1); see :data:`lsim.simulate.recipe.Solver`."""
     p = parameters
     pixels = (torch.arange(size, device=device, dtype=dtype) + 0.5) / size
     y, x = pixels[:, None], pixels[None, :]

@@ -1,4 +1,4 @@
-"""Train the learned metric on sequences of simulations: :func:`train`, or ``lsim train`` from the shell."""
+"""Training of the learned metric on sequences of simulations: :func:`train`, or ``lsim train``."""
 
 from lsim.training.sequences import (
     Augmentation,

@@ -55,9 +55,9 @@ def make_example(source: SequenceSource, index: int, epoch: int, settings: Train
     truth = sequence.parameter[pairs[1]] - sequence.parameter[pairs[0]]
     augment = settings.augmentation
     if settings.augment == "sequence":
-        return Example(index, augment.scaled(augment.varied(sequence.frames, rng)), None, pairs, truth)
-    frames = augment.scaled(sequence.frames)
-    varied = [augment.varied(frames[[i, j]], rng) for i, j in pairs.T]
+        return Example(index, augment.scale(augment.vary(sequence.frames, rng)), None, pairs, truth)
+    frames = augment.scale(sequence.frames)
+    varied = [augment.vary(frames[[i, j]], rng) for i, j in pairs.T]
     return Example(index, np.stack([v[0] for v in varied]), np.stack([v[1] for v in varied]), pairs, truth)
 
 
@@ -182,4 +182,4 @@ def calibration_frames(
         except SequenceError as error:
             skipped.add(name, str(error))
             continue
-        yield planes(augment.scaled(augment.varied(frames, rng)), device)
+        yield planes(augment.scale(augment.vary(frames, rng)), device)

@@ -1,4 +1,4 @@
-"""The training loss: distances shall equal the ground truth, and above all rank as it does.
+"""The training loss: distances should equal the ground truth, and above all rank frames as it does.
 
 Kohl, Um, Thuerey, ICML 2020, section 4.3: L = λ₁ · mean (d − c)² + λ₂ · ½ (1 − r), with the distances d, the
 ground truth c, and Pearson's correlation r of the two over one sequence; λ₁ = 0.3, λ₂ = 0.7.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class LossTerms(NamedTuple):
-    """The loss of one sequence and what it is made of, each a number without axes."""
+    """The loss of one sequence and its terms, each a scalar tensor."""
 
     total: Tensor
     squared_error: Tensor
@@ -27,20 +27,20 @@ def sequence_loss(
     squared_error_weight: float = 0.3,
     correlation_weight: float = 0.7,
 ) -> LossTerms:
-    """Loss of the distances within one sequence.
+    """Compute the loss of the distances within one sequence.
 
     Parameters
     ----------
     distances, ground_truth : Tensor of shape (pair,)
     correlated : Tensor of bool, shape (pair,)
-        Pairs over which the correlation is taken; as published, those with the reference.
+        Pairs over which the correlation is taken; as published, pairs with the reference.
     squared_error_weight, correlation_weight : float
         λ₁ and λ₂.
 
     Returns
     -------
     LossTerms
-        The correlation of constant distances counts as 0, with a finite gradient.
+        The correlation of constant distances is 0, with a finite gradient.
     """
     squared_error = (distances - ground_truth).square().mean()
     correlation = pearson(distances[correlated], ground_truth[correlated])
@@ -49,6 +49,6 @@ def sequence_loss(
 
 
 def pearson(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's correlation of two vectors, 0 where one is constant."""
+    """Compute Pearson's correlation of two vectors; 0 where one is constant."""
     x, y = x - x.mean(), y - y.mean()
     return (x * y).sum() / torch.sqrt(x.square().sum() * y.square().sum() + 1e-12)

@@ -1,4 +1,4 @@
-"""The network while it is trained: a trunk, its channel weights, and the maps that features are divided by.
+"""Networks in training: a trunk, its channel weights and its deviation maps, which features are divided by.
 
 The distance is that of :mod:`lsim.metrics.learned`. In training all distances of a sequence come from one
 pass of the trunk over its frames:
@@ -28,16 +28,16 @@ INITIAL_CHANNEL_WEIGHT = 0.1
 
 
 class DistanceNetwork(nn.Module):
-    """A trunk with channel weights and deviation maps, as it is trained.
+    """A trunk with trainable channel weights, and deviation maps.
 
     Parameters
     ----------
     trunk : str
         A name in :data:`lsim.networks.TRUNKS`.
     size : int
-        Side of the frames that the maps are kept for; they are resized for other frames.
+        Side of the frames that the maps are stored for; they are resized for other frames.
     frozen : bool, default False
-        Keep the trunk as it is, and train the channel weights alone.
+        Train the channel weights alone, not the trunk.
     """
 
     def __init__(self, trunk: str, size: int, frozen: bool = False) -> None:
@@ -55,7 +55,7 @@ class DistanceNetwork(nn.Module):
             self.register_buffer(f"deviation_squares_{k}", torch.ones(shape))
 
     def load_initial(self, path: Path) -> None:
-        """Begin from weights of the metric, or for ``alex`` from torchvision's, as safetensors.
+        """Load initial weights: those of the metric, or for ``alex`` torchvision's, as safetensors.
 
         Raises
         ------
@@ -65,15 +65,18 @@ class DistanceNetwork(nn.Module):
         if isinstance(self.trunk, AlexTrunk):
             published = _torchvision_tensors(path)
             keys = self.trunk.CHECKPOINT_KEYS.items()
-            wanted = {
+            published_names = {
                 f"{layer}.{kind}": f"{key}.{kind}" for layer, key in keys for kind in ("weight", "bias")
             }
             if published:
-                missing = sorted(set(wanted.values()) - published.keys())
+                missing = sorted(set(published_names.values()) - published.keys())
                 if missing:
-                    found = ", ".join(published)
-                    raise WeightsError(f"{path}: no tensors {', '.join(missing)}; found {found}")
-                self.trunk.load_state_dict({ours: published[theirs] for ours, theirs in wanted.items()})
+                    raise WeightsError(
+                        f"{path}: no tensors {', '.join(missing)}; found {', '.join(published)}"
+                    )
+                self.trunk.load_state_dict(
+                    {name: published[published_name] for name, published_name in published_names.items()}
+                )
                 return
         loaded = load_checkpoint(path, type(self.trunk))
         self.trunk.load_state_dict(dict(loaded.trunk))
@@ -82,29 +85,29 @@ class DistanceNetwork(nn.Module):
                 parameter.copy_(weight)
         for k, squares in enumerate(loaded.deviation_squares):
             shape = self.get_buffer(f"deviation_squares_{k}").shape
-            # The maps of a run at another frame size, as the metric takes them.
+            # Maps of a run at another frame size are resized, as by the metric.
             self.get_buffer(f"deviation_squares_{k}").copy_(resized_map(squares, tuple(shape)))
         self.counts = loaded.counts[0]
 
     def features(self, frames: Tensor) -> list[Tensor]:
-        """Feature maps (n, y', x', channel) of frames (n, 3, y, x) in [0, 255], channels last."""
+        """Compute feature maps (n, y', x', channel) of frames (n, 3, y, x) in [0, 255]."""
         maps = self.trunk(frames.contiguous(memory_format=torch.channels_last))
         return [f.permute(0, 2, 3, 1) for f in maps]
 
     def sequence_distances(
         self, features: Sequence[Tensor], pairs: Tensor, dropout: float, generator: torch.Generator
     ) -> Tensor:
-        """Distances of pairs within one sequence, from the features of its frames.
+        """Compute distances of pairs within one sequence from the features of its frames.
 
         Parameters
         ----------
         features : sequence of Tensor (frame, y', x', channel)
-            Of :meth:`features`.
+            Result of :meth:`features`.
         pairs : Tensor of shape (2, pair)
         dropout : float
-            Share of the elements that are left out.
+            Share of the elements that are dropped.
         generator : torch.Generator
-            Draws them.
+            Source of the random choice.
 
         Returns
         -------
@@ -115,11 +118,10 @@ class DistanceNetwork(nn.Module):
         for k, f in enumerate(features):
             factor = self._factor(k, f.shape[1:])
             if dropout:
-                factor = factor * kept(f.shape[1:], dropout, generator, f.device)
-            # Around the mean of the sequence, since frames are near one another, and Gram matrices are not
-            # exact then.
+                factor = factor * dropout_mask(f.shape[1:], dropout, generator, f.device)
+            # Centred on the mean of the sequence: a Gram matrix of nearly equal frames loses digits.
             centred = (f.float() - f.float().mean(0, keepdim=True)).flatten(1)
-            with torch.autocast(f.device.type, enabled=False):  # in single precision whatever the trunk's
+            with torch.autocast(f.device.type, enabled=False):  # single precision for any trunk
                 gram = ((centred * factor.flatten()) @ centred.T).double()
             norm = gram.diagonal()
             squared = squared + norm[first] + norm[second] - 2 * gram[first, second]
@@ -129,12 +131,12 @@ class DistanceNetwork(nn.Module):
     def pair_distances(
         self, reference: Sequence[Tensor], other: Sequence[Tensor], dropout: float, generator: torch.Generator
     ) -> Tensor:
-        """Distances of the k-th frame of one side and the k-th of the other, dropout drawn for each pair.
+        """Compute the distance between each frame and its counterpart, with dropout drawn for each pair.
 
         Parameters
         ----------
         reference, other : sequence of Tensor (pair, y', x', channel)
-            Of :meth:`features`.
+            Results of :meth:`features`.
         dropout, generator
             See :meth:`sequence_distances`.
 
@@ -146,13 +148,14 @@ class DistanceNetwork(nn.Module):
         for k, (a, b) in enumerate(zip(reference, other, strict=True)):
             difference = (a.float() - b.float()).square() * self._factor(k, a.shape[1:])
             if dropout:
-                difference = difference * kept(difference.shape, dropout, generator, a.device)
+                mask = dropout_mask(difference.shape, dropout, generator, a.device)
+                difference = difference * mask
             squared = squared + difference.sum((1, 2, 3)).double()
         assert isinstance(squared, Tensor)
         return safe_sqrt(squared)
 
     def _factor(self, k: int, shape: Sequence[int]) -> Tensor:
-        """What a squared difference of features weighs in the squared distance: (y', x', channel)."""
+        """Compute the weight of a squared feature difference in the squared distance: (y', x', channel)."""
         y, x, channels = shape
         squares = resized_map(self.get_buffer(f"deviation_squares_{k}"), (y, x))
         deviation = (squares / max(self.counts - 1, 1)).sqrt()
@@ -160,14 +163,14 @@ class DistanceNetwork(nn.Module):
         return self.channel_weights[k].clamp(min=0) / (scale.square() * (y * x))[:, :, None]
 
     def clamp_weights(self) -> None:
-        """Make negative channel weights 0: after each step of the optimiser, so that they may rise again."""
+        """Set negative channel weights to 0: after each optimiser step, so that they can rise again."""
         with torch.no_grad():
             for weight in self.channel_weights:
                 weight.clamp_(min=0)
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Set the deviation maps from frames: once, before training.
+        """Compute the deviation maps from frames, once before training.
 
         Per pixel of each map, the sum of squared deviations of the feature vector's length from its mean
         (Welford's update by batches); section 4.2 of the paper.
@@ -175,7 +178,12 @@ class DistanceNetwork(nn.Module):
         Parameters
         ----------
         batches : iterable of Tensor (n, 3, y, x)
-            Frames of the size that the maps are kept for, in [0, 255].
+            Frames of the size that the maps are stored for, in [0, 255].
+
+        Raises
+        ------
+        ValueError
+            When there are fewer than two frames.
         """
         count = 0
         means: list[Tensor] = []
@@ -194,21 +202,21 @@ class DistanceNetwork(nn.Module):
                 means[k] += shift * (n / (count + n))
             count += n
         if count < 2:
-            raise ValueError(f"deviation maps need two frames or more, found {count}")
+            raise ValueError(f"deviation maps need at least two frames, found {count}")
         for k, square in enumerate(squares):
             self.get_buffer(f"deviation_squares_{k}").copy_(square)
         self.counts = count
 
     def get_extra_state(self) -> dict[str, int]:
-        """How many frames the deviation maps are of; saved with the parameters."""
+        """Return the number of frames behind the deviation maps; saved with the parameters."""
         return {"counts": self.counts}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """Take up :meth:`get_extra_state`."""
+        """Restore the result of :meth:`get_extra_state`."""
         self.counts = state["counts"]
 
     def checkpoint(self) -> Checkpoint:
-        """The weights as :func:`lsim.weights.save_checkpoint` takes them."""
+        """Return the weights in the form that :func:`lsim.weights.save_checkpoint` expects."""
         return Checkpoint(
             trunk={
                 name: value.detach().cpu().contiguous() for name, value in self.trunk.state_dict().items()
@@ -223,7 +231,7 @@ class DistanceNetwork(nn.Module):
 
 
 def _torchvision_tensors(path: Path) -> dict[str, Tensor]:
-    """Those named ``features.…``, as torchvision names AlexNet's."""
+    """Read the tensors named ``features.…``, torchvision's names of AlexNet's convolutions."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             names = [name for name in file.keys() if name.startswith("features.")]  # noqa: SIM118 (no mapping)
@@ -233,20 +241,22 @@ def _torchvision_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def resized_map(squares: Tensor, size: tuple[int, ...]) -> Tensor:
-    """A deviation map for feature maps of another size: bilinear, corners aligned, as published."""
+    """Resize a deviation map for feature maps of another size: bilinear, corners aligned, as published."""
     if squares.shape == size:
         return squares
     return F.interpolate(squares[None, None], size, mode="bilinear", align_corners=True)[0, 0]
 
 
-def kept(shape: Sequence[int], dropout: float, generator: torch.Generator, device: torch.device) -> Tensor:
-    """A mask of dropout: 0 with that probability, else 1/(1 − dropout); drawn on the host."""
+def dropout_mask(
+    shape: Sequence[int], dropout: float, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """Draw a mask that is 0 with the probability ``dropout``, else 1/(1 − dropout), on the host."""
     mask = torch.rand(tuple(shape), generator=generator) >= dropout
     return mask.to(device, torch.float32) / (1 - dropout)
 
 
 class PairNetwork(nn.Module):
-    """The non-siamese baseline as it is trained: no features of one frame, a pass for every pair."""
+    """The non-siamese baseline in training: no features per frame, one pass per pair."""
 
     counts = 0
 
@@ -255,36 +265,35 @@ class PairNetwork(nn.Module):
         self.network = NonSiamese()
 
     def features(self, frames: Tensor) -> list[Tensor]:
-        """The frames themselves, scaled to [−1, 1]."""
+        """Scale frames to [−1, 1]: they are their own features."""
         return [frames / 127.5 - 1]
 
     def sequence_distances(
         self, features: Sequence[Tensor], pairs: Tensor, dropout: float, generator: torch.Generator
     ) -> Tensor:
-        """As :meth:`DistanceNetwork.sequence_distances`; a pass a pair."""
+        """Compute what :meth:`DistanceNetwork.sequence_distances` does, with one pass per pair."""
         (frames,) = features
         return self._distances(frames[pairs[0]], frames[pairs[1]], dropout, generator)
 
     def pair_distances(
         self, reference: Sequence[Tensor], other: Sequence[Tensor], dropout: float, generator: torch.Generator
     ) -> Tensor:
-        """As :meth:`DistanceNetwork.pair_distances`."""
+        """Compute what :meth:`DistanceNetwork.pair_distances` does."""
         return self._distances(reference[0], other[0], dropout, generator)
 
     def _distances(self, a: Tensor, b: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
-        keep = (
-            kept((len(a), self.network.full1.in_features), dropout, generator, a.device) if dropout else None
-        )
+        shape = (len(a), self.network.full1.in_features)
+        keep = dropout_mask(shape, dropout, generator, a.device) if dropout else None
         distances: Tensor = self.network(torch.cat([a, b], 1), keep)
         return distances
 
     def clamp_weights(self) -> None:
-        """Nothing: it has no channel weights."""
+        """Do nothing: it has no channel weights."""
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Nothing: it divides by no maps."""
+        """Do nothing: it has no deviation maps."""
 
     def checkpoint(self) -> Checkpoint:
-        """The weights as :func:`lsim.weights.save_checkpoint` takes them."""
+        """Return the weights in the form that :func:`lsim.weights.save_checkpoint` expects."""
         state = {name: value.detach().cpu().contiguous() for name, value in self.network.state_dict().items()}
         return Checkpoint(trunk=state, channel_weights=[], deviation_squares=[], counts=[], sha256="")

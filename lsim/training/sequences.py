@@ -1,10 +1,10 @@
-"""Sequences to train on: where they come from, how they are held out, scaled and augmented.
+"""Training sequences: their sources, the split for validation, scaling and augmentation.
 
-A source of sequences is anything with ``names`` and ``read(index)``, so that other stores can be trained on;
-:class:`LayoutFolders` reads the layout of the published data, in which ``lsim simulate`` writes.
+A source of sequences is any object with ``names`` and ``read(index)``. :class:`LayoutFolders` reads the
+layout of the published data, which ``lsim simulate`` writes, too.
 
-Every random choice comes from a NumPy generator keyed by seed, epoch and sequence: not by the order in which
-sequences are asked for, nor by the process that asks.
+Every random choice comes from a NumPy generator keyed by seed, epoch and sequence. It depends neither on the
+order of reading nor on the process.
 """
 
 from __future__ import annotations
@@ -43,28 +43,28 @@ class TrainingSequence:
 
 
 class SequenceError(ValueError):
-    """A sequence that cannot be read or cannot be learned from; says which, and why."""
+    """A sequence cannot be read or is unusable for training; the message names it and the reason."""
 
 
 class SequenceSource(Protocol):
-    """Where sequences come from: their names, and each by its index."""
+    """A source of training sequences: their names, and each sequence by its index."""
 
     @property
     def names(self) -> Sequence[str]:
-        """``<data set>/<family>.<field>``; sequences of one simulation share all but the field."""
+        """Names ``<data set>/<family>.<field>``; sequences of one simulation share all but the field."""
 
     def read(self, index: int) -> TrainingSequence:
-        """The sequence of that index in ``names``.
+        """Read the sequence with this index in ``names``.
 
         Raises
         ------
         SequenceError
-            When it cannot be read: training goes on without it. Any other error ends the run.
+            When it cannot be read: training skips it. Any other error ends the run.
         """
 
 
 def read_checked(source: SequenceSource, index: int) -> TrainingSequence:
-    """Read a sequence, without alpha where it has four channels, and see that it can be learned from.
+    """Read a sequence, drop the alpha of four channels, and check that it can be learned from.
 
     Raises
     ------
@@ -96,7 +96,7 @@ def read_checked(source: SequenceSource, index: int) -> TrainingSequence:
 class LayoutFolders:
     """Sequences in the layout of the published data: ``<root>/<data set>/<name>.<field>/<file>NN.npz``.
 
-    NN, two digits, is the frame's ground truth; PNG files are taken, too.
+    NN, two digits, is the frame's ground truth. PNG files are read, too.
 
     Parameters
     ----------
@@ -108,31 +108,30 @@ class LayoutFolders:
     Raises
     ------
     FileNotFoundError
-        When a data set isn't there, or holds no sequence.
+        When a data set is missing, or holds no sequence.
     """
 
     def __init__(self, root: Path, datasets: Sequence[str]) -> None:
         self._folders: list[Path] = []
         for dataset in datasets:
             if not (root / dataset).is_dir():
-                there = (
-                    sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
-                )
+                entries = root.iterdir() if root.is_dir() else ()
+                available = sorted(entry.name for entry in entries if entry.is_dir())
                 raise FileNotFoundError(
-                    f"no data set {dataset!r} in {root}; there are: {', '.join(there) or 'none'}. "
+                    f"no data set {dataset!r} in {root}; available: {', '.join(available) or 'none'}. "
                     f"'lsim simulate' makes data sets"
                 )
             folders = (f for f in sorted((root / dataset).iterdir()) if not f.name.startswith("."))
-            found = [f for f in folders if f.is_dir() and _frame_files(f)]
-            if not found:
+            sequences = [f for f in folders if f.is_dir() and _frame_files(f)]
+            if not sequences:
                 raise FileNotFoundError(
                     f"{root / dataset}: no folders of frames <name>NN.npz or <name>NN.png"
                 )
-            self._folders += found
+            self._folders += sequences
 
     @property
     def names(self) -> Sequence[str]:
-        """``<data set>/<folder>``."""
+        """Names ``<data set>/<folder>``."""
         return [f"{folder.parent.name}/{folder.name}" for folder in self._folders]
 
     def read(self, index: int) -> TrainingSequence:
@@ -141,14 +140,14 @@ class LayoutFolders:
         Raises
         ------
         SequenceError
-            When frames cannot be read, differ in shape, or there are fewer than three; names the folder.
+            When frames cannot be read, differ in shape, or are fewer than three; names the folder.
         """
         folder = self._folders[index]
         files = _frame_files(folder)
         try:
             frames = [_decode(path) for path in files]
         except (OSError, EOFError, KeyError, ValueError, SyntaxError, BadZipFile, zlib.error) as error:
-            # SyntaxError is Pillow's for a damaged PNG file.
+            # Pillow raises SyntaxError for a damaged PNG file.
             raise SequenceError(f"{folder}: a frame cannot be read: {error}") from error
         shapes = sorted({frame.shape for frame in frames})
         if len(frames) < 3 or len(shapes) != 1:
@@ -161,32 +160,32 @@ class LayoutFolders:
 
 
 class Subset:
-    """Some of a source's sequences."""
+    """A subset of a source's sequences."""
 
     def __init__(self, source: SequenceSource, indices: Sequence[int]) -> None:
         self._source, self._indices = source, list(indices)
 
     @property
     def names(self) -> Sequence[str]:
-        """Names of those chosen."""
+        """Names of the sequences in the subset."""
         names = self._source.names
         return [names[index] for index in self._indices]
 
     def read(self, index: int) -> TrainingSequence:
-        """The sequence of that index among those chosen."""
+        """Read the sequence with this index in the subset."""
         return self._source.read(self._indices[index])
 
 
 def hold_out(source: SequenceSource, share: float) -> tuple[Subset, Subset]:
-    """Split into sequences for training and for validation, by simulation and by name alone.
+    """Split a source into training and validation sequences, by the name of the simulation.
 
-    All fields of a simulation go to the same side, and a simulation stays on its side when others are added.
+    All fields of a simulation are on the same side, and a simulation stays on its side when others are added.
 
     Parameters
     ----------
     source : SequenceSource
     share : float
-        Of the simulations to hold out, in (0, 1).
+        Share of the simulations to hold out, in (0, 1).
 
     Raises
     ------
@@ -195,37 +194,37 @@ def hold_out(source: SequenceSource, share: float) -> tuple[Subset, Subset]:
     """
     sides: tuple[list[int], list[int]] = ([], [])
     for index, name in enumerate(source.names):
-        draw = zlib.crc32(simulation_of(name).encode()) / 2**32
+        draw = zlib.crc32(simulation_name(name).encode()) / 2**32
         sides[draw < share].append(index)
     training, validation = sides
     if not training or not validation:
         raise ValueError(
-            f"cannot hold out {share:.0%} of {len(source.names)} sequences: {len(training)} would be left to "
-            f"train on and {len(validation)} to validate on"
+            f"cannot hold out {share:.0%} of {len(source.names)} sequences: that leaves {len(training)} for "
+            f"training and {len(validation)} for validation; add sequences or change held_out"
         )
     return Subset(source, training), Subset(source, validation)
 
 
-def simulation_of(name: str) -> str:
-    """The sequence's name without its field: ``smoke/plume7.density`` → ``smoke/plume7``."""
+def simulation_name(name: str) -> str:
+    """Strip the field from a sequence's name: ``smoke/plume7.density`` → ``smoke/plume7``."""
     return name.rsplit(".", 1)[0] if "." in name.rsplit("/", 1)[-1] else name
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How frames are varied at random, the same way for all frames that are compared.
+    """Random variation of frames, the same for all frames that are compared.
 
     Attributes
     ----------
     size : int, default 224
-        Side of the crop, in pixels. Frames that are shorter than ``margin`` · size are enlarged first.
+        Side of the crop, in pixels. Frames shorter than ``margin`` · size are enlarged first.
     margin : float, default 8/7
-        256 for crops of 224, as published.
+        The default gives 256 for crops of 224, as published.
     flip, turn, shuffle_channels : bool
-        Mirror both axes; turn by quarters (square crops stay square); permute the channels.
+        Mirror both axes; turn by quarter turns; permute the channels.
     noise : float, default 0
-        Largest standard deviation of normal noise, as a fraction of the range of each channel's values; each
-        sequence draws its own, uniform in [0, noise], in half of the cases. Not in the publication.
+        Largest standard deviation of normal noise, as a fraction of the range of each channel's values. Half
+        of the sequences get noise, of a strength uniform in [0, noise]. Not in the publication.
 
     Raises
     ------
@@ -241,17 +240,16 @@ class Augmentation:
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse a crop that may not fit."""
+        """Reject a crop that may not fit."""
         if not self.margin >= 1:  # NaN, too
             raise ValueError(f"augmentation.margin must be at least 1, got {self.margin}")
 
-    def varied(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Crop, turn and disturb frames (frame, y, x, channel) alike: (frame, size, size, channel)."""
-        frames = as_array(frames)
-        least = round(self.size * self.margin)
-        if min(frames.shape[1:3]) < least:
-            # Order 0 is how the published evaluation resizes, order 1 how most people do.
-            frames = resize(frames, least, order=int(rng.integers(2)))
+    def vary(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Crop, turn and add noise to all frames (frame, y, x, channel) alike; sides become ``size``."""
+        minimum = round(self.size * self.margin)
+        if min(frames.shape[1:3]) < minimum:
+            # Order 0 is that of the published evaluation, order 1 the usual one.
+            frames = resize(frames, minimum, order=int(rng.integers(2)))
         y, x = (int(rng.integers(0, n - self.size + 1)) for n in frames.shape[1:3])
         frames = frames[:, y : y + self.size, x : x + self.size]
         if self.flip:
@@ -261,15 +259,15 @@ class Augmentation:
         if self.shuffle_channels:
             frames = frames[..., rng.permutation(frames.shape[-1])]
         if self.noise and rng.uniform() < 0.5:
-            # Of each channel for itself, as they are scaled: one that is constant stays so.
+            # By each channel's own range, as in scaling: a constant channel stays constant.
             span = frames.max((0, 1, 2)).astype(np.float64) - frames.min((0, 1, 2))
             strength = (self.noise * rng.uniform() * span).astype(np.float32)
             frames = frames + strength * rng.standard_normal(frames.shape, dtype=np.float32)
         return np.ascontiguousarray(frames)
 
     @staticmethod
-    def scaled(frames: np.ndarray) -> np.ndarray:
-        """Map the frames of a sequence to three channels in [0, 255] jointly, as the metric does."""
+    def scale(frames: np.ndarray) -> np.ndarray:
+        """Map the frames of a sequence jointly to three channels in [0, 255], as the metric does."""
         return preprocess(frames, size=None, scope="sequence")
 
 
@@ -288,16 +286,16 @@ def _decode(path: Path) -> np.ndarray:
 
 
 def _decode_png(path: Path) -> np.ndarray:
-    """(y, x) or (y, x, 3); gray of 16 bits stays so, alpha is dropped."""
+    """Decode a PNG file to (y, x) or (y, x, 3): 16-bit grey is kept, alpha is dropped."""
     from PIL import Image
 
     with Image.open(path) as image:
         raw_mode = str(image.tile[0][3]) if image.tile else ""
         if image.mode in ("RGB", "RGBA", "LA") and "16" in raw_mode:
-            raise ValueError(f"{path.name}: 16 bits in each of several channels would be cut to 8; store NPZ")
+            raise ValueError(f"{path.name}: several channels of 16 bits would be cut to 8 bits; store NPZ")
         # Pillow's modes: P and PA are palettes, 1 is black and white, LA and RGBA have alpha.
-        plain = {"P": "RGB", "PA": "RGB", "1": "L"}.get(image.mode)
-        pixels = np.asarray(image.convert(plain) if plain else image)
+        target_mode = {"P": "RGB", "PA": "RGB", "1": "L"}.get(image.mode)
+        pixels = np.asarray(image.convert(target_mode) if target_mode else image)
         if image.mode == "RGBA":
             return pixels[..., :3]
         return pixels[..., 0] if image.mode == "LA" else pixels
