@@ -68,9 +68,8 @@ def potential(p: dict[str, Tensor], grid: PeriodicGrid, shift: Tensor | float = 
         strength = p[f"amplitude_{length}"][:, None, None] / (2 * math.pi * length)
         for j, phase in enumerate(("phase_a", "phase_b")):
             k_y, k_x = (p["wave_vectors"][:, k, j, axis, None, None] for axis in (0, 1))
-            angle = (
-                2 * math.pi * (k_y * (y + offset) + k_x * (x + offset)) + (k + 1) * p[phase][:, None, None]
-            )
+            waves = k_y * (y + offset) + k_x * (x + offset)
+            angle = 2 * math.pi * waves + (k + 1) * p[phase][:, None, None]
             field = field + strength * torch.sin(angle)
     return pad(coarse.forward(field), grid)
 

@@ -6,7 +6,8 @@ Equation
     that the flow takes to x within time 1, computed by eight Runge–Kutta steps of fourth order. Their error
     is the only one, and grows with the swirl: at m = 2 X is off by less than 5e-4 of the box at .25, by about
     .01 at .45, and at .65, the largest swirl of any family, by up to .18, and by more than .005 in 14 % of
-    the pixels. With such swirls the fields are smooth maps of the initial density, not solutions of the equation.
+    the pixels. With such swirls the fields are smooth maps of the initial density, not solutions of the
+    equation.
 Domain
     the unit square, periodic, y downwards
 Initial density
