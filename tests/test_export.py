@@ -378,4 +378,7 @@ def test_the_command_says_in_a_line_what_it_cannot_export(
     tmp_path: Path, command: Callable[..., tuple[int, str]]
 ) -> None:
     code, printed = command("export", "ssim", "--format", "onnx", "--out", tmp_path)
-    assert (code, printed) == (1, "error: metric 'ssim' is not learned: it has no network to export\n")
+    assert (code, printed) == (
+        1,
+        "error: metric 'ssim' is not a learned metric: it has no network to export\n",
+    )

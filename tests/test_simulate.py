@@ -355,7 +355,7 @@ def test_a_damaged_folder_is_made_again_or_left_with_an_error(tmp_path, damage):
         victim.unlink()
     else:
         (folder / "family.json").unlink()
-        with pytest.raises(FileExistsError, match=r"shapes1\.density exists and has no family\.json"):
+        with pytest.raises(FileExistsError, match=r"shapes1\.density exists without a family\.json"):
             write_families(tmp_path, "shapes", 1, SIZE)
         return
     write_families(tmp_path, "shapes", 1, SIZE)

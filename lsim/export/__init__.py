@@ -1,11 +1,11 @@
-"""Learned metrics for other frameworks: as ONNX, as Keras models, and as plain weights.
+"""Export of learned metrics to other frameworks: ONNX, Keras models, and plain weights.
 
 >>> from lsim.export import export_metric
 >>> export_metric("lsim-open", "onnx", "exported")     # doctest: +SKIP
 
-A metric leaves as two functions of frames in [0, 255]: its *embedding*, and the *distance*, which is the
-Euclidean distance of embeddings. What was written is read back and compared with the metric before it is
-left in its place, and says itself how well it agrees.
+A metric is exported as two functions of frames in [0, 255]: its *embedding*, and the *distance*, the
+Euclidean distance of embeddings. Each file is read back and compared with the metric before it is moved into
+place, and records how well it agrees.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Format = Literal["onnx", "keras", "safetensors"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 FIXED_SIZE = 224
-"""Side of the frames where a format takes one size alone: what metrics resize to by default."""
+"""Side of the frames where a format has a fixed size: the default size of metrics."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """The files that :func:`export_metric` left, and how well what they compute agrees with the metric."""
+    """The files of :func:`export_metric`, and how well their results agree with the metric."""
 
     paths: list[Path]
     agreement: Agreement
@@ -55,28 +55,27 @@ def export_metric(
     size: int | None = None,
     frames: Mapping[str, np.ndarray] | None = None,
 ) -> Exported:
-    """Write a learned metric in a format that others read.
+    """Write a learned metric in the format of another framework.
 
     Parameters
     ----------
     name : str
-        A learned metric, as :func:`lsim.load_metric` takes it.
+        A learned metric, as for :func:`lsim.load_metric`.
     format : {"onnx", "keras", "safetensors"}
         ``"onnx"``: ``<name>.embedding.onnx`` and ``<name>.distance.onnx``, for frames (n, 3, y, x) of any
         number and size. ``"keras"``: the same two as ``.keras``, of standard layers, for frames
         (n, size, size, 3) of any number. ``"safetensors"``: ``<name>.weights.safetensors``, weights as
         :mod:`lsim.weights` describes them.
     folder : path
-        Made where it is missing; files of these names in it are replaced.
+        Output folder; created if missing. Files of these names in it are replaced.
     weights : path or str, optional
-        As :func:`lsim.load_metric` takes it.
+        As for :func:`lsim.load_metric`.
     size : int, optional
-        Side of the frames that a Keras model takes; default 224. The other formats take any size.
+        Side of the frames of a Keras model; default 224. The other formats accept any size.
     frames : mapping of str to ndarray (n, y, x) or (n, y, x, channel), optional
-        Sequences of two frames or more, in any units, by what to call them: compared besides random frames,
-        the first with the second, the middle one and the last. Where these are equal, distances have to be
-        0; nearly equal ones are refused, since single precision leaves too few digits there. Default: a
-        simulated plume.
+        Sequences by name, each of two frames or more, in any units. They are compared besides random frames:
+        the first frame with the second, the middle and the last. Equal frames must have distance 0; nearly
+        equal frames are an error, since single precision leaves too few digits. Default: a simulated plume.
 
     Returns
     -------
@@ -85,8 +84,8 @@ def export_metric(
     Raises
     ------
     ExportError
-        When the metric has no network, a package is missing, or what was written does not agree with the
-        metric to 1e-5 relative; nothing is left in the folder then.
+        When the metric has no network, a package is missing, or the export does not agree with the metric to
+        1e-5 relative; then nothing is written to the folder.
     lsim.preprocess.FramesError
         When the metric doesn't take frames of ``size``, or ``frames`` aren't as described.
     UnknownMetricError, lsim.weights.WeightsError
@@ -95,10 +94,10 @@ def export_metric(
     if format not in FORMATS:
         raise ExportError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if size is not None and format != "keras":
-        raise ExportError(f"{format} takes frames of any size, got size={size}: that is for keras alone")
+        raise ExportError(f"{format} accepts frames of any size, got size={size}: only keras needs a size")
     metric = load_metric(name, weights, "cpu", size=None)
     if not isinstance(metric, LSiM):
-        raise ExportError(f"metric {name!r} is not learned: it has no network to export")
+        raise ExportError(f"metric {name!r} is not a learned metric: it has no network to export")
     write: Callable[[LSiM, Path, list[Case]], Agreement]
     sizes = SIZES
     if format == "safetensors":
@@ -120,7 +119,7 @@ def export_metric(
     compared = cases(metric, sizes, frames)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # Beside their place until they are found to agree.
+    # Files are moved into place only once they agree.
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as temporary:
         agreement = write(metric, Path(temporary), compared)
         written = sorted(Path(temporary).iterdir())
@@ -136,7 +135,7 @@ def write_safetensors(metric: LSiM, folder: Path, compared: Sequence[Case], orig
     folder : Path
     compared : sequence of Case
     origin : Path
-        The file of the metric's weights. What it says of how they were made is kept.
+        File of the metric's weights; its metadata are kept.
     """
     path = folder / f"{metric.name}.weights.safetensors"
     checkpoint = load_checkpoint(origin, metric.trunk_class)
@@ -150,8 +149,8 @@ def write_safetensors(metric: LSiM, folder: Path, compared: Sequence[Case], orig
 
     def embed(frames: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            found: np.ndarray = read.embed(torch.from_numpy(frames)).parts["features"].numpy()
-        return found
+            features: np.ndarray = read.embed(torch.from_numpy(frames)).parts["features"].numpy()
+        return features
 
     def distances(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
         with torch.no_grad():
@@ -165,7 +164,7 @@ def write_safetensors(metric: LSiM, folder: Path, compared: Sequence[Case], orig
 
 @contextlib.contextmanager
 def _needs(extra: str) -> Iterator[None]:
-    """Say which extra brings what an import finds missing."""
+    """Name the extra to install when an import fails."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""How well an exported metric agrees with the metric: on which frames, and to what."""
+"""Agreement of an exported metric with the metric: the frames compared and the tolerance."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lsim.metrics.learned import LSiM
 from lsim.preprocess import FramesError, finite_frames, preprocess
 
 TOLERANCE = 1e-5
-"""Relative difference that is allowed: of an embedding, in its length; of a distance, in its value."""
+"""Largest relative difference: of an embedding by its length, of a distance by its value."""
 
 SIZES: tuple[tuple[int, int], ...] = ((224, 224), (128, 160), (131, 195), (256, 512))
-"""Frame sizes (y, x) to compare at, and the smallest that the metric takes; two aren't multiples of 16."""
+"""Frame sizes (y, x) to compare at, besides the metric's smallest; one is no multiple of 16."""
 
 BATCHES = (3, 1, 2)
-"""Numbers of random pairs, in turn."""
+"""Numbers of random pairs per size, in turn."""
 
 NEARLY_EQUAL = 0.01
-"""Of the length of an embedding: at nearer pairs single precision leaves less than :data:`TOLERANCE` asks."""
+"""Share of an embedding's length: for nearer pairs single precision cannot reach :data:`TOLERANCE`."""
 
 LARGE = 1e30
-"""Beyond every sum of a frame's values in [0, 255]."""
+"""Bound above any sum of a frame's values in [0, 255]."""
 
 Embed: TypeAlias = Callable[[np.ndarray], np.ndarray]
 """Frames (n, y, x, 3) in [0, 255], float32 → embeddings (n, length)."""
@@ -37,7 +37,7 @@ Distance: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class ExportError(RuntimeError):
-    """A metric that cannot be exported, or an export that does not agree with it."""
+    """A metric cannot be exported, or its export does not agree with it."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,15 @@ class Agreement:
     embedding : float
         Length of the difference of embeddings, by the length of the embedding.
     distance : float
-        Of the distance function.
+        Largest relative difference of the distance function.
     distance_of_embeddings : float
-        Of the Euclidean distance of embeddings.
+        Largest relative difference of the Euclidean distance of embeddings.
     tolerance : float
-        What was allowed.
+        Largest difference allowed.
     frames : list of str
-        What was compared on: kind, number of pairs, y and x.
+        The frames compared: kind, number of pairs, y and x.
     by : str
-        What computed it.
+        Library that computed the exported functions.
     """
 
     embedding: float
@@ -84,73 +84,74 @@ class Agreement:
 def cases(
     metric: LSiM, sizes: Sequence[tuple[int, int]], frames: Mapping[str, np.ndarray], seed: int = 0
 ) -> list[Case]:
-    """Frames to compare on: random ones, and pairs of the sequences given, at every size.
+    """Make frames to compare on: random frames, and pairs of the given sequences, at each size.
 
     Parameters
     ----------
     metric : LSiM
     sizes : sequence of (y, x)
-        Of one size alone, one batch more is made; of more, the metric's smallest is added.
+        A single size gets a second batch; to several, the metric's smallest is added.
     frames : mapping of str to ndarray (n, y, x) or (n, y, x, channel)
-        In any units; of two frames or more, of which the first is paired with the second, the middle one and
-        the last.
+        Sequences of two frames or more, in any units. The first frame is paired with the second, the middle
+        and the last.
     seed : int, default 0
-        Of the random frames.
+        Seed of the random frames.
+
+    Raises
+    ------
+    FramesError
+        When a sequence has fewer than two frames.
     """
     rng = np.random.default_rng(seed)
     smallest = metric.info.minimum_size
     sizes = [*sizes, *(sizes if len(sizes) == 1 else [(smallest, smallest)])]
-    found = []
+    compared = []
     for k, (y, x) in enumerate(sizes):
         shape = (BATCHES[k % len(BATCHES)], y, x, 3)
         random = [255 * rng.random(shape, dtype=np.float32) for _ in range(2)]
-        found.append(Case("random", *random))
+        compared.append(Case("random", *random))
     for kind, sequence in frames.items():
         if len(sequence) < 2:
-            raise FramesError(f"expected two {kind} frames or more to compare on, found {len(sequence)}")
-        # The pair that is nearest, one between, and the one that is farthest apart.
+            raise FramesError(f"expected at least two {kind} frames to compare on, found {len(sequence)}")
+        # The nearest pair, one between, and the farthest.
         others = sorted({1, len(sequence) // 2, len(sequence) - 1})
         for y, x in dict.fromkeys(sizes):
             prepared = preprocess(sequence, size=max(y, x), order=1)[:, :y, :x]
-            if not (finite := finite_frames(prepared)).all():
-                raise FramesError(
-                    f"expected finite {kind} frames to compare on, found NaN, infinity or masked values in "
-                    f"frame {np.argmin(finite)}"
-                )
-            found.append(Case(kind, prepared[[0] * len(others)], prepared[others]))
-    return found
+            compared.append(Case(kind, prepared[[0] * len(others)], prepared[others]))
+    return compared
 
 
 def compare(metric: LSiM, compared: Sequence[Case], embed: Embed, distance: Distance, by: str) -> Agreement:
     """Compare exported functions with the metric.
 
-    Equal frames have distance 0, and no other will do.
+    Equal frames must have distance exactly 0.
 
     Raises
     ------
     ExportError
-        Where they differ by more than :data:`TOLERANCE`; names what, the frames, expected and found.
+        When they differ by more than :data:`TOLERANCE`.
     FramesError
-        Where a pair is nearly equal, by :data:`NEARLY_EQUAL`: no figure would say anything of the export.
+        When a pair is nearly equal, by :data:`NEARLY_EQUAL`: the difference would be rounding alone.
     """
     worst = dict.fromkeys(("embedding", "distance", "distance_of_embeddings"), 0.0)
 
-    def note(what: str, case: Case, expected: np.ndarray, found: np.ndarray) -> None:
-        if found.shape != expected.shape:
+    def check(function: str, case: Case, expected: np.ndarray, actual: np.ndarray) -> None:
+        if actual.shape != expected.shape:
             raise ExportError(
-                f"exported {what} of {case} frames by {by}: shape {found.shape}, expected {expected.shape}"
+                f"exported {function} of {case} frames by {by}: shape {actual.shape}, expected "
+                f"{expected.shape}"
             )
-        size, difference = length(expected), length(found - expected)
-        # Relative to 0, nothing is 0 and all else infinite.
+        size, difference = length(expected), length(actual - expected)
+        # Relative to 0, no difference is 0 and any other infinite.
         with np.errstate(divide="ignore"):
             quotient = np.divide(difference, size, out=np.zeros_like(difference), where=difference != 0)
         relative = quotient.max()
         if not relative <= TOLERANCE:
             raise ExportError(
-                f"exported {what} of {case} frames by {by} differs from metric {metric.name!r} by "
+                f"exported {function} of {case} frames by {by} differs from metric {metric.name!r} by "
                 f"{relative:.1e} relative, more than {TOLERANCE:.0e}: nothing was written"
             )
-        worst[what] = max(worst[what], float(relative))
+        worst[function] = max(worst[function], float(relative))
 
     def length(values: np.ndarray) -> np.ndarray:
         return np.sqrt(np.square(values).sum(tuple(range(1, values.ndim))))
@@ -159,7 +160,7 @@ def compare(metric: LSiM, compared: Sequence[Case], embed: Embed, distance: Dist
         with torch.no_grad():
             a, b = (metric.embed(torch.from_numpy(frames)) for frames in (case.reference, case.other))
             distances = metric.paired(a, b).numpy()
-        expected = [embedding.parts["features"].double().numpy() for embedding in (a, b)]
+        expected = [part.parts["features"].double().numpy() for part in (a, b)]
         sizes = np.maximum(*map(length, expected))
         near = (distances > 0) & (distances < NEARLY_EQUAL * sizes)
         if near.any():
@@ -167,18 +168,19 @@ def compare(metric: LSiM, compared: Sequence[Case], embed: Embed, distance: Dist
             raise FramesError(
                 f"cannot compare on {case} frames: pair {pair + 1} is nearly equal, at a distance of "
                 f"{distances[pair] / sizes[pair]:.1e} of the length of its embeddings, less than "
-                f"{NEARLY_EQUAL}; give frames that are equal or differ more"
+                f"{NEARLY_EQUAL}; pass frames that are equal or differ more"
             )
-        found = [embed(frames).astype(np.float64) for frames in (case.reference, case.other)]
-        for z, computed in zip(expected, found, strict=True):
-            note("embedding", case, z, computed)
-        note("distance_of_embeddings", case, distances, np.linalg.norm(found[0] - found[1], axis=1))
-        note("distance", case, distances, distance(case.reference, case.other).astype(np.float64))
+        embeddings = [embed(frames).astype(np.float64) for frames in (case.reference, case.other)]
+        for z, embedding in zip(expected, embeddings, strict=True):
+            check("embedding", case, z, embedding)
+        between = np.linalg.norm(embeddings[0] - embeddings[1], axis=1)
+        check("distance_of_embeddings", case, distances, between)
+        check("distance", case, distances, distance(case.reference, case.other).astype(np.float64))
     return Agreement(**worst, tolerance=TOLERANCE, frames=list(map(str, compared)), by=by)
 
 
 def facts(metric: LSiM, agreement: Agreement) -> dict[str, str]:
-    """What an exported file says of itself; JSON where it isn't a sentence."""
+    """Describe an exported file in metadata of its own; JSON where the value isn't text."""
     return {
         "metric": metric.name,
         "title": metric.info.title,

@@ -1,4 +1,4 @@
-"""Learned metrics as Keras models, of standard layers: they load without any code of this project."""
+"""Learned metrics as Keras models of standard layers, which load without this package."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from lsim.loss import FrozenNetwork
 from lsim.metrics.learned import LSiM
 
 if "keras" not in sys.modules and importlib.util.find_spec("tensorflow") is None:
-    # Keras takes TensorFlow where nothing is said; torch is here in any case.
+    # Keras defaults to TensorFlow; torch is always installed.
     os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import keras
 
 FACTS = "lsim.json"
-"""Member of the ``.keras`` archive with what the file says of itself."""
+"""Member of the ``.keras`` archive with the metadata of the export."""
 
 SINGLE: dict[str, Any] = {"dtype": "float32"}
 LAYOUT: dict[str, Any] = {"data_format": "channels_last"} | SINGLE
@@ -42,14 +42,14 @@ def write_keras(metric: LSiM, folder: Path, compared: Sequence[Case], size: int)
     metric : LSiM
     folder : Path
     compared : sequence of Case
-        Of frames of ``size``.
+        Pairs of frames of ``size``.
     size : int
         Side of the frames.
 
     Raises
     ------
     ExportError
-        When Keras makes other values of them than the metric, or a layer has no counterpart there.
+        When Keras computes other values than the metric, or a layer has no counterpart.
     """
     with keras.device("cpu"):
         embedding = _embedding_model(FrozenNetwork(metric), size)
@@ -58,14 +58,14 @@ def write_keras(metric: LSiM, folder: Path, compared: Sequence[Case], size: int)
             paths[function] = folder / f"{metric.name}.{function}.keras"
             model.trainable = False
             model.save(paths[function])
-        # What others will have: read from the files.
+        # Compare the models as others will read them from the files.
         read = {function: keras.saving.load_model(path, compile=False) for function, path in paths.items()}
 
         def embed(frames: np.ndarray) -> np.ndarray:
-            return _computed(read["embedding"], frames)
+            return _run(read["embedding"], frames)
 
         def distances(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-            return _computed(read["distance"], [reference, other])
+            return _run(read["distance"], [reference, other])
 
         by = f"keras {keras.__version__} on {keras.backend.backend()}"
         agreement = compare(metric, compared, embed, distances, by)
@@ -76,7 +76,7 @@ def write_keras(metric: LSiM, folder: Path, compared: Sequence[Case], size: int)
 
 
 def _embedding_model(network: FrozenNetwork, size: int) -> keras.Model:
-    """frames (n, size, size, 3) → embedding (n, length), in the order in which the metric has it."""
+    """Build the model frames (n, size, size, 3) → embedding (n, length), in the metric's order."""
     frames = keras.Input((size, size, 3), name="frames", **SINGLE)
     maps = _InKeras(torch.fx.symbolic_trace(network.trunk)).run(frames)
     with torch.no_grad():
@@ -85,18 +85,18 @@ def _embedding_model(network: FrozenNetwork, size: int) -> keras.Model:
     features = keras.layers.Concatenate(axis=1, **SINGLE)(
         [keras.layers.Reshape((-1,), **SINGLE)(f) for f in planes]
     )
-    # With mean 0 and variance 1 this multiplies, element by element; no other standard layer does that fast.
+    # With mean 0 and variance 1 this layer multiplies by element; no other standard layer does so fast.
     multiply = keras.layers.BatchNormalization(center=False, epsilon=1e-12, name="scale", **SINGLE)
     scaled = multiply(features)
     multiply.gamma.assign(torch.cat([scale.flatten() for scale in scales]).numpy())
-    # Some kernels lose NaN on the way, and a frame with NaN must not come out as a frame like others.
+    # Some kernels drop NaN, but a frame with NaN must not get an ordinary embedding.
     total = keras.ops.sum(frames, axis=(1, 2, 3))[:, None]
     finite = keras.ops.less(keras.ops.absolute(total), LARGE)
     return keras.Model(frames, keras.ops.where(finite, scaled, total), name="embedding")
 
 
 def _distance_model(embedding: keras.Model, size: int) -> keras.Model:
-    """reference, other (n, size, size, 3) → distance (n,); gradients are 0 where it is."""
+    """Build the model reference, other (n, size, size, 3) → distance (n,); gradients are 0 where it is."""
     reference, other = (keras.Input((size, size, 3), name=name, **SINGLE) for name in ("reference", "other"))
     difference = keras.layers.Subtract(**SINGLE)([embedding(reference), embedding(other)])
     ops = keras.ops
@@ -108,10 +108,10 @@ def _distance_model(embedding: keras.Model, size: int) -> keras.Model:
 
 
 class _InKeras(torch.fx.Interpreter):
-    """Runs the graph of a trunk on Keras tensors, layer by layer."""
+    """Interpreter that runs the graph of a trunk on Keras tensors, layer by layer."""
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A convolution, with its weights."""
+        """Apply a convolution with its weights."""
         layer = self.fetch_attr(target)
         if (
             not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
@@ -130,26 +130,26 @@ class _InKeras(torch.fx.Interpreter):
         (x,) = args
         if isinstance(layer, nn.Conv2d):
             padded = keras.layers.ZeroPadding2D(layer.padding, **LAYOUT)(x)
-            made = keras.layers.Conv2D(**settings)
-            out = made(padded)
+            convolution = keras.layers.Conv2D(**settings)
+            out = convolution(padded)
         else:
-            # Keras before 3.15 forgets output_padding in files. A row and a column of zeros more in the input
-            # make a stride more of output, of which is cut off what is too much.
+            # Keras before 3.15 does not store output_padding. One more row and column of zeros in the input
+            # give one stride more of output, which is cropped.
             padded = keras.layers.ZeroPadding2D(((0, 1), (0, 1)), **LAYOUT)(x)
-            made = keras.layers.Conv2DTranspose(**settings)
+            convolution = keras.layers.Conv2DTranspose(**settings)
             axes: Any = zip(layer.padding, layer.stride, layer.output_padding, strict=True)
-            crops = tuple((padding, padding + stride - more) for padding, stride, more in axes)
-            out = keras.layers.Cropping2D(crops, **LAYOUT)(made(padded))
+            crops = tuple((padding, padding + stride - extra) for padding, stride, extra in axes)
+            out = keras.layers.Cropping2D(crops, **LAYOUT)(convolution(padded))
         # Kernels: (out, in, y, x), for transposed ones (in, out, y, x) → (y, x, in, out), (y, x, out, in).
-        made.set_weights([layer.weight.permute(2, 3, 1, 0).numpy(), layer.bias.numpy()])
+        convolution.set_weights([layer.weight.permute(2, 3, 1, 0).numpy(), layer.bias.numpy()])
         return out
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What is between convolutions; on an axis of channels that is the last here, not the second."""
+        """Apply an operation between convolutions; channels are on the last axis, not the second."""
         if target is F.relu:
             return keras.layers.ReLU(**SINGLE)(args[0])
         if target is F.max_pool2d:
-            return _pooled(*args, **kwargs)
+            return _pool(*args, **kwargs)
         if target is torch.cat and args[1:] == (1,):
             return keras.layers.Concatenate(axis=-1, **SINGLE)(list(args[0]))
         if target in (operator.sub, operator.truediv) and isinstance(args[1], Tensor):
@@ -163,7 +163,7 @@ class _InKeras(torch.fx.Interpreter):
         )
 
 
-def _pooled(
+def _pool(
     x: Any,
     kernel_size: int,
     stride: int,
@@ -172,11 +172,11 @@ def _pooled(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    """``F.max_pool2d``."""
+    """Apply the counterpart of ``F.max_pool2d``."""
     if padding or dilation != 1 or ceil_mode or return_indices:
         raise ExportError(f"no counterpart in Keras for a pooling with {padding=}, {dilation=}, {ceil_mode=}")
     return keras.layers.MaxPooling2D(kernel_size, stride, padding="valid", **LAYOUT)(x)
 
 
-def _computed(model: keras.Model, inputs: Any) -> np.ndarray:
+def _run(model: keras.Model, inputs: Any) -> np.ndarray:
     return np.asarray(keras.ops.convert_to_numpy(model(inputs, training=False)))

@@ -1,4 +1,4 @@
-"""Learned metrics as ONNX, for onnxruntime and what else reads it."""
+"""Learned metrics as ONNX, for onnxruntime and other runtimes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lsim.loss import FrozenNetwork
 from lsim.metrics.learned import LSiM
 
 EXAMPLE = (2, 3, 96, 112)
-"""Shape of the frames that the graph is made from; none of its sizes stays in the graph."""
+"""Shape of the frames that the graph is traced with; the graph keeps none of its sizes."""
 
 
 def write_onnx(metric: LSiM, folder: Path, compared: Sequence[Case]) -> Agreement:
@@ -35,7 +35,7 @@ def write_onnx(metric: LSiM, folder: Path, compared: Sequence[Case]) -> Agreemen
     Raises
     ------
     ExportError
-        When onnxruntime makes other values of them than the metric.
+        When onnxruntime computes other values than the metric.
     """
     embedding = _embedding_model(metric)
     distance = _distance_model(embedding)
@@ -46,20 +46,20 @@ def write_onnx(metric: LSiM, folder: Path, compared: Sequence[Case]) -> Agreemen
         sessions[function] = _session(model)
 
     def embed(frames: np.ndarray) -> np.ndarray:
-        (found,) = sessions["embedding"].run(None, {"frames": _planes(frames)})
-        return np.asarray(found)
+        (embeddings,) = sessions["embedding"].run(None, {"frames": _planes(frames)})
+        return np.asarray(embeddings)
 
     def distances(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
         inputs = {"reference": _planes(reference), "other": _planes(other)}
-        (found,) = sessions["distance"].run(None, inputs)
-        return np.asarray(found)
+        (values,) = sessions["distance"].run(None, inputs)
+        return np.asarray(values)
 
     by = f"onnxruntime {onnxruntime.__version__}"
     agreement = compare(metric, compared, embed, distances, by)
-    said = facts(metric, agreement)
+    metadata = facts(metric, agreement)
     for function, model in models.items():
         model.doc_string = f"{function} of frames (n, 3, y, x) in [0, 255]: {metric.info.title}"
-        helper.set_model_props(model, said)
+        helper.set_model_props(model, metadata)
         onnx.save(model, folder / f"{metric.name}.{function}.onnx")
     return agreement
 
@@ -70,21 +70,21 @@ class _Embedding(nn.Module):
         self.network = network
 
     def forward(self, frames: Tensor) -> Tensor:
-        # Some kernels lose NaN on the way, and a frame with NaN must not come out as a frame like others.
+        # Some kernels drop NaN, but a frame with NaN must not get an ordinary embedding.
         total = frames.sum((1, 2, 3))[:, None]
         return torch.where(total.abs() < LARGE, self.network.embedding(frames), total)
 
 
 def _embedding_model(metric: LSiM) -> onnx.ModelProto:
-    """frames (n, 3, y, x) → embedding (n, length)."""
+    """Build the model frames (n, 3, y, x) → embedding (n, length)."""
     module = _Embedding(FrozenNetwork(metric)).eval()
     step = 16
     sides = range(4 * step, 5 * step)
     if all(metric.trunk_class.takes(n) for n in sides):
         y = x = torch.export.Dim.AUTO
     else:
-        # A decoder meets its encoder only at some sizes; the tracer has to be told of ones that always do.
-        # In the graph, sizes are rounded down as the layers do it, so that it takes the others, too.
+        # A decoder matches its encoder only at some sizes, so the tracer gets sizes that always match.
+        # The graph rounds sizes down as the layers do, so it accepts the others, too.
         y, x = (step * torch.export.Dim(name, min=3) for name in ("rows", "columns"))
     with _quiet():
         program = torch.onnx.export(
@@ -99,7 +99,7 @@ def _embedding_model(metric: LSiM) -> onnx.ModelProto:
     assert program is not None
     model = program.model_proto
     graph = model.graph
-    # Where in somebody's file system a node comes from is nobody else's business.
+    # Remove source paths of the exporting machine.
     del model.metadata_props[:], graph.metadata_props[:], graph.value_info[:]
     for node in graph.node:
         del node.metadata_props[:]
@@ -111,9 +111,9 @@ def _embedding_model(metric: LSiM) -> onnx.ModelProto:
 
 
 def _distance_model(embedding: onnx.ModelProto) -> onnx.ModelProto:
-    """reference (n, 3, y, x), other (m, 3, y, x) → distance; n equals m, or one of them is 1.
+    """Build the model reference (n, 3, y, x), other (m, 3, y, x) → distance; n equals m, or one is 1.
 
-    All frames go through the network at once. Squares are added up in double precision, as by the metric.
+    All frames pass the network at once. Squares are summed in double precision, as by the metric.
     """
     model = onnx.ModelProto()
     model.CopyFrom(embedding)
@@ -155,13 +155,13 @@ def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
 
 
 def _planes(frames: np.ndarray) -> np.ndarray:
-    """(n, y, x, 3) → (n, 3, y, x)."""
+    """Convert (n, y, x, 3) to (n, 3, y, x)."""
     return np.ascontiguousarray(frames.transpose(0, 3, 1, 2))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what torch's exporter has to say of packages that aren't here and of its own future."""
+    """Suppress the messages of torch's exporter on missing packages and deprecations."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
