@@ -1,11 +1,11 @@
-"""A metric as a loss: what is trained by it comes close to its target as the metric sees it.
+"""A metric as a training loss: it brings predictions close to their targets in terms of the metric.
 
 >>> from lsim.loss import SimulationLoss
 >>> loss = SimulationLoss("lsim-open")             # doctest: +SKIP
 >>> loss(prediction, target).backward()            # doctest: +SKIP
 
-Learned metrics run here as plain torch, apart from :class:`lsim.metrics.learned.LSiM`: so they compile, are
-mapped by ``torch.func``, and take double precision. Others compute in single precision, whatever they get.
+Learned metrics run as plain torch, independently of :class:`lsim.metrics.learned.LSiM`, so that they compile,
+work with ``torch.func``, and accept double precision. Other metrics always compute in single precision.
 """
 
 from __future__ import annotations
@@ -43,35 +43,36 @@ class SimulationLoss(nn.Module):
     Parameters
     ----------
     metric : str or Metric, default "lsim-open"
-        A differentiable metric: a name in :func:`lsim.list_metrics`, or one that is loaded, of which a copy
-        is taken. Its preprocessing isn't applied.
+        A differentiable metric: a name in :func:`lsim.list_metrics`, or a loaded metric, which is copied.
+        Its preprocessing isn't applied.
     channels : {"separate", "together"}, default "separate"
-        ``"separate"``: each channel is a field of its own, of any number. ``"together"``: one or three
-        channels make one frame, as :meth:`Metric.distance` takes them.
+        ``"separate"``: each channel is a separate field; any number. ``"together"``: one or three channels
+        form one frame, as in :meth:`Metric.distance`.
     normalisation : {"pair", "target"} or (lo, hi) or None, default "pair"
-        What becomes [0, 255], in each channel: minimum and maximum over a prediction and its target, as
-        ``Metric.distance(scope="pair")``; those of the target; a fixed range in the simulation's own units,
-        numbers or one number a channel; or None for frames that are in [0, 255]. Where the range is empty,
-        both become 0: by ``"target"``, a constant target therefore has distance 0 to everything.
+        Range mapped to [0, 255], for each channel: minimum and maximum over a prediction and its target, as
+        in ``Metric.distance(scope="pair")``; those of the target; a fixed range in the simulation's own
+        units, numbers or one number per channel; or None for frames in [0, 255]. Where the range is empty,
+        both become 0: with ``"target"``, a constant target therefore has distance 0 to everything.
     differentiable_range : bool, default True
-        Whether gradients flow through minimum and maximum, too, or these count as fixed.
+        Let gradients flow through minimum and maximum, too; otherwise these are constants.
     reduction : {"mean", "sum", "none"}, default "mean"
-        Over batch and channels. ``"none"`` gives (batch, channel), or (batch,) for channels together.
+        Reduction over batch and channels. ``"none"`` returns (batch, channel), or (batch,) for channels
+        together.
     weights : path or str, optional
-        As :func:`lsim.load_metric` takes it, for a metric given by its name.
+        As for :func:`lsim.load_metric`, for a metric given by its name.
 
     Raises
     ------
     ValueError
-        For settings that aren't as described, and for metrics without gradients.
+        When a setting isn't as described, or the metric has no gradients.
     UnknownMetricError, lsim.weights.WeightsError
         As :func:`lsim.load_metric`.
 
     Notes
     -----
-    Under autocast the metric keeps to single precision, and on GPUs off TF32, which is wrong by 11 % on
-    nearly equal frames; therefore ``torch.compile`` on a GPU leaves the network out of its graph. Gradients
-    flow back at whatever precision torch is set to.
+    Under autocast the metric stays in single precision. On GPUs it avoids TF32, which is wrong by 11 % on
+    nearly equal frames; therefore ``torch.compile`` on a GPU leaves the network out of its graph. The
+    backward pass uses the precision that torch is set to.
     """
 
     def __init__(
@@ -90,10 +91,10 @@ class SimulationLoss(nn.Module):
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
         if isinstance(metric, Metric) and weights is not None:
-            raise ValueError(f"metric {metric.name!r} is loaded already; got weights={os.fspath(weights)!r}")
+            raise ValueError(f"metric {metric.name!r} is already loaded, got weights={os.fspath(weights)!r}")
         loaded = metric if isinstance(metric, Metric) else load_metric(metric, weights, "cpu", size=None)
         if not loaded.info.differentiable:
-            raise ValueError(f"metric {loaded.name!r} has no gradients to train by")
+            raise ValueError(f"metric {loaded.name!r} has no gradients to train with")
         if loaded.quantised:
             raise ValueError(
                 f"metric {loaded.name!r} truncates to 8 bit, so its gradients are 0; load it with "
@@ -110,29 +111,29 @@ class SimulationLoss(nn.Module):
         )
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The loss of predictions.
+        """Compute the loss of predictions.
 
         Parameters
         ----------
         prediction, target : Tensor of shape (batch, channel, y, x)
-            In the simulation's own units, any floating dtype; the target's may be an integer's.
+            In the simulation's own units, of any floating dtype; targets may also be integers.
 
         Returns
         -------
         Tensor
-            Without axes, or as ``reduction`` says; float32, or, by learned metrics after ``.double()``,
-            float64. Gradients are finite, and 0 where prediction and target are equal. NaN in a frame makes
-            its distance NaN.
+            Scalar, or as for ``reduction``; float32, or float64 for learned metrics after ``.double()``.
+            Gradients are finite, and 0 where prediction and target are equal. NaN in a frame makes its
+            distance NaN.
 
         Raises
         ------
         ValueError
-            When shapes differ or the metric can't take their channels or size; for arrays, and for masked
-            tensors.
+            When shapes differ, when the metric doesn't support their channels or size, or when they are
+            arrays or masked tensors.
         """
         self._check(prediction, target)
         dtype = self.distance.dtype
-        # An offset that double precision holds would be lost before it is subtracted.
+        # In single precision an offset of double precision would be lost before it is subtracted.
         wide = torch.promote_types(_floating(prediction.dtype), _floating(target.dtype))
         with torch.autocast(prediction.device.type, enabled=False):
             wide = torch.promote_types(wide, dtype)
@@ -167,7 +168,8 @@ class SimulationLoss(nn.Module):
         channels, y, x = prediction.shape[1:]
         if self.channels == "together" and channels not in (1, 3):
             raise ValueError(
-                f"expected 1 or 3 channels on axis 1, found {channels}; channels='separate' takes any number"
+                f"expected 1 or 3 channels on axis 1, found {channels}; any number works with "
+                "channels='separate'"
             )
         if isinstance(self.normalisation, tuple):
             for bound in self.normalisation:
@@ -187,13 +189,13 @@ class SimulationLoss(nn.Module):
             self._warned = True
             warnings.warn(
                 f"metric {self.distance.name!r} was made for frames of {advised[0]} to {advised[1]} pixels a "
-                f"side, not {y}×{x}: what it sees may matter less",
+                f"side, not {y}×{x}: its distances may mean less",
                 SizeWarning,
                 stacklevel=5,
             )
 
     def _normalised(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Both in [0, 255]; 0 where the range is empty."""
+        """Map both to [0, 255]; 0 where the range is empty."""
         if self.normalisation is None:
             return prediction, target
         if isinstance(self.normalisation, tuple):
@@ -205,10 +207,10 @@ class SimulationLoss(nn.Module):
         if not self.differentiable_range:
             lo, hi = lo.detach(), hi.detach()
         empty = hi == lo
-        # A range that goes from one end of the dtype to the other is wider than the dtype.
+        # The width of a range over the whole dtype would overflow.
         scale = torch.where((hi - lo).isinf(), 0.5, 1.0).to(lo.dtype)
         lo, hi = lo * scale, hi * scale
-        # Nothing is divided by 0: what is masked afterwards would still make gradients NaN.
+        # Never divide by 0: the gradients would be NaN even where the result is masked.
         spread = (hi - lo).masked_fill(empty, 1)
         first, second = (
             (255 * ((frames * scale - lo) / spread)).masked_fill(empty, 0) for frames in (prediction, target)
@@ -216,7 +218,7 @@ class SimulationLoss(nn.Module):
         return first, second
 
     def _over_fixed_range(self, frames: Tensor) -> Tensor:
-        """Map the fixed range to [0, 255]; its bounds needn't be numbers of the frames' dtype."""
+        """Map the fixed range to [0, 255]; the frames' dtype need not represent its bounds."""
         assert isinstance(self.normalisation, tuple)
         lows, highs = self.normalisation
         channels = max(len(lows), len(highs))
@@ -224,7 +226,7 @@ class SimulationLoss(nn.Module):
         single = frames.dtype == torch.float32
         nearest = [struct.unpack("f", struct.pack("f", low))[0] if single else low for low in lows]
         rest = [low - near for low, near in zip(lows, nearest, strict=True)]
-        # The quotients of halves are those of the whole, and don't overflow.
+        # Halves have the same quotients, and don't overflow.
         spread = [high / 2 - low / 2 for low, high in zip(lows, highs, strict=True)]
         near, beyond, half = (frames.new_tensor(part)[:, None, None] for part in (nearest, rest, spread))
         return 255 * (((frames / 2 - near / 2) - beyond / 2) / half)
@@ -236,7 +238,7 @@ class FrozenNetwork(nn.Module):
     Parameters
     ----------
     metric : LSiM
-        Copied; left as it is.
+        Metric to copy; it is not changed.
     """
 
     def __init__(self, metric: LSiM) -> None:
@@ -254,7 +256,7 @@ class FrozenNetwork(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which is computed: that of the buffers."""
+        """Precision of the computation: that of the buffers."""
         dtype = self.get_buffer("channel_weights_0").dtype
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(
@@ -264,7 +266,7 @@ class FrozenNetwork(nn.Module):
         return dtype
 
     def check_size(self, y: int, x: int) -> None:
-        """Raise :class:`FramesError` for frames of a size that the network cannot take."""
+        """Raise :class:`FramesError` for frames of a size that the network does not support."""
         if min(y, x) < self.minimum_size or not (self.takes(y) and self.takes(x)):
             raise FramesError(
                 f"a loss by metric {self.name!r} cannot take frames of {y}×{x}; the smallest that works is "
@@ -272,8 +274,8 @@ class FrozenNetwork(nn.Module):
             )
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Distances of planes (n, 3, y, x) in [0, 255]: (n,)."""
-        # Two passes: that of a target without gradients then keeps no activations and has no way back.
+        """Compute the distances (n,) of planes (n, 3, y, x) in [0, 255]."""
+        # Two passes: a target without gradients then stores no activations and has no backward pass.
         first, second = self._features(prediction), self._features(target)
         squared = prediction.new_zeros(len(prediction))
         for f, g, scale in zip(first, second, self.scales(first), strict=True):
@@ -281,13 +283,13 @@ class FrozenNetwork(nn.Module):
         return safe_sqrt(squared)
 
     def embedding(self, planes: Tensor) -> Tensor:
-        """z of planes (n, 3, y, x) in [0, 255]: (n, Σ_l C_l H_l W_l)."""
+        """Compute the embedding z (n, Σ_l C_l H_l W_l) of planes (n, 3, y, x) in [0, 255]."""
         maps = self._features(planes)
         scaled = zip(maps, self.scales(maps), strict=True)
         return torch.cat([(f * scale).flatten(1) for f, scale in scaled], 1)
 
     def scales(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """z_l / f_l for maps of these sizes: (channel, y', x') each."""
+        """Compute the factors z_l / f_l for maps of these sizes: (channel, y', x') each."""
         return [
             feature_scale(
                 self.get_buffer(f"channel_weights_{k}"),
@@ -299,21 +301,21 @@ class FrozenNetwork(nn.Module):
         ]
 
     def _features(self, planes: Tensor) -> Sequence[Tensor]:
-        maps: Sequence[Tensor] = (_without_tf32 if planes.is_cuda else _plainly)(self.trunk, planes)
+        maps: Sequence[Tensor] = (_without_tf32 if planes.is_cuda else _run_trunk)(self.trunk, planes)
         return maps
 
 
 class PlainDistance(nn.Module):
-    """The distance of a metric without a network here; it computes where the frames are.
+    """The distance of a metric without a network, computed on the frames' device.
 
     Parameters
     ----------
     metric : Metric
-        Copied.
+        Metric to copy.
     """
 
     dtype = torch.float32
-    """In which frames are normalised and distances come out, also after ``.double()``."""
+    """Precision of normalised frames and of distances, also after ``.double()``."""
 
     def __init__(self, metric: Metric) -> None:
         super().__init__()
@@ -323,56 +325,56 @@ class PlainDistance(nn.Module):
         self.check_size = self.metric.check_size
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Distances of planes (n, 3, y, x) in [0, 255]: (n,)."""
+        """Compute the distances (n,) of planes (n, 3, y, x) in [0, 255]."""
         a, b = (self.metric.embed(planes.permute(0, 2, 3, 1)) for planes in (prediction, target))
         distances = self.metric.paired(a, b)
-        # One of one's own that gave all pairs would have their mean taken.
+        # The mean would hide a custom metric that returns all pairs.
         self.metric.claims.check_block(distances, (len(prediction),), "paired")
         return distances.to(self.dtype)
 
 
 def _floating(dtype: torch.dtype) -> torch.dtype:
-    """Name the floating point that holds a dtype's numbers, as far as there is one."""
+    """Return the floating dtype that represents a dtype's numbers, as far as there is one."""
     if dtype.is_floating_point:
         return dtype
     narrow = (torch.bool, torch.uint8, torch.int8, torch.int16)
     return torch.float32 if dtype in narrow else torch.float64
 
 
-def _plainly(trunk: nn.Module, planes: Tensor) -> Sequence[Tensor]:
+def _run_trunk(trunk: nn.Module, planes: Tensor) -> Sequence[Tensor]:
     maps: Sequence[Tensor] = trunk(planes)
     return maps
 
 
 @torch.compiler.disable
 def _without_tf32(trunk: nn.Module, planes: Tensor) -> Sequence[Tensor]:
-    """In IEEE precision. A compiled graph would drop the setting, so this stays out of it."""
+    """Run the trunk in IEEE precision, outside of compiled graphs, which would drop the setting."""
     with ieee_convolutions():
-        return _plainly(trunk, planes)
+        return _run_trunk(trunk, planes)
 
 
 def _without_parameters(module: nn.Module) -> nn.Module:
-    """A copy of a module with buffers for parameters: nothing to train, nothing in the state dict."""
+    """Copy a module with buffers instead of parameters: nothing to train, an empty state dict."""
     module = copy.deepcopy(module).eval()
     for part in module.modules():
         tensors = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
         for name, tensor in tensors:
             delattr(part, name)
-            # Convolutions run in the layout of their weights; this one is a quarter faster on a CPU.
+            # Convolutions run in the layout of their weights; channels last is a quarter faster on a CPU.
             layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
             part.register_buffer(name, tensor.detach().clone(memory_format=layout), persistent=False)
     return module
 
 
 def _as_planes(frames: Tensor) -> Tensor:
-    """(n, 1 or 3, y, x) → (n, 3, y, x)."""
+    """Expand (n, 1 or 3, y, x) to (n, 3, y, x)."""
     return frames.expand(-1, 3, -1, -1)
 
 
 def _checked_normalisation(
     normalisation: Normalisation,
 ) -> Literal["pair", "target"] | tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """The bounds of a fixed range as tuples of one number, or one a channel."""
+    """Check a normalisation; convert the bounds of a fixed range to tuples, one number or one per channel."""
     if normalisation is None or normalisation == "pair" or normalisation == "target":
         return normalisation
     if not isinstance(normalisation, tuple) or len(normalisation) != 2:

@@ -1,4 +1,4 @@
-"""How well distances rank frames: the published protocol, for use where data is made and metrics are trained.
+"""Rank correlation of distances by the published protocol, for simulated data and training.
 
 The evaluation of whole archives, with intervals and all protocols, is :mod:`pipeline.correlate`.
 """
@@ -16,21 +16,27 @@ from lsim.preprocess import as_array, as_frames
 def may_be_constant(distances: np.ndarray, rounding: np.ndarray) -> bool:
     """Tell whether one value agrees with all distances, each known up to its rounding.
 
-    The order of such distances is that of their rounding, and says nothing of the frames. Two values come
-    into question:
+    The order of such distances comes from rounding alone, not from the frames. Two kinds of values are
+    considered:
 
-    - Zero, which is exact, where no distance exceeds its own rounding r. A sequence with a single distance
-      above its rounding has a signal.
-    - Any other value, where a distance is above 2 r: it is known from the distances alone, and two of these
-      differ by r from either side before their order is sure, max(d − r) > min(d + r). Without that floor a
-      signal that rises from nothing to below 2 r would pass for a constant between the two.
+    - Zero, which is exact: it agrees if no distance exceeds its own rounding r. A sequence with a single
+      distance above its rounding has a signal.
+    - Any other value, if a distance is above 2 r. Such a value is known from the distances alone, and the
+      order of two of them is certain only if max(d − r) > min(d + r). Without the floor of 2 r, a signal that
+      rises from zero to below 2 r would pass for a constant in between.
+
 
     Parameters
     ----------
     distances : ndarray of shape (pair,)
         Finite, at least one.
     rounding : ndarray of shape (pair,), or a scalar array
-        Bound on the error of each.
+        Bound on the error of each distance.
+
+    Returns
+    -------
+    bool
+        True if such a value exists.
 
     Examples
     --------
@@ -52,15 +58,15 @@ def may_be_constant(distances: np.ndarray, rounding: np.ndarray) -> bool:
 
 
 def differ_by_rounding(frames: ArrayLike, size: int | None = 224) -> bool:
-    """Tell whether frames differ from the first by nothing but rounding, as the metric ``l2`` has it.
+    """Tell whether frames differ from the first only by rounding, according to the metric ``l2``.
 
-    No metric has more to go by on such frames.
+    No metric can rank such frames.
 
     Parameters
     ----------
     frames : array_like of shape (frame, y, x, channel)
     size : int or None, default 224
-        Frames are resized to it.
+        Side to which frames are resized.
     """
     from lsim.registry import load_metric
 
@@ -75,31 +81,31 @@ def pooled_spearman(
     ground_truth: Sequence[ArrayLike] | np.ndarray,
     rounding: Sequence[ArrayLike] | None = None,
 ) -> float:
-    """Spearman's correlation over the pooled, scaled distances of some sequences.
+    """Compute Spearman's correlation over the pooled, scaled distances of several sequences.
 
-    Each sequence's distances are scaled to [0.1, 1] first: only so can sequences be pooled (Kohl, Um,
+    Each sequence's distances are first scaled to [0.1, 1], which makes sequences comparable (Kohl, Um,
     Thuerey, ICML 2020, section 6). Ground truth is compared in single precision, as published.
 
     Parameters
     ----------
     distances : sequence of array_like (pair,)
-        Of the reference to the other frames, a row a sequence; rows may differ in length.
+        Distances of the reference to the other frames, one row per sequence; rows may differ in length.
     ground_truth : sequence of array_like (pair,), or array_like (pair,)
-        A row a sequence, or one for all.
+        One row per sequence, or one for all.
     rounding : sequence of array_like (pair,), optional
-        Bounds on the error of the distances, a row or a number for each sequence. Default: they are exact.
+        Bounds on the error of the distances, a row or a number per sequence. Default: exact distances.
 
     Returns
     -------
     float
-        Sequences are left out whose distances hold NaN or infinity, or cannot be told from a constant
-        (:func:`may_be_constant`); NaN where that leaves none, and where the ground truth of the others holds
-        NaN. What is masked counts as NaN.
+        Sequences are left out if their distances hold NaN or infinity, or may be constant
+        (:func:`may_be_constant`). NaN if none is left, or if the ground truth of the others holds NaN. Masked
+        values count as NaN.
 
     Raises
     ------
     ValueError
-        Where a bound is NaN.
+        When a bound is NaN.
     """
     import scipy.stats
 
@@ -113,7 +119,7 @@ def pooled_spearman(
     ):
         values, error = (as_array(part).astype(np.float64) for part in (row, bound))
         if np.isnan(error).any():
-            raise ValueError("rounding: expected a bound for each distance, found NaN or masked ones")
+            raise ValueError("rounding: expected a bound for each distance, found NaN or masked values")
         if np.isfinite(values).all() and not may_be_constant(values, error):
             low, high = values.min(), values.max()
             scaled.append(0.9 * ((values - low) / (high - low)) + 0.1)

@@ -1,11 +1,11 @@
-"""The contract that every metric passes, as a function to call from any test.
+"""The contract that every metric must pass, as functions for any test.
 
 >>> import lsim
 >>> from lsim.testing import check_metric
 >>> check_metric(lsim.load_metric("ssim", size=32))
 
-A metric of one's own passes when it defines ``embed`` and ``compare`` and claims no axiom that it doesn't
-hold; see :class:`lsim.metric.Metric`. Nothing here needs a test framework.
+A custom metric passes if it defines ``embed`` and ``compare`` and claims only axioms that hold; see
+:class:`lsim.metric.Metric`. No test framework is needed.
 """
 
 from __future__ import annotations
@@ -25,29 +25,34 @@ from lsim.preprocess import FramesError, as_array, finite_frames, value_range
 
 
 def check_metric(metric: Metric, frame_size: int | None = None, seed: int = 0) -> None:
-    """Hold a metric to its contract, on frames of every kind that users have.
+    """Check that a metric fulfils its contract, on frames of many kinds.
 
-    In this order: what runs check of every metric (:mod:`lsim.claims`): tensors of the right kind, the same
-    result twice, frames and settings left alone; frames are left as they were; values are float64 and finite;
-    the claimed axioms; one
-    pair at a time equals a batch equals all pairs at once; the row of the reference equals the first row
-    of the matrix; the call on tensors equals ``distance``; a frame with NaN or infinity makes its own
-    distances NaN and no others; missing pixels are left out, where it says so; gradients are finite, and zero
-    at equal frames; it is that distance of its features that it says it is.
+    The checks are, in this order:
+
+    - the claims that runs check, too (:mod:`lsim.claims`): tensors of the right kind, reproducible results,
+      unchanged frames and settings;
+    - frames are unchanged, and values are float64 and finite;
+    - the claimed axioms;
+    - single pairs, batches of pairs and all pairs at once agree, as do the row of the reference and the
+      first row of the matrix, and the call on tensors and ``distance``;
+    - a frame with NaN or infinity makes its own distances NaN and no others;
+    - missing pixels are left out, if the metric accepts a mask;
+    - gradients are finite, and zero at equal frames;
+    - the metric is the distance of its features that it claims to be.
 
     Parameters
     ----------
     metric : Metric
     frame_size : int, optional
         Side of the frames in pixels. Default: the size that the metric resizes to, so that nothing is
-        resized; else its smallest, or 32.
+        resized; otherwise its smallest size, or 32.
     seed : int, default 0
-        Of the random frames.
+        Seed of the random frames.
 
     Raises
     ------
     AssertionError
-        At the first property that does not hold; names the metric, the kind of frames and the values.
+        When a property does not hold; the message names the metric, the kind of frames and the values.
     """
     try:
         _check_metric(metric, frame_size, seed)
@@ -73,7 +78,7 @@ def _check_metric(metric: Metric, frame_size: int | None, seed: int) -> None:
 
 
 def _finite(frames: np.ndarray) -> np.ndarray:
-    """Refuse frames to check a metric on that hold missing values, which would hide what they check."""
+    """Reject frames with missing values: NaN distances would hide the property that is checked."""
     frames = as_array(frames)
     if not (finite := finite_frames(frames)).all():
         raise FramesError(
@@ -84,7 +89,7 @@ def _finite(frames: np.ndarray) -> np.ndarray:
 
 
 def example_frames(side: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """Sequences that bring out the weak points of a metric, by kind.
+    """Make sequences that expose the weak points of a metric, by kind.
 
     Parameters
     ----------
@@ -126,21 +131,22 @@ def example_frames(side: int, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def check_claims(metric: Metric, frames: np.ndarray, kind: str = "given") -> None:
-    """Check what runs check of every metric on its first frames: see :meth:`Metric.check_claims`.
+    """Check the claims that runs check on a metric's first frames: see :meth:`Metric.check_claims`.
 
     Parameters
     ----------
     metric : Metric
     frames : ndarray of shape (n, y, x, channel)
-        Finite.
+        Finite frames.
     kind : str
-        What error messages call the frames.
+        Name of the frames in error messages.
 
     Raises
     ------
     AssertionError
+        When a property does not hold.
     lsim.FramesError
-        For frames with NaN, infinity or masked values.
+        When frames hold NaN, infinity or masked values.
     """
     frames = _finite(frames)
     try:
@@ -150,23 +156,24 @@ def check_claims(metric: Metric, frames: np.ndarray, kind: str = "given") -> Non
 
 
 def check_axioms(metric: Metric, frames: np.ndarray, kind: str = "given") -> None:
-    """Hold the distances of a sequence to the axioms that the metric claims.
+    """Check the distances of a sequence against the axioms that the metric claims.
 
-    Zero on itself is taken from the formula, not from the diagonal that ``pairwise`` fills in.
+    Zero on itself is checked on the formula, not on the diagonal that ``pairwise`` fills in.
 
     Parameters
     ----------
     metric : Metric
     frames : ndarray of shape (n, y, x, channel)
-        Finite.
+        Finite frames.
     kind : str
-        What error messages call the frames.
+        Name of the frames in error messages.
 
     Raises
     ------
     AssertionError
+        When a property does not hold.
     lsim.FramesError
-        For frames with NaN, infinity or masked values.
+        When frames hold NaN, infinity or masked values.
     """
     frames = _finite(frames)
     before = frames.copy()
@@ -211,49 +218,51 @@ def check_axioms(metric: Metric, frames: np.ndarray, kind: str = "given") -> Non
 
 
 def check_features(metric: Metric, frames: np.ndarray, kind: str = "given") -> None:
-    """Check that the metric is what :attr:`MetricInfo.feature_distance` says it is: to 1e-5 relative.
+    """Check that a metric is the claimed :attr:`MetricInfo.feature_distance`, to 1e-5 relative.
 
     Parameters
     ----------
     metric : Metric
     frames : ndarray of shape (n, y, x, channel)
-        Finite.
+        Finite frames.
     kind : str
-        What error messages call the frames.
+        Name of the frames in error messages.
 
     Raises
     ------
     AssertionError
+        When a property does not hold.
     lsim.FramesError
-        For frames with NaN, infinity or masked values.
+        When frames hold NaN, infinity or masked values.
     """
     frames = _finite(frames)
     with torch.no_grad():
         features = metric.embedded(metric.prepare(frames, "sequence")).parts["features"].double().cpu()
     squared = (features[:, None] - features[None]).square().flatten(2).sum(2).numpy()
-    found = squared if metric.info.feature_distance == "squared euclidean" else np.sqrt(squared)
+    distances = squared if metric.info.feature_distance == "squared euclidean" else np.sqrt(squared)
     where = (
         f"metric {metric.name!r}, {kind} frames: the {metric.info.feature_distance} distance of its features"
     )
-    _agree(found, metric.pairwise(frames), where, atol=ATOL)
+    _agree(distances, metric.pairwise(frames), where, atol=ATOL)
 
 
 def check_consistency(metric: Metric, frames: np.ndarray, kind: str = "given") -> None:
-    """Check that all ways to the distance of two frames give the same: to 1e-5 relative.
+    """Check that all ways to compute the distance of two frames agree, to 1e-5 relative.
 
     Parameters
     ----------
     metric : Metric
     frames : ndarray of shape (n, y, x, channel)
-        Finite, and of the size that the metric resizes to, if it does.
+        Finite frames, of the size that the metric resizes to, if any.
     kind : str
-        What error messages call the frames.
+        Name of the frames in error messages.
 
     Raises
     ------
     AssertionError
+        When a property does not hold.
     lsim.FramesError
-        For frames with NaN, infinity or masked values.
+        When frames hold NaN, infinity or masked values.
     """
     frames = _finite(frames)
     where = f"metric {metric.name!r}, {kind} frames"
@@ -303,13 +312,14 @@ def check_missing_values(metric: Metric, frames: np.ndarray) -> None:
     ----------
     metric : Metric
     frames : ndarray of shape (n, y, x, channel)
-        At least three finite frames in floating point; the second is spoilt.
+        At least three finite frames in floating point; the check puts NaN into a copy of the second.
 
     Raises
     ------
     AssertionError
+        When a property does not hold.
     lsim.FramesError
-        For frames with NaN, infinity or masked values.
+        When frames hold NaN, infinity or masked values.
     """
     frames = _finite(frames)
     rest = [k for k in range(len(frames)) if k != 1]
@@ -334,10 +344,10 @@ def check_missing_values(metric: Metric, frames: np.ndarray) -> None:
 
 
 def check_mask(metric: Metric, frames: np.ndarray) -> None:
-    """Check that missing pixels are left out of both frames, or that the metric refuses a mask.
+    """Check that missing pixels are left out of both frames, or that the metric rejects a mask.
 
-    With nothing missing a mask changes nothing; what lies under it doesn't matter; NaN in one frame counts as
-    a mask of that frame; and where no pixel is left the distance is NaN.
+    A mask without missing pixels changes nothing. Values under a mask don't matter. NaN in one frame acts as
+    a mask of that frame. Without any common pixel the distance is NaN.
 
     Parameters
     ----------
@@ -348,8 +358,9 @@ def check_mask(metric: Metric, frames: np.ndarray) -> None:
     Raises
     ------
     AssertionError
+        When a property does not hold.
     lsim.FramesError
-        For frames with NaN, infinity or masked values.
+        When frames hold NaN, infinity or masked values.
     """
     frames = _finite(frames)
     where = f"metric {metric.name!r}, with a mask"
@@ -358,29 +369,29 @@ def check_mask(metric: Metric, frames: np.ndarray) -> None:
             metric.pairwise(frames, mask="nan")
         except ValueError:
             return
-        raise AssertionError(f"{where}: says that it takes none, and computes")
-    kept = np.ones(frames.shape[:3], bool)
-    _agree(metric.pairwise(frames, mask=kept), metric.pairwise(frames), f"{where} of nothing")
+        raise AssertionError(f"{where}: claims to accept none, but computes a distance")
+    valid = np.ones(frames.shape[:3], bool)
+    _agree(metric.pairwise(frames, mask=valid), metric.pairwise(frames), f"{where} of nothing")
     _, y, x, _ = frames.shape
-    kept[:, y // 4 : y // 3, x // 5 : x // 4] = False
-    kept[1, :2, :3] = False
-    masked = metric.pairwise(frames, mask=kept)
+    valid[:, y // 4 : y // 3, x // 5 : x // 4] = False
+    valid[1, :2, :3] = False
+    masked = metric.pairwise(frames, mask=valid)
     apart = ~np.eye(len(masked), dtype=bool)
     _require(bool(np.isfinite(masked[apart]).all()), f"{where}: not finite:\n{masked}")
-    # Frames that are changed where the mask hides them: a largest error may lie elsewhere.
-    changed = np.where(kept[..., None], frames, frames.max() * 3 + 7)
+    # Change frames under the mask only, by enough to change a maximum over the frame, too.
+    changed = np.where(valid[..., None], frames, frames.max() * 3 + 7)
     _require(
         not np.allclose(masked, metric.pairwise(changed), rtol=RTOL, atol=0),
-        f"{where}: makes no difference to the distances",
+        f"{where}: does not change the distances",
     )
-    _agree(metric.pairwise(changed, mask=kept), masked, f"{where}: depends on what lies under it")
-    spoilt = np.where(kept[..., None], frames, np.nan)
-    _agree(metric.pairwise(spoilt, mask="nan"), masked, f"{where}: NaN against an array that says where")
+    _agree(metric.pairwise(changed, mask=valid), masked, f"{where}: depends on values under it")
+    spoilt = np.where(valid[..., None], frames, np.nan)
+    _agree(metric.pairwise(spoilt, mask="nan"), masked, f"{where}: NaN against a mask array")
     lo, hi = value_range(spoilt, masked=True)
     pairs = metric.distance(spoilt[[0, 1]], spoilt[[1, 2]], (lo, hi), mask="nan")
     _agree(pairs, masked[[0, 1], [1, 2]], f"{where}: distance against pairwise")
-    kept[2] = False
-    nothing = metric.pairwise(frames, mask=kept)
+    valid[2] = False
+    nothing = metric.pairwise(frames, mask=valid)
     _require(
         bool(np.isnan(nothing[2]).all() and np.isfinite(nothing[0, 1])),
         f"{where}: frame 2 has no pixel left, expected NaN in its row alone, found\n{nothing}",
@@ -388,7 +399,7 @@ def check_mask(metric: Metric, frames: np.ndarray) -> None:
 
 
 def check_gradients(metric: Metric, frames: np.ndarray) -> None:
-    """Check that gradients are finite in both arguments, there where frames differ, and 0 where equal.
+    """Check that gradients are finite in both arguments, nonzero where frames differ, and 0 where equal.
 
     A metric that truncates to 8 bit is constant between the steps: its gradients may be 0 everywhere.
 
@@ -401,20 +412,23 @@ def check_gradients(metric: Metric, frames: np.ndarray) -> None:
     Raises
     ------
     AssertionError
+        When a property does not hold.
     lsim.FramesError
-        For frames with NaN, infinity or masked values.
+        When frames hold NaN, infinity or masked values.
     """
     frames = _finite(frames)
     planes = _planes(metric.prepare(frames, "sequence").values)
     where = f"metric {metric.name!r}"
-    # Where identical frames have no certain distance, they aren't where it is least.
+    # Without a certain distance of equal frames, these are no minimum.
     no_minimum = bool(np.isnan(metric.info.distance_to_itself))
-    # The last pair is of equal frames: its gradients must not spoil those of the batch.
+    # The last pair has equal frames, and must not spoil the gradients of the batch.
     reference = planes[[0, 0, 1]].clone().requires_grad_()
     other = planes[[1, 2, 1]].clone().requires_grad_()
     distances = metric(reference, other)
     _require(tuple(distances.shape) == (3,), f"{where}: gives {tuple(distances.shape)} for 3 pairs")
-    _require(distances.requires_grad or metric.quantised, f"{where}: claims gradients, but carries none")
+    _require(
+        distances.requires_grad or metric.quantised, f"{where}: claims gradients, but its distances have none"
+    )
     with torch.no_grad():
         plain = metric(reference, other)
     _agree(
@@ -430,11 +444,11 @@ def check_gradients(metric: Metric, frames: np.ndarray) -> None:
             largest[2] == 0 or no_minimum,
             f"{where}: gradient of {argument} at equal frames is up to {largest[2]}, expected 0",
         )
-        apart = [
+        unsaturated = [
             size for size, at in zip(largest[:2], plain[:2], strict=True) if at < metric.info.saturates_at
         ]
         _require(
-            metric.quantised or (bool(apart) and min(apart) > 0),
+            metric.quantised or (bool(unsaturated) and min(unsaturated) > 0),
             f"{where}: gradient of {argument} vanishes for frames that differ: {largest[:2]}",
         )
     equal = planes[:1].clone().requires_grad_()
@@ -451,21 +465,21 @@ def write_random_checkpoint(
     seed: int = 0,
     size: int = 224,
 ) -> Path:
-    """Write random weights in the format of the published ones: for tests and timings without those.
+    """Write random weights in the format of the published ones, for tests and timings.
 
     Parameters
     ----------
     path : path
-        Of the file; not one of the published names, whose hashes are checked.
+        File to write. Published names are rejected on loading, since their hashes are checked.
     trunk_class : a network in :data:`lsim.networks.TRUNKS`
     seed : int, default 0
     size : int, default 224
-        Frame size that the deviation maps are made for.
+        Side of the frames that the deviation maps are made for.
 
     Returns
     -------
     Path
-        The file, to pass as ``load_metric(name, weights=path)``.
+        The file, for ``load_metric(name, weights=path)``.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -496,18 +510,18 @@ def write_random_checkpoint(
 
 
 def _planes(values: Tensor) -> Tensor:
-    """(n, y, x, channel) → (n, channel, y, x), as the call on tensors takes it."""
+    """Convert (n, y, x, channel) to (n, channel, y, x), as for the call on tensors."""
     return values.permute(0, 3, 1, 2)
 
 
-def _agree(found: np.ndarray, expected: np.ndarray, what: str, atol: float = 0.0) -> None:
+def _agree(actual: np.ndarray, expected: np.ndarray, subject: str, atol: float = 0.0) -> None:
     """Require equal values within :data:`RTOL`; equal infinities and NaN in the same places agree."""
-    if found.shape == expected.shape and np.allclose(found, expected, rtol=RTOL, atol=atol, equal_nan=True):
+    if actual.shape == expected.shape and np.allclose(actual, expected, rtol=RTOL, atol=atol, equal_nan=True):
         return
-    raise AssertionError(f"{what}: found\n{found!r}\nexpected\n{expected!r}")
+    raise AssertionError(f"{subject}: found\n{actual!r}\nexpected\n{expected!r}")
 
 
 def _require(holds: bool, message: str) -> None:
-    """``assert`` that stays when Python is run with -O."""
+    """Raise an AssertionError unless a condition holds, also under ``python -O``."""
     if not holds:
         raise AssertionError(message)

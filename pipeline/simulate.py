@@ -240,19 +240,23 @@ def measure_hardness(report: SimulationReport, most: int = 100) -> tuple[dict[st
         Number of families read.
     """
     numbers = report.numbers[:most]
-    errors: dict[str, list[tuple[np.ndarray, float]]] = {
+    pools: dict[str, list[tuple[np.ndarray, float]]] = {
         name: [] for name in find_recipe(report.recipe).fields
     }
     for number in numbers:
         folders = family_folders(report.folder, report.recipe, number)
-        for field_errors, folder in zip(errors.values(), folders, strict=True):
-            field_errors.append(reference_errors(read_frames(folder)))
+        for pool, folder in zip(pools.values(), folders, strict=True):
+            frames = read_frames(folder)
+            pool.append((reference_errors(frames), rounding_of_errors(frames)))
     if not numbers:
         return {}, 0
     truth = ground_truth()[1:]
-    hardness = {name: pooled_spearman(rows, truth) for name, rows in errors.items()}
-    if len(errors) > 1:
-        hardness["all"] = pooled_spearman([row for rows in errors.values() for row in rows], truth)
+    if len(pools) > 1:
+        pools["all"] = [row for pool in pools.values() for row in pool]
+    hardness = {}
+    for name, pool in pools.items():
+        errors, rounding = zip(*pool, strict=True)
+        hardness[name] = pooled_spearman(errors, truth, rounding)
     return hardness, len(numbers)
 
 

@@ -352,7 +352,7 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, object], messag
 def test_metrics_on_8_bit_and_weights_beside_a_loaded_metric_are_refused(metric: lsim.Metric) -> None:
     with pytest.raises(ValueError, match="8 bit"):
         SimulationLoss(lsim.load_metric("l2", compat="published"))
-    with pytest.raises(ValueError, match="loaded already"):
+    with pytest.raises(ValueError, match="already loaded"):
         SimulationLoss(metric, weights="some.pth")
 
 

@@ -100,7 +100,7 @@ def cases(
     Raises
     ------
     FramesError
-        When a sequence has fewer than two frames.
+        When a sequence has fewer than two frames, or missing values.
     """
     rng = np.random.default_rng(seed)
     smallest = metric.info.minimum_size
@@ -117,6 +117,12 @@ def cases(
         others = sorted({1, len(sequence) // 2, len(sequence) - 1})
         for y, x in dict.fromkeys(sizes):
             prepared = preprocess(sequence, size=max(y, x), order=1)[:, :y, :x]
+            finite = finite_frames(prepared)
+            if not finite.all():
+                raise FramesError(
+                    f"expected finite {kind} frames to compare on, found NaN, infinity or masked values in "
+                    f"frame {np.argmin(finite)}"
+                )
             compared.append(Case(kind, prepared[[0] * len(others)], prepared[others]))
     return compared
 

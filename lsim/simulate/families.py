@@ -173,7 +173,7 @@ def defect(frames: np.ndarray) -> str | None:
         rounding; ``"no effect"``: the last frame differs from the reference by less than a thousandth of
         the reference's standard deviation; None if the family is usable.
     """
-    frames = as_array(frames)  # what is masked is not finite
+    frames = as_array(frames)  # masked values become NaN
     if not np.isfinite(frames).all():
         return "not finite"
     exact = frames.astype(np.float64)

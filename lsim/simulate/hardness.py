@@ -45,7 +45,7 @@ def reference_errors(frames: ArrayLike, size: int | None = 224) -> np.ndarray:
 
 
 def rounding_of_errors(frames: ArrayLike, size: int | None = 224) -> float:
-    """Bound the rounding of :func:`reference_errors` for pools: infinity where there is no more, or 0."""
+    """Bound the rounding of :func:`reference_errors`: infinity if frames differ by nothing else, or 0."""
     return math.inf if differ_by_rounding(frames, size) else 0.0
 
 
@@ -65,7 +65,11 @@ def hardness(families: Families, size: int | None = 224) -> dict[str, float]:
     """
     truth = families.parameter[1:]
     return {
-        field: pooled_spearman([reference_errors(frames, size) for frames in field_frames], truth)
+        field: pooled_spearman(
+            [reference_errors(frames, size) for frames in field_frames],
+            truth,
+            [rounding_of_errors(frames, size) for frames in field_frames],
+        )
         for field, field_frames in families.frames.items()
     }
 
@@ -181,5 +185,6 @@ def _hardness_at(recipe: Recipe, factor: float, numbers: Sequence[int], size: in
     )
     with torch_threads(1):
         simulated = make(scaled, numbers, size, seed, torch.device("cpu"), torch.float32, batch=4)
-    errors = [reference_errors(frames) for field in simulated.frames.values() for frames in field]
-    return pooled_spearman(errors, ground_truth()[1:])
+    sequences = [frames for field in simulated.frames.values() for frames in field]
+    errors = [reference_errors(frames) for frames in sequences]
+    return pooled_spearman(errors, ground_truth()[1:], [rounding_of_errors(frames) for frames in sequences])

@@ -85,9 +85,12 @@ def write_family(
     ------
     FileExistsError
         When the folder exists and was not written by this function; it is not touched.
+    ValueError
+        When frames hold NaN, infinity or masked values, which the files cannot store.
     """
     frames = as_array(frames)
-    if not (finite := finite_frames(frames)).all():
+    finite = finite_frames(frames)
+    if not finite.all():
         raise ValueError(
             f"{folder}: expected finite frames, found missing values in frame {np.argmin(finite)}"
         )

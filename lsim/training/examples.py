@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lsim.preprocess import as_array
 from lsim.training.processes import Processes
 from lsim.training.sequences import SequenceError, SequenceSource, Subset, read_checked
 from lsim.training.settings import TrainingSettings
@@ -63,7 +64,8 @@ def make_example(source: SequenceSource, index: int, epoch: int, settings: Train
 
 def planes(frames: np.ndarray, device: torch.device) -> Tensor:
     """Convert (n, y, x, channel) to (n, channel, y, x), float32, on the device."""
-    return torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32)).to(device).permute(0, 3, 1, 2)
+    values = np.ascontiguousarray(as_array(frames), dtype=np.float32)
+    return torch.from_numpy(values).to(device).permute(0, 3, 1, 2)
 
 
 def read_ahead(

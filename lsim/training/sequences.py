@@ -246,6 +246,7 @@ class Augmentation:
 
     def vary(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Crop, turn and add noise to all frames (frame, y, x, channel) alike; sides become ``size``."""
+        frames = as_array(frames)
         minimum = round(self.size * self.margin)
         if min(frames.shape[1:3]) < minimum:
             # Order 0 is that of the published evaluation, order 1 the usual one.

@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from lsim.metric import resolve_device
 from lsim.no_tf32 import ieee_convolutions
 from lsim.preprocess import preprocess
-from lsim.ranking import pooled_spearman
+from lsim.ranking import differ_by_rounding, pooled_spearman
 from lsim.training.examples import (
     Example,
     SkippedSequences,
@@ -535,7 +535,8 @@ def validate(
 ) -> dict[str, float]:
     """Correlate the distances to the reference with the ground truth, pooled over sequences.
 
-    Frames are resized as the evaluation does, not cropped.
+    Frames are resized as the evaluation does, not cropped. Sequences whose frames differ only by rounding are
+    left out.
 
     Parameters
     ----------
@@ -551,7 +552,7 @@ def validate(
     dict of str to float
         Pooled Spearman correlation: ``"spearman"`` over all, ``"spearman <data set>"`` of each data set.
     """
-    rows: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    rows: dict[str, list[tuple[np.ndarray, np.ndarray, float]]] = {}
     generator = torch.Generator()
     for index, name in enumerate(source.names):
         sequence = source.read(index)
@@ -563,7 +564,8 @@ def validate(
         else:
             distances = network.sequence_distances(network.features(frames), pairs, 0.0, generator)
         truth = sequence.parameter[1:] - sequence.parameter[0]
-        row = distances.double().cpu().numpy(), truth
+        rounding = math.inf if differ_by_rounding(sequence.frames, settings.validation_size) else 0.0
+        row = distances.double().cpu().numpy(), truth, rounding
         rows.setdefault("spearman", []).append(row)
         rows.setdefault(f"spearman {name.split('/')[0]}", []).append(row)
     return {name: pooled_spearman(*zip(*values, strict=True)) for name, values in rows.items()}
