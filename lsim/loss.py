@@ -66,7 +66,7 @@ class SimulationLoss(nn.Module):
     ValueError
         When a setting isn't as described, or the metric has no gradients.
     UnknownMetricError, lsim.weights.WeightsError
-        As :func:`lsim.load_metric`.
+        See :func:`lsim.load_metric`.
 
     Notes
     -----

@@ -46,12 +46,12 @@ class LsimTrunk(nn.Module):
         return LsimTrunk.map_size(n) >= 1
 
     def forward(self, frames: Tensor) -> list[Tensor]:
-        one = F.relu(self.conv1(frames))
-        two = F.relu(self.conv2(F.max_pool2d(one, 4, 2)))
-        three = F.relu(self.conv3(F.max_pool2d(two, 4, 2)))
-        four = F.relu(self.conv4(three))
-        five = F.relu(self.conv5(four))
-        return [one, two, three, four, five]
+        map1 = F.relu(self.conv1(frames))
+        map2 = F.relu(self.conv2(F.max_pool2d(map1, 4, 2)))
+        map3 = F.relu(self.conv3(F.max_pool2d(map2, 4, 2)))
+        map4 = F.relu(self.conv4(map3))
+        map5 = F.relu(self.conv5(map4))
+        return [map1, map2, map3, map4, map5]
 
 
 class SkipTrunk(nn.Module):
@@ -88,15 +88,15 @@ class SkipTrunk(nn.Module):
         return coarse >= 1 and middle == 2 * coarse + 2 and fine == 2 * middle + 3
 
     def forward(self, frames: Tensor) -> list[Tensor]:
-        one = F.relu(self.conv1(frames))
-        two = F.relu(self.conv2(F.max_pool2d(one, 4, 2)))
-        three = F.relu(self.conv3(F.max_pool2d(two, 4, 2)))
-        four = F.relu(self.conv4(three))
-        up_three = F.relu(self.deconv3(four))
-        up_two = F.relu(self.deconv2(torch.cat([three, up_three], 1)))
-        up_one = F.relu(self.deconv1(torch.cat([two, up_two], 1)))
-        five = F.relu(self.conv5(torch.cat([one, up_one], 1)))
-        return [one, two, three, four, up_three, up_two, up_one, five]
+        map1 = F.relu(self.conv1(frames))
+        map2 = F.relu(self.conv2(F.max_pool2d(map1, 4, 2)))
+        map3 = F.relu(self.conv3(F.max_pool2d(map2, 4, 2)))
+        map4 = F.relu(self.conv4(map3))
+        up3 = F.relu(self.deconv3(map4))
+        up2 = F.relu(self.deconv2(torch.cat([map3, up3], 1)))
+        up1 = F.relu(self.deconv1(torch.cat([map2, up2], 1)))
+        map5 = F.relu(self.conv5(torch.cat([map1, up1], 1)))
+        return [map1, map2, map3, map4, up3, up2, up1, map5]
 
 
 class AlexTrunk(nn.Module):
@@ -134,12 +134,12 @@ class AlexTrunk(nn.Module):
         return n >= 31
 
     def forward(self, frames: Tensor) -> list[Tensor]:
-        one = F.relu(self.conv1((frames - self.mean) / self.deviation))
-        two = F.relu(self.conv2(F.max_pool2d(one, 3, 2)))
-        three = F.relu(self.conv3(F.max_pool2d(two, 3, 2)))
-        four = F.relu(self.conv4(three))
-        five = F.relu(self.conv5(four))
-        return [one, two, three, four, five]
+        map1 = F.relu(self.conv1((frames - self.mean) / self.deviation))
+        map2 = F.relu(self.conv2(F.max_pool2d(map1, 3, 2)))
+        map3 = F.relu(self.conv3(F.max_pool2d(map2, 3, 2)))
+        map4 = F.relu(self.conv4(map3))
+        map5 = F.relu(self.conv5(map4))
+        return [map1, map2, map3, map4, map5]
 
 
 class VggTrunk(nn.Module):
@@ -193,19 +193,19 @@ class VggTrunk(nn.Module):
 
     def forward(self, frames: Tensor) -> list[Tensor]:
         x = F.relu(self.conv1_1((frames - self.mean) / self.deviation))
-        one = F.relu(self.conv1_2(x))
-        x = F.relu(self.conv2_1(F.max_pool2d(one, 2)))
-        two = F.relu(self.conv2_2(x))
-        x = F.relu(self.conv3_1(F.max_pool2d(two, 2)))
+        map1 = F.relu(self.conv1_2(x))
+        x = F.relu(self.conv2_1(F.max_pool2d(map1, 2)))
+        map2 = F.relu(self.conv2_2(x))
+        x = F.relu(self.conv3_1(F.max_pool2d(map2, 2)))
         x = F.relu(self.conv3_2(x))
-        three = F.relu(self.conv3_3(x))
-        x = F.relu(self.conv4_1(F.max_pool2d(three, 2)))
+        map3 = F.relu(self.conv3_3(x))
+        x = F.relu(self.conv4_1(F.max_pool2d(map3, 2)))
         x = F.relu(self.conv4_2(x))
-        four = F.relu(self.conv4_3(x))
-        x = F.relu(self.conv5_1(F.max_pool2d(four, 2)))
+        map4 = F.relu(self.conv4_3(x))
+        x = F.relu(self.conv5_1(F.max_pool2d(map4, 2)))
         x = F.relu(self.conv5_2(x))
-        five = F.relu(self.conv5_3(x))
-        return [one, two, three, four, five]
+        map5 = F.relu(self.conv5_3(x))
+        return [map1, map2, map3, map4, map5]
 
 
 class Fire(nn.Module):
@@ -258,14 +258,14 @@ class SqueezeTrunk(nn.Module):
         return n >= 17
 
     def forward(self, frames: Tensor) -> list[Tensor]:
-        one = F.relu(self.conv1((frames - self.mean) / self.deviation))
-        two = self.fire4(self.fire3(F.max_pool2d(one, 3, 2, ceil_mode=True)))
-        three = self.fire7(self.fire6(F.max_pool2d(two, 3, 2, ceil_mode=True)))
-        four = self.fire9(F.max_pool2d(three, 3, 2, ceil_mode=True))
-        five = self.fire10(four)
-        six = self.fire11(five)
-        seven = self.fire12(six)
-        return [one, two, three, four, five, six, seven]
+        map1 = F.relu(self.conv1((frames - self.mean) / self.deviation))
+        map2 = self.fire4(self.fire3(F.max_pool2d(map1, 3, 2, ceil_mode=True)))
+        map3 = self.fire7(self.fire6(F.max_pool2d(map2, 3, 2, ceil_mode=True)))
+        map4 = self.fire9(F.max_pool2d(map3, 3, 2, ceil_mode=True))
+        map5 = self.fire10(map4)
+        map6 = self.fire11(map5)
+        map7 = self.fire12(map6)
+        return [map1, map2, map3, map4, map5, map6, map7]
 
 
 class NonSiamese(nn.Module):

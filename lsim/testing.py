@@ -80,7 +80,8 @@ def _check_metric(metric: Metric, frame_size: int | None, seed: int) -> None:
 def _finite(frames: np.ndarray) -> np.ndarray:
     """Reject frames with missing values: NaN distances would hide the property that is checked."""
     frames = as_array(frames)
-    if not (finite := finite_frames(frames)).all():
+    finite = finite_frames(frames)
+    if not finite.all():
         raise FramesError(
             f"expected finite frames to check a metric on, found NaN, infinity or masked values in frame "
             f"{np.argmin(finite)}"
@@ -325,18 +326,18 @@ def check_missing_values(metric: Metric, frames: np.ndarray) -> None:
     rest = [k for k in range(len(frames)) if k != 1]
     expected = metric.pairwise(frames[rest])
     for value in (np.nan, np.inf, -np.inf):
-        spoilt = frames.copy()
-        spoilt[1, frames.shape[1] // 3, frames.shape[2] // 3, -1] = value
+        damaged = frames.copy()
+        damaged[1, frames.shape[1] // 3, frames.shape[2] // 3, -1] = value
         where = f"metric {metric.name!r}, {value} in one pixel of frame 1 of {len(frames)}"
-        matrix = metric.pairwise(spoilt)
+        matrix = metric.pairwise(damaged)
         _require(
             bool(np.isnan(matrix[1]).all() and np.isnan(matrix[:, 1]).all()),
             f"{where}: expected NaN in its row and column, found {matrix[1]} and {matrix[:, 1]}",
         )
         _agree(matrix[np.ix_(rest, rest)], expected, f"{where}: distances among the other frames")
-        row = metric.from_reference(metric.prepare(spoilt, "sequence"))
+        row = metric.from_reference(metric.prepare(damaged, "sequence"))
         _agree(row, matrix[0], f"{where}: from_reference against row 0 of pairwise")
-        pairs = metric.distance(spoilt[[0, 1, 2]], spoilt[[2, 0, 1]])
+        pairs = metric.distance(damaged[[0, 1, 2]], damaged[[2, 0, 1]])
         _require(
             np.isnan(pairs).tolist() == [False, True, True],
             f"{where}: distances of pairs (0, 2), (1, 0), (2, 1) are {pairs}; expected NaN in the last two",
@@ -385,10 +386,10 @@ def check_mask(metric: Metric, frames: np.ndarray) -> None:
         f"{where}: does not change the distances",
     )
     _agree(metric.pairwise(changed, mask=valid), masked, f"{where}: depends on values under it")
-    spoilt = np.where(valid[..., None], frames, np.nan)
-    _agree(metric.pairwise(spoilt, mask="nan"), masked, f"{where}: NaN against a mask array")
-    lo, hi = value_range(spoilt, masked=True)
-    pairs = metric.distance(spoilt[[0, 1]], spoilt[[1, 2]], (lo, hi), mask="nan")
+    with_nan = np.where(valid[..., None], frames, np.nan)
+    _agree(metric.pairwise(with_nan, mask="nan"), masked, f"{where}: NaN against a mask array")
+    lo, hi = value_range(with_nan, masked=True)
+    pairs = metric.distance(with_nan[[0, 1]], with_nan[[1, 2]], (lo, hi), mask="nan")
     _agree(pairs, masked[[0, 1], [1, 2]], f"{where}: distance against pairwise")
     valid[2] = False
     nothing = metric.pairwise(frames, mask=valid)

@@ -139,7 +139,7 @@ def simulate(
     Raises
     ------
     UnknownRecipeError, ValueError
-        As :func:`lsim.simulate.write_families`.
+        See :func:`lsim.simulate.write_families`.
     SimulationError
         When a family cannot be written, or its worker dies; or when all families are degenerate and there is
         a store, which cannot be updated with nothing. Single degenerate families are no error: they are
@@ -187,7 +187,7 @@ def _make_families(client: Client | None, tasks: Sequence[Task], progress: Progr
     """Run :func:`make_family` on workers; return the reason for each family without a usable draw."""
     unusable: dict[int, str] = {}
     progress(0, len(tasks))
-    for done, (task, reason, error) in enumerate(run_bounded(client, make_family, tasks), 1):
+    for count, (task, reason, error) in enumerate(run_bounded(client, make_family, tasks), 1):
         folder, recipe, number, *_ = task
         if error is not None:
             raise SimulationError(
@@ -196,7 +196,7 @@ def _make_families(client: Client | None, tasks: Sequence[Task], progress: Progr
             ) from error
         if reason is not None:
             unusable[number] = reason
-        progress(done, len(tasks))
+        progress(count, len(tasks))
     return unusable
 
 

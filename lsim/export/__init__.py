@@ -89,7 +89,7 @@ def export_metric(
     lsim.preprocess.FramesError
         When the metric doesn't take frames of ``size``, or ``frames`` aren't as described.
     UnknownMetricError, lsim.weights.WeightsError
-        As :func:`lsim.load_metric`.
+        See :func:`lsim.load_metric`.
     """
     if format not in FORMATS:
         raise ExportError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")

@@ -196,7 +196,7 @@ def write_families(
     FileExistsError
         When a folder of such a name exists that this function didn't write.
     UnknownRecipeError, ValueError, DegenerateFamilyError
-        As :func:`simulate_families`.
+        See :func:`simulate_families`.
     """
     _check(size, seed, batch, threads)
     definition = find_recipe(recipe)
@@ -231,7 +231,7 @@ def missing_families(
     Raises
     ------
     UnknownRecipeError, ValueError
-        As :func:`write_families`.
+        See :func:`write_families`.
     """
     definition = find_recipe(recipe)
     numbers = _numbers(families)

@@ -65,12 +65,12 @@ def step(spectrum: Tensor, velocity: Tensor, decay: Decay, dt: float, grid: Peri
 
 def draw(rng: np.random.Generator) -> Parameters:
     """Draw a reference; the module's docstring has the ranges."""
-    drawn = sine_waves.draw_velocity(rng, 0.2)
-    drawn["density_waves"] = np.asarray(float(rng.choice([2, 3, 4, 6, 12])))
-    drawn["density_phase"] = np.asarray(rng.uniform(0, 2 * math.pi))
-    drawn["viscosity"] = np.asarray(1e-3 * 10 ** rng.uniform())
-    drawn["noise"] = np.asarray(rng.uniform(0.01, 0.03))
-    return drawn
+    parameters = sine_waves.draw_velocity(rng, 0.2)
+    parameters["density_waves"] = np.asarray(float(rng.choice([2, 3, 4, 6, 12])))
+    parameters["density_phase"] = np.asarray(rng.uniform(0, 2 * math.pi))
+    parameters["viscosity"] = np.asarray(1e-3 * 10 ** rng.uniform())
+    parameters["noise"] = np.asarray(rng.uniform(0.01, 0.03))
+    return parameters
 
 
 def draw_noisy(rng: np.random.Generator) -> Parameters:

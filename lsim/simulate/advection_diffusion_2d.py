@@ -51,12 +51,12 @@ def step(
 
 def draw(rng: np.random.Generator) -> Parameters:
     """Draw a reference; the module's docstring has the ranges."""
-    drawn = plane_waves.draw(rng, 0.3)
-    drawn["density_waves"] = np.asarray(float(rng.integers(1, 5)))
-    drawn["density_phase"] = np.asarray(rng.uniform(0, 2 * math.pi))
-    drawn["viscosity"] = np.asarray(3e-4 * 10 ** rng.uniform())
-    drawn["noise"] = np.asarray(rng.uniform(0.002, 0.006))
-    return drawn
+    parameters = plane_waves.draw(rng, 0.3)
+    parameters["density_waves"] = np.asarray(float(rng.integers(1, 5)))
+    parameters["density_phase"] = np.asarray(rng.uniform(0, 2 * math.pi))
+    parameters["viscosity"] = np.asarray(3e-4 * 10 ** rng.uniform())
+    parameters["noise"] = np.asarray(rng.uniform(0.002, 0.006))
+    return parameters
 
 
 def solve(

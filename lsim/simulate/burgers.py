@@ -54,10 +54,10 @@ def step(spectrum: Tensor, decay: Decay, dt: float, grid: PeriodicGrid) -> Tenso
 
 def draw(rng: np.random.Generator) -> Parameters:
     """Draw a reference; the module's docstring has the ranges."""
-    drawn = sine_waves.draw_velocity(rng, 0.4)
-    drawn["viscosity"] = np.asarray(2e-3 * 10 ** rng.uniform())
-    drawn["noise"] = np.asarray(rng.uniform(0.02, 0.06))
-    return drawn
+    parameters = sine_waves.draw_velocity(rng, 0.4)
+    parameters["viscosity"] = np.asarray(2e-3 * 10 ** rng.uniform())
+    parameters["noise"] = np.asarray(rng.uniform(0.02, 0.06))
+    return parameters
 
 
 def solve(

@@ -51,10 +51,10 @@ def step(
 
 def draw(rng: np.random.Generator) -> Parameters:
     """Draw a reference; the module's docstring has the ranges."""
-    drawn = plane_waves.draw(rng, 0.3)
-    drawn["viscosity"] = np.asarray(2e-3 * 5 ** rng.uniform())
-    drawn["noise"] = np.asarray(rng.uniform(0.006, 0.015))
-    return drawn
+    parameters = plane_waves.draw(rng, 0.3)
+    parameters["viscosity"] = np.asarray(2e-3 * 5 ** rng.uniform())
+    parameters["noise"] = np.asarray(rng.uniform(0.006, 0.015))
+    return parameters
 
 
 def solve(

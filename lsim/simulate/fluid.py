@@ -40,7 +40,7 @@ PASSES = 3
 """Number of projections per step where there is an obstacle."""
 
 NOISE_CELLS = 16
-"""Number of points along each axis of the coarse grid on which noise is drawn."""
+"""Number of points along each axis of the coarse grid on which noise is values."""
 
 
 class Box:
@@ -143,9 +143,9 @@ class Box:
     def noise(self, generators: Sequence[np.random.Generator], frames: int) -> tuple[np.ndarray, np.ndarray]:
         """Draw normal numbers of variance one at every face, from a coarse grid: one stream per family."""
         shape = (frames, 2, NOISE_CELLS, NOISE_CELLS)
-        drawn = np.concatenate([rng.standard_normal(shape, dtype=np.float32) for rng in generators])
+        values = np.concatenate([rng.standard_normal(shape, dtype=np.float32) for rng in generators])
         centres, faces = _interpolation(self.n, False), _interpolation(self.n, True)
-        coarse = drawn.astype(self.dtype)
+        coarse = values.astype(self.dtype)
         along_x = centres.astype(self.dtype) @ coarse[:, 0] @ faces.T.astype(self.dtype)
         along_y = faces.astype(self.dtype) @ coarse[:, 1] @ centres.T.astype(self.dtype)
         return along_x, along_y
@@ -221,8 +221,8 @@ def _sample(field, y, x):  # type: ignore[no-untyped-def]
     i, j = min(int(y), rows - 2), min(int(x), columns - 2)
     fy, fx = y - i, x - j
     a, b, c, d = field[i, j], field[i, j + 1], field[i + 1, j], field[i + 1, j + 1]
-    one = field.dtype.type(1)
-    value = (one - fy) * ((one - fx) * a + fx * b) + fy * ((one - fx) * c + fx * d)
+    unit = field.dtype.type(1)
+    value = (unit - fy) * ((unit - fx) * a + fx * b) + fy * ((unit - fx) * c + fx * d)
     return value, min(min(a, b), min(c, d)), max(max(a, b), max(c, d))
 
 

@@ -54,7 +54,7 @@ BACKGROUND = 0.2
 
 def draw(rng: np.random.Generator) -> Parameters:
     """Draw a reference; the module's docstring has the ranges."""
-    drawn = {
+    parameters = {
         "drop_x": rng.uniform(0.3, 0.7),
         "drop_y": rng.uniform(0.55, 0.75),
         "drop_radius": rng.uniform(0.1, 0.18),
@@ -63,7 +63,7 @@ def draw(rng: np.random.Generator) -> Parameters:
         "gravity_y": rng.uniform(3, 5),
         "noise": rng.uniform(0.02, 0.06),
     }
-    return {name: np.asarray(value) for name, value in drawn.items()}
+    return {name: np.asarray(value) for name, value in parameters.items()}
 
 
 def solve(
@@ -112,13 +112,13 @@ def solve_on_noise(
     noisy = {}
     for name, images in solved.items():
         channels = 2 if images.shape[-1] == 3 else 1  # the third channel of a velocity stays 0
-        drawn = np.concatenate(
+        noise_values = np.concatenate(
             [rng.standard_normal((frames, size, size, channels), dtype=np.float32) for rng in generators]
         )
         by_family = images.reshape(len(generators), -1)
         span = (by_family.amax(1) - by_family.amin(1)).repeat_interleave(frames)[:, None, None, None]
         noisy[name] = images.clone()
-        noisy[name][..., :channels] += BACKGROUND * span * empty * torch.from_numpy(drawn).to(images)
+        noisy[name][..., :channels] += BACKGROUND * span * empty * torch.from_numpy(noise_values).to(images)
     return noisy
 
 

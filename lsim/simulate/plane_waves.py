@@ -38,7 +38,7 @@ DURATION = 0.5
 def draw(rng: np.random.Generator, scale: float) -> Parameters:
     """Draw mean velocity, amplitudes, wave vectors, phases and forcing."""
     while True:
-        drawn = {
+        parameters = {
             "mean_x": scale * rng.uniform(-1, 1),
             "mean_y": scale * rng.uniform(-1, 1),
             "amplitude_1": scale * rng.uniform(0.3, 1),
@@ -46,16 +46,16 @@ def draw(rng: np.random.Generator, scale: float) -> Parameters:
             "amplitude_4": scale * rng.uniform(0.1, 0.6),
             "amplitude_8": scale * rng.uniform(0, 0.4),
         }
-        waves = 2 * math.sqrt(2) * sum(drawn[f"amplitude_{k}"] for k in LENGTHS)
-        if abs(drawn["mean_x"]) + abs(drawn["mean_y"]) + waves <= FASTEST:
+        waves = 2 * math.sqrt(2) * sum(parameters[f"amplitude_{k}"] for k in LENGTHS)
+        if abs(parameters["mean_x"]) + abs(parameters["mean_y"]) + waves <= FASTEST:
             break
-    drawn["phase_a"], drawn["phase_b"] = rng.uniform(0, 2 * math.pi, 2)
-    drawn["forcing"] = rng.uniform(0.2, 1.5)
-    drawn["forcing_speed"] = rng.uniform(-0.5, 0.5)
+    parameters["phase_a"], parameters["phase_b"] = rng.uniform(0, 2 * math.pi, 2)
+    parameters["forcing"] = rng.uniform(0.2, 1.5)
+    parameters["forcing_speed"] = rng.uniform(-0.5, 0.5)
     angles = rng.uniform(0, 2 * math.pi, (len(LENGTHS), 2))
     vectors = np.rint(np.stack([np.sin(angles), np.cos(angles)], -1) * np.array(LENGTHS)[:, None, None])
     vectors[np.abs(vectors).sum(-1) == 0] = (0, 1)
-    return {name: np.asarray(value) for name, value in drawn.items()} | {"wave_vectors": vectors}
+    return {name: np.asarray(value) for name, value in parameters.items()} | {"wave_vectors": vectors}
 
 
 def potential(p: dict[str, Tensor], grid: PeriodicGrid, shift: Tensor | float = 0.0) -> Tensor:
@@ -83,14 +83,14 @@ def forcing(p: dict[str, Tensor], grid: PeriodicGrid, time: float) -> Tensor:
 def noise(generators: Sequence[np.random.Generator], frames: int, grid: PeriodicGrid) -> Tensor:
     """Draw normal numbers of variance one, waves up to :data:`NOISE_WAVES`, as a spectrum."""
     coarse = _coarse(grid)
-    drawn = np.concatenate(
+    noise_values = np.concatenate(
         [rng.standard_normal((frames, COARSE, COARSE), dtype=np.float32) for rng in generators]
     )
     limit = 2 * math.pi * (NOISE_WAVES + 0.5)
     k_y, k_x = coarse.wavenumbers
     inside = ((k_y.abs() < limit) & (k_x.abs() < limit)).to(coarse.laplacian.dtype)
     share = (2 * NOISE_WAVES + 1) / COARSE
-    return pad(coarse.forward(torch.from_numpy(drawn).to(coarse.laplacian)) * (inside / share), grid)
+    return pad(coarse.forward(torch.from_numpy(noise_values).to(coarse.laplacian)) * (inside / share), grid)
 
 
 def steps_for(grid: PeriodicGrid) -> int:

@@ -44,24 +44,24 @@ def draw_velocity(rng: np.random.Generator, scale: float) -> Parameters:
 
     ``mean`` and ``amplitude_1`` are uniform within ± scale · (1…3), the amplitudes of 2 and 4 waves
     within 3/4 of it, of 8 waves within half. A strong initial velocity goes with a weak forcing, as in
-    the published recipe. Velocities that could exceed :data:`FASTEST` are drawn again.
+    the published recipe. Velocities that could exceed :data:`FASTEST` are parameters again.
     """
     while True:
         vigour = rng.uniform()
         reach = scale * (1 + 2 * vigour)
-        drawn = {
+        parameters = {
             "mean": reach * rng.uniform(-1, 1),
             "amplitude_1": reach * rng.uniform(-1, 1),
             "amplitude_2": reach * rng.uniform(-0.75, 0.75),
             "amplitude_4": reach * rng.uniform(-0.75, 0.75),
             "amplitude_8": reach * rng.uniform(-0.5, 0.5),
         }
-        if sum(abs(value) for value in drawn.values()) <= FASTEST:
+        if sum(abs(value) for value in parameters.values()) <= FASTEST:
             break
-    drawn["phase_a"], drawn["phase_b"] = rng.uniform(0, 2 * math.pi, 2)
-    drawn["forcing"] = 0.5 + 2.5 * (1 - vigour)
-    drawn["forcing_speed"] = rng.uniform(-0.4, 0.4)
-    return {name: np.asarray(value) for name, value in drawn.items()}
+    parameters["phase_a"], parameters["phase_b"] = rng.uniform(0, 2 * math.pi, 2)
+    parameters["forcing"] = 0.5 + 2.5 * (1 - vigour)
+    parameters["forcing_speed"] = rng.uniform(-0.4, 0.4)
+    return {name: np.asarray(value) for name, value in parameters.items()}
 
 
 def initial_velocity(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -82,9 +82,11 @@ def forcing(parameters: dict[str, Tensor], x: Tensor, time: float) -> Tensor:
 def white_noise(generators: Sequence[np.random.Generator], frames: int, grid: PeriodicGrid) -> Tensor:
     """Draw normal numbers (family · frame, time, x) without short waves: one stream per family."""
     shape = (frames, grid.size, grid.size)
-    drawn = np.concatenate([rng.standard_normal(shape, dtype=np.float32) for rng in generators])
+    noise_values = np.concatenate([rng.standard_normal(shape, dtype=np.float32) for rng in generators])
     long_waves = grid.wavenumbers[-1] <= 2 * math.pi * (SHORTEST_NOISE + 0.5)
-    return grid.backward(grid.forward(torch.from_numpy(drawn).to(grid.laplacian)) * (grid.band * long_waves))
+    return grid.backward(
+        grid.forward(torch.from_numpy(noise_values).to(grid.laplacian)) * (grid.band * long_waves)
+    )
 
 
 def _waves(p: dict[str, Tensor], x: Tensor, phases: Sequence[Tensor]) -> Tensor:

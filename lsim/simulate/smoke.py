@@ -42,7 +42,7 @@ DURATION, STEPS = 1.1, 44
 
 def draw(rng: np.random.Generator) -> Parameters:
     """Draw a reference; the module's docstring has the ranges."""
-    drawn = {
+    parameters = {
         "source_x": rng.uniform(0.35, 0.65),
         "source_y": rng.uniform(0.08, 0.14),
         "source_radius": rng.uniform(0.07, 0.12),
@@ -54,7 +54,7 @@ def draw(rng: np.random.Generator) -> Parameters:
         "wind": rng.uniform(-0.1, 0.1),
         "noise": rng.uniform(0.03, 0.09),
     }
-    return {name: np.asarray(value) for name, value in drawn.items()}
+    return {name: np.asarray(value) for name, value in parameters.items()}
 
 
 def solve(

@@ -79,7 +79,7 @@ class RunState:
     Attributes
     ----------
     progress : RunProgress
-    described : RunDescription
+    description : RunDescription
     skipped : dict of str to str
         Sequences that are skipped, and why.
     network, optimiser : dict
@@ -89,7 +89,7 @@ class RunState:
     """
 
     progress: RunProgress
-    described: RunDescription
+    description: RunDescription
     skipped: dict[str, str]
     network: dict[str, Any]
     optimiser: dict[str, Any]
@@ -99,7 +99,7 @@ class RunState:
 def save_state(folder: Path, state: RunState) -> None:
     """Replace ``state.pt`` whole, and write ``losses.csv``."""
     stored = vars(state.progress) | {
-        "described": state.described,
+        "described": state.description,
         "skipped": state.skipped,
         "network": state.network,
         "optimiser": state.optimiser,
@@ -116,14 +116,14 @@ def save_state(folder: Path, state: RunState) -> None:
 
 
 def load_state(
-    folder: Path, described: RunDescription, about: Mapping[str, str], device: torch.device
+    folder: Path, description: RunDescription, about: Mapping[str, str], device: torch.device
 ) -> RunState | None:
     """Load the state of a stopped run, or None where there is none.
 
     Parameters
     ----------
     folder : Path
-    described : RunDescription
+    description : RunDescription
         Expected identity of the run.
     about : mapping of str to str
         Replacement for the ``about`` of states of earlier versions, which lack it.
@@ -138,12 +138,12 @@ def load_state(
     if not path.exists():
         return None
     stored: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
-    _check_same_run(path, stored["described"], described)
+    _check_same_run(path, stored["described"], description)
     names = [entry.name for entry in fields(RunProgress)]
     progress = {"about": dict(about)} | {name: stored[name] for name in names if name in stored}
     return RunState(
         RunProgress(**progress),
-        described,
+        description,
         stored.get("skipped", {}),
         stored["network"],
         stored["optimiser"],
@@ -151,16 +151,16 @@ def load_state(
     )
 
 
-def _check_same_run(path: Path, stored: RunDescription, described: RunDescription) -> None:
-    before, now = stored["settings"], json.loads(json.dumps(described["settings"]))
+def _check_same_run(path: Path, stored: RunDescription, description: RunDescription) -> None:
+    before, current = stored["settings"], json.loads(json.dumps(description["settings"]))
     differences = [
         f"{key}: {before.get(key)!r} then, {value!r} now"
-        for key, value in now.items()
+        for key, value in current.items()
         if key not in MAY_CHANGE and before.get(key) != value
     ]
     for side, names_before, names_now in (
-        ("training", stored["training"], described["training"]),
-        ("validation", stored["validation"], described["validation"]),
+        ("training", stored["training"], description["training"]),
+        ("validation", stored["validation"], description["validation"]),
     ):
         if names_before != names_now:
             other_names = ", with other names" if len(names_before) == len(names_now) else ""

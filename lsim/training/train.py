@@ -184,7 +184,7 @@ class Run:
         self.names = list(self.training.names)
         self.skipped = SkippedSequences(settings.bad_sequences, len(self.names) + len(held_out.names))
         validation = select_evenly(held_out, settings.validation_sequences)
-        self.described: RunDescription = {
+        self.description: RunDescription = {
             "settings": asdict(settings),
             "training": self.names,
             "validation": list(validation.names),
@@ -248,7 +248,7 @@ class Run:
         ValueError
             When the folder holds a run with other settings or sequences.
         """
-        saved = load_state(self.folder, self.described, about, self.processes.device)
+        saved = load_state(self.folder, self.description, about, self.processes.device)
         if saved is None:
             return False
         self.state = saved.progress
@@ -267,7 +267,7 @@ class Run:
             if average is not None:
                 self.average.load_state_dict(average)
         if self.processes.is_first:
-            content = json.dumps(self.described["settings"], indent=1) + "\n"
+            content = json.dumps(self.description["settings"], indent=1) + "\n"
             (self.folder / SETTINGS).write_text(content)
         if self._summary_writer is not None:
             # Entries that a killed run wrote after its last checkpoint are written again.
@@ -433,7 +433,7 @@ class Run:
         average = None if self.average is None else self.average.state_dict()
         state = RunState(
             progress=self.state,
-            described=self.described,
+            description=self.description,
             skipped=self.skipped.reasons,
             network=self.network.state_dict(),
             optimiser=self.optimiser.state_dict(),
