@@ -22,8 +22,8 @@ from pipeline.distances import compute_distances
 from pipeline.matrix import MatrixRequest, compute_matrix
 from pipeline.matrix.neighbours import NeighboursError, find_neighbours
 from pipeline.metrics.settings import Settings
-from pipeline.report.contents import ReportError, read_record
 from pipeline.report.matrix import gather_matrices
+from pipeline.report.reading import ReportError, read_record
 from pipeline.storage import store
 from pipeline.verify import verify
 from pipeline.verify.repair import repair

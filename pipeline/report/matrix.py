@@ -27,7 +27,7 @@ from pipeline.matrix.neighbours import (
     neighbours_of,
 )
 from pipeline.metrics.resolution import list_unresolved
-from pipeline.report.contents import ReportError, find_frames
+from pipeline.report.reading import ReportError, find_frames
 from pipeline.storage import schema, store
 from pipeline.storage.checked_frames import NOT_READ, check_bound, read_sequence
 from pipeline.storage.recorded import CheckedMatrix, labels_of_blocks
