@@ -474,9 +474,9 @@ class Comparisons:
 def simultaneous_intervals(families: Sequence[Comparisons], level: float = 0.95) -> list[np.ndarray]:
     """Give intervals that hold all true differences at once, with probability ``level``.
 
-    So they hold as well for a comparison that is picked by what the data show, such as that of the best metric
-    with the next. An interval is the difference ± c standard errors of its replicates. c is the quantile of
-    the largest studentised deviation of any comparison in a replicate (max-T; Romano & Wolf 2005,
+    So they hold as well for a comparison that the data pick, such as that of the best metric with the next.
+    An interval is the difference ± c standard errors of its replicates. c is the quantile of the largest
+    studentised deviation of any comparison in a replicate (max-T; Romano & Wolf 2005,
     doi:10.1111/j.1468-0262.2005.00615.x; Montiel Olea & Plagborg-Møller 2019, doi:10.1002/jae.2656). As
     replicates of few units spread too little, c is widened by the ratio of Student's quantile to the normal
     one (Hesterberg 2015, doi:10.1080/00031305.2015.1089789).
