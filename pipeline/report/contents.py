@@ -392,9 +392,9 @@ def _tabulate_sequences(fields: list[Field], protocol: str) -> pd.DataFrame:
 def _condense(left_out: pd.DataFrame) -> list[LeftOut]:
     """Combine the metrics and protocols that leave out a sequence for the same reason."""
     keys = ["dataset", "field", "sequence", "reason"]
-    return [
-        LeftOut(
-            *key, metrics=list(dict.fromkeys(group.metric)), protocols=list(dict.fromkeys(group.protocol))
-        )
-        for key, group in left_out.groupby(keys, sort=False)
-    ]
+    entries = []
+    for _, group in left_out.groupby(keys, sort=False):
+        first = group.iloc[0]
+        metrics, protocols = list(dict.fromkeys(group.metric)), list(dict.fromkeys(group.protocol))
+        entries.append(LeftOut(first.dataset, first.field, first.sequence, first.reason, metrics, protocols))
+    return entries

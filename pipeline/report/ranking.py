@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pandas as pd
 
 Verdict = Literal["apart", "even", "unknown"]
+Kind = Literal["sets", "fields"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class FurtherTable:
 
     protocol: str
     statistic: str
-    kind: Literal["sets", "fields"]
+    kind: Kind
     columns: list[str]
     rows: list[TableRow]
 
@@ -167,7 +168,7 @@ def make_headline(
         values = {row["metric"]: row["value"] for row in ranks}
         by_metric = _compare_with_best(differences, dataset, ranks[0]["metric"], values)
         against = [by_metric[row["metric"]] for row in ranks[1:]]
-    best = ranks[0] if ranks else {"metric": None, "value": math.nan, "low": math.nan, "high": math.nan}
+    best = Cell.of(ranks[0]) if ranks else None
     simultaneous = differences[differences.dataset == dataset]["low_simultaneous"]
     return Headline(
         dataset=dataset,
@@ -176,10 +177,10 @@ def make_headline(
         sequences=int(sequences[dataset]),
         ranked=len(ranks),
         comparisons=int(simultaneous.notna().sum()),
-        metric=best["metric"],
-        value=best["value"],
-        low=best["low"],
-        high=best["high"],
+        metric=best.metric if best is not None else None,
+        value=best.value if best is not None else math.nan,
+        low=best.low if best is not None else math.nan,
+        high=best.high if best is not None else math.nan,
         against=against,
     )
 
@@ -242,10 +243,11 @@ def make_further_tables(
     Sets come first and then single fields. Standard deviations stand beside their means.
     """
     tables = []
-    for kind, selected in (
-        ("sets", correlations[correlations.field == "all"]),
-        ("fields", correlations[correlations.field != "all"]),
-    ):
+    by_kind: dict[Kind, pd.DataFrame] = {
+        "sets": correlations[correlations.field == "all"],
+        "fields": correlations[correlations.field != "all"],
+    }
+    for kind, selected in by_kind.items():
         for pair in dict.fromkeys(zip(selected.protocol, selected.statistic, strict=True)):
             is_main = kind == "sets" and pair == (protocol, statistic)
             if not is_main and not pair[1].endswith("Std"):
@@ -254,7 +256,7 @@ def make_further_tables(
 
 
 def _make_further_table(
-    correlations: pd.DataFrame, metrics: Sequence[str], pair: tuple[str, str], kind: Literal["sets", "fields"]
+    correlations: pd.DataFrame, metrics: Sequence[str], pair: tuple[str, str], kind: Kind
 ) -> FurtherTable:
     """Make the table of one pair of protocol and statistic."""
     protocol, statistic = pair
