@@ -63,6 +63,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/preprocess.py
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/object_stores.py
+	$(BIN)/python benchmarks/integrity.py
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python benchmarks/simulate.py --families 2
 	$(BIN)/python benchmarks/graph.py --blocks 10000

@@ -9,6 +9,9 @@ Then LSiM with the published preprocessing, and the whole registry on sequences 
 share of time in reading, preprocessing, each metric and writing.
 
     python benchmarks/metrics.py [--json] [--metrics ssim,l2] [--seconds 2] [--device auto] [--sequences 64]
+    python benchmarks/metrics.py --overhead [--json] [--metrics ssim,l2] [--seconds 2]
+
+The second measures what checks of claims, and bounds on rounding, take besides embedding and comparing.
 
 Weights are those in $LSIM_WEIGHTS, else random ones of the same shape: times are the same.
 """
@@ -413,6 +416,66 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def measure_overhead(metric: Metric, frames: np.ndarray, seconds: float, clock: Clock) -> dict[str, Any]:
+    """Ratios of checked distances, without and with bounds, to embedding and comparing alone.
+
+    Medians of ratios within rounds that have all three: load that comes and goes is then in none of them.
+    """
+    prepared = metric.prepare(frames, "sequence")
+
+    def alone() -> None:
+        with torch.no_grad():
+            embedding = metric.embed(metric._frames(prepared))
+            metric.compare(embedding, embedding)
+
+    calls: list[Callable[[], Any]] = [
+        alone,
+        lambda: metric.all_pairs(prepared),
+        lambda: metric.all_pairs_with_rounding(prepared),
+    ]
+    for call in calls:
+        call()
+    rounds, begun = [], clock()
+    while len(rounds) < 15 or clock() - begun < seconds:
+        took = []
+        for call in calls:
+            prepared._embeddings.clear()  # what metrics of any kind share of the frames stays, as in a run
+            start = clock()
+            call()
+            took.append(clock() - start)
+        rounds.append(took)
+    taken = np.array(rounds)
+    checked, bounded = np.median(taken[:, 1:] / taken[:, :1], axis=0) - 1
+    return {
+        "metric": metric.name,
+        "milliseconds": 1e3 * float(np.median(taken[:, 0])),
+        "checked": float(checked),
+        "bounded": float(bounded),
+        "rounds": len(rounds),
+    }
+
+
+def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure the overhead of every metric on a sequence of 11 frames of three channels."""
+    device = resolve_device(options.device)
+    names = lsim.list_metrics() if options.metrics == "all" else options.metrics.split(",")
+    frames = make_frames(11, 3)
+    with tempfile.TemporaryDirectory() as temporary:
+        metrics, _ = load_metrics(names, str(device), Path(temporary))
+        return [
+            measure_overhead(metric, frames, options.seconds, Clock(device)) for metric in metrics.values()
+        ]
+
+
+def overhead_table(rows: list[dict[str, Any]]) -> str:
+    """Write the rows of :func:`overhead` for people."""
+    return "\n".join(
+        f"{row['metric']:<20} {row['milliseconds']:>9.2f} ms, checked {row['checked']:>+7.1%}, "
+        f"with bounds {row['bounded']:>+7.1%}"
+        for row in rows
+    )
+
+
 def _in_stage(metrics: dict[str, Metric], folder: Path) -> list[str]:
     """Those that a run of the stage has at hand: not the ones with random weights."""
     return [name for name in metrics if (file := _weights(name, folder)) is None or file.parent != folder]
@@ -486,10 +549,15 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="for each figure")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sequences", type=int, default=64, help="of the whole registry's run; 0 for none")
+    parser.add_argument("--overhead", action="store_true", help="measure checks and bounds instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with warnings.catch_warnings(), threadpool_limits(limits=1):
         warnings.simplefilter("ignore", lsim.SizeWarning)
+        if options.overhead:
+            rows = overhead(options)
+            print(json.dumps(rows, indent=2) if options.json else overhead_table(rows))
+            return 0
         result = measure(options)
     print(json.dumps(result, indent=2) if options.json else table(result))
     wrong = {

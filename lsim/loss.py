@@ -20,7 +20,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lsim.metric import Metric, SizeWarning, check_range, safe_sqrt
+from lsim.metric import Metric, SizeWarning, check_range, check_tensors, safe_sqrt
 from lsim.metrics.learned import LSiM, feature_scale
 from lsim.no_tf32 import ieee_convolutions
 from lsim.preprocess import FramesError
@@ -127,7 +127,8 @@ class SimulationLoss(nn.Module):
         Raises
         ------
         ValueError
-            When shapes differ or the metric can't take their channels or size.
+            When shapes differ or the metric can't take their channels or size; for arrays, and for masked
+            tensors.
         """
         self._check(prediction, target)
         dtype = self.distance.dtype
@@ -155,6 +156,7 @@ class SimulationLoss(nn.Module):
         )
 
     def _check(self, prediction: Tensor, target: Tensor) -> None:
+        check_tensors(prediction, target)
         if prediction.ndim != 4 or prediction.shape != target.shape:
             raise ValueError(
                 "expected prediction and target of equal shape (batch, channel, y, x), found "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import inspect
 import json
@@ -15,7 +16,7 @@ import math
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args
 
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
+from torch.masked import MaskedTensor
 
 from lsim.claims import Claims, OthersCode, other_random_numbers, versions
 from lsim.embedding import Embedding
@@ -34,6 +36,8 @@ from lsim.units import raised
 Mask: TypeAlias = Literal["nan"] | ArrayLike | None
 """What is left out of comparisons: pixels that are NaN in either frame, or where an array is false."""
 
+
+_Bounds: TypeAlias = Callable[[], np.ndarray]
 
 _NOTHING = contextlib.nullcontext()
 
@@ -151,6 +155,9 @@ class Metric(ABC):
     shares_embedding: ClassVar[str] = ""
     """Metrics with the same name here embed alike, so that a run embeds each frame once for all of them."""
 
+    takes_rest: bool = False
+    """Whether :meth:`embed_with_rest` makes something of what double precision has rounded off frames."""
+
     copies_to_compare: ClassVar[bool] = True
     """Whether :meth:`compare` on a CPU may copy both embeddings, in double: what plans of memory count."""
 
@@ -165,6 +172,7 @@ class Metric(ABC):
         """Of the file of a metric of one's own that is loaded by reference: another file, other distances."""
         self.pixel_weights: Tensor | None = None
         """Weights of the pixels (y, x) in means, float64, the largest 1; see :meth:`weighted`."""
+        self._described_weights: dict[str, Any] | None = None
         self._symmetrised = False
         self._warned = False
         self._range_known = False
@@ -206,6 +214,13 @@ class Metric(ABC):
         Three channels; or one, where :attr:`MetricInfo.one_channel_suffices`. Metrics that take a mask are
         given NaN for missing pixels, and no others are.
         """
+
+    def embed_with_rest(self, frames: Tensor, rest: Tensor) -> Embedding:
+        """Embed frames in double precision with what that has rounded off them, ``frames + rest`` exactly.
+
+        Metrics with :attr:`takes_rest` override it.
+        """
+        return self.embed(frames)
 
     @abstractmethod
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
@@ -249,6 +264,8 @@ class Metric(ABC):
             del settings["mask"]
         if settings["precision"] == "single":
             del settings["precision"]  # results of before say nothing of it
+        elif self.takes_rest:
+            settings["rest"] = "kept"  # results of before had lost it
         found = {
             "metric": self.name,
             "algorithm_version": self.algorithm_version,
@@ -261,11 +278,8 @@ class Metric(ABC):
             found["symmetrised"] = True
         if self.source_sha256:
             found["source_sha256"] = self.source_sha256
-        if self.pixel_weights is not None:
-            found["weights_of_pixels"] = {
-                "shape": list(self.pixel_weights.shape),
-                "sha256": hashlib.sha256(self.pixel_weights.numpy().tobytes()).hexdigest(),
-            }
+        if self._described_weights is not None:
+            found[WEIGHTS_OF_PIXELS] = self._described_weights
         return found
 
     def symmetrised(self) -> Self:
@@ -318,6 +332,8 @@ class Metric(ABC):
             )
         copied = copy.copy(self)
         copied.pixel_weights = torch.from_numpy(_checked_weights(weights))
+        # Once: specifications are asked for often, and hashing a million weights takes milliseconds.
+        copied._described_weights = describe_weights(weights)
         return copied
 
     @property
@@ -436,7 +452,7 @@ class Metric(ABC):
             np.concatenate([first, second]), scope, resized=not self._follows_8bit_publication
         )
         with torch.no_grad():
-            embedding = _bounded(self._embed(self._frames(prepared)), prepared)
+            embedding = self._bounded(self._embed_prepared(prepared), prepared)
             left, right = embedding[slice(0, len(first))], embedding[slice(len(first), None)]
             if self.device.type == "cpu":
                 values = torch.cat([self.between(x, y).reshape(1) for x, y in zip(left, right, strict=True)])
@@ -484,7 +500,7 @@ class Metric(ABC):
             return self._masking().pairwise(_where(array, mask), scope)
         if scope != "pair":
             return self.all_pairs(self.prepare(array, scope))
-        return self.each_pair_with_rounding(array)[0]
+        return self._each_pair(array, bounded=False)[0]
 
     def __call__(
         self, reference: Tensor, other: Tensor, *, data_range: float | tuple[float, float] | None = None
@@ -508,6 +524,7 @@ class Metric(ABC):
             metric is differentiable; see :attr:`MetricInfo.differentiable`. Metrics that truncate to 8 bit
             (:attr:`quantised`) have the gradient 0 everywhere.
         """
+        check_tensors(reference, other)
         if reference.ndim != 4 or reference.shape != other.shape:
             raise ValueError(
                 "expected two tensors of equal shape (batch, channel, y, x), "
@@ -567,28 +584,35 @@ class Metric(ABC):
 
     def all_pairs(self, prepared: Prepared) -> np.ndarray:
         """:meth:`pairwise` for frames that :meth:`prepare` made: (n, n) float64."""
-        return self.all_pairs_with_rounding(prepared)[0]
+        return self._matrix_and_bounds(prepared)[0]
 
     def all_pairs_with_rounding(self, prepared: Prepared) -> tuple[np.ndarray, np.ndarray]:
         """Compute :meth:`all_pairs`, and bound what rounding can have done to each: (n, n) both."""
+        matrix, bounds = self._matrix_and_bounds(prepared)
+        rounding = bounds()
+        np.fill_diagonal(rounding, 0)
+        rounding[np.isnan(matrix)] = np.nan
+        return matrix, rounding
+
+    def _matrix_and_bounds(self, prepared: Prepared) -> tuple[np.ndarray, _Bounds]:
+        """Compute :meth:`all_pairs`, and give what bounds its rounding where somebody asks."""
         with torch.no_grad():
             embedding = self.embedded(prepared)
             block = self.between(embedding, embedding)
-            single, block = block.dtype == torch.float32, block.double()
-            rounding = self.bounded(embedding, embedding, block, prepared)
-            matrix = block.cpu().numpy().copy()
-        matrix[~prepared.comparable] = np.nan
-        matrix[:, ~prepared.comparable] = np.nan
-        self.claims.check_distances(matrix, square=True, single=single, rounding=rounding)
-        if "symmetric" in self.axioms:
+        single, block = block.dtype == torch.float32, block.double()
+        bounds = functools.cache(lambda: self.bounded(embedding, embedding, block, prepared))
+        matrix = block.cpu().numpy().copy()
+        if not prepared.comparable.all():
+            matrix[~prepared.comparable] = np.nan
+            matrix[:, ~prepared.comparable] = np.nan
+        self.claims.check_distances(matrix, square=True, single=single, rounding=bounds)
+        if "symmetric" in self.axioms and not (matrix == matrix.T).all():
             # To the last bit: some devices add d(i, j) and d(j, i) in another order.
             below = np.tril_indices(len(matrix), -1)
             matrix[below] = matrix.T[below]
         itself = np.where(prepared.comparable, self._to_itself(matrix.diagonal()), np.nan)
         np.fill_diagonal(matrix, itself)
-        np.fill_diagonal(rounding, 0)
-        rounding[np.isnan(matrix)] = np.nan
-        return matrix, rounding
+        return matrix, bounds
 
     def each_pair_with_rounding(self, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Compute :meth:`pairwise` with every pair normalised for itself, and bound its rounding.
@@ -602,39 +626,50 @@ class Metric(ABC):
         distances, rounding : ndarrays of shape (n, n), float64
             As :meth:`all_pairs_with_rounding` gives them.
         """
+        return self._each_pair(frames, bounded=True)
+
+    def _each_pair(self, frames: np.ndarray, *, bounded: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Compute :meth:`each_pair_with_rounding`, with bounds of 0 unless they are asked for."""
         self._check_sizes(self.preprocessing, frames)
         matrix = np.empty((len(frames), len(frames)))
         rounding = np.zeros_like(matrix)
         for i, j, prepared in prepare_pairs(frames, self.preprocessing, self.device):
-            both, bounds = self.all_pairs_with_rounding(prepared)
+            both, bounds = self._matrix_and_bounds(prepared)
             matrix[i, j], matrix[j, i] = both[0, 1], both[1, 0]
-            rounding[i, j], rounding[j, i] = bounds[0, 1], bounds[1, 0]
+            if bounded and i != j:
+                rounding[i, j], rounding[j, i] = bounds()[[0, 1], [1, 0]]
         diagonal = matrix.diagonal()
         np.fill_diagonal(matrix, np.where(np.isnan(diagonal), np.nan, self._to_itself(diagonal)))
-        np.fill_diagonal(rounding, np.where(np.isnan(diagonal), np.nan, 0))
+        rounding[np.isnan(matrix)] = np.nan
         return matrix, rounding
 
     def from_reference(self, prepared: Prepared) -> np.ndarray:
         """Row 0 of :meth:`all_pairs` alone, the first frame as the reference of all: (n,) float64."""
-        return self.from_reference_with_rounding(prepared)[0]
+        return self._row_and_bounds(prepared)[0]
 
     def from_reference_with_rounding(self, prepared: Prepared) -> tuple[np.ndarray, np.ndarray]:
         """Compute :meth:`from_reference`, and bound what rounding can have done to each: (n,) both."""
+        row, bounds = self._row_and_bounds(prepared)
+        rounding = bounds()[0]
+        rounding[:1] = 0
+        rounding[np.isnan(row)] = np.nan
+        return row, rounding
+
+    def _row_and_bounds(self, prepared: Prepared) -> tuple[np.ndarray, _Bounds]:
+        """Compute :meth:`from_reference`, and give what bounds its rounding, (1, n), where somebody asks."""
         with torch.no_grad():
             embedding = self.embedded(prepared)
             reference = embedding[slice(0, 1)]
             block = self.between(reference, embedding)
-            single, block = block.dtype == torch.float32, block.double()
-            rounding = self.bounded(reference, embedding, block, prepared)[0]
-            row = block[0].cpu().numpy().copy()
+        single, block = block.dtype == torch.float32, block.double()
+        bounds = functools.cache(lambda: self.bounded(reference, embedding, block, prepared))
+        row = block[0].cpu().numpy().copy()
         comparable = prepared.comparable
         row[~(comparable & comparable[0])] = np.nan
-        self.claims.check_distances(row, square=False, single=single, rounding=rounding)
+        self.claims.check_distances(row, square=False, single=single, rounding=lambda: bounds()[0])
         if comparable[0]:
             row[:1] = self._to_itself(row[:1])
-        rounding[:1] = 0
-        rounding[np.isnan(row)] = np.nan
-        return row, rounding
+        return row, bounds
 
     def _to_itself(self, computed: np.ndarray) -> np.ndarray:
         """Distances of frames to themselves, given what was computed for them."""
@@ -664,19 +699,29 @@ class Metric(ABC):
         return (block + (block if a is b else self._compare(b, a)).T) / 2
 
     def _probed_rounding(self, prepared: Prepared) -> float:
-        """Try what errors of the first frame that can be compared do: its distance to itself with them."""
+        """Try what errors of the first frame that can be compared do: how far they move it from itself.
+
+        Of frames in 8 bit, those errors that may put a value on another level: the same whole number is on
+        the same level everywhere, so sources of integers have none.
+        """
         first = np.flatnonzero(prepared.comparable)[:1]
-        if prepared.rounding is None or not len(first) or self.quantised:
+        if prepared.rounding is None or not len(first):
             return 0.0
         frame = prepared.values[first]
+        size = prepared.rounding[first]
+        if self.quantised:
+            stored = torch.zeros_like(size) if prepared.stored is None else prepared.stored[first]
+            size = torch.where(stored > 0, size + stored, 0)
         signs = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], frame.shape)).to(frame)
-        error = prepared.rounding[first].to(frame)[:, None, None, None]
+        error = size.to(frame)[:, None, None, None]
         moved = Prepared(
             torch.cat([frame, frame + error * signs]), prepared.comparable[first].repeat(2), prepared.masked
         )
-        embedding = self._embed(self._frames(moved))
-        found = float(self.between(embedding[slice(0, 1)], embedding[slice(1, 2)]))
-        return PROBES * abs(found) if math.isfinite(found) and self.info.distance_to_itself == 0 else 0.0
+        embedding = self._embed_prepared(moved)
+        itself, other = self.between(embedding[slice(0, 1)], embedding)[0].double().tolist()
+        known = self.info.distance_to_itself
+        change = abs(other - (itself if math.isnan(known) else known))
+        return PROBES * change if math.isfinite(change) else 0.0
 
     def rounding_between(self, a: Embedding, b: Embedding, block: Tensor) -> Tensor:
         """:meth:`rounding` of what :meth:`between` gave, both ways where that was: float64."""
@@ -688,16 +733,32 @@ class Metric(ABC):
     def embedded(self, prepared: Prepared) -> Embedding:
         """:meth:`embed` for frames that :meth:`prepare` made; a family that embeds alike does so once."""
         self.check_size(prepared.values.shape[1], prepared.values.shape[2])
-        embedding = prepared.embedding(self.family, lambda: self._embed(self._frames(prepared)))
+        embedding = prepared.embedding(self.family, lambda: self._embed_prepared(prepared))
         if self.of_others and self.family is not None:
             embedding = embedding.copy()
-        return _bounded(embedding, prepared)
+        return self._bounded(embedding, prepared)
 
-    def _embed(self, frames: Tensor) -> Embedding:
+    def _embed_prepared(self, prepared: Prepared) -> Embedding:
+        frames = self._frames(prepared)
+        rest = self._rest(prepared)
+        return self._embed(frames, None if rest is None else rest.expand(frames.shape))
+
+    def _rest(self, prepared: Prepared) -> Tensor | None:
+        """Give what the metric takes of the frames' rest: nothing of frames that are truncated."""
+        return prepared.rest if self.takes_rest and not self.quantised else None
+
+    def _bounded(self, embedding: Embedding, prepared: Prepared) -> Embedding:
+        """Let an embedding know what preparing may have rounded of its frames."""
+        if prepared.rounding is None:
+            return embedding
+        rounding = prepared.rounding if self._rest(prepared) is None else prepared.rounding_with_rest
+        return replace(embedding, rounding=rounding, stored=prepared.stored)
+
+    def _embed(self, frames: Tensor, rest: Tensor | None = None) -> Embedding:
         """:meth:`embed`, checked; frames of which nobody else has a copy are given to code of others."""
         before = versions([frames])
         with self._running("embed"):
-            embedding = self.embed(frames)
+            embedding = self.embed(frames) if rest is None else self.embed_with_rest(frames, rest)
         self.claims.check_embedding(embedding, len(frames))
         self.claims.check_unwritten(before, versions([frames]), "embed wrote into the frames")
         return embedding
@@ -714,8 +775,17 @@ class Metric(ABC):
     def bounded(
         self, a: Embedding, b: Embedding, distances: Tensor, prepared: Prepared | None = None
     ) -> np.ndarray:
-        """:meth:`rounding`, as an array of its own; tried on ``prepared`` where the metric has no formula."""
-        with self._running("rounding"):
+        """:meth:`rounding`, as an array of its own; tried on ``prepared`` where the metric has no formula.
+
+        ``prepared`` are the frames of ``b``, of which ``a`` is the first, or all.
+        """
+        # A mean over some of the pixels, or by weight, may be larger than that over all.
+        if prepared is not None and not self.preprocessing.mask and self.pixel_weights is None:
+            both = a is b
+            mean = prepared.mean_rounding if self._rest(prepared) is None else None
+            b = replace(b, mean_rounding=mean)
+            a = b if both else b[: len(a)]
+        with torch.no_grad(), self._running("rounding"):
             rounding = self.rounding_between(a, b, distances)
             if prepared is not None and type(self).rounding is Metric.rounding:
                 rounding = rounding + self._probed_rounding(prepared)
@@ -759,12 +829,16 @@ class Metric(ABC):
         if not len(rows):
             return np.empty((0, 0))
         some = replace(prepared, values=prepared.values[rows], comparable=prepared.comparable[rows])
-        some = replace(some, rounding=None if some.rounding is None else some.rounding[rows]).anew()
+        parts = (some.rest, some.rounding, some.stored, some.rounding_with_rest)
+        rest, rounding, stored, with_rest = (None if part is None else part[rows] for part in parts)
+        some = replace(
+            some, rest=rest, rounding=rounding, stored=stored, rounding_with_rest=with_rest, bounds=None
+        ).anew()
         claims = self.claims
         with torch.no_grad():
             frames = self._frames(some)
             kept = frames.clone()
-            embedding = self._embed(frames)
+            embedding = self._embed(frames, self._rest(some))
             if not torch.equal(frames.nan_to_num(), kept.nan_to_num()):
                 claims.refuse(
                     "embed wrote into the frames that it was given; it has to work on a copy (clone)"
@@ -772,7 +846,7 @@ class Metric(ABC):
             apart = embedding.copy()
             block = self.between(embedding, apart)
             with other_random_numbers():
-                again = self.between(self._embed(self._frames(some)), apart)
+                again = self.between(self._embed_prepared(some), apart)
         single = block.dtype == torch.float32
         first, second = (values.double().cpu().numpy() for values in (block, again))
         claims.check_repeated(first, second, "d", exact=self.device.type == "cpu")
@@ -846,17 +920,58 @@ class Metric(ABC):
         return f"<{type(self).__name__} {json.dumps(self.specification(), default=str)} on {self.device}>"
 
 
-def _bounded(embedding: Embedding, prepared: Prepared) -> Embedding:
-    """An embedding that knows what preparing may have rounded of its frames."""
-    if prepared.rounding is None:
-        return embedding
-    return replace(embedding, rounding=prepared.rounding, stored=prepared.stored)
+WEIGHTS_OF_PIXELS = "weights_of_pixels"
+"""Key of a specification for what :func:`describe_weights` gives."""
+
+
+def describe_weights(weights: ArrayLike) -> dict[str, Any]:
+    """Describe weights of pixels as specifications do: by their shape, and a hash of their ratios.
+
+    Parameters
+    ----------
+    weights : array_like of shape (y, x)
+        As :meth:`Metric.weighted` takes them.
+
+    Returns
+    -------
+    dict of JSON values
+
+    Raises
+    ------
+    ValueError
+        When they are none.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> weights = np.array([[1.0, 1.0], [3.0, 3.0]])
+    >>> describe_weights(weights) == describe_weights(2 * weights)
+    True
+    """
+    values = _checked_weights(weights)
+    return {"shape": list(values.shape), "sha256": hashlib.sha256(values.tobytes()).hexdigest()}
 
 
 def hash_specification(specification: Mapping[str, Any]) -> str:
     """Hash of a metric's specification, as the metric gives it or as it was recorded; keys in any order."""
     document = json.dumps(specification, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(document.encode()).hexdigest()[:32]
+
+
+def check_tensors(*batches: Tensor) -> None:
+    """Refuse batches that are no tensors, and masked ones.
+
+    Raises
+    ------
+    ValueError
+        Naming what was found, and what to do.
+    """
+    for batch in batches:
+        if not isinstance(batch, Tensor) or isinstance(batch, MaskedTensor):
+            raise ValueError(
+                f"expected plain tensors (batch, channel, y, x), found {type(batch).__name__}: "
+                "Metric.distance takes arrays, and masked ones with mask='nan'"
+            )
 
 
 def check_range(name: str, remedy: str, a: Tensor, b: Tensor, stacklevel: int) -> bool:

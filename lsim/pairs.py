@@ -288,6 +288,19 @@ def rows_in_torch(
     return torch.stack([torch.cat([paired(a[k : k + 1], part) for part in parts]) for k in range(len(a))])
 
 
+def pairs_in_torch(paired: Callable[[Any, Any], Tensor], a: Any, b: Any) -> Tensor:
+    """Do as :func:`rows_in_torch`, one pair at a time in each thread: the same bits whatever the others."""
+    symmetric = a is b
+    pairs = [(i, j) for i in range(len(a)) for j in range(i + 1 if symmetric else 0, len(b))]
+    values = in_threads(lambda pair: paired(a[pair[0] : pair[0] + 1], b[pair[1] : pair[1] + 1]), pairs)
+    block = torch.zeros(len(a), len(b), dtype=torch.float64)
+    for (i, j), value in zip(pairs, values, strict=True):
+        block[i, j] = value[0]
+        if symmetric:
+            block[j, i] = value[0]
+    return block
+
+
 def squared_distances(x: Tensor, y: Tensor) -> tuple[Tensor, PairPrecision]:
     """Σ_k (x[i, k] − y[j, k])² for all pairs, the best way that their device has.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lsim.embedding import Embedding
 from lsim.preprocess import (
+    Applied,
     Preprocessing,
     Scope,
     apply_to_pairs,
@@ -23,7 +24,7 @@ from lsim.preprocess import (
     drop_alpha,
     truncate_to_8bit,
 )
-from lsim.rounding import FrameRounding, on
+from lsim.rounding import FrameRounding, of_mean_square, on
 
 
 @dataclass(eq=False)
@@ -45,6 +46,12 @@ class Prepared:
         nothing is known of it.
     stored : Tensor of shape (n,), float64
         The same of what the source's dtype, in floating point, may have rounded before.
+    bounds : FrameRounding
+        What both are of.
+    rest : Tensor of the shape of ``values``, float64
+        What double precision has rounded off ``values``, for metrics that take it; None in single.
+    rounding_with_rest : Tensor of shape (n,), float64
+        ``rounding`` of values with their rest.
     """
 
     values: Tensor
@@ -52,6 +59,9 @@ class Prepared:
     masked: bool = False
     rounding: Tensor | None = None
     stored: Tensor | None = None
+    rest: Tensor | None = None
+    rounding_with_rest: Tensor | None = None
+    bounds: FrameRounding | None = field(default=None, repr=False)
     _embeddings: dict[Hashable, Embedding] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -63,6 +73,13 @@ class Prepared:
         if self.values.device.type == "cpu":
             return torch.from_numpy(truncate_to_8bit(self.values.numpy())).to(self.values.dtype)
         return self.values.clamp(0, 255).floor()
+
+    @cached_property
+    def mean_rounding(self) -> Tensor | None:
+        """Bound the root mean square of a frame's errors, ``rounding`` being the largest: (n,) float64."""
+        if self.bounds is None:
+            return self.rounding
+        return on(self.values.device, of_mean_square(self.values, self.bounds))
 
     def frames(self, *, quantised: bool, one_channel: bool, copied: bool = False) -> Tensor:
         """The frames as a metric takes them: truncated or not, a single channel as one or as three.
@@ -108,11 +125,8 @@ def prepare(frames: np.ndarray, settings: Preprocessing, scope: Scope, device: t
         For shapes and channels that no metric takes.
     """
     if device.type == "cuda":
-        values, rounding = apply_with_rounding(settings, moved(frames, device), scope)
-    else:
-        array, rounding = apply_with_rounding(settings, frames, scope)
-        values = torch.from_numpy(array).to(device)
-    return _prepared(values, settings, rounding)
+        return _prepared(apply_with_rounding(settings, moved(frames, device), scope), settings, device)
+    return _prepared(apply_with_rounding(settings, frames, scope), settings, device)
 
 
 def prepare_pairs(
@@ -120,19 +134,35 @@ def prepare_pairs(
 ) -> Iterator[tuple[int, int, Prepared]]:
     """:func:`prepare` for each pair i <= j by itself: i, j, and the two; every frame is resized once."""
     if device.type == "cuda":
-        for i, j, values, rounding in apply_to_pairs(settings, moved(frames, device)):
-            yield i, j, _prepared(values, settings, rounding)
+        for i, j, both in apply_to_pairs(settings, moved(frames, device)):
+            yield i, j, _prepared(both, settings, device)
         return
-    for i, j, array, rounding in apply_to_pairs(settings, frames):
-        yield i, j, _prepared(torch.from_numpy(array).to(device), settings, rounding)
+    for i, j, both in apply_to_pairs(settings, frames):
+        yield i, j, _prepared(both, settings, device)
 
 
-def _prepared(values: Tensor, settings: Preprocessing, rounding: FrameRounding) -> Prepared:
+def _prepared(applied: Applied, settings: Preprocessing, device: torch.device) -> Prepared:
+    values, rest = (
+        torch.from_numpy(part).to(device) if isinstance(part, np.ndarray) else part
+        for part in (applied.values, applied.rest)
+    )
     # Without a mask, preparing makes a frame with NaN or infinity all NaN.
     looked_at = values if settings.mask else values[:, :1, :1, :1]
     comparable = looked_at.isfinite().flatten(1).any(1).cpu().numpy()
-    bounds = [on(values.device, bound) for bound in rounding]
-    return Prepared(values, comparable, settings.mask, rounding=bounds[0], stored=bounds[1])
+    bounds = applied.rounding
+    prepared, stored, with_rest = (
+        on(values.device, bound) for bound in (bounds.prepared, bounds.stored, bounds.with_rest)
+    )
+    return Prepared(
+        values,
+        comparable,
+        settings.mask,
+        rounding=prepared,
+        stored=stored,
+        rest=rest,
+        rounding_with_rest=with_rest,
+        bounds=bounds,
+    )
 
 
 def moved(frames: np.ndarray, device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from lsim.doubles import rest_of_normalised
 from lsim.resampling import Frames, beyond, resample
 from lsim.rounding import FrameRounding, bound_of_frames, half_ulp_of
 
@@ -161,13 +162,23 @@ def apply(settings: Preprocessing, frames: Frames, scope: Scope) -> Frames:
         New memory, on the device of ``frames``. Arrays and tensors give the same within 1e-6 of 255, at
         orders 0 and 1 the same bits where divisions are IEEE's.
     """
-    return apply_with_rounding(settings, frames, scope)[0]
+    return apply_with_rounding(settings, frames, scope).values
 
 
-def apply_with_rounding(
-    settings: Preprocessing, frames: Frames, scope: Scope
-) -> tuple[Frames, FrameRounding]:
-    """:func:`apply`, and what it can have rounded."""
+class Applied(NamedTuple):
+    """Prepared frames, and what is known of their rounding.
+
+    ``rest`` is what double precision has rounded off ``values`` when they were normalised, in their shape;
+    None in single precision and of values that are rounded down.
+    """
+
+    values: Any
+    rest: Any
+    rounding: FrameRounding
+
+
+def apply_with_rounding(settings: Preprocessing, frames: Frames, scope: Scope) -> Applied:
+    """Do as :func:`apply`, and say what that has rounded."""
     frames = drop_alpha(frames)
     if not isinstance(scope, str | tuple):
         raise ValueError(f"scope must be one of {SCOPES} or a tuple (lo, hi), got {scope!r}")
@@ -179,22 +190,21 @@ def apply_with_rounding(
         settings = replace(settings, precision="double")
     held = _held(settings, frames)
     resized = _resized(settings, held)
-    values, lo, hi = _over_scope(
+    normalised = _over_scope(
         settings, resized.frames, resized.complete, _within(scope, held), _limits(frames) is not None
     )
-    return values, _rounding(settings, frames, resized, (lo, hi))
+    rounding = _rounding(settings, frames, resized, normalised)
+    return Applied(normalised.values, normalised.rest, rounding)
 
 
-def apply_to_pairs(
-    settings: Preprocessing, frames: Frames
-) -> Iterator[tuple[int, int, Frames, FrameRounding]]:
+def apply_to_pairs(settings: Preprocessing, frames: Frames) -> Iterator[tuple[int, int, Applied]]:
     """:func:`apply` to each pair i <= j over the pair's own scope; every frame is resized once.
 
     Yields
     ------
     i, j : int
-    ndarray or Tensor of shape (2, y', x', 1 or 3)
-    FrameRounding
+    Applied
+        Of the two.
     """
     frames = drop_alpha(frames)
     resized = _resized(settings, _held(settings, frames))
@@ -202,16 +212,26 @@ def apply_to_pairs(
     for i in range(len(frames)):
         for j in range(i, len(frames)):
             both = [i, j]
-            values, lo, hi = _over_scope(
+            normalised = _over_scope(
                 settings, resized.frames[both], resized.complete[both], "pair", whole_numbers
             )
-            yield i, j, values, _rounding(settings, frames, resized, (lo, hi)).of(both)
+            rounding = _rounding(settings, frames, resized, normalised).of(both)
+            yield i, j, Applied(normalised.values, normalised.rest, rounding)
+
+
+class _Normalised(NamedTuple):
+    """Normalised frames and their rest, see :class:`Applied`, and the range (channel,) they were over."""
+
+    values: Any
+    rest: Any
+    lo: np.ndarray
+    hi: np.ndarray
 
 
 def _over_scope(
     settings: Preprocessing, resized: Frames, complete: np.ndarray, scope: Scope, whole_numbers: bool
-) -> tuple[Frames, np.ndarray, np.ndarray]:
-    """Normalise frames of the final size over one scope, and say over which range: lo, hi."""
+) -> _Normalised:
+    """Normalise frames of the final size over one scope."""
     if scope == "none":
         scope = (0, 1)
     lo, hi = (
@@ -220,21 +240,33 @@ def _over_scope(
         else _range(resized, scope, None if settings.mask else complete)
     )
     partly_constant = bool((lo == hi).any() and not (lo == hi).all())
-    values = normalise(
-        resized,
-        lo,
-        hi,
-        # Where some channels are constant, the published code writes each channel back into the array of
-        # integers that it came from.
-        floor=settings.compat == "published" and whole_numbers and partly_constant,
-        complete=None if settings.mask else complete,
-        double=settings.precision == "double",
-    )
-    return values, lo, hi
+    # Where some channels are constant, the published code writes each channel back into the array of integers
+    # that it came from.
+    floor = settings.compat == "published" and whole_numbers and partly_constant
+    double = settings.precision == "double"
+    known = None if settings.mask else complete
+    values = normalise(resized, lo, hi, floor=floor, complete=known, double=double)
+    rest = _rest(values, resized, lo, hi) if double and not floor else None
+    return _Normalised(values, rest, lo, hi)
+
+
+def _rest(values: Frames, frames: Frames, lo: np.ndarray, hi: np.ndarray) -> Frames:
+    """Compute what double precision has rounded off normalised values; 0 in constant channels."""
+    constant = ~(lo < hi)
+    if constant.all():
+        return values * 0
+    low, high = np.where(constant, 0, lo), np.where(constant, 1, hi)
+    if isinstance(frames, Tensor):
+        smallest, largest = (torch.from_numpy(part).to(frames.device) for part in (low, high))
+        rest = rest_of_normalised(values, frames, smallest, largest, 255.0)
+        return rest.masked_fill(torch.from_numpy(constant).to(frames.device), 0)
+    with np.errstate(invalid="ignore", over="ignore"):
+        rest = rest_of_normalised(values, frames, low, high, 255.0)
+    return np.where(constant, 0, rest)
 
 
 def _rounding(
-    settings: Preprocessing, frames: Frames, resized: _Resized, over: tuple[np.ndarray, np.ndarray]
+    settings: Preprocessing, frames: Frames, resized: _Resized, normalised: _Normalised
 ) -> FrameRounding:
     """Bound what is rounded of frames, given as they came and as they were resized."""
     known = resized.known
@@ -246,7 +278,8 @@ def _rounding(
     return bound_of_frames(
         lowest,
         highest,
-        *over,
+        normalised.lo,
+        normalised.hi,
         units=(
             half_ulp_of(frames.dtype),
             max(half_ulp_of(resized.frames.dtype), 2.0**-53),
@@ -451,6 +484,11 @@ def as_array(values: ArrayLike, what: str = "frames") -> np.ndarray:
     return np.where(missing, np.array(np.nan, dtype), data.astype(dtype, copy=False))
 
 
+def unmasked(frames: Frames) -> Frames:
+    """Give frames with NaN where they are masked (:func:`as_array`); others are returned as they are."""
+    return as_array(frames) if isinstance(frames, np.ma.MaskedArray) else frames
+
+
 def _holds_masked(values: Any) -> bool:
     """Tell whether nested lists hold masked arrays or tensors, which NumPy would read without their mask."""
     return any(
@@ -501,6 +539,7 @@ def drop_alpha(frames: Frames) -> Frames:
     """
     if 0 in frames.shape:
         raise FramesError(f"frames are empty: shape {frames.shape}")
+    frames = unmasked(frames)
     channels = frames.shape[-1]
     if channels in (1, 3):
         return frames
@@ -532,6 +571,7 @@ def resize(frames: np.ndarray, size: int, order: int = 0, *, zero_rim: bool = Fa
     -------
     ndarray of shape (n, size, size, channel), dtype of ``frames`` (half becomes single precision)
     """
+    frames = unmasked(frames)
     if frames.dtype == np.float16:
         frames = frames.astype(np.float32)
     if frames.dtype == np.bool_:
@@ -585,7 +625,7 @@ def value_range(
     lo, hi : ndarray of shape (channel,), float64
         NaN where no frame is finite.
     """
-    loaded = _loadable(frames)
+    loaded = _loadable(unmasked(frames))
     return _range(loaded, where, None if masked else _extremes(loaded).finite)
 
 
@@ -659,7 +699,8 @@ def _walk_extremes(frames, channels, lowest, highest):  # type: ignore[no-untype
 
 
 def finite_frames(frames: np.ndarray) -> np.ndarray:
-    """Which frames of (n, …) hold neither NaN nor infinity: bool (n,)."""
+    """Tell which frames of (n, …) hold neither NaN nor infinity: bool (n,)."""
+    frames = unmasked(frames)
     if frames.dtype.kind != "f":
         return np.ones(len(frames), dtype=bool)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -700,6 +741,7 @@ def normalise(
     ndarray or Tensor of shape (n, y, x, channel), float32, or float64 if ``double``
         New memory. The published code, too, rounds to single precision before it truncates to 8 bit.
     """
+    frames = unmasked(frames)
     single = frames.dtype == (torch.float32 if isinstance(frames, Tensor) else np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         low, high = lo.astype(np.float32), hi.astype(np.float32)
@@ -766,6 +808,7 @@ def truncate_to_8bit(frames: np.ndarray) -> np.ndarray:
     """
     # In one pass and one thread: this is half the time of the metrics of pixel differences, and waiting
     # for a second thread on a busy machine is more than the other half.
+    frames = unmasked(frames)
     out = np.empty(frames.shape, np.float32)
     floats = np.float64 if frames.dtype == np.float64 else np.float32
     _floor_within(np.ascontiguousarray(frames, floats).reshape(-1), out.reshape(-1))

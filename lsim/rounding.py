@@ -13,12 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lsim.doubles import UNIT
 from lsim.embedding import Embedding
 from lsim.error_bounds import half_ulp
 
 FULL_SCALE = 255.0
 OVERSHOOT = 2.5
 """How far a spline of samples leaves their middle, in halves of their range, at most."""
+
+SAMPLES = 256
+"""Pixels of a channel by which repeated values are counted."""
+
+MEASURED = 1e-3
+"""Rounding of a frame's root mean square, in single precision."""
 
 RELATIVE = 32
 """Roundings of a sum over pixels, in half ulps: they are spread over lanes and blocks."""
@@ -33,18 +40,23 @@ OF_INPUT = 1
 
 
 class FrameRounding(NamedTuple):
-    """Bounds on the error of each frame's values, in units of [0, 255]: (n,) float64 both.
+    """Bounds on the error of each frame's values, in units of [0, 255]: (n,) float64 each.
 
     ``prepared``: what preparing has rounded. ``stored``: what the source's own floating dtype may have
     rounded before, which counts for metrics that are blind: a stored multiple of a field is not quite one.
+    Of what preparing has rounded, ``relative`` is a share of each value, and ``resized`` an error of any.
+    ``with_rest``: ``prepared`` for metrics that take the rest of values in double precision, too.
     """
 
     prepared: np.ndarray
     stored: np.ndarray
+    relative: np.ndarray
+    resized: np.ndarray
+    with_rest: np.ndarray
 
     def of(self, frames: list[int]) -> FrameRounding:
         """Select frames."""
-        return FrameRounding(self.prepared[frames], self.stored[frames])
+        return FrameRounding(*(bound[frames] for bound in self))
 
 
 def bound_of_frames(
@@ -83,13 +95,16 @@ def bound_of_frames(
         size = scale * np.maximum(np.abs(lowest - lo), np.abs(highest - lo))
         raw = scale * np.maximum(np.abs(lowest), np.abs(highest))
         prepared = 4 * of_work * size
+        relative = 4 * of_work
         if of_result > of_work:
             prepared += of_result * np.exp2(np.floor(np.log2(size)))
-        if splines:
-            # Both ends of the range are resized values, too.
-            prepared += 2 * raw * (of_work + (8 if splines == 1 else 32) * 2.0**-53)
-        found = [np.nan_to_num(part, nan=0, posinf=0, neginf=0) for part in (prepared, of_source * raw)]
-    return FrameRounding(found[0].max(axis=1), found[1].max(axis=1))
+            relative += of_result
+        # Both ends of the range are resized values, too.
+        resized = 2 * raw * (of_work + (8 if splines == 1 else 32) * 2.0**-53) if splines else 0 * raw
+        shares = np.full_like(raw, relative)
+        parts = (prepared + resized, of_source * raw, shares, resized, UNIT * size + resized)
+        bounds = [np.nan_to_num(part, nan=0, posinf=0, neginf=0).max(axis=1) for part in parts]
+    return FrameRounding(*bounds)
 
 
 def half_ulp_of(dtype: Any) -> float:
@@ -105,19 +120,85 @@ def on(device: torch.device, bound: np.ndarray) -> Tensor:
     return torch.from_numpy(bound).to(device, dtype)
 
 
-def of_each(embedding: Embedding, *, stored: bool = False) -> Tensor:
-    """Bound the error of each frame's values in [0, 255], with that of the source if ``stored``: (n,)."""
-    bounds = [embedding.rounding, embedding.stored if stored else None]
-    known = [bound for bound in bounds if bound is not None]
+def of_mean_square(values: Tensor, bound: FrameRounding) -> np.ndarray:
+    """Bound the root mean square, over a frame, of what preparing has rounded: (n,) float64.
+
+    That of the values, times what is relative, and what is not. The largest error where values are missing.
+
+    Parameters
+    ----------
+    values : Tensor of shape (n, y, x, channel)
+        As prepared.
+    bound : FrameRounding
+    """
+    sizes = torch.linalg.vector_norm(values.flatten(1), dim=1).double() / values[0].numel() ** 0.5
+    size = sizes.cpu().numpy()
+    with np.errstate(invalid="ignore"):
+        found = bound.relative * size * (1 + MEASURED) + bound.resized
+    return np.where(found < bound.prepared, found, bound.prepared)  # the latter of NaN, too
+
+
+def of_each(embedding: Embedding, *, stored: bool = False, mean: bool = False) -> Tensor:
+    """Bound the error of each frame's values in [0, 255], with that of the source if ``stored``: (n,).
+
+    The largest; with ``mean``, the root mean square over the frame, where that is known.
+    """
+    prepared = embedding.rounding
+    if mean and embedding.mean_rounding is not None:
+        prepared = embedding.mean_rounding
+    known = [bound for bound in (prepared, embedding.stored if stored else None) if bound is not None]
     if not known:
         part = next(iter(embedding.parts.values()))
         return torch.zeros(len(part), dtype=torch.float64, device=part.device)
-    return torch.stack(known).sum(0)
+    return known[0] if len(known) == 1 else known[0] + known[1]
 
 
-def of_difference(a: Embedding, b: Embedding, *, stored: bool = False) -> Tensor:
-    """Bound the error of the difference of two frames' values, on [0, 1]: (len(a), len(b))."""
-    return (of_each(a, stored=stored)[:, None] + of_each(b, stored=stored)) / FULL_SCALE
+def of_difference(a: Embedding, b: Embedding, *, stored: bool = False, mean: bool = False) -> Tensor:
+    """Bound the error of the difference of two frames' values, on [0, 1]: (len(a), len(b)).
+
+    As :func:`of_each`; of ``mean``, the root mean square of the error of differences.
+    """
+    x = of_each(a, stored=stored, mean=mean) / FULL_SCALE
+    y = x if a is b else of_each(b, stored=stored, mean=mean) / FULL_SCALE
+    return x[:, None] + y
+
+
+def share_of_equals(planes: Tensor) -> Tensor:
+    """Estimate how much of a frame, by its squares, has values equal to that of any pixel: (n,) float64.
+
+    One over the number of pixels where no value repeats, one where all are the same. Equal values have equal
+    errors, and those of unequal ones are taken to be independent (Higham & Mary 2019): so large is the square
+    of their mean, against the mean of their squares.
+
+    Parameters
+    ----------
+    planes : Tensor of shape (n, channel, y, x)
+        The largest of the channels counts. Some pixels are looked at.
+
+    Examples
+    --------
+    >>> import torch
+    >>> share_of_equals(torch.ones(1, 1, 8, 8)).item()
+    1.0
+    >>> share_of_equals(torch.arange(1.0, 65).view(1, 1, 8, 8)).item() < 0.03
+    True
+    """
+    values = planes.detach().flatten(2)
+    step = values.shape[2] // SAMPLES | 1  # odd, so that it walks through all columns
+    some = values[:, :, ::step].double().clamp(min=0).sort(2).values
+    count = some.shape[2]
+    ends = torch.ones_like(some, dtype=torch.bool)
+    ends[:, :, :-1] = some[:, :, 1:] != some[:, :, :-1]
+    place = torch.arange(count, device=some.device).expand(some.shape)
+    last = torch.where(ends, place, -1).cummax(2).values
+    before = torch.cat([torch.full_like(last[:, :, :1], -1), last[:, :, :-1]], 2)
+    runs = torch.where(ends, place - before, 0)
+    squares = some.square()
+    total = squares.sum(2)
+    # Pairs of different pixels of the sample, and each with itself.
+    repeated = (runs * (runs - 1) * squares).sum(2) / max(count - 1, 1)
+    share = repeated / torch.where(total > 0, total, 1) + 1 / values.shape[2] + 1 / count**2
+    return torch.where(total > 0, share, 1).clamp(max=1).amax(1)
 
 
 def of_sum(distances: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from lsim.claims import ATOL, RTOL, ClaimError
 from lsim.metric import Metric
 from lsim.networks import LsimTrunk, Trunk
-from lsim.preprocess import value_range
+from lsim.preprocess import FramesError, as_array, finite_frames, value_range
 
 
 def check_metric(metric: Metric, frame_size: int | None = None, seed: int = 0) -> None:
@@ -70,6 +70,17 @@ def _check_metric(metric: Metric, frame_size: int | None, seed: int) -> None:
         check_gradients(metric, kinds["random"])
     if metric.info.feature_distance:
         check_features(metric, kinds["random"])
+
+
+def _finite(frames: np.ndarray) -> np.ndarray:
+    """Refuse frames to check a metric on that hold missing values, which would hide what they check."""
+    frames = as_array(frames)
+    if not (finite := finite_frames(frames)).all():
+        raise FramesError(
+            f"expected finite frames to check a metric on, found NaN, infinity or masked values in frame "
+            f"{np.argmin(finite)}"
+        )
+    return frames
 
 
 def example_frames(side: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -128,7 +139,10 @@ def check_claims(metric: Metric, frames: np.ndarray, kind: str = "given") -> Non
     Raises
     ------
     AssertionError
+    lsim.FramesError
+        For frames with NaN, infinity or masked values.
     """
+    frames = _finite(frames)
     try:
         metric.check_claims(metric.prepare(frames, "sequence"))
     except ClaimError as error:
@@ -151,7 +165,10 @@ def check_axioms(metric: Metric, frames: np.ndarray, kind: str = "given") -> Non
     Raises
     ------
     AssertionError
+    lsim.FramesError
+        For frames with NaN, infinity or masked values.
     """
+    frames = _finite(frames)
     before = frames.copy()
     matrix = metric.pairwise(frames)
     to_itself = metric.distance(frames, frames)
@@ -207,7 +224,10 @@ def check_features(metric: Metric, frames: np.ndarray, kind: str = "given") -> N
     Raises
     ------
     AssertionError
+    lsim.FramesError
+        For frames with NaN, infinity or masked values.
     """
+    frames = _finite(frames)
     with torch.no_grad():
         features = metric.embedded(metric.prepare(frames, "sequence")).parts["features"].double().cpu()
     squared = (features[:, None] - features[None]).square().flatten(2).sum(2).numpy()
@@ -232,7 +252,10 @@ def check_consistency(metric: Metric, frames: np.ndarray, kind: str = "given") -
     Raises
     ------
     AssertionError
+    lsim.FramesError
+        For frames with NaN, infinity or masked values.
     """
+    frames = _finite(frames)
     where = f"metric {metric.name!r}, {kind} frames"
     first, second = np.triu_indices(len(frames), 1)
     lo, hi = value_range(frames)
@@ -285,7 +308,10 @@ def check_missing_values(metric: Metric, frames: np.ndarray) -> None:
     Raises
     ------
     AssertionError
+    lsim.FramesError
+        For frames with NaN, infinity or masked values.
     """
+    frames = _finite(frames)
     rest = [k for k in range(len(frames)) if k != 1]
     expected = metric.pairwise(frames[rest])
     for value in (np.nan, np.inf, -np.inf):
@@ -322,7 +348,10 @@ def check_mask(metric: Metric, frames: np.ndarray) -> None:
     Raises
     ------
     AssertionError
+    lsim.FramesError
+        For frames with NaN, infinity or masked values.
     """
+    frames = _finite(frames)
     where = f"metric {metric.name!r}, with a mask"
     if not metric.info.takes_mask:
         try:
@@ -372,7 +401,10 @@ def check_gradients(metric: Metric, frames: np.ndarray) -> None:
     Raises
     ------
     AssertionError
+    lsim.FramesError
+        For frames with NaN, infinity or masked values.
     """
+    frames = _finite(frames)
     planes = _planes(metric.prepare(frames, "sequence").values)
     where = f"metric {metric.name!r}"
     # Where identical frames have no certain distance, they aren't where it is least.

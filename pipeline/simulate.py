@@ -25,7 +25,7 @@ from lsim.simulate import (
     write_families,
 )
 from lsim.simulate.families import ground_truth
-from lsim.simulate.hardness import reference_errors
+from lsim.simulate.hardness import reference_errors, rounding_of_errors
 from lsim.simulate.layout import Format, read_frames, read_record, settings
 from pipeline.convert import ConversionReport, convert
 from pipeline.sources.catalog import Catalog, Dataset, Source
@@ -219,18 +219,25 @@ def measure_hardness(report: SimulationReport, most: int = 100) -> tuple[dict[st
         How many were read.
     """
     numbers = report.numbers[:most]
-    errors: dict[str, list[np.ndarray]] = {name: [] for name in find_recipe(report.recipe).fields}
+    errors: dict[str, list[tuple[np.ndarray, float]]] = {
+        name: [] for name in find_recipe(report.recipe).fields
+    }
     for number in numbers:
         for of_field, folder in zip(
             errors.values(), family_folders(report.folder, report.recipe, number), strict=True
         ):
-            of_field.append(reference_errors(read_frames(folder)))
+            frames = read_frames(folder)
+            of_field.append((reference_errors(frames), rounding_of_errors(frames)))
     if not numbers:
         return {}, 0
     truth = ground_truth()[1:]
-    found = {name: pooled_spearman(of_field, truth) for name, of_field in errors.items()}
+    pools = dict(errors)
     if len(errors) > 1:
-        found["all"] = pooled_spearman([one for of_field in errors.values() for one in of_field], truth)
+        pools["all"] = [error for of_field in errors.values() for error in of_field]
+    found = {}
+    for name, pool in pools.items():
+        distances, rounding = zip(*pool, strict=True)
+        found[name] = pooled_spearman(distances, truth, rounding)
     return found, len(numbers)
 
 

@@ -1,13 +1,19 @@
-"""Shared fixtures: reference data where it is at hand, and quiet numerical libraries."""
+"""Shared fixtures: reference data where it is at hand, two workers, and quiet numerical libraries."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import dask
 import numpy as np
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from pipeline.workers.cluster import Cluster
 
 
 def _shared_folder() -> Path:
@@ -34,6 +40,28 @@ def published_weights(shared: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20200713)
+
+
+@pytest.fixture(scope="session")
+def running_cluster() -> Iterator[Cluster]:
+    """Two worker processes that all tests share: starting one takes as long as twenty small tests."""
+    # Imported before tests are collected, Dask's loggers would keep messages from the fixture caplog.
+    from pipeline.workers.cluster import Cluster
+    from pipeline.workers.profiles import Profile
+
+    with Cluster(Profile(workers=2)) as cluster:
+        assert cluster.client is not None
+        # What tests compute without naming a scheduler stays in this process.
+        with dask.config.set(scheduler="threads"):
+            yield cluster
+
+
+@pytest.fixture
+def two_workers(running_cluster: Cluster) -> Iterator[Cluster]:
+    """The shared cluster, for tests that leave its workers alive, idle and in their folder."""
+    before = set(running_cluster.client.nthreads())
+    yield running_cluster
+    assert set(running_cluster.client.nthreads()) == before, "a worker of the shared cluster was lost"
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
+from commands import run_lsim
 from paced import FOLDER, WHO, Pace
 
 from pipeline.storage import schema, store
@@ -53,6 +55,11 @@ class Processes:
     def lsim(self, *arguments: object, **variables: str) -> subprocess.Popen[bytes]:
         return self.start(*LSIM, *arguments, **variables)
 
+    def lsim_here(self, *arguments: object) -> tuple[int, str]:
+        """Exit code and output of a command in this process, which tells the others how fast it goes."""
+        with mock.patch.dict(os.environ, {FOLDER: str(self.folder)}):
+            return run_lsim(*arguments)
+
     def scheduler(self, port: int = 0) -> tuple[subprocess.Popen[bytes], str]:
         """A scheduler on loopback, and its address."""
         file = self.folder / f"scheduler{len(self.started)}.json"
@@ -61,9 +68,12 @@ class Processes:
         self.wait("a scheduler", lambda: file.exists() and '"address"' in file.read_text(), process)
         return process, file.read_text().split('"address": "')[1].split('"')[0]
 
-    def worker(self, address: str, name: str, **variables: str) -> subprocess.Popen[bytes]:
-        """A nanny with one worker of one thread."""
+    def worker(
+        self, address: str, name: str, nanny: bool = True, **variables: str
+    ) -> subprocess.Popen[bytes]:
+        """One worker of one thread, in a process of its nanny unless there is to be none."""
         options = ("--name", name, "--nthreads", "1", "--memory-limit", "0", "--no-dashboard")
+        options += ("--nanny" if nanny else "--no-nanny",)
         where = ("--host", "127.0.0.1", "--local-directory", self.folder)
         return self.start(*DASK, "worker", address, *options, *where, **{WHO: name, **variables})
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import dask
 import pytest
 from distributed import Client, KilledWorker, LocalCluster
 
@@ -31,10 +32,9 @@ from pipeline.workers.profiles import ClusterError, Profile
 from pipeline.workers.worker_metrics import still_wanted
 
 
-@pytest.fixture(scope="module")
-def two_workers() -> Iterator[Client]:
-    with Cluster(Profile(workers=2)) as cluster:
-        yield cluster.client
+@pytest.fixture
+def client(two_workers: Cluster) -> Client:
+    return two_workers.client
 
 
 def double(value: int) -> int:
@@ -119,7 +119,7 @@ def wait_for(path: Path) -> None:
         time.sleep(0.02)
 
 
-def test_tasks_are_taken_as_others_finish(two_workers):
+def test_tasks_are_taken_as_others_finish(client):
     taken = 0
 
     def tasks():
@@ -129,7 +129,7 @@ def test_tasks_are_taken_as_others_finish(two_workers):
             yield (number,)
 
     ahead, found = [], []
-    for done, ((number,), result, error) in enumerate(run_bounded(two_workers, double, tasks())):
+    for done, ((number,), result, error) in enumerate(run_bounded(client, double, tasks())):
         assert (result, error) == (2 * number, None)
         found.append(number)
         # What has come in one message with this one is done, too.
@@ -139,8 +139,8 @@ def test_tasks_are_taken_as_others_finish(two_workers):
     assert ahead[0] <= bounded_map.IN_FLIGHT
 
 
-def test_no_tasks_are_no_trouble(two_workers):
-    assert list(run_bounded(two_workers, double, [])) == []
+def test_no_tasks_are_no_trouble(client):
+    assert list(run_bounded(client, double, [])) == []
     assert list(run_bounded(None, double, [])) == []
 
 
@@ -170,7 +170,7 @@ def test_the_window_follows_the_threads_that_join(monkeypatch):
 
 def test_a_task_that_kills_its_workers_is_handed_back_and_the_others_go_on(monkeypatch):
     monkeypatch.setitem(FAULT_TOLERANCE["distributed"]["scheduler"], "allowed-failures", 1)
-    with Cluster(Profile(workers=2)) as cluster:
+    with Cluster(Profile(workers=1)) as cluster:
         outcomes = {
             number: error
             for (number,), _, error in run_bounded(cluster.client, die, ((k,) for k in range(12)))
@@ -180,31 +180,31 @@ def test_a_task_that_kills_its_workers_is_handed_back_and_the_others_go_on(monke
     assert set(outcomes.values()) == {None}
 
 
-def test_a_straggler_gets_a_second_copy_and_the_first_result_counts(two_workers, tmp_path, monkeypatch):
+def test_a_straggler_gets_a_second_copy_and_the_first_result_counts(client, tmp_path, monkeypatch):
     monkeypatch.setattr(bounded_map, "STRAGGLER_SECONDS", 1.0)
     tally: Counter[str] = Counter()
     began = time.monotonic()
     tasks = ((str(tmp_path), number) for number in range(12))
-    outcomes = list(run_bounded(two_workers, slow_at_first, tasks, tally=tally))
+    outcomes = list(run_bounded(client, slow_at_first, tasks, tally=tally))
     assert sorted(result for _, result, _ in outcomes) == list(range(12))
     assert tally["copies"] == 1
     assert time.monotonic() - began < 45  # the straggler itself would take a minute
     (tmp_path / "over").touch()  # its thread is the worker's only one
 
 
-def test_a_copy_that_fails_leaves_the_task_to_the_first(two_workers, tmp_path, monkeypatch):
+def test_a_copy_that_fails_leaves_the_task_to_the_first(client, tmp_path, monkeypatch):
     monkeypatch.setattr(bounded_map, "STRAGGLER_SECONDS", 0.5)
     tally: Counter[str] = Counter()
     tasks = ((str(tmp_path), number) for number in range(12))
-    outcomes = list(run_bounded(two_workers, fail_where_it_is_slow, tasks, tally=tally))
+    outcomes = list(run_bounded(client, fail_where_it_is_slow, tasks, tally=tally))
     assert [(result, error) for (_, number), result, error in outcomes if number == 3] == [(3, None)]
     assert len(outcomes) == 12
     assert tally["copies"] == 1
 
 
-def test_a_task_knows_when_nobody_waits_for_it_any_more(two_workers, tmp_path):
+def test_a_task_knows_when_nobody_waits_for_it_any_more(client, tmp_path):
     """What goes on in its thread then writes nothing: the next run may be writing."""
-    outcomes = run_bounded(two_workers, nap_or_watch, [(0.0, ""), (0.0, str(tmp_path))])
+    outcomes = run_bounded(client, nap_or_watch, [(0.0, ""), (0.0, str(tmp_path))])
     next(outcomes)
     wait_for(tmp_path / "wanted True")
     outcomes.close()
@@ -225,10 +225,10 @@ def test_a_run_without_workers_says_so_once_and_waits(monkeypatch, caplog):
     assert "squeue or qstat" in said.getMessage()
 
 
-def test_a_task_that_runs_far_too_long_is_told_of_once(two_workers, monkeypatch, caplog):
+def test_a_task_that_runs_far_too_long_is_told_of_once(client, monkeypatch, caplog):
     monkeypatch.setattr(bounded_map, "HUNG_SECONDS", 0.5)
     tasks = [((Nap(0.02),),) for _ in range(20)] + [((Nap(3.0), Nap(0.0)),)]
-    assert len(list(run_bounded(two_workers, take, tasks))) == 21
+    assert len(list(run_bounded(client, take, tasks))) == 21
     (said,) = [record.getMessage() for record in caplog.records if "may hang" in record.getMessage()]
     assert said.startswith("A/density, sequences 8 to 11 and 1 more: has run for ")
     assert "on worker tcp://127.0.0.1:" in said
@@ -241,26 +241,26 @@ def test_tasks_of_stages_say_what_they_are_of():
     assert block.label == "A/density, sequences 8 to 11"
     tiles = TileTask(*common, (), {}, {"l2": ((0, 3), (0, 4)), "l1": ((0, 3),)}, {}, (0.0, 1.0), 1, 1)
     assert tiles.label == "A/density, 2 tiles from (0, 3)"
-    embedding = EmbedTask(*common, 2, 8, 5, ("a", "b"), 1, None, (0.0, 1.0), "")
+    embedding = EmbedTask(*common, 2, 8, 5, ("a", "b"), 1, None, (0.0, 1.0), "", b"")
     assert embedding.label == "A/density, sequences 8 to 9"
 
 
-def test_nothing_is_told_of_tasks_that_are_all_long(two_workers, monkeypatch, caplog):
+def test_nothing_is_told_of_tasks_that_are_all_long(client, monkeypatch, caplog):
     monkeypatch.setattr(bounded_map, "HUNG_SECONDS", 0.2)
-    assert len(list(run_bounded(two_workers, nap, [(0.5 + k / 1000,) for k in range(6)]))) == 6
+    assert len(list(run_bounded(client, nap, [(0.5 + k / 1000,) for k in range(6)]))) == 6
     assert not caplog.records
 
 
-def test_a_task_that_would_end_its_process_fails_and_the_worker_stays(two_workers):
-    before = set(two_workers.nthreads())
+def test_a_task_that_would_end_its_process_fails_and_the_worker_stays(client):
+    before = set(client.nthreads())
     tasks = [(kind,) for kind in ("exit", "interrupt", "bare")]
-    reasons = {kind: reason_of(error) for (kind,), _, error in run_bounded(two_workers, raise_as_told, tasks)}
+    reasons = {kind: reason_of(error) for (kind,), _, error in run_bounded(client, raise_as_told, tasks)}
     assert reasons == {
         "exit": "SystemExit: 7",
         "interrupt": "KeyboardInterrupt",
         "bare": "BaseException: bare",
     }
-    assert set(two_workers.nthreads()) == before
+    assert set(client.nthreads()) == before
     # Here Ctrl-C is the user's.
     ((_, _, error),) = run_bounded(None, raise_as_told, [("exit",)])
     assert reason_of(error) == "SystemExit: 7"
@@ -285,14 +285,11 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("configured", [False, True])
-def test_what_our_own_messages_say_is_not_logged_besides_unless_wanted(tmp_path, configured):
+def test_what_our_own_messages_say_is_not_logged_besides(tmp_path):
     script = tmp_path / "faults.py"
     script.write_text(FAULTS)
     search = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": search}
-    if configured:
-        environment["DASK_LOGGING__DISTRIBUTED"] = "error"
     done = subprocess.run(
         [sys.executable, str(script)],
         env=environment,
@@ -301,15 +298,19 @@ def test_what_our_own_messages_say_is_not_logged_besides_unless_wanted(tmp_path,
         timeout=120,
         check=True,
     )
-    if configured:
-        assert "Compute Failed" in done.stderr
-    else:
-        assert done.stderr == ""
+    assert done.stderr == ""
 
 
-def test_sigterm_is_heeded_while_a_lost_result_is_computed_again(two_workers, monkeypatch):
+def test_what_workers_log_is_kept_where_logging_is_configured(monkeypatch, capfd):
+    monkeypatch.setenv("DASK_LOGGING__DISTRIBUTED", "error")
+    with dask.config.set({"logging.distributed": "error"}), Cluster(Profile(workers=1)) as cluster:
+        assert all(error for _, _, error in run_bounded(cluster.client, raise_as_told, [("bare",)]))
+    assert "Compute Failed" in capfd.readouterr().err
+
+
+def test_sigterm_is_heeded_while_a_lost_result_is_computed_again(client, monkeypatch):
     monkeypatch.setattr(bounded_map, "OUTCOME_S", 0.2)
-    future = two_workers.submit(nap, 2.0, pure=False)
+    future = client.submit(nap, 2.0, pure=False)
     assert bounded_map._outcome(future) is None  # of one that isn't done, or not any more
     deadline = time.monotonic() + 60
     while (outcome := bounded_map._outcome(future)) is None:
@@ -317,9 +318,9 @@ def test_sigterm_is_heeded_while_a_lost_result_is_computed_again(two_workers, mo
     assert outcome == (2.0, None)
 
 
-def test_a_result_that_is_lost_with_the_scheduler_is_an_error(two_workers):
-    flight = bounded_map._Flight(two_workers, nap, iter(()), Counter())
-    future = two_workers.submit(nap, 5.0, pure=False)
+def test_a_result_that_is_lost_with_the_scheduler_is_an_error(client):
+    flight = bounded_map._Flight(client, nap, iter(()), Counter())
+    future = client.submit(nap, 5.0, pure=False)
     future.cancel()
     with pytest.raises(ClusterError, match="lost the scheduler"):
         flight._ask(lambda: bounded_map._outcome(future))
@@ -356,8 +357,7 @@ def test_a_scheduler_that_dies_is_an_error_and_no_wait_without_end():
                 "-m",
                 "distributed.cli.dask_worker",
                 address,
-                "--nworkers",
-                "1",
+                "--no-nanny",
                 "--no-dashboard",
             ]
         )
@@ -387,8 +387,7 @@ def test_a_scheduler_needs_nothing_of_what_tasks_name():
                 "-m",
                 "distributed.cli.dask_worker",
                 address,
-                "--nworkers",
-                "1",
+                "--no-nanny",
                 "--no-dashboard",
             ],
             env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
@@ -421,11 +420,11 @@ def terminate_this_process() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_sigterm_waits_for_what_runs_and_begins_nothing(two_workers, stop):
+def test_sigterm_waits_for_what_runs_and_begins_nothing(client, stop):
     done = []
 
     def stop_after_three() -> None:
-        for (number,), _, error in run_bounded(two_workers, nap, ((0.3 + k / 1000,) for k in range(500))):
+        for (number,), _, error in run_bounded(client, nap, ((0.3 + k / 1000,) for k in range(500))):
             done.append((number, error))
             if len(done) == 3:
                 terminate_this_process()
@@ -438,12 +437,12 @@ def test_sigterm_waits_for_what_runs_and_begins_nothing(two_workers, stop):
     assert all(error is None for _, error in done)
 
 
-def test_sigterm_does_not_wait_longer_than_the_grace_time(two_workers, stop):
+def test_sigterm_does_not_wait_longer_than_the_grace_time(client, stop):
     stopping.allow_grace(0.5)
     threading.Timer(1.0, terminate_this_process).start()
     began = time.monotonic()
     with pytest.raises(stopping.Stopped):
-        list(run_bounded(two_workers, nap, [(40.0,)]))
+        list(run_bounded(client, nap, [(40.0,)]))
     assert time.monotonic() - began < 30
 
 
@@ -462,11 +461,11 @@ def test_sigterm_in_this_process_ends_after_the_task_in_hand(stop):
 
 
 @pytest.mark.parametrize("workers", [False, True])
-def test_sigterm_at_the_last_task_ends_what_comes_after(two_workers, stop, workers):
+def test_sigterm_at_the_last_task_ends_what_comes_after(client, stop, workers):
     done = []
 
     def stop_at_the_last() -> None:
-        for (number,), _, _ in run_bounded(two_workers if workers else None, double, [(7,)]):
+        for (number,), _, _ in run_bounded(client if workers else None, double, [(7,)]):
             done.append(number)
             terminate_this_process()
 

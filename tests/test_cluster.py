@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +20,7 @@ import psutil
 import pytest
 from commands import run_lsim
 from distributed import LocalCluster
+from distributed.comm import CommClosedError
 from matrices import archive_of, write_archive
 from ssh_server import ssh_server
 
@@ -27,7 +28,8 @@ from pipeline import cluster_check
 from pipeline.cluster_check import check_cluster, compare_versions, inspect_workers
 from pipeline.distances import Settings, compute_distances
 from pipeline.stage.bounded_map import run_bounded
-from pipeline.workers import cluster_kinds, worker_metrics
+from pipeline.workers import cluster as cluster_module
+from pipeline.workers import starting, worker_metrics
 from pipeline.workers.cluster import FAULT_TOLERANCE, Cluster
 from pipeline.workers.cluster_kinds import check_options, jobs_cluster, lifetime, pod_options
 from pipeline.workers.profiles import ClusterError, Kind, Profile, load_profile, parse_duration
@@ -50,35 +52,32 @@ def where_it_runs() -> int:
 
 def test_each_worker_loads_each_metric_once_and_again_after_a_restart(tmp_path):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(12))
-    with Cluster(Profile(workers=2)) as cluster:
+    with Cluster(Profile(workers=1)) as cluster:
         compute_distances(frames, tmp_path / "one.zarr", SETTINGS, cluster=cluster)
         compute_distances(frames, tmp_path / "two.zarr", SETTINGS, cluster=cluster)
         client = cluster.client
         counts = client.run(load_counts)
-        assert len(counts) == 2
-        assert all(count == {"l1": 1, "ssim": 1} for count in counts.values())
+        assert list(counts.values()) == [{"l1": 1, "ssim": 1}]
 
-        processes = client.run(where_it_runs)
-        victim = next(iter(processes.values()))
+        (victim,) = client.run(where_it_runs).values()
         os.kill(victim, signal.SIGKILL)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             alive = set(client.run(where_it_runs, on_error="ignore").values())
-            if len(alive) == 2 and victim not in alive:
+            if alive and victim not in alive:
                 break
             time.sleep(0.2)
         compute_distances(frames, tmp_path / "three.zarr", SETTINGS, cluster=cluster)
-        assert all(count == {"l1": 1, "ssim": 1} for count in client.run(load_counts).values())
+        assert list(client.run(load_counts).values()) == [{"l1": 1, "ssim": 1}]
 
 
 @pytest.mark.parametrize("kind", ["none", "local"])
-def test_a_task_that_fails_is_handed_back_and_the_others_go_on(kind):
-    profile = Profile(kind="none") if kind == "none" else Profile(workers=1)
-    with Cluster(profile) as cluster:
-        outcomes = {
-            task[0]: (result, error)
-            for task, result, error in run_bounded(cluster.client, squared_or_fail, ((k,) for k in range(40)))
-        }
+def test_a_task_that_fails_is_handed_back_and_the_others_go_on(kind, two_workers):
+    client = None if kind == "none" else two_workers.client
+    outcomes = {
+        task[0]: (result, error)
+        for task, result, error in run_bounded(client, squared_or_fail, ((k,) for k in range(40)))
+    }
     assert sorted(outcomes) == list(range(40))
     assert isinstance(outcomes[3][1], ValueError)
     assert all(result == k**2 for k, (result, _) in outcomes.items() if k != 3)
@@ -463,24 +462,78 @@ def test_what_a_kind_cannot_do_names_the_file_and_the_key_before_anything_starts
         check_cluster(profile)
 
 
+@pytest.fixture
+def lost_starts(monkeypatch) -> Callable[[str, Exception, int], list[str]]:
+    """Have starts fail, where and how often a test says; gives the list of attempts."""
+
+    def fail(where: str, error: Exception, times: int) -> list[str]:
+        attempts: list[str] = []
+
+        def reach(place: str) -> None:
+            attempts.append(place)
+            if place == where and attempts.count(place) <= times:
+                raise RuntimeError("Cluster failed to start: see above") from error
+
+        def start(profile: Profile, security: object) -> contextlib.nullcontext[str]:
+            reach("start")
+            return contextlib.nullcontext("a cluster")
+
+        monkeypatch.setattr(starting, "start_cluster", start)
+        monkeypatch.setattr(starting, "Client", lambda cluster, security: contextlib.nullcontext("a client"))
+        monkeypatch.setattr(cluster_module, "_set_up", lambda client, profile: reach("set-up"))
+        return attempts
+
+    return fail
+
+
+@pytest.mark.parametrize("where", ["start", "set-up"])
 @pytest.mark.parametrize(
-    "said", [RuntimeError("Nanny failed to start."), OSError("Stream is closed"), TimeoutError()]
+    "said",
+    [RuntimeError("Nanny failed to start worker process"), OSError("Stream is closed"), TimeoutError()],
 )
-def test_workers_that_are_lost_while_they_start_are_started_again(said, monkeypatch):
+def test_workers_that_are_lost_while_they_start_are_started_again(said, where, lost_starts):
+    attempts = lost_starts(where, said, 2)
+    with Cluster(Profile(kind="local")) as cluster:
+        assert cluster.client == "a client"
+    assert attempts.count(where) == 3
+    lost_starts(where, said, 3)
+    said_of_it = "no workers on this machine: in 3 attempts a process died"
+    with Cluster(Profile(kind="local")) as cluster, pytest.raises(ClusterError, match=said_of_it):
+        assert cluster.client
+
+
+def test_a_start_that_fails_for_another_reason_fails_at_once(lost_starts):
+    attempts = lost_starts("start", FileNotFoundError(2, "No such file", "/nope"), 1)
+    with Cluster(Profile(kind="local")) as cluster, pytest.raises(ClusterError, match="No such file"):
+        assert cluster.client
+    assert attempts == ["start"]
+
+
+def test_a_plugin_reaches_workers_though_one_is_lost_meanwhile(monkeypatch):
+    monkeypatch.setattr(worker_metrics, "REGISTERED_AGAIN_AFTER_S", 0)
     attempts = []
 
-    def fail_at_first(profile, security):
-        attempts.append(profile)
-        if len(attempts) < 3:
-            raise RuntimeError("Cluster failed to start: see above") from said
-        return "a cluster"
+    class Client:
+        def register_plugin(self, plugin: object) -> None:
+            attempts.append(plugin)
+            if len(attempts) < 3:
+                raise CommClosedError("Stream is closed")
 
-    monkeypatch.setattr(cluster_kinds, "_start_local", fail_at_first)
-    assert cluster_kinds.start_cluster(Profile(kind="local"), None) == "a cluster"
+    worker_metrics.register_plugin(Client(), "a plugin")
+    assert attempts == ["a plugin"] * 3
+    monkeypatch.setattr(worker_metrics, "REGISTRATIONS", 2)
     attempts.clear()
-    monkeypatch.setattr(cluster_kinds, "START_ATTEMPTS", 1)
-    with pytest.raises(ClusterError, match="no workers on this machine: in 1 attempts a process died"):
-        cluster_kinds.start_cluster(Profile(kind="local"), None)
+    with pytest.raises(ClusterError, match="workers were lost while they started, 2 times"):
+        worker_metrics.register_plugin(Client(), "a plugin")
+
+
+def test_ctrl_c_stays_whose_it_was_when_a_library_of_clusters_is_imported(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "dask_jobqueue"]:
+        monkeypatch.delitem(sys.modules, name)
+    handler = signal.getsignal(signal.SIGINT)
+    check_options(Profile(kind="slurm", memory_limit="4GB", walltime=3600))
+    assert "dask_jobqueue.runner" in sys.modules
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_cluster_that_does_not_start_is_one_line_that_names_the_file(tmp_path, capfd):

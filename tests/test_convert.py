@@ -26,6 +26,7 @@ from pipeline.sources.catalog import Catalog, CatalogError, open_catalog
 from pipeline.sources.readers import READERS, LazySequence, lsim
 from pipeline.storage import schema, store
 from pipeline.storage.checked_frames import content_hash
+from pipeline.workers.cluster import Cluster
 
 SHAPE = (6, 8, 3)
 FRAMES = 3
@@ -222,6 +223,27 @@ def test_fields_and_dtypes_are_groups_of_their_own(tmp_path: Path, rng: np.rando
     stored = tree["D/velocity-x"]["frames"]
     assert stored.dtype == np.float64
     np.testing.assert_array_equal(stored.values[0], arrays["u"][..., :1])
+
+
+def test_units_that_changed_beside_the_same_values_are_updated(tmp_path: Path, rng: np.random.Generator):
+    values, out = rng.random((2, 3, 4, 5)), tmp_path / "frames.zarr"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "c.yaml").write_text(
+        "name: c\ndatasets:\n- {name: D, source: {path: data}, reader: xarray}\n"
+    )
+    units = {}
+    for attributes in ({}, {"units": "K"}, {"units": "mK"}, {}):
+        rho = (("sequence", "frame", "y", "x"), values, attributes)
+        data = xr.Dataset({"rho": rho, "parameter": ("frame", [0.0, 1.0, 2.0])})
+        data.to_netcdf(tmp_path / "data" / "sim.nc", engine="h5netcdf")
+        report = convert(open_catalog(tmp_path / "c.yaml"), out)
+        units[len(units)] = open_tree(out)["D/rho"]["frames"].attrs.get("units")
+        assert len(report.converted) == (2 if len(units) == 1 else 0)
+        before = contents(out)
+        assert not convert(open_catalog(tmp_path / "c.yaml"), out).changed
+        assert contents(out) == before
+    # A source that says nothing takes nothing away: somebody may have said it in the store.
+    assert list(units.values()) == [None, "K", "mK", "mK"]
 
 
 def test_units_and_a_store_that_is_read_again(tmp_path: Path, rng: np.random.Generator):
@@ -755,26 +777,22 @@ def test_kill_9_and_again(archive: Archive):
 # -- on a cluster --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def client() -> Iterator[Any]:
-    from distributed import Client, LocalCluster
-
-    with (
-        LocalCluster(
-            n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
-        ) as cluster,
-        Client(cluster) as connected,
-    ):
-        yield connected
+@pytest.fixture
+def client(two_workers: Cluster) -> Iterator[Any]:
+    """A client of workers that make shards as small as this process does."""
+    before = two_workers.client.run(set_shard_bytes, store.SHARD_BYTES)
+    yield two_workers.client
+    two_workers.client.run(set_shard_bytes, next(iter(before.values())))
 
 
-def set_shard_bytes(count: int) -> None:
-    store.SHARD_BYTES = count
+def set_shard_bytes(count: int) -> int:
+    """Set the bytes of a shard; return what they were."""
+    before, store.SHARD_BYTES = store.SHARD_BYTES, count
+    return before
 
 
 def test_workers_give_the_same_bytes_as_this_process(archive: Archive, client: Any):
     truncate(archive.data / "p3")
-    client.run(set_shard_bytes, store.SHARD_BYTES)
     local, remote = archive.folder / "local.zarr", archive.folder / "remote.zarr"
     for _ in range(2):
         archive.decoded()

@@ -26,10 +26,13 @@ from pipeline.correlate import CorrelationError, correlate
 from pipeline.distances import compute_distances
 from pipeline.distances.blocks import fingerprint
 from pipeline.distances.compute import BlockTask, compute_block, compute_blocks
-from pipeline.matrix import MatrixRequest, compute_matrix
+from pipeline.matrix import MatrixRequest, compute_matrix, mds
+from pipeline.matrix.neighbours import find_neighbours
 from pipeline.metrics import value_range
+from pipeline.metrics.resolution import list_unresolved
 from pipeline.metrics.settings import Settings, UnavailableMetricError
-from pipeline.report import write_report
+from pipeline.report import write_matrix_report, write_report
+from pipeline.report.matrix import gather_matrices
 from pipeline.storage import schema, store, versions
 from pipeline.verify import verify
 from pipeline.workers.cluster import Cluster
@@ -61,14 +64,14 @@ def test_matrices_are_those_of_the_library_and_the_store_is_valid(tmp_path):
                 np.testing.assert_array_equal(tree["A/density"][name].values[row], expected)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_same_bytes_whatever_the_workers_and_the_block(tmp_path, shared, published_weights, workers):
+@pytest.mark.usefixtures("published_weights")
+def test_same_bytes_whatever_the_workers_and_the_block(tmp_path, shared, two_workers):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(5, frames=4))
-    settings = Settings(metrics=(*CLASSIC, "lsim"), size=64, block=1)
+    weights = {"lsim": str(shared / "reference" / "weights" / "LSiM.pth")}
+    settings = Settings(metrics=(*CLASSIC, "lsim"), weights=weights, size=64, block=1)
     compute(frames, tmp_path / "alone.zarr", settings, block=3)
-    with Cluster(Profile(workers=workers)) as cluster:
-        report = compute_distances(frames, tmp_path / "many.zarr", settings, cluster=cluster)
-    assert report.cluster["workers"] == workers
+    report = compute_distances(frames, tmp_path / "many.zarr", settings, cluster=two_workers)
+    assert report.cluster["workers"] == 2
     alone, many = matrices_of(tmp_path / "alone.zarr"), matrices_of(tmp_path / "many.zarr")
     assert alone.keys() == many.keys() == {*CLASSIC, "lsim"}
     for name, matrices in alone.items():
@@ -127,7 +130,7 @@ def test_a_metric_that_raises_where_another_copy_has_finished_leaves_no_fingerpr
     compute(frames, tmp_path / "d.zarr")
     monkeypatch.undo()
     compute_block(given[0])  # of the other copy
-    monkeypatch.setattr("pipeline.distances.compute._matrix", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(lsim.Metric, "all_pairs_with_rounding", lambda *arguments: 1 / 0)
     compute_block(given[0])
     monkeypatch.undo()
     assert np.isnan(matrices_of(tmp_path / "d.zarr")["l2"]).all()
@@ -490,16 +493,15 @@ def test_two_runs_on_one_store_keep_out_of_each_others_way(tmp_path):
     assert compute(frames, tmp_path / "d.zarr").computed == 4
 
 
-def test_relative_paths_hold_for_workers_in_another_folder(tmp_path, monkeypatch):
+def test_relative_paths_hold_for_workers_in_another_folder(tmp_path, monkeypatch, two_workers):
     write_archive(tmp_path / "frames.zarr", archive_of(2))
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    with Cluster(Profile(workers=1)) as cluster:
-        cluster.client.run(os.chdir, str(elsewhere))
-        monkeypatch.chdir(tmp_path)
-        report = compute_distances("frames.zarr", "d.zarr", QUICK, cluster=cluster)
+    folders = set(two_workers.client.run(os.getcwd).values())
+    monkeypatch.chdir(tmp_path)
+    report = compute_distances("frames.zarr", "d.zarr", QUICK, cluster=two_workers)
     assert (report.computed, report.failures) == (4, [])
-    assert not (elsewhere / "d.zarr").exists()
+    assert len(matrices_of(tmp_path / "d.zarr")["l2"]) == 2
+    assert str(tmp_path) not in folders
+    assert not any(Path(folder, "d.zarr").exists() for folder in folders)
 
 
 @pytest.mark.parametrize("change", ["removed", "reordered", "added"])
@@ -575,15 +577,14 @@ def own_weights(path: Path, seed: int = 0) -> Path:
     return path
 
 
-def test_weights_of_ones_own_are_a_metric_of_any_name(tmp_path, monkeypatch):
+def test_weights_of_ones_own_are_a_metric_of_any_name(tmp_path, monkeypatch, two_workers):
     archive = archive_of(2, frames=4)
     frames = write_archive(tmp_path / "frames.zarr", archive)
     file = own_weights(tmp_path / "mine.safetensors")
     monkeypatch.chdir(tmp_path)
     settings = Settings(metrics=("l2", "smoke-only"), weights={"smoke-only": "mine.safetensors"}, size=64)
     # A worker runs elsewhere, and must find the file all the same.
-    with Cluster(Profile(workers=1)) as cluster:
-        report = compute_distances(frames, tmp_path / "d.zarr", settings, cluster=cluster)
+    report = compute_distances(frames, tmp_path / "d.zarr", settings, cluster=two_workers)
     assert (report.computed, report.failures) == (4, [])
     found = matrices_of(tmp_path / "d.zarr")["smoke-only"]
     metric = lsim.load_metric("smoke-only", file, "cpu", size=64)
@@ -730,3 +731,47 @@ def test_an_archive_keeps_directions_across_tiles(tmp_path):
     assert dataset["l1"].attrs["units"] == "K"
     schema.validate_matrix(dataset.load(), "A/density")
     assert verify(out).damages == []
+
+
+def test_readers_of_a_directed_matrix_take_both_halves_or_name_the_reference(tmp_path, monkeypatch):
+    frames, out = warm(tmp_path / "frames.zarr"), tmp_path / "a.zarr"
+    settings = Settings(metrics=("nrmse", "l1"), size=None, scope="none", directed=True)
+    with Cluster(Profile(kind="none")) as cluster:
+        compute_matrix(frames, out, settings, MatrixRequest(tile=3), cluster=cluster)
+    values = store.open_dataset(out, "A/density")["nrmse"].values.astype(np.float64)
+    np.fill_diagonal(values, 0)
+    assert not np.array_equal(values, values.T)
+    (matrix,) = gather_matrices(out).matrices
+    mean = mds.classical_map((values + values.T) / 2)
+    assert matrix.directed == ["nrmse"]
+    drawn = {one.metric: one.found for one in matrix.maps}
+    np.testing.assert_array_equal(drawn["nrmse"].positions, mean.positions)
+    monkeypatch.setattr(mds, "CLASSICAL_UP_TO", 0)
+    (matrix,) = gather_matrices(out).matrices
+    drawn = {one.metric: one.found for one in matrix.maps}
+    np.testing.assert_allclose(np.abs(drawn["nrmse"].positions), np.abs(mean.positions), atol=1e-9)
+    write_matrix_report(out, tmp_path / "page")
+    assert "½ (d(a, b) + d(b, a))" in (tmp_path / "page/index.html").read_text()
+
+    found = find_neighbours(out, "s1:2", 7, "nrmse")
+    assert found.directed == ["nrmse"]
+    assert [near.distances["nrmse"] for near in found.nearest] == sorted(np.delete(values[6], 6))
+    code, text = run_lsim("neighbours", out, "--of", "s1:2", "--metric", "nrmse")
+    assert code == 0
+    assert "with A/density/s1:2 as the reference: nrmse" in " ".join(text.split())
+
+
+def test_unresolved_distances_of_an_archive_count_in_both_directions_where_both_are_kept(tmp_path):
+    archive = archive_of(2, frames=4)
+    for frames in archive["A/density"].values():
+        frames *= 1e-6
+    frames = write_archive(tmp_path / "frames.zarr", archive)
+    counts = {}
+    for directed in (False, True):
+        settings = Settings(metrics=("nrmse",), size=None, scope=(-100.0, 100.0), directed=directed)
+        with Cluster(Profile(kind="none")) as cluster:
+            out = tmp_path / f"{directed}.zarr"
+            compute_matrix(frames, out, settings, MatrixRequest(tile=3), cluster=cluster)
+        (counts[directed],) = list_unresolved(store.open_store(out))
+    assert counts[True].distances == 2 * counts[False].distances == 8 * 7
+    assert counts[True].unresolved == 2 * counts[False].unresolved > 0

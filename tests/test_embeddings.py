@@ -103,21 +103,31 @@ def test_bits_do_not_depend_on_blocks_or_workers(frames, tmp_path, here, monkeyp
         assert np.array_equal(features(tmp_path / "whole.zarr", key), features(tmp_path / "parts.zarr", key))
 
 
-def test_workers_give_the_same_bits(frames, tmp_path, here, monkeypatch):
+def test_workers_give_the_same_bits(frames, tmp_path, here, two_workers, monkeypatch):
     monkeypatch.setattr(embeddings, "BLOCK_BYTES", 4 * 20000 * 5)
     compute_embeddings(frames, tmp_path / "here.zarr", SETTINGS, cluster=here)
-    with Cluster(Profile(workers=2)) as cluster:
-        report = compute_embeddings(frames, tmp_path / "workers.zarr", SETTINGS, cluster=cluster)
+    report = compute_embeddings(frames, tmp_path / "workers.zarr", SETTINGS, cluster=two_workers)
     assert report.cluster["workers"] == 2
     for key in ("A/density", "B/rgb"):
         assert np.array_equal(features(tmp_path / "here.zarr", key), features(tmp_path / "workers.zarr", key))
 
 
-def test_chunks_are_whole_frames_of_a_block():
-    assert embeddings._block_of(11, embeddings.BLOCK_BYTES // 70) == (6, 66)
-    assert embeddings._block_of(100, embeddings.BLOCK_BYTES // 70) == (1, 50)
-    assert embeddings._block_of(101, embeddings.BLOCK_BYTES // 70) == (1, 1)
-    assert embeddings._block_of(11, 10 * embeddings.BLOCK_BYTES) == (1, 1)
+@pytest.mark.parametrize(
+    ("length", "room", "blocks", "chunk"), [(6, 20, 1, 18), (6, 4, 3, 3), (7, 4, 3, 1), (6, 0.1, 3, 1)]
+)
+def test_chunks_are_whole_frames_of_a_block(tmp_path, here, monkeypatch, length, room, blocks, chunk):
+    """Three sequences of some length, where a block has room for so many frames of 24 × 24 values."""
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(3, frames=length, size=24))
+    settings = Settings(metrics=("mutual-information",), size=24, scope="dataset")
+    compute_embeddings(frames, tmp_path / "whole.zarr", settings, cluster=here)
+    values = store.get_array(store.open_store(tmp_path / "whole.zarr"), "A/density/values")
+    entropy = store.get_array(store.open_store(tmp_path / "whole.zarr"), "A/density/entropy")
+    frame_bytes = sum(a.nbytes // len(a) for a in map(store.read, (values, entropy)))
+    monkeypatch.setattr(embeddings, "BLOCK_BYTES", int(room * frame_bytes))
+    report = compute_embeddings(frames, tmp_path / "parts.zarr", settings, cluster=here)
+    assert report.blocks == blocks
+    array = store.get_array(store.open_store(tmp_path / "parts.zarr"), "A/density/values")
+    assert array.chunks[0] == chunk
 
 
 def test_what_is_up_to_date_is_not_computed_again(frames, tmp_path, here, monkeypatch):
@@ -251,14 +261,14 @@ def test_embeddings_of_other_frames_are_not_touched(frames, tmp_path, here):
 def test_a_frame_at_which_the_metric_raises_costs_no_other(frames, tmp_path, here, monkeypatch):
     out = tmp_path / "embeddings.zarr"
     compute_embeddings(frames, tmp_path / "whole.zarr", SETTINGS, groups=["A/*"], cluster=here)
-    embedded, bad = embeddings._embedded, all_frames(frames)[7]
+    prepare, bad = lsim.Metric.prepare, all_frames(frames)[7]
 
-    def raising(metric, some, scope):
+    def raising(metric, some, *arguments, **options):
         if any(np.array_equal(frame, bad) for frame in some):
             raise ArithmeticError("not this one")
-        return embedded(metric, some, scope)
+        return prepare(metric, some, *arguments, **options)
 
-    monkeypatch.setattr(embeddings, "_embedded", raising)
+    monkeypatch.setattr(lsim.Metric, "prepare", raising)
     for _ in range(2):  # the next run tries again
         report = compute_embeddings(frames, out, SETTINGS, groups=["A/*"], cluster=here)
         failure = report.failures[0]

@@ -457,7 +457,7 @@ def variables(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(variable=variables())
 def test_missing_values_are_those_of_the_netcdf_library(tmp_path: Path, variable: dict[str, Any]):
     netcdf = pytest.importorskip("netCDF4")

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -120,19 +121,23 @@ def test_same_bytes_whatever_the_tile_and_the_memory(tmp_path):
         same(matrices(tmp_path / "8.zarr"), matrices(tmp_path / f"{tile}.zarr"))
 
 
-@pytest.mark.parametrize("profile", [{"workers": 1, "threads": 2}, {"workers": 2}])
-def test_same_bytes_whatever_the_workers(tmp_path, profile):
+@pytest.fixture
+def two_threads() -> Iterator[Cluster]:
+    """One worker process with two threads, which share what is embedded."""
+    with Cluster(Profile(workers=1, threads=2)) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("workers", ["two_threads", "two_workers"])
+def test_same_bytes_whatever_the_workers(tmp_path, request, workers):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(6))
     settings = Settings(metrics=("l2", "lsim-open"), size=48, scope="dataset")
     compute(frames, tmp_path / "alone.zarr", settings)
-    with Cluster(Profile(**profile)) as cluster:
-        report = compute_matrix(
-            frames, tmp_path / "many.zarr", settings, MatrixRequest(tile=5), cluster=cluster
-        )
-        same(matrices(tmp_path / "alone.zarr"), matrices(tmp_path / "many.zarr"))
-        # Threads of one process share what is embedded.
-        assert report.embeddings == 60 if profile["workers"] == 1 else report.embeddings <= 120
-        again = compute_matrix(frames, tmp_path / "many.zarr", settings, cluster=cluster)
+    cluster = request.getfixturevalue(workers)
+    report = compute_matrix(frames, tmp_path / "many.zarr", settings, MatrixRequest(tile=5), cluster=cluster)
+    same(matrices(tmp_path / "alone.zarr"), matrices(tmp_path / "many.zarr"))
+    assert report.embeddings == 60 if workers == "two_threads" else report.embeddings <= 120
+    again = compute_matrix(frames, tmp_path / "many.zarr", settings, cluster=cluster)
     assert (again.tiles, again.up_to_date, again.plans) == (0, 2 * 21, [])
 
 
@@ -378,7 +383,9 @@ def test_frames_that_fail_together_and_not_alone_are_compared_and_a_warning_says
     monkeypatch.setattr(L2, "embed", one_at_a_time)
     assert compute(frames, tmp_path / "a.zarr", settings).failures == []
     same(matrices(tmp_path / "a.zarr"), matrices(tmp_path / "whole.zarr"))
-    assert "l2: 8 frames at once failed (RuntimeError: no room for so many)" in caplog.text
+    because = "l2: 8 frames at once failed (RuntimeError: no room for so many)"
+    assert f"{because}, and went well one by one" in caplog.text
+    assert f"{because}, so the metric is tried on one of them" in caplog.text
 
 
 def test_frames_with_nan_are_said_and_the_others_compared(tmp_path):
@@ -492,7 +499,8 @@ def test_reasons_of_frames_that_have_changed_are_forgotten_also_of_other_metrics
     archive["A/density"]["s1"] = smooth_sequence(1, frames=8)
     write_archive(frames, archive)
     report = compute(frames, out, both.model_copy(update={"metrics": ("l2",)}))
-    assert all(entry.what == "" for entry in report.failures)
+    # Numbers that no run has written are damage, and named where they still count.
+    assert [(entry.metric, entry.what) for entry in report.failures] == [("l1", "tile 0, 0")]
     # Of the tile that is up to date what was found stays; of a metric that is asked for, if it was recorded.
     np.testing.assert_array_equal(store.read(missing), [[[1, 0], [0, 0]], [[0, 0], [0, 0]]])
 

@@ -88,23 +88,23 @@ WITHOUT_WEIGHTS = [
 ]
 
 
-@pytest.mark.parametrize("side", [128, 512])
 @pytest.mark.parametrize("name", WITHOUT_WEIGHTS)
-def test_axioms_on_frames_of_the_sizes_that_are_in_use(name: str, side: int) -> None:
+def test_axioms_on_frames_of_the_largest_size_in_use(name: str) -> None:
     """The contract's whole run is on small frames; sums grow with them, and so could their rounding."""
     if reason := lsim.registry.why_unavailable(name):
         pytest.skip(reason)
     metric = lsim.load_metric(name, device="cpu", size=None)
-    kinds = example_frames(max(side, metric.info.minimum_size))
+    kinds = example_frames(512)
     for kind in ("random", "constant", "one grey level apart in one pixel", "huge"):
         check_axioms(metric, kinds[kind], kind)
 
 
+@quiet
 @pytest.mark.shared
 @pytest.mark.usefixtures("published_weights")
 @pytest.mark.parametrize("name", LEARNED)
 def test_contract_with_published_weights(name: str) -> None:
-    check_metric(lsim.load_metric(name, device="cpu", size=128))
+    check_metric(lsim.load_metric(name, device="cpu", size=64))
 
 
 @pytest.mark.gpu

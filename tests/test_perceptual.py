@@ -413,3 +413,15 @@ def test_negative_channel_weights_are_refused(
     monkeypatch.setenv("LSIM_WEIGHTS", str(tmp_path))
     with pytest.raises(lsim.WeightsError, match=r"alex\.pth: has negative channel weights, down to -0\.25"):
         lsim.load_metric("lpips-alex", random_weights / "lpips-alex.pth")
+
+
+@pytest.mark.parametrize("name", ["lpips-alex", "lpips-squeeze"])
+@pytest.mark.parametrize("apart", [1.0, 1e-4, 1e-8])
+def test_single_precision_is_within_its_bounds_of_double(load: Load, name: str, apart: float) -> None:
+    rng = np.random.default_rng(0)
+    frames = (rng.random((64, 64)) + apart * rng.standard_normal((3, 64, 64)))[..., None]
+    single, double = load(name, size=None), load(name, size=None, precision="double")
+    found, bounds = single.all_pairs_with_rounding(single.prepare(frames, "sequence"))
+    exact = double.pairwise(frames)
+    assert (np.abs(found - exact) <= bounds).all()
+    assert bounds.max() < 1e-3 * max(exact.max(), 1e-6)

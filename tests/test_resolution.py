@@ -15,7 +15,7 @@ from synthetic import parameters, write_field
 
 from lsim import Embedding, Metric, MetricInfo
 from lsim.preprocess import Preprocessing
-from lsim.ranking import may_be_constant, pooled_spearman
+from lsim.ranking import differ_by_rounding, may_be_constant, pooled_spearman
 from pipeline.cli.display import show_distances
 from pipeline.correlate import correlate
 from pipeline.distances import compute_distances
@@ -57,16 +57,26 @@ def sequence(step: float, frames: int = 6) -> np.ndarray:
 def test_a_value_that_agrees_with_all_distances_makes_them_a_constant():
     distances = np.array([0.0, 1.0, 2.0])
     assert not may_be_constant(distances, np.full(3, 0.99))
-    assert may_be_constant(distances, np.ones(3))
+    assert may_be_constant(distances, np.full(3, 2.0))
+    assert may_be_constant(10 + distances, np.ones(3))
+    assert not may_be_constant(10 + distances, np.full(3, 0.99))
     assert may_be_constant(np.full(3, 7.0), np.zeros(3))
     assert not may_be_constant(distances, np.zeros(3))
 
 
+@given(st.floats(1, 2, exclude_min=True), st.integers(2, 12), st.booleans())
+def test_a_signal_between_once_and_twice_its_rounding_is_none_of_a_constant(largest, count, falling):
+    distances = np.linspace(largest, 0, count) if falling else np.linspace(0.9, largest, count)
+    assert not may_be_constant(distances, np.ones(count))
+
+
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=9), st.floats(0, 1), st.integers(0, 99))
 def test_rounded_constants_are_always_seen(errors, constant, seed):
-    bound = np.array(errors)
+    bound = np.array(errors) + 1e-12
     signs = np.random.default_rng(seed).uniform(-1, 1, len(errors))
-    assert may_be_constant(constant + signs * bound, bound + 1e-12)
+    assert may_be_constant(np.abs(signs) * bound, bound)
+    above = 3 * bound.max() + constant
+    assert may_be_constant(above + 0.999 * signs * bound, bound)
 
 
 def test_unresolved_distances_are_those_whose_rounding_shows():
@@ -93,6 +103,14 @@ def test_sequences_of_rounding_are_left_out_of_a_ranking_too():
     assert np.isnan(pooled_spearman([noise], truth, [1e-9]))
 
 
+def test_frames_that_differ_by_rounding_alone_are_told_from_others():
+    rng = np.random.default_rng(0)
+    base = rng.random((1, 32, 32, 1))
+    alike = base + 1e-9 * rng.standard_normal((5, 32, 32, 1))
+    assert differ_by_rounding(alike, None)
+    assert not differ_by_rounding(base + 1e-5 * np.arange(5).reshape(-1, 1, 1, 1) * base[:, ::-1], None)
+
+
 def test_each_pair_is_bounded_where_it_is_normalised_for_itself():
     metric = Corner("corner", Preprocessing(size=None), torch.device("cpu"))
     frames = sequence(0.1)
@@ -105,7 +123,8 @@ def test_each_pair_is_bounded_where_it_is_normalised_for_itself():
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Distances of sequences of nothing but rounding, of a signal just above it, and of one far above."""
     folder = tmp_path_factory.mktemp("made")
-    steps = {"below": 0.3 * BOUND, "above": 0.6 * BOUND, "far": 0.15}
+    # Five steps from the reference: 0.95 and 1.5 times the rounding.
+    steps = {"below": 0.19 * BOUND, "above": 0.3 * BOUND, "far": 0.15}
     archive = {"A/x": {f"{name}{k}": sequence(step) for name, step in steps.items() for k in range(3)}}
     write_archive(folder / "frames.zarr", archive)
     settings = Settings(metrics=("test_resolution:Corner", "l1"), size=None)

@@ -40,9 +40,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_workers_make_the_same_bytes_as_this_process(tmp_path, here):
-    with Cluster(Profile(kind="local", workers=2)) as workers:
-        report = simulate("burgers", tmp_path / "a", 5, SIZE, seed=3, cluster=workers)
+def test_workers_make_the_same_bytes_as_this_process(tmp_path, here, two_workers):
+    report = simulate("burgers", tmp_path / "a", 5, SIZE, seed=3, cluster=two_workers)
     assert (report.made, report.present, report.complete) == ([1, 2, 3, 4, 5], [], True)
     write_families(tmp_path / "b" / "burgers", "burgers", 5, SIZE, seed=3)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")

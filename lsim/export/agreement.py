@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lsim.metrics.learned import LSiM
-from lsim.preprocess import FramesError, preprocess
+from lsim.preprocess import FramesError, finite_frames, preprocess
 
 TOLERANCE = 1e-5
 """Relative difference that is allowed: of an embedding, in its length; of a distance, in its value."""
@@ -112,6 +112,11 @@ def cases(
         others = sorted({1, len(sequence) // 2, len(sequence) - 1})
         for y, x in dict.fromkeys(sizes):
             prepared = preprocess(sequence, size=max(y, x), order=1)[:, :y, :x]
+            if not (finite := finite_frames(prepared)).all():
+                raise FramesError(
+                    f"expected finite {kind} frames to compare on, found NaN, infinity or masked values in "
+                    f"frame {np.argmin(finite)}"
+                )
             found.append(Case(kind, prepared[[0] * len(others)], prepared[others]))
     return found
 

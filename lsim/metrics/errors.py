@@ -53,6 +53,9 @@ LOW_BELOW = 4
 HIGH_FROM = 12
 """First wavenumber of PDEBench's high band (its ``iHigh``)."""
 
+TRANSFORM = 2.0**-47
+"""Rounding of a transform of values on [0, 1], as an error of these."""
+
 PLAIN = frozenset({"non-negative", "symmetric", "zero-on-itself"})
 NORM = PLAIN | {"triangle"}
 
@@ -153,10 +156,7 @@ class NMAE(_OverPixels):
         sides = (x.numpy(), y.numpy())
         columns = x.shape[1]
         sums = all_pairs(absolute_differences, len(x), len(y), *sides, symmetric=a is b, operations=columns)
-        sizes = a.once(
-            "sums of magnitudes", lambda: torch.tensor([_sum_of_magnitudes(row) for row in sides[0]])
-        )
-        return sums / (sizes[:, None] + EPSILON * FULL_SCALE * columns)
+        return sums / (_sums_of_magnitudes(a)[:, None] + EPSILON * FULL_SCALE * columns)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         difference, known = self._differences(a, b)
@@ -173,9 +173,12 @@ class NMAE(_OverPixels):
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
         """As of a norm over another norm."""
-        error = of_difference(a, b) + distances * of_each(a)[:, None] / FULL_SCALE
+        error = of_difference(a, b, mean=True) + distances * of_each(a, mean=True)[:, None] / FULL_SCALE
         if self.preprocessing.mask:
             sizes = rows_in_torch(self._divisor_paired, a, b)
+        elif self._has_kernel(a, b):
+            values = a.parts["values"][0].numel() * FULL_SCALE
+            sizes = _sums_of_magnitudes(a)[:, None] / values + EPSILON
         else:
             sizes = torch.cat([self._divisor_paired(frame, frame) for frame in a])[:, None]
         return error / sizes + of_sum(distances, a.parts["values"].dtype)
@@ -215,10 +218,12 @@ class ConservedError(_OverPixels):
 
         Sums of values, which cancel out, are off by their own in double.
         """
-        x, y = (_largest_magnitudes(side) for side in (a, b))
+        partly = self.preprocessing.mask or self.pixel_weights is not None
+        x = _sizes(a, partly)
+        y = x if a is b else _sizes(b, partly)
         terms = CONFIDENCE * math.sqrt(a.parts["values"].shape[1]) + 4
         own = terms * HALF_ULP_OF_DOUBLE * (x[:, None] + y) / FULL_SCALE
-        return of_difference(a, b, stored=True) + of_sum(distances, torch.float64) + own
+        return of_difference(a, b, stored=True, mean=True) + of_sum(distances, torch.float64) + own
 
 
 class BoundaryError(_OverPixels):
@@ -269,9 +274,20 @@ class BoundaryError(_OverPixels):
         return safe_sqrt((difference.square() * weights).sum(1) / weights.sum(1)).mean(1) / FULL_SCALE
 
 
-def _largest_magnitudes(embedding: Embedding) -> Tensor:
-    """Largest magnitude of the known values of each frame: (n,) float64."""
-    return embedding.parts["values"].nan_to_num().abs().flatten(1).amax(1).double()
+def _sizes(embedding: Embedding, masked: bool) -> Tensor:
+    """Bound the mean magnitude of each frame's known values: (n,) float64."""
+    rows = embedding.parts["values"].flatten(1)
+    if masked:  # over any of the pixels
+        return rows.nan_to_num().abs().amax(1).double()
+    return torch.linalg.vector_norm(rows, dim=1).double() / rows.shape[1] ** 0.5
+
+
+def _sums_of_magnitudes(embedding: Embedding) -> Tensor:
+    """Sum of the magnitudes of each frame's values, where kernels apply: (n,) float64."""
+    rows = embedding.parts["values"].flatten(1)
+    return embedding.once(
+        "sums of magnitudes", lambda: torch.tensor([_sum_of_magnitudes(row) for row in rows.numpy()])
+    )
 
 
 def _channel_means(embedding: Embedding) -> Tensor:
@@ -291,12 +307,28 @@ class _ByWavenumber(Metric):
     def embed(self, frames: Tensor) -> Embedding:
         """Coefficients scaled such that norms add up to the distance: (n, part, value) float64."""
         run = in_threads if has_kernel(frames) else map
-        parts = list(run(self._transformed, frames.split(1)))
-        return Embedding({"values": torch.cat(parts)})
+        values = torch.cat(list(run(self._transformed, frames.split(1))))
+        gain = self._gain(frames.shape[1], frames.shape[2])
+        return Embedding({"values": values, "gain": values.new_full((len(values),), gain)})
 
     @abstractmethod
     def _transformed(self, frame: Tensor) -> Tensor:
         """(1, y, x, channel) → (1, part, value) float64."""
+
+    @abstractmethod
+    def _gain(self, y: int, x: int) -> float:
+        """By how much errors of values, 1 as a root mean square, move the sum of norms at most.
+
+        By Parseval's theorem: the squares of coefficients add up to the mean square of the values.
+        """
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of a sum of norms; the transform's own rounding is an error of values, too."""
+        return self._of_norms(a, b) + of_sum(distances, torch.float64)
+
+    def _of_norms(self, a: Embedding, b: Embedding) -> Tensor:
+        """Bound the error of the sum of norms: (len(a), len(b))."""
+        return (of_difference(a, b, mean=True) + TRANSFORM) * a.parts["gain"][:, None]
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = a.parts["values"], b.parts["values"]
@@ -325,6 +357,9 @@ class _FourierError(_ByWavenumber):
         members, there = _quarter_shells(y // 2, x // 2, self.band.start, self.band.stop, frame.device)
         shells = quarter[:, :, members] * (there / (len(members) * channels))
         return torch.cat([shells.real, shells.imag], -1).flatten(1, 2)
+
+    def _gain(self, y: int, x: int) -> float:
+        return 1 / math.sqrt(len(range(min(y, x) // 2)[self.band]))
 
 
 def _fourier_info(which: str, smallest: int) -> MetricInfo:
@@ -374,6 +409,14 @@ class _BandError(_ByWavenumber):
         members, weights = _band_members(y, x, self.band, frame.device)
         band = transform.flatten(2)[:, :, members] * (weights / channels).sqrt()
         return torch.cat([band.real, band.imag], -1).flatten(1)[:, None]
+
+    def _gain(self, y: int, x: int) -> float:
+        return 1.0
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """As of the square of a norm."""
+        error = self._of_norms(a, b)
+        return error * (2 * distances.sqrt() + error) + of_sum(distances, torch.float64)
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = a.parts["values"].flatten(1), b.parts["values"].flatten(1)
@@ -468,6 +511,14 @@ class SobolevError(_ByWavenumber):
         # (1, channel, part, real and imaginary, coefficient)
         parts = parts.flatten(3)
         return parts.flatten(1, 2) if self.options["combine"] == "sum" else parts.flatten(2)
+
+    def _gain(self, y: int, x: int) -> float:
+        extent = self.options["extent"]
+        largest = 2 * math.pi * (max(y, x) // 2) / extent
+        area = math.sqrt(y * x) / max(y, x) * extent
+        return area * (
+            1 + 2 * largest if self.options["combine"] == "sum" else math.hypot(1, largest, largest)
+        )
 
 
 @functools.lru_cache(maxsize=16)

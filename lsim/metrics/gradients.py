@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numba
@@ -10,16 +11,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lsim.doubles import Pair, add, subtract
 from lsim.error_bounds import as_floats
 from lsim.metric import Embedding, Metric, MetricInfo, positive_number, safe_sqrt
-from lsim.pairs import FAST, all_pairs, has_kernel, rows_in_torch
+from lsim.pairs import FAST, all_pairs, has_kernel, pairs_in_torch, rows_in_torch
 from lsim.preprocess import Preprocessing
-from lsim.rounding import of_difference, of_sum
+from lsim.rounding import of_difference, of_each, of_sum
 from lsim.threads import in_threads
 
 FULL_SCALE = 255.0
 STABILISER = 170.0
 """T of Xue et al. 2014, for a data range of 255."""
+
+OF_GRADIENT = 0.8
+"""Share of an error of values that remains in a magnitude, as a root mean square: a third of errors without a
+pattern, by averages of 2×2 and Prewitt's filters; 0.5 of a pattern of the period that these pass best."""
 
 LUMINANCE = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in Y of YIQ."""
@@ -57,6 +63,8 @@ class GMSD(Metric):
         takes_mask=True,
         one_channel_suffices=True,
     )
+    algorithm_version = 2
+    takes_rest = True
 
     def __init__(
         self,
@@ -82,6 +90,8 @@ class GMSD(Metric):
         super().__init__(name, preprocessing, device, downsample=downsample, data_range=data_range, **options)
         self._downsample = downsample
         self._luminance = channels == "luminance"
+        # A weighted sum of channels is rounded by itself, whatever is left of the channels.
+        self.takes_rest = not self._luminance
         self._stabiliser = STABILISER * (data_range / FULL_SCALE) ** 2
 
     def embed(self, frames: Tensor) -> Embedding:
@@ -98,6 +108,30 @@ class GMSD(Metric):
         # Before anything is computed of them: NaN would spread into gradients.
         magnitude = self._magnitude(torch.where(missing, 0, planes))
         return Embedding({"magnitude": torch.where(self._touched(missing.float()), math.nan, magnitude)})
+
+    def embed_with_rest(self, frames: Tensor, rest: Tensor) -> Embedding:
+        """Gradients with their rest besides (n, 2, 2, channel, y, x): along x and y; value and rest."""
+        value, left = (part.permute(0, 3, 1, 2).contiguous() for part in (frames, rest))
+        missing = value.isnan()
+        pair = torch.where(missing, 0, value), torch.where(missing, 0, left)
+        along = torch.stack([torch.stack(part, 1) for part in self._gradients_with_rest(pair)], 1)
+        return Embedding(self.embed(frames).parts | {"gradient": along})
+
+    def _gradients_with_rest(self, planes: Pair) -> tuple[Pair, Pair]:
+        """Prewitt's along x and y, three times, of pairs of doubles (n, channel, y, x)."""
+        if self._downsample:
+            even = [_even(part) for part in planes]
+            corners = [[part[:, :, r::2, k::2] / 4 for part in even] for r in (0, 1) for k in (0, 1)]
+            planes = functools.reduce(add, [(value, rest) for value, rest in corners])
+        padded = [F.pad(part, (1, 1, 1, 1)) for part in planes]
+        y, x = (length - 2 for length in padded[0].shape[2:])
+
+        def at(r: int, k: int) -> Pair:
+            return padded[0][:, :, r : r + y, k : k + x], padded[1][:, :, r : r + y, k : k + x]
+
+        by_x = functools.reduce(add, [subtract(at(r, 2), at(r, 0)) for r in range(3)])
+        by_y = functools.reduce(add, [subtract(at(2, k), at(0, k)) for k in range(3)])
+        return by_x, by_y
 
     def _compiled_magnitude(self, frame: Tensor) -> Tensor:
         planes = frame.permute(2, 0, 1).to(torch.float64, memory_format=torch.contiguous_format)
@@ -122,6 +156,8 @@ class GMSD(Metric):
         x, y = a.parts["magnitude"], b.parts["magnitude"]
         if not has_kernel(x, y):
             return rows_in_torch(self.paired, a, b)
+        if "gradient" in a.parts:
+            return pairs_in_torch(self.paired, a, b)
         return all_pairs(
             similarity_deviation,
             len(x),
@@ -137,9 +173,11 @@ class GMSD(Metric):
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
         """As of a deviation of q², q = |mx − my| / √(mx² + my² + T), whose mean is a few deviations at most.
 
-        Errors of values move a magnitude by 2√2 of theirs at most, and the root below is √T at least.
+        The root below is √T at least. Errors of two frames are independent, or alike and cancel out; without
+        averages of 2×2 they are twice as large.
         """
-        error = 2 * 2**0.5 * FULL_SCALE * of_difference(a, b) / self._stabiliser**0.5
+        share = OF_GRADIENT * (1 if self._downsample else 2) / self._stabiliser**0.5
+        error = share * torch.hypot(of_each(a, mean=True)[:, None], of_each(b, mean=True))
         mean = (8 * distances + error.square()).clamp(max=1)
         return error * (2 * mean.sqrt() + 3 * mean + error) + of_sum(distances, torch.float64)
 
@@ -149,7 +187,11 @@ class GMSD(Metric):
         present = (~missing).sum(2) if self.preprocessing.mask else x.shape[2]
         if self.preprocessing.mask:
             x, y = (torch.where(missing, 0, magnitude) for magnitude in (x, y))
-        apart = (x - y).square() / (x.square() + y.square() + self._stabiliser)
+        difference = x - y
+        if "gradient" in a.parts:
+            difference = torch.where(missing, 0, _difference_of_magnitudes(a, b))
+        square = difference.square()
+        apart = square / (square + (2 * x * y + self._stabiliser))
         deviation = apart - (apart.sum(2) / present)[..., None]
         if self.preprocessing.mask:
             deviation = torch.where(missing, 0, deviation)
@@ -199,7 +241,7 @@ class GradientDifference(Metric):
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
         """As of a mean of differences of two values each, which stored offsets have rounded, too."""
-        return 2 * of_difference(a, b, stored=True) + of_sum(distances, torch.float64)
+        return 2 * of_difference(a, b, stored=True, mean=True) + of_sum(distances, torch.float64)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         difference = a.parts["frames"].double() - b.parts["frames"].double()
@@ -217,6 +259,14 @@ class GradientDifference(Metric):
             1,
         )
         return torch.where(touched, 0, steps).sum(1) / (~touched).sum(1) / FULL_SCALE
+
+
+def _difference_of_magnitudes(a: Embedding, b: Embedding) -> Tensor:
+    """Subtract magnitudes as (mx² − my²) / (mx + my), from differences of gradients: (n, channel, pixel)."""
+    x, y = a.parts["gradient"], b.parts["gradient"]
+    squares = ((x - y).sum(2) * (x[:, :, 0] + y[:, :, 0])).sum(1) / 9
+    total = a.parts["magnitude"] + b.parts["magnitude"]
+    return (squares / torch.where(total > 0, total, 1)).flatten(2)
 
 
 def _even(planes: Tensor) -> Tensor:
@@ -272,7 +322,9 @@ def similarity_deviation(i, j, out, x, y, stabiliser, masked):  # type: ignore[n
             present = 0
             for k in range(pixels):
                 difference = a[k] - b[k]
-                value = difference * difference / (a[k] * a[k] + b[k] * b[k] + stabiliser)
+                square = difference * difference
+                # Not a² + b²: one of the two would be rounded before the other is added, d(a, b) ≠ d(b, a).
+                value = square / (square + (2 * a[k] * b[k] + stabiliser))
                 apart[k] = value
                 known = value == value
                 total += value if known else 0.0

@@ -126,7 +126,9 @@ class LSiM(ReportsPrecision, Metric):
         return why_missing(name, weights)
 
     def specification(self) -> dict[str, Any]:
-        return super().specification() | {"weights_sha256": self.weights_sha256}
+        """Add the weights' hash and, in bfloat16, the size of the batches, which the last bits depend on."""
+        batches = {"frames_together": FRAMES_A_TASK} if self.precision == "ranking" else {}
+        return super().specification() | {"weights_sha256": self.weights_sha256} | batches
 
     def check_size(self, y: int, x: int) -> None:
         super().check_size(y, x)
@@ -161,15 +163,26 @@ class LSiM(ReportsPrecision, Metric):
                 return Embedding({"features": torch.cat(parts)})
             features = _empty(len(planes), sum(scale.numel() for scale in scales), self.dtype)
 
+            tasks, size = self._batches(planes)
+
             def fill(part: slice) -> None:
                 start = 0
-                for f, scale in zip(self.features(_two_or_more(planes[part])), scales, strict=True):
+                for f, scale in zip(self.features(_filled_up(planes[part], size)), scales, strict=True):
                     into = features[part, start : start + scale.numel()].view(-1, *scale.shape)
                     torch.mul(f[: len(into)], scale, out=into)
                     start += scale.numel()
 
-            in_threads(fill, _tasks(planes))
+            in_threads(fill, tasks)
         return Embedding({"features": features})
+
+    def _batches(self, planes: Tensor) -> tuple[list[slice], int]:
+        """Choose what each call of a thread takes of planes, and to how many it is filled up."""
+        if self.precision == "exact":
+            return _tasks(planes), 2
+        # Convolutions in bfloat16 of few small maps don't use the processor's matrix units, others do, and
+        # these add up in another order: batches of one size, so that no frame's bits depend on others.
+        size = _frames_a_task(planes)
+        return [slice(start, start + size) for start in range(0, len(planes), size)], size
 
     def _scaled(self, planes: Tensor, scales: Sequence[Tensor]) -> Tensor:
         scaled = zip(self.features(planes), scales, strict=True)
@@ -338,7 +351,7 @@ class NonSiameseMetric(Metric):
         with ieee_convolutions():
             if has_kernel(planes):
                 parts = in_threads(
-                    lambda part: [m[: len(planes[part])] for m in convolved(_two_or_more(planes[part]))],
+                    lambda part: [m[: len(planes[part])] for m in convolved(_filled_up(planes[part]))],
                     _tasks(planes),
                 )
             else:
@@ -363,7 +376,7 @@ class NonSiameseMetric(Metric):
             with torch.autocast(first.device.type, enabled=False):
                 if not on_threads:
                     return self.network.judged(self.network.pooled(first))
-                features = self.network.pooled(_two_or_more(first))[: len(first)]
+                features = self.network.pooled(_filled_up(first))[: len(first)]
                 # How a product of matrices is rounded depends on how many rows there are: one at a time.
                 return torch.cat([self.network.judged(row) for row in features.split(1)])
 
@@ -413,14 +426,20 @@ def _empty(n: int, length: int, dtype: torch.dtype) -> Tensor:
 
 
 def _tasks(planes: Tensor) -> list[slice]:
-    """What each call of a thread takes of planes (n, channel, y, x): fewer of large ones, to save memory."""
+    """Cut planes (n, channel, y, x) into what each call of a thread takes."""
+    return batches(len(planes), _frames_a_task(planes))
+
+
+def _frames_a_task(planes: Tensor) -> int:
+    """Return how many frames (…, y, x) a call of a thread takes at most: fewer large ones, to save memory."""
     y, x = planes.shape[2:]
-    return batches(len(planes), max(3, min(FRAMES_A_TASK, FRAMES_A_TASK * 256**2 // (y * x))))
+    return max(3, min(FRAMES_A_TASK, FRAMES_A_TASK * 256**2 // (y * x)))
 
 
-def _two_or_more(planes: Tensor) -> Tensor:
-    """One alone twice: torch convolves it by another algorithm than in a batch, to other bits."""
-    return planes if len(planes) != 1 else planes.expand(2, -1, -1, -1)
+def _filled_up(planes: Tensor, size: int = 2) -> Tensor:
+    """Repeat the last of fewer planes: torch convolves one alone by another algorithm, to other bits."""
+    lacking = size - len(planes)
+    return planes if lacking <= 0 else torch.cat([planes, planes[-1:].expand(lacking, -1, -1, -1)])
 
 
 def _numbers(embedding: Embedding) -> Tensor:

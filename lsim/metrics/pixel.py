@@ -68,8 +68,8 @@ class _PixelMetric(ReportsPrecision, Metric):
         return Embedding({"values": as_floats(frames.flatten(1))})
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of a norm of the difference: off by the largest error of a value, and by the sum's own."""
-        return of_difference(a, b) + of_sum(distances, a.parts["values"].dtype)
+        """As of a norm of the difference: off by that of the errors, and by the sum's own."""
+        return of_difference(a, b, mean=True) + of_sum(distances, a.parts["values"].dtype)
 
     def _has_kernel(self, x: Tensor, y: Tensor) -> bool:
         return self.pixel_weights is None and has_kernel(x, y)
@@ -181,7 +181,7 @@ class L2(_OfSquares):
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
         """As of the square of a norm."""
-        error = of_difference(a, b)
+        error = of_difference(a, b, mean=True)
         return error * (2 * distances.sqrt() + error) + of_sum(distances, a.parts["values"].dtype)
 
 
@@ -238,7 +238,7 @@ class NRMSE(RMSE):
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
         """As of a norm over another norm."""
-        error = of_difference(a, b) + distances * of_each(a)[:, None] / FULL_SCALE
+        error = of_difference(a, b, mean=True) + distances * of_each(a, mean=True)[:, None] / FULL_SCALE
         return error / self._divisor(a, b).sqrt() + of_sum(distances, a.parts["values"].dtype)
 
     def _divisor_paired(self, a: Embedding, b: Embedding) -> Tensor:
@@ -296,7 +296,7 @@ class PSNR(_OfSquares):
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
         """Infinite where the root of the mean square may be 0."""
         root = 10 ** (distances / 20)
-        error = of_difference(a, b) + of_sum(root, a.parts["values"].dtype)
+        error = of_difference(a, b, mean=True) + of_sum(root, a.parts["values"].dtype)
         lost = torch.where(root > error, -20 * torch.log10(1 - error / root), math.inf)
         # No error and no difference: equal for sure.
         return torch.where(error == 0, 0, lost) + 2.0**-50 * distances.abs().nan_to_num(posinf=0)
@@ -343,8 +343,8 @@ class Cosine(_PixelMetric):
     def _of_unit_vectors(self, a: Embedding, b: Embedding) -> Tensor:
         x = a.parts["values"]
         y = x if a is b else b.parts["values"]
-        u = _unit_vectors(x, self.centred)
-        v = u if a is b else _unit_vectors(y, self.centred)
+        u = self._units_of(a, x)
+        v = u if a is b else self._units_of(b, y)
         if has_kernel(u, v):
             sides = (u.numpy(), v.numpy())
             squared = all_pairs(
@@ -355,6 +355,15 @@ class Cosine(_PixelMetric):
         flat = self._is_flat(b, v)
         return _from_units(squared, (flat if u is v else self._is_flat(a, u))[:, None], flat)
 
+    def _units_of(self, embedding: Embedding, values: Tensor) -> Tensor:
+        """Unit vectors of the rows of an embedding, whose lengths are kept: they are needed anyway."""
+        if not has_kernel(values):
+            return _units(values, None, self.centred)
+        units, lengths = np.empty(values.shape), np.empty((2, len(values)))
+        _to_units(values.numpy(), units, lengths, self.centred)
+        embedding.once(f"lengths, {self.centred}", lambda: tuple(torch.from_numpy(lengths)))
+        return torch.from_numpy(units)
+
     def _is_flat(self, embedding: Embedding, units: Tensor) -> Tensor:
         """Rows without a direction: of zeros, or of nothing but rounding: (rows,)."""
         zero = _is_zero(units)
@@ -364,8 +373,16 @@ class Cosine(_PixelMetric):
 
     def _lengths(self, embedding: Embedding) -> Tensor:
         """Root mean square of each frame's values, or of their deviations: (n,)."""
-        spread, size = _spreads_and_sizes(embedding)
-        return spread if self.centred else size
+        return self._lengths_and_sizes(embedding)[0]
+
+    def _lengths_and_sizes(self, embedding: Embedding) -> tuple[Tensor, Tensor]:
+        """:meth:`_lengths`, and the root mean square of the values: (n,) both."""
+
+        def compute() -> tuple[Tensor, Tensor]:
+            spread, size = _spreads_and_sizes(embedding)
+            return (spread if self.centred else size), size
+
+        return embedding.once(f"lengths, {self.centred}", compute)
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
         """½ |û − v̂|² of directions that are off by the angle that errors make with frames of their lengths.
@@ -377,11 +394,11 @@ class Cosine(_PixelMetric):
         else:
             x, y = self._lengths(a)[:, None], self._lengths(b)
         # Weights may be all on the largest value.
-        size_of = _largest if self.pixel_weights is not None else lambda side: _spreads_and_sizes(side)[1]
-        sizes = (size_of(a)[:, None], size_of(b))
+        weighted = self.pixel_weights is not None
+        sizes = [_largest(side) if weighted else self._lengths_and_sizes(side)[1] for side in (a, b)]
         roundings = 4 + math.sqrt(a.parts["values"].shape[1]) / 2
-        angle = _angle(of_each(a, stored=True)[:, None], sizes[0], x, roundings)
-        angle = angle + _angle(of_each(b, stored=True), sizes[1], y, roundings)
+        angle = _angle(of_each(a, stored=True, mean=True)[:, None], sizes[0][:, None], x, roundings)
+        angle = angle + _angle(of_each(b, stored=True, mean=True), sizes[1], y, roundings)
         bound = angle * (2 * distances).sqrt() + angle.square() / 2 + of_sum(distances, torch.float64)
         return torch.where((x == 0) | (y == 0), 0, bound.clamp(max=2))
 
@@ -605,8 +622,8 @@ def _to_spreads_and_sizes(x, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")
-def _to_units(x, out, centred):  # type: ignore[no-untyped-def]
-    """Rows of length 1, those of length 0 left so."""
+def _to_units(x, out, lengths, centred):  # type: ignore[no-untyped-def]
+    """Rows of length 1, those of length 0 left so; what the lengths were, and sizes, as root mean squares."""
     for i in range(x.shape[0]):
         mean = 0.0
         if centred:
@@ -617,18 +634,12 @@ def _to_units(x, out, centred):  # type: ignore[no-untyped-def]
         for k in range(x.shape[1]):
             deviation = np.float64(x[i, k]) - mean
             squares += deviation * deviation
+        power = squares / x.shape[1]
+        lengths[0, i] = np.sqrt(power)
+        lengths[1, i] = np.sqrt(power + mean * mean)
         scale = 1 / np.sqrt(squares) if squares != 0 else 0.0
         for k in range(x.shape[1]):
             out[i, k] = (np.float64(x[i, k]) - mean) * scale
-
-
-def _unit_vectors(values: Tensor, centred: bool) -> Tensor:
-    """:func:`_units` of whole rows; on the CPU the same bits whatever the other rows."""
-    if not has_kernel(values):
-        return _units(values, None, centred)
-    units = np.empty(values.shape)
-    _to_units(values.numpy(), units, centred)
-    return torch.from_numpy(units)
 
 
 def _powers(values: Tensor, centred: bool) -> Tensor:

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from lsim.metric import Embedding, Metric, MetricInfo, positive_number, safe_sqrt
-from lsim.pairs import all_pairs, has_kernel, rows_in_torch, squared_differences
+from lsim.pairs import all_pairs, has_kernel, pairs_in_torch, rows_in_torch, squared_differences
 from lsim.preprocess import Preprocessing
-from lsim.rounding import of_each, of_sum
+from lsim.rounding import of_difference, of_each, of_sum, share_of_equals
 from lsim.threads import in_threads
 
 FULL_SCALE = 255.0
-WHITE = 4.0
-"""How far the noise of rounding in one coefficient is above that of white noise, at most."""
+WHITE = 2.0
+"""How far the noise of rounding in one coefficient is above that of white noise, at most; measured, 0.6."""
 TRANSFORM = 2.0**-47
 """Rounding of a transform of values on [0, 1], as an error of these."""
 LOGARITHM = 2.0**-51
@@ -50,6 +50,7 @@ class _SpectralMetric(Metric):
     copies_to_compare = False
 
     shares_embedding = "spectrum"
+    takes_rest = True
     _part: str
 
     def __init__(
@@ -69,29 +70,55 @@ class _SpectralMetric(Metric):
         run = in_threads if has_kernel(frames) else map
         parts = list(run(spectra, frames.split(1)))
         shells, coefficients, slopes = map(torch.cat, zip(*parts, strict=True))
-        pixels = math.sqrt(frames.shape[1] * frames.shape[2])
-        return Embedding({"shells": shells, "coefficients": coefficients, "slopes": slopes / pixels})
+        # Where values repeat, so do their errors, and the noise is less spread than white noise.
+        peaked = share_of_equals(frames.permute(0, 3, 1, 2)).sqrt()[:, None]
+        return Embedding({"shells": shells, "coefficients": coefficients, "slopes": slopes * peaked})
+
+    def embed_with_rest(self, frames: Tensor, rest: Tensor) -> Embedding:
+        """Frames, their rest and coefficients besides: pairs are compared by their difference's transform."""
+        value, left = (part.permute(0, 3, 1, 2).contiguous() for part in (frames, rest))
+        run = in_threads if has_kernel(value) else map
+        spectra = torch.cat(list(run(_transform, value.split(1))))
+        parts = {"frames": value, "rest": left, "spectrum": torch.view_as_real(spectra)}
+        return Embedding(self.embed(frames).parts | parts)
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
         """As of logarithms of what a noise as large as the errors adds to, in coefficients and in shells.
 
-        The transform's own rounding is such a noise, too.
+        The transform's own rounding is such a noise, too. With the frames' rest, it is that of their
+        difference's transform.
         """
+        if "rest" in a.parts:
+            return self._rounding_with_rest(a, b) + of_sum(distances, torch.float64)
         x, y = (self._error(side) for side in (a, b))
         return x[:, None] + y + of_sum(distances, torch.float64)
+
+    def _rounding_with_rest(self, a: Embedding, b: Embedding) -> Tensor:
+        """Bound what noise of a pair's difference does to the part that is compared: (len(a), len(b))."""
+        apart = rows_in_torch(_root_mean_square_difference, a, b)
+        noise = WHITE * (of_difference(a, b) + TRANSFORM * apart)
+        which = ("shells", "coefficients").index(self._part)
+        x, y = (side.parts["slopes"].unflatten(1, (2, 2))[:, which] for side in (a, b))
+        first, second = x[:, None, 0] + y[:, 0], x[:, None, 1].square() + y[:, 1].square()
+        # The coefficients' own rounding meets that of the difference in the second order.
+        return noise * (first + second * (noise + WHITE * TRANSFORM))
 
     def _error(self, embedding: Embedding) -> Tensor:
         """Bound what errors of its values do to the part of a frame that is compared: (n,)."""
         which = ("shells", "coefficients").index(self._part)
         slopes = embedding.parts["slopes"].unflatten(1, (2, 2))[:, which]
-        noise = WHITE * (of_each(embedding) / FULL_SCALE + TRANSFORM)
+        error = of_each(embedding, mean=True) / FULL_SCALE
+        noise = WHITE * (error + TRANSFORM)
         logarithm = LOGARITHM * abs(math.log10(self.options["floor"]))
-        return noise * (slopes[:, 0] + slopes[:, 1].square() * noise) + logarithm
+        # Errors that go along with the values change all amplitudes by the same share.
+        return error + noise * (slopes[:, 0] + slopes[:, 1].square() * noise) + logarithm
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = a.parts[self._part], b.parts[self._part]
         if not has_kernel(x, y):
             return rows_in_torch(self.paired, a, b)
+        if "rest" in a.parts:
+            return pairs_in_torch(self.paired, a, b)
         sides = (x.numpy(), y.numpy())
         squared = all_pairs(
             squared_differences, len(x), len(y), *sides, symmetric=a is b, operations=x.shape[1]
@@ -99,7 +126,27 @@ class _SpectralMetric(Metric):
         return squared.sqrt()
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
+        if "rest" in a.parts:
+            return self._paired_with_rest(a, b)
         return safe_sqrt((a.parts[self._part] - b.parts[self._part]).square().sum(1))
+
+    def _paired_with_rest(self, a: Embedding, b: Embedding) -> Tensor:
+        """Take log (A / B) as log (1 + (A − B) / B), and |û|² − |v̂|² as the real part of (û − v̂)(û + v̂)*."""
+        x, y = a.parts["spectrum"], b.parts["spectrum"]
+        height, width = a.parts["frames"].shape[2:]
+        change = torch.view_as_real(_transform(_difference(a, b)))
+        members, share, multiplicity = _half_plane(height, width, x.device)
+        energies = [(left * right).sum(-1).flatten(2) for left, right in ((change, x + y), (x, x), (y, y))]
+        if self._part == "shells":
+            energies = [(energy[:, :, members] * share).sum(-1) for energy in energies]
+        difference, first, second = energies
+        smaller = torch.minimum(first, second) + self.options["floor"] ** 2
+        decades = torch.log1p(difference.abs() / smaller) / math.log(10)
+        if self._part == "shells":
+            return safe_sqrt(decades.square().mean((1, 2)))
+        # Half the logarithm of the energy is that of the amplitude.
+        squares = decades.square() * multiplicity / (4 * height * width)
+        return safe_sqrt(squares.sum(2).mean(1))
 
 
 class RadialSpectrum(_SpectralMetric):
@@ -137,6 +184,20 @@ class FourierAmplitude(_SpectralMetric):
     _part = "coefficients"
 
 
+def _transform(planes: Tensor) -> Tensor:
+    """Transform (n, channel, y, x) in [0, 255] to coefficients of the half plane."""
+    return torch.fft.rfft2(planes / FULL_SCALE, norm="forward")
+
+
+def _difference(a: Embedding, b: Embedding) -> Tensor:
+    x, y = a.parts, b.parts
+    return (x["frames"] - y["frames"]) + (x["rest"] - y["rest"])
+
+
+def _root_mean_square_difference(a: Embedding, b: Embedding) -> Tensor:
+    return _difference(a, b).square().mean((1, 2, 3)).sqrt() / FULL_SCALE
+
+
 def _log_spectra(frames: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
     """Scaled logarithms of the energy of every shell, and of every coefficient of the half plane.
 
@@ -153,26 +214,28 @@ def _log_spectra(frames: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
         order and, the root of it, in second.
     """
     y, x, channels = frames.shape[1:]
-    planes = frames.permute(0, 3, 1, 2).double() / FULL_SCALE
-    transform = torch.fft.rfft2(planes, norm="forward")
+    transform = _transform(frames.permute(0, 3, 1, 2).double())
     energy = (transform.real.square() + transform.imag.square()).flatten(2)
     members, share, multiplicity = _half_plane(y, x, frames.device)
     shells = (energy[:, :, members] * share).sum(-1)
     log_shells = torch.log10(shells + floor**2) / (channels * shells.shape[-1]) ** 0.5
     # Half the logarithm of the energy is that of the amplitude.
     log_amplitudes = torch.log10(energy + floor**2) * (multiplicity / (4 * channels * y * x)).sqrt()
-    share = multiplicity / (channels * y * x)
+    # In the mean of a shell, the noise of its members averages out.
+    averaged = 1 / (share > 0).sum(-1)
     slopes = [
-        *_slopes(shells, 2, 1 / (channels * shells.shape[-1]), floor),
-        *_slopes(energy, 1, share, floor),
+        *_slopes(shells, 2, 1 / (channels * shells.shape[-1]), averaged, floor),
+        *_slopes(energy, 1, multiplicity / (channels * y * x), 1.0, floor),
     ]
     return log_shells.flatten(1), log_amplitudes.flatten(1), torch.stack(slopes, 1)
 
 
-def _slopes(energy: Tensor, power: int, share: Tensor | float, floor: float) -> tuple[Tensor, Tensor]:
+def _slopes(
+    energy: Tensor, power: int, share: Tensor | float, averaged: Tensor | float, floor: float
+) -> tuple[Tensor, Tensor]:
     """Move log₁₀ (energy + floor²) · power / 2 by noise: to first order, and the root of the second, (n,)."""
     whole = (energy.detach() + floor**2).square()
-    first = (share * energy.detach() / whole).sum((1, 2)).sqrt() * power / math.log(10)
+    first = (share * averaged * energy.detach() / whole).sum((1, 2)).sqrt() * power / math.log(10)
     second = (share / whole).sum((1, 2)).sqrt() * power / 2 / math.log(10)
     return first, second.sqrt()
 

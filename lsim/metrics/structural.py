@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lsim.doubles import add
 from lsim.error_bounds import as_floats
 from lsim.metric import Embedding, Metric, MetricInfo, positive_number
 from lsim.pairs import FAST, PairKernel, all_pairs, has_kernel, is_plain, rows_in_torch
@@ -55,6 +56,17 @@ _BELL /= _BELL[0] + 2 * _BELL[1:].sum()
 _BELL_TAPS = [float(_BELL[abs(k)]) for k in range(-5, 6)]
 """All taps, as Python's numbers: torch.compile traces NumPy, and reversed slices wrongly."""
 
+CONTRAST = 0.7
+"""Share of an error of values that remains in a window's deviation: 0.4 of errors without a pattern, which
+add up as squares over both frames."""
+
+HALVING = 1.5
+"""How far errors are above half of those of the finer scale, from the second on: averages of 2×2 halve errors
+without a pattern."""
+
+SAMPLES = 2048
+"""Windows of a frame that its divisors are averaged over for bounds."""
+
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Exponents of the five scales, the finest first (Wang et al. 2003, section 3.2)."""
 
@@ -63,6 +75,7 @@ class _Structural(Metric):
     """Means over the windows of one scale: what SSIM and MS-SSIM are made of."""
 
     copies_to_compare = False
+    takes_rest = True
 
     def __init__(
         self,
@@ -111,11 +124,15 @@ class _Structural(Metric):
         bright = "luminance" if luminance else "contrast"
         parts = [f"{part}{scale}" for part in ("frames", bright, "contrast")]
         gaussian = self._window == "gaussian"
+        # In single precision the place of the rest is taken by what nobody looks at.
+        parts.insert(1, f"rest{scale}" if f"rest{scale}" in a.parts else parts[0])
         sides = [side.parts[part].numpy() for side in (a, b) for part in parts]
         rough = a.parts[f"contrast{scale}"]
         double = rough.dtype is torch.float64
         return all_pairs(
-            structural_difference(gaussian, luminance, self.preprocessing.mask, double),
+            structural_difference(
+                gaussian, luminance, self.preprocessing.mask, double, f"rest{scale}" in a.parts
+            ),
             len(a),
             len(b),
             channels.start,
@@ -129,6 +146,8 @@ class _Structural(Metric):
         """The same of a[k] and b[k], channel by channel: (n, channel)."""
         x, y = a.parts, b.parts
         difference = (x[f"frames{scale}"] - y[f"frames{scale}"]).double()
+        if f"rest{scale}" in x:
+            difference = difference + (x[f"rest{scale}"] - y[f"rest{scale}"])
         rough = x[f"contrast{scale}"].double() + y[f"contrast{scale}"].double()
         if self.preprocessing.mask:
             missing = difference.isnan()
@@ -160,9 +179,12 @@ class _SSIM(_Structural):
         planes = _channel_first(frames)
         return Embedding(self._parts(planes, 0, planes.dtype))
 
+    def embed_with_rest(self, frames: Tensor, rest: Tensor) -> Embedding:
+        return Embedding(self.embed(frames).parts | {"rest0": _channel_first(rest)})
+
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
         """As of squares P and Q, whose roots errors move by as much, over roots of what divides them."""
-        error = self._error(a, b, "luminance0") + self._error(a, b, "contrast0")
+        error = self._error(a, b, "luminance0") + CONTRAST * self._error(a, b, "contrast0")
         return _of_squares(distances.clamp(min=0), error) + of_sum(distances, a.parts["contrast0"].dtype)
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
@@ -255,6 +277,7 @@ class MultiScaleSSIM(_Structural):
         takes_mask=True,
         one_channel_suffices=True,
     )
+    algorithm_version = 2
 
     def __init__(
         self,
@@ -284,13 +307,27 @@ class MultiScaleSSIM(_Structural):
                 del parts[f"luminance{scale}"]
         return Embedding(parts)
 
+    def embed_with_rest(self, frames: Tensor, rest: Tensor) -> Embedding:
+        """Halve frames with their rest."""
+        parts = self.embed(frames).parts
+        planes, left = _channel_first(frames), _channel_first(rest)
+        parts["rest0"] = left
+        for scale in range(1, len(SCALES)):
+            planes, left = _halved_with_rest(planes, left)
+            parts |= {f"frames{scale}": planes, f"rest{scale}": left}
+        return Embedding(parts)
+
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of :class:`SSIM` at each scale, where what is lost is at most all that there is."""
+        """As of :class:`SSIM` at each scale, where what is lost is at most all that there is.
+
+        An error that is the same in a whole region passes averages, but has no contrast.
+        """
         lost = -torch.log1p(-distances.clamp(0, 1 - 1e-9))
         last = len(SCALES) - 1
         bound = of_sum(distances, a.parts["contrast0"].dtype)
         for scale, weight in enumerate(SCALES):
-            error = self._error(a, b, f"contrast{scale}")
+            share = CONTRAST * (HALVING / 2**scale if scale else 1)
+            error = share * self._error(a, b, f"contrast{scale}")
             if scale == last:
                 error = error + self._error(a, b, f"luminance{scale}")
             bound = bound + weight * _of_squares((lost / weight).clamp(max=1), error)
@@ -318,7 +355,8 @@ class MultiScaleSSIM(_Structural):
         opposite = differences >= 1
         logarithms = torch.log1p(-torch.where(opposite | missing, 0, differences))
         weights = [weight * sum(SCALES) / sum(SCALES[: coarsest + 1]) for weight in SCALES[: coarsest + 1]]
-        total = torch.stack([weight * term for weight, term in zip(weights, logarithms, strict=True)]).sum(0)
+        # One after another: torch's own sum adds in an order that depends on how many pairs there are.
+        total = sum(weight * term for weight, term in zip(weights, logarithms, strict=True))
         distance = torch.where(opposite.any(0), 1, -torch.expm1(total))
         masked = self.preprocessing.mask
         if not masked or not coarsest or (is_plain(missing) and not missing.any()):
@@ -327,8 +365,10 @@ class MultiScaleSSIM(_Structural):
 
 
 def _mean_reciprocal(part: Tensor) -> Tensor:
-    """Mean of 1 / part, which is nowhere 0, over every seventh window of each frame: (n,) float64."""
-    return part.flatten(1)[:, ::7].double().reciprocal().nanmean(1)
+    """Mean of 1 / part, which is nowhere 0, over some windows of each frame: (n,) float64."""
+    windows = part.flatten(1)
+    step = windows.shape[1] // SAMPLES | 1  # odd, so that it walks through all columns
+    return windows[:, ::step].double().reciprocal().nanmean(1)
 
 
 def _of_squares(squares: Tensor, error: Tensor) -> Tensor:
@@ -346,6 +386,15 @@ def _halved(planes: Tensor) -> Tensor:
         return torch.from_numpy(np.stack(in_threads(averages, planes.numpy())))
     y, x = planes.shape[2:]
     return F.avg_pool2d(planes.double(), 2, padding=(y % 2, x % 2))
+
+
+def _halved_with_rest(planes: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Do as :func:`_halved` with pairs of doubles."""
+    y, x = planes.shape[2:]
+    padded = [F.pad(part / 4, (x % 2, 0, y % 2, 0)) for part in (planes, rest)]
+    corners = [(padded[0][:, :, r::2, k::2], padded[1][:, :, r::2, k::2]) for r in (0, 1) for k in (0, 1)]
+    halved, left = functools.reduce(add, corners)
+    return halved.contiguous(), left.contiguous()
 
 
 def _moments(planes: Tensor, window: Window) -> tuple[Tensor, Tensor]:
@@ -381,19 +430,23 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 @functools.cache
-def structural_difference(gaussian: bool, luminance: bool, masked: bool, double: bool) -> PairKernel:
+def structural_difference(
+    gaussian: bool, luminance: bool, masked: bool, double: bool, with_rest: bool
+) -> PairKernel:
     """Compile ``out[p] +=`` mean over windows of 1 − SSIM, or of Q alone, for frames i[p] of x and j[p] of y.
 
     Over the channels from ``start`` to before ``stop`` of (n, channel, y, x); ``bright`` is µ² + C₁/2 and
     ``rough`` σ² + C₂/2. Where ``masked``, windows with NaN are left out, of all channels alike. Channels are
     walked outside of pairs, so that one frame's stays in the second-level cache while others pass.
-    ``double`` is slow.
+    ``double`` is slow. What frames have as ``rest`` is looked at where ``with_rest``.
     """
 
     dtype = np.float64 if double else np.float32
 
     @_compiled
-    def kernel(i, j, out, start, stop, x, x_bright, x_rough, y, y_bright, y_rough):  # type: ignore[no-untyped-def]
+    def kernel(  # type: ignore[no-untyped-def]
+        i, j, out, start, stop, x, x_rest, x_bright, x_rough, y, y_rest, y_bright, y_rough
+    ):
         rows, columns = x.shape[2:]
         height, width = x_bright.shape[2:]
         difference = np.empty((rows, columns), dtype)
@@ -404,6 +457,8 @@ def structural_difference(gaussian: bool, luminance: bool, masked: bool, double:
         for c in range(start, stop):
             for p in range(i.shape[0]):
                 _subtract(x[i[p], c], y[j[p], c], difference)
+                if with_rest:
+                    _add_difference(x_rest[i[p], c], y_rest[j[p], c], difference)
                 a_bright, b_bright = x_bright[i[p], c], y_bright[j[p], c]
                 a_rough, b_rough = x_rough[i[p], c], y_rough[j[p], c]
                 total = 0.0
@@ -624,6 +679,13 @@ def _subtract(x, y, difference):  # type: ignore[no-untyped-def]
     for r in range(difference.shape[0]):
         for k in range(difference.shape[1]):
             difference[r, k] = x[r, k] - y[r, k]
+
+
+@_compiled
+def _add_difference(x, y, difference):  # type: ignore[no-untyped-def]
+    for r in range(difference.shape[0]):
+        for k in range(difference.shape[1]):
+            difference[r, k] += x[r, k] - y[r, k]
 
 
 @_compiled

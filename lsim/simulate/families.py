@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lsim.preprocess import as_array
+
 from .recipe import FRAMES, Parameters, Recipe
 
 ATTEMPTS = 50
@@ -165,6 +167,7 @@ def defect(frames: np.ndarray) -> str | None:
         up to rounding; ``"no effect"``: the last frame differs from the reference by less than a
         thousandth of the reference's standard deviation.
     """
+    frames = as_array(frames)  # what is masked is not finite
     if not np.isfinite(frames).all():
         return "not finite"
     exact = frames.astype(np.float64)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from lsim.preprocess import preprocess
-from lsim.ranking import pooled_spearman
+from lsim.ranking import differ_by_rounding, pooled_spearman
 
 from .families import Families, ground_truth, make, torch_threads
 from .recipe import Recipe
@@ -44,6 +44,11 @@ def reference_errors(frames: ArrayLike, size: int | None = 224) -> np.ndarray:
     return np.asarray(((scaled[1:] - scaled[0]) ** 2).mean(axis=(1, 2, 3)))
 
 
+def rounding_of_errors(frames: ArrayLike, size: int | None = 224) -> float:
+    """Bound the rounding of :func:`reference_errors` for pools: infinity where there is no more, or 0."""
+    return math.inf if differ_by_rounding(frames, size) else 0.0
+
+
 def hardness(families: Families, size: int | None = 224) -> dict[str, float]:
     """Pooled Spearman correlation of the mean squared error with the ground truth, for each field.
 
@@ -60,7 +65,11 @@ def hardness(families: Families, size: int | None = 224) -> dict[str, float]:
     """
     truth = families.parameter[1:]
     return {
-        field: pooled_spearman([reference_errors(frames, size) for frames in of_field], truth)
+        field: pooled_spearman(
+            [reference_errors(frames, size) for frames in of_field],
+            truth,
+            [rounding_of_errors(frames, size) for frames in of_field],
+        )
         for field, of_field in families.frames.items()
     }
 
@@ -176,5 +185,6 @@ def _hardness_at(recipe: Recipe, factor: float, numbers: Sequence[int], size: in
     )
     with torch_threads(1):
         made = make(scaled, numbers, size, seed, torch.device("cpu"), torch.float32, batch=4)
-    errors = [reference_errors(frames) for of_field in made.frames.values() for frames in of_field]
-    return pooled_spearman(errors, ground_truth()[1:])
+    sequences = [frames for of_field in made.frames.values() for frames in of_field]
+    errors = [reference_errors(frames) for frames in sequences]
+    return pooled_spearman(errors, ground_truth()[1:], [rounding_of_errors(frames) for frames in sequences])

@@ -23,6 +23,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from lsim.preprocess import as_array, finite_frames
+
 from .families import FamilyRecord
 from .recipe import FRAMES, Recipe
 
@@ -83,7 +85,14 @@ def write_family(
     ------
     FileExistsError
         When there is something of that name that wasn't made here; it is left alone.
+    ValueError
+        For frames with NaN, infinity or masked values: the files have no place for what is missing.
     """
+    frames = as_array(frames)
+    if not (finite := finite_frames(frames)).all():
+        raise ValueError(
+            f"{folder}: expected finite frames, found missing values in frame {np.argmin(finite)}"
+        )
     if folder.exists() and read_record(folder) is None:
         raise FileExistsError(
             f"{folder} exists and has no {RECORD} of simulated families, so it isn't replaced; "

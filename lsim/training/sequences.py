@@ -19,7 +19,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from lsim.preprocess import finite_frames, preprocess, resize
+from lsim.preprocess import as_array, finite_frames, preprocess, resize
 
 _FRAME = re.compile(r"(?P<digits>\d{2})\.(?P<ending>npz|png)$", re.IGNORECASE)
 
@@ -69,11 +69,11 @@ def read_checked(source: SequenceSource, index: int) -> TrainingSequence:
     Raises
     ------
     SequenceError
-        When it cannot be read, holds NaN or infinity, has fewer than three frames, or its frames are all
-        equal.
+        When it cannot be read, holds NaN, infinity or masked values, has fewer than three frames, or its
+        frames are all equal.
     """
     sequence = source.read(index)
-    frames, parameter = sequence.frames, sequence.parameter
+    frames, parameter = as_array(sequence.frames), as_array(sequence.parameter, "parameter")
     if frames.ndim != 4 or len(frames) < 3 or frames.shape[-1] not in (1, 3, 4):
         raise SequenceError(
             f"{sequence.name}: expected frames (frame, y, x, channel), three or more of 1, 3 or 4 channels, "
@@ -85,10 +85,12 @@ def read_checked(source: SequenceSource, index: int) -> TrainingSequence:
         )
     finite = finite_frames(frames)
     if not finite.all():
-        raise SequenceError(f"{sequence.name}: frame {np.argmin(finite)} holds NaN or infinity")
+        raise SequenceError(
+            f"{sequence.name}: frame {np.argmin(finite)} holds NaN, infinity or masked values"
+        )
     if (frames[1:] == frames[:1]).all():
         raise SequenceError(f"{sequence.name}: its frames are all equal")
-    return sequence if frames.shape[-1] < 4 else replace(sequence, frames=frames[..., :3])
+    return replace(sequence, frames=frames[..., :3], parameter=parameter)
 
 
 class LayoutFolders:
@@ -245,6 +247,7 @@ class Augmentation:
 
     def varied(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Crop, turn and disturb frames (frame, y, x, channel) alike: (frame, size, size, channel)."""
+        frames = as_array(frames)
         least = round(self.size * self.margin)
         if min(frames.shape[1:3]) < least:
             # Order 0 is how the published evaluation resizes, order 1 how most people do.

@@ -37,8 +37,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from lsim.metric import resolve_device
 from lsim.networks import TRUNKS, LsimTrunk
 from lsim.no_tf32 import ieee_convolutions
-from lsim.preprocess import preprocess
-from lsim.ranking import pooled_spearman
+from lsim.preprocess import as_array, preprocess
+from lsim.ranking import differ_by_rounding, pooled_spearman
 from lsim.training.loss import sequence_loss
 from lsim.training.network import DistanceNetwork, PairNetwork
 from lsim.training.sequences import (
@@ -519,7 +519,8 @@ def batch_losses(
 
 def planes(frames: np.ndarray, device: torch.device) -> Tensor:
     """(n, y, x, channel) → (n, channel, y, x), float32, on the device."""
-    return torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32)).to(device).permute(0, 3, 1, 2)
+    values = np.ascontiguousarray(as_array(frames), dtype=np.float32)
+    return torch.from_numpy(values).to(device).permute(0, 3, 1, 2)
 
 
 def _read_ahead(
@@ -594,13 +595,14 @@ def validate(
     """Pooled Spearman of the reference's distances: over all sequences, and for each data set.
 
     Frames are resized as the evaluation does, not cropped. ``network=None`` is the mean squared error.
+    Sequences whose frames differ by nothing but rounding are left out.
 
     Returns
     -------
     dict of str to float
         ``"spearman"`` over all, ``"spearman <data set>"``.
     """
-    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    found: dict[str, list[tuple[np.ndarray, np.ndarray, float]]] = {}
     generator = torch.Generator()
     for index, name in enumerate(source.names):
         sequence = source.read(index)
@@ -612,9 +614,10 @@ def validate(
         else:
             distances = network.sequence_distances(network.features(frames), pairs, 0.0, generator)
         truth = sequence.parameter[1:] - sequence.parameter[0]
-        both = distances.double().cpu().numpy(), truth
-        found.setdefault("spearman", []).append(both)
-        found.setdefault(f"spearman {name.split('/')[0]}", []).append(both)
+        rounding = math.inf if differ_by_rounding(sequence.frames, settings.validation_size) else 0.0
+        row = distances.double().cpu().numpy(), truth, rounding
+        found.setdefault("spearman", []).append(row)
+        found.setdefault(f"spearman {name.split('/')[0]}", []).append(row)
     return {name: pooled_spearman(*zip(*rows, strict=True)) for name, rows in found.items()}
 
 

@@ -200,6 +200,7 @@ def show_distances(report: Any) -> None:
         console.print(
             f"not symmetric, so half of d(a, b) + d(b, a): {', '.join(report.symmetrised)}", markup=False
         )
+    _show_weighted(report.weighted)
     if report.unrecorded:
         console.print(
             f"{report.unrecorded} matrices were computed again: their record was damaged, or without a digest"
@@ -219,6 +220,11 @@ def show_distances(report: Any) -> None:
         console.print(table)
 
 
+def _show_weighted(metrics: Sequence[str]) -> None:
+    if metrics:
+        console.print(f"means weighted by the fields' weights of pixels: {', '.join(metrics)}", markup=False)
+
+
 def _show_unresolved(unresolved: list[Any]) -> None:
     """A line for each metric with distances that its arithmetic doesn't resolve."""
     for one in unresolved:
@@ -235,6 +241,7 @@ def show_matrix(report: MatrixReport) -> None:
         output.print(f"nothing to do: {report.up_to_date} tiles are up to date")
     if report.copies:
         console.print(f"{report.copies} tasks ran so long that a second copy was sent to another worker")
+    _show_weighted(report.weighted)
     for name, reason in report.unavailable.items():
         console.print(f"left out: {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
     _show_unresolved(report.unresolved)
@@ -283,6 +290,7 @@ def show_neighbours(found: Neighbours, *, as_json: bool) -> None:
         about = {"of": found.of.name, "matrix": found.of.matrix, "metric": found.metric, "nearest": nearest}
         counts = {"compared": found.compared, "without_distance": found.without_distance}
         counts["unresolved"] = found.unresolved
+        about["directed"] = found.directed
         output.print(json.dumps(_without_nan(about | counts), ensure_ascii=False), markup=False)
         return
     metrics = [found.metric, *(name for name in found.nearest[0].distances if name != found.metric)]
@@ -306,6 +314,12 @@ def show_neighbours(found: Neighbours, *, as_json: bool) -> None:
         console.print(
             f"{found.without_distance} of {found.compared} frames {verb} no distance to it: not comparable",
             style="yellow",
+        )
+    if found.directed:
+        console.print(
+            f"not symmetric, so the distances with {found.of.name} as the reference: "
+            f"{', '.join(found.directed)}",
+            markup=False,
         )
     _say_unresolved(found)
 

@@ -19,6 +19,7 @@ from pipeline.cli.options import (
     Options,
     Order,
     OwnMetrics,
+    PixelWeights,
     PrecisionOption,
     ScopeOption,
     Size,
@@ -42,6 +43,7 @@ def distances(
     mask: MaskOption = None,
     precision: PrecisionOption = None,
     weights: WeightsOption = None,
+    pixel_weights: PixelWeights = False,
     pairs: Annotated[str, typer.Option(help="all, or reference: frame 0 against the others only.")] = "all",
     scope: ScopeOption = "sequence",
     compat: Compat = "default",
@@ -62,7 +64,13 @@ def distances(
     from pipeline.workers.profiles import load_profile
 
     others = {"size": size or None, "order": order, "compat": compat, "scope": parse_scope(scope)}
-    others |= {"pairs": pairs, "directed": directed, "strict": strict, "block": block}
+    others |= {
+        "pairs": pairs,
+        "directed": directed,
+        "strict": strict,
+        "block": block,
+        "pixel_weights": pixel_weights,
+    }
     others |= parse_mask_and_precision(mask, precision)
     settings = read_settings(metric_names(metrics, own), option, weights, others)
     with Cluster(load_profile(cluster, workers)) as pool, stage(pool)("distances") as show:

@@ -26,6 +26,7 @@ from pipeline.cli.options import (
     Options,
     Order,
     OwnMetrics,
+    PixelWeights,
     PrecisionOption,
     Size,
     Strict,
@@ -52,6 +53,7 @@ def matrix(
     mask: MaskOption = None,
     precision: PrecisionOption = None,
     weights: WeightsOption = None,
+    pixel_weights: PixelWeights = False,
     groups: Groups = None,
     together: Annotated[
         str | None, typer.Option(metavar="NAME", help="One matrix over all groups, under this name.")
@@ -79,7 +81,11 @@ def matrix(
     from pipeline.workers.profiles import load_profile
 
     others = {"size": size or None, "order": order, "compat": compat, "scope": parse_scope(scope)}
-    others |= {"directed": directed, "strict": strict} | parse_mask_and_precision(mask, precision)
+    others |= {
+        "directed": directed,
+        "strict": strict,
+        "pixel_weights": pixel_weights,
+    } | parse_mask_and_precision(mask, precision)
     settings = read_settings(metric_names(metrics, own), option, weights, others)
     request = _matrix_request(groups, together, tile, memory)
     profile = shared_memory_profile(load_profile(cluster, workers))

@@ -71,6 +71,13 @@ PrecisionOption = Annotated[
         help="exact; double: for frames that hardly differ; or ranking: faster, the same but for near-ties.",
     ),
 ]
+PixelWeights = Annotated[
+    bool,
+    typer.Option(
+        "--pixel-weights",
+        help="Weight means over pixels by the field's weights, which its catalog names; needs --size 0.",
+    ),
+]
 VerifySources = Annotated[
     bool,
     typer.Option(

@@ -93,7 +93,7 @@ def verify(
     show_verified(report)
     if mend and not report.whole:
         count = repair(path, report)
-        stages = {"frames": "convert", "distances": "distances", "matrix": "matrix"}
+        stages = {"frames": "convert", "distances": "distances", "matrix": "matrix", "embeddings": "embed"}
         restored = sum(damage.chunk == DOCUMENT for damage in report.damages)
         actions = [f"{count} records removed"] if count else []
         actions += [f"metadata of {restored} groups and arrays written again"] if restored else []

@@ -23,6 +23,7 @@ from pipeline.cli.options import (
     MaskOption,
     Options,
     OwnMetrics,
+    PixelWeights,
     PrecisionOption,
     Strict,
     VerifySources,
@@ -51,6 +52,7 @@ def run(
     mask: MaskOption = None,
     precision: PrecisionOption = None,
     weights: WeightsOption = None,
+    pixel_weights: PixelWeights = False,
     strict: Strict = False,
     verify_sources: VerifySources = False,
     cluster: ClusterOption = "local",
@@ -71,6 +73,7 @@ def run(
     }
     changes["metrics"] = metric_names(there.metrics if metrics is None else metrics, own)
     changes["options"] = parse_options(option, there.options)
+    changes["pixel_weights"] = pixel_weights or there.pixel_weights
     changes |= parse_mask_and_precision(mask, precision)
     settings = Settings.model_validate(there.model_dump() | changes)
     make_importable(settings.metrics, Path.cwd(), find_resource("workflows", workflow).parent)

@@ -32,6 +32,10 @@ rise within [0, 1] is listed with file and reason in the attribute ``quarantined
 when its files change, or that key. Where nothing is left of a field, the field is made anew from all that
 its sequences now are, whatever its shape was.
 
+All sequences of a field have the same weights of pixels, or none: those of the first good one. A sequence
+that has others is quarantined, as one of another shape is; where none is left that has the field's, the field
+is made anew. So is one whose weights are not those that are recorded of its sequences: a disk lost them.
+
 A name is the key of a sequence. Where several have one, which of them is meant can't be told: they are listed
 once, under it, with a reason that names their files, and what the store had of that name goes. The one that
 is left, when the others were removed or renamed, is a sequence like any other.
@@ -67,7 +71,7 @@ from pipeline.sources.readers import LazySequence, list_sequences
 from pipeline.stage.bounded_map import run_bounded
 from pipeline.storage import schema, store
 from pipeline.storage.address import absolute
-from pipeline.storage.checked_frames import is_bound
+from pipeline.storage.checked_frames import hash_weights, is_bound, stored_weights, weights_of_record
 from pipeline.storage.versions import versions
 
 if TYPE_CHECKING:
@@ -174,6 +178,7 @@ def convert(
             any(plan.has_work for plan in plans)
             or not store.is_consolidated(path)
             or any(_differs(root, key, values) for key, values in attributes.items())
+            or any(_other_attributes(root, plan) for plan in plans)
         ):
             connect: Connect = (lambda: None) if cluster is None else (lambda: cluster.client)
             _bring_up_to_date(path, root, plans, attributes, connect, progress, started)
@@ -209,6 +214,10 @@ def _bring_up_to_date(
     _compact(path, root, plans, connect)
     for key, values in attributes.items():
         _update(root, key, values)
+    for plan in plans:
+        if changed := _other_attributes(root, plan):
+            frames = store.get_array(store.get_group(root, plan.key), schema.FRAMES)
+            frames.update_attributes(changed)
     if any(plan.outcomes for plan in plans) or "convert_seconds" not in root.attrs:
         seconds = time.perf_counter() - started
         store.set_attributes(root, {"convert_seconds": seconds, "versions": versions()})
@@ -308,6 +317,8 @@ def _plan_field(
     wanted = {sequence.name: sequence for sequence in members}
     uses = Counter(file.path for sequence in members for file in sequence.files)
     index = _read_index(root, key)
+    if index is not None and _has_lost_weights(root, key, index):
+        index = None  # made anew
     plan = _Plan(
         dataset=key.partition("/")[0],
         key=key,
@@ -399,6 +410,17 @@ def _read_index(root: store.Group, key: str) -> _Index | None:
     ]
     ragged = any(store.get_array(group, name).shape[0] != length for name in COLUMNS)
     return _Index(columns[0], columns[1], columns[2], ragged)
+
+
+def _has_lost_weights(root: store.Group, key: str, index: _Index) -> bool:
+    """Tell whether a field's weights of pixels are not those that are recorded of its sequences."""
+    rows = [row for row, content in enumerate(index.content) if content]
+    recorded = {weights_of_record(index.source[row]) for row in rows}
+    try:
+        weights = stored_weights(store.get_group(root, key))
+    except store.DamagedError:
+        return True
+    return bool(recorded) and recorded != {"" if weights is None else hash_weights(weights)}
 
 
 def _rows_by_name(index: _Index) -> dict[str, int]:
@@ -616,6 +638,17 @@ def _attributes(root: store.Group, catalog: Catalog, entries: Sequence[Dataset])
             "citation": entry.citation or catalog.citation,
         }
     return attributes
+
+
+def _other_attributes(root: store.Group, plan: _Plan) -> dict[str, Any]:
+    """List attributes, such as units, that the first good sequence of a field has, and the field has not."""
+    good = (name for name in plan.names if name in plan.sequences and name not in plan.broken)
+    if (first := next(good, None)) is None or f"{plan.key}/{schema.CONTENT}" not in root:
+        return {}
+    there = store.get_array(store.get_group(root, plan.key), schema.FRAMES).attrs
+    return {
+        name: value for name, value in plan.sequences[first].attributes.items() if there.get(name) != value
+    }
 
 
 def _differs(root: store.Group, key: str, values: dict[str, Any]) -> bool:

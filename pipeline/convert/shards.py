@@ -15,9 +15,9 @@ import numpy as np
 import xxhash
 
 from pipeline.sources.readers import LazySequence, ReaderError, TooLargeError
-from pipeline.sources.readers.base import FIRST_VERSION
+from pipeline.sources.readers.base import FIRST_VERSION, checked_weights
 from pipeline.storage import schema, store
-from pipeline.storage.checked_frames import content_hash
+from pipeline.storage.checked_frames import content_hash, hash_weights, stored_weights
 from pipeline.storage.digests import sealed
 
 COLUMNS = (schema.CONTENT, schema.SOURCE, schema.SEQUENCE, schema.PARAMETER, schema.FRAMES)
@@ -133,11 +133,27 @@ class Opening:
     rows: tuple[Decode, ...]
 
 
+@dataclass(frozen=True)
+class _Field:
+    """What all sequences of a field have in common; ``weights`` is the hash of those of its pixels."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    weights: str
+
+    @classmethod
+    def of(cls, group: store.Group) -> _Field:
+        """Look at a field that is there."""
+        frames, weights = store.get_array(group, schema.FRAMES), stored_weights(group)
+        return cls(tuple(frames.shape[1:]), frames.dtype, "" if weights is None else hash_weights(weights))
+
+
 @dataclass
 class _Decoded:
     outcome: Outcome
     frames: np.ndarray
     parameter: np.ndarray
+    weights: np.ndarray | None
 
 
 def open_field(task: Opening) -> list[Outcome]:
@@ -178,6 +194,12 @@ def open_field(task: Opening) -> list[Outcome]:
         dims=schema.PARAMETER_DIMS,
         dtype=np.float64,
     )
+    if first.weights is not None:
+        shape = first.weights.shape
+        array = store.create_array(
+            group, schema.WEIGHTS, shape=shape, chunks=shape, dims=schema.WEIGHTS_DIMS, dtype=np.float64
+        )
+        store.write_rows(array, 0, first.weights)
     # `content` last: with it the field counts as created.
     for name in (schema.SEQUENCE, schema.SOURCE, schema.CONTENT):
         column = store.create_array(
@@ -202,6 +224,7 @@ def convert_shard(task: ShardTask, known: Mapping[int, _Decoded] | None = None) 
     columns = {name: store.read(array, span) for name, array in arrays.items() if name != schema.FRAMES}
     before, columns = columns, {name: values.copy() for name, values in columns.items()}
 
+    common = _Field.of(group)
     block: np.ndarray | None = None
     outcomes: list[Outcome] = []
     unsettled: list[int] = []
@@ -219,7 +242,7 @@ def convert_shard(task: ShardTask, known: Mapping[int, _Decoded] | None = None) 
             if known and row in known:
                 result: _Decoded | Outcome = known[row]
             else:
-                result = _read_sequence(source, row, task.folder, (frames.shape[1:], frames.dtype))
+                result = _read_sequence(source, row, task.folder, common)
             outcome = result.outcome if isinstance(result, _Decoded) else result
             outcomes.append(outcome)
             about = (task.key, outcome.sequence, outcome.content)
@@ -251,9 +274,7 @@ def convert_shard(task: ShardTask, known: Mapping[int, _Decoded] | None = None) 
     return outcomes
 
 
-def _read_sequence(
-    source: Decode, row: int, folder: str, expected: tuple[tuple[int, ...], np.dtype] | None
-) -> _Decoded | Outcome:
+def _read_sequence(source: Decode, row: int, folder: str, expected: _Field | None) -> _Decoded | Outcome:
     """Decode and check one sequence; an outcome alone where it failed, or is what stands there already."""
     sequence = source.sequence
     look = describe(sequence, folder)
@@ -262,15 +283,19 @@ def _read_sequence(
         digest = _hash_files(sequence) if source.hash_files else ""
         same_bytes = bool(digest) and digest == source.record.get("hash")
         if same_bytes and not source.verify and _same_but_time(source.record, look):
-            record = {**look, "hash": digest}
+            kept = {name: source.record[name] for name in (schema.WEIGHTS,) if name in source.record}
+            record = {**look, "hash": digest, **kept}
             return Outcome(sequence.name, row, source.content, record, committed_before=True)
-        frames, parameter = _checked(sequence, expected)
+        frames, parameter, weights = _checked(sequence, expected)
     except Exception as error:
         return Outcome(sequence.name, row, "", {**look, **_failure(error, sequence)})
     content = content_hash(frames, parameter)
-    outcome = Outcome(sequence.name, row, content, {**look, "hash": digest}, frames.nbytes)
+    record = {**look, "hash": digest}
+    if weights is not None:
+        record[schema.WEIGHTS] = hash_weights(weights)
+    outcome = Outcome(sequence.name, row, content, record, frames.nbytes)
     outcome.committed_before = content == source.content
-    return _Decoded(outcome, frames, parameter)
+    return _Decoded(outcome, frames, parameter, weights)
 
 
 def _failure(error: Exception, sequence: LazySequence) -> dict[str, Any]:
@@ -290,8 +315,20 @@ def _failure(error: Exception, sequence: LazySequence) -> dict[str, Any]:
     return failure
 
 
+def _without_mask(values: np.ndarray, here: str) -> np.ndarray:
+    """Put NaN where an array is masked: that of a reader of one's own may be, as netCDF4's are."""
+    if not isinstance(values, np.ma.MaskedArray):
+        return values
+    from lsim.preprocess import FramesError, as_array
+
+    try:
+        return as_array(values)
+    except FramesError as error:
+        raise ReaderError(f"{here}: {error}") from error
+
+
 class _OtherShapeError(ReaderError):
-    """A sequence that is sound but of another shape or dtype than its field."""
+    """A sequence that is sound but of another shape or dtype, or other weights, than its field."""
 
     def __init__(self, reason: str, found: str) -> None:
         super().__init__(reason)
@@ -299,13 +336,17 @@ class _OtherShapeError(ReaderError):
 
 
 def _checked(
-    sequence: LazySequence, expected: tuple[tuple[int, ...], np.dtype] | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Frames (n, y, x, channel), in native byte order, and parameter (n,); an error says what is wrong."""
+    sequence: LazySequence, expected: _Field | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Decode frames (n, y, x, channel), in native byte order, parameter (n,) and weights (y, x), if any.
+
+    An error says what is wrong with them.
+    """
     frames, parameter = sequence.read()
+    here = f"sequence {sequence.name}"
+    frames, parameter = (_without_mask(values, here) for values in (frames, parameter))
     frames = np.ascontiguousarray(frames, dtype=frames.dtype.newbyteorder("="))
     parameter = np.asarray(parameter, dtype=np.float64)
-    here = f"sequence {sequence.name}"
     if frames.ndim != 4 or 0 in frames.shape or len(frames) < 2:
         raise ReaderError(
             f"{here}: frames of shape {frames.shape}; expected (frame, y, x, channel), 2 or more"
@@ -320,10 +361,10 @@ def _checked(
         schema.validate_parameter(parameter[None], here)
     except schema.SchemaError as error:
         raise ReaderError(str(error)) from error
-    if expected is not None and (frames.shape, frames.dtype) != expected:
+    if expected is not None and (frames.shape, frames.dtype) != (expected.shape, expected.dtype):
         found = f"{frames.shape} {frames.dtype}"
         raise _OtherShapeError(
-            f"{here}: frames are {found}; the field has {tuple(expected[0])} {expected[1]}. A group of "
+            f"{here}: frames are {found}; the field has {expected.shape} {expected.dtype}. A group of "
             "another shape needs an entry of its own in the catalog, chosen by its filter",
             found,
         )
@@ -341,4 +382,25 @@ def _checked(
                 "they are)",
                 file,
             )
-    return frames, parameter
+    return frames, parameter, _weights_of(sequence, frames, expected)
+
+
+def _weights_of(sequence: LazySequence, frames: np.ndarray, expected: _Field | None) -> np.ndarray | None:
+    """Decode the weights of a sequence's pixels, float64, which have to be those of its field."""
+    weights = sequence.read_weights()
+    what = f"sequence {sequence.name}: weights"
+    if name := sequence.settings.get("weights"):
+        what = f"{what} {name!r}"
+    file = sequence.files[0].path if sequence.files else ""
+    if weights is not None:
+        weights = checked_weights(weights, frames, what, file)
+    digest = "" if weights is None else hash_weights(weights)
+    if expected is not None and digest != expected.weights:
+        state = "other than those of" if digest else "missing, unlike those of"
+        state = state if expected.weights else "there, unlike for"
+        raise _OtherShapeError(
+            f"{what} are {state} the field's first sequence, and all of a field are compared with the same. "
+            "A group with weights of its own needs an entry of its own in the catalog, chosen by its filter",
+            f"weights {digest}",
+        )
+    return weights

@@ -11,7 +11,7 @@ def list_notes(path: str, archive: Archive) -> list[str]:
     """List what makes the metrics of a store hard to compare, or their distances uncertain."""
     return [
         *_note_unlike_settings(path),
-        *_note_asymmetry(path),
+        *_note_variants(path),
         *_note_rounding(path, archive),
     ]
 
@@ -25,7 +25,8 @@ def _note_unlike_settings(path: str) -> list[str]:
         preprocessing = specification.get("preprocessing", {})
         settings = {"scope": "fixed" if isinstance(scope, list) else scope}
         masked = {"mask": "nan" if preprocessing.get("mask") else "none"}
-        for name, value in (settings | preprocessing | masked).items():
+        weights = {"weights of pixels": "the field's" if "weights_of_pixels" in specification else "none"}
+        for name, value in (settings | preprocessing | masked | weights).items():
             metrics = metrics_by_setting.setdefault(name, {}).setdefault(str(value), [])
             metrics += [metric] if metric not in metrics else []
     return [
@@ -36,11 +37,12 @@ def _note_unlike_settings(path: str) -> list[str]:
     ]
 
 
-def _note_asymmetry(path: str) -> list[str]:
-    """Name the metrics that are not symmetric, and which of their two directions count."""
+def _note_variants(path: str) -> list[str]:
+    """Name the metrics that are not symmetric, with the directions that count, and those with weights."""
     texts = {
         "symmetrised": "Metrics that are not symmetric are taken as half of d(a, b) + d(b, a)",
         "directed": "Of metrics that are not symmetric the earlier frame of a pair is the reference",
+        "weights_of_pixels": "Means over pixels are weighted by the weights of the field's pixels",
     }
     notes = []
     for key, text in texts.items():

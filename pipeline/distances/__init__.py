@@ -16,12 +16,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
-import numpy as np
 from distributed import Client
 
 from lsim.metric import Metric
 from lsim.preprocess import Preprocessing, Scope
-from pipeline.distances.blocks import StaleBlock, StaleRows, describe, digest_rows, find_stale, lay_out
+from pipeline.distances.blocks import (
+    StaleBlock,
+    StaleRows,
+    describe,
+    digest_rows,
+    find_stale,
+    forget_metrics,
+    lay_out,
+)
 from pipeline.distances.compute import (
     BlockResult,
     BlockTask,
@@ -31,6 +38,7 @@ from pipeline.distances.compute import (
 )
 from pipeline.distances.sizing import BlockSize, Pace, block_size
 from pipeline.metrics.fields import checked_fields, drop_vanished, field_units
+from pipeline.metrics.pixel_weights import FieldMetrics, metrics_by_field, weighted_otherwise
 from pipeline.metrics.resolution import Unresolved, list_unresolved, record_resolution
 from pipeline.metrics.settings import Settings, choose_metrics, is_directed
 from pipeline.metrics.value_range import dataset_range
@@ -38,7 +46,7 @@ from pipeline.stage.bounded_map import reason_of, run_bounded
 from pipeline.storage import schema, store
 from pipeline.storage.address import absolute, relative
 from pipeline.storage.digests import identify_rows
-from pipeline.storage.recorded import record_fingerprints
+from pipeline.storage.recorded import failures_of_rows, record_fingerprints
 from pipeline.storage.run_records import begin_run, carried, record_run
 from pipeline.storage.versions import versions
 from pipeline.workers.cluster import Cluster
@@ -81,6 +89,8 @@ class DistancesReport:
         Metrics left out of ``"all"``, each with the reason and, where there is one, the remedy.
     symmetrised : list of str
         Metrics that aren't symmetric: the store has ½ (d(a, b) + d(b, a)) of them.
+    weighted : list of str
+        Metrics whose means are weighted by each field's weights of pixels.
     seconds : float
     cluster : dict
         The cluster that was used; empty where nothing was to be done.
@@ -100,6 +110,7 @@ class DistancesReport:
     unresolved: list[Unresolved] = field(default_factory=list)
     unavailable: dict[str, str] = field(default_factory=dict)
     symmetrised: list[str] = field(default_factory=list)
+    weighted: list[str] = field(default_factory=list)
     seconds: float = 0.0
     cluster: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, BlockSize] = field(default_factory=dict)
@@ -154,7 +165,8 @@ def compute_distances(
     Raises
     ------
     ValueError, lsim.UnknownMetricError, lsim.WeightsError
-        For metrics that :func:`choose_metrics` refuses; before any computing.
+        For metrics that :func:`choose_metrics` refuses, and fields without the weights of pixels that are
+        asked for; before any computing.
     pipeline.storage.store.StoreError
         When ``frames`` is no store.
     """
@@ -166,26 +178,30 @@ def compute_distances(
     # Workers may run in another folder.
     frames_path, out_path = absolute(frames), absolute(out)
     chosen = choose_metrics(settings)
-    metrics, requests = chosen.metrics, chosen.requests
     source = store.open_store(frames_path)
     keys = checked_fields(source, frames_path)
-    report = DistancesReport(unavailable=chosen.unavailable, symmetrised=_symmetrised(metrics))
+    chosen, by_field = metrics_by_field(chosen, source, frames_path, keys, weighted=settings.pixel_weights)
+    report = DistancesReport(unavailable=chosen.unavailable, symmetrised=_symmetrised(chosen.metrics))
+    report.weighted = [metric.name for metric in chosen.metrics if settings.pixel_weights]
     totals = Totals()
-    workers = _Workers(cluster, list(requests.values()))
+    workers = _Workers(cluster, list(chosen.requests.values()))
     run_name = uuid.uuid4().hex
     with store.locked(out_path):
         root = store.open_output(out_path, schema.DISTANCES_STORE)
         store.drop_consolidated(out_path)
         drop_vanished(root, schema.PARAMETER, source)
         made_by = begin_run(
-            pairs=settings.pairs, scope=settings.scope, compat=settings.compat, mask=settings.mask
+            pairs=settings.pairs,
+            scope=settings.scope,
+            compat=settings.compat,
+            mask=settings.mask,
+            pixel_weights=settings.pixel_weights,
         )
         fields = [
             _bring_into_shape(
-                _Field(key, frames_path, out_path, requests, settings, run_name),
+                _Field(key, frames_path, out_path, chosen.requests, by_field[key], settings, run_name),
                 source,
                 root,
-                metrics,
                 workers,
                 report,
             )
@@ -223,21 +239,16 @@ def _symmetrised(metrics: Sequence[Metric]) -> list[str]:
 
 
 def list_failures(out: str | os.PathLike[str]) -> list[Failure]:
-    """All failures that a ``distances.zarr`` records."""
+    """List all failures that a ``distances.zarr`` records, each compared with the digest of its record.
+
+    A matrix whose record is damaged is a failure by itself.
+    """
     root = store.open_store(out)
-    found = []
+    failures = []
     for key in store.field_keys(root, schema.PARAMETER):
         dataset, field_name = key.split("/")
-        group = store.get_group(root, key)
-        provenance = store.get_group(group, schema.PROVENANCE)
-        sequences = store.read(store.get_array(group, schema.SEQUENCE))
-        names = store.read(store.get_array(provenance, schema.METRIC))
-        reasons = store.read(store.get_array(provenance, schema.FAILURE))
-        found += [
-            Failure(dataset, field_name, str(sequences[row]), str(names[index]), str(reasons[index, row]))
-            for index, row in np.argwhere(reasons != "")
-        ]
-    return found
+        failures += [Failure(dataset, field_name, *of_row) for of_row in failures_of_rows(root, key)]
+    return failures
 
 
 # ---------------------------------------------------------------- on the driver
@@ -272,6 +283,7 @@ class _Field:
     frames: str
     out: str
     requests: Mapping[str, MetricRequest]
+    chosen: FieldMetrics
     settings: Settings
     run: str = ""
     scopes: dict[bool, Scope] = field(default_factory=dict)
@@ -290,19 +302,21 @@ class _Field:
         self, block: StaleBlock, requests: tuple[MetricRequest, ...], scopes: Mapping[bool, Scope]
     ) -> BlockTask:
         pairs, masking = self.settings.pairs, self.settings.mask is not None
-        return BlockTask(self.frames, self.out, self.key, block, requests, scopes, pairs, masking, self.run)
+        stores = (self.frames, self.out, self.key)
+        return BlockTask(
+            *stores, block, requests, scopes, pairs, masking, run=self.run, weights=self.chosen.weights
+        )
 
 
 def _bring_into_shape(
     this: _Field,
     source: store.Group,
     root: store.Group,
-    metrics: Sequence[Metric],
     workers: _Workers,
     report: DistancesReport,
 ) -> _Field:
     """Lay out a field's group, and declare and find what of it is out of date."""
-    key, settings = this.key, this.settings
+    key, settings, metrics = this.key, this.settings, this.chosen.metrics
     origin = store.get_group(source, key)
     contents = [str(content) for content in store.read(store.get_array(origin, schema.CONTENT))]
 
@@ -337,6 +351,7 @@ def _bring_into_shape(
     scope_of = {metric.name: this.scopes[metric.preprocessing.mask] for metric in metrics}
     parameter = store.read(store.get_array(origin, schema.PARAMETER))
     identities = identify_rows(store.read(store.get_array(origin, schema.SEQUENCE)), parameter)
+    forget_metrics(group, set(weighted_otherwise(group, origin)) - hashes.keys())
     this.stale = find_stale(group, contents, hashes, scope_of, settings.pairs, identities)
     report.unrecorded += sum(this.stale.damaged.values())
     report.up_to_date += this.stale.fresh

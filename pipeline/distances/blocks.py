@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -237,6 +237,26 @@ def find_stale(
         _write_changed(fingerprints, start, found, valid)
     recorded_as = {name: wanted[0] for name, wanted in suffixes.items()}
     return StaleRows(stale, length, contents, recorded_as, places, identities, damaged)
+
+
+def forget_metrics(group: store.Group, names: Collection[str]) -> None:
+    """Take all fingerprints of metrics that aren't computed now, and whose weights of pixels have changed.
+
+    Parameters
+    ----------
+    group : Group
+        Of ``distances.zarr``.
+    names : collection of str
+    """
+    provenance = store.get_group(group, schema.PROVENANCE)
+    known = store.read(store.get_array(provenance, schema.METRIC))
+    places = [place for place, name in enumerate(known) if name in names]
+    if places:
+        array = store.get_array(provenance, schema.FINGERPRINT)
+        before = store.read(array)
+        after = before.copy()
+        after[places] = ""
+        _write_changed(array, 0, before, after)
 
 
 def _described(group: store.Group, names: Sequence[str]) -> dict[str, bool]:

@@ -25,6 +25,7 @@ from lsim.metric import Metric
 from lsim.prepared import Prepared
 from lsim.preprocess import FramesError, Scope, finite_frames
 from pipeline.distances.blocks import ROW_TEXTS, Pairs, StaleBlock, digest_rows
+from pipeline.metrics.pixel_weights import FieldWeights, get_weighted
 from pipeline.metrics.resolution import resolution_of, to_text
 from pipeline.metrics.settings import is_directed
 from pipeline.stage import trials
@@ -53,6 +54,8 @@ class BlockTask:
     masking: bool
     run: str = ""
     """The run's name, in which each worker tries each metric once; without one nothing is tried."""
+    weights: FieldWeights | None = None
+    """Of the field's pixels, where metrics are weighted by them."""
 
     @property
     def label(self) -> str:
@@ -258,7 +261,7 @@ def _compute(task: BlockTask, stages: _Clock, by_metric: _Clock) -> _Computed:
     """Read a block's sequences and compute what is stale of them; nothing is written."""
     with stages("open"):
         source = store.get_group(store.open_store(task.frames), task.key)
-        metrics = [get_metric(request) for request in task.requests]
+        metrics = [get_weighted(request, task.weights) for request in task.requests]
     block, n = task.block, store.get_array(source, schema.FRAMES).shape[1]
     matrices: dict[str, dict[int, np.ndarray]] = {metric.name: {} for metric in metrics}
     reasons: dict[str, dict[int, str]] = {metric.name: {} for metric in metrics}

@@ -20,17 +20,18 @@ from distributed import Client
 from lsim.error_bounds import PairPrecision
 from pipeline.matrix.embedding_cache import clear_cache
 from pipeline.matrix.job import Context, MatrixJob, MatrixRequest
-from pipeline.matrix.layout import metric_places
+from pipeline.matrix.layout import metric_places, sides
 from pipeline.matrix.machines import shared_memory_profile
 from pipeline.matrix.plan import Plan, describe_plan
 from pipeline.matrix.tiles import TileTask, compute_tiles
 from pipeline.metrics.fields import checked_fields, drop_vanished, refuse_others_results
+from pipeline.metrics.pixel_weights import metrics_by_field
 from pipeline.metrics.resolution import Unresolved, list_unresolved, record_resolution
 from pipeline.metrics.settings import Settings, choose_metrics
 from pipeline.stage.bounded_map import reason_of, run_bounded
 from pipeline.storage import schema, store
 from pipeline.storage.address import absolute, relative
-from pipeline.storage.recorded import record_fingerprints
+from pipeline.storage.recorded import failures_of_tiles, labels_of_blocks, record_fingerprints
 from pipeline.storage.run_records import begin_run, carried, record_run
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
@@ -69,6 +70,8 @@ class MatrixReport:
         Metrics with distances of the store that rounding may have changed by more than 0.1 %.
     unavailable : dict of str to str
         Metrics left out of ``"all"``, with the reason.
+    weighted : list of str
+        Metrics whose means are weighted by the fields' weights of pixels.
     seconds : float
     seconds_by_stage : Counter
         ``embed``, ``compare``, ``write``, summed over threads.
@@ -86,6 +89,7 @@ class MatrixReport:
     failures: list[MatrixFailure] = field(default_factory=list)
     unresolved: list[Unresolved] = field(default_factory=list)
     unavailable: dict[str, str] = field(default_factory=dict)
+    weighted: list[str] = field(default_factory=list)
     seconds: float = 0.0
     seconds_by_stage: Counter[str] = field(default_factory=Counter)
     precision: dict[str, dict[str, PairPrecision]] = field(default_factory=dict)
@@ -155,8 +159,14 @@ def compute_matrix(
     source = store.open_store(frames_path)
     keys = checked_fields(source, frames_path, matrix.groups or None)
     report = MatrixReport(unavailable=chosen.unavailable)
-    context = Context(frames_path, out_path, settings, matrix, cluster, chosen.metrics, chosen.requests)
-    jobs = [MatrixJob(context, key, source, fields) for key, fields in _matrices(keys, matrix)]
+    chosen, by_field = metrics_by_field(chosen, source, frames_path, keys, weighted=settings.pixel_weights)
+    report.unavailable = chosen.unavailable
+    report.weighted = [metric.name for metric in chosen.metrics if settings.pixel_weights]
+    context = Context(frames_path, out_path, settings, matrix, cluster, chosen.requests)
+    jobs = [
+        MatrixJob(context, key, source, {one: by_field[one] for one in fields})
+        for key, fields in _matrices(keys, matrix)
+    ]
     report.frames = sum(len(job.frames) for job in jobs)
     there = store.exists(out_path)
     if there:
@@ -170,7 +180,12 @@ def compute_matrix(
     if plan_only:
         report.seconds = time.perf_counter() - began
         return report
-    made_by = begin_run(scope=settings.scope, compat=settings.compat, mask=settings.mask)
+    made_by = begin_run(
+        scope=settings.scope,
+        compat=settings.compat,
+        mask=settings.mask,
+        pixel_weights=settings.pixel_weights,
+    )
     errors: list[MatrixFailure] = []
     with store.locked(out_path):
         root = store.open_output(out_path, schema.MATRIX_STORE)
@@ -222,29 +237,42 @@ def _record_precision(root: store.Group, report: MatrixReport) -> None:
 
 
 def list_matrix_failures(out: str | os.PathLike[str]) -> list[MatrixFailure]:
-    """All failures that an ``matrix.zarr`` records: by sequence and reason, and NaN of finite frames."""
+    """List all failures that an ``matrix.zarr`` records: by sequence and reason, and NaN of finite frames.
+
+    What is recorded is compared with its digest. A tile whose record is damaged is a failure by itself.
+    """
     root = store.open_store(out)
-    found: list[MatrixFailure] = []
+    failures: list[MatrixFailure] = []
     for key in store.field_keys(root, schema.NUMBER):
         group = store.get_group(root, key)
-        provenance = store.get_group(group, schema.PROVENANCE)
-        reasons, missing = (store.get_array(provenance, name) for name in (schema.FAILURE, schema.MISSING))
-        labels = [store.get_array(group, name) for name in (schema.FIELD, schema.SEQUENCE, schema.NUMBER)]
+        labels = labels_of_blocks(group, sides(group)[0])
         for name, place in metric_places(group).items():
-            texts = store.read(reasons, place)
-            by_sequence: dict[tuple[str, str], list[str]] = {}
-            bad = np.flatnonzero(texts != "")
-            if len(bad):
-                fields, sequences, numbers = (store.read(array) for array in labels)
-                for index in bad:
-                    which = f"{fields[index]}/{sequences[index]}"
-                    by_sequence.setdefault((which, str(texts[index])), []).append(str(numbers[index]))
-            for (which, reason), frames in by_sequence.items():
-                found.append(MatrixFailure(key, name, f"{which}: frame {_few(frames)}", reason))
-            if count := int(store.read(missing, place).sum(dtype=np.int64)):
-                reason = f"the metric gave NaN or infinity for {count} distances of frames that it takes"
-                found.append(MatrixFailure(key, name, "", reason))
-    return found
+            tiles = failures_of_tiles(group, name, place, labels)
+            failures += [MatrixFailure(key, name, what, reason) for what, reason in tiles.damaged]
+            failures += _failures_of_sequences(group, name, tiles.reasons)
+            if tiles.missing:
+                reason = (
+                    f"the metric gave NaN or infinity for {tiles.missing} distances of frames that it takes"
+                )
+                failures.append(MatrixFailure(key, name, "", reason))
+    return failures
+
+
+def _failures_of_sequences(group: store.Group, metric: str, reasons: np.ndarray) -> list[MatrixFailure]:
+    """Put together the frames of a sequence that have no distances for the same reason."""
+    failed = np.flatnonzero(reasons != "")
+    if not len(failed):
+        return []
+    columns = (schema.FIELD, schema.SEQUENCE, schema.NUMBER)
+    fields, sequences, numbers = (store.read(store.get_array(group, name)) for name in columns)
+    by_sequence: dict[tuple[str, str], list[str]] = {}
+    for index in failed:
+        which = f"{fields[index]}/{sequences[index]}"
+        by_sequence.setdefault((which, str(reasons[index])), []).append(str(numbers[index]))
+    return [
+        MatrixFailure(group.path, metric, f"{which}: frame {_few(frames)}", reason)
+        for (which, reason), frames in by_sequence.items()
+    ]
 
 
 def _few(names: Sequence[str], shown: int = 12) -> str:

@@ -3,7 +3,8 @@
 A learned metric is a distance between vectors: where it is the Euclidean one, an index over these vectors
 finds by it. A block is some whole sequences of one field. A worker writes its rows, then the fingerprint that
 says they are done: a hash of the frames' content, of all that determines the metric's values, and of the
-range that frames were normalised by.
+range that frames were normalised by. Beside it stands a digest, which binds the values to the metric, the
+block and the names of its frames (:mod:`pipeline.storage.digests`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+import xarray as xr
+import xxhash
 
 from lsim.claims import other_random_numbers
 from lsim.metric import Metric
@@ -30,10 +33,17 @@ from pipeline.metrics.value_range import dataset_range
 from pipeline.stage import trials
 from pipeline.stage.bounded_map import reason_of, run_bounded
 from pipeline.stage.retry_single import in_batch_or_alone
-from pipeline.storage import schema, store
+from pipeline.storage import digests, schema, store
 from pipeline.storage.address import absolute, relative
 from pipeline.storage.checked_frames import NOT_READ, read_sequence, why_not_read
-from pipeline.storage.recorded import record_fingerprints
+from pipeline.storage.recorded import (
+    LABELS,
+    OTHER_EMBEDDING_RECORD,
+    CheckedEmbeddings,
+    block_identity,
+    block_texts,
+    record_fingerprints,
+)
 from pipeline.storage.run_records import begin_run, record_run
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
@@ -54,16 +64,12 @@ BLOCK_BYTES = 64 * 2**20
 NAMES_TOGETHER = 1 << 14
 """Frames whose names make a chunk."""
 
-COLUMNS: dict[str, Any] = {
-    schema.FIELD: str,
-    schema.SEQUENCE: str,
-    schema.NUMBER: "int32",
-    schema.PARAMETER: "float64",
-}
+COLUMNS: dict[str, Any] = dict(zip(LABELS, (str, str, "int32", "float64"), strict=True))
 """What is said of every frame, beside its embedding."""
 
 BLOCK = "block"
 FAILURE = f"{schema.PROVENANCE}/{schema.FAILURE}"
+DIGEST = f"{schema.PROVENANCE}/{schema.DIGEST}"
 FINGERPRINT = f"{schema.PROVENANCE}/{schema.FINGERPRINT}"
 
 FEATURES = "features"
@@ -100,6 +106,9 @@ class EmbeddingsReport:
     seconds : float
     cluster : dict
         Empty where nothing was to be done.
+    unrecorded : int
+        Blocks that were computed again as their record, or the names of their frames, were not those that
+        were written with them.
     """
 
     metric: str
@@ -111,6 +120,7 @@ class EmbeddingsReport:
     failures: list[EmbeddingFailure] = field(default_factory=list)
     seconds: float = 0.0
     cluster: dict[str, Any] = field(default_factory=dict)
+    unrecorded: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,7 @@ class EmbedTask:
     """A stale block with all that a worker needs to compute it.
 
     ``first`` is the row of the block's first sequence of ``n`` frames, ``contents`` has the hashes of all,
-    and ``together`` is how many frames make a chunk.
+    ``together`` is how many frames make a chunk, and ``identity`` what the block's digest is bound to.
     """
 
     frames: str
@@ -132,6 +142,7 @@ class EmbedTask:
     request: MetricRequest
     scope: Scope
     fingerprint: str
+    identity: bytes
     run: str = ""
 
     @property
@@ -225,20 +236,65 @@ def compute_embeddings(
 
 
 def list_embedding_failures(out: str | os.PathLike[str]) -> list[EmbeddingFailure]:
-    """All frames without an embedding that an ``embeddings.zarr`` records, by sequence and reason."""
+    """List all frames without an embedding that an ``embeddings.zarr`` records, by sequence and reason.
+
+    Reasons are compared with the digests of their blocks. Of a block whose record is damaged all frames are
+    listed, as what was wrong with them isn't known.
+    """
     root = store.open_store(out)
-    found: dict[tuple[str, str, str], list[int]] = {}
+    failures: list[EmbeddingFailure] = []
     for key in store.field_keys(root, schema.NUMBER):
-        group = store.get_group(root, key)
-        reasons = store.read(store.get_array(group, FAILURE))
-        rows = np.flatnonzero(reasons != "")
-        if len(rows):
-            sequences = store.read(store.get_array(group, schema.SEQUENCE))
-            numbers = store.read(store.get_array(group, schema.NUMBER))
-            for row in rows:
-                at = (key, str(sequences[row]), str(reasons[row]))
-                found.setdefault(at, []).append(int(numbers[row]))
-    return [EmbeddingFailure(*at[:2], tuple(numbers), at[2]) for at, numbers in found.items()]
+        checked = CheckedEmbeddings(root, key)
+        reasons = checked.failures.copy()
+        for block in range(checked.count):
+            if checked.is_damaged(block):
+                reasons[checked.rows(block)] = OTHER_EMBEDDING_RECORD
+            elif not checked.is_bound(block):
+                reasons[checked.rows(block)] = ""  # of a run that was stopped
+        by_reason: dict[tuple[str, str], list[int]] = {}
+        for row in np.flatnonzero(reasons != ""):
+            sequence, number = (checked.labels[name][row] for name in (schema.SEQUENCE, schema.NUMBER))
+            by_reason.setdefault((str(sequence), str(reasons[row])), []).append(int(number))
+        failures += [
+            EmbeddingFailure(key, sequence, tuple(numbers), reason)
+            for (sequence, reason), numbers in by_reason.items()
+        ]
+    return failures
+
+
+def load_embeddings(path: str | os.PathLike[str], key: str) -> tuple[xr.Dataset, list[str]]:
+    """Read the embeddings of a field, each block compared with its digest.
+
+    Parameters
+    ----------
+    path : path or address
+        Of an ``embeddings.zarr``.
+    key : str
+        ``<dataset>/<field>``.
+
+    Returns
+    -------
+    dataset : Dataset
+        Variables (frame, …): each part of the embeddings, and ``field``, ``sequence``, ``number``,
+        ``parameter``. Embeddings that aren't as they were written are NaN.
+    left_out : list of str
+        These, by block, with the reason; and blocks that aren't computed yet.
+
+    Raises
+    ------
+    pipeline.storage.store.DamagedError
+        When metadata, or the names of frames, can't be read.
+    """
+    root = store.open_store(path)
+    store.check_documents(root)
+    checked = CheckedEmbeddings(root, key)
+    blocks = [checked.read(block) for block in range(checked.count)]
+    variables: dict[str, Any] = {name: (schema.FRAME, column) for name, column in checked.labels.items()}
+    for name, array in checked.parts.items():
+        values = [block[name] for block in blocks]
+        dims = (schema.FRAME, *_dims(name, array.shape[1:]))
+        variables[name] = (dims, np.concatenate(values) if values else np.empty(array.shape, array.dtype))
+    return xr.Dataset(variables, attrs=dict(store.get_group(root, key).attrs)), list(checked.left_out)
 
 
 # ---------------------------------------------------------------- on the driver
@@ -253,6 +309,11 @@ def _check_scope(scope: Scope) -> None:
 
 
 def _one_metric(settings: Settings) -> tuple[Metric, MetricRequest]:
+    if settings.pixel_weights:
+        raise ValueError(
+            "weights of pixels count where embeddings are compared, and are not in a store of them: leave "
+            "pixel_weights out"
+        )
     chosen = choose_metrics(settings)
     if settings.metrics == "all" or len(chosen.metrics) != 1:
         names = ", ".join(metric.name for metric in chosen.metrics)
@@ -306,21 +367,45 @@ def _stale_tasks(
             metric.preprocessing,
         )
     tasks = []
+    columns = _labels(origin, key)
     fingerprints = store.get_array(group, FINGERPRINT)
-    recorded = store.read(fingerprints)
+    recorded, of_blocks, reasons = (
+        store.read(store.get_array(group, name)) for name in (FINGERPRINT, DIGEST, FAILURE)
+    )
     for block, first in enumerate(range(0, count, sequences)):
         own = tuple(contents[first : first + sequences])
+        rows = slice(first * n, (first + len(own)) * n)
+        labels = digests.hash_labels({name: column[rows] for name, column in columns.items()})
+        identity = block_identity(key, metric.name, block, labels)
         wanted = _fingerprint(own, metric.specification_hash, scope)
-        if recorded[block] == wanted:
+        bound = digests.binds(str(of_blocks[block]), identity, block_texts(wanted, parts, reasons[rows]))
+        if recorded[block] == wanted and bound:
             report.up_to_date += len(own) * n
         else:
+            report.unrecorded += bool(recorded[block] == wanted)
             tasks.append(
-                EmbedTask(frames, out, key, block, first, n, own, together, request, scope, wanted, run)
+                EmbedTask(
+                    frames,
+                    out,
+                    key,
+                    block,
+                    first,
+                    n,
+                    own,
+                    together,
+                    request,
+                    scope,
+                    wanted,
+                    identity,
+                    run,
+                )
             )
             if recorded[block]:
                 # Before anything else changes, nothing that is out of date counts as done.
                 store.write_rows(fingerprints, block, np.array([""], dtype=object))
-    _describe(group, origin, metric, scope)
+    for name, column in columns.items():
+        store.write_rows(store.get_array(group, name), 0, column)
+    _describe(group, metric, scope)
     return tasks
 
 
@@ -368,7 +453,7 @@ def _lay_out(
     for name, dtype in COLUMNS.items():
         layout[name] = ((rows,), (NAMES_TOGETHER,), (schema.FRAME,), dtype)
     layout[FAILURE] = ((rows,), (block,), (schema.FRAME,), str)
-    layout[FINGERPRINT] = ((blocks,), (1,), (BLOCK,), str)
+    layout[DIGEST] = layout[FINGERPRINT] = ((blocks,), (1,), (BLOCK,), str)
     if key in root and not _fits(store.get_group(root, key), layout):
         store.delete(root, key)
     group = root.require_group(key)
@@ -397,19 +482,20 @@ def _fits(group: store.Group, layout: Mapping[str, tuple[Any, ...]]) -> bool:
     )
 
 
-def _describe(group: store.Group, origin: store.Group, metric: Metric, scope: Scope) -> None:
-    """Say whose embeddings these are, and what made them."""
+def _labels(origin: store.Group, key: str) -> dict[str, np.ndarray]:
+    """List what each frame of a field is: its field, sequence, number and parameter, (frame,)."""
     count, n = store.get_array(origin, schema.FRAMES).shape[:2]
-    key = group.path
     sequences = store.read(store.get_array(origin, schema.SEQUENCE))
-    columns = {
+    return {
         schema.FIELD: np.full(count * n, key, dtype=object),
         schema.SEQUENCE: np.repeat(sequences, n),
         schema.NUMBER: np.tile(np.arange(n, dtype=np.int32), count),
         schema.PARAMETER: store.read(store.get_array(origin, schema.PARAMETER)).reshape(-1),
     }
-    for name, values in columns.items():
-        store.write_rows(store.get_array(group, name), 0, values)
+
+
+def _describe(group: store.Group, metric: Metric, scope: Scope) -> None:
+    """Say whose embeddings these are, and what made them."""
     store.set_attributes(
         group,
         {
@@ -455,9 +541,8 @@ def _run(
     finally:
         # Now nobody else writes.
         for task, reason in given_up:
-            reasons = np.full(len(task.contents) * task.n, reason, dtype=object)
-            array = store.get_array(store.get_group(root, task.key), FAILURE)
-            store.write_rows(array, task.first * task.n, reasons)
+            group = store.get_group(root, task.key)
+            _write_record(group, task, _parts_of(group), [reason] * (len(task.contents) * task.n))
 
 
 # ---------------------------------------------------------------- on a worker
@@ -468,9 +553,10 @@ def write_block_of_embeddings(task: EmbedTask) -> int:
     metric = get_metric(task.request)
     origin = store.get_group(store.open_store(task.frames), task.key)
     group = store.get_group(store.open_store(task.out, "r+"), task.key)
-    names = [name for name in group.array_keys() if name not in COLUMNS]
+    names = _parts_of(group)
     start = task.first * task.n
     pending: list[dict[str, np.ndarray]] = []
+    hashers = {name: xxhash.xxh3_64() for name in names}
     reasons: list[str] = []
     whole = True
     for row, content in enumerate(task.contents, task.first):
@@ -498,16 +584,35 @@ def write_block_of_embeddings(task: EmbedTask) -> int:
             reasons += why
             if len(reasons) % task.together == 0:
                 _check_wanted(task)
-                start = _write(group, names, start, pending)
+                start = _write(group, hashers, start, pending)
     _check_wanted(task)
-    _write(group, names, start, pending)
-    store.write_rows(store.get_array(group, FAILURE), task.first * task.n, np.array(reasons, dtype=object))
+    _write(group, hashers, start, pending)
+    of_values = "".join(hasher.hexdigest() for hasher in hashers.values()) if whole else ""
+    _write_record(group, task, names, reasons, of_values)
     if not whole:
         return 0
     _check_wanted(task)
     # Last: it says that all else is there.
     _write_fingerprint(group, task, task.fingerprint)
     return len(reasons)
+
+
+def _parts_of(group: store.Group) -> list[str]:
+    """List the parts of the embeddings in a field's group, in the order in which digests have them."""
+    return sorted(name for name in group.array_keys() if name not in COLUMNS)
+
+
+def _write_record(
+    group: store.Group, task: EmbedTask, names: Sequence[str], reasons: Sequence[str], values: str = ""
+) -> None:
+    """Write why frames of a block have no embedding, and the block's digest.
+
+    ``values`` has the hashes of all parts; of a block that isn't done none counts, nor does a fingerprint.
+    """
+    texts = block_texts(task.fingerprint if values else "", names, reasons)
+    digest = digests.bind(task.identity, texts, values)
+    store.write_rows(store.get_array(group, FAILURE), task.first * task.n, np.array(reasons, dtype=object))
+    store.write_rows(store.get_array(group, DIGEST), task.block, np.array([digest], dtype=object))
 
 
 def _write_fingerprint(group: store.Group, task: EmbedTask, fingerprint: str) -> None:
@@ -576,17 +681,26 @@ def _nothing(group: store.Group, names: Sequence[str], rows: int) -> dict[str, n
     return {name: np.full((rows, *array.shape[1:]), np.nan, array.dtype) for name, array in arrays.items()}
 
 
-def _write(group: store.Group, names: Sequence[str], start: int, pending: list[dict[str, np.ndarray]]) -> int:
-    """Write whole chunks and read them back; empties ``pending`` and returns the row after them."""
+def _write(
+    group: store.Group,
+    hashers: Mapping[str, xxhash.xxh3_64],
+    start: int,
+    pending: list[dict[str, np.ndarray]],
+) -> int:
+    """Write whole chunks and read them back; empties ``pending`` and returns the row after them.
+
+    ``hashers`` have the values of each part so far, and take these as well.
+    """
     if not pending:
         return start
     stop = start
-    for name in names:
+    for name, hasher in hashers.items():
         values = np.concatenate([part.pop(name) for part in pending])
         stop = start + len(values)
         array = store.get_array(group, name)
         store.write_rows(array, start, values)
         if not np.array_equal(store.read(array, slice(start, stop)), values, equal_nan=True):
             raise store.StoreError(f"{array.store_path}: rows {start}:{stop} read back differently")
+        hasher.update(digests.bytes_of(values))
     pending.clear()
     return stop

@@ -19,6 +19,7 @@ from pipeline.matrix.measuring import Measured, measure
 from pipeline.matrix.plan import FamilyPlan, Plan, Workers, choose_sides, order_squares, plan_family, room_for
 from pipeline.matrix.tiles import TileTask, embeds_as
 from pipeline.metrics.fields import field_units
+from pipeline.metrics.pixel_weights import FieldMetrics, FieldWeights, weighted_otherwise
 from pipeline.metrics.settings import Settings, is_directed
 from pipeline.metrics.value_range import dataset_range, recorded_range
 from pipeline.stage.bounded_map import run_bounded
@@ -68,7 +69,6 @@ class Context:
     settings: Settings
     matrix: MatrixRequest
     cluster: Cluster
-    metrics: list[Metric]
     requests: dict[str, MetricRequest]
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -79,23 +79,20 @@ class Context:
             dismiss_unfit_workers(client, list(self.requests.values()))
             prewarm(client, list(self.requests.values()))
 
-    def families(self) -> list[list[Metric]]:
-        """Metrics by what they are embedded as."""
-        found: dict[Any, list[Metric]] = {}
-        for metric in self.metrics:
-            found.setdefault(embeds_as(metric), []).append(metric)
-        return list(found.values())
-
 
 class MatrixJob:
     """One matrix: its frames, what of it is out of date, its plan and its tasks."""
 
-    def __init__(self, context: Context, key: str, source: store.Group, fields: Sequence[str]) -> None:
+    def __init__(
+        self, context: Context, key: str, source: store.Group, fields: Mapping[str, FieldMetrics]
+    ) -> None:
         self.context = context
         self.key = key
         self.fields = list(fields)
-        self.frames: MatrixFrames = list_frames(source, fields)
-        self._units = field_units(source, fields)
+        self._source = source
+        self.metrics, self._weights = _in_common(fields)
+        self.frames: MatrixFrames = list_frames(source, self.fields)
+        self._units = field_units(source, self.fields)
         self._measured: dict[str, Measured] = {}
         self._workers: Workers | None = None
         self._plan: Plan | None = None
@@ -104,6 +101,13 @@ class MatrixJob:
         self._side = 1
         self._to_do: list[tuple[dict[str, np.ndarray], Scope]] = []
         _check_shapes(self.frames, context.settings)
+
+    def families(self) -> list[list[Metric]]:
+        """Metrics by what they are embedded as."""
+        found: dict[Any, list[Metric]] = {}
+        for metric in self.metrics:
+            found.setdefault(embeds_as(metric), []).append(metric)
+        return list(found.values())
 
     def _sequences(self) -> list[tuple[str, int, str]]:
         return [(piece.key, piece.row, piece.content) for piece in self.frames.sequences]
@@ -126,7 +130,7 @@ class MatrixJob:
         """Of every metric, the tiles that are out of date as far as is known without reading frames."""
         blocks = self.frames.blocks(tile)
         stale = {}
-        for metric in self.context.metrics:
+        for metric in self.metrics:
             scope = None if group is None else self._known_scope(group, metric)
             if group is None or scope is None:
                 stale[metric.name] = np.triu(np.ones((len(blocks), len(blocks)), bool))
@@ -143,7 +147,7 @@ class MatrixJob:
         """Measure and plan; an error where it doesn't fit."""
         context = self.context
         self._workers = find_workers(context.cluster, context.matrix.memory)
-        families = context.families()
+        families = self.families()
         for family in families:
             self._measured[family[0].name] = self._measure(family)
         measured = [self._measured[family[0].name] for family in families]
@@ -178,7 +182,8 @@ class MatrixJob:
         step = max(1, len(blocks) // SAMPLES)
         sample = tuple(blocks[::step][:SAMPLES])
         physical = self.context.settings.scope == "none"
-        task = (self.context.frames, requests, sample, self.frames.sequence_bytes, len(self.frames), physical)
+        sizes = (self.frames.sequence_bytes, len(self.frames))
+        task = (self.context.frames, requests, sample, *sizes, physical, self._weights)
         for _, result, error in run_bounded(self.context.cluster.client, measure, [task]):
             if error is not None:
                 raise error
@@ -195,20 +200,25 @@ class MatrixJob:
             tile, side = self._plan.tile, self._plan.side
         else:
             raise store.StoreError(f"{context.out}: {self.key} vanished while it was looked at")
-        units = {metric.name: metric.units(context.settings.scope, self._units) for metric in context.metrics}
+        units = {metric.name: metric.units(context.settings.scope, self._units) for metric in self.metrics}
         group = lay_out(root, self.key, self.frames, units, tile, side)
-        for metric in context.metrics:
+        for metric in self.metrics:
             store.set_directed(store.get_array(group, metric.name), is_directed(metric))
         provenance = store.get_group(group, schema.PROVENANCE)
-        scopes = {metric.name: self._scope(provenance, metric) for metric in context.metrics}
+        scopes = {metric.name: self._scope(provenance, metric) for metric in self.metrics}
         blocks = self.frames.blocks(tile)
         stale = {
             metric.name: stale_tiles(
                 group, metric.name, metric.specification_hash, scopes[metric.name], blocks
             )
-            for metric in context.metrics
+            for metric in self.metrics
         }
-        invalidate(group, blocks, stale)
+        others = {
+            name
+            for key in self.fields
+            for name in weighted_otherwise(group, store.get_group(self._source, key))
+        }
+        invalidate(group, blocks, stale, others - stale.keys())
         label(group, self.frames)
         store.set_attributes(group, {"groups": self.fields, "scope": context.settings.scope})
         describe(
@@ -217,7 +227,7 @@ class MatrixJob:
                 metric.name: metric.specification()
                 | {"scope": scopes[metric.name], "versions": versions()}
                 | ({schema.DIRECTED: True} if is_directed(metric) else {})
-                for metric in context.metrics
+                for metric in self.metrics
                 if stale[metric.name].any()
             },
         )
@@ -225,7 +235,7 @@ class MatrixJob:
         self._blocks, self._side = blocks, side
         self._to_do = [
             ({metric.name: stale[metric.name] for metric in family}, scopes[family[0].name])
-            for family in context.families()
+            for family in self.families()
             if any(stale[metric.name].any() for metric in family)
         ]
         if self._to_do and self._workers is None:
@@ -284,8 +294,26 @@ class MatrixJob:
                     measured.frame_bytes,
                     room,
                     context.run,
+                    self._weights,
                 ),
             )
+
+
+def _in_common(fields: Mapping[str, FieldMetrics]) -> tuple[list[Metric], FieldWeights | None]:
+    """Give the metrics and weights that all fields of a matrix have.
+
+    Raises
+    ------
+    ValueError
+        When the fields have other weights.
+    """
+    first = next(iter(fields.values()))
+    if others := [key for key, one in fields.items() if one.weights != first.weights]:
+        raise ValueError(
+            f"{', '.join(others)} and {next(iter(fields))} have pixels of other weights, and frames of one "
+            "matrix are compared with the same: choose --groups that agree, or leave out --pixel-weights"
+        )
+    return first.metrics, first.weights
 
 
 def _check_shapes(frames: MatrixFrames, settings: Settings) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -223,10 +223,16 @@ def stale_tiles(
     return stale
 
 
-def invalidate(group: store.Group, blocks: Sequence[FrameBlock], stale: Mapping[str, np.ndarray]) -> None:
+def invalidate(
+    group: store.Group,
+    blocks: Sequence[FrameBlock],
+    stale: Mapping[str, np.ndarray],
+    outdated: Collection[str] = (),
+) -> None:
     """Take the fingerprint from all tiles that are out of date, before anything else changes.
 
-    Those are the ``stale`` ones, and of metrics that aren't computed now those whose frames have changed.
+    Those are the ``stale`` ones, and of metrics that aren't computed now those whose frames have changed, and
+    all of the ``outdated`` metrics.
     What was wrong with their frames and distances is forgotten, too: those are others now.
     """
     provenance = store.get_group(group, schema.PROVENANCE)
@@ -236,7 +242,7 @@ def invalidate(group: store.Group, blocks: Sequence[FrameBlock], stale: Mapping[
     relabelled = np.array([block.labels != found for block, found in zip(blocks, labels, strict=True)], bool)
     changed = (store.read(array) != contents) | relabelled
     for name, place in metric_places(group).items():
-        gone = stale[name] if name in stale else changed[:, None] | changed
+        gone = stale[name] if name in stale else changed[:, None] | changed | (name in outdated)
         for of_tiles, nothing in OF_TILES.items():
             _clear(store.get_array(provenance, of_tiles), place, gone, nothing)
         # Reasons come with the tile of a block with itself.

@@ -69,7 +69,7 @@ def classical_map(distances: np.ndarray) -> FrameMap:
     ValueError
         For distances below zero, or that are no square matrix.
     """
-    matrix = np.array(distances, dtype=np.float64)
+    matrix = _with_nan(distances)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"expected a square matrix of distances, found shape {matrix.shape}")
     np.fill_diagonal(matrix, 0)
@@ -98,7 +98,7 @@ def landmark_map(to_landmarks: np.ndarray, landmarks: np.ndarray) -> FrameMap:
     ValueError
         For distances below zero, or where shapes don't fit.
     """
-    rows = np.array(to_landmarks, dtype=np.float64)
+    rows = _with_nan(to_landmarks)
     landmarks = np.asarray(landmarks, dtype=int)
     if rows.ndim != 2 or landmarks.shape != rows.shape[:1]:
         raise ValueError(f"expected a row of distances for each of {len(landmarks)}, found {rows.shape}")
@@ -145,7 +145,7 @@ def choose_landmarks(
     rows: list[np.ndarray] = []
     nearest = np.full(frames, np.inf)
     for first in range(frames):
-        row = np.array(distances_of(first), dtype=np.float64)
+        row = _with_nan(distances_of(first))
         row[first] = 0
         if np.isfinite(row).sum() > 1 or frames == 1:
             break
@@ -160,7 +160,7 @@ def choose_landmarks(
         following = int(np.argmax(nearest))
         if len(chosen) == min(count, frames) or nearest[following] <= 0:
             return np.array(chosen), np.stack(rows)
-        row = np.array(distances_of(following), dtype=np.float64)
+        row = _with_nan(distances_of(following))
         row[following] = 0
 
 
@@ -182,6 +182,11 @@ def spread(positions: np.ndarray, count: int) -> list[int]:
         chosen.append(int(np.argmax(nearest)))
         nearest = np.minimum(nearest, ((points - points[chosen[-1]]) ** 2).sum(axis=1))
     return [int(there[k]) for k in chosen]
+
+
+def _with_nan(distances: np.ndarray) -> np.ndarray:
+    """Copy distances to float64, NaN where they are masked."""
+    return np.array(np.ma.filled(np.ma.asanyarray(distances, dtype=np.float64), np.nan))
 
 
 def _comparable(matrix: np.ndarray) -> np.ndarray:

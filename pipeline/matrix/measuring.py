@@ -19,8 +19,9 @@ from lsim.preprocess import FramesError, Scope, range_of
 from pipeline.matrix.embedding_cache import EmbeddedBlock, embed_block
 from pipeline.matrix.frame_blocks import FrameBlock, read_block
 from pipeline.matrix.tiles import ROWS_AT_ONCE
+from pipeline.metrics.pixel_weights import FieldWeights, get_weighted
 from pipeline.storage import schema, store
-from pipeline.workers.worker_metrics import MetricRequest, get_metric, this_device
+from pipeline.workers.worker_metrics import MetricRequest, this_device
 
 SIDE_TO_BEGIN_WITH = 8
 """Frames on a side of the square of pairs that is timed first."""
@@ -68,6 +69,7 @@ def measure(
     sequence_bytes: int,
     n: int,
     physical: bool = False,
+    weights: FieldWeights | None = None,
 ) -> Measured:
     """Measure what a family of metrics takes of the first of some blocks that it can embed.
 
@@ -82,7 +84,7 @@ def measure(
         When frames can't even be tried.
     """
     source = store.open_store(frames)
-    metrics = [get_metric(request) for request in requests]
+    metrics = [get_weighted(request, weights) for request in requests]
     process = psutil.Process().memory_info().rss if metrics[0].device.type == "cpu" else 0
     for block in blocks:
         values = next(read_block(source, block, len(block))).frames

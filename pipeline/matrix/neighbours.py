@@ -82,6 +82,8 @@ class Neighbours:
     left_out : list of str
         Distances that were looked at and don't count, with the reason: damaged ones, and those that aren't
         computed yet.
+    directed : list of str
+        Metrics of which both directions are kept: their distances are those with the frame as the reference.
     """
 
     of: Frame
@@ -91,6 +93,7 @@ class Neighbours:
     without_distance: int
     unresolved: int = 0
     left_out: list[str] = field(default_factory=list)
+    directed: list[str] = field(default_factory=list)
 
 
 class _CheckedSequence:
@@ -185,7 +188,8 @@ def neighbours_of(
     ]
     unresolved = _unresolved_near(group, frame.row, columns, metric)
     left_out = [text for matrix in matrices.values() for text in matrix.left_out]
-    return Neighbours(frame, metric, nearest, compared, missing, unresolved, left_out)
+    directed = [name for name in matrices if store.get_array(group, name).attrs.get(schema.DIRECTED)]
+    return Neighbours(frame, metric, nearest, compared, missing, unresolved, left_out, directed)
 
 
 def _checked_matrices(root: store.Group, group: store.Group, frame: Frame) -> dict[str, _Matrix]:

@@ -7,6 +7,7 @@ written first, on either side of the diagonal, then the fingerprint that says it
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -15,22 +16,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lsim.claims import ClaimError, other_random_numbers
 from lsim.embedding import Embedding
 from lsim.error_bounds import PairPrecision, ReportsPrecision
 from lsim.metric import Metric
-from lsim.preprocess import Scope
+from lsim.prepared import Prepared
+from lsim.preprocess import FramesError, Scope
 from pipeline.matrix.embedding_cache import FRAMES_TOGETHER, EmbeddedBlock, cache, embed_block
 from pipeline.matrix.frame_blocks import FrameBlock, read_block
 from pipeline.matrix.layout import OF_TILES, tile_fingerprint
+from pipeline.metrics.pixel_weights import FieldWeights, get_weighted
 from pipeline.metrics.resolution import count_unresolved
 from pipeline.metrics.settings import is_directed
 from pipeline.stage import trials
 from pipeline.storage import digests, schema, store
 from pipeline.storage.recorded import tile_identity, tile_texts
 from pipeline.workers import stopping
-from pipeline.workers.worker_metrics import MetricRequest, get_metric, still_wanted
+from pipeline.workers.worker_metrics import MetricRequest, still_wanted
+
+logger = logging.getLogger(__name__)
 
 Tile = tuple[int, int]
 
@@ -61,6 +67,8 @@ class TileTask:
         Bytes of embeddings that the worker may keep.
     run : str
         The run's name, in which each worker tries each metric once.
+    weights : FieldWeights, optional
+        Of the frames' pixels, where metrics are weighted by them.
     """
 
     frames: str
@@ -74,6 +82,7 @@ class TileTask:
     frame_bytes: int
     room: int
     run: str = ""
+    weights: FieldWeights | None = None
 
     @property
     def label(self) -> str:
@@ -157,7 +166,7 @@ def compute_tiles(task: TileTask) -> TileResult:
     """
     source = store.open_store(task.frames)
     group = store.get_group(store.open_store(task.out, "r+"), task.key)
-    metrics = {metric.name: metric for metric in map(get_metric, task.requests)}
+    metrics = {metric.name: metric for metric in (get_weighted(one, task.weights) for one in task.requests)}
     first = next(iter(metrics.values()))
     records = {name: _Record(group, task.places[name], tiles) for name, tiles in task.tiles.items() if tiles}
     seconds: Counter[str] = Counter()
@@ -198,6 +207,8 @@ def compute_tiles(task: TileTask) -> TileResult:
                     if due:
                         _try_metric(metric, task, source, task.blocks[i], rows)
                     unresolved = unresolved_pairs(metric, rows, columns, values)
+                    if mirrored is not None:
+                        unresolved += unresolved_pairs(metric, columns, rows, mirrored)
                 except Exception as error:
                     # One tile must not take down its task. Without a fingerprint the next run tries again.
                     errors[name], undone = f"{type(error).__name__}: {error}", undone + 1
@@ -211,7 +222,12 @@ def compute_tiles(task: TileTask) -> TileResult:
                     # Another copy may have finished it: its fingerprint must not stand for what comes now.
                     records[name].write((i, j), "", "")
                 _write_tile(group, task, name, (i, j), values, mirrored, rows)
+                reasons = [rows.reasons.get(k, "") for k in range(len(values))] if i == j else []
                 if reason:
+                    if any(reasons):  # so that they are known to be what was written
+                        records[name].write(
+                            (i, j), "", _digest(task, name, (i, j), (), tile_texts("", 0, 0, reasons))
+                        )
                     errors[name], undone = reason, undone + 1
                 else:
                     both = rows.comparable[:, None] & columns.comparable
@@ -220,7 +236,6 @@ def compute_tiles(task: TileTask) -> TileResult:
                         missing += int((np.isnan(mirrored) & both.T).sum())
                     contents = task.blocks[i].content, task.blocks[j].content
                     made_of = tile_fingerprint(*contents, metric.specification_hash, task.scope)
-                    reasons = [rows.reasons.get(k, "") for k in range(len(values))] if i == j else []
                     texts = tile_texts(made_of, missing, unresolved, reasons)
                     arrays = [values] if mirrored is None else [values, mirrored]
                     digest = _digest(task, name, (i, j), arrays, texts)
@@ -326,41 +341,73 @@ def _try_metric(
     if frames is None:
         return
     with trials.trial(task.run, metric) as tried, torch.no_grad():
-        try:
-            _try_on(tried, frames, task.scope, rows.embedding)
-        except ClaimError:
-            raise
-        except Exception:  # frames that were embedded one by one, as together they are too many
-            _try_on(tried, frames[:1], task.scope, rows.embedding)
+        part, again = _embed_again(tried, frames, task.scope, np.flatnonzero(rows.comparable[: len(frames)]))
+        if again is not None:
+            _check_again(tried, again, {name: one[part] for name, one in rows.embedding.parts.items()})
 
 
-def _try_on(tried: Metric, frames: np.ndarray, scope: Scope, embedding: Embedding) -> None:
-    """Embed frames once more, all and the first few alone, and compare those."""
+def _embed_again(
+    tried: Metric, frames: np.ndarray, scope: Scope, comparable: np.ndarray
+) -> tuple[slice, tuple[Prepared, Embedding] | None]:
+    """Embed frames once more; where that raises, the first that can be compared, and say why.
+
+    ``comparable`` are the frames that have an embedding. Returns which frames these are, and what they were
+    prepared and embedded as; None where there is none to try.
+    """
+    try:
+        return slice(0, len(frames)), _prepared_and_embedded(tried, frames, scope)
+    except (FramesError, ClaimError):
+        raise
+    except Exception as error:  # of code of others, or of memory: the block was embedded one by one, then
+        if not len(comparable):
+            return slice(0, 0), None
+        part = slice(comparable[0], comparable[0] + 1)
+        logger.warning(
+            "%s: %d frames at once failed (%s: %s), so the metric is tried on one of them",
+            *(tried.name, len(frames), type(error).__name__, error),
+        )
+        return part, _prepared_and_embedded(tried, frames[part], scope)
+
+
+def _prepared_and_embedded(
+    tried: Metric, frames: np.ndarray, scope: Scope
+) -> tuple[Prepared, Embedding] | None:
     prepared = tried.prepare(frames, scope)
     if not prepared.comparable.any():
-        return
+        return None
     with other_random_numbers():
-        again = tried.embedded(prepared)
+        return prepared, tried.embedded(prepared)
+
+
+def _check_again(tried: Metric, again: tuple[Prepared, Embedding], before: Mapping[str, Tensor]) -> None:
+    """Compare embeddings of frames with those of ``before``, and distances of a few with those alone."""
+    prepared, embedding = again
     known = torch.from_numpy(np.flatnonzero(prepared.comparable)).to(tried.device)
     exact = tried.device.type == "cpu"
-    for name, part in embedding.parts.items():
-        first, second = (trials.as_array(one[known.to(one.device)]) for one in (part, again.parts[name]))
+    for name, part in before.items():
+        first, second = (trials.as_array(one[known.to(one.device)]) for one in (part, embedding.parts[name]))
         tried.claims.check_repeated(first, second, f"embedding {name!r}", exact=exact)
     alone = tried.check_claims(prepared)
-    few = Embedding({name: part[known[: len(alone)].to(part.device)] for name, part in again.parts.items()})
+    few = Embedding(
+        {name: part[known[: len(alone)].to(part.device)] for name, part in embedding.parts.items()}
+    )
     amid_others = tried.between(few, few.copy()).double().cpu().numpy()
     tried.claims.check_repeated(amid_others, alone, "amid other frames, and then alone, d", exact=False)
 
 
 def unresolved_pairs(metric: Metric, rows: EmbeddedBlock, columns: EmbeddedBlock, values: np.ndarray) -> int:
-    """Count the pairs of a tile whose distance rounding may have changed; of a block with itself, each once.
+    """Count the pairs of a tile whose distance rounding may have changed.
+
+    Of a block with itself each pair counts once; of a metric that isn't symmetric, once in each direction.
 
     ``values`` are those of :func:`compare_blocks`. See :func:`pipeline.metrics.resolution.count_unresolved`.
     """
     if rows.embedding is None or columns.embedding is None:
         return 0
     n, m = values.shape
-    counted = np.triu(np.ones((n, m), bool), 1) if rows is columns else np.ones((n, m), bool)
+    counted = np.ones((n, m), bool)
+    if rows is columns:
+        counted = ~np.eye(n, dtype=bool) if is_directed(metric) else np.triu(counted, 1)
     at_once = ROWS_AT_ONCE if metric.device.type == "cpu" else max(n, m)
     unresolved = 0
     with torch.no_grad():

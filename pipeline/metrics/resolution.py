@@ -7,6 +7,7 @@ what their readers ask: a short text for each metric and sequence.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -189,15 +190,15 @@ def resolution_of_group(group: store.Group) -> list[Unresolved]:
     if schema.PROVENANCE not in group:
         return []
     provenance = store.get_group(group, schema.PROVENANCE)
-    if schema.RESOLUTION in provenance:
-        counts = _counts_of_sequences(provenance)
-    elif schema.UNRESOLVED in provenance:
-        counts = _counts_of_tiles(provenance)
-    else:
-        return []
     names, texts = (
         store.read(store.get_array(provenance, name)) for name in (schema.METRIC, schema.SPECIFICATION)
     )
+    if schema.RESOLUTION in provenance:
+        counts = _counts_of_sequences(provenance)
+    elif schema.UNRESOLVED in provenance:
+        counts = _counts_of_tiles(provenance, [is_directed(str(text)) for text in texts])
+    else:
+        return []
     return [
         Unresolved(str(name), *count, precision_of(str(text)))
         for name, text, count in zip(names, texts, counts, strict=True)
@@ -214,8 +215,16 @@ def _counts_of_sequences(provenance: store.Group) -> list[tuple[int, int]]:
     return counts
 
 
-def _counts_of_tiles(provenance: store.Group) -> list[tuple[int, int]]:
-    """Unresolved distances of each metric, and all, over the tiles of a matrix that are done; pairs once."""
+def is_directed(specification: str) -> bool:
+    """Tell from a recorded specification whether both directions of a metric's distances are kept."""
+    return bool(json.loads(specification or "{}").get(schema.DIRECTED))
+
+
+def _counts_of_tiles(provenance: store.Group, directed: Sequence[bool]) -> list[tuple[int, int]]:
+    """Unresolved distances of each metric, and all, over the tiles of a matrix that are done.
+
+    Pairs count once, and those of a ``directed`` metric once in each direction.
+    """
     arrays = [
         store.get_array(provenance, name)
         for name in (schema.FAILURE, schema.FINGERPRINT, schema.MISSING, schema.UNRESOLVED)
@@ -224,8 +233,10 @@ def _counts_of_tiles(provenance: store.Group) -> list[tuple[int, int]]:
     for place in range(arrays[0].shape[0]):
         failure, fingerprint, missing, unresolved = (store.read(array, place) for array in arrays)
         sizes = np.add.reduceat(failure == "", np.arange(0, len(failure), tile), dtype=np.int64)
-        pairs = np.outer(sizes, sizes) - missing
-        np.fill_diagonal(pairs, (sizes * (sizes - 1) - missing.diagonal()) // 2)
+        # What is missing of a tile of a block with itself is counted on both sides of the diagonal.
+        pairs = np.outer(sizes, sizes) * (1 + directed[place]) - missing
+        of_itself = sizes * (sizes - 1) - missing.diagonal()
+        np.fill_diagonal(pairs, of_itself if directed[place] else of_itself // 2)
         done = np.triu(fingerprint != "")
         counts.append((int(unresolved[done].sum(dtype=np.int64)), int(pairs[done].sum())))
     return counts

@@ -58,6 +58,9 @@ class Settings(pydantic.BaseModel):
         take them.
     pairs : {"all", "reference"}
         ``"reference"`` computes frame 0 against the others only.
+    pixel_weights : bool
+        Weight means over pixels by the field's weights, which ``frames.zarr`` has where the catalog names
+        them. ``"all"`` leaves out metrics that are no such means. Frames must keep their size.
     directed : bool
         Keep both directions of metrics that aren't symmetric, at [i, j] that with frame i as the reference,
         and what is computed for the diagonal. Otherwise stores hold ½ (d(a, b) + d(b, a)) of them.
@@ -79,6 +82,7 @@ class Settings(pydantic.BaseModel):
     weights: dict[Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][\w.+-]*$")], str] = {}
     scope: Literal["sequence", "pair", "dataset", "none"] | tuple[float, float] = "sequence"
     pairs: Pairs = "all"
+    pixel_weights: bool = False
     directed: bool = False
     strict: bool = False
 
@@ -104,11 +108,14 @@ class ChosenMetrics:
         By name, how workers load the same.
     unavailable : dict of str to str
         Those of ``"all"`` that are left out, each with the reason.
+    needed : frozenset of str
+        Names of those that must not be left out.
     """
 
     metrics: list[Metric]
     requests: dict[str, MetricRequest]
     unavailable: dict[str, str]
+    needed: frozenset[str] = frozenset()
 
 
 def choose_metrics(settings: Settings) -> ChosenMetrics:
@@ -129,9 +136,11 @@ def choose_metrics(settings: Settings) -> ChosenMetrics:
     lsim.error_bounds.PrecisionError
         When a metric asked for by name (or any, with ``strict``) doesn't have the precision.
     ValueError
-        For names that are taken, options that no metric has or that it can't take, and a scope that a metric
-        asked for by name (or any, with ``strict``) can't measure over.
+        For names that are taken, options that no metric has or that it can't take, a scope that a metric
+        asked for by name (or any, with ``strict``) can't measure over, weights of pixels that it doesn't
+        take, and such weights of frames that are resized.
     """
+    _check_keeps_pixels(settings)
     given = settings.weights
     named = ["all"] if settings.metrics == "all" else settings.metrics
     by_name = [name for name in (*named, *given) if name != "all"]
@@ -145,7 +154,7 @@ def choose_metrics(settings: Settings) -> ChosenMetrics:
         raise UnavailableMetricError(
             "; ".join(f"metric {name!r} is not available: {unavailable[name]}" for name in faults)
         )
-    chosen = ChosenMetrics([], {}, unavailable)
+    chosen = ChosenMetrics([], {}, unavailable, frozenset(map(metric_name, needed)))
     for name in wanted:
         if name in unavailable:
             continue
@@ -164,7 +173,7 @@ def choose_metrics(settings: Settings) -> ChosenMetrics:
                 raise
             unavailable[name] = f"{type(error).__name__}: {error}"
             continue
-        if reason := metric.why_not_scope(settings.scope):
+        if reason := metric.why_not_scope(settings.scope) or _why_not_weighted(metric, settings):
             if name in needed:
                 raise ValueError(reason)
             unavailable[name] = reason
@@ -177,6 +186,24 @@ def choose_metrics(settings: Settings) -> ChosenMetrics:
 def is_directed(metric: Metric) -> bool:
     """Whether a store of the metric's distances keeps two directions of a pair."""
     return "symmetric" not in metric.axioms
+
+
+def _check_keeps_pixels(settings: Settings) -> None:
+    if settings.pixel_weights and settings.size is not None:
+        raise ValueError(
+            f"weights of pixels are those of the frames' own pixels, and size {settings.size} resizes them: "
+            "give --size 0 (in a workflow size: null), which keeps their size"
+        )
+
+
+def _why_not_weighted(metric: Metric, settings: Settings) -> str:
+    """Say why a metric takes no weights of pixels that these settings ask for; empty where it does."""
+    if not settings.pixel_weights or metric.info.takes_weights:
+        return ""
+    return (
+        f"metric {metric.name!r} takes no weights of pixels: it is no mean over single pixels; 'lsim metrics "
+        "NAME' says which are"
+    )
 
 
 def _check_names(wanted: Sequence[str]) -> None:

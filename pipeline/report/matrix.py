@@ -76,6 +76,8 @@ class Matrix:
         Of a few references, in other sequences.
     left_out : list of str
         Tiles that don't count, with the reason.
+    directed : list of str
+        Metrics of which both directions are kept.
     """
 
     key: str
@@ -89,6 +91,7 @@ class Matrix:
     marked: list[int]
     nearest: list[Neighbours]
     left_out: list[str]
+    directed: list[str]
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class MatrixContents:
     count: int
     metrics: list[str]
     scope: str
+    weighted: list[str]
     failures: list[dict[str, Any]]
     unresolved: list[str]
     unavailable: dict[str, str]
@@ -154,6 +158,7 @@ def gather_matrices(path: str | os.PathLike[str]) -> MatrixContents:
         count=sum(store.get_array(group, schema.NUMBER).shape[0] for group in groups.values()),
         metrics=_leading_first(metrics),
         scope=_scope_in_words(attributes.get("scope")),
+        weighted=_weighted(path),
         failures=[failure for key, group in groups.items() for failure in _failures(key, group)],
         unresolved=[str(one) for one in list_unresolved(root)],
         unavailable={str(k): str(v) for k, v in attributes.get("unavailable", {}).items()},
@@ -211,6 +216,7 @@ def _matrix(root: store.Group, key: str) -> Matrix:
         marked=mds.spread(first.found.positions, MARKED) if first and first.found else [],
         nearest=[],
         left_out=[],
+        directed=[one.metric for one in checked if one.directed],
     )
     if first is not None:
         matrix.nearest.extend(_nearest(root, matrix, shown, first.metric))
@@ -264,21 +270,24 @@ def _picked(array: store.Array, places: np.ndarray) -> np.ndarray:
 
 
 def _picked_of_row(matrix: CheckedMatrix, row: int, places: np.ndarray) -> np.ndarray:
-    """Distances of a frame to others; read some tiles at a time."""
+    """Read distances of a frame to others, the mean of both directions, some tiles at a time."""
     step = max(1, COLUMNS_TOGETHER // matrix.tile) * matrix.tile
     found = []
     for start in range(0, matrix.length, step):
         here = places[(places >= start) & (places < start + step)]
         if len(here):
-            found.append(matrix.row(row, slice(start, min(start + step, matrix.length)))[here - start])
-    return np.concatenate(found) if found else np.empty(0, np.float32)
+            found.append(matrix.both_ways(row, slice(start, min(start + step, matrix.length)))[here - start])
+    return np.concatenate(found) if found else np.empty(0)
 
 
 # -- Maps ---------------------------------------------------------------------------------------------
 
 
 def _map(matrix: CheckedMatrix, shown: np.ndarray) -> MetricMap:
-    """By all distances between the frames shown, or by those to landmarks, where frames are many."""
+    """Map the frames shown by all distances between them, or by those to landmarks, where frames are many.
+
+    A map has one distance for a pair: of a metric that isn't symmetric, the mean of both directions.
+    """
 
     def row(k: int) -> np.ndarray:
         return _picked_of_row(matrix, int(shown[k]), shown)
@@ -286,7 +295,8 @@ def _map(matrix: CheckedMatrix, shown: np.ndarray) -> MetricMap:
     metric = matrix.metric
     try:
         if len(shown) <= mds.CLASSICAL_UP_TO and len(shown) == matrix.length:
-            found = mds.classical_map(matrix.whole())
+            distances = matrix.whole().astype(np.float64)
+            found = mds.classical_map((distances + distances.T) / 2 if matrix.directed else distances)
         else:
             landmarks, rows = mds.choose_landmarks(row, len(shown))
             found = mds.landmark_map(rows, landmarks)
@@ -411,6 +421,12 @@ def _specifications(path: str | os.PathLike[str]) -> dict[str, str]:
     for metric, specification in store.specifications(path):
         found.setdefault(metric, json.dumps(specification, indent=2, ensure_ascii=False))
     return found
+
+
+def _weighted(path: str | os.PathLike[str]) -> list[str]:
+    """List the metrics whose means over pixels are weighted."""
+    specifications = store.specifications(path)
+    return list(dict.fromkeys(name for name, found in specifications if "weights_of_pixels" in found))
 
 
 def _table(matrices: Sequence[Matrix]) -> pd.DataFrame:

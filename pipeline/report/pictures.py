@@ -187,6 +187,8 @@ def colour(frames: np.ndarray) -> np.ndarray:
     -------
     ndarray of shape (frame, y, x, 3), uint8
     """
+    if isinstance(frames, np.ma.MaskedArray) and np.ma.is_masked(frames):
+        frames = np.ma.filled(np.ma.asanyarray(frames, dtype=np.float64), np.nan)
     if frames.shape[-1] == 4:
         frames = frames[..., :3]
     if frames.shape[-1] == 3 and frames.dtype == np.uint8:

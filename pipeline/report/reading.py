@@ -155,13 +155,20 @@ def open_stores(results: str, record: dict[str, Any]) -> Stores:
 
 
 def find_frames(distances: str | os.PathLike[str], attributes: dict[str, Any]) -> tuple[str | None, str]:
-    """Find the ``frames.zarr`` that distances name; without it, say why there are no pictures of frames."""
+    """Find the ``frames.zarr`` that distances name; without it, say why there are no pictures of frames.
+
+    Raises
+    ------
+    pipeline.storage.store.DamagedError
+        When metadata of that store is damaged.
+    """
     name = attributes.get("frames")
     if not name:
         return None, "The distances don't say which frames they were computed from."
     path = resolve(str(name), absolute(distances))
     if not store.exists(path):
         return None, f"The frames were at {name} beside the distances, and are there no more."
+    store.check_documents(store.open_store(path))
     return path, ""
 
 

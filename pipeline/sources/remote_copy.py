@@ -17,6 +17,7 @@ DOWNLOADS = 8
 def bring(address: str, folder: Path) -> bool:
     """Make ``folder`` a copy of what lies at an address; only what is new or has changed is downloaded.
 
+    An object has changed when its size, its time to the second, or the store's tag of it (ETag) is another.
     Files get the time of their objects, so that what didn't change looks as it did. Where there is one object
     of that name, the folder holds it alone.
 
@@ -40,15 +41,20 @@ def bring(address: str, folder: Path) -> bool:
     for one in found:
         if {"", ".", ".."} & set(one.name.split("/")):
             raise objects.ObjectStoreError(f"{address}: object {one.name!r} leads out of its folder")
-    missing = [one for one in found if not _is_here(folder / one.name, one)]
     note = _note(folder)
+    tags = _tags(note)
+    missing = [one for one in found if not _is_here(folder / one.name, one, tags)]
     if not note.exists() and folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty, and no copy of {address}: move it elsewhere")
     gone = {path for path in folder.rglob("*") if path.is_file()} - {folder / one.name for one in found}
+    complete = {"from": address, "file": file, "tags": {one.name: one.tag for one in found}}
     if not missing and not gone and brought(address, folder) is not None:
+        if tags != complete["tags"]:  # of an earlier version, or of a store that has given others
+            note.write_text(json.dumps(complete))
         return False
     folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps({"copy": "not complete"}))
+    kept = {one.name: tags.get(one.name, "") for one in found if one not in missing}
+    note.write_text(json.dumps({"copy": "not complete", "tags": kept}))
     for path in gone:
         path.unlink()
         for above in path.relative_to(folder).parents[:-1]:
@@ -57,7 +63,7 @@ def bring(address: str, folder: Path) -> bool:
     with ThreadPoolExecutor(DOWNLOADS) as threads:
         for _ in threads.map(lambda one: _download(source, one, folder / one.name), missing):
             pass
-    note.write_text(json.dumps({"from": address, "file": file}))
+    note.write_text(json.dumps(complete))
     return True
 
 
@@ -73,8 +79,14 @@ def _note(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.brought-from.json")
 
 
-def _is_here(path: Path, one: objects.Listed) -> bool:
-    if not path.is_file():
+def _tags(note: Path) -> dict[str, str]:
+    """Read the tags of the objects that files are copies of; none where an earlier version made the copy."""
+    found = json.loads(note.read_text()) if note.is_file() else {}
+    return dict(found.get("tags", {}))
+
+
+def _is_here(path: Path, one: objects.Listed, tags: dict[str, str]) -> bool:
+    if not path.is_file() or tags.get(one.name, one.tag) != one.tag:
         return False
     found = path.stat()
     return (found.st_size, int(found.st_mtime)) == (one.size, int(one.time))

@@ -31,6 +31,83 @@ def content_hash(frames: np.ndarray, parameter: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def hash_weights(weights: np.ndarray) -> str:
+    """Hash a field's weights of pixels: xxh3 (128 bits, hex) of shape and bytes.
+
+    Parameters
+    ----------
+    weights : ndarray of shape (y, x), float64
+    """
+    little = np.ascontiguousarray(weights, dtype="<f8")
+    digest = xxhash.xxh3_128(f"{little.shape}\n".encode())
+    digest.update(little.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def weights_of_record(source: str) -> str:
+    """Read from what is recorded of a sequence's source the hash of its weights; empty where it has none."""
+    return str(json.loads(source or "{}").get(schema.WEIGHTS, ""))
+
+
+def stored_weights(group: store.Group) -> np.ndarray | None:
+    """Read a field's weights of pixels as they are, (y, x); None where it has none."""
+    if schema.WEIGHTS not in group:
+        return None
+    return store.read(store.get_array(group, schema.WEIGHTS))
+
+
+def read_weights(group: store.Group, expected: str | None = None) -> np.ndarray | None:
+    """Read a field's weights of pixels, once they are known to be whole.
+
+    Parameters
+    ----------
+    group : Group
+        A field of ``frames.zarr``.
+    expected : str, optional
+        Their hash. Default: that which conversion recorded of every sequence; one that was made by others
+        records none.
+
+    Returns
+    -------
+    ndarray of shape (y, x), float64, or None
+        None where the field has none.
+
+    Raises
+    ------
+    DamagedError
+        When they cannot be decoded, are gone, or are others than were converted.
+    pipeline.storage.schema.SchemaError
+        When they are no weights of the field's pixels.
+    """
+    weights = stored_weights(group)
+    digest = "" if weights is None else hash_weights(weights)
+    recorded = {digest} if schema.SOURCE not in group else recorded_weights(group) or {digest}
+    if {digest} != (recorded if expected is None else {expected}):
+        raise store.DamagedError(
+            str(group.store_path), f"{weights_fault(digest)}; 'lsim convert' makes the field anew"
+        )
+    if weights is not None:
+        shape = store.get_array(group, schema.FRAMES).shape[2:4]
+        schema.validate_weights(weights, shape, str(group.store_path))
+    return weights
+
+
+def recorded_weights(group: store.Group) -> set[str]:
+    """List the hashes of weights that are recorded of a field's sequences: one, where it is whole.
+
+    Empty texts stand for sequences without weights; those that aren't converted don't count.
+    """
+    columns = [store.read(store.get_array(group, name)) for name in (schema.CONTENT, schema.SOURCE)]
+    return {weights_of_record(str(source)) for content, source in zip(*columns, strict=True) if content}
+
+
+def weights_fault(digest: str) -> str:
+    """Say what is wrong with weights of this hash that are others than were converted."""
+    if not digest:
+        return f"{schema.WEIGHTS} are missing"
+    return f"{schema.WEIGHTS} are not those that were converted: their hash is {digest}"
+
+
 NOT_READ = (store.DamagedError, store.OversizedError)
 """What :func:`read_sequence` raises for a sequence that isn't compared, and is looked at again next time."""
 

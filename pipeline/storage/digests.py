@@ -12,7 +12,7 @@ Digests find accidents: 64 bits are enough for these, and are no protection agai
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,8 +37,20 @@ def hash_values(values: np.ndarray) -> str:
     str
         16 hexadecimal digits.
     """
+    return xxhash.xxh3_64_hexdigest(bytes_of(values))
+
+
+def hash_each(values: np.ndarray) -> list[str]:
+    """Hash each row of an array, along its first axis, as :func:`hash_values` does."""
+    together, size = bytes_of(values), values[:1].nbytes
+    hexdigest = xxhash.xxh3_64_hexdigest
+    return [hexdigest(together[start : start + size]) for start in range(0, size * len(values), size or 1)]
+
+
+def bytes_of(values: np.ndarray) -> memoryview:
+    """Give the bytes of an array as they are hashed: in C order and little-endian."""
     little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
-    return xxhash.xxh3_64_hexdigest(little.reshape(-1).view(np.uint8).data)
+    return little.reshape(-1).view(np.uint8).data
 
 
 def bind(identity: bytes, texts: Mapping[str, str], values: str = "") -> str:
@@ -54,14 +66,41 @@ def bind(identity: bytes, texts: Mapping[str, str], values: str = "") -> str:
         :func:`hash_values` of the values, and after it that of the mirror image where that has its own;
         empty where none count.
     """
-    told = _BETWEEN.join([f"{name}={texts[name]}" for name in sorted(texts) if texts[name]])
-    record = xxhash.xxh3_64_hexdigest(b"%b\n%b\n%b" % (identity, encode(told), values.encode()))
-    return record + values
+    columns = {name: [text] for name, text in texts.items()}
+    return bind_each([identity], columns, [values])[0] + values
+
+
+def bind_each(
+    identities: Iterable[bytes], texts: Mapping[str, Sequence[str]], values: Iterable[str]
+) -> list[str]:
+    """Make the first halves of the digests of several records, see :func:`bind`.
+
+    Parameters
+    ----------
+    identities : iterable of bytes
+    texts : mapping of str to sequence of str
+        By name, those of all records.
+    values : iterable of str
+    """
+    names = sorted(texts)
+    prefixes = [f"{name}=" for name in names]
+    columns = zip(*(texts[name] for name in names), strict=True)
+    hexdigest = xxhash.xxh3_64_hexdigest
+    hashes = []
+    for identity, row, of_values in zip(identities, columns, values, strict=True):
+        recorded = _BETWEEN.join([prefix + text for prefix, text in zip(prefixes, row, strict=True) if text])
+        hashes.append(hexdigest(b"%b\n%b\n%b" % (identity, encode(recorded), of_values.encode())))
+    return hashes
 
 
 def binds(digest: str, identity: bytes, texts: Mapping[str, str]) -> bool:
     """Tell whether a digest is that of a record, whatever the values are."""
     return digest != "" and digest == bind(identity, texts, digest[HALF:])
+
+
+def is_of_no_values(digest: str) -> bool:
+    """Tell whether a digest is of a record alone: of what failed, and is not done."""
+    return len(digest) == HALF
 
 
 def binds_values(digest: str, values: np.ndarray) -> bool:

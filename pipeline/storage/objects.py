@@ -317,11 +317,15 @@ def age_s(folder: str, name: str, probe: str) -> float:
 
 @dataclass(frozen=True)
 class Listed:
-    """An object as it is listed: its name below an address, bytes, and seconds since 1970 of its writing."""
+    """An object as it is listed: its name below an address, bytes, and seconds since 1970 of its writing.
+
+    ``tag`` is the store's own of the object's content (ETag), and its version; empty where it has none.
+    """
 
     name: str
     size: int
     time: float
+    tag: str = ""
 
 
 def listed(folder: str) -> list[Listed]:
@@ -362,7 +366,8 @@ def look(address: str) -> Listed | None:
 
 
 def _listed(meta: Any) -> Listed:
-    return Listed(str(meta["path"]), int(meta["size"]), meta["last_modified"].timestamp())
+    tag = " ".join(str(meta[part]) for part in ("e_tag", "version") if meta.get(part))
+    return Listed(str(meta["path"]), int(meta["size"]), meta["last_modified"].timestamp(), tag)
 
 
 def blocks(folder: str, name: str) -> Iterator[bytes]:

@@ -6,8 +6,9 @@ of: values that are lost or stand in another's place, and records that are.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,19 @@ OTHER_RECORD = (
     "written with them"
 )
 OTHER_VALUES = "damaged distances: they are not those that were computed"
+NOT_EMBEDDED = "not computed: its fingerprint is missing; run embed again"
+OTHER_EMBEDDING_RECORD = (
+    "damaged embeddings: what is recorded of them, with the names of their frames, is not what was written "
+    "with them"
+)
+OTHER_EMBEDDINGS = "damaged embeddings: they are not those that were computed"
 OTHER_SPECIFICATION = "damaged distances: the specification of their metric is not the one that was recorded"
+
+
+ROWS_AT_ONCE = 4096
+"""Rows whose texts are in memory at once where failures are listed."""
+TILES_AT_ONCE = 256
+"""Tiles on a side of a matrix whose records are read at once, and not a band at a time."""
 
 
 def bound_rows(
@@ -45,14 +58,12 @@ def bound_rows(
     ndarray of shape (sequence,), bool
     """
     about = digests.identify(key, metric)
-    names = [name for name in sorted(texts) if name != schema.DIGEST]
-    columns = zip(*(texts[name].tolist() for name in names), strict=True)
-    rows = zip(texts[schema.DIGEST].tolist(), identities, columns, strict=True)
+    recorded = texts[schema.DIGEST].tolist()
+    columns = {name: column.tolist() for name, column in texts.items() if name != schema.DIGEST}
+    own = [about + identity for identity in identities]
+    hashes = digests.bind_each(own, columns, [digest[digests.HALF :] for digest in recorded])
     return np.array(
-        [
-            digest != "" and digests.binds(digest, about + identity, dict(zip(names, row, strict=True)))
-            for digest, identity, row in rows
-        ],
+        [digest[: digests.HALF] == record for digest, record in zip(recorded, hashes, strict=True)],
         dtype=bool,
     )
 
@@ -171,8 +182,10 @@ def _judge(
     done = texts[schema.FINGERPRINT] != ""
     problems: list[str] = []
     damaged = np.zeros(len(done), bool)
-    for row, digest in enumerate(texts[schema.DIGEST]):
-        reason = str(texts[schema.FAILURE][row])
+    hashes = [] if values is None else digests.hash_each(values)
+    failures = texts[schema.FAILURE].tolist()
+    for row, digest in enumerate(texts[schema.DIGEST].tolist()):
+        reason = failures[row]
         if not done[row]:
             # What isn't done may have a reason of an earlier run beside it.
             problems.append(reason if bound[row] and reason else NOT_COMPUTED)
@@ -181,7 +194,7 @@ def _judge(
             reason = OTHER_SPECIFICATION
         elif not bound[row]:
             reason = OTHER_RECORD
-        elif values is None or not digests.binds_values(digest, values[row]):
+        elif values is None or digest[digests.HALF : 2 * digests.HALF] != hashes[row]:
             reason = OTHER_VALUES
         else:
             problems.append(reason)
@@ -197,6 +210,51 @@ def _name_missing_chunks(found: CheckedRows, array: store.Array, first: int) -> 
     for row in np.flatnonzero(found.damaged[array.basename]):
         if problems[row] == OTHER_VALUES and (missing := store.missing_chunks(array, first + int(row))):
             problems[row] = f"damaged distances: chunk {', '.join(missing)} is missing"
+
+
+# ---------------------------------------------------------------- failures
+
+
+def failures_of_rows(root: store.Group, key: str) -> list[tuple[str, str, str]]:
+    """List sequence, metric and reason of all matrices of a field that failed or whose record is damaged.
+
+    No distance is read.
+
+    Parameters
+    ----------
+    root : Group
+        Of a ``distances.zarr``.
+    key : str
+        ``<dataset>/<field>``.
+    """
+    group = store.get_group(root, key)
+    provenance = store.get_group(group, schema.PROVENANCE)
+    names = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
+    sequences, parameter = (
+        store.read(store.get_array(group, name)) for name in (schema.SEQUENCE, schema.PARAMETER)
+    )
+    identities = digests.identify_rows(sequences, parameter)
+    failures: dict[str, list[tuple[str, str, str]]] = {name: [] for name in names}
+    for start in range(0, len(sequences), ROWS_AT_ONCE):
+        rows = slice(start, min(start + ROWS_AT_ONCE, len(sequences)))
+        texts = _texts_of_rows(provenance, rows, rows.stop - rows.start)
+        for place, metric in enumerate(names):
+            of_metric = {name: column[place] for name, column in texts.items()}
+            bound = bound_rows(key, metric, identities[rows], of_metric)
+            for row, reason in _reasons_of_rows(of_metric, bound):
+                failures[metric].append((str(sequences[start + row]), metric, reason))
+    return [failure for of_metric in failures.values() for failure in of_metric]
+
+
+def _reasons_of_rows(texts: Mapping[str, np.ndarray], bound: np.ndarray) -> Iterator[tuple[int, str]]:
+    """Give the rows of a metric that failed, or whose record is damaged, with the reason."""
+    done = texts[schema.FINGERPRINT] != ""
+    for row in np.flatnonzero(bound & (texts[schema.FAILURE] != "") | ~bound).tolist():
+        if bound[row]:
+            yield row, str(texts[schema.FAILURE][row])
+        elif done[row] or digests.is_of_no_values(str(texts[schema.DIGEST][row])):
+            # Else it was up to date once, and what is recorded of it counts no more.
+            yield row, OTHER_RECORD
 
 
 # ---------------------------------------------------------------- fingerprints
@@ -227,7 +285,7 @@ def record_fingerprints(root: store.Group) -> None:
 
 
 LABELS = (schema.FIELD, schema.SEQUENCE, schema.NUMBER, schema.PARAMETER)
-"""What ``matrix.zarr`` says of each frame."""
+"""What ``matrix.zarr`` and ``embeddings.zarr`` say of each frame."""
 TILE_RECORDS = (schema.MISSING, schema.UNRESOLVED, schema.FINGERPRINT)
 """What is recorded of each tile, besides its digest and the failures of its frames."""
 
@@ -283,6 +341,62 @@ def labels_of_blocks(group: store.Group, tile: int) -> list[bytes]:
 
 
 @dataclass(frozen=True)
+class TileFailures:
+    """What is recorded of the failures of a metric's matrix.
+
+    Attributes
+    ----------
+    damaged : list of (str, str)
+        Tiles whose record is not the one that was written with them, and what is wrong.
+    reasons : ndarray of shape (frame,), object
+        Why frames have no distances, as far as that is known to be as it was written.
+    missing : int
+        Distances that are NaN though both frames can be compared.
+    """
+
+    damaged: list[tuple[str, str]]
+    reasons: np.ndarray
+    missing: int
+
+
+def failures_of_tiles(group: store.Group, metric: str, place: int, labels: Sequence[bytes]) -> TileFailures:
+    """List what failed in a metric's matrix, compared with the digests of its tiles; no distance is read.
+
+    Parameters
+    ----------
+    group : Group
+        Of the matrix.
+    metric : str
+    place : int
+        Index of the metric in provenance.
+    labels : sequence of bytes
+        :func:`labels_of_blocks`.
+    """
+    provenance = store.get_group(group, schema.PROVENANCE)
+    reasons = store.get_array(provenance, schema.FAILURE)
+    tile = reasons.chunks[1]
+    reasons = store.read(reasons, (slice(place, place + 1), slice(None)))[0]
+    if not all(name in provenance for name in (*TILE_RECORDS, schema.DIGEST)):
+        return TileFailures([("all tiles", NOT_RECORDED)], np.full(reasons.shape, "", dtype=object), 0)
+    missing, unresolved, fingerprints, recorded = (
+        store.read(store.get_array(provenance, name), place) for name in (*TILE_RECORDS, schema.DIGEST)
+    )
+    known, damaged, count = np.full(reasons.shape, "", dtype=object), [], 0
+    for i, j in itertools.combinations_with_replacement(range(len(labels)), 2):
+        digest, fingerprint = str(recorded[i, j]), str(fingerprints[i, j])
+        rows = slice(i * tile, (i + 1) * tile)
+        of_frames = reasons[rows].tolist() if i == j else ()
+        texts = tile_texts(fingerprint, int(missing[i, j]), int(unresolved[i, j]), of_frames)
+        if digests.binds(digest, tile_identity(group.path, metric, (i, j), labels[i], labels[j]), texts):
+            count += int(missing[i, j])
+            if i == j:
+                known[rows] = reasons[rows]
+        elif fingerprint or digest:
+            damaged.append((f"tile {i}, {j}", OTHER_RECORD))
+    return TileFailures(damaged, known, count)
+
+
+@dataclass(frozen=True)
 class BandRecord:
     """What is recorded of a band of tiles (i, 0), (i, 1), …; below the diagonal, of their mirror image.
 
@@ -296,7 +410,8 @@ class BandRecord:
 class CheckedMatrix:
     """A metric's matrix of an ``matrix.zarr``, each tile compared with its digest when it is read.
 
-    Distances of tiles that don't count are NaN, and ``left_out`` names these tiles.
+    Distances of tiles that don't count are NaN, and ``left_out`` names these tiles. ``directed`` tells that
+    rows are references, and the other half of the matrix isn't the same.
 
     Parameters
     ----------
@@ -315,11 +430,13 @@ class CheckedMatrix:
         self.key, self.metric = key, metric
         group = store.get_group(root, key)
         self.array = store.get_array(group, metric)
+        self.directed = bool(self.array.attrs.get(schema.DIRECTED, False))
         self.tile: int = self.array.chunks[0]
         self.left_out: dict[str, None] = {}
         self._labels = labels_of_blocks(group, self.tile) if labels is None else labels
         self._recorded = schema.PROVENANCE in group or root.attrs.get("kind") is not None
         self._records: dict[str, store.Array] = {}
+        self._of_tiles: dict[str, np.ndarray] = {}
         self._place, self._described = -1, False
         self._bands: dict[int, BandRecord] = {}
         self._last: tuple[tuple[int, int], np.ndarray] | None = None
@@ -347,6 +464,17 @@ class CheckedMatrix:
         first = j * self.tile
         values = self.band(i, j, stop)[index - i * self.tile]
         return values[columns.start - first : columns.stop - first]
+
+    def both_ways(self, index: int, columns: slice) -> np.ndarray:
+        """Read distances of one frame in both directions, and give their mean, (column,) float64."""
+        values = self.row(index, columns).astype(np.float64)
+        if not self.directed:
+            return values
+        i, place = divmod(index, self.tile)
+        first, stop = columns.start // self.tile, -(-columns.stop // self.tile)
+        back = np.concatenate([self.band(j, i, i + 1)[:, place] for j in range(first, stop)])
+        start = first * self.tile
+        return (values + back[columns.start - start : columns.stop - start]) / 2
 
     def value(self, index: int, column: int) -> float:
         """Read one distance."""
@@ -407,7 +535,7 @@ class CheckedMatrix:
             reason = NOT_RECORDED if self._recorded else ""
             return BandRecord([""] * count, [reason] * count)
         columns = (*TILE_RECORDS, schema.DIGEST)
-        of_tiles = {name: self._mirrored(self._records[name], i) for name in columns}
+        of_tiles = {name: self._mirrored(name, i) for name in columns}
         rows = slice(i * self.tile, (i + 1) * self.tile)
         failures = store.read(self._records[schema.FAILURE], (slice(self._place, self._place + 1), rows))[0]
         reasons = []
@@ -427,10 +555,143 @@ class CheckedMatrix:
                 reasons.append("" if digests.binds(str(digest), identity, texts) else OTHER_RECORD)
         return BandRecord([str(digest) for digest in of_tiles[schema.DIGEST]], reasons)
 
-    def _mirrored(self, array: store.Array, i: int) -> np.ndarray:
+    def _mirrored(self, name: str, i: int) -> np.ndarray:
         """Read what is recorded of tiles (i, j) for every j; of those below the diagonal, of (j, i)."""
-        place, band = slice(self._place, self._place + 1), slice(i, i + 1)
-        across = store.read(array, (place, band, slice(None)))[0, 0]
-        down = store.read(array, (place, slice(None), band))[0, :, 0]
+        array, place, band = self._records[name], slice(self._place, self._place + 1), slice(i, i + 1)
+        if len(self._labels) <= TILES_AT_ONCE:
+            if name not in self._of_tiles:
+                self._of_tiles[name] = store.read(array, place)[0]
+            across, down = self._of_tiles[name][i], self._of_tiles[name][:, i]
+        else:
+            across = store.read(array, (place, band, slice(None)))[0, 0]
+            down = store.read(array, (place, slice(None), band))[0, :, 0]
         values: Any = np.where(np.arange(len(across)) < i, down, across)
         return np.asarray(values)
+
+
+# ---------------------------------------------------------------- embeddings
+
+
+def block_identity(key: str, metric: str, block: int, labels: bytes) -> bytes:
+    """Identify a block of embeddings.
+
+    Parameters
+    ----------
+    key : str
+        ``<dataset>/<field>``.
+    metric : str
+    block : int
+    labels : bytes
+        :func:`pipeline.storage.digests.hash_labels` of its frames.
+    """
+    return digests.identify(key, metric, str(block), "") + labels
+
+
+def block_texts(fingerprint: str, parts: Iterable[str], failures: Iterable[str]) -> dict[str, str]:
+    """List what is recorded of a block of embeddings as texts, for its digest.
+
+    Parameters
+    ----------
+    fingerprint : str
+        Empty of a block that isn't done.
+    parts : iterable of str
+        Names of the arrays that embeddings consist of; the digest has a hash of each, ordered by name.
+    failures : iterable of str
+        Why each frame has no embedding.
+    """
+    reasons = "\x1f".join(f"{place}:{reason}" for place, reason in enumerate(failures) if reason)
+    return {
+        schema.FINGERPRINT: fingerprint,
+        "parts": "\x1f".join(sorted(parts)),
+        schema.FAILURE: reasons,
+    }
+
+
+class CheckedEmbeddings:
+    """Embeddings of a field of ``embeddings.zarr``, each block compared with its digest when it is read.
+
+    Those of blocks that don't count are NaN, and ``left_out`` names these blocks.
+
+    Parameters
+    ----------
+    root : Group
+        Of the store.
+    key : str
+        ``<dataset>/<field>``.
+
+    Attributes
+    ----------
+    parts : dict of str to Array
+        The arrays that embeddings consist of, in the order of the hashes in digests.
+    labels : dict of str to ndarray
+        What each frame is, (frame,), see :data:`LABELS`.
+    failures : ndarray of shape (frame,), object
+        Why frames have no embedding.
+    left_out : dict of str to None
+    """
+
+    def __init__(self, root: store.Group, key: str) -> None:
+        self.key = key
+        group = store.get_group(root, key)
+        provenance = store.get_group(group, schema.PROVENANCE)
+        names = sorted(set(group.array_keys()) - {*LABELS})
+        self.parts = {name: store.get_array(group, name) for name in names}
+        self.labels = {name: store.read(store.get_array(group, name)) for name in LABELS}
+        failures = store.get_array(provenance, schema.FAILURE)
+        self.failures = store.read(failures)
+        self.left_out: dict[str, None] = {}
+        self._length: int = failures.chunks[0]
+        self._metric = str(group.attrs.get("metric", ""))
+        self._fingerprints = store.read(store.get_array(provenance, schema.FINGERPRINT))
+        self._digests = np.full(self._fingerprints.shape, "", dtype=object)
+        if schema.DIGEST in provenance:
+            self._digests = store.read(store.get_array(provenance, schema.DIGEST))
+
+    @property
+    def count(self) -> int:
+        """How many blocks there are."""
+        return len(self._fingerprints)
+
+    def rows(self, block: int) -> slice:
+        """Give the frames of a block."""
+        return slice(block * self._length, min((block + 1) * self._length, len(self.failures)))
+
+    def is_bound(self, block: int) -> bool:
+        """Tell whether a block's digest is that of its record."""
+        rows = self.rows(block)
+        labels = digests.hash_labels({name: column[rows] for name, column in self.labels.items()})
+        identity = block_identity(self.key, self._metric, block, labels)
+        texts = block_texts(str(self._fingerprints[block]), self.parts, self.failures[rows])
+        return digests.binds(str(self._digests[block]), identity, texts)
+
+    def is_damaged(self, block: int) -> bool:
+        """Tell whether a block has a record that is not the one that was written with it."""
+        recorded = self._fingerprints[block] or digests.is_of_no_values(str(self._digests[block]))
+        return bool(recorded) and not self.is_bound(block)
+
+    def read(self, block: int) -> dict[str, np.ndarray]:
+        """Read the embeddings of a block, (frame, …), by part."""
+        digest, rows = str(self._digests[block]), self.rows(block)
+        reason = "" if self._fingerprints[block] else NOT_EMBEDDED
+        if not reason and not self.is_bound(block):
+            reason = OTHER_EMBEDDING_RECORD
+        values = {}
+        for place, (name, array) in enumerate(self.parts.items(), start=1):
+            try:
+                values[name] = store.read(array, rows)
+            except store.DamagedError as error:
+                values[name] = np.full((rows.stop - rows.start, *array.shape[1:]), np.nan, array.dtype)
+                reason = reason or f"damaged embeddings: {error.damage}"
+                continue
+            recorded = digest[place * digests.HALF : (place + 1) * digests.HALF]
+            if not reason and digests.hash_values(values[name]) != recorded:
+                missing = store.missing_chunks(array, rows)
+                gone = f"damaged embeddings: chunk {', '.join(missing)} of {name} is missing"
+                reason = gone if missing else OTHER_EMBEDDINGS
+        if reason:
+            self.left_out[f"{self.key}: block {block}, frames {rows.start} to {rows.stop - 1}: {reason}"] = (
+                None
+            )
+            for part in values.values():
+                part[...] = np.nan
+        return values

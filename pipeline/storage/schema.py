@@ -13,7 +13,11 @@ variable        dims                               dtype        meaning
 ``sequence``    sequence                           str          name, stable between conversions
 ``content``     sequence                           str          hash of the decoded frames and parameter
 ``source``      sequence                           str          what the sequence was decoded from (JSON)
+``weights``     y, x                               float64      weights of the pixels in means; absent where
+                                                                the source has none
 =============== ================================== ============ =========================================
+
+All sequences of a field have the same weights: ``weights`` in each ``source`` is their hash.
 
 The attribute ``quarantined`` of ``/<dataset>`` lists the sequences that could not be converted:
 ``[{"sequence": …, "field": …, "file": …, "reason": …}, …]``.
@@ -75,7 +79,9 @@ shown; ``runs``.
 
 ``embeddings.zarr``, the same groups: ``field``, ``sequence``, ``number``, ``parameter``, and a variable for
 each part of a metric's embedding, (frame, …): ``features`` (frame, feature; float32) of the learned metrics.
-The attribute ``euclidean`` is true where the metric is the Euclidean distance of its features.
+The attribute ``euclidean`` is true where the metric is the Euclidean distance of its features. The child
+group ``provenance`` has ``failure`` (frame; why it has no embedding), ``fingerprint`` and ``digest`` (block,
+of whole sequences).
 """
 
 from __future__ import annotations
@@ -111,6 +117,7 @@ FRAMES = "frames"
 PARAMETER = "parameter"
 CONTENT = "content"
 SOURCE = "source"
+WEIGHTS = "weights"
 QUARANTINED = "quarantined"
 
 PROVENANCE = "provenance"
@@ -128,6 +135,7 @@ DIRECTED = "directed"
 
 FRAMES_DIMS = (SEQUENCE, FRAME, "y", "x", "channel")
 PARAMETER_DIMS = (SEQUENCE, FRAME)
+WEIGHTS_DIMS = ("y", "x")
 DISTANCE_DIMS = (SEQUENCE, FRAME, FRAME_OTHER)
 PROVENANCE_DIMS = (METRIC, SEQUENCE)
 MATRIX_DIMS = (FRAME, FRAME_OTHER)
@@ -195,6 +203,25 @@ def validate_frames(group: xr.Dataset, where: str) -> None:
         _expect_variable(group, name, (SEQUENCE,), None, where)
     _expect_unique_sequences(group, where)
     validate_parameter(group[PARAMETER].values, where)
+    if WEIGHTS in group.variables:
+        _expect_variable(group, WEIGHTS, WEIGHTS_DIMS, ("float64",), where)
+
+
+def validate_weights(weights: np.ndarray, shape: tuple[int, ...], where: str) -> None:
+    """Raise :class:`SchemaError` unless these are weights of the pixels of a field.
+
+    Parameters
+    ----------
+    weights : ndarray of shape (y, x), float64
+    shape : tuple of int
+        (y, x) of the field's frames.
+    where : str
+        What to name in the error.
+    """
+    if weights.shape != shape:
+        raise SchemaError(f"{where}: {WEIGHTS} have shape {weights.shape}; expected {shape}, as frames have")
+    if not (np.isfinite(weights) & (weights >= 0)).all() or not (weights > 0).any():
+        raise SchemaError(f"{where}: {WEIGHTS} are not all finite and 0 or more, with some above 0")
 
 
 def validate_distances(group: xr.Dataset, where: str) -> None:

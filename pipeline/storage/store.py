@@ -77,6 +77,10 @@ UNREADABLE = (ValueError, RuntimeError, SystemError, MemoryError)
 """What codecs raise for bytes that they did not write: each has kinds of its own."""
 NO_METADATA = (ValueError, KeyError, TypeError, AttributeError)
 """What Zarr raises for a document that it did not write: no JSON, or without what belongs in it."""
+NO_DIGEST = (
+    "consolidated metadata without the digest that was written with it, or of a version that wrote none: run "
+    "again what made this store"
+)
 MOST_CHUNKS = 10**8
 """Of one array, where each is looked at: metadata of a few bytes may claim 10¹²."""
 
@@ -392,10 +396,19 @@ def _own(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def root_fault(root: Group) -> str:
-    """Say what is wrong with the root's own metadata, which has a digest where a run came to its end."""
+    """Say what is wrong with the root's own metadata, which has a digest where a run came to its end.
+
+    A run that is under way, or was stopped, has removed it with the consolidated metadata. Stores that don't
+    say their kind were made by others.
+    """
     data = sync(root.store.get(DOCUMENT, default_buffer_prototype()))
     document: dict[str, Any] = json.loads(data.to_bytes()) if data is not None else {}
-    if "digest" not in document.get("attributes", {}) or _seal_of_root(document) == document:
+    attributes = document.get("attributes", {})
+    if "digest" not in attributes:
+        ended = document.get("consolidated_metadata") is not None
+        of_ours = not attributes.keys().isdisjoint(("kind", "schema_version"))
+        return NO_DIGEST if ended and of_ours else ""
+    if _seal_of_root(document) == document:
         return ""
     return "attributes, or consolidated metadata, that are not those that were written with it"
 

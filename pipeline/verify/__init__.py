@@ -24,8 +24,14 @@ import numpy as np
 
 from pipeline.distances.blocks import fingerprint
 from pipeline.storage import schema, store
-from pipeline.storage.checked_frames import content_hash, is_bound
-from pipeline.storage.digests import binds_values, identify_rows, is_sealed
+from pipeline.storage.checked_frames import (
+    content_hash,
+    hash_weights,
+    is_bound,
+    weights_fault,
+    weights_of_record,
+)
+from pipeline.storage.digests import binds_values, identify_rows, is_of_no_values, is_sealed
 from pipeline.storage.recorded import LABELS, bound_rows, count_fingerprints
 from pipeline.storage.schema import Pairs
 from pipeline.verify.damage import (
@@ -39,6 +45,7 @@ from pipeline.verify.damage import (
     read_column,
     recorded_specification,
 )
+from pipeline.verify.embeddings import add_embeddings
 from pipeline.verify.tiles import add_tiles
 
 THREADS = 8
@@ -56,8 +63,8 @@ def verify(
     Parameters
     ----------
     path : str or path
-        A ``frames.zarr``, ``distances.zarr`` or ``matrix.zarr``; of other Zarr stores the chunks alone are
-        checked.
+        A ``frames.zarr``, ``distances.zarr``, ``matrix.zarr`` or ``embeddings.zarr``; of other Zarr stores
+        the chunks alone are checked.
     threads : int
         Each holds one sequence of frames, or one chunk, at a time.
     progress : callable, optional
@@ -109,13 +116,15 @@ def _kind_of_fields(path: str | os.PathLike[str]) -> str | None:
 class _Found:
     """A group of a store, and what of it is there; ``faults`` say why metadata is not, by array or group.
 
-    ``recorded`` has the number of fingerprints of each metric when a run came to its end.
+    ``attributes`` are the group's; ``recorded`` has the number of fingerprints of each metric when a run came
+    to its end.
     """
 
     name: str
     arrays: dict[str, store.Array]
     faults: dict[str, str]
     listed: bool
+    attributes: Mapping[str, Any]
     recorded: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -129,7 +138,7 @@ def _groups(group: store.Group, listed: Mapping[str, Any] | None) -> Iterator[_F
         recorded = provenance.attrs.get(schema.RECORDED, {}) if listed is not None else {}
         arrays |= {f"{schema.PROVENANCE}/{name}": array for name, array in of_records[0].items()}
         faults |= {f"{schema.PROVENANCE}/{name}": reason for name, reason in of_records[2].items()}
-    yield _Found(group.path, arrays, faults, listed is not None, recorded)
+    yield _Found(group.path, arrays, faults, listed is not None, dict(group.attrs), recorded)
     for child in children.values():
         yield from _groups(child, listed)
 
@@ -146,19 +155,26 @@ NEEDED = {
         *LABELS,
         *(f"{schema.PROVENANCE}/{name}" for name in (*RECORDS, schema.MISSING)),
     ),
+    schema.EMBEDDINGS_STORE: (
+        *LABELS,
+        *(f"{schema.PROVENANCE}/{name}" for name in (schema.FAILURE, schema.FINGERPRINT)),
+    ),
 }
 """Arrays without which a field can't be compared with what is recorded of it, by kind of store."""
 
 
 def _add_group(checks: Checks, found: _Found, report: VerifyReport) -> None:
     """Checks of one group: against the record where all that it needs is there, else of its chunks alone."""
-    if all(name in found.arrays for name in NEEDED.get(report.kind, ("",))):
+    whole = report.kind != schema.EMBEDDINGS_STORE or not found.faults
+    if whole and all(name in found.arrays for name in NEEDED.get(report.kind, ("",))):
         if report.kind == schema.FRAMES_STORE:
             _add_frames(checks, found, report)
         elif report.kind == schema.DISTANCES_STORE:
             _add_distances(checks, found, report)
-        else:
+        elif report.kind == schema.MATRIX_STORE:
             add_tiles(checks, found.name, found.arrays, found.faults, report)
+        else:
+            add_embeddings(checks, found.name, found.attributes, found.arrays, report)
     else:
         for name, array in found.arrays.items():
             prefix = f"{schema.PROVENANCE}/" if name.startswith(f"{schema.PROVENANCE}/") else ""
@@ -214,7 +230,7 @@ def _add_frames(checks: Checks, found: _Found, report: VerifyReport) -> None:
     columns = {
         column: read_column(name, array, report)
         for column, array in found.arrays.items()
-        if column != schema.FRAMES
+        if column not in (schema.FRAMES, schema.WEIGHTS)
     }
     frames = found.arrays[schema.FRAMES]
     store.check_fits(frames, 0)
@@ -232,6 +248,9 @@ def _add_frames(checks: Checks, found: _Found, report: VerifyReport) -> None:
         if sequences[row] and not is_bound(name, *record):
             reason = "its name, content and source are not those that were converted together"
             report.damages.append(Damage(name, schema.SOURCE, "", f"sequence {record[0]}", reason, (row,)))
+    sources = columns.get(schema.SOURCE)
+    recorded = {weights_of_record(str(sources[row])) for row in there} if sources is not None else None
+    report.damages += _weights(found, recorded, tuple(there), report)
     parameter = columns[schema.PARAMETER]
     checks.add(
         len(there),
@@ -240,6 +259,34 @@ def _add_frames(checks: Checks, found: _Found, report: VerifyReport) -> None:
             for row in there
         ),
     )
+
+
+def _weights(
+    found: _Found, recorded: set[str] | None, rows: tuple[int, ...], report: VerifyReport
+) -> list[Damage]:
+    """A field's weights of pixels against their hash, which conversion recorded of each of its sequences."""
+    array, what = found.arrays.get(schema.WEIGHTS), "weights of all sequences"
+    if array is None:
+        if schema.WEIGHTS in found.faults or not (recorded or set()) - {""}:
+            return []  # the first is damage by itself
+        return [Damage(found.name, schema.WEIGHTS, "", what, weights_fault(""), rows)]
+    store.check_fits(array)
+    report.chunks += store.chunk_count(array)
+    try:
+        digest = hash_weights(store.read(array))
+    except store.DamagedError:
+        damaged = store.damaged_chunks(array)
+        return [
+            Damage(found.name, schema.WEIGHTS, c.key, what, c.reason, rows, unreadable=True) for c in damaged
+        ]
+    if not recorded or recorded == {digest}:
+        return []
+    missing = ", ".join(store.missing_chunks(array))
+    return [
+        Damage(
+            found.name, schema.WEIGHTS, missing, what, "missing" if missing else weights_fault(digest), rows
+        )
+    ]
 
 
 def _sequence(
@@ -285,6 +332,11 @@ class _Recorded:
     failures: Sequence[str]
     digests: Sequence[str] | None
     bound: Sequence[bool]
+
+    def has_other_failure(self, row: int) -> bool:
+        """Tell whether what is recorded of a row that isn't done is other than was written."""
+        digest = "" if self.digests is None else self.digests[row]
+        return not self.fingerprints[row] and is_of_no_values(digest) and not self.bound[row]
 
     def pairs(self, row: int) -> Pairs | None:
         """Which pairs a fingerprint says are there; None where it is of nothing that is recorded."""
@@ -392,6 +444,9 @@ def _matrices(group: str, array: store.Array, start: tuple[int, ...], recorded: 
     except store.DamagedError:
         damaged = store.damaged_chunks(array, rows.start)
         return [damage(done, c.key, c.reason, unreadable=True) for c in damaged]
+    failed_otherwise = [row for row in recorded_rows if recorded.has_other_failure(row)]
+    if failed_otherwise:
+        return [damage(failed_otherwise, "", "why it failed is not what was written with it")]
     if not done:
         return []
     # Where every row failed, for a recorded reason, a chunk of NaN alone may never have been written.

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.storage import schema, store
+from pipeline.storage.recorded import LABELS
 from pipeline.verify.damage import Damage, VerifyReport, is_of_root
 
 
@@ -24,14 +25,14 @@ def repair(path: str | os.PathLike[str], report: VerifyReport) -> int:
     Parameters
     ----------
     path : str or path
-        A ``frames.zarr``, ``distances.zarr`` or ``matrix.zarr``.
+        A ``frames.zarr``, ``distances.zarr``, ``matrix.zarr`` or ``embeddings.zarr``.
     report : VerifyReport
         Of that store as it is now.
 
     Returns
     -------
     count : int
-        Sequences, matrices or tiles that the next run makes again.
+        Sequences, matrices, tiles or blocks that the next run makes again.
 
     Raises
     ------
@@ -140,6 +141,18 @@ def _forget_tiles(group: store.Group, damages: list[Damage]) -> int:
     return int(np.sum(before != after))
 
 
+def _forget_blocks(group: store.Group, damages: list[Damage]) -> int:
+    """Take the fingerprints of damaged blocks of embeddings."""
+    array = store.get_array(store.get_group(group, schema.PROVENANCE), schema.FINGERPRINT)
+    before = store.read(array)
+    after = before.copy()
+    for damage in damages:
+        if damage.array not in LABELS:  # which every run writes
+            after[list(damage.rows)] = ""
+    store.write_rows(array, 0, after)
+    return int(np.sum(before != after))
+
+
 _FINGERPRINT = f"{schema.PROVENANCE}/{schema.FINGERPRINT}"
 _RANGES = tuple(f"{schema.PROVENANCE}/{name}" for name in (schema.RANGES, schema.MASKED_RANGES))
 """Found again in the frames where they are lost: distances don't depend on their record."""
@@ -148,4 +161,5 @@ _FORGET = {
     schema.FRAMES_STORE: _forget_frames,
     schema.DISTANCES_STORE: _forget_distances,
     schema.MATRIX_STORE: _forget_tiles,
+    schema.EMBEDDINGS_STORE: _forget_blocks,
 }

@@ -11,7 +11,14 @@ import numpy as np
 
 from pipeline.matrix.layout import tile_fingerprint
 from pipeline.storage import schema, store
-from pipeline.storage.digests import binds, binds_mirror_image, binds_values, hash_labels, is_sealed
+from pipeline.storage.digests import (
+    binds,
+    binds_mirror_image,
+    binds_values,
+    hash_labels,
+    is_of_no_values,
+    is_sealed,
+)
 from pipeline.storage.recorded import LABELS, tile_identity, tile_texts
 from pipeline.verify.damage import (
     Check,
@@ -43,6 +50,11 @@ class _Recorded:
     def comparable(self) -> np.ndarray:
         """Frames that have distances."""
         return np.asarray(self.failures == "")
+
+    def has_other_failure(self, i: int, j: int, tile: int) -> bool:
+        """Tell whether what is recorded of a tile that isn't done is other than was written."""
+        digest = "" if self.digests is None else str(self.digests[i, j])
+        return is_of_no_values(digest) and not self.bound(i, j, tile)
 
     def bound(self, i: int, j: int, tile: int) -> bool:
         """Tell whether the digest of a tile, where there are digests, is that of its record."""
@@ -159,7 +171,12 @@ def _tile(group: str, array: store.Array, start: tuple[int, int], recorded: _Rec
                 )
                 for c in store.damaged_chunks(array, region)
             ]
-    if damages or not recorded.fingerprints[i, j]:
+    if damages:
+        return damages
+    if not recorded.fingerprints[i, j]:
+        if recorded.has_other_failure(i, j, tile):
+            reason = "why its frames failed is not what was written with it"
+            damages.append(Damage(group, recorded.metric, "", what, reason, (i, j), recorded.metric))
         return damages
     comparable = all(recorded.comparable[k * tile : (k + 1) * tile].any() for k in (i, j))
     for place, values in zip(places, found, strict=True) if comparable else ():

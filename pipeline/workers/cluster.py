@@ -15,19 +15,13 @@ from distributed import Client, Security, Worker, WorkerPlugin
 from distributed.utils import silence_logging_cmgr
 
 from pipeline.workers.cluster_kinds import FAULT_TOLERANCE as FAULT_TOLERANCE
-from pipeline.workers.cluster_kinds import (
-    LOOPBACK,
-    OF_THIS_MACHINE,
-    check_options,
-    keeps_logs,
-    settings,
-    start_cluster,
-)
+from pipeline.workers.cluster_kinds import LOOPBACK, OF_THIS_MACHINE, check_options, keeps_logs, settings
 from pipeline.workers.departure import PassOnSignal, leave_when_told
 from pipeline.workers.profiles import BATCH, ClusterError, Profile
+from pipeline.workers.starting import running
 from pipeline.workers.stopping import allow_grace
 from pipeline.workers.tls import credentials, wants_tls, warn_if_open
-from pipeline.workers.worker_metrics import choose_device, set_device, set_up_process
+from pipeline.workers.worker_metrics import choose_device, register_plugin, set_device, set_up_process
 
 
 class Cluster:
@@ -102,8 +96,7 @@ def _connect(profile: Profile) -> Iterator[Client]:
                 _set_up(client, profile)
                 yield client
             return
-        with start_cluster(profile, security) as cluster, Client(cluster, security=security) as client:
-            _set_up(client, profile)
+        with running(profile, security, lambda client: _set_up(client, profile)) as client:
             yield client
 
 
@@ -138,9 +131,9 @@ def _reach(address: str, security: Security | None) -> Client:
 def _set_up(client: Client, profile: Profile) -> None:
     """Wait for a first worker, and give it and all that follow what they need."""
     owned = profile.kind in OF_THIS_MACHINE
-    client.register_plugin(WorkerSetup(profile.device, owned, profile.grace))
+    register_plugin(client, WorkerSetup(profile.device, owned, profile.grace))
     if not owned:
-        client.register_plugin(PassOnSignal(profile.grace))
+        register_plugin(client, PassOnSignal(profile.grace))
     try:
         client.wait_for_workers(1, timeout=profile.wait_s)
     except TimeoutError as error:

@@ -6,20 +6,20 @@ Options of the library's own class are passed through once they are known to be 
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 import importlib
 import inspect
-import itertools
 import logging
 import queue
 import shlex
 import shutil
+import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing import resource_tracker
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import dask
@@ -36,11 +36,6 @@ from pipeline.workers.profiles import ClusterError, Kind, Profile, WorkerRange, 
 from pipeline.workers.tls import of_files, wants_tls
 
 logger = logging.getLogger(__name__)
-
-START_ATTEMPTS = 3
-"""How often workers of this machine are started, where one dies or falls silent while it starts."""
-SAID_OF_LOST_WORKERS = ("failed to start", "died during start", "Stream is closed", "Worker failed")
-"""What Dask says where a worker's process was lost before it had joined."""
 
 DASK_SETTINGS = Path("dask", "distributed.yaml")
 """Within the shipped profiles: a file that Dask reads as it is, for schedulers that others start."""
@@ -280,28 +275,33 @@ def _library(kind: Kind) -> Any:
     """
     try:
         if kind in _NEEDED:
-            importlib.import_module(_NEEDED[kind])
+            _import_quietly(_NEEDED[kind])
         module, name = _LIBRARIES.get(
             kind, ("distributed", "SSHCluster" if kind == "ssh" else "LocalCluster")
         )
-        return getattr(importlib.import_module(module), name)
+        return getattr(_import_quietly(module), name)
     except ImportError as error:
         raise ClusterError(
             f"clusters of kind {kind!r} need a package that is not here ({error}): pip install 'lsim[{kind}]'"
         ) from error
 
 
+def _import_quietly(module: str) -> ModuleType:
+    """Import a module and keep the handler of Ctrl-C: dask_jobqueue makes it an exit with code 0."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        return importlib.import_module(module)
+    finally:
+        # None stands for a handler that isn't Python's: it cannot be set again.
+        if handler is not None and signal.getsignal(signal.SIGINT) is not handler:
+            signal.signal(signal.SIGINT, handler)
+
+
 # ---------------------------------------------------------------- starting
 
 
 def start_cluster(profile: Profile, security: Security | None) -> DaskCluster:
-    """Start a cluster; its workers may come later.
-
-    Raises
-    ------
-    ClusterError
-        With what the batch system, a host, Kubernetes or the library said.
-    """
+    """Start a cluster; its workers may come later, but for those of this machine."""
     start = {
         "local": _start_local,
         "cuda": _start_local,
@@ -310,52 +310,7 @@ def start_cluster(profile: Profile, security: Security | None) -> DaskCluster:
         "ssh": _start_ssh,
         "kubernetes": _start_kubernetes,
     }[profile.kind]
-    attempts = START_ATTEMPTS if profile.kind in OF_THIS_MACHINE else 1
-    for attempt in itertools.count(1):
-        try:
-            return start(profile, security)
-        except ClusterError:
-            raise
-        except Exception as error:  # libraries raise anything, and wrap the reason several times
-            if _is_lost_worker(error) and attempt < attempts:
-                logger.info("a worker was lost while it started (%s): starting again", error)
-                continue
-            raise _not_started(profile, error, attempt) from error
-    raise AssertionError("not reached")
-
-
-def _is_lost_worker(error: BaseException) -> bool:
-    """Whether a start failed since a process died or fell silent, which may go well the next time."""
-    return any(
-        isinstance(cause, TimeoutError | asyncio.CancelledError)
-        or (isinstance(cause, OSError) and cause.errno is None)  # of a connection; the system's have a number
-        or (isinstance(cause, RuntimeError) and any(said in str(cause) for said in SAID_OF_LOST_WORKERS))
-        for cause in _causes(error)
-    )
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception, and what it was raised from."""
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
-
-
-def _not_started(profile: Profile, error: Exception, attempts: int) -> ClusterError:
-    """The error of a cluster that doesn't start, with the first reason that the library had."""
-    *_, reason = _causes(error)
-    if _is_lost_worker(error) and profile.kind in OF_THIS_MACHINE:
-        return ClusterError(
-            f"no workers on this machine: in {attempts} attempts a process died, or gave no answer, while it "
-            f"started ({type(reason).__name__}: {' '.join(str(reason).split())}). Memory may be short, or "
-            "something stops these processes; fewer of them (--workers), or none (--cluster none), may do"
-        )
-    options = f", with options {', '.join(profile.options)}" if profile.options else ""
-    said = " ".join(str(reason).split())
-    return ClusterError(
-        f"a cluster of kind {profile.kind!r} has not started{options}: {type(reason).__name__}: {said}"
-    )
+    return start(profile, security)
 
 
 def keeps_logs() -> bool:

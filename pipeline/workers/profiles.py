@@ -42,8 +42,14 @@ _KEYS: dict[Kind, set[str]] = {
 }
 """What each kind takes besides ``kind`` and ``device``."""
 
-START_TIMEOUT_S: dict[Kind, float] = {"slurm": 3600, "pbs": 3600, "kubernetes": 600}
-"""How long to wait for the first worker, where jobs queue; else a minute."""
+START_TIMEOUT_S: dict[Kind, float] = {
+    "slurm": 3600,
+    "pbs": 3600,
+    "kubernetes": 600,
+    "local": 180,
+    "cuda": 180,
+}
+"""How long to wait for the first worker, on this machine for all of them to start; else a minute."""
 
 
 def parse_duration(value: Any) -> float:
@@ -177,7 +183,8 @@ class Profile(_Strict):
     shared_folder : str
         Where temporary certificates are written for jobs to read: it must be seen by all hosts.
     start_timeout : duration, optional
-        How long to wait for the first worker. Default: one minute; with jobs, one hour.
+        How long to wait for the first worker. Default: one minute; with jobs, one hour. On this machine, for
+        all of them, and three minutes: silent ones are then killed, and all are started again.
     options : dict
         Of the library's own cluster class, passed through.
     """

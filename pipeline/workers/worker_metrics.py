@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import threading
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
-from distributed import Client, Worker, WorkerPlugin
+from distributed import Client, NannyPlugin, Worker, WorkerPlugin
 from distributed.worker import thread_state
 from threadpoolctl import threadpool_limits
 
@@ -76,6 +77,9 @@ class MetricRequest:
 
 
 logger = logging.getLogger(__name__)
+
+REGISTRATIONS, REGISTERED_AGAIN_AFTER_S = 5, 1.0
+"""How often workers are given a plugin, and the pause in which the scheduler notices that one is gone."""
 
 _lock = threading.Lock()
 _metrics: dict[tuple[MetricRequest, str], Metric] = {}
@@ -134,7 +138,29 @@ def load_counts() -> dict[str, int]:
 
 def prewarm(client: Client, requests: list[MetricRequest]) -> None:
     """Have every worker, also those that join later, load metrics ahead of their first task, or leave."""
-    client.register_plugin(MetricLoader(requests))
+    register_plugin(client, MetricLoader(requests))
+
+
+def register_plugin(client: Client, plugin: WorkerPlugin | NannyPlugin) -> None:
+    """Give a plugin to all workers; once more, where one is lost meanwhile: what replaces it gets it, too.
+
+    Raises
+    ------
+    ClusterError
+        Where workers are lost again and again.
+    """
+    for attempt in range(REGISTRATIONS):
+        try:
+            client.register_plugin(plugin)
+        except OSError as error:  # of a connection: what a plugin raises has another kind
+            if attempt == REGISTRATIONS - 1:
+                raise ClusterError(
+                    f"workers were lost while they started, {REGISTRATIONS} times ({error}): memory may be "
+                    "short, or something ends these processes"
+                ) from error
+            time.sleep(REGISTERED_AGAIN_AFTER_S)
+        else:
+            return
 
 
 def dismiss_unfit_workers(client: Client, requests: Sequence[MetricRequest]) -> None:

@@ -29,7 +29,8 @@ def workflow(tmp_path) -> Path:
     catalog = {"name": "small", "datasets": datasets, "pools": {"All": ["Adv", "Sha"]}}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(catalog))
     text = {"catalog": str(tmp_path / "small.yaml"), "fetch": True, "out": str(tmp_path / "out")}
-    (tmp_path / "workflow.yaml").write_text(yaml.safe_dump(text | {"correlate": {"replicates": 200}}))
+    text |= {"distances": {"size": 96}, "correlate": {"replicates": 200}}
+    (tmp_path / "workflow.yaml").write_text(yaml.safe_dump(text))
     return tmp_path / "workflow.yaml"
 
 
@@ -38,9 +39,9 @@ def run(workflow: Path, *more: object) -> tuple[int, str]:
     return run_lsim("run", workflow, "--data-dir", data, "--metrics", CLASSIC, *more)
 
 
-def test_run_twice_and_after_data_is_added_broken_and_mended(workflow):
+def test_run_twice_and_after_data_is_added_broken_and_mended(workflow, two_workers):
     folder = workflow.parent
-    code, text = run(workflow, "--workers", "2")
+    code, text = run(workflow, "--cluster", two_workers.client.scheduler.address)
     assert code == 0, text
     assert "Spearman" in text
     page = folder / "out" / "results" / "report" / "index.html"
@@ -57,14 +58,14 @@ def test_run_twice_and_after_data_is_added_broken_and_mended(workflow):
     broken = next((folder / "data").rglob("*05.*"))
     kept = broken.read_bytes()
     broken.write_bytes(kept[: len(kept) // 2])
-    code, text = run(workflow)
+    code, text = run(workflow, "--cluster", "none")
     assert code == 3, text
     assert broken.name in text
     assert "nothing to do: 25 distance matrices" in text
     assert broken.name in page.read_text()
 
     broken.write_bytes(kept)
-    code, text = run(workflow)
+    code, text = run(workflow, "--cluster", "none")
     assert code == 0, text
     assert "5 distance matrices computed, 25 up to date" in text
 
@@ -74,9 +75,21 @@ def test_stages_one_by_one_give_what_run_gives(workflow):
     code, text = run(workflow, "--cluster", "none")
     assert code == 0, text
     one = folder / "one"
+    here = ("--cluster", "none")
     steps = [
-        ("convert", folder / "small.yaml", "--out", one / "frames.zarr", "--data-dir", folder / "data"),
-        ("distances", one / "frames.zarr", "--out", one / "distances.zarr", "--metrics", CLASSIC),
+        (
+            "convert",
+            folder / "small.yaml",
+            "--out",
+            one / "frames.zarr",
+            "--data-dir",
+            folder / "data",
+            *here,
+        ),
+        (
+            *("distances", one / "frames.zarr", "--out", one / "distances.zarr"),
+            *("--metrics", CLASSIC, "--size", 96, *here),
+        ),
         ("correlate", one / "distances.zarr", "--out", one / "results", "--replicates", "200"),
         ("report", one / "results"),
     ]

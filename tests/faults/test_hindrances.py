@@ -80,12 +80,12 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on_when_there_is_space(tm
     frames = write_archive(tmp_path / "frames.zarr", archive_of(12, frames=24, size=16))
     compute(frames, tmp_path / "undisturbed.zarr", "l2", "l1")
     where = ("--cluster", "none") if workers == "none" else ("--workers", "1")
-    arguments = ("--metrics", "l2,l1", "--size", "0", "--block", "2", *where)
+    arguments = ("--metrics", "l2,l1", "--size", "0", "--block", "2")
     with small_disk(tmp_path / "disk", "1m") as disk:
         filler = disk / "other_data"
         filler.write_bytes(bytes(860 * 1024))
         out = disk / "d.zarr"
-        code, text = run_lsim("distances", frames, "--out", out, *arguments)
+        code, text = run_lsim("distances", frames, "--out", out, *arguments, *where)
         assert code == 1, text
         assert f"error: {out}: No space left on device" in text
         assert "run the same command again" in text
@@ -94,7 +94,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on_when_there_is_space(tm
             assert verify(out).whole, verify(out).damages
 
         filler.unlink()
-        code, text = run_lsim("distances", frames, "--out", out, *arguments)
+        code, text = run_lsim("distances", frames, "--out", out, *arguments, "--cluster", "none")
         assert code == 0, text
         for name, matrices in matrices_of(tmp_path / "undisturbed.zarr").items():
             np.testing.assert_array_equal(matrices_of(out)[name], matrices)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run_lsim
 from matrices import archive_of, matrices_of, write_archive
 
 from pipeline.distances import compute_distances
@@ -24,7 +25,8 @@ from pipeline.workers.profiles import Profile
 
 METRICS = ("l2", "ssim", "vi")
 SEQUENCES = 60
-SETTINGS = Settings(metrics=METRICS, block=1)
+SIZE = 40
+SETTINGS = Settings(metrics=METRICS, size=SIZE, block=1)
 TOTAL = SEQUENCES * len(METRICS)
 
 
@@ -41,11 +43,22 @@ def undisturbed(frames, tmp_path_factory) -> dict[str, np.ndarray]:
     return matrices_of(out)
 
 
+def arguments(frames: Path, out: Path) -> list[str]:
+    command = ["distances", frames, "--out", out, "--metrics", ",".join(METRICS), "--size", SIZE]
+    return [*map(str, command), "--block", "1"]
+
+
+def go_on(frames: Path, out: Path) -> str:
+    """What the same command says, run again without workers."""
+    code, text = run_lsim(*arguments(frames, out), "--cluster", "none")
+    assert code == 0, text
+    return text
+
+
 def start(frames: Path, out: Path) -> subprocess.Popen:
     command = "from pipeline.cli import main; main()"
-    arguments = ["distances", frames, "--out", out, "--metrics", ",".join(METRICS), "--block", "1"]
     return subprocess.Popen(
-        [sys.executable, "-c", command, *map(str, arguments), "--workers", "2"],
+        [sys.executable, "-c", command, *arguments(frames, out), "--workers", "2"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -102,9 +115,7 @@ def test_driver_killed_then_run_again(tmp_path, frames, undisturbed):
     times = chunk_times(out)
     assert 0 < done.sum() < TOTAL, "the run was over before it was killed: nothing was tested"
 
-    second = start(frames, out)
-    text = second.communicate(timeout=300)[0]
-    assert second.returncode == 0, text
+    text = go_on(frames, out)
     assert f"{TOTAL - done.sum()} distance matrices computed, {done.sum()} up to date" in text
     later = chunk_times(out)
     names = [str(name) for name in store.open_dataset(out, "A/density/provenance")["metric"].values]
@@ -127,10 +138,7 @@ def test_worker_killed_in_mid_run(tmp_path, frames, undisturbed):
     assert_identical(out, undisturbed)
 
     times = chunk_times(out)
-    second = start(frames, out)
-    text = second.communicate(timeout=300)[0]
-    assert second.returncode == 0, text
-    assert "nothing to do" in text
+    assert "nothing to do" in go_on(frames, out)
     assert chunk_times(out) == times
 
 
@@ -143,9 +151,7 @@ def test_interrupt_stops_cleanly_and_says_how_to_go_on(tmp_path, frames, undistu
     assert process.returncode == 130, text
     assert "run the same command again" in text
     assert "Traceback" not in text
-    second = start(frames, out)
-    text = second.communicate(timeout=300)[0]
-    assert second.returncode == 0, text
+    go_on(frames, out)
     assert_identical(out, undisturbed)
 
 

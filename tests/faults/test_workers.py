@@ -34,7 +34,7 @@ def undisturbed(frames: Path, tmp_path_factory: pytest.TempPathFactory) -> np.nd
     """What a run in one process gives, whichever of the tests' metrics it is."""
     with processes(tmp_path_factory.mktemp("undisturbed")) as run:
         out = run.folder / "d.zarr"
-        code, text = run.end(run.lsim(*arguments(frames, out), "--cluster", "none"))
+        code, text = run.lsim_here(*arguments(frames, out), "--cluster", "none")
         assert code == 0, text
         return matrices_of(out)["paced"]
 
@@ -62,12 +62,11 @@ def attempts(run: Processes) -> list[int]:
 def test_a_metric_that_cannot_be_set_up_on_one_worker_is_computed_by_the_others(run, frames, undisturbed):
     _, address = run.scheduler()
     broken = run.worker(address, "broken", **{BROKEN: "1"})
-    run.worker(address, "sound")
+    run.worker(address, "sound", nanny=False)
     run.wait("two workers", lambda: run.said(broken).count("Registered to") == 1, broken)
     run.wait("two workers", lambda: "Registered to" in run.said(run.started[-1]))
     out = run.folder / "d.zarr"
-    driver = run.lsim(*arguments(frames, out, "hindered:Unfit"), "--cluster", address)
-    code, text = run.end(driver)
+    code, text = run.lsim_here(*arguments(frames, out, "hindered:Unfit"), "--cluster", address)
     assert code == 0, text
     assert "left out: worker" in text
     assert "cannot load metric 'hindered:Unfit': RuntimeError: no such device on this machine" in text
@@ -79,9 +78,9 @@ def test_a_metric_that_cannot_be_set_up_on_one_worker_is_computed_by_the_others(
 
 def test_a_metric_that_no_worker_can_set_up_is_an_error(run, frames):
     _, address = run.scheduler()
-    run.worker(address, "broken", **{BROKEN: "1"})
-    driver = run.lsim(*arguments(frames, run.folder / "d.zarr", "hindered:Unfit"), "--cluster", address)
-    code, text = run.end(driver)
+    run.worker(address, "broken", nanny=False, **{BROKEN: "1"})
+    out = run.folder / "d.zarr"
+    code, text = run.lsim_here(*arguments(frames, out, "hindered:Unfit"), "--cluster", address)
     assert code == 1, text
     assert "error: worker" in text
     assert "no such device on this machine" in text
@@ -93,8 +92,7 @@ def test_a_second_driver_is_refused_and_the_first_ends_right(run, frames, undist
     run.pace.seconds = 0.5
     first = run.lsim(*arguments(frames, out), "--cluster", "none")
     run.wait("some matrices", lambda: done(out) > 0, first)
-    second = run.lsim(*arguments(frames, out), "--cluster", "none")
-    code, text = run.end(second)
+    code, text = run.lsim_here(*arguments(frames, out), "--cluster", "none")
     assert code == 1, text
     assert "another run" in text
     assert "Traceback" not in text
@@ -120,7 +118,7 @@ def test_a_driver_that_a_batch_system_ends_finishes_what_runs(run, frames, undis
     # A task that begins in the moment of the signal may be let go: one a worker.
     assert ended - 2 <= there <= ended < SEQUENCES
     run.pace.seconds = 0
-    code, text = run.end(run.lsim(*arguments(frames, out), "--workers", "2"))
+    code, text = run.lsim_here(*arguments(frames, out), "--cluster", "none")
     assert code == 0, text
     assert f"{SEQUENCES - there} distance matrices computed, {there} up to date" in text
     assert sum(attempts(run)) == SEQUENCES + ended - there

@@ -28,6 +28,8 @@ broken in one sequence is raised by its ``read`` as :class:`~pipeline.sources.re
 quarantines that sequence; one that cannot even be listed is given as
 :class:`~pipeline.sources.readers.base.BrokenSequence`. What is wrong with the whole entry is raised by the
 reader and stops the run.
+Weights of pixels are what :meth:`~pipeline.sources.readers.base.LazySequence.read_weights` gives, where a
+reader defines it.
 Options come from ``entry.options``; check them with :func:`pipeline.sources.catalog.reader_options`, for
 which an unknown key is an error. Whatever besides the files decides what is decoded belongs into
 ``settings``.
@@ -241,6 +243,10 @@ class ChannelsOf(LazySequence):
                 f"sequence {self.name}: frames of shape {frames.shape} have no channel {max(self.channels)}"
             )
         return frames[..., list(self.channels)], parameter
+
+    def read_weights(self) -> np.ndarray | None:
+        """Decode the weights of the other sequence: they are those of all channels."""
+        return self.source.read_weights()
 
 
 def _choose_fields(found: list[LazySequence], entry: Dataset, here: str) -> list[LazySequence]:

@@ -214,6 +214,21 @@ class LazySequence(ABC):
             When the sequence is broken.
         """
 
+    def read_weights(self) -> np.ndarray | None:
+        """Decode the weights of pixels in means over them.
+
+        Returns
+        -------
+        ndarray of shape (y, x), or None
+            NaN where a weight is missing. None, unless a reader says otherwise: there are no weights.
+
+        Raises
+        ------
+        ReaderError
+            When there should be some, and they cannot be read.
+        """
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class BrokenSequence(LazySequence):
@@ -291,7 +306,7 @@ def scale_parameter(values: np.ndarray, name: str) -> np.ndarray:
     ReaderError
         Unless there are at least two values, all finite, and each is larger than the one before.
     """
-    values = np.asarray(values, dtype=np.float64)
+    values = np.ma.filled(np.ma.asanyarray(values, dtype=np.float64), np.nan)
     if values.ndim != 1 or values.size < 2:
         raise ReaderError(f"sequence {name}: parameter of shape {values.shape}; expected (n,) with n >= 2")
     if not np.isfinite(values).all():
@@ -299,6 +314,61 @@ def scale_parameter(values: np.ndarray, name: str) -> np.ndarray:
     if not (np.diff(values) > 0).all():
         raise ReaderError(f"sequence {name}: parameter does not rise: {_listed(values)}")
     return (values - values[0]) / (values[-1] - values[0])
+
+
+def checked_weights(weights: np.ndarray, frames: np.ndarray, what: str, path: str) -> np.ndarray:
+    """Check the weights of a sequence's pixels.
+
+    Parameters
+    ----------
+    weights : ndarray of shape (y, x)
+        Numbers. They may be NaN or infinite at pixels that are missing in all frames.
+    frames : ndarray of shape (n, y, x, channel)
+    what, path : str
+        What they are, and in which file, for errors.
+
+    Returns
+    -------
+    ndarray of shape (y, x), float64
+        Finite, not negative: 0 where the weight was not finite.
+
+    Raises
+    ------
+    ReaderError
+        For another shape or kind of numbers, negative weights, weights that are not finite where a frame has
+        a value, and weights that are all 0 there.
+    """
+    if weights.dtype.kind not in "biuf" or weights.shape != frames.shape[1:3]:
+        raise ReaderError(
+            f"{what}: {weights.dtype} of shape {weights.shape}; expected real numbers of the shape (y, x) of "
+            f"the frames, {frames.shape[1:3]}",
+            path,
+        )
+    values = np.array(weights, dtype=np.float64)
+    finite = np.isfinite(values)
+    if negative := int((values < 0).sum()):
+        raise ReaderError(
+            f"{what}: {negative} of {values.size} are negative, down to {np.nanmin(values):g}; expected 0 or "
+            "more, such as areas of cells",
+            path,
+        )
+    used = np.ones(values.shape, dtype=bool)
+    if frames.dtype.kind == "f":
+        used = np.any([np.isfinite(frame).all(axis=-1) for frame in frames], axis=0)
+    if (lost := used & ~finite).any():
+        y, x = np.argwhere(lost)[0]
+        raise ReaderError(
+            f"{what}: {int(lost.sum())} of {values.size} are missing or not finite where frames have values, "
+            f"the first at y {y}, x {x}; expected a number there: 0 for pixels that shall not count",
+            path,
+        )
+    values[~finite] = 0
+    if not (values[used] > 0).any():
+        raise ReaderError(
+            f"{what}: all are 0 where frames have values; expected some above 0, or leave the option out",
+            path,
+        )
+    return values
 
 
 def with_channel(frames: np.ndarray) -> np.ndarray:

@@ -8,7 +8,8 @@ dots (``run1.density.npz``).
 
 Options: ``field`` (default "frames"), ``arrays`` (field: key, for NPZ files with several fields;
 default ``{<field>: frames}``), ``parameter`` (the key of the parameter, default "parameter", or a list of
-numbers that holds for all sequences).
+numbers that holds for all sequences), ``weights`` (the key of an array (y, x) in each NPZ file that weights
+the pixels in means; default none).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class StackOptions(BaseModel):
     field: str = "frames"
     arrays: dict[str, str] = {}
     parameter: str | list[float] = "parameter"
+    weights: str | None = None
 
 
 def read(entry: Dataset, folder: Path) -> list[LazySequence]:
@@ -76,7 +78,9 @@ def read(entry: Dataset, folder: Path) -> list[LazySequence]:
                 name=name,
                 field=field,
                 files=tuple(files),
-                settings={"key": key, "parameter": options.parameter},
+                # Records of before say nothing of weights.
+                settings={"key": key, "parameter": options.parameter}
+                | ({"weights": options.weights} if options.weights is not None else {}),
             )
             for field, key in arrays.items()
         ]
@@ -117,3 +121,14 @@ class StackSequence(LazySequence):
         if len(scaled) != len(frames):
             raise ReaderError(f"{len(frames)} frames, but {len(scaled)} values of the parameter", path)
         return with_channel(frames), scaled
+
+    def read_weights(self) -> np.ndarray | None:
+        """Decode the array of weights."""
+        path, key = self.files[0].path, self.settings.get("weights")
+        if key is None:
+            return None
+        if path.lower().endswith(".npy"):
+            raise ReaderError(f"a single array, without weights {key!r}; expected an NPZ file of both", path)
+        with decoding(path):
+            (weights,) = load_npz(path, [key], self.most_bytes)
+        return weights

@@ -19,6 +19,9 @@ Options
     numbers that holds for all sequences; default "parameter".
 ``fill`` : number that replaces missing values, whatever ``missing`` says; default none: they are NaN. It
     counts as data, also where frames are normalised. A frame without any value is refused all the same.
+``weights`` : name of a variable or coordinate over y and x, or one of them, that weights the pixels in means,
+    such as areas of cells; or ``cos(NAME)``, the cosine of one that is a latitude. An angle is no weight by
+    itself, and is refused. Default: no weights.
 ``group`` : group of the file or store.
 ``engine`` : xarray's name of the format, where it can't tell.
 """
@@ -27,6 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +65,14 @@ VERSION = "1"
 _ENDINGS = (".nc", ".nc4", ".cdf", ".h5", ".hdf5", ".zarr")
 _RULES = "missing_rules"
 """Key of a sequence's settings for the version of the rules by which its values were decoded."""
+_COSINE = re.compile(r"cos\((.+)\)")
+_DEGREES = frozenset({"deg", "degree", "degrees", "arc_degree", "degree_angle"})
+_RADIANS = frozenset({"rad", "radian", "radians"})
+_COMPASS = re.compile(r"degrees?_?(north|south|east|west|true|[nsew])", re.IGNORECASE)
+_ANGLES = frozenset({"lat", "latitude", "lon", "longitude"})
+"""Names that say what a variable without units is."""
+_POLE = 90.001
+"""Largest latitude in degrees: coordinates are often rounded."""
 _ZARR_DOCUMENTS = ("zarr.json", ".zgroup", ".zmetadata")
 
 
@@ -85,6 +97,7 @@ class XarrayOptions(BaseModel):
     variables: list[str] | dict[str, str] = []
     parameter: str | list[float] = "parameter"
     fill: float | None = Field(None, allow_inf_nan=False)
+    weights: str | None = Field(None, min_length=1)
     group: str | None = None
     engine: str | None = None
 
@@ -127,8 +140,7 @@ class LabelledSequence(LazySequence):
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Decode the variable at this index, and its parameter."""
-        path = self.files[0].path
-        options = XarrayOptions.model_validate({k: v for k, v in self.settings.items() if k != _RULES})
+        path, options = self.files[0].path, self._options()
         dims = options.dims
         with (
             decoding(path, f"{self.variable} "),
@@ -150,6 +162,47 @@ class LabelledSequence(LazySequence):
             if options.fill is not None:
                 frames[np.isnan(frames)] = options.fill
         return frames if frames.ndim == 4 else frames[..., None], scaled
+
+    def read_weights(self) -> np.ndarray | None:
+        """Decode the variable that weights the pixels, or take the cosine of the one that is a latitude."""
+        path, options = self.files[0].path, self._options()
+        if options.weights is None:
+            return None
+        dims = options.dims
+        cosine = _COSINE.fullmatch(options.weights)
+        name = cosine.group(1) if cosine else options.weights
+        with (
+            decoding(path, f"weights {name!r} "),
+            _open(Path(path), options.group, options.engine) as dataset,
+        ):
+            if name not in dataset.variables:
+                raise ReaderError(f"no variable {name!r} for weights; found {_names(dataset)}", path)
+            data = dataset[name]
+            if not data.dims or not set(data.dims) <= {dims.y, dims.x}:
+                raise ReaderError(
+                    f"weights {name!r} have dims {data.dims}; expected {dims.y} and {dims.x}, or one of "
+                    "them: weights are those of the pixels of all frames",
+                    path,
+                )
+            values, _ = self._values(data, options, None)
+            labelled = {str(dim): length for dim, length in dataset[self.variable].sizes.items()}
+            over = [dims.y, dims.x]
+            units = _units_of_angle(data)
+        try:
+            if cosine:
+                values = _cosine(values, units)
+            else:
+                _refuse_angle(data, units)
+        except ReaderError as error:
+            raise ReaderError(f"weights {options.weights!r}: {error.reason}", path) from error
+        if data.dims == (dims.y,):
+            values = values[:, None]
+        elif data.dims == (dims.x, dims.y):
+            values = values.T
+        return np.broadcast_to(values, tuple(labelled[dim] for dim in over))
+
+    def _options(self) -> XarrayOptions:
+        return XarrayOptions.model_validate({k: v for k, v in self.settings.items() if k != _RULES})
 
     def _parameter(self, dataset: xr.Dataset, options: XarrayOptions) -> np.ndarray:
         """Decode the parameter, of which no value may be missing."""
@@ -198,6 +251,49 @@ class LabelledSequence(LazySequence):
             return decode(data.values, coding, [lengths.get(str(dim)) for dim in data.dims])
         except ReaderError as error:
             raise ReaderError(f"variable {data.name!r}: {error.reason}", path) from error
+
+
+def _units_of_angle(data: xr.DataArray) -> str:
+    """Tell the units of a variable: "degrees", "radians", "others", or empty where none are stated."""
+    text = str(data.attrs.get("units", "")).strip()
+    if text.lower() in _RADIANS:
+        return "radians"
+    if text.lower() in _DEGREES or _COMPASS.fullmatch(text):
+        return "degrees"
+    return "others" if text else ""
+
+
+def _refuse_angle(data: xr.DataArray, units: str) -> None:
+    """Raise :class:`ReaderError` for weights that are angles."""
+    names = {str(data.name).lower(), str(data.attrs.get("standard_name", "")).lower()}
+    if units in ("degrees", "radians") or (not units and names & _ANGLES):
+        raise ReaderError(
+            f"an angle ({f'units {units}' if units else 'by its name'}) is no weight; expected "
+            f"areas of cells or the like, or cos({data.name}), the cosine of a latitude"
+        )
+
+
+def _cosine(values: np.ndarray, units: str) -> np.ndarray:
+    """Take the cosine of latitudes; without units they are degrees where one is above π/2.
+
+    Raises
+    ------
+    ReaderError
+        When they are no latitudes, or nothing tells degrees from radians.
+    """
+    if values.dtype.kind not in "iuf" or units == "others":
+        raise ReaderError(f"{values.dtype} in other units than degrees or radians; expected latitudes")
+    latitude = np.asarray(values, dtype=np.float64)
+    largest = float(np.nanmax(np.abs(latitude), initial=0))
+    if not units and largest <= np.pi / 2:
+        raise ReaderError(
+            f"values up to {largest:g} without units may be degrees or radians; expected the attribute "
+            "units, such as degrees_north; or weights that are stored as a variable"
+        )
+    degrees = np.rad2deg(latitude) if units == "radians" else latitude
+    if np.nanmax(np.abs(degrees), initial=0) > _POLE:
+        raise ReaderError(f"values up to {largest:g}; expected latitudes, from -90 to 90 degrees")
+    return np.maximum(np.cos(np.deg2rad(degrees)), 0)
 
 
 def _coding_of(
@@ -319,12 +415,15 @@ def _sequences_of(
             labels = map(str, decode(dataset[along].values, coding)[0])
         names = [label if alone else f"{stem}/{label}" for label in labels]
     units = dataset[variable].attrs.get("units")
+    settings = options.model_dump()
+    if options.weights is None:
+        del settings["weights"]  # records of before say nothing of it
     return [
         LabelledSequence(
             name=name,
             field=field,
             files=(file,),
-            settings={**options.model_dump(), _RULES: RULES_VERSION},
+            settings={**settings, _RULES: RULES_VERSION},
             attributes={"units": printable(str(units))[:100]} if units is not None else {},
             variable=variable,
             index=index,
