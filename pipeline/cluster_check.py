@@ -1,7 +1,7 @@
-"""Whether a cluster is fit for a run, and what a run on it would take: ``lsim cluster check``.
+"""Check that a cluster is fit for a run, and estimate the time of a run: ``lsim cluster check``.
 
-What is measured is the real thing: the metrics are loaded on every worker, and distances of a small archive
-are computed by all of them, through the same stage as those of a big one.
+The check measures the real thing: every worker loads the metrics, and all workers compute distances of a
+small archive, through the same stage as those of a big one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,32 +34,32 @@ from pipeline.workers.profiles import ACROSS_HOSTS, ClusterError, Profile
 from pipeline.workers.worker_metrics import MetricRequest, get_metric
 
 MUST_AGREE = ("lsim", "torch", "zarr")
-"""Packages of which another version computes or stores otherwise."""
+"""Packages whose versions must agree: another version may give or store other results."""
 MUST_UNDERSTAND = ("dask", "distributed")
-"""Packages whose first number must agree: processes of others don't understand one another."""
+"""Packages whose major versions must agree: otherwise processes cannot communicate."""
 
 SEQUENCES_PER_THREAD = 2
-"""Of the measurement."""
+"""Sequences that are measured."""
 SAMPLE_BYTES = 2**31
-"""Of frames that are measured of a field, at most; but for one sequence."""
+"""Largest size of a field's measured frames; one sequence is measured at any size."""
 LOADING_S = 600
-"""How long a worker may take to load the metrics."""
+"""Seconds after which a worker that loads the metrics counts as failed."""
 
 
 @dataclass(frozen=True)
 class WorkerFindings:
-    """One worker.
+    """Properties of one worker.
 
     Attributes
     ----------
     name, address, host : str
     threads : int
     device : str
-        Where it has the metrics.
+        Device of the metrics.
     versions : dict of str to str
-        As :func:`pipeline.storage.versions.versions` gives them.
+        See :func:`pipeline.storage.versions.versions`.
     load_s : float
-        Seconds until it had loaded the metrics.
+        Seconds that it took to load the metrics; NaN where it failed.
     """
 
     name: str
@@ -73,18 +73,18 @@ class WorkerFindings:
 
 @dataclass(frozen=True)
 class FieldEstimate:
-    """What distances of one field would take on this cluster.
+    """Estimated time of one field's distances on this cluster.
 
     Attributes
     ----------
     key : str
         ``<dataset>/<field>``.
     sequences, frames, blocks : int
-        Sequences, frames in each, and blocks of sequences.
+        Number of sequences, of frames in each, and of blocks of sequences.
     sequence_s : float
-        Seconds that one thread takes for a sequence, while all are busy.
+        Seconds that one thread takes for a sequence while all threads are busy.
     total_s : float
-        Seconds for all of them, on all threads.
+        Seconds for all sequences on all threads.
     """
 
     key: str
@@ -95,42 +95,58 @@ class FieldEstimate:
     total_s: float
 
 
-@dataclass
+@dataclass(frozen=True)
+class Inspection:
+    """Workers of a cluster, and where they differ from this process.
+
+    Attributes
+    ----------
+    workers : list of WorkerFindings
+    errors, warnings : list of str
+        Differences that make a run fail, and others.
+    """
+
+    workers: list[WorkerFindings]
+    errors: list[str]
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
 class ClusterFindings:
-    """What :func:`check_cluster` found.
+    """Results of :func:`check_cluster`.
 
     Attributes
     ----------
     cluster : dict
-        As results record it.
+        The cluster, as results record it.
     workers : list of WorkerFindings
     expected : int
-        Workers that the profile asks for.
+        Workers that the profile requests.
     start_s : float
-        Seconds until they were there.
+        Seconds until they had started.
     errors, warnings : list of str
-        Versions that differ from those here, so that a run would fail, or might.
+        Faults that make a run fail, and others, such as versions that differ from those of this process.
     metrics : list of str
-        Those that were loaded.
+        Metrics that were loaded.
     unavailable : dict of str to str
-        Those that weren't, and why.
+        Metrics that were not loaded, with the reason.
     estimates : list of FieldEstimate
-        Of the measured field, or of those of the store that was given.
+        The measured field, or all fields of the store that was passed.
     """
 
-    cluster: dict[str, Any] = field(default_factory=dict)
-    workers: list[WorkerFindings] = field(default_factory=list)
-    expected: int = 1
-    start_s: float = 0.0
-    errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    metrics: list[str] = field(default_factory=list)
-    unavailable: dict[str, str] = field(default_factory=dict)
-    estimates: list[FieldEstimate] = field(default_factory=list)
+    cluster: dict[str, Any]
+    workers: list[WorkerFindings]
+    expected: int
+    start_s: float
+    errors: list[str]
+    warnings: list[str]
+    metrics: list[str]
+    unavailable: dict[str, str]
+    estimates: list[FieldEstimate]
 
     @property
     def threads(self) -> int:
-        """Of all workers."""
+        """Threads of all workers together."""
         return sum(worker.threads for worker in self.workers)
 
 
@@ -141,18 +157,19 @@ def check_cluster(
     folder: str | os.PathLike[str] | None = None,
     frames: str | os.PathLike[str] | None = None,
 ) -> ClusterFindings:
-    """Start a cluster, look at its workers, and measure them.
+    """Start a cluster, inspect its workers, and measure them.
 
     Parameters
     ----------
     profile : Profile
     settings : Settings, optional
-        Of the distances that are measured; default all metrics.
+        Settings of the distances that are measured; default all metrics.
     folder : path, optional
-        Where a small archive may lie for the time of the check: a folder that all workers see. Default for
-        workers of this machine: one of its own; for others it must be said.
+        Folder that all workers see, for a small archive during the check. Required unless all workers run on
+        this machine; there the default is a temporary folder.
     frames : path or address, optional
-        A ``frames.zarr``, of which some sequences are measured, and all estimated. Default: built-in shapes.
+        A ``frames.zarr``: some of its sequences are measured, and all are estimated. Default: built-in
+        shapes.
 
     Returns
     -------
@@ -162,92 +179,131 @@ def check_cluster(
     Raises
     ------
     ClusterError
-        When no worker comes, or one cannot import this package.
+        When no worker starts, or one cannot import this package.
     ValueError, pipeline.storage.store.StoreError
-        For metrics that aren't there, and for a store that is none.
+        For unknown metrics, and for ``frames`` that are no store.
     """
     settings = settings or Settings()
-    pool = Cluster(profile)  # starts nothing, but finds its faults
+    pool = Cluster(profile)  # starts nothing, but finds faults of the profile
     if folder is None and profile.kind in (*ACROSS_HOSTS, "address"):
         raise ClusterError(
-            f"a cluster of kind {profile.kind!r} is checked with --folder, that all workers see"
+            f"checking a cluster of kind {profile.kind!r} needs --folder, a folder that all workers see"
         )
-    chosen = choose_metrics(settings)
+    selection = choose_metrics(settings)
     if frames is not None:
         checked_fields(store.open_store(absolute(frames)), frames)
-    found = ClusterFindings(metrics=[m.name for m in chosen.metrics], unavailable=chosen.unavailable)
     with pool as cluster:
-        began = time.perf_counter()
-        client = cluster.client
-        if client is not None:
-            found.expected = profile.asked_for.minimum
-            with contextlib.suppress(TimeoutError):  # those that have come are looked at
-                client.wait_for_workers(found.expected, timeout=profile.wait_s)
-        found.start_s = time.perf_counter() - began
-        _look_at_workers(client, list(chosen.requests.values()), found)
-        found.cluster = cluster.describe()
-        if not found.errors:
-            with _folder_of(folder) as there:
-                found.estimates = list(_measure(cluster, settings, there, frames, found))
-    return found
+        expected, start_s = _await_workers(cluster, profile)
+        inspection = inspect_workers(cluster.client, list(selection.requests.values()))
+        description = cluster.describe()
+        warnings, estimates = list(inspection.warnings), []
+        if not inspection.errors:
+            threads = sum(worker.threads for worker in inspection.workers)
+            with _temporary_folder(folder) as temporary:
+                for number, sample in enumerate(_samples(frames, SEQUENCES_PER_THREAD * threads)):
+                    place = temporary / str(number)
+                    estimate, warning = _measure(cluster, settings, place, sample, threads)
+                    estimates.append(estimate)
+                    warnings += warning
+    return ClusterFindings(
+        cluster=description,
+        workers=inspection.workers,
+        expected=expected,
+        start_s=start_s,
+        errors=inspection.errors,
+        warnings=warnings,
+        metrics=[metric.name for metric in selection.metrics],
+        unavailable=selection.unavailable,
+        estimates=estimates,
+    )
+
+
+def _await_workers(cluster: Cluster, profile: Profile) -> tuple[int, float]:
+    """Wait for the workers that a profile requests; return their number and the seconds."""
+    began = time.perf_counter()
+    client, expected = cluster.client, 1
+    if client is not None:
+        expected = profile.asked_for.minimum
+        with contextlib.suppress(TimeoutError):  # the workers that have started are inspected
+            client.wait_for_workers(expected, timeout=profile.wait_s)
+    return expected, time.perf_counter() - began
 
 
 # ---------------------------------------------------------------- workers
 
 
-def _look_at_workers(client: Any, requests: list[MetricRequest], found: ClusterFindings) -> None:
-    here = versions()
+def inspect_workers(client: Any, requests: list[MetricRequest]) -> Inspection:
+    """Load metrics on every worker, and compare the workers' versions with those of this process.
+
+    Parameters
+    ----------
+    client : dask.distributed.Client or None
+        None where this process computes by itself.
+    requests : list of MetricRequest
+
+    Raises
+    ------
+    ClusterError
+        When a worker cannot import this package.
+    """
+    own = versions()
     if client is None:
         load_s, device = timed_load(requests)
-        found.workers = [WorkerFindings("this process", "", platform.node(), 1, device, here, load_s)]
-        return
-    known = client.scheduler_info(n_workers=-1)["workers"]
-    abroad = client.run(versions, on_error="return")
-    for address, answer in abroad.items():
+        return Inspection(
+            [WorkerFindings("this process", "", platform.node(), 1, device, own, load_s)], [], []
+        )
+    info = client.scheduler_info(n_workers=-1)["workers"]
+    versions_of = client.run(versions, on_error="return")
+    for address, answer in versions_of.items():
         if isinstance(answer, BaseException):
             raise ClusterError(
                 f"worker {address} cannot import this package: {type(answer).__name__}: {answer}"
             ) from answer
     loads = {
-        address: client.submit(timed_load, requests, workers=[address], pure=False) for address in abroad
+        address: client.submit(timed_load, requests, workers=[address], pure=False) for address in versions_of
     }
+    inspection = Inspection([], [], [])
     for address, future in loads.items():
-        about = known[address]
-        fault = _fault(client, future, address)
+        name = str(info[address]["name"])
+        fault = _find_fault(client, future, address)
         if fault:
-            found.errors.append(f"worker {about['name']}: {fault}")
-            load_s, device = float("nan"), "none"
-        else:
-            load_s, device = future.result()
-        host = about["host"]
-        found.workers.append(
+            inspection.errors.append(f"worker {name}: {fault}")
+        load_s, device = (float("nan"), "none") if fault else future.result()
+        inspection.workers.append(
             WorkerFindings(
-                str(about["name"]), address, host, about["nthreads"], device, abroad[address], load_s
+                name=name,
+                address=address,
+                host=info[address]["host"],
+                threads=info[address]["nthreads"],
+                device=device,
+                versions=versions_of[address],
+                load_s=load_s,
             )
         )
-        errors, warnings = compare_versions(here, abroad[address])
-        found.errors += [f"worker {about['name']}: {line}" for line in errors]
-        found.warnings += [f"worker {about['name']}: {line}" for line in warnings]
+        errors, warnings = compare_versions(own, versions_of[address])
+        inspection.errors.extend(f"worker {name}: {line}" for line in errors)
+        inspection.warnings.extend(f"worker {name}: {line}" for line in warnings)
+    return inspection
 
 
-def _fault(client: Any, future: Any, address: str) -> str:
-    """Why a worker has not loaded the metrics; empty when it has.
+def _find_fault(client: Any, future: Any, address: str) -> str:
+    """Wait until a worker has loaded the metrics; return the reason where it fails, else an empty string.
 
-    A worker that dies of it is started again at another address, where nobody computes this future.
+    A worker that crashes is started again at another address, where the future is not computed.
     """
     deadline = time.monotonic() + LOADING_S
     while not future.done():
         if address not in client.nthreads():
-            return "it has ended while it loaded the metrics"
+            return "it ended while it loaded the metrics"
         if time.monotonic() > deadline:
-            return f"it has not loaded the metrics within {LOADING_S} s"
+            return f"it did not load the metrics within {LOADING_S} s"
         time.sleep(0.1)
     error = future.exception(timeout=LOADING_S)
     return "" if error is None else str(error)
 
 
 def timed_load(requests: list[MetricRequest]) -> tuple[float, str]:
-    """Load metrics as this worker keeps them; seconds, and on which device. Runs on a worker."""
+    """Load metrics into this worker's memory; return the seconds and the device. Runs on a worker."""
     began = time.perf_counter()
     metrics = [get_metric(request) for request in requests]
     device = metrics[0].device if metrics else torch.device("cpu")
@@ -255,26 +311,27 @@ def timed_load(requests: list[MetricRequest]) -> tuple[float, str]:
     return time.perf_counter() - began, f"{device} ({kind})"
 
 
-def compare_versions(here: Mapping[str, str], there: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """What differs between two processes: what would make a run fail, and what is only worth knowing.
+def compare_versions(own: Mapping[str, str], other: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Compare the versions of two processes.
 
     Parameters
     ----------
-    here, there : dict of str to str
-        As :func:`pipeline.storage.versions.versions` gives them.
+    own, other : dict of str to str
+        Versions of this process and of a worker, see :func:`pipeline.storage.versions.versions`.
 
     Returns
     -------
     errors, warnings : list of str
+        Differences that would make a run fail, and others.
     """
     errors, warnings = [], []
-    for name in sorted(here.keys() | there.keys()):
-        mine, theirs = here.get(name, "none"), there.get(name, "none")
+    for name in sorted(own.keys() | other.keys()):
+        mine, theirs = own.get(name, "none"), other.get(name, "none")
         if mine == theirs:
             continue
         text = f"{name} {theirs}, here {mine}"
-        unlike = mine.partition(".")[0] != theirs.partition(".")[0]
-        if name in MUST_AGREE or (name in MUST_UNDERSTAND and unlike):
+        other_major = mine.partition(".")[0] != theirs.partition(".")[0]
+        if name in MUST_AGREE or (name in MUST_UNDERSTAND and other_major):
             errors.append(text)
         else:
             warnings.append(text)
@@ -284,52 +341,67 @@ def compare_versions(here: Mapping[str, str], there: Mapping[str, str]) -> tuple
 # ---------------------------------------------------------------- measuring
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """Some sequences of a field.
+
+    ``sequences`` yields frames (frame, y, x, channel), ``parameter`` has shape (sequence, frame), and
+    ``total`` is the number of sequences of the whole field.
+    """
+
+    key: str
+    sequences: Iterable[np.ndarray]
+    parameter: np.ndarray
+    total: int
+
+
 @contextlib.contextmanager
-def _folder_of(folder: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """A new folder within one that all workers see, gone at the end."""
-    with tempfile.TemporaryDirectory(prefix="lsim-check-", dir=folder) as made:
-        yield Path(made).absolute()
+def _temporary_folder(folder: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """Make a folder within one that all workers see, and remove it at the end."""
+    with tempfile.TemporaryDirectory(prefix="lsim-check-", dir=folder) as path:
+        yield Path(path).absolute()
 
 
 def _measure(
-    cluster: Cluster,
-    settings: Settings,
-    folder: Path,
-    frames: str | os.PathLike[str] | None,
-    found: ClusterFindings,
-) -> Iterator[FieldEstimate]:
-    """Compute a few sequences of each field on all workers at once: what one costs while all are busy."""
-    threads = found.threads
-    wanted = SEQUENCES_PER_THREAD * threads
+    cluster: Cluster, settings: Settings, folder: Path, sample: _Sample, threads: int
+) -> tuple[FieldEstimate, list[str]]:
+    """Compute a sample on all workers at once; return the estimate for its field, and warnings."""
+    key = sample.key
+    folder.mkdir()
+    source, out = folder / "frames.zarr", folder / "second.zarr"
+    write_sample(source, key, sample.sequences, sample.parameter)
     single = settings.model_copy(update={"block": 1})
-    for number, (key, sample, parameter, count) in enumerate(_samples(frames, wanted)):
-        source = folder / f"frames-{number}.zarr"
-        write_sample(source, key, sample, parameter)
-        measured, length_of_one = parameter.shape
-        # The first time, kernels are compiled.
-        compute_distances(source, folder / f"first-{number}.zarr", single, cluster=cluster)
-        out = folder / f"second-{number}.zarr"
-        report = compute_distances(source, out, single, cluster=cluster)
-        done = _computed(store.get_group(store.open_store(out), key))
-        for failure in report.failures:
-            if (failure.metric, failure.sequence) not in done:
-                raise ClusterError(f"{key}: {failure.metric} failed on the cluster: {failure.reason}")
-        if report.failures:
-            failure = report.failures[0]
-            found.warnings.append(
-                f"{key}: {failure.metric} cannot compare all frames of sequence {failure.sequence}: "
-                f"{failure.reason}"
-            )
-        runs: Any = store.open_store(out).attrs["runs"]
-        spent = sum(runs[-1]["seconds_by_stage"].values()) / measured
-        length = block_size(max(spent, 1e-6), count, threads, length_of_one).sequences
-        yield FieldEstimate(
-            key, count, length_of_one, -(-count // length), spent, count * spent / max(threads, 1)
-        )
+    # The first run compiles kernels, the second is measured.
+    compute_distances(source, folder / "first.zarr", single, cluster=cluster)
+    report = compute_distances(source, out, single, cluster=cluster)
+
+    # Distances that are missing from a finished block are the frames' fault, others are the cluster's.
+    finished = _finished_rows(store.get_group(store.open_store(out), key))
+    for failure in report.failures:
+        if (failure.metric, failure.sequence) not in finished:
+            raise ClusterError(f"{key}: {failure.metric} failed on the cluster: {failure.reason}")
+    warnings = [
+        f"{key}: {failure.metric} cannot compare all frames of sequence {failure.sequence}: {failure.reason}"
+        for failure in report.failures[:1]
+    ]
+
+    runs: Any = store.open_store(out).attrs["runs"]
+    measured, frames = sample.parameter.shape
+    sequence_s = sum(runs[-1]["seconds_by_stage"].values()) / measured
+    block = block_size(max(sequence_s, 1e-6), sample.total, threads, frames).sequences
+    estimate = FieldEstimate(
+        key=key,
+        sequences=sample.total,
+        frames=frames,
+        blocks=-(-sample.total // block),
+        sequence_s=sequence_s,
+        total_s=sample.total * sequence_s / max(threads, 1),
+    )
+    return estimate, warnings
 
 
-def _computed(group: store.Group) -> set[tuple[str, str]]:
-    """Metrics and sequences that are done, whatever came out: what is missing there is the frames' fault."""
+def _finished_rows(group: store.Group) -> set[tuple[str, str]]:
+    """List the metrics and sequences with a fingerprint: their block is finished."""
     provenance = store.get_group(group, schema.PROVENANCE)
     metrics = store.read(store.get_array(provenance, schema.METRIC))
     sequences = store.read(store.get_array(group, schema.SEQUENCE))
@@ -337,34 +409,37 @@ def _computed(group: store.Group) -> set[tuple[str, str]]:
     return {(str(metrics[index]), str(sequences[row])) for index, row in np.argwhere(fingerprints != "")}
 
 
-def _samples(
-    frames: str | os.PathLike[str] | None, wanted: int
-) -> Iterator[tuple[str, Iterable[np.ndarray], np.ndarray, int]]:
-    """Key, frames (frame, y, x, channel) of some sequences, their parameters; how many there are in all."""
+def _samples(frames: str | os.PathLike[str] | None, count: int) -> Iterator[_Sample]:
+    """Sample up to ``count`` sequences of each field of a store, or of built-in shapes."""
     if frames is None:
-        made = simulate_families("shapes", wanted)
-        for name, values in made.frames.items():
-            yield f"Shapes/{name}", values, np.tile(made.parameter, (wanted, 1)), wanted
+        shapes = simulate_families("shapes", count)
+        for name, values in shapes.frames.items():
+            yield _Sample(f"Shapes/{name}", values, np.tile(shapes.parameter, (count, 1)), count)
         return
     location = absolute(frames)
     root = store.open_store(location)
     for key in checked_fields(root, location):
         group = store.get_group(root, key)
         array = store.get_array(group, schema.FRAMES)
-        count = array.shape[0]
-        of_one = math.prod(array.shape[1:]) * array.dtype.itemsize
-        rows = min(count, wanted, max(1, SAMPLE_BYTES // of_one))
+        total = array.shape[0]
+        sequence_bytes = math.prod(array.shape[1:]) * array.dtype.itemsize
+        rows = min(total, count, max(1, SAMPLE_BYTES // sequence_bytes))
         parameter = store.read(store.get_array(group, schema.PARAMETER), slice(0, rows))
-        yield key, (store.read(array, row) for row in range(rows)), parameter, count
+        yield _Sample(key, _read_rows(array, rows), parameter, total)
+
+
+def _read_rows(array: store.Array, rows: int) -> Iterator[np.ndarray]:
+    for row in range(rows):
+        yield store.read(array, row)
 
 
 def write_sample(path: Path, key: str, sequences: Iterable[np.ndarray], parameter: np.ndarray) -> None:
-    """A ``frames.zarr`` of one field, written a sequence at a time.
+    """Write a ``frames.zarr`` of one field, a sequence at a time.
 
     Parameters
     ----------
     path : path
-        Made.
+        Store to create.
     key : str
         ``<dataset>/<field>``.
     sequences : iterable of ndarray of shape (frame, y, x, channel)

@@ -25,7 +25,7 @@ from matrices import archive_of, write_archive
 from ssh_server import ssh_server
 
 from pipeline import cluster_check
-from pipeline.cluster_check import ClusterFindings, _look_at_workers, check_cluster, compare_versions
+from pipeline.cluster_check import check_cluster, compare_versions, inspect_workers
 from pipeline.distances import Settings, compute_distances
 from pipeline.stage.bounded_map import run_bounded
 from pipeline.workers import cluster as cluster_module
@@ -677,13 +677,12 @@ def test_check_wants_a_folder_that_all_workers_see():
 
 def test_a_worker_that_dies_of_loading_is_found_by_the_check():
     request = request_of("hindered:Fatal")
-    found = ClusterFindings()
     with one_sound_worker_and_hindered_ones("HINDERED_FATAL") as (cluster, client):
         cluster.scale(2)
         client.wait_for_workers(2, timeout=120)
-        _look_at_workers(client, [request], found)
-    assert len(found.workers) == 2
-    (error,) = found.errors
+        inspection = inspect_workers(client, [request])
+    assert len(inspection.workers) == 2
+    (error,) = inspection.errors
     assert "ended while it loaded the metrics" in error
 
 

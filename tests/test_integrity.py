@@ -22,15 +22,16 @@ from PIL import Image
 
 from pipeline import cli
 from pipeline.convert import convert
-from pipeline.correlate import _read, correlate
+from pipeline.correlate import correlate
+from pipeline.correlate.archive import read_archive
 from pipeline.distances import compute_distances, list_failures
 from pipeline.matrix import MatrixRequest, compute_matrix, embeddings, list_matrix_failures
 from pipeline.matrix.embeddings import compute_embeddings, list_embedding_failures, load_embeddings
 from pipeline.matrix.neighbours import find_neighbours
 from pipeline.metrics.fields import checked_fields
 from pipeline.metrics.settings import Settings
-from pipeline.report.contents import ReportError, read_record
 from pipeline.report.matrix import gather_matrices
+from pipeline.report.reading import ReportError, read_record
 from pipeline.sources.catalog import open_catalog
 from pipeline.storage import recorded, schema, store
 from pipeline.storage.checked_frames import read_sequence
@@ -173,7 +174,7 @@ def assert_nothing_is_silent(path: Path, read: Callable[[], Any], changes: Itera
 
 def read_distances(path: Path) -> Any:
     """Read what correlate does; None where it names damage, or what is not computed."""
-    archive = _read(str(path))
+    archive = read_archive(str(path))
     problems = [field.problems for field in archive.fields]
     if archive.damaged or recorded.NOT_COMPUTED in str(problems):
         return None

@@ -16,7 +16,7 @@ from synthetic import make_distances, make_frames, parameters, random_distances,
 
 from pipeline.correlate import correlate
 from pipeline.report import ReportError, pictures, write_report
-from pipeline.report.contents import Strip
+from pipeline.report.reading import Strip
 from pipeline.storage import store
 from pipeline.storage.checked_frames import content_hash
 

@@ -147,8 +147,8 @@ def test_more_fields_than_colours_share_the_last():
     classes, hues, legend = maps.by_field([f"A/{k}" for k in range(12)])
     assert classes.tolist() == [*range(8), 7, 7, 7, 7]
     assert len(hues) == 8
-    assert [entry["label"] for entry in legend] == [*(f"A/{k}" for k in range(7)), "others"]
-    assert [entry["label"] for entry in maps.by_field([f"A/{k}" for k in range(8)])[2]][-1] == "A/7"
+    assert [entry.label for entry in legend] == [*(f"A/{k}" for k in range(7)), "others"]
+    assert [entry.label for entry in maps.by_field([f"A/{k}" for k in range(8)])[2]][-1] == "A/7"
 
 
 def test_without_frames_there_are_names_and_no_pictures(tmp_path):
@@ -183,7 +183,7 @@ def test_of_many_frames_some_sequences_are_shown_and_landmarks_place_them(tmp_pa
     assert matrix.count == 132
     assert list(dict.fromkeys(matrix.sequences)) == ["a0", "a3", "a6", "a8", "a11"]
     assert matrix.numbers.tolist() == [*range(11)] * 5
-    found = matrix.maps[0].found
+    found = matrix.maps[0].frame_map
     assert len(found.landmarks) > 10
     assert found.explained == pytest.approx(1)
     whole = store.read(store.get_array(store.open_store(path), "A/x/lsim"))

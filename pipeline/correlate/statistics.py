@@ -1,9 +1,9 @@
-"""Correlations of distances with ground truth, and how sure they are: plain functions on arrays.
+"""Correlations of distances with ground truth and their uncertainty, as plain functions on arrays.
 
-Nothing here knows a store, a file or a name. Arrays have the axes ``(sequence, pair)`` until sequences
-are pooled; pooled values are flat, with a ``unit`` index beside them that says which of them are
-resampled together. Pairs within one sequence are dependent (they share frames), so uncertainty comes
-from a cluster bootstrap: whole units are drawn with replacement, never single pairs.
+The functions know no store, file or name. Arrays have the axes ``(sequence, pair)`` until sequences are
+pooled; pooled values are flat, with a ``unit`` index beside them: pairs of one unit are resampled together.
+Pairs within one sequence are dependent (they share frames), so uncertainty comes from a cluster bootstrap:
+whole units are drawn with replacement, never single pairs.
 """
 
 from __future__ import annotations
@@ -26,15 +26,19 @@ PER_SEQUENCE = ("pearson", "spearman")
 """Statistics that are also taken per sequence, as mean and standard deviation."""
 
 SMALLEST_SPREAD = 1e-3
-"""Standard error, at least, of a difference between correlations: the last digit that tables show. Metrics
-that hardly differ have replicates of zero and few others, and would widen the intervals of all."""
+"""Smallest standard error of a difference between correlations: the last digit that tables show. Metrics that
+hardly differ have mostly replicates of zero, and would widen the intervals of all."""
 
 MINIMUM_UNITS = 3
-"""With fewer units than this there is no interval: two outcomes to draw from say nothing of a spread."""
+"""With fewer units there is no interval: two units show no spread to resample."""
 
 
 def reference_pairs(frames: int) -> Pairs:
-    """The pairs ``(0, j)``, ``j = 1 … frames - 1``: the reference against every other frame.
+    """List the pairs ``(0, j)``, ``j = 1 … frames - 1``: the reference against every other frame.
+
+    Parameters
+    ----------
+    frames : int
 
     Returns
     -------
@@ -45,21 +49,40 @@ def reference_pairs(frames: int) -> Pairs:
 
 
 def all_pairs(frames: int) -> Pairs:
-    """The pairs ``(i, j)``, ``i < j``, row by row; the diagonal is never among them."""
+    """List the pairs ``(i, j)``, ``i < j``, row by row; the diagonal is not among them.
+
+    Parameters
+    ----------
+    frames : int
+
+    Returns
+    -------
+    tuple of two ndarrays of shape (pair,)
+    """
     return np.triu_indices(frames, k=1)
 
 
 PAIRS: dict[str, Callable[[int], Pairs]] = {"published": reference_pairs, "all-pairs": all_pairs}
-"""Which pairs a protocol compares."""
+"""Function that lists the pairs of a protocol."""
 
 
 def select_pairs(matrices: np.ndarray, pairs: Pairs) -> np.ndarray:
-    """Distances ``(sequence, pair)`` of distance matrices ``(sequence, frame, frame)``, as float64."""
+    """Take the pairs of distance matrices.
+
+    Parameters
+    ----------
+    matrices : ndarray of shape (sequence, frame, frame)
+    pairs : pair of ndarrays of shape (pair,)
+
+    Returns
+    -------
+    ndarray of shape (sequence, pair), float64
+    """
     return matrices[:, pairs[0], pairs[1]].astype(np.float64)
 
 
 def ground_truth(parameter: np.ndarray, pairs: Pairs) -> np.ndarray:
-    """Differences of the parameter, ``|p_j − p_i|``, rounded to single precision.
+    """Compute differences of the parameter, ``|p_j − p_i|``, rounded to single precision.
 
     The published evaluation holds them in single precision. That matters for ranks: 0.3 − 0.2 and
     0.1 − 0 are the same step of the parameter, yet differ in the last bit of a double.
@@ -78,7 +101,7 @@ def ground_truth(parameter: np.ndarray, pairs: Pairs) -> np.ndarray:
 
 
 def reasons_to_leave_out(distances: np.ndarray, pairs: Pairs) -> list[str]:
-    """Why a sequence cannot be correlated; an empty string where it can.
+    """Give the reason why each sequence cannot be correlated; an empty string where it can.
 
     Parameters
     ----------
@@ -92,14 +115,14 @@ def reasons_to_leave_out(distances: np.ndarray, pairs: Pairs) -> list[str]:
     """
     reasons = []
     for row in distances:
-        broken = np.flatnonzero(~np.isfinite(row))
+        non_finite = np.flatnonzero(~np.isfinite(row))
         if row.size == 0:
             reasons.append("has no pairs: a single frame")
-        elif broken.size:
-            first = broken[0]
+        elif non_finite.size:
+            first = non_finite[0]
+            count = f" ({non_finite.size} of {row.size} pairs are not finite)" if non_finite.size > 1 else ""
             reasons.append(
-                f"distance of frames {pairs[0][first]} and {pairs[1][first]} is {row[first]:g}"
-                + (f" ({broken.size} of {row.size} pairs are not finite)" if broken.size > 1 else "")
+                f"distance of frames {pairs[0][first]} and {pairs[1][first]} is {row[first]:g}{count}"
             )
         elif row.max() == row.min():
             reasons.append(f"all {row.size} distances are {row[0]:g}: a constant has no correlation")
@@ -111,7 +134,7 @@ def reasons_to_leave_out(distances: np.ndarray, pairs: Pairs) -> list[str]:
 def scale(distances: np.ndarray) -> np.ndarray:
     """Scale each sequence's distances to [0.1, 1], its smallest to 0.1 and its largest to 1.
 
-    Only so scaled can distances of different sequences be pooled. The formula and the order of its
+    Distances of different sequences can be pooled only when scaled. The formula and the order of its
     operations are those of the published evaluation (Kohl et al. 2020), so that ties are the same.
 
     Parameters
@@ -129,7 +152,7 @@ def scale(distances: np.ndarray) -> np.ndarray:
 
 
 def pooled_inputs(matrices: np.ndarray, parameter: np.ndarray, protocol: str) -> tuple[np.ndarray, ...]:
-    """Scaled distances and ground truth of sequences, ready to be pooled.
+    """Compute scaled distances and ground truth of sequences, ready to be pooled.
 
     Parameters
     ----------
@@ -147,7 +170,9 @@ def pooled_inputs(matrices: np.ndarray, parameter: np.ndarray, protocol: str) ->
 
 
 def correlation(x: np.ndarray, y: np.ndarray, statistic: str) -> float:
-    """Correlation of two flat arrays; ties share their mean rank (Spearman) or count as in tau-b (Kendall).
+    """Correlate two flat arrays.
+
+    Ties share their mean rank (Spearman) or count as in tau-b (Kendall).
 
     Parameters
     ----------
@@ -176,7 +201,7 @@ def correlation(x: np.ndarray, y: np.ndarray, statistic: str) -> float:
 
 
 def sequence_correlations(x: np.ndarray, y: np.ndarray, statistic: str) -> np.ndarray:
-    """Correlation of each row of ``x`` with the same row of ``y``.
+    """Correlate each row of ``x`` with the same row of ``y``.
 
     Parameters
     ----------
@@ -204,8 +229,8 @@ def collapse_strata(strata: np.ndarray) -> np.ndarray:
     """Merge strata of fewer than :data:`MINIMUM_UNITS` units with one another.
 
     A stratum of one unit would be drawn unchanged every time and feign certainty. Small strata are
-    merged, as is usual in stratified surveys, which errs on the side of too wide an interval; what is
-    small even so joins the smallest of the others.
+    merged, as is usual in stratified surveys, which errs on the side of too wide an interval. If the merged
+    stratum is still too small, it joins the smallest of the others.
 
     Parameters
     ----------
@@ -225,9 +250,9 @@ def collapse_strata(strata: np.ndarray) -> np.ndarray:
 
 
 def draw_weights(strata: np.ndarray, replicates: int, seed: int) -> np.ndarray:
-    """How often each unit is drawn in each bootstrap replicate.
+    """Draw how often each unit counts in each bootstrap replicate.
 
-    Within each stratum as many units are drawn, with replacement, as it has. The same strata and seed
+    From each stratum as many units are drawn, with replacement, as it has. The same strata and seed
     give the same draws, so that two metrics are compared on the same resamples.
 
     Parameters
@@ -251,7 +276,7 @@ def draw_weights(strata: np.ndarray, replicates: int, seed: int) -> np.ndarray:
 
 
 def bootstrap_pearson(x: np.ndarray, y: np.ndarray, unit: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Pearson correlation of every replicate, exactly, from sums per unit.
+    """Compute the Pearson correlation of every replicate, exactly, from sums per unit.
 
     Parameters
     ----------
@@ -276,10 +301,10 @@ def bootstrap_pearson(x: np.ndarray, y: np.ndarray, unit: np.ndarray, weights: n
 def bootstrap_ranks(
     x: np.ndarray, y: np.ndarray, unit: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Spearman and Kendall (tau-b) correlation of every replicate.
+    """Compute the Spearman and Kendall (tau-b) correlations of every replicate.
 
-    Exactly those of the resampled pairs: every replicate is ranked anew, ties included. The pairs are
-    sorted once only; drawing a unit k times is a weight k on its pairs.
+    They are exactly those of the resampled pairs: every replicate is ranked anew, ties included. The pairs
+    are sorted only once, and a unit that is drawn k times gives its pairs the weight k.
 
     Parameters
     ----------
@@ -307,7 +332,7 @@ def bootstrap_ranks(
 def _rank_statistics(
     weights: np.ndarray, unit: np.ndarray, ties_end: np.ndarray, y_level: np.ndarray, levels: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted Spearman and tau-b; pairs come in rising x, runs of equal x end at ``ties_end``."""
+    """Compute weighted Spearman and tau-b of pairs in rising x, where runs of equal x end at ``ties_end``."""
     replicates = weights.shape[0]
     spearman = np.full(replicates, np.nan)
     kendall = np.full(replicates, np.nan)
@@ -328,7 +353,7 @@ def _rank_statistics(
             y_squares += count[level] * y_rank[level] ** 2
             y_ties += count[level] ** 2
 
-        # One walk in rising x. `tree` (Fenwick) counts the pairs already passed by their level of y.
+        # Walk through the pairs in rising x. `tree` (Fenwick) counts the passed pairs by their level of y.
         tree = np.zeros(levels + 1)
         passed = 0.0
         x_squares = 0.0
@@ -381,7 +406,7 @@ def _rank_statistics(
 def bootstrap_mean_std(
     values: np.ndarray, unit: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation (of the population, as published) of every replicate.
+    """Compute mean and standard deviation (of the population, as published) of every replicate.
 
     Parameters
     ----------
@@ -403,10 +428,10 @@ def bootstrap_mean_std(
 
 
 def interval(replicates: np.ndarray, value: float, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of bootstrap replicates, widened to hold the value itself where it must be.
+    """Compute the percentile interval of bootstrap replicates, widened to hold the value itself.
 
-    It must where resampling shifts a statistic by more than it spreads: a unit drawn twice ties with
-    itself, which lifts a rank correlation that is nearly 1 by a little, and a standard deviation shrinks.
+    Resampling can shift a statistic by more than it spreads: a unit that is drawn twice ties with itself,
+    which lifts a rank correlation near 1 a little, and lowers a standard deviation.
 
     Parameters
     ----------
@@ -436,9 +461,9 @@ class Comparisons:
     ----------
     differences : ndarray of shape (comparison,)
     replicates : ndarray of shape (comparison, replicate)
-        Of all comparisons on the same draws.
+        All comparisons have the same draws.
     strata : ndarray of shape (unit,), int
-        That the draws were made in, see :func:`draw_weights`.
+        Strata of the draws, see :func:`draw_weights`.
     """
 
     differences: np.ndarray
@@ -449,25 +474,26 @@ class Comparisons:
 def simultaneous_intervals(families: Sequence[Comparisons], level: float = 0.95) -> list[np.ndarray]:
     """Give intervals that hold all true differences at once, with probability ``level``.
 
-    Whichever comparison is looked at for what the data showed, such as that of the best metric with the
-    next, is one of them. An interval is the difference ± c standard errors, those of its replicates; c is the
-    quantile of the largest studentised deviation of any comparison in a replicate (max-T; Romano & Wolf 2005,
+    So they hold as well for a comparison that the data pick, such as that of the best metric with the next.
+    An interval is the difference ± c standard errors of its replicates. c is the quantile of the largest
+    studentised deviation of any comparison in a replicate (max-T; Romano & Wolf 2005,
     doi:10.1111/j.1468-0262.2005.00615.x; Montiel Olea & Plagborg-Møller 2019, doi:10.1002/jae.2656). As
-    replicates of few units spread too little, c is widened as Student's quantile is against the normal one
-    (Hesterberg 2015, doi:10.1080/00031305.2015.1089789).
+    replicates of few units spread too little, c is widened by the ratio of Student's quantile to the normal
+    one (Hesterberg 2015, doi:10.1080/00031305.2015.1089789).
 
     Parameters
     ----------
     families : sequence of Comparisons
-        One for every set of sequences that comparisons are on. Families have draws of their own, so the
-        chance of an error is shared out among them by their comparisons (Bonferroni).
+        One for every set of sequences that metrics are compared on. Families have different draws, so the
+        chance of an error is divided among them by their number of comparisons (Bonferroni).
     level : float
 
     Returns
     -------
     list of ndarray of shape (comparison, 2)
         Low and high, by family. NaN where a comparison or any of its replicates is NaN, or there are none;
-        these don't widen those of others. Metrics that are the same in all replicates differ by [0, 0].
+        such comparisons don't widen the intervals of others. [0, 0] for metrics that are equal in all
+        replicates.
 
     Examples
     --------
@@ -479,27 +505,28 @@ def simultaneous_intervals(families: Sequence[Comparisons], level: float = 0.95)
     >>> [bool(low > 0) for low, high in intervals]
     [False, False, True]
     """
-    known = [_has_interval(family) for family in families]
-    count = sum(int(some.sum()) for some in known)
-    found = []
-    for family, some in zip(families, known, strict=True):
+    finite = [_is_finite(family) for family in families]
+    count = sum(int(is_finite.sum()) for is_finite in finite)
+    by_family = []
+    for family, is_finite in zip(families, finite, strict=True):
         intervals = np.full((len(family.differences), 2), np.nan)
-        if some.any():
-            share = some.sum() / count
-            intervals[some] = _within_family(family, some, 1 - (1 - level) * share)
-        found.append(intervals)
-    return found
+        if is_finite.any():
+            share = is_finite.sum() / count
+            intervals[is_finite] = _within_family(family, is_finite, 1 - (1 - level) * share)
+        by_family.append(intervals)
+    return by_family
 
 
-def _has_interval(family: Comparisons) -> np.ndarray:
-    """Which comparisons have a difference and replicates without NaN."""
+def _is_finite(family: Comparisons) -> np.ndarray:
+    """Flag comparisons whose difference and replicates are all finite; none without replicates."""
     if family.replicates.shape[1] == 0:
         return np.zeros(len(family.differences), bool)
     return np.isfinite(family.differences) & np.isfinite(family.replicates).all(axis=1)
 
 
-def _within_family(family: Comparisons, some: np.ndarray, level: float) -> np.ndarray:
-    differences, replicates = family.differences[some], family.replicates[some]
+def _within_family(family: Comparisons, selected: np.ndarray, level: float) -> np.ndarray:
+    """Compute the simultaneous intervals of the selected comparisons of one family."""
+    differences, replicates = family.differences[selected], family.replicates[selected]
     units = family.strata.size
     freedom = max(units - np.unique(family.strata).size, 1)
     errors = np.maximum(replicates.std(axis=1), SMALLEST_SPREAD)

@@ -1,7 +1,11 @@
 """The report: correlations, distances and frames → one self-contained HTML page and CSV tables.
 
-The page opens from disk without a network: style and pictures are inside it. It shows what the stores
-hold and computes nothing that the correlation stage computes, save each sequence's own correlation.
+The page opens from disk without a network: style and pictures are inside it. It shows the contents of the
+stores and computes nothing that the correlation stage computes, save each sequence's own correlation.
+
+``reading`` reads stores and tables, ``ranking`` ranks metrics, ``provenance`` collects how results were made,
+and ``contents`` gathers all of it for the page; ``pictures`` draws it. ``matrix`` and ``maps`` do the same
+for matrices of all frames.
 """
 
 from __future__ import annotations
@@ -14,9 +18,11 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from pipeline.report import contents, maps, pictures
-from pipeline.report.contents import ReportError
+from pipeline.report import maps, pictures, text
+from pipeline.report.contents import gather
+from pipeline.report.markdown import write_markdown
 from pipeline.report.matrix import MatrixContents, gather_matrices, is_matrix
+from pipeline.report.reading import ReportError
 from pipeline.sources.local_folder import local_folder
 from pipeline.storage.address import absolute, is_address, join
 from pipeline.storage.csv_tables import write_csv
@@ -24,7 +30,7 @@ from pipeline.storage.csv_tables import write_csv
 __all__ = ["DamagedReportError", "ReportError", "is_matrix", "write_matrix_report", "write_report"]
 
 NAMED = 5
-"""Of what is damaged, in an error; the page names all."""
+"""Damaged distances that an error names; the page names all."""
 TITLE = "Which metric ranks simulations best?"
 MATRIX_TITLE = "What lies near what?"
 MAP = "map"
@@ -34,7 +40,7 @@ MARKDOWN = "correlations.md"
 
 
 class DamagedReportError(ReportError):
-    """A report that is written, and shows less than there should be: the message names what is damaged."""
+    """A report that was written without damaged distances; the message names them."""
 
 
 def write_report(
@@ -60,7 +66,7 @@ def write_report(
     statistic : {"spearman", "pearson", "kendall"}
         What metrics are ranked by.
     title : str, optional
-        Of the page; default the question that it answers.
+        Title of the page; default the question that it answers.
     matrix : path or address, optional
         A ``matrix.zarr`` whose maps are shown as well.
 
@@ -75,46 +81,50 @@ def write_report(
     Raises
     ------
     ReportError
-        When there are no correlations in ``results`` or they are damaged, the distances aren't where they
-        say, or ``protocol`` or ``statistic`` is not among them.
+        When there are no correlations in ``results`` or they are damaged, the distances are not where the
+        record says, or ``protocol`` or ``statistic`` is not among the results.
     DamagedReportError
-        Once the page is written, when it leaves out distances that are not as they were written.
+        After the page is written, when it leaves out distances that differ from what was written.
     """
     location = absolute(results)
     place = join(location, "report") if out is None else absolute(out)
     with local_folder(location) as folder:
-        found = contents.gather(location, folder, protocol, statistic)
-    maps_of = None if matrix is None else gather_matrices(absolute(matrix))
+        contents = gather(location, folder, protocol, statistic)
+    matrices = None if matrix is None else gather_matrices(absolute(matrix))
     page = _render(
         "page.html.jinja",
-        pictures=pictures.draw(found),
+        pictures=pictures.draw_pictures(contents),
         heading=title or TITLE,
-        **_matrix_section(maps_of),
-        **vars(found),
+        **_matrix_section(matrices),
+        **vars(contents),
     )
+    tables: dict[str, pd.DataFrame] = dict(contents.tables)
+    damaged = list(contents.damaged)
+    if matrices is not None:
+        tables[MAP] = matrices.table
+        damaged += matrices.damaged
     with local_folder(place) as folder:
         folder.mkdir(parents=True, exist_ok=True)
-        tables: dict[str, pd.DataFrame] = found.tables | ({MAP: maps_of.table} if maps_of is not None else {})
         for name, table in tables.items():
             write_csv(table, folder / f"{name}.csv")
-        (folder / MARKDOWN).write_text(contents.markdown(found), encoding="utf-8")
-        (folder / PICTURE).write_bytes(pictures.overview(found))
+        (folder / MARKDOWN).write_text(write_markdown(contents), encoding="utf-8")
+        (folder / PICTURE).write_bytes(pictures.overview(contents))
         _write_page(folder, page)
-    _refuse_damaged(place, [*found.damaged, *(maps_of.damaged if maps_of is not None else [])])
+    _refuse_damaged(place, damaged)
     return join(place, PAGE) if is_address(place) else Path(place, PAGE)
 
 
 def write_matrix_report(
     matrix: str | os.PathLike[str], out: str | os.PathLike[str], *, title: str | None = None
 ) -> Path | str:
-    """Write the report of a matrix of all frames: its maps, what lies near what, and what made it.
+    """Write the report of a matrix of all frames: its maps, nearest frames, and how it was made.
 
     Parameters
     ----------
     matrix : path or address
-        A ``matrix.zarr``. It names its ``frames.zarr``; without that, there are no pictures of frames.
+        A ``matrix.zarr``. It names its ``frames.zarr``, without which there are no pictures of frames.
     out : path or address
-        Folder of the page, ``index.html``, and of ``map.csv``, where each frame lies on each map.
+        Folder of the page, ``index.html``, and of ``map.csv`` with the position of each frame on each map.
     title : str, optional
 
     Returns
@@ -125,48 +135,48 @@ def write_matrix_report(
     Raises
     ------
     ReportError
-        When this is no matrix of all frames, or it has no distances yet.
+        When ``matrix`` is no matrix of all frames, or has no distances yet.
     DamagedReportError
-        Once the page is written, when it leaves out distances that are not as they were written.
+        After the page is written, when it leaves out distances that differ from what was written.
     """
-    found = gather_matrices(absolute(matrix))
+    matrices = gather_matrices(absolute(matrix))
     place = absolute(out)
-    page = _render("matrix_page.html.jinja", heading=title or MATRIX_TITLE, **_matrix_section(found))
+    page = _render("matrix_page.html.jinja", heading=title or MATRIX_TITLE, **_matrix_section(matrices))
     with local_folder(place) as folder:
         folder.mkdir(parents=True, exist_ok=True)
-        write_csv(found.table, folder / f"{MAP}.csv")
+        write_csv(matrices.table, folder / f"{MAP}.csv")
         _write_page(folder, page)
-    _refuse_damaged(place, found.damaged)
+    _refuse_damaged(place, matrices.damaged)
     return join(place, PAGE) if is_address(place) else Path(place, PAGE)
 
 
 def _refuse_damaged(place: str, damaged: list[str]) -> None:
-    """Raise :class:`DamagedReportError` where a page that is written leaves out what is damaged."""
+    """Raise :class:`DamagedReportError` where the page leaves out damaged distances."""
     if damaged:
         more = f"; and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
         raise DamagedReportError(
             f"{join(place, PAGE)} is written without what is damaged: {'; '.join(damaged[:NAMED])}{more}; "
-            "'lsim verify' lists all that is damaged in a store"
+            "'lsim verify' lists all damage in a store"
         )
 
 
-def _matrix_section(found: MatrixContents | None) -> dict[str, Any]:
-    """Give the section on matrices its values; it is left out where there are none."""
-    return {"maps": found, "matrix_pictures": None if found is None else maps.draw_matrices(found)}
+def _matrix_section(matrices: MatrixContents | None) -> dict[str, Any]:
+    """Make the values of the section on matrices; it is left out where there are none."""
+    return {"maps": matrices, "matrix_pictures": None if matrices is None else maps.draw_matrices(matrices)}
 
 
-def _render(template: str, **told: Any) -> str:
+def _render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("pipeline.report", "."),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-        finalize=contents.shown,
+        finalize=text.escape_controls,
     )
-    environment.filters |= {"number": contents.number, "range": contents.number_range}
+    environment.filters |= {"number": text.number, "range": text.number_range}
     style = resources.files("pipeline.report").joinpath("style.css").read_text()
-    return environment.get_template(template).render(style=style, **told)
+    return environment.get_template(template).render(style=style, **values)
 
 
 def _write_page(folder: Path, page: str) -> None:

@@ -1,7 +1,7 @@
-"""What the report shows of an archive: maps of its matrices, and what lies near a few references.
+"""Gather what the report shows of a ``matrix.zarr``: maps, and the nearest frames of a few references.
 
-An archive may be too large to be shown whole. Of a matrix with more than :data:`SHOWN_FRAMES` frames some
-sequences are shown, evenly spaced, and no more than a few rows of it are read, some chunks at a time.
+A matrix may be too large to be shown whole. Of one with more than :data:`SHOWN_FRAMES` frames evenly spaced
+sequences are shown, and only a few of its rows are read, some chunks at a time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from pipeline.matrix.neighbours import (
     neighbours_of,
 )
 from pipeline.metrics.resolution import list_unresolved
-from pipeline.report.contents import ReportError, find_frames
+from pipeline.report.reading import ReportError, find_frames
 from pipeline.storage import schema, store
 from pipeline.storage.checked_frames import NOT_READ, check_bound, read_sequence
 from pipeline.storage.recorded import CheckedMatrix, labels_of_blocks
@@ -35,49 +35,49 @@ from pipeline.storage.recorded import CheckedMatrix, labels_of_blocks
 SHOWN_MATRICES = 12
 """Matrices beyond this many are named; the page must stay small."""
 SHOWN_FRAMES = 3000
-"""Frames of a matrix that are on its map."""
+"""Largest number of frames on the map of a matrix."""
 SMALL_MAPS = 8
-"""Metrics with a map besides the first; the others are named."""
+"""Metrics with a map besides the first; others are named."""
 MARKED = 8
-"""Frames of a map that are shown."""
+"""Frames of a map with a number and a picture."""
 REFERENCES, NEAREST = 3, 6
-"""References of which the nearest frames are shown, and how many."""
+"""Number of references whose nearest frames are shown, and of these frames."""
 
 
 @dataclass(frozen=True)
 class MetricMap:
-    """A metric's map, or why there is none."""
+    """A metric's map, or the reason why there is none."""
 
     metric: str
-    found: mds.FrameMap | None
+    frame_map: mds.FrameMap | None
     reason: str
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of an archive, with what the page draws of it.
+    """One matrix, with what the page draws of it.
 
     Attributes
     ----------
     key : str
     count : int
-        Frames of the matrix.
+        Number of frames in the matrix.
     fields, sequences : list of str
-        Of each frame that is shown.
-    numbers, parameter : ndarray
-        The same.
+        Field and sequence of each frame on the map.
+    numbers, parameter : ndarray of shape (frame,)
+        Number within its sequence, and parameter, of each frame on the map.
     maps : list of MetricMap
         The leading metric's first.
     not_mapped : list of str
-        Metrics without a map, as there are many.
+        Metrics beyond those with a map.
     marked : list of int
-        Which of the frames shown are looked at.
+        Positions of the frames with a number and a picture.
     nearest : list of Neighbours
-        Of a few references, in other sequences.
+        Nearest frames of a few references, in other sequences.
     left_out : list of str
         Tiles that don't count, with the reason.
     directed : list of str
-        Metrics of which both directions are kept.
+        Metrics whose two directions are both stored.
     """
 
     key: str
@@ -95,11 +95,36 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class MatrixContents:
-    """Everything that the page shows of an archive, under the names that its template uses.
+class FailedFrames:
+    """Frames of a sequence that have no distances for one reason, with the metrics this holds for."""
 
-    ``frames_by_name`` holds the frames that are shown, (y, x, channel), where they could be read; ``table``
-    has where each frame lies on each map.
+    matrix: str
+    field: str
+    sequence: str
+    reason: str
+    metrics: list[str]
+    frames: list[int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the matrix stage."""
+
+    started: str
+    seconds: str
+    tiles: str
+    embeddings: str
+    profile: str
+    workers: str
+    stages: str
+
+
+@dataclass(frozen=True)
+class MatrixContents:
+    """Everything that the page shows of a ``matrix.zarr``, under the names that its template uses.
+
+    ``frames_by_name`` holds the frames with a picture, (y, x, channel), where they could be read; ``table``
+    has the position of each frame on each map.
     """
 
     title: str
@@ -109,10 +134,10 @@ class MatrixContents:
     metrics: list[str]
     scope: str
     weighted: list[str]
-    failures: list[dict[str, Any]]
+    failures: list[FailedFrames]
     unresolved: list[str]
     unavailable: dict[str, str]
-    runs: list[dict[str, Any]]
+    runs: list[Run]
     plans: list[str]
     specifications: dict[str, str]
     frames_by_name: dict[str, np.ndarray]
@@ -122,17 +147,17 @@ class MatrixContents:
 
 
 def is_matrix(path: str | os.PathLike[str]) -> bool:
-    """Whether there is an ``matrix.zarr`` at a path or address."""
+    """Tell whether there is a ``matrix.zarr`` at a path or address."""
     return store.exists(path) and store.open_store(path).attrs.get("kind") == schema.MATRIX_STORE
 
 
 def gather_matrices(path: str | os.PathLike[str]) -> MatrixContents:
-    """Read all that the report shows of an archive.
+    """Read all that the report shows of a ``matrix.zarr``.
 
     Raises
     ------
     ReportError
-        When there is no archive at ``path``, or it has no distances yet.
+        When there is no such store at ``path``, or it has no distances yet.
     """
     root = store.open_store(path)
     attributes: dict[str, Any] = dict(root.attrs)
@@ -147,9 +172,9 @@ def gather_matrices(path: str | os.PathLike[str]) -> MatrixContents:
     if not metrics:
         raise ReportError(f"{path}: no matrix has distances yet")
     store.check_documents(root)
-    matrices = [_matrix(root, key) for key in keys[:SHOWN_MATRICES]]
+    matrices = [_gather_matrix(root, key) for key in keys[:SHOWN_MATRICES]]
     frames, missing_frames = find_frames(path, attributes)
-    frames_by_name, damage = _read_frames(frames, matrices) if frames is not None else ({}, "")
+    frames_by_name, damage = _read_pictured_frames(frames, matrices) if frames is not None else ({}, "")
     plans = attributes.get("plan", [])
     return MatrixContents(
         title=str(attributes.get("title") or ""),
@@ -159,29 +184,29 @@ def gather_matrices(path: str | os.PathLike[str]) -> MatrixContents:
         metrics=_leading_first(metrics),
         scope=_scope_in_words(attributes.get("scope")),
         weighted=_weighted(path),
-        failures=[failure for key, group in groups.items() for failure in _failures(key, group)],
-        unresolved=[str(one) for one in list_unresolved(root)],
+        failures=[failure for key, group in groups.items() for failure in _list_failures(key, group)],
+        unresolved=[str(unresolved) for unresolved in list_unresolved(root)],
         unavailable={str(k): str(v) for k, v in attributes.get("unavailable", {}).items()},
-        runs=[_run(run) for run in attributes.get("runs", [])],
+        runs=[_describe_run(run) for run in attributes.get("runs", [])],
         plans=[str(plan) for plan in plans] if isinstance(plans, list) else [str(plans)],
         specifications=_specifications(path),
         frames_by_name=frames_by_name,
         missing_frames=missing_frames or damage,
         damaged=[text for matrix in matrices for text in matrix.left_out],
-        table=_table(matrices),
+        table=_tabulate_maps(matrices),
     )
 
 
-def say_how_much(found: mds.FrameMap) -> str:
-    """How much of the distances a map shows, in a sentence or two."""
-    if np.isnan(found.explained):
+def say_how_much(frame_map: mds.FrameMap) -> str:
+    """Say how much of the distances a map shows, in a sentence or two."""
+    if np.isnan(frame_map.explained):
         return "All frames are the same to this metric."
-    share = f"{100 * found.explained:.0f} %"
-    if found.explained > 0.995:
+    share = f"{100 * frame_map.explained:.0f} %"
+    if frame_map.explained > 0.995:
         return f"The two axes hold {share} of the variance: the map is all there is."
-    if found.explained >= 0.8:
+    if frame_map.explained >= 0.8:
         return f"The two axes hold {share} of the variance: what is near on the map is near."
-    if found.explained >= 0.5:
+    if frame_map.explained >= 0.5:
         return f"The two axes hold {share} of the variance: most of what tells frames apart, not all of it."
     return (
         f"The two axes hold only {share} of the variance: frames that are near on the map may be far from "
@@ -189,21 +214,29 @@ def say_how_much(found: mds.FrameMap) -> str:
     )
 
 
-def _matrix(root: store.Group, key: str) -> Matrix:
+def _gather_matrix(root: store.Group, key: str) -> Matrix:
+    """Read one matrix: labels of the frames on its map, maps, and nearest frames of a few references."""
     group = store.get_group(root, key)
     count = store.get_array(group, schema.NUMBER).shape[0]
-    shown = _sample(group, count)
+    shown = _choose_frames(group, count)
     fields, sequences, numbers, parameter = (
-        _picked(store.get_array(group, name), shown)
+        _read_at(store.get_array(group, name), shown)
         for name in (schema.FIELD, schema.SEQUENCE, schema.NUMBER, schema.PARAMETER)
     )
     names = _leading_first(metrics_of(group))
     labels = labels_of_blocks(group, store.get_array(group, names[0]).chunks[0]) if names else []
     checked = [CheckedMatrix(root, key, name, labels) for name in names]
-    for one in checked:
-        one.check_records()
-    maps = [_map(one, shown) for one in checked[: 1 + SMALL_MAPS]]
-    first = next((one for one in maps if one.found is not None), None)
+    for metric_matrix in checked:
+        metric_matrix.check_records()
+
+    # The first metric that has a map marks frames and gives the nearest.
+    maps = [_make_map(metric_matrix, shown) for metric_matrix in checked[: 1 + SMALL_MAPS]]
+    marked, leading = [], None
+    for metric_map in maps:
+        if metric_map.frame_map is not None:
+            marked = mds.spread(metric_map.frame_map.positions, MARKED)
+            leading = metric_map.metric
+            break
     matrix = Matrix(
         key=key,
         count=count,
@@ -213,112 +246,117 @@ def _matrix(root: store.Group, key: str) -> Matrix:
         parameter=parameter.astype(float),
         maps=maps,
         not_mapped=names[1 + SMALL_MAPS :],
-        marked=mds.spread(first.found.positions, MARKED) if first and first.found else [],
+        marked=marked,
         nearest=[],
         left_out=[],
-        directed=[one.metric for one in checked if one.directed],
+        directed=[metric_matrix.metric for metric_matrix in checked if metric_matrix.directed],
     )
-    if first is not None:
-        matrix.nearest.extend(_nearest(root, matrix, shown, first.metric))
-    left_out = [*(one.left_out for one in checked), *(near.left_out for near in matrix.nearest)]
-    matrix.left_out.extend(dict.fromkeys(text for texts in left_out for text in texts))
-    return matrix
+    nearest = list(_find_nearest(root, matrix, shown, leading)) if leading is not None else []
+    damage = [text for metric_matrix in checked for text in metric_matrix.left_out]
+    damage += [text for neighbours in nearest for text in neighbours.left_out]
+    return replace(matrix, nearest=nearest, left_out=list(dict.fromkeys(damage)))
 
 
 def _leading_first(names: Sequence[str]) -> list[str]:
+    """Move the metric that leads the page to the front."""
     if not names:
         return []
     first = leading_metric(names)
     return [first, *(name for name in names if name != first)]
 
 
-# -- Which frames -------------------------------------------------------------------------------------
+# -- Frames on the map --------------------------------------------------------------------------------
 
 
-def _sample(group: store.Group, count: int) -> np.ndarray:
-    """Frames to be shown: all, or those of sequences that are evenly spaced."""
+def _choose_frames(group: store.Group, count: int) -> np.ndarray:
+    """Choose the frames on the map: all, or those of evenly spaced sequences."""
     if count <= SHOWN_FRAMES:
         return np.arange(count)
+    bounds = [*_sequence_starts(group, count), count]
+    longest = int(max(np.diff(bounds)))
+    sequences = min(max(1, SHOWN_FRAMES // longest), len(bounds) - 1)
+    positions = np.unique(np.linspace(0, len(bounds) - 2, sequences).round().astype(int))
+    return np.concatenate([np.arange(bounds[k], bounds[k + 1]) for k in positions])[:SHOWN_FRAMES]
+
+
+def _sequence_starts(group: store.Group, count: int) -> list[int]:
+    """List the first frame of each sequence; labels are read some at a time."""
     starts = [0]
     last: tuple[str, str] | None = None
-    names = (store.get_array(group, schema.FIELD), store.get_array(group, schema.SEQUENCE))
+    fields, sequences = store.get_array(group, schema.FIELD), store.get_array(group, schema.SEQUENCE)
     for begin in range(0, count, NAMES_TOGETHER):
         part = slice(begin, min(begin + NAMES_TOGETHER, count))
-        for position, pair in enumerate(
-            zip(*(store.read(a, part).tolist() for a in names), strict=True), begin
-        ):
+        labels = zip(store.read(fields, part).tolist(), store.read(sequences, part).tolist(), strict=True)
+        for position, pair in enumerate(labels, begin):
             if last is not None and pair != last:
                 starts.append(position)
             last = pair
-    bounds = [*starts, count]
-    longest = max(np.diff(bounds))
-    kept = max(1, SHOWN_FRAMES // int(longest))
-    chosen = np.unique(np.linspace(0, len(starts) - 1, min(kept, len(starts))).round().astype(int))
-    return np.concatenate([np.arange(bounds[k], bounds[k + 1]) for k in chosen])[:SHOWN_FRAMES]
+    return starts
 
 
-def _picked(array: store.Array, places: np.ndarray) -> np.ndarray:
-    """Values of an array at places; read some chunks at a time."""
+def _read_at(array: store.Array, positions: np.ndarray) -> np.ndarray:
+    """Read the values of an array at rising positions, some chunks at a time."""
     length, chunk = array.shape[0], array.chunks[0]
     step = max(1, COLUMNS_TOGETHER // chunk) * chunk
-    found = []
+    parts = []
     for start in range(0, length, step):
-        here = places[(places >= start) & (places < start + step)]
-        if len(here):
-            found.append(store.read(array, slice(start, min(start + step, length)))[here - start])
-    return np.concatenate(found) if found else store.read(array, slice(0, 0))
+        inside = positions[(positions >= start) & (positions < start + step)]
+        if len(inside):
+            parts.append(store.read(array, slice(start, min(start + step, length)))[inside - start])
+    return np.concatenate(parts) if parts else store.read(array, slice(0, 0))
 
 
-def _picked_of_row(matrix: CheckedMatrix, row: int, places: np.ndarray) -> np.ndarray:
+def _read_row_at(matrix: CheckedMatrix, row: int, positions: np.ndarray) -> np.ndarray:
     """Read distances of a frame to others, the mean of both directions, some tiles at a time."""
     step = max(1, COLUMNS_TOGETHER // matrix.tile) * matrix.tile
-    found = []
+    parts = []
     for start in range(0, matrix.length, step):
-        here = places[(places >= start) & (places < start + step)]
-        if len(here):
-            found.append(matrix.both_ways(row, slice(start, min(start + step, matrix.length)))[here - start])
-    return np.concatenate(found) if found else np.empty(0)
+        inside = positions[(positions >= start) & (positions < start + step)]
+        if len(inside):
+            columns = slice(start, min(start + step, matrix.length))
+            parts.append(matrix.both_ways(row, columns)[inside - start])
+    return np.concatenate(parts) if parts else np.empty(0)
 
 
 # -- Maps ---------------------------------------------------------------------------------------------
 
 
-def _map(matrix: CheckedMatrix, shown: np.ndarray) -> MetricMap:
+def _make_map(matrix: CheckedMatrix, shown: np.ndarray) -> MetricMap:
     """Map the frames shown by all distances between them, or by those to landmarks, where frames are many.
 
-    A map has one distance for a pair: of a metric that isn't symmetric, the mean of both directions.
+    A map has one distance for a pair: for a metric that isn't symmetric, the mean of both directions.
     """
 
     def row(k: int) -> np.ndarray:
-        return _picked_of_row(matrix, int(shown[k]), shown)
+        return _read_row_at(matrix, int(shown[k]), shown)
 
     metric = matrix.metric
     try:
         if len(shown) <= mds.CLASSICAL_UP_TO and len(shown) == matrix.length:
             distances = matrix.whole().astype(np.float64)
-            found = mds.classical_map((distances + distances.T) / 2 if matrix.directed else distances)
+            frame_map = mds.classical_map((distances + distances.T) / 2 if matrix.directed else distances)
         else:
             landmarks, rows = mds.choose_landmarks(row, len(shown))
-            found = mds.landmark_map(rows, landmarks)
+            frame_map = mds.landmark_map(rows, landmarks)
     except ValueError as error:
         return MetricMap(metric, None, str(error))
-    if len(found.left_out) == len(shown):
+    if len(frame_map.left_out) == len(shown):
         return MetricMap(metric, None, "no frame has distances")
-    return MetricMap(metric, found, "")
+    return MetricMap(metric, frame_map, "")
 
 
-def _nearest(root: store.Group, matrix: Matrix, shown: np.ndarray, metric: str) -> Iterator[Neighbours]:
-    """Of references of the sequences of the frames that are marked, as long as there are other sequences."""
+def _find_nearest(root: store.Group, matrix: Matrix, shown: np.ndarray, metric: str) -> Iterator[Neighbours]:
+    """Find the nearest frames of the references of marked sequences, as far as other sequences have any."""
     references = {
         (matrix.fields[k], matrix.sequences[k]): k for k in np.flatnonzero(matrix.numbers == 0)[::-1].tolist()
     }
-    wanted = [(matrix.fields[k], matrix.sequences[k]) for k in matrix.marked]
-    places = [references[pair] for pair in dict.fromkeys(wanted) if pair in references]
-    for k in places[:REFERENCES]:
+    marked = dict.fromkeys((matrix.fields[k], matrix.sequences[k]) for k in matrix.marked)
+    positions = [references[sequence] for sequence in marked if sequence in references]
+    for k in positions[:REFERENCES]:
         reference = _frame(matrix, k, int(shown[k]))
-        found = neighbours_of(root, reference, NEAREST, metric, other_sequences=True)
-        if found.nearest:
-            yield found
+        neighbours = neighbours_of(root, reference, NEAREST, metric, other_sequences=True)
+        if neighbours.nearest:
+            yield neighbours
 
 
 def _frame(matrix: Matrix, k: int, row: int = -1) -> Frame:
@@ -332,70 +370,91 @@ def _frame(matrix: Matrix, k: int, row: int = -1) -> Frame:
     )
 
 
-# -- Frames -------------------------------------------------------------------------------------------
+# -- Frames with a picture ----------------------------------------------------------------------------
 
 
 def marked_frames(matrix: Matrix) -> list[Frame]:
-    """The frames of a map that are looked at."""
+    """List the frames of a map that have a number and a picture."""
     return [_frame(matrix, k) for k in matrix.marked]
 
 
-def _read_frames(path: str, matrices: Sequence[Matrix]) -> tuple[dict[str, np.ndarray], str]:
-    """The frames that the page has pictures of, by name, and what is said of those that are damaged.
+def _read_pictured_frames(path: str, matrices: Sequence[Matrix]) -> tuple[dict[str, np.ndarray], str]:
+    """Read the frames that the page has pictures of, by name; return also a note on damaged ones.
 
-    Those that are there no more are left out.
+    Frames that are no longer in the store are left out.
     """
-    wanted = [frame for matrix in matrices for frame in marked_frames(matrix)]
-    for found in (found for matrix in matrices for found in matrix.nearest):
-        wanted += [found.of, *(near.frame for near in found.nearest)]
+    pictured = [frame for matrix in matrices for frame in marked_frames(matrix)]
+    for matrix in matrices:
+        for neighbours in matrix.nearest:
+            pictured += [neighbours.of, *(near.frame for near in neighbours.nearest)]
     root = store.open_store(path)
-    there = set(store.field_keys(root, schema.FRAMES))
+    stored = set(store.field_keys(root, schema.FRAMES))
     frames: dict[str, np.ndarray] = {}
-    damaged: dict[str, None] = {}
-    for key in dict.fromkeys(frame.field for frame in wanted if frame.field in there):
-        group = store.get_group(root, key)
-        names = store.read(store.get_array(group, schema.SEQUENCE))
-        row_of = {str(name): row for row, name in enumerate(names)}
-        contents = store.read(store.get_array(group, schema.CONTENT))
-        length = store.get_array(group, schema.FRAMES).shape[1]
-        here = [f for f in wanted if f.field == key and f.sequence in row_of and f.number < length]
-        for sequence in dict.fromkeys(frame.sequence for frame in here):
-            of_sequence = [frame for frame in here if frame.sequence == sequence]
-            row = row_of[sequence]
-            try:
-                check_bound(group)
-                values = read_sequence(group, row, str(contents[row]))
-            except NOT_READ:
-                damaged |= dict.fromkeys(frame.name for frame in of_sequence)
-            else:
-                frames |= {frame.name: values[frame.number] for frame in of_sequence}
-    return frames, f"Damaged: {', '.join(damaged)}." if damaged else ""
+    damaged: list[str] = []
+    for key in dict.fromkeys(frame.field for frame in pictured if frame.field in stored):
+        of_field = [frame for frame in pictured if frame.field == key]
+        values, damage = _read_frames_of_field(store.get_group(root, key), of_field)
+        frames |= values
+        damaged += damage
+    return frames, f"Damaged: {', '.join(dict.fromkeys(damaged))}." if damaged else ""
+
+
+def _read_frames_of_field(
+    group: store.Group, frames: Sequence[Frame]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Read frames of one field, a sequence at a time; return them by name, and the names of damaged ones."""
+    names = store.read(store.get_array(group, schema.SEQUENCE))
+    rows = {str(name): row for row, name in enumerate(names)}
+    contents = store.read(store.get_array(group, schema.CONTENT))
+    length = store.get_array(group, schema.FRAMES).shape[1]
+    by_sequence: dict[str, list[Frame]] = {}
+    for frame in frames:
+        if frame.sequence in rows and frame.number < length:
+            by_sequence.setdefault(frame.sequence, []).append(frame)
+    values: dict[str, np.ndarray] = {}
+    damaged: list[str] = []
+    for sequence, of_sequence in by_sequence.items():
+        row = rows[sequence]
+        try:
+            check_bound(group)
+            decoded = read_sequence(group, row, str(contents[row]))
+        except NOT_READ:
+            damaged += [frame.name for frame in of_sequence]
+        else:
+            values |= {frame.name: decoded[frame.number] for frame in of_sequence}
+    return values, damaged
 
 
 # -- How it was made ----------------------------------------------------------------------------------
 
 
-def _failures(key: str, group: store.Group) -> list[dict[str, Any]]:
-    """Frames of a matrix without distances, by sequence and reason, with the metrics that it holds for."""
+def _list_failures(key: str, group: store.Group) -> list[FailedFrames]:
+    """List the frames of a matrix without distances, by sequence and reason."""
     provenance = store.get_group(group, schema.PROVENANCE)
     metrics = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
-    found: dict[tuple[str, str, str], dict[str, list[int]]] = {}
+    numbers_by_metric: dict[tuple[str, str, str], dict[str, list[int]]] = {}
     for place, metric in enumerate(metrics):
         texts = store.read(store.get_array(provenance, schema.FAILURE), place)
-        bad = np.flatnonzero(texts != "")
-        if not len(bad):
+        failed = np.flatnonzero(texts != "")
+        if not len(failed):
             continue
         fields, sequences, numbers = (
             store.read(store.get_array(group, name))
             for name in (schema.FIELD, schema.SEQUENCE, schema.NUMBER)
         )
-        for k in bad.tolist():
-            at = (str(fields[k]), str(sequences[k]), str(texts[k]))
-            found.setdefault(at, {}).setdefault(metric, []).append(int(numbers[k]))
+        for k in failed.tolist():
+            cause = (str(fields[k]), str(sequences[k]), str(texts[k]))
+            numbers_by_metric.setdefault(cause, {}).setdefault(metric, []).append(int(numbers[k]))
     return [
-        {"matrix": key, "field": field, "sequence": sequence, "reason": reason, "metrics": list(by_metric)}
-        | {"frames": sorted({number for numbers in by_metric.values() for number in numbers})}
-        for (field, sequence, reason), by_metric in found.items()
+        FailedFrames(
+            matrix=key,
+            field=field,
+            sequence=sequence,
+            reason=reason,
+            metrics=list(by_metric),
+            frames=sorted({number for numbers in by_metric.values() for number in numbers}),
+        )
+        for (field, sequence, reason), by_metric in numbers_by_metric.items()
     ]
 
 
@@ -407,43 +466,48 @@ def _scope_in_words(scope: Any) -> str:
     return f"the range {json.dumps(scope)} for all frames" if scope is not None else "a range not recorded"
 
 
-def _run(run: dict[str, Any]) -> dict[str, str]:
-    """What the page says of a run."""
-    spent = {name: f"{seconds:.1f}" for name, seconds in run.get("seconds_by_stage", {}).items()}
-    told = ("started", "seconds", "tiles", "embeddings", "profile", "workers", "threads")
-    return {name: str(run.get(name, "")) for name in told} | {
-        "stages": ", ".join(f"{name} {seconds}" for name, seconds in spent.items())
-    }
+def _describe_run(run: dict[str, Any]) -> Run:
+    seconds_by_stage = run.get("seconds_by_stage", {})
+    return Run(
+        started=str(run.get("started", "")),
+        seconds=str(run.get("seconds", "")),
+        tiles=str(run.get("tiles", "")),
+        embeddings=str(run.get("embeddings", "")),
+        profile=str(run.get("profile", "")),
+        workers=str(run.get("workers", "")),
+        stages=", ".join(f"{name} {seconds:.1f}" for name, seconds in seconds_by_stage.items()),
+    )
 
 
 def _specifications(path: str | os.PathLike[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
+    """Lay out each metric's specification, from the first matrix that has it."""
+    texts: dict[str, str] = {}
     for metric, specification in store.specifications(path):
-        found.setdefault(metric, json.dumps(specification, indent=2, ensure_ascii=False))
-    return found
+        texts.setdefault(metric, json.dumps(specification, indent=2, ensure_ascii=False))
+    return texts
 
 
 def _weighted(path: str | os.PathLike[str]) -> list[str]:
     """List the metrics whose means over pixels are weighted."""
-    specifications = store.specifications(path)
-    return list(dict.fromkeys(name for name, found in specifications if "weights_of_pixels" in found))
+    pairs = store.specifications(path)
+    return list(dict.fromkeys(name for name, specification in pairs if "weights_of_pixels" in specification))
 
 
-def _table(matrices: Sequence[Matrix]) -> pd.DataFrame:
-    """Where each frame lies on each map, for the CSV beside the page."""
+def _tabulate_maps(matrices: Sequence[Matrix]) -> pd.DataFrame:
+    """Tabulate the position of each frame on each map, for the CSV beside the page."""
     tables = []
     for matrix in matrices:
-        for one in matrix.maps:
-            if one.found is not None:
+        for metric_map in matrix.maps:
+            if metric_map.frame_map is not None:
                 columns = {
                     "matrix": matrix.key,
-                    "metric": one.metric,
+                    "metric": metric_map.metric,
                     "field": matrix.fields,
                     "sequence": matrix.sequences,
                     "number": matrix.numbers,
                     "parameter": matrix.parameter,
-                    "x": one.found.positions[:, 0],
-                    "y": one.found.positions[:, 1],
+                    "x": metric_map.frame_map.positions[:, 0],
+                    "y": metric_map.frame_map.positions[:, 1],
                 }
                 tables.append(pd.DataFrame(columns))
     names = ["matrix", "metric", "field", "sequence", "number", "parameter", "x", "y"]
