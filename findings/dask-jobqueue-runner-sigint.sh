@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# dask-jobqueue 0.9.0: importing the package replaces the process's handler of SIGINT by sys.exit().
-# Expected: an import leaves signal handlers as they are, and Ctrl-C raises KeyboardInterrupt. Seen: after "import
-# dask_jobqueue" Ctrl-C raises SystemExit(None), which "except KeyboardInterrupt" misses, and the process ends with
-# exit code 0, as if it had finished; a handler that the program has set is lost. It is dask_jobqueue/runner.py, which
-# slurm.py imports, that calls signal.signal at its top. Imported first in another thread than the main one, the
-# package raises ValueError instead. Fails if the behaviour changes.
+# dask-jobqueue 0.9.0: importing the package replaces the process's SIGINT handler by one that calls sys.exit().
+# Expected: an import leaves signal handlers as they are, and Ctrl-C raises KeyboardInterrupt.
+# Observed: after "import dask_jobqueue" Ctrl-C raises SystemExit(None), which "except KeyboardInterrupt" does not catch.
+# The process ends with exit code 0, as if it had finished, and a handler that the program has set is lost. The cause is
+# dask_jobqueue/runner.py, imported by slurm.py, which calls signal.signal at its top. If the package is first imported
+# in another thread than the main one, it raises ValueError instead.
+# This script fails if the behaviour changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -21,7 +22,7 @@ print("dask-jobqueue", version("dask-jobqueue"), "distributed", version("distrib
 
 INTERRUPTED = """
 import os, signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # as it is in a shell's foreground
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in the foreground of a shell
 {first}
 try:
     os.kill(os.getpid(), signal.SIGINT)
@@ -52,7 +53,7 @@ print("exit code after Ctrl-C:", codes)
 assert codes["import distributed"] == 130
 assert codes["import dask_jobqueue"] == 0, "the handler is left alone now"
 
-said = run(IN_A_THREAD).stdout.strip()
-print("imported in a thread:", said or "no error")
-assert "main thread" in said, "it can be imported in a thread now"
+message = run(IN_A_THREAD).stdout.strip()
+print("imported in a thread:", message or "no error")
+assert "main thread" in message, "it can be imported in a thread now"
 PROGRAM

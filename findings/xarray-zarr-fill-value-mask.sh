@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # xarray 2026.9.0: open_dataset(engine="zarr", use_zarr_fill_value_as_mask=False) has no effect.
-# Expected: by its documentation, zeros of a Zarr 2 array whose fill_value is zarr's default, 0, stay zeros with
-# False. Seen: they are NaN, as with True; ZarrBackendEntrypoint.open_dataset passes None on to its store. Only
-# ZarrStore.open_group takes the option into account. Fails if the behaviour changes.
+# Expected: as documented, zeros of a Zarr 2 array whose fill_value is zarr's default, 0, stay zeros with False.
+# Observed: they are NaN, as with True. ZarrBackendEntrypoint.open_dataset passes None to its store; only
+# ZarrStore.open_group takes the option into account.
+# This script fails if the behaviour changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -20,9 +21,9 @@ array = zarr.create_group("u.zarr", zarr_format=2).create_array(
 )
 array.attrs["_ARRAY_DIMENSIONS"] = ["x"]
 array[:] = np.array([0.0, 1.0, 2.0])
-how = {"consolidated": False, "use_zarr_fill_value_as_mask": False}
-by_function = xr.open_dataset("u.zarr", engine="zarr", **how).u.values
-by_store = xr.open_dataset(xr.backends.ZarrStore.open_group("u.zarr", mode="r", **how)).u.values
+options = {"consolidated": False, "use_zarr_fill_value_as_mask": False}
+by_function = xr.open_dataset("u.zarr", engine="zarr", **options).u.values
+by_store = xr.open_dataset(xr.backends.ZarrStore.open_group("u.zarr", mode="r", **options)).u.values
 print("open_dataset:", by_function, "ZarrStore:", by_store)
 assert np.isnan(by_function[0]), "the option has an effect now"
 assert by_store[0] == 0
