@@ -1,4 +1,4 @@
-"""Every stage once, on small data. ``make test-oldest`` runs these tests on the lowest versions of dependencies.
+"""Every stage once, on small data. ``make test-oldest`` runs these tests on the lowest versions allowed.
 
 The mark ``smoke`` selects them, and one test of each optional dependency among the tests of its module.
 """
