@@ -1,15 +1,17 @@
-# demo, test, lint, bench: each sets up .venv when it must; test-keras an environment of its own.
+# demo, test, lint, bench: each sets up .venv when it must; test-keras and test-oldest environments of their own.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 KERAS  ?= .venv-keras
+OLDEST ?= .venv-oldest
 OUT    ?= demo
 
-.PHONY: help demo test test-keras test-faults test-slurm test-netns lint bench clean
+.PHONY: help demo test test-keras test-oldest test-faults test-slurm test-netns lint bench clean
 help:
 	@echo "make demo   simulate 32 sequences, rank all metrics on them, and write $(OUT)/results/report/index.html"
 	@echo "make test   run the tests"
 	@echo "make test-keras   run those of the Keras models, under TensorFlow"
+	@echo "make test-oldest   run one test of every stage on the lowest versions that pyproject.toml allows"
 	@echo "make test-faults   run those of faults, the long ones too: what dies, fills up or is damaged (root for some)"
 	@echo "make test-slurm   run those that need SLURM: two virtual nodes on this machine, started for them (root)"
 	@echo "make test-netns   run those that need hosts: network namespaces, made for them (root)"
@@ -41,6 +43,18 @@ $(KERAS)/.installed: pyproject.toml constraints.txt
 test-keras: $(KERAS)/.installed
 	LSIM_TEST_KERAS=1 $(KERAS)/bin/python -m pytest tests/test_export_keras.py
 
+# The lowest version of each dependency that pyproject.toml names, and the newest of what these need. torch is that
+# of constraints.txt, installed by pip as elsewhere: PyPI has no CPU builds for Linux, and older ones lie nowhere else.
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct \
+		-c constraints.txt -e ".[test]"
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -m smoke
+
 test-faults: $(VENV)/.installed
 	$(BIN)/python -m pytest -m 'not netns and not slurm' tests/faults tests/test_verify.py tests/test_integrity.py
 
@@ -69,4 +83,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/graph.py --blocks 10000
 
 clean:
-	rm -rf $(VENV) $(KERAS) $(OUT) build dist *.egg-info
+	rm -rf $(VENV) $(KERAS) $(OLDEST) $(OUT) build dist *.egg-info

@@ -230,6 +230,7 @@ def two_sets(tmp_path: Path, server: Server, checksum: str | None = None) -> Cat
     )
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("top", ["", "sets-v1/"])
 def test_two_sets_share_one_checked_download(tmp_path: Path, server: Server, top: str):
     serve_archive(server, {f"{top}Data/A/s/f00.png": b"a", f"{top}Data/B/s/f00.png": b"b"})

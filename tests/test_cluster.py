@@ -251,6 +251,7 @@ def test_a_nanny_that_is_told_to_go_waits_for_its_worker(tmp_path):
     assert len(lines) == 12, "a task was lost, or run again"
 
 
+@pytest.mark.smoke
 def test_a_cluster_by_ssh_is_encrypted_and_leaves_nothing(tmp_path):
     shared = tmp_path / "shared"
     with ssh_server(tmp_path) as connection:
@@ -282,6 +283,7 @@ def test_a_host_that_cannot_be_reached_is_an_error_that_names_it(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", ["slurm", "pbs"])
 def test_the_script_of_a_job(kind, tmp_path):
     profile = Profile(

@@ -158,6 +158,7 @@ def test_onnx_equal_frames_have_distance_0_and_nan_stays_with_its_frame(
         assert not np.isfinite(read.embed(spoilt)[1]).any()
 
 
+@pytest.mark.smoke
 def test_onnx_files_say_what_they_are_and_how_well_they_agree(
     folder: Path, name: str, metric: LSiM, tmp_path: Path
 ) -> None:

@@ -373,6 +373,7 @@ def test_a_filter_that_is_not_there_is_named(
         list_one(path, engine="h5netcdf").read()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("filter_name", ["Blosc", "Zstd"])
 def test_hdf5plugin_is_used_where_it_is_installed(tmp_path: Path, filter_name: str):
     pytest.importorskip("hdf5plugin")

@@ -61,6 +61,7 @@ def test_a_translation_by_k_pixels_is_about_k(texture: np.ndarray, preset: str) 
     np.testing.assert_allclose(row[1:], expected[1:], rtol=0.05, atol=0.15)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("preset", ["medium", "fast", "ultrafast"])
 def test_parity_with_opencv(texture: np.ndarray, preset: str) -> None:
     frames = np.floor(shifted(texture, (0, 0), (1, 2), (5, 0)))

@@ -811,6 +811,7 @@ def test_consolidated_metadata_at_an_address_comes_and_goes(bucket):
         store.read(array)
 
 
+@pytest.mark.smoke
 def test_matrices_of_archives_embeddings_and_checks_take_addresses(bucket, tmp_path):
     local = put_archive(f"{bucket}/frames.zarr", 4, tmp_path, frames=4)
     settings = Settings(metrics=("l2",), size=None, scope="dataset")

@@ -293,3 +293,11 @@ def test_the_script_starts_a_module_that_needs_neither_package():
     assert project["project"]["scripts"] == {"lsim": "lsim_command:main"}
     included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]
     assert "lsim_command.py" in included
+
+
+def test_both_packages_ship_the_mark_that_they_are_typed():
+    """Type checkers read the annotations of an installed package only where it has a file ``py.typed``."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    for package in ("lsim", "pipeline"):
+        assert package in project["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]
+        assert (ROOT / package / "py.typed").is_file()

@@ -343,6 +343,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", ["nc", "zarr2", "zarr3"])
 def test_netcdf_and_zarr_with_a_mapping_of_dims(tmp_path: Path, rng: np.random.Generator, kind: str):
     data = simulation(rng)
