@@ -23,7 +23,7 @@ from lsim.simulate import families, find_recipe, layout
 from lsim.simulate.hardness import hardness, reference_errors
 from lsim.training import sequences
 from lsim.training.train import planes
-from pipeline.convert import shards
+from pipeline.convert import decode
 from pipeline.matrix import mds
 from pipeline.report import pictures
 from pipeline.sources.readers.base import LazySequence, scale_parameter
@@ -49,7 +49,7 @@ def of_reader(frames: np.ndarray, missing: str) -> Any:
         def read(self) -> tuple[np.ndarray, np.ndarray]:
             return frames, np.linspace(0, 1, len(frames))
 
-    return shards._checked(Sequence(name="s", field="u", files=(), missing=missing), None)
+    return decode.read_checked(Sequence(name="s", field="u", files=(), missing=missing), None)
 
 
 def of_families(frames: np.ndarray) -> Any:
