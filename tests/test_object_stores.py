@@ -45,6 +45,7 @@ from pipeline.sources.local_folder import local_folder
 from pipeline.sources.remote_copy import bring, brought
 from pipeline.storage import locks, objects, schema, store
 from pipeline.storage.address import AddressError, absolute
+from pipeline.storage.address_store import zarr_store
 from pipeline.train import TrainingRun, open_sequences
 from pipeline.verify import verify
 from pipeline.workers.cluster import Cluster
@@ -598,7 +599,7 @@ def refusing(bucket, monkeypatch):
 
 def test_of_what_a_server_answers_only_status_and_code_are_shown(refusing):
     address = "s3://bucket/s.zarr"
-    zarr_store = store._storage(address)
+    remote = zarr_store(address)
     refusing.answers = False
 
     async def listing(keys: AsyncIterator[str]) -> list[str]:
@@ -608,11 +609,11 @@ def test_of_what_a_server_answers_only_status_and_code_are_shown(refusing):
         lambda: objects.read(address, "x"),
         lambda: objects.listed(address),
         lambda: list(objects.names(address)),
-        lambda: asyncio.run(listing(zarr_store.list())),
-        lambda: asyncio.run(listing(zarr_store.list_prefix("a"))),
-        lambda: asyncio.run(listing(zarr_store.list_dir("a"))),
-        lambda: asyncio.run(zarr_store.delete_dir("a")),
-        lambda: asyncio.run(zarr_store.getsize_prefix("a")),
+        lambda: asyncio.run(listing(remote.list())),
+        lambda: asyncio.run(listing(remote.list_prefix("a"))),
+        lambda: asyncio.run(listing(remote.list_dir("a"))),
+        lambda: asyncio.run(remote.delete_dir("a")),
+        lambda: asyncio.run(remote.getsize_prefix("a")),
     )
     for attempt in attempts:
         with pytest.raises(objects.ObjectStoreError) as found:

@@ -18,7 +18,7 @@ import pytest
 import xarray as xr
 from commands import run_lsim
 
-from pipeline.convert import ConversionReport, convert, decode
+from pipeline.convert import ConversionReport, convert, decode, plan
 from pipeline.sources.catalog import open_catalog
 from pipeline.sources.readers.base import LazySequence, SourceFile
 from pipeline.storage import schema, store
@@ -210,8 +210,8 @@ def test_records_of_earlier_versions_are_compared_with_what_is_there(runs: Runs,
     """They have no marks: sources with the same bytes stay, those with others are seen."""
     with monkeypatch.context() as patch:
         described = partial(describe_as_before, describe=decode.describe)
-        patch.setattr("pipeline.convert.decode.describe", described)
-        patch.setattr("pipeline.convert.plan.describe", described)
+        patch.setattr(decode, "describe", described)
+        patch.setattr(plan, "describe", described)
         runs.convert()
     swap_by_mv(runs)
     runs.convert()

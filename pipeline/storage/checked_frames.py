@@ -11,7 +11,7 @@ import json
 import numpy as np
 import xxhash
 
-from pipeline.storage import schema, store
+from pipeline.storage import chunks, schema, store
 from pipeline.storage.digests import is_sealed
 
 
@@ -139,7 +139,7 @@ def read_sequence(group: store.Group, row: int, content: str) -> np.ndarray:
     values = store.read(frames, row)
     found = content_hash(values, store.read(store.get_array(group, schema.PARAMETER), row))
     if found != content:
-        if missing := store.missing_chunks(frames, row):
+        if missing := chunks.missing_chunks(frames, row):
             raise store.DamagedError(str(frames.store_path), f"chunk {', '.join(missing)} is missing")
         raise store.DamagedError(
             str(frames.store_path),

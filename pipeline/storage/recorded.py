@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.storage import digests, schema, store
+from pipeline.storage import chunks, digests, schema, store
 
 NOT_COMPUTED = "not computed: its fingerprint is missing; run distances again"
 NOT_RECORDED = "not recorded: nothing says what computed it; run distances again"
@@ -208,7 +208,7 @@ def _name_missing_chunks(found: CheckedRows, array: store.Array, first: int) -> 
     """Say of damaged matrices of which chunks are gone which these are."""
     problems = found.problems[array.basename]
     for row in np.flatnonzero(found.damaged[array.basename]):
-        if problems[row] == OTHER_VALUES and (missing := store.missing_chunks(array, first + int(row))):
+        if problems[row] == OTHER_VALUES and (missing := chunks.missing_chunks(array, first + int(row))):
             problems[row] = f"damaged distances: chunk {', '.join(missing)} is missing"
 
 
@@ -503,7 +503,7 @@ class CheckedMatrix:
         except store.DamagedError:
             if stop - first > 1:
                 return np.concatenate([self.band(i, j, j + 1) for j in range(first, stop)], axis=1)
-            key = store.chunk_key(self.array, (rows.start, columns.start))
+            key = chunks.chunk_key(self.array, (rows.start, columns.start))
             self._tell((i, first), f"damaged distances: chunk {key} cannot be decoded")
             return np.full((rows.stop - rows.start, columns.stop - columns.start), np.nan, np.float32)
         record = self._band_record(i)
@@ -685,7 +685,7 @@ class CheckedEmbeddings:
                 continue
             recorded = digest[place * digests.HALF : (place + 1) * digests.HALF]
             if not reason and digests.hash_values(values[name]) != recorded:
-                missing = store.missing_chunks(array, rows)
+                missing = chunks.missing_chunks(array, rows)
                 gone = f"damaged embeddings: chunk {', '.join(missing)} of {name} is missing"
                 reason = gone if missing else OTHER_EMBEDDINGS
         if reason:
