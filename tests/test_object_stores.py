@@ -43,7 +43,7 @@ from pipeline.sources.catalog import MissingDataError, open_catalog
 from pipeline.sources.fetch import fetch
 from pipeline.sources.local_folder import local_folder
 from pipeline.sources.remote_copy import bring, brought
-from pipeline.storage import locks, objects, schema, store
+from pipeline.storage import locks, object_errors, objects, schema, store
 from pipeline.storage.address import AddressError, absolute
 from pipeline.storage.address_store import zarr_store
 from pipeline.train import TrainingRun, open_sequences
@@ -722,7 +722,7 @@ def test_a_panic_of_obstore_is_one_line(bucket, monkeypatch):
     """Whatever it is about that isn't looked at before."""
     import obstore
 
-    monkeypatch.setattr(objects, "_fault_of_environment", lambda _: "")
+    monkeypatch.setattr(object_errors, "fault_of_environment", lambda _: "")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://[bad:PASSWDTOP")
     with pytest.raises(BaseException, match="InvalidUri") as panic:
         next(iter(obstore.list(S3Store("bucket"))))
