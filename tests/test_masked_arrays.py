@@ -160,7 +160,7 @@ def test_distances_and_parameters_that_are_masked_are_missing(rng: np.random.Gen
 def test_masked_integers_of_a_reader_are_missing_pixels(rng: np.random.Generator) -> None:
     values = rng.integers(0, 99, (3, 8, 8, 1)).astype(np.int16)
     missing = rng.random(values.shape) < 0.2
-    frames, _ = of_reader(np.ma.masked_array(values, missing), "keep")
+    frames, _, _ = of_reader(np.ma.masked_array(values, missing), "keep")
     np.testing.assert_array_equal(frames, np.where(missing, np.nan, values))
 
 
