@@ -336,7 +336,7 @@ def test_downloads_have_plain_names(tmp_path: Path, file: str):
 def test_a_folder_that_was_not_unpacked_is_not_replaced(tmp_path: Path, server: Server):
     zip_of(server.folder / "mine.zip", ("Data/a", b"x"))
     (tmp_path / "data" / "mine" / "A").mkdir(parents=True)
-    with pytest.raises(CatalogError, match=r"data/mine is there, and was not unpacked from a download"):
+    with pytest.raises(CatalogError, match=r"data/mine exists, and was not unpacked from a download"):
         fetch(catalog_of(tmp_path, server, "mine.zip"), data_dir=tmp_path / "data")
     assert (tmp_path / "data" / "mine" / "A").is_dir()
 
