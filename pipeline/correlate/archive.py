@@ -176,7 +176,7 @@ def _read_field(root: store.Group, path: str, key: str) -> tuple[Field, list[str
         problems=_add_unrecorded(checked.problems, resolutions),
         resolutions=resolutions,
     )
-    return field, checked.told(key, sequences)
+    return field, checked.list_damaged(key, sequences)
 
 
 def _add_unrecorded(

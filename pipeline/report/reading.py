@@ -216,7 +216,7 @@ def _read_field(
         predictions[metric] = scaled
         ranked[metric] = statistics.sequence_correlations(scaled, targets, "spearman")
     field = Field(key, dataset, name, sequences, targets, predictions, ranked, matrices)
-    return field, checked.told(key, sequences)
+    return field, checked.list_damaged(key, sequences)
 
 
 def read_strip(frames: str | None, key: str, sequence: str) -> Strip:
