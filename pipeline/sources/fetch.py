@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -223,26 +224,30 @@ def verify(
     Nothing is downloaded: a checksum that the catalog names by its file was recorded with the download.
     """
     root = data_root(data_dir)
-    digests: dict[tuple[Path, str], str] = {}
+    hash_download = functools.cache(_hash_file)  # data sets may share a download
     results = []
     for entry in catalog.select(dataset_names):
         folder = locate(catalog, entry, data_dir)
         checksum: Literal["ok", "differs", "unchecked"] = "unchecked"
         detail = str(folder) if folder is not None else how_to_get(catalog, entry, data_dir)
         archive = root / DOWNLOADS / entry.source.download_name
+        expected = None
         if entry.source.url is not None and archive.is_file():
             expected = _expected_checksum(entry, root, download=False)
-            if expected is not None:
-                algorithm, digest = expected.split(":")
-                key = (archive, algorithm)
-                if key not in digests:
-                    with archive.open("rb") as stream:
-                        digests[key] = hashlib.file_digest(stream, algorithm).hexdigest()
-                checksum = "ok" if digests[key] == digest.lower() else "differs"
-                if checksum == "differs":
-                    detail = f"{archive}: {algorithm} expected {digest}, found {digests[key]}"
+        if expected is not None:
+            algorithm, digest = expected.split(":")
+            own_digest = hash_download(archive, algorithm)
+            checksum = "ok" if own_digest == digest.lower() else "differs"
+            if checksum == "differs":
+                detail = f"{archive}: {algorithm} expected {digest}, found {own_digest}"
         results.append(Verified(entry.name, folder is not None, checksum, detail))
     return results
+
+
+def _hash_file(file: Path, algorithm: str) -> str:
+    """Hash a file by an algorithm of hashlib."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, algorithm).hexdigest()
 
 
 # -- fetching ------------------------------------------------------------------------------------------

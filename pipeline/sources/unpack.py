@@ -104,11 +104,9 @@ def unpack(
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             with member.open() as stream, path.open("xb") as file:
-                while piece := stream.read(_PIECE):
-                    written += len(piece)
-                    if written > most_bytes:
-                        raise UnpackError(_too_much(archive, most_bytes))
-                    file.write(piece)
+                written += _copy(stream, file, most_bytes - written)
+            if written > most_bytes:
+                raise UnpackError(_too_much(archive, most_bytes))
     except (FileExistsError, NotADirectoryError) as error:
         raise UnpackError(
             f"{archive}: two members are called {shown(member.name)!r}, or one lies in the other"
@@ -119,6 +117,17 @@ def unpack(
         if isinstance(error, OSError) and error.errno is not None:  # a fault of the disk, not of the archive
             raise
         raise UnpackError(f"{archive}: cannot be unpacked: {type(error).__name__}: {error}") from error
+
+
+def _copy(stream: IO[bytes], file: IO[bytes], most: int) -> int:
+    """Copy bytes until there are more than ``most``; return the number of bytes read."""
+    count = 0
+    while piece := stream.read(_PIECE):
+        count += len(piece)
+        if count > most:
+            break
+        file.write(piece)
+    return count
 
 
 def _relative(name: str, archive: Path) -> PurePosixPath:

@@ -99,13 +99,20 @@ def missing_filters(path: Path, group: str | None) -> dict[str, str]:
         top = _member(file, group or "/")
         for name in top if isinstance(top, h5py.Group) else ():
             dataset = _member(top, name)
-            if isinstance(dataset, h5py.Dataset):
-                plist = dataset.id.get_create_plist()
-                for position in range(plist.get_nfilters()):
-                    number = plist.get_filter(position)[0]
-                    if not h5py.h5z.filter_avail(number):
-                        filters[name] = FILTER_NAMES.get(number, f"filter {number}")
+            missing = _missing_filter(dataset) if isinstance(dataset, h5py.Dataset) else ""
+            if missing:
+                filters[name] = missing
     return filters
+
+
+def _missing_filter(dataset: Any) -> str:
+    """Name the last compression filter of an HDF5 data set that h5py can't undo; empty where it can."""
+    import h5py
+
+    plist = dataset.id.get_create_plist()
+    numbers = [plist.get_filter(position)[0] for position in range(plist.get_nfilters())]
+    missing = [number for number in numbers if not h5py.h5z.filter_avail(number)]
+    return FILTER_NAMES.get(missing[-1], f"filter {missing[-1]}") if missing else ""
 
 
 def explain_failure(path: Path, group: str | None) -> str | None:
