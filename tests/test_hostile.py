@@ -1235,7 +1235,7 @@ def test_the_memory_of_a_job_is_that_of_its_control_groups(
 # -- what nobody may do ------------------------------------------------------------------------------------
 
 
-UNPICKLES = {"packed.py": "tasks of this project's own, which came through its own scheduler"}
+UNPICKLES = {"pickled_task.py": "tasks of this project's own, which came through its own scheduler"}
 
 
 def test_nothing_here_unpickles_or_loads_yaml_unsafely():
