@@ -819,7 +819,8 @@ def test_what_travels_is_small(archive: Archive):
     """Tasks and outcomes pickle to little, whatever the frames' size."""
     import pickle
 
-    from pipeline.convert.shards import Decode, Opening, ShardTask, convert_shard, open_field
+    from pipeline.convert.decode import Decode
+    from pipeline.convert.shards import Opening, ShardTask, convert_shard, open_field
 
     out = archive.folder / "huge.zarr"
     store.open_store(out, "a")

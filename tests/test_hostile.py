@@ -313,7 +313,7 @@ def test_a_catalog_bounds_what_its_archive_unpacks_to(tmp_path: Path, server: Se
 
 def test_a_download_ends_at_the_stated_size(tmp_path: Path, server: Server):
     zip_of(server.folder / "sets.zip", ("Data/a", bytes(10**6)))
-    with pytest.raises(CatalogError, match=r"more than 110 kB were sent; a catalog that expects more states"):
+    with pytest.raises(CatalogError, match=r"more than 110 kB were sent; if this is right, state the size"):
         fetch(catalog_of(tmp_path, server, "sets.zip", ", size: 100 kB"), data_dir=tmp_path / "data")
     assert not list((tmp_path / "data" / "downloads").iterdir())
     with pytest.raises(CatalogError, match=r"sets.zip: .*hash"):
@@ -336,7 +336,7 @@ def test_downloads_have_plain_names(tmp_path: Path, file: str):
 def test_a_folder_that_was_not_unpacked_is_not_replaced(tmp_path: Path, server: Server):
     zip_of(server.folder / "mine.zip", ("Data/a", b"x"))
     (tmp_path / "data" / "mine" / "A").mkdir(parents=True)
-    with pytest.raises(CatalogError, match=r"data/mine is there, and was not unpacked from a download"):
+    with pytest.raises(CatalogError, match=r"data/mine exists, and was not unpacked from a download"):
         fetch(catalog_of(tmp_path, server, "mine.zip"), data_dir=tmp_path / "data")
     assert (tmp_path / "data" / "mine" / "A").is_dir()
 
@@ -1235,7 +1235,7 @@ def test_the_memory_of_a_job_is_that_of_its_control_groups(
 # -- what nobody may do ------------------------------------------------------------------------------------
 
 
-UNPICKLES = {"packed.py": "tasks of this project's own, which came through its own scheduler"}
+UNPICKLES = {"pickled_task.py": "tasks of this project's own, which came through its own scheduler"}
 
 
 def test_nothing_here_unpickles_or_loads_yaml_unsafely():

@@ -33,7 +33,7 @@ from pipeline.metrics.settings import Settings
 from pipeline.report.matrix import gather_matrices
 from pipeline.report.reading import ReportError, read_record
 from pipeline.sources.catalog import open_catalog
-from pipeline.storage import recorded, schema, store
+from pipeline.storage import metadata, recorded, schema, store
 from pipeline.storage.checked_frames import read_sequence
 from pipeline.storage.recorded import CheckedMatrix
 from pipeline.verify import verify
@@ -445,7 +445,7 @@ def test_attributes_that_users_add_are_no_damage(copied: Path, name: str):
     for place in ("A", "A/density", f"A/density/{schema.PARAMETER}"):
         zarr.open(path, path=place, mode="r+").attrs["note"] = {"checked": ["by", "me"]}
     assert verify(path).whole
-    store.check_documents(store.open_store(path))
+    metadata.check_documents(store.open_store(path))
     assert xr.open_datatree(path, engine="zarr").attrs["note"] == "of the third run"
     if name == "distances.zarr":
         assert read_distances(path) == read_distances(copied / name)
@@ -463,7 +463,7 @@ def test_a_root_without_the_digest_of_its_metadata_is_found(copied: Path, name: 
     (damage,) = verify(path).damages
     assert "without the digest" in damage.reason
     with pytest.raises(store.DamagedError, match="run again what made this store"):
-        store.check_documents(store.open_store(path))
+        metadata.check_documents(store.open_store(path))
     make = {"distances.zarr": distances_of, "matrix.zarr": matrix_of, "embeddings.zarr": embeddings_of}[name]
     make(copied / "frames.zarr", path)
     assert verify(path).whole
@@ -473,7 +473,7 @@ def test_a_run_that_was_stopped_leaves_no_digest_and_is_no_damage(copied: Path):
     path = copied / "distances.zarr"
     store.drop_consolidated(path)
     assert verify(path).whole
-    store.check_documents(store.open_store(path))
+    metadata.check_documents(store.open_store(path))
 
 
 # -- tables -------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from lsim.simulate import families, find_recipe, layout
 from lsim.simulate.hardness import hardness, reference_errors
 from lsim.training import sequences
 from lsim.training.train import planes
-from pipeline.convert import shards
+from pipeline.convert import decode
 from pipeline.matrix import mds
 from pipeline.report import pictures
 from pipeline.sources.readers.base import LazySequence, scale_parameter
@@ -49,7 +49,7 @@ def of_reader(frames: np.ndarray, missing: str) -> Any:
         def read(self) -> tuple[np.ndarray, np.ndarray]:
             return frames, np.linspace(0, 1, len(frames))
 
-    return shards._checked(Sequence(name="s", field="u", files=(), missing=missing), None)
+    return decode.read_checked(Sequence(name="s", field="u", files=(), missing=missing), None)
 
 
 def of_families(frames: np.ndarray) -> Any:
@@ -89,8 +89,8 @@ TAKE_FRAMES: dict[str, Callable[[Any], Any]] = {
     "hardness": of_families,
     "defect": families.defect,
     "read_checked": of_source,
-    "varied": lambda frames: NO_RANDOMNESS.varied(frames, np.random.default_rng(0)),
-    "scaled": sequences.Augmentation.scaled,
+    "vary": lambda frames: NO_RANDOMNESS.vary(frames, np.random.default_rng(0)),
+    "scale": sequences.Augmentation.scale,
     "planes": lambda frames: planes(frames, torch.device("cpu")).numpy(),
     "a reader's frames": lambda frames: of_reader(frames, "refuse"),
     "a reader's frames, missing kept": lambda frames: of_reader(frames, "keep"),
@@ -160,7 +160,7 @@ def test_distances_and_parameters_that_are_masked_are_missing(rng: np.random.Gen
 def test_masked_integers_of_a_reader_are_missing_pixels(rng: np.random.Generator) -> None:
     values = rng.integers(0, 99, (3, 8, 8, 1)).astype(np.int16)
     missing = rng.random(values.shape) < 0.2
-    frames, _ = of_reader(np.ma.masked_array(values, missing), "keep")
+    frames, _, _ = of_reader(np.ma.masked_array(values, missing), "keep")
     np.testing.assert_array_equal(frames, np.where(missing, np.nan, values))
 
 

@@ -43,8 +43,9 @@ from pipeline.sources.catalog import MissingDataError, open_catalog
 from pipeline.sources.fetch import fetch
 from pipeline.sources.local_folder import local_folder
 from pipeline.sources.remote_copy import bring, brought
-from pipeline.storage import locks, objects, schema, store
+from pipeline.storage import locks, object_errors, objects, schema, store
 from pipeline.storage.address import AddressError, absolute
+from pipeline.storage.address_store import zarr_store
 from pipeline.train import TrainingRun, open_sequences
 from pipeline.verify import verify
 from pipeline.workers.cluster import Cluster
@@ -598,7 +599,7 @@ def refusing(bucket, monkeypatch):
 
 def test_of_what_a_server_answers_only_status_and_code_are_shown(refusing):
     address = "s3://bucket/s.zarr"
-    zarr_store = store._storage(address)
+    remote = zarr_store(address)
     refusing.answers = False
 
     async def listing(keys: AsyncIterator[str]) -> list[str]:
@@ -608,11 +609,11 @@ def test_of_what_a_server_answers_only_status_and_code_are_shown(refusing):
         lambda: objects.read(address, "x"),
         lambda: objects.listed(address),
         lambda: list(objects.names(address)),
-        lambda: asyncio.run(listing(zarr_store.list())),
-        lambda: asyncio.run(listing(zarr_store.list_prefix("a"))),
-        lambda: asyncio.run(listing(zarr_store.list_dir("a"))),
-        lambda: asyncio.run(zarr_store.delete_dir("a")),
-        lambda: asyncio.run(zarr_store.getsize_prefix("a")),
+        lambda: asyncio.run(listing(remote.list())),
+        lambda: asyncio.run(listing(remote.list_prefix("a"))),
+        lambda: asyncio.run(listing(remote.list_dir("a"))),
+        lambda: asyncio.run(remote.delete_dir("a")),
+        lambda: asyncio.run(remote.getsize_prefix("a")),
     )
     for attempt in attempts:
         with pytest.raises(objects.ObjectStoreError) as found:
@@ -721,7 +722,7 @@ def test_a_panic_of_obstore_is_one_line(bucket, monkeypatch):
     """Whatever it is about that isn't looked at before."""
     import obstore
 
-    monkeypatch.setattr(objects, "_fault_of_environment", lambda _: "")
+    monkeypatch.setattr(object_errors, "fault_of_environment", lambda _: "")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://[bad:PASSWDTOP")
     with pytest.raises(BaseException, match="InvalidUri") as panic:
         next(iter(obstore.list(S3Store("bucket"))))

@@ -520,10 +520,10 @@ def test_names_that_differ_in_case_alone_are_errors(tmp_path: Path):
     assert field_in_name("run1.Enstrophy", "x") == "enstrophy"
     for name in ("plume1.density", "shape1"):
         save_frames(tmp_path / name, np.zeros((2, 4, 4), np.uint8))
-    with pytest.raises(CatalogError, match="fields 'Density' and 'density' differ in case alone"):
+    with pytest.raises(CatalogError, match="fields 'Density' and 'density' differ only in case"):
         list_sequences(entry("lsim", options={"field": "Density"}), tmp_path)
     document = {"name": "c", "datasets": [entry("lsim"), entry("lsim").model_copy(update={"name": "d"})]}
-    with pytest.raises(ValueError, match="datasets 'D' and 'd' differ in case alone"):
+    with pytest.raises(ValueError, match="datasets 'D' and 'd' differ only in case"):
         Catalog.model_validate(document)
 
 

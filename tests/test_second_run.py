@@ -18,7 +18,7 @@ import pytest
 import xarray as xr
 from commands import run_lsim
 
-from pipeline.convert import ConversionReport, convert, shards
+from pipeline.convert import ConversionReport, convert, decode, plan
 from pipeline.sources.catalog import open_catalog
 from pipeline.sources.readers.base import LazySequence, SourceFile
 from pipeline.storage import schema, store
@@ -209,9 +209,9 @@ def all_files(out: Path) -> dict[str, int]:
 def test_records_of_earlier_versions_are_compared_with_what_is_there(runs: Runs, monkeypatch):
     """They have no marks: sources with the same bytes stay, those with others are seen."""
     with monkeypatch.context() as patch:
-        described = partial(describe_as_before, describe=shards.describe)
-        patch.setattr("pipeline.convert.shards.describe", described)
-        patch.setattr("pipeline.convert.describe", described)
+        described = partial(describe_as_before, describe=decode.describe)
+        patch.setattr(decode, "describe", described)
+        patch.setattr(plan, "describe", described)
         runs.convert()
     swap_by_mv(runs)
     runs.convert()

@@ -451,7 +451,7 @@ def test_results_say_that_means_are_weighted(source: Source):
     named = ", ".join(MEANS)
     assert f"Means over pixels are weighted by the weights of the field's pixels: {named}" in notes
     assert any("same weights of pixels: the field's for l1" in note for note in notes)
-    page = Path(write_report(source.folder / "results", archive=source.folder / "matrix.zarr")).read_text()
+    page = Path(write_report(source.folder / "results", matrix=source.folder / "matrix.zarr")).read_text()
     assert page.count("weighted by the weights of the field") == 2
 
 

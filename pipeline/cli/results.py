@@ -83,7 +83,7 @@ def verify(
     threads: Annotated[int, typer.Option(min=1, help="Threads that read and check.")] = 8,
 ) -> None:
     """Check every chunk of a store against its checksum, and its values against their records."""
-    from pipeline.storage.store import DOCUMENT
+    from pipeline.storage.metadata import DOCUMENT
     from pipeline.verify import verify
     from pipeline.verify.damage import is_of_root
     from pipeline.verify.repair import repair

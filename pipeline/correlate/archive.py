@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from pipeline.metrics.resolution import Resolution, from_text
-from pipeline.storage import schema, store
+from pipeline.storage import metadata, schema, store
 from pipeline.storage.recorded import check_rows
 
 ALL_FIELDS = "all"
@@ -127,7 +127,7 @@ def read_archive(path: str) -> Archive:
     kind = root.attrs.get("kind", schema.DISTANCES_STORE)
     if kind != schema.DISTANCES_STORE:
         raise CorrelationError(f"{path}: expected a store of distances, found one of {kind}")
-    store.check_documents(root)
+    metadata.check_documents(root)
     attributes = root.attrs.asdict()
 
     # The catalog's order of data sets; the sort is stable, so fields stay as they are in the store.
@@ -176,7 +176,7 @@ def _read_field(root: store.Group, path: str, key: str) -> tuple[Field, list[str
         problems=_add_unrecorded(checked.problems, resolutions),
         resolutions=resolutions,
     )
-    return field, checked.told(key, sequences)
+    return field, checked.list_damaged(key, sequences)
 
 
 def _add_unrecorded(

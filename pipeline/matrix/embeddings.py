@@ -33,9 +33,10 @@ from pipeline.metrics.value_range import dataset_range
 from pipeline.stage import trials
 from pipeline.stage.bounded_map import reason_of, run_bounded
 from pipeline.stage.retry_single import in_batch_or_alone
-from pipeline.storage import digests, schema, store
+from pipeline.storage import digests, metadata, schema, store
 from pipeline.storage.address import absolute, relative
 from pipeline.storage.checked_frames import NOT_READ, read_sequence, why_not_read
+from pipeline.storage.chunks import check_fits
 from pipeline.storage.recorded import (
     LABELS,
     OTHER_EMBEDDING_RECORD,
@@ -286,7 +287,7 @@ def load_embeddings(path: str | os.PathLike[str], key: str) -> tuple[xr.Dataset,
         When metadata, or the names of frames, can't be read.
     """
     root = store.open_store(path)
-    store.check_documents(root)
+    metadata.check_documents(root)
     checked = CheckedEmbeddings(root, key)
     blocks = [checked.read(block) for block in range(checked.count)]
     variables: dict[str, Any] = {name: (schema.FRAME, column) for name, column in checked.labels.items()}
@@ -416,7 +417,7 @@ def _fingerprint(contents: Sequence[str], specification_hash: str, scope: Scope)
 
 def _shapes_of_parts(metric: Metric, frames: store.Array) -> dict[str, tuple[int, ...]]:
     """Shape of each part of a frame's embedding, from one frame of zeros."""
-    store.check_fits(frames, 0)
+    check_fits(frames, 0)
     nothing = np.zeros((1, *frames.shape[2:]), frames.dtype)
     with torch.no_grad():
         embedding = metric.embedded(metric.prepare(nothing, (0.0, 1.0)))

@@ -20,7 +20,7 @@ from pipeline.matrix.embedding_cache import EmbeddedBlock, embed_block
 from pipeline.matrix.frame_blocks import FrameBlock, read_block
 from pipeline.matrix.tiles import ROWS_AT_ONCE
 from pipeline.metrics.pixel_weights import FieldWeights, get_weighted
-from pipeline.storage import schema, store
+from pipeline.storage import chunks, schema, store
 from pipeline.workers.worker_metrics import MetricRequest, this_device
 
 SIDE_TO_BEGIN_WITH = 8
@@ -145,7 +145,7 @@ def _said(metric: Metric, error: Exception) -> str:
 def _noise(source: store.Group, block: FrameBlock) -> np.ndarray:
     """As many frames as a block has, of the shape of its first, with values in 0 to 1: (n, y, x, channel)."""
     array = store.get_array(source, f"{block.pieces[0].key}/{schema.FRAMES}")
-    store.check_fits(array, 0)
+    chunks.check_fits(array, 0)
     noise = np.random.default_rng(0).random((len(block), *array.shape[2:]), np.float32)
     return noise.round().astype(array.dtype) if array.dtype.kind in "iu" else noise.astype(array.dtype)
 

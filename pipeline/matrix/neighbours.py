@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from pipeline.metrics.resolution import from_text
-from pipeline.storage import schema, store
+from pipeline.storage import metadata, schema, store
 from pipeline.storage.recorded import CheckedMatrix, check_rows, labels_of_blocks
 
 NAMES_TOGETHER = 1 << 16
@@ -155,7 +155,7 @@ def find_neighbours(
     if k < 1:
         raise NeighboursError(f"expected at least one neighbour to look for, got {k}")
     root = _open(path)
-    store.check_documents(root)
+    metadata.check_documents(root)
     frame = find_frame(path, name, matrix)
     group = store.get_group(root, frame.matrix)
     if other_sequences and not _is_archive(group):

@@ -6,7 +6,7 @@ import fnmatch
 import os
 from collections.abc import Sequence
 
-from pipeline.storage import schema, store
+from pipeline.storage import metadata, schema, store
 from pipeline.storage.checked_frames import check_bound
 from pipeline.storage.safe_names import group_fault
 
@@ -36,7 +36,7 @@ def checked_fields(
     """
     if source.attrs.get("kind", schema.FRAMES_STORE) != schema.FRAMES_STORE:
         raise store.StoreError(f"{path}: expected a store of frames, found one of {source.attrs['kind']}")
-    store.check_documents(source)
+    metadata.check_documents(source)
     keys = store.field_keys(source, schema.FRAMES)
     if not keys:
         raise store.StoreError(f"{path}: expected groups <dataset>/<field> with frames, found none")
@@ -86,7 +86,7 @@ def drop_vanished(root: store.Group, variable: str, source: store.Group, besides
         See :func:`refuse_others_results`.
     """
     refuse_others_results(root, variable, source, besides)
-    listed = store.listed_members(source)
+    listed = metadata.listed_members(source)
     if listed is None:
         return
     for key in _of_fields(root, variable, besides):

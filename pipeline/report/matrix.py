@@ -28,7 +28,7 @@ from pipeline.matrix.neighbours import (
 )
 from pipeline.metrics.resolution import list_unresolved
 from pipeline.report.reading import ReportError, find_frames
-from pipeline.storage import schema, store
+from pipeline.storage import metadata, schema, store
 from pipeline.storage.checked_frames import NOT_READ, check_bound, read_sequence
 from pipeline.storage.recorded import CheckedMatrix, labels_of_blocks
 
@@ -171,7 +171,7 @@ def gather_matrices(path: str | os.PathLike[str]) -> MatrixContents:
     metrics = sorted({name for group in groups.values() for name in metrics_of(group)})
     if not metrics:
         raise ReportError(f"{path}: no matrix has distances yet")
-    store.check_documents(root)
+    metadata.check_documents(root)
     matrices = [_gather_matrix(root, key) for key in keys[:SHOWN_MATRICES]]
     frames, missing_frames = find_frames(path, attributes)
     frames_by_name, damage = _read_pictured_frames(frames, matrices) if frames is not None else ({}, "")

@@ -13,7 +13,7 @@ import pandas as pd
 import xxhash
 
 from pipeline.correlate import statistics
-from pipeline.storage import schema, store
+from pipeline.storage import metadata, schema, store
 from pipeline.storage.address import absolute, resolve
 from pipeline.storage.checked_frames import check_bound, read_sequence
 from pipeline.storage.digests import is_sealed
@@ -139,7 +139,7 @@ def open_stores(results: str, record: dict[str, Any]) -> Stores:
             "there; keep both folders in the same places to one another, or run correlate again"
         )
     root = store.open_store(distances)
-    store.check_documents(root)
+    metadata.check_documents(root)
     attributes: dict[str, Any] = dict(root.attrs)
     frames, missing_frames = find_frames(distances, attributes)
     return Stores(
@@ -168,7 +168,7 @@ def find_frames(distances: str | os.PathLike[str], attributes: dict[str, Any]) -
     path = resolve(str(name), absolute(distances))
     if not store.exists(path):
         return None, f"The frames were at {name} beside the distances, and are there no more."
-    store.check_documents(store.open_store(path))
+    metadata.check_documents(store.open_store(path))
     return path, ""
 
 
@@ -216,7 +216,7 @@ def _read_field(
         predictions[metric] = scaled
         ranked[metric] = statistics.sequence_correlations(scaled, targets, "spearman")
     field = Field(key, dataset, name, sequences, targets, predictions, ranked, matrices)
-    return field, checked.told(key, sequences)
+    return field, checked.list_damaged(key, sequences)
 
 
 def read_strip(frames: str | None, key: str, sequence: str) -> Strip:

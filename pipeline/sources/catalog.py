@@ -1,4 +1,4 @@
-"""What data exists and where it comes from: YAML catalogs, and the download with its checksum.
+"""Catalogs: YAML files that list data sets, and say where each comes from.
 
 A catalog is a YAML file::
 
@@ -24,24 +24,24 @@ A ``source`` is exactly one of
 
 ``url``
     A download with a checksum, unpacked where it is a zip or tar archive. ``file`` names the download
-    where the address doesn't end in its name, ``folder`` the part of the archive that is meant. ``size``
-    (``3.9 GB``) is said before anything is downloaded, and no more is. ``unpacked`` (a size) and ``members``
-    (a number) are the most that the archive may hold; by default a multiple of its own size, and a million
-    files, see :mod:`pipeline.storage.limits`. Data sets with the same ``url`` share one download.
+    where the address doesn't end in its name, ``folder`` the part of the archive to use. ``size``
+    (``3.9 GB``) is shown before the download, and bounds it. ``unpacked`` (a size) and ``members`` (a
+    number) bound the content of the archive; by default a multiple of its own size, and a million files, see
+    :mod:`pipeline.storage.limits`. Data sets with the same ``url`` share one download.
 ``path``
     A folder or file on this machine; relative paths start at the catalog's own folder. Or the address of a
-    folder or file in an object store (``s3://``, ``gs://``), which ``lsim catalog fetch`` copies to this
-    machine, and later what has changed there.
+    folder or file in an object store (``s3://``, ``gs://``): ``lsim catalog fetch`` copies it to this
+    machine, and later updates the copy.
 ``simulate``
-    Families made on the spot: ``{recipe, families, size, seed, format}``, see :mod:`lsim.simulate`.
+    Simulated families: ``{recipe, families, size, seed, format}``, see :mod:`lsim.simulate`.
 
-Downloads and simulations lie under the *data root*: ``data_dir`` where it is given, else ``$LSIM_DATA``,
-else the user's cache. ``filter`` lists substrings of a sequence's name, dots included; a sequence is taken
-when any of them occurs in it, and an empty filter takes all. ``fields`` selects fields of a source by name,
+Downloads and simulations are stored under the *data root*: ``data_dir``, else ``$LSIM_DATA``, else the
+user's cache. ``filter`` lists substrings of a sequence's name, dots included; a sequence is selected when any
+of them occurs in its name, and an empty filter selects all. ``fields`` selects fields of a source by name,
 or makes new ones of some channels: ``{velocity-x: {source: velocity, channel: 0}}``; metrics take frames of
 one, three or four channels. ``missing: keep`` converts frames with NaN or infinity as they are, for metrics
 that leave out missing pixels; by default (``quarantine``) their sequences are left out.
-``largest_sequence: 40 GB`` is the most that one decoded sequence may take, 16 GiB where nothing is stated.
+``largest_sequence: 40 GB`` bounds the size of a decoded sequence, 16 GiB by default.
 Unknown keys are errors.
 """
 
@@ -72,7 +72,7 @@ from pipeline.storage import limits
 from pipeline.storage.safe_names import group_fault, printable, shown
 
 Missing: TypeAlias = Literal["quarantine", "keep"]
-"""What becomes of sequences that hold NaN or infinity."""
+"""Treatment of sequences that hold NaN or infinity."""
 
 CONTAINERS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 """Endings of downloads that are unpacked."""
@@ -81,7 +81,7 @@ DOWNLOADS = "downloads"
 
 
 class CatalogError(ValueError):
-    """A catalog that cannot be used as it is; the message names the file and the key."""
+    """A catalog with a fault; the message names the file and the key."""
 
 
 class MissingDataError(CatalogError):
@@ -94,7 +94,7 @@ def _checked_size(text: str) -> str:
 
 
 Size = Annotated[str, AfterValidator(_checked_size)]
-"""Bytes as people write them: ``3.9 GB``."""
+"""Bytes with a unit: ``3.9 GB``."""
 
 
 class _Strict(BaseModel):
@@ -120,7 +120,7 @@ class Simulation(_Strict):
 
 
 class Source(_Strict):
-    """Where a data set comes from; exactly one of ``url``, ``path`` and ``simulate`` is set."""
+    """Source of a data set; exactly one of ``url``, ``path`` and ``simulate`` is set."""
 
     url: str | None = None
     path: str | None = None
@@ -133,9 +133,9 @@ class Source(_Strict):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Source:
-        given = [key for key in ("url", "path", "simulate") if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise ValueError(f"expected exactly one of url, path, simulate; found {given or 'none'}")
+        keys = [key for key in ("url", "path", "simulate") if getattr(self, key) is not None]
+        if len(keys) != 1:
+            raise ValueError(f"expected exactly one of url, path, simulate; found {keys or 'none'}")
         if self.url is None and (self.file or self.size or self.unpacked or self.members):
             raise ValueError("file, size, unpacked and members belong to a url")
         if self.url is not None:
@@ -152,7 +152,7 @@ class Source(_Strict):
 
 
 class FieldChoice(_Strict):
-    """Some channels of a source's field, as a field of their own."""
+    """A field made of some channels of a source's field."""
 
     source: str | None = None
     channel: int | list[int] | None = None
@@ -207,12 +207,12 @@ class Dataset(_Strict):
 
     @property
     def sequence_bytes(self) -> int:
-        """The most that one decoded sequence may take."""
+        """Bound on the bytes of a decoded sequence."""
         stated = self.largest_sequence
         return limits.SEQUENCE_BYTES if stated is None else limits.parse_size(stated)
 
     def selects(self, name: str) -> bool:
-        """Whether the filter takes a sequence of this name."""
+        """Tell whether the filter selects a sequence of this name."""
         return not self.filter or any(part in name for part in self.filter)
 
 
@@ -231,7 +231,7 @@ class Catalog(_Strict):
     @model_validator(mode="after")
     def _names_agree(self) -> Catalog:
         if _group_name(self.name) == DOWNLOADS:
-            raise ValueError(f"name {DOWNLOADS!r}: the folder of downloads is called so")
+            raise ValueError(f"name {DOWNLOADS!r} is that of the folder of downloads")
         names = [entry.name for entry in self.datasets]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -241,7 +241,7 @@ class Catalog(_Strict):
             other = spelling.setdefault(name.casefold(), name)
             if other != name:
                 raise ValueError(
-                    f"datasets {other!r} and {name!r} differ in case alone; where names of files don't count "
+                    f"datasets {other!r} and {name!r} differ only in case; on a file system that ignores "
                     "case they would be one group"
                 )
         for pool, members in self.pools.items():
@@ -258,7 +258,7 @@ class Catalog(_Strict):
         return self._file
 
     def select(self, names: Iterable[str] | None = None) -> list[Dataset]:
-        """The data sets of these names, in the catalog's order; a pool stands for its members.
+        """Select data sets by name, in the catalog's order; a pool stands for its members.
 
         Raises
         ------
@@ -268,18 +268,18 @@ class Catalog(_Strict):
         if names is None:
             return list(self.datasets)
         known = [entry.name for entry in self.datasets]
-        wanted: set[str] = set()
+        selected: set[str] = set()
         for name in names:
             if name not in known and name not in self.pools:
                 raise CatalogError(
                     f"{self.file}: no dataset {name!r}{_did_you_mean(name, known)}; known: {', '.join(known)}"
                 )
-            wanted.update(self.pools.get(name, [name]))
-        return [entry for entry in self.datasets if entry.name in wanted]
+            selected.update(self.pools.get(name, [name]))
+        return [entry for entry in self.datasets if entry.name in selected]
 
 
 def list_catalogs() -> list[str]:
-    """Names of the shipped catalogs."""
+    """List the names of the shipped catalogs."""
     return shipped_names("catalogs")
 
 
@@ -289,7 +289,7 @@ def open_catalog(name_or_path: str | os.PathLike[str]) -> Catalog:
     Raises
     ------
     CatalogError
-        When there is none, or it isn't valid; the message names the file and the key.
+        When there is no such catalog, or it is invalid; the message names the file and the key.
     """
     try:
         file = find_resource("catalogs", name_or_path)
@@ -315,7 +315,7 @@ Options = TypeVar("Options", bound=BaseModel)
 
 
 def reader_options(model: type[Options], entry: Dataset) -> Options:
-    """The entry's ``options`` as ``model``; :class:`CatalogError` names the data set and the key."""
+    """Validate an entry's ``options`` as ``model``; :class:`CatalogError` names the data set and the key."""
     try:
         return model.model_validate(entry.options)
     except ValidationError as error:
@@ -324,12 +324,13 @@ def reader_options(model: type[Options], entry: Dataset) -> Options:
 
 
 def stem_of_download(name: str) -> str:
+    """Remove the ending of a download's name."""
     ending = next((suffix for suffix in CONTAINERS if name.endswith(suffix)), "")
     return name.removesuffix(ending) if ending else PurePosixPath(name).stem
 
 
 def _check_download_name(name: str) -> None:
-    """Raise unless a download of this name, and the folder of what is in it, lie within the data root."""
+    """Raise unless a download of this name, and the folder that it is unpacked to, are in the data root."""
     plain = name == PurePosixPath(name.replace("\\", "/")).name and printable(name, keep="") == name
     if (
         not plain
@@ -352,7 +353,7 @@ def _did_you_mean(name: str, known: Sequence[str]) -> str:
 
 
 def _explain(where: str, error: ValidationError, document: Any, model: type[BaseModel] = Catalog) -> str:
-    """One line a problem: the file, the key as the user wrote it, and what is wrong."""
+    """Write one line for each problem: the file, the key as the user wrote it, and the fault."""
     lines = []
     problems = error.errors()
     for problem in problems:
@@ -374,32 +375,32 @@ def _explain(where: str, error: ValidationError, document: Any, model: type[Base
 
 
 def _written_location(location: tuple[int | str, ...], document: Any) -> str:
-    """``datasets[2] (Liq).source.url``: pydantic's location with the data set's name."""
+    """Write pydantic's location with the data set's name, as in ``datasets[2] (Liq).source.url``."""
     text = ""
-    here = document
+    value = document
     for part in location:
         if isinstance(part, int):
             text += f"[{part}]"
-            here = here[part] if isinstance(here, list) and part < len(here) else None
-            if isinstance(here, dict) and isinstance(here.get("name"), str):
-                text += f" ({here['name']})"
+            value = value[part] if isinstance(value, list) and part < len(value) else None
+            if isinstance(value, dict) and isinstance(value.get("name"), str):
+                text += f" ({value['name']})"
             continue
-        if not isinstance(here, dict) or (part not in here and part is not location[-1]):
+        if not isinstance(value, dict) or (part not in value and part is not location[-1]):
             continue  # the member of a union that pydantic tried, not a key
         text += f".{part}" if text else part
-        here = here.get(part) if isinstance(here, dict) else None
+        value = value.get(part) if isinstance(value, dict) else None
     return text
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
-    """Keys that are allowed where ``location`` stands: follow it through the models."""
-    here: Any = model
+    """List the keys that are allowed at a location, by following it through the models."""
+    section: Any = model
     for part in location[:-1]:
         if isinstance(part, int):
             continue
-        models = _models_in(here.model_fields[part].annotation) if part in here.model_fields else []
-        here = models[0] if models else here
-    return set(here.model_fields)
+        models = _models_in(section.model_fields[part].annotation) if part in section.model_fields else []
+        section = models[0] if models else section
+    return set(section.model_fields)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

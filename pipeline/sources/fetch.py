@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -36,20 +37,20 @@ _CHECKSUMS_BYTES = 2**24
 
 
 def data_root(data_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of downloads and simulations: ``data_dir``, ``$LSIM_DATA`` or the user's cache."""
-    chosen = data_dir or os.environ.get("LSIM_DATA")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
+    """Return the folder of downloads and simulations: ``data_dir``, ``$LSIM_DATA`` or the user's cache."""
+    folder = data_dir or os.environ.get("LSIM_DATA")
+    if folder:
+        return Path(folder).expanduser().absolute()
     import pooch
 
     return Path(pooch.os_cache("lsim")) / "data"
 
 
 def locate(catalog: Catalog, entry: Dataset, data_dir: str | os.PathLike[str] | None = None) -> Path | None:
-    """The local folder (or file) of a data set, or None where it isn't on this machine.
+    """Find the local folder (or file) of a data set; None where it isn't on this machine.
 
-    A download is looked for as unpacked by :func:`fetch`, with or without one folder at the archive's
-    top, and directly under the data root, where one unpacked by hand may lie.
+    A download is looked for where :func:`fetch` unpacks it, with or without one folder at the archive's
+    top, and directly under the data root, where a user may have unpacked it by hand.
     """
     source = entry.source
     root = data_root(data_dir)
@@ -66,37 +67,39 @@ def locate(catalog: Catalog, entry: Dataset, data_dir: str | os.PathLike[str] | 
     unpacked = _unpacked_folder(root, source)
     tops = sorted(unpacked.iterdir()) if unpacked.is_dir() else []
     for top in [unpacked, *tops, root]:
-        # With no folder named, the root itself would pass for any data set.
-        found = top / source.folder if source.folder else top
-        if found.exists() and (source.folder or top == unpacked):
-            return found
-    # The data root may be the folder that the archive's folders lie in.
+        # Without a named folder, the data root itself would pass for any data set.
+        folder = top / source.folder if source.folder else top
+        if folder.exists() and (source.folder or top == unpacked):
+            return folder
+    # The data root may be the folder of the archive's folders itself.
     beside = root / PurePosixPath(source.folder).name
     return beside if source.folder and beside.exists() else None
 
 
 def where(catalog: Catalog, entry: Dataset, data_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The local folder (or file) of a data set.
+    """Find the local folder (or file) of a data set, or raise an error that says how to get it.
 
     Raises
     ------
     MissingDataError
         When it isn't on this machine; the message says what to download, how large it is, and the command.
     """
-    found = locate(catalog, entry, data_dir)
-    if found is None:
+    folder = locate(catalog, entry, data_dir)
+    if folder is None:
         raise MissingDataError(how_to_get(catalog, entry, data_dir))
-    return found
+    return folder
 
 
 def how_to_get(catalog: Catalog, entry: Dataset, data_dir: str | os.PathLike[str] | None = None) -> str:
-    """What to do for data that isn't there, in plain words."""
+    """Explain how to get the data of a missing data set."""
     source = entry.source
     label = f"dataset {entry.name} of catalog {catalog.name}"
     command = f"lsim catalog fetch {_handle(catalog)}"
     root = data_root(data_dir)
     if (address := _address(source)) is not None:
-        return f"{label} lies at {address}, and there is no whole copy under {root}; make it with: {command}"
+        return (
+            f"{label} lies at {address}, and there is no complete copy under {root}; make it with: {command}"
+        )
     if source.path is not None:
         return f"{label}: nothing at {_path(catalog, source)} ({catalog.file})"
     if source.simulate is not None:
@@ -111,13 +114,13 @@ def how_to_get(catalog: Catalog, entry: Dataset, data_dir: str | os.PathLike[str
 
 
 def _address(source: Source) -> str | None:
-    """The address of a source in an object store; None for any other."""
+    """Return the address of a source in an object store; None for any other source."""
     location = absolute(source.path) if source.path is not None and "://" in source.path else ""
     return join(location, *filter(None, [source.folder])) if is_address(location) else None
 
 
 def _path(catalog: Catalog, source: Source) -> Path:
-    """Where a source on this machine is; ``file://`` is a way to write a path."""
+    """Return the path of a source on this machine, which may be written as ``file://``."""
     text = source.path or ""
     path = Path(absolute(text)) if "://" in text else Path(text).expanduser()
     return catalog.file.parent / path / source.folder
@@ -125,7 +128,7 @@ def _path(catalog: Catalog, source: Source) -> Path:
 
 @dataclass(frozen=True)
 class Fetched:
-    """What :func:`fetch` did for one data set."""
+    """Action of :func:`fetch` for one data set, and the data set's folder."""
 
     dataset: str
     folder: Path
@@ -138,7 +141,7 @@ def fetch(
     data_dir: str | os.PathLike[str] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> list[Fetched]:
-    """Bring data sets to this machine: download and unpack, or simulate; what is there stays.
+    """Bring data sets to this machine: download and unpack, copy or simulate those that are missing.
 
     Parameters
     ----------
@@ -148,7 +151,7 @@ def fetch(
     data_dir : path, optional
         The data root, see :func:`data_root`.
     report : callable, optional
-        Told in a line what is about to be done, before it takes its time.
+        Called with a line on each slow step before it begins.
 
     Raises
     ------
@@ -157,7 +160,7 @@ def fetch(
         doesn't hold the folder that the catalog names, or a ``path`` isn't there.
     """
     say = report or (lambda line: None)
-    done = []
+    results = []
     for entry in catalog.select(dataset_names):
         source = entry.source
         action: Literal["present", "downloaded", "simulated"] = "present"
@@ -188,13 +191,13 @@ def fetch(
                     f"{catalog.file}: dataset {entry.name}: no folder {source.folder!r} "
                     f"in {source.download_name}"
                 )
-        done.append(Fetched(entry.name, where(catalog, entry, data_dir), action))
-    return done
+        results.append(Fetched(entry.name, where(catalog, entry, data_dir), action))
+    return results
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What :func:`verify` found of one data set.
+    """Result of :func:`verify` for one data set.
 
     ``checksum`` is "ok", "differs", or "unchecked" where there is nothing to compare: data that isn't a
     download, or a download unpacked by hand.
@@ -207,7 +210,7 @@ class Verified:
 
     @property
     def ok(self) -> bool:
-        """Whether the data is there and no checksum differs."""
+        """True where the data is present and no checksum differs."""
         return self.present and self.checksum != "differs"
 
 
@@ -216,38 +219,42 @@ def verify(
     dataset_names: Iterable[str] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
 ) -> list[Verified]:
-    """What is there and what is missing; kept downloads are compared with their checksums again.
+    """Check which data sets are present, and compare downloads with their checksums again.
 
-    A checksum that the catalog names by its file was recorded when it was downloaded; nothing is
-    downloaded here.
+    Nothing is downloaded: a checksum that the catalog names by its file was recorded with the download.
     """
     root = data_root(data_dir)
-    digests: dict[tuple[Path, str], str] = {}
+    hash_download = functools.cache(_hash_file)  # data sets may share a download
     results = []
     for entry in catalog.select(dataset_names):
         folder = locate(catalog, entry, data_dir)
         checksum: Literal["ok", "differs", "unchecked"] = "unchecked"
         detail = str(folder) if folder is not None else how_to_get(catalog, entry, data_dir)
         archive = root / DOWNLOADS / entry.source.download_name
+        expected = None
         if entry.source.url is not None and archive.is_file():
             expected = _expected_checksum(entry, root, download=False)
-            if expected is not None:
-                algorithm, digest = expected.split(":")
-                key = (archive, algorithm)
-                if key not in digests:
-                    with archive.open("rb") as stream:
-                        digests[key] = hashlib.file_digest(stream, algorithm).hexdigest()
-                checksum = "ok" if digests[key] == digest.lower() else "differs"
-                if checksum == "differs":
-                    detail = f"{archive}: {algorithm} expected {digest}, found {digests[key]}"
+        if expected is not None:
+            algorithm, digest = expected.split(":")
+            own_digest = hash_download(archive, algorithm)
+            checksum = "ok" if own_digest == digest.lower() else "differs"
+            if checksum == "differs":
+                detail = f"{archive}: {algorithm} expected {digest}, found {own_digest}"
         results.append(Verified(entry.name, folder is not None, checksum, detail))
     return results
+
+
+def _hash_file(file: Path, algorithm: str) -> str:
+    """Hash a file by an algorithm of hashlib."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, algorithm).hexdigest()
 
 
 # -- fetching ------------------------------------------------------------------------------------------
 
 
 def _download(entry: Dataset, root: Path) -> None:
+    """Download and unpack the source of a data set."""
     source = entry.source
     expected = _expected_checksum(entry, root, download=True)
     size = limits.DOWNLOAD_BYTES if source.size is None else limits.parse_size(source.size)
@@ -261,9 +268,9 @@ def _download(entry: Dataset, root: Path) -> None:
     target = _unpacked_folder(root, source)
     if target.exists() and not (target / _UNPACKED_FROM).is_file():
         raise CatalogError(
-            f"dataset {entry.name}: {target} is there, and was not unpacked from a download; move it away"
+            f"dataset {entry.name}: {target} exists, and was not unpacked from a download; move it away"
         )
-    # Unpacked beside its place and renamed: a folder under the final name is complete.
+    # Unpack beside the target and rename, so that a folder under the final name is complete.
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=root))
     try:
         if source.download_name.endswith(CONTAINERS):
@@ -283,7 +290,7 @@ def _download(entry: Dataset, root: Path) -> None:
 
 
 def _retrieve(label: str, url: str, path: Path, checksum: str | None, most: int) -> Path:
-    """Download to ``path``, unless it lies there with that checksum; no more than ``most`` bytes."""
+    """Download at most ``most`` bytes to ``path``, unless it has that checksum already."""
     import pooch
 
     def download(url: str, output_file: str, _: Any) -> None:
@@ -296,12 +303,12 @@ def _retrieve(label: str, url: str, path: Path, checksum: str | None, most: int)
                 url=url, known_hash=checksum, fname=path.name, path=path.parent, downloader=download
             )
         )
-    except ValueError as error:  # pooch's report of a checksum that differs, or of too much: the file is gone
+    except ValueError as error:  # a differing checksum, or too many bytes: pooch has removed the file
         raise CatalogError(f"{label}: {url}: {error}") from error
 
 
 class _Counted:
-    """A file that refuses to grow beyond ``most`` bytes, whatever a server says of their number."""
+    """A file that refuses to grow beyond ``most`` bytes, whatever size a server states."""
 
     def __init__(self, file: IO[bytes], most: int) -> None:
         self._file, self._most, self._written = file, most, 0
@@ -310,8 +317,8 @@ class _Counted:
         self._written += len(data)
         if self._written > self._most:
             raise CatalogError(
-                f"more than {limits.readable(self._most)} were sent; a catalog that expects more states "
-                "it as size"
+                f"more than {limits.readable(self._most)} were sent; if this is right, state the size in the "
+                "catalog"
             )
         return self._file.write(data)
 
@@ -324,14 +331,14 @@ def _unpacked_folder(root: Path, source: Source) -> Path:
 
 
 def _expected_checksum(entry: Dataset, root: Path, *, download: bool) -> str | None:
-    """``<algorithm>:<hex>`` of the entry's download; None where it can't be known without downloading."""
+    """Return ``<algorithm>:<hex>`` of the entry's download; None where that takes a download."""
     checksum = entry.checksum
     if not isinstance(checksum, ChecksumFile):
         return checksum
     file = root / DOWNLOADS / f"{entry.source.download_name}.{checksum.algorithm}"
     if download:
-        # The list lies beside the data on the publisher's server: it guards against damage on the way,
-        # not against a publisher who changes both.
+        # The list is on the publisher's server, beside the data: it guards against damage in transit, not
+        # against a publisher who changes both.
         file.unlink(missing_ok=True)
         _retrieve(f"dataset {entry.name}", checksum.url, file, None, _CHECKSUMS_BYTES)
     elif not file.is_file():
@@ -344,7 +351,7 @@ def _expected_checksum(entry: Dataset, root: Path, *, download: bool) -> str | N
 
 
 def _recipe_version(catalog: Catalog, entry: Dataset) -> int:
-    """Version of a simulated data set's recipe: it is raised when the same seed gives other frames."""
+    """Look up the version of a data set's recipe, which is raised when a seed gives other frames."""
     from lsim.simulate import UnknownRecipeError, find_recipe
 
     assert entry.source.simulate is not None
@@ -355,20 +362,20 @@ def _recipe_version(catalog: Catalog, entry: Dataset) -> int:
 
 
 def _simulate(simulation: Simulation, folder: Path, version: int) -> None:
-    """Make the families that are not there yet, in place of those that were made with other settings."""
+    """Simulate the missing families, and remove those that were made with other settings."""
     from lsim.simulate import family_folders, missing_families, write_families
     from lsim.simulate.layout import read_record
 
     recipe, families, size = simulation.recipe, simulation.families, simulation.size
     made_from = simulation.model_dump() | {"version": version}
     folder.mkdir(parents=True, exist_ok=True)
-    # First: from now on the folder is not what an earlier note says, whenever this is interrupted.
+    # First of all: after an interruption, an earlier note must not describe this folder.
     _write_note(folder / _MADE_FROM, made_from | {"complete": False})
     missing = missing_families(folder, recipe, families, size, simulation.seed, simulation.format)
-    there = set(range(1, families + 1)) - set(missing)
-    kept = {path for number in there for path in family_folders(folder, recipe, number)}
+    present = set(range(1, families + 1)) - set(missing)
+    valid = {path for number in present for path in family_folders(folder, recipe, number)}
     for path in folder.iterdir():
-        if path not in kept and read_record(path) is not None:  # it would lie among the new ones
+        if path not in valid and read_record(path) is not None:  # it would be among the new ones
             shutil.rmtree(path)
     write_families(folder, recipe, families, size, simulation.seed, simulation.format)
     _write_note(folder / _MADE_FROM, made_from)
@@ -379,15 +386,12 @@ def _read_note(path: Path) -> Any:
 
 
 def _write_note(path: Path, note: dict[str, Any]) -> None:
-    """In one step: a note is never half written."""
+    """Write a note in one step, so that it is never half written."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(note))
     partial.replace(path)
 
 
 def _handle(catalog: Catalog) -> str:
-    """How a user names this catalog: by name where it is shipped, else by path."""
+    """Return what a user types for this catalog: its name if it is shipped, else its path."""
     return catalog.name if catalog.name in list_catalogs() else str(catalog.file)
-
-
-# -- errors --------------------------------------------------------------------------------------------

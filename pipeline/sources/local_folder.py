@@ -1,4 +1,4 @@
-"""A folder of small files at a location: itself, or a copy of an address's that is written back."""
+"""Work on a folder of small files at a location, through a copy where it is an address."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pipeline.storage.address import is_address
 
 @contextlib.contextmanager
 def local_folder(location: str) -> Iterator[Path]:
-    """The folder at a path; for an address a copy of its files, without folders below, while it is open.
+    """Open the folder at a path; for an address, open a copy of its files, without folders below.
 
-    What changed is written back at the end, in the order in which it was written, and what was deleted is
-    deleted; nothing is where the block ends with an exception. An object is replaced whole.
+    At the end, changed files are written back in the order in which they were written, and deleted files are
+    deleted. Nothing is if the block ends with an exception. Objects are replaced whole.
     """
     if not is_address(location):
         yield Path(location)
@@ -24,16 +24,17 @@ def local_folder(location: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="lsim-") as name:
         folder = Path(name)
         before = {}
-        for found in objects.names(location):
-            if "/" not in found and (content := objects.read(location, found)) is not None:
-                (folder / found).write_bytes(content)
-                before[found] = content
+        for object_name in objects.names(location):
+            content = None if "/" in object_name else objects.read(location, object_name)
+            if content is not None:
+                (folder / object_name).write_bytes(content)
+                before[object_name] = content
         yield folder
         files = sorted(
             (path for path in folder.iterdir() if path.is_file()), key=lambda p: p.stat().st_mtime_ns
         )
-        for gone in before.keys() - {path.name for path in files}:
-            objects.delete(location, gone)
+        for deleted in before.keys() - {path.name for path in files}:
+            objects.delete(location, deleted)
         for path in files:
             content = path.read_bytes()
             if before.get(path.name) != content:

@@ -11,92 +11,101 @@ from pipeline.storage import objects
 from pipeline.storage.address import parent
 
 DOWNLOADS = 8
-"""Objects that are downloaded at once."""
+"""Objects that are downloaded at the same time."""
 
 
 def bring(address: str, folder: Path) -> bool:
-    """Make ``folder`` a copy of what lies at an address; only what is new or has changed is downloaded.
+    """Make a folder a copy of the objects at an address; download only those that are new or have changed.
 
-    An object has changed when its size, its time to the second, or the store's tag of it (ETag) is another.
-    Files get the time of their objects, so that what didn't change looks as it did. Where there is one object
-    of that name, the folder holds it alone.
+    An object has changed when its size, its time to the second, or the store's tag of it (ETag) differs.
+    Files get the time of their objects, so that unchanged files look unchanged. Where the address is that of
+    one object, the folder holds only that.
 
     Returns
     -------
     bool
-        Whether anything was new, changed or gone.
+        Whether any object was new, changed or deleted.
 
     Raises
     ------
     pipeline.storage.objects.ObjectStoreError
-        When nothing is there, or the name of an object leads out of the folder.
+        When there is no object at the address, or an object's name leads out of the folder.
     FileExistsError
-        When the folder holds something that wasn't brought.
+        When the folder holds files that no copy brought.
     """
-    source, found, file = address, objects.listed(address), ""
-    if not found and (alone := objects.look(address)) is not None:
-        source, found, file = parent(address), [alone], alone.name
-    if not found:
+    source, entries, file = address, objects.listed(address), ""
+    if not entries and (single := objects.look(address)) is not None:
+        source, entries, file = parent(address), [single], single.name
+    if not entries:
         raise objects.ObjectStoreError(f"{address}: there is nothing here")
-    for one in found:
-        if {"", ".", ".."} & set(one.name.split("/")):
-            raise objects.ObjectStoreError(f"{address}: object {one.name!r} leads out of its folder")
+    for entry in entries:
+        if {"", ".", ".."} & set(entry.name.split("/")):
+            raise objects.ObjectStoreError(f"{address}: object {entry.name!r} leads out of its folder")
     note = _note(folder)
     tags = _tags(note)
-    missing = [one for one in found if not _is_here(folder / one.name, one, tags)]
+    missing = [entry for entry in entries if not _is_current(folder / entry.name, entry, tags)]
     if not note.exists() and folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty, and no copy of {address}: move it elsewhere")
-    gone = {path for path in folder.rglob("*") if path.is_file()} - {folder / one.name for one in found}
-    complete = {"from": address, "file": file, "tags": {one.name: one.tag for one in found}}
-    if not missing and not gone and brought(address, folder) is not None:
-        if tags != complete["tags"]:  # of an earlier version, or of a store that has given others
+    deleted = {path for path in folder.rglob("*") if path.is_file()} - {folder / e.name for e in entries}
+    complete = {"from": address, "file": file, "tags": {entry.name: entry.tag for entry in entries}}
+    if not missing and not deleted and brought(address, folder) is not None:
+        if tags != complete["tags"]:  # an earlier version's note, or a store that has changed its tags
             note.write_text(json.dumps(complete))
         return False
+
+    # The note says that the copy is incomplete until all is done; tags of files that stay are kept in it.
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {one.name: tags.get(one.name, "") for one in found if one not in missing}
-    note.write_text(json.dumps({"copy": "not complete", "tags": kept}))
-    for path in gone:
-        path.unlink()
-        for above in path.relative_to(folder).parents[:-1]:
-            if not any((folder / above).iterdir()):  # an object store has no empty folders
-                (folder / above).rmdir()
+    current = {entry.name: tags.get(entry.name, "") for entry in entries if entry not in missing}
+    note.write_text(json.dumps({"copy": "not complete", "tags": current}))
+    for path in deleted:
+        _delete(path, folder)
     with ThreadPoolExecutor(DOWNLOADS) as threads:
-        for _ in threads.map(lambda one: _download(source, one, folder / one.name), missing):
+        for _ in threads.map(lambda entry: _download(source, entry, folder / entry.name), missing):
             pass
     note.write_text(json.dumps(complete))
     return True
 
 
 def brought(address: str, folder: Path) -> Path | None:
-    """The copy that :func:`bring` made of an address, a folder or a file; None where it isn't complete."""
+    """Find the copy that :func:`bring` made, a folder or a file; None where it isn't complete."""
     note = _note(folder)
-    found = json.loads(note.read_text()) if note.is_file() else {}
-    return folder / found["file"] if found.get("from") == address else None
+    content = json.loads(note.read_text()) if note.is_file() else {}
+    return folder / content["file"] if content.get("from") == address else None
 
 
 def _note(folder: Path) -> Path:
-    """Beside the copy: in it, it would be one of its files."""
+    """Return the path of a copy's note, beside the copy: in it, it would be one of its files."""
     return folder.with_name(f".{folder.name}.brought-from.json")
 
 
 def _tags(note: Path) -> dict[str, str]:
-    """Read the tags of the objects that files are copies of; none where an earlier version made the copy."""
-    found = json.loads(note.read_text()) if note.is_file() else {}
-    return dict(found.get("tags", {}))
+    """Read the tags of the copied objects; empty where an earlier version made the copy."""
+    content = json.loads(note.read_text()) if note.is_file() else {}
+    return dict(content.get("tags", {}))
 
 
-def _is_here(path: Path, one: objects.Listed, tags: dict[str, str]) -> bool:
-    if not path.is_file() or tags.get(one.name, one.tag) != one.tag:
+def _is_current(path: Path, entry: objects.Listed, tags: dict[str, str]) -> bool:
+    """Tell whether a file is a copy of an object as it is now."""
+    if not path.is_file() or tags.get(entry.name, entry.tag) != entry.tag:
         return False
-    found = path.stat()
-    return (found.st_size, int(found.st_mtime)) == (one.size, int(one.time))
+    status = path.stat()
+    return (status.st_size, int(status.st_mtime)) == (entry.size, int(entry.time))
 
 
-def _download(source: str, one: objects.Listed, path: Path) -> None:
+def _delete(path: Path, folder: Path) -> None:
+    """Delete a file of a copy, and folders that it leaves empty: an object store has no empty folders."""
+    path.unlink()
+    for above in path.relative_to(folder).parents[:-1]:
+        if not any((folder / above).iterdir()):
+            (folder / above).rmdir()
+
+
+def _download(source: str, entry: objects.Listed, path: Path) -> None:
+    """Download an object to a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
-        for block in objects.blocks(source, one.name):
+        for block in objects.blocks(source, entry.name):
             file.write(block)
-    os.utime(partial, (one.time, one.time))
+    os.utime(partial, (entry.time, entry.time))
     partial.replace(path)

@@ -1,8 +1,9 @@
-"""Zip and tar archives of others, unpacked so that they can harm nothing but their own folder.
+"""Unpack zip and tar archives of others so that they can harm nothing outside their own folder.
 
-Only files and folders are made, and by this module: links, devices and names that lead elsewhere are
-refused, whatever the libraries would do with them. Bytes are counted as they are written, since the sizes
-that an archive states of itself may be wrong.
+This module creates all files and folders itself. Links, devices and names that lead elsewhere are refused,
+whatever the libraries would do with them (tarfile's ``data`` filter allows links within the folder, and reads
+headers of any length). Bytes are counted as they are written, since the sizes that an archive states may be
+wrong.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from pipeline.storage.limits import MEMBERS, UNPACKED_BYTES, UNPACKED_RATIO, rea
 from pipeline.storage.safe_names import printable, shown
 
 DEPTH = 64
-"""Folders within folders."""
+"""Deepest nesting of folders."""
 _PIECE = 2**20
 _HEADER_BYTES = 2**20
-"""All headers of one tar member: tarfile reads them whole, whatever length they claim, and keeps them."""
+"""Bound on all headers of one tar member: tarfile reads and keeps them, whatever length they claim."""
 _HEADERS_PER_MEMBER = 4096
-"""Headers and padding of tar members on average; and the global headers, which tarfile copies to each."""
+"""Allowance for headers and padding of a tar member; bound on global headers, which each member gets."""
 _ENTRY_BYTES = 512
-"""Entries of a zip archive's directory on average."""
+"""Allowance for an entry in the directory of a zip archive."""
 _ENTRY = b"PK\x01\x02"
 _MORE_MEMBERS = "; a catalog that expects them states their number as members"
 _OPENERS: dict[bytes, Callable[[Path], Any]] = {
@@ -42,18 +43,23 @@ _OPENERS: dict[bytes, Callable[[Path], Any]] = {
     b"\xfd7zXZ": lzma.open,
 }
 _BROKEN = (
-    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError),
-    *(EOFError, RuntimeError, ValueError),  # passwords and unknown compressions are kinds of RuntimeError
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    RuntimeError,  # encryption and unknown compression, too
+    ValueError,
 )
 
 
 class UnpackError(ValueError):
-    """An archive that isn't unpacked, and why."""
+    """An archive that is refused; the message says why."""
 
 
 @dataclass(frozen=True)
 class _Member:
-    """A file of an archive, or a folder, of which ``open`` is None."""
+    """A file of an archive, or a folder, whose ``open`` is None."""
 
     name: str
     open: Callable[[], IO[bytes]] | None
@@ -69,18 +75,18 @@ def unpack(
     archive : Path
         Zip where its name says so, else tar, compressed or not.
     folder : Path
-        Nothing is written outside of it. After an error it holds what was unpacked so far.
+        Nothing is written outside of it. After an error it holds the files unpacked so far.
     most_bytes : int, optional
-        That all files may have together; default :data:`~pipeline.storage.limits.UNPACKED_RATIO` times the
+        Bound on the bytes of all files; default :data:`~pipeline.storage.limits.UNPACKED_RATIO` times the
         archive's own size, and :data:`~pipeline.storage.limits.UNPACKED_BYTES` at least.
     most_members : int, optional
-        Files and folders, default :data:`~pipeline.storage.limits.MEMBERS`.
+        Bound on the number of files and folders, default :data:`~pipeline.storage.limits.MEMBERS`.
 
     Raises
     ------
     UnpackError
-        When the archive is damaged or encrypted, holds more than that, or a member is a link, a device, or
-        would be written elsewhere.
+        When the archive is damaged or encrypted, exceeds a bound, or has a member that is a link or a device,
+        or that would be written outside of the folder.
     """
     if most_bytes is None:
         most_bytes = max(UNPACKED_BYTES, UNPACKED_RATIO * archive.stat().st_size)
@@ -98,11 +104,9 @@ def unpack(
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             with member.open() as stream, path.open("xb") as file:
-                while piece := stream.read(_PIECE):
-                    written += len(piece)
-                    if written > most_bytes:
-                        raise UnpackError(_too_much(archive, most_bytes))
-                    file.write(piece)
+                written += _copy(stream, file, most_bytes - written)
+            if written > most_bytes:
+                raise UnpackError(_too_much(archive, most_bytes))
     except (FileExistsError, NotADirectoryError) as error:
         raise UnpackError(
             f"{archive}: two members are called {shown(member.name)!r}, or one lies in the other"
@@ -110,13 +114,24 @@ def unpack(
     except UnpackError:
         raise
     except (*_BROKEN, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the archive's
+        if isinstance(error, OSError) and error.errno is not None:  # a fault of the disk, not of the archive
             raise
         raise UnpackError(f"{archive}: cannot be unpacked: {type(error).__name__}: {error}") from error
 
 
+def _copy(stream: IO[bytes], file: IO[bytes], most: int) -> int:
+    """Copy bytes until there are more than ``most``; return the number of bytes read."""
+    count = 0
+    while piece := stream.read(_PIECE):
+        count += len(piece)
+        if count > most:
+            break
+        file.write(piece)
+    return count
+
+
 def _relative(name: str, archive: Path) -> PurePosixPath:
-    """Where a member belongs within the folder."""
+    """Return the path of a member within the folder, or refuse its name."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or (path.parts and path.parts[0].endswith(":")):
         raise UnpackError(f"{archive}: {shown(name)!r} would be written outside of the folder")
@@ -130,6 +145,7 @@ def _relative(name: str, archive: Path) -> PurePosixPath:
 
 
 def _too_much(archive: Path, most: int) -> str:
+    """Write the error of an archive that holds too many bytes."""
     return (
         f"{archive} ({readable(archive.stat().st_size)}) holds more than {readable(most)}, which may be a "
         "decompression bomb; a catalog that expects more states it as unpacked: SIZE"
@@ -138,19 +154,19 @@ def _too_much(archive: Path, most: int) -> str:
 
 @contextlib.contextmanager
 def open_zip(archive: Path, most_members: int, hint: str = "") -> Iterator[zipfile.ZipFile]:
-    """Open a zip archive to read from, once it is known how many members its directory lists.
+    """Open a zip archive for reading, and refuse it if its directory lists too many members.
 
     Parameters
     ----------
     archive : Path
     most_members : int
     hint : str, optional
-        For the error: what to do about it.
+        Remedy, for the error.
 
     Raises
     ------
     UnpackError
-        When it lists more members, or describes them at a length that no such number needs.
+        When it lists more members, or its directory is longer than so many members need.
     zipfile.BadZipFile
         When it is damaged.
     """
@@ -160,7 +176,7 @@ def open_zip(archive: Path, most_members: int, hint: str = "") -> Iterator[zipfi
 
 
 class _Directory(io.BufferedReader):
-    """A zip archive of which zipfile reads no larger directory than allowed.
+    """A zip archive's file that gives zipfile no larger directory than allowed.
 
     zipfile reads the directory at once and makes an object of each entry, whatever number is stated.
     """
@@ -173,7 +189,8 @@ class _Directory(io.BufferedReader):
     def read(self, size: int | None = -1, /) -> bytes:
         if self.is_listed or size is None or size < 0:  # to the end: zipfile looks there for a comment
             return super().read(size)
-        if size > (most := _HEADER_BYTES + _ENTRY_BYTES * self._most):
+        most = _HEADER_BYTES + _ENTRY_BYTES * self._most
+        if size > most:
             raise UnpackError(
                 f"{self._archive}: a directory of {size} bytes; expected {most} at most for {self._most} "
                 f"members{self._hint}"
@@ -185,6 +202,7 @@ class _Directory(io.BufferedReader):
 
 
 def _zip_members(archive: Path, _: int, most_members: int) -> Iterator[_Member]:
+    """Yield the members of a zip archive."""
     with open_zip(archive, most_members, _MORE_MEMBERS) as members:
         for member in members.infolist():
             kind = stat.S_IFMT(member.external_attr >> 16)
@@ -197,6 +215,7 @@ def _zip_members(archive: Path, _: int, most_members: int) -> Iterator[_Member]:
 
 
 def _tar_members(archive: Path, most_bytes: int, _: int) -> Iterator[_Member]:
+    """Yield the members of a tar archive, compressed or not."""
     with archive.open("rb") as file:
         start = file.read(8)
     opener = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
@@ -211,8 +230,9 @@ def _tar_members(archive: Path, most_bytes: int, _: int) -> Iterator[_Member]:
                 bounded.begin_headers()
 
 
-def _check_tar_member(archive: Path, member: tarfile.TarInfo, for_all: Mapping[str, str]) -> None:
-    if sum(len(key) + len(value) for key, value in for_all.items()) > _HEADERS_PER_MEMBER:
+def _check_tar_member(archive: Path, member: tarfile.TarInfo, global_headers: Mapping[str, str]) -> None:
+    """Refuse links, devices and long global headers."""
+    if sum(len(key) + len(value) for key, value in global_headers.items()) > _HEADERS_PER_MEMBER:
         raise UnpackError(
             f"{archive}: global headers of more than {_HEADERS_PER_MEMBER} characters, which each member gets"
         )
@@ -224,7 +244,7 @@ def _check_tar_member(archive: Path, member: tarfile.TarInfo, for_all: Mapping[s
 
 
 class _Bounded:
-    """A tar archive's stream: neither the headers of a member nor all there is may be longer than allowed."""
+    """A tar archive's stream that bounds the headers of each member, and the whole."""
 
     def __init__(self, stream: Any, archive: Path, most: int) -> None:
         self._stream, self._archive = stream, archive
@@ -232,11 +252,11 @@ class _Bounded:
         self._in_headers, self._headers = True, 0
 
     def begin_headers(self) -> None:
-        """What is read from here on are headers of the next member."""
+        """Count the following bytes as headers of the next member."""
         self._in_headers, self._headers = True, 0
 
     def end_headers(self) -> None:
-        """A member's headers were read; what is read from here on is its data."""
+        """Count the following bytes as data of a member whose headers are read."""
         self._in_headers = False
         self._most += _HEADERS_PER_MEMBER
 

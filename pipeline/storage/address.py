@@ -1,7 +1,8 @@
-"""Where stores lie: a path, or an address such as ``s3://bucket/archive/frames.zarr``.
+"""Locations of stores: a path, or an address such as ``s3://bucket/archive/frames.zarr``.
 
-A *location* is either, as text. :func:`absolute` makes one of what a user gave; the others take it from
-there. An address never holds credentials: those are in the environment of each process that opens it.
+A *location* is either, as text. :func:`absolute` makes one from what a user typed, and all other functions
+take such a location. An address never holds credentials: they are in the environment of each process that
+opens it.
 """
 
 from __future__ import annotations
@@ -20,32 +21,32 @@ _HALVED = re.compile(r"(s3|gs|file):/[^/]")
 
 
 class AddressError(ValueError):
-    """An address that cannot be opened as it is. The message repeats nothing that may be a secret."""
+    """An address that cannot be opened. The message repeats nothing that may be a secret."""
 
 
 def is_address(location: str | os.PathLike[str]) -> bool:
-    """Whether a location is in an object store, and not a path."""
+    """Tell whether a location is an address in an object store, and not a path."""
     return isinstance(location, str) and location.partition("://")[0] in SCHEMES and "://" in location
 
 
 def absolute(location: str | os.PathLike[str]) -> str:
-    """The location that is meant: an absolute path, or an address without a slash at its end.
+    """Make a location from a user's text: an absolute path, or an address without a slash at its end.
 
     Raises
     ------
     AddressError
-        For a scheme that is unknown, credentials in an address, and a path that was an address once.
+        For an unknown scheme, credentials in an address, and an address that went through pathlib.
     """
     text = os.fspath(location)
-    found = _ADDRESS.fullmatch(text)
-    if found is None:
+    match = _ADDRESS.fullmatch(text)
+    if match is None:
         if halved := _HALVED.match(text):
             scheme = halved.group(1)
             raise AddressError(
                 f"{scheme}:/…: expected {scheme}://…; an address is a str, never a pathlib.Path"
             )
         return os.path.abspath(text)
-    scheme, rest = found.groups()
+    scheme, rest = match.groups()
     if scheme == "file":
         return _local(text)
     if scheme not in SCHEMES:
@@ -56,6 +57,7 @@ def absolute(location: str | os.PathLike[str]) -> str:
 
 
 def _local(text: str) -> str:
+    """Make an absolute path from a ``file://`` address."""
     parts = urlsplit(text)
     if (
         parts.netloc not in ("", "localhost")
@@ -70,7 +72,7 @@ def _local(text: str) -> str:
 
 
 def _checked(scheme: str, rest: str) -> str:
-    """``bucket/key``, or an error that doesn't repeat it: it may hold a secret."""
+    """Check ``bucket/key``; the error doesn't repeat it, as it may hold a secret."""
     if re.search(r"[@?#]", rest) or ":" in rest.partition("/")[0]:
         raise AddressError(
             f"{scheme}://…: an address holds a bucket and a name, and no credentials, '?', '#' or '@'; "
@@ -86,26 +88,26 @@ def _checked(scheme: str, rest: str) -> str:
 
 
 def join(location: str, *names: str) -> str:
-    """The location of what lies below another."""
+    """Join names to a location."""
     return "/".join([location, *names]) if is_address(location) else os.path.join(location, *names)
 
 
 def parent(address: str) -> str:
-    """The address of what an address lies in; a bucket's is itself."""
+    """Return the address one level up; a bucket is its own parent."""
     scheme, bucket, name = split_bucket(address)
     above = name.rpartition("/")[0]
     return f"{scheme}://{bucket}/{above}" if above else f"{scheme}://{bucket}"
 
 
 def split_bucket(address: str) -> tuple[str, str, str]:
-    """Scheme, bucket and the name in it of an address."""
+    """Split an address into scheme, bucket and the name in it."""
     scheme, _, rest = address.partition("://")
     bucket, _, name = rest.partition("/")
     return scheme, bucket, name
 
 
 def relative(location: str, start: str) -> str:
-    """How what lies at ``start`` names another location: relative where both may be moved together."""
+    """Name a location as seen from ``start``: relative where both may be moved together."""
     if is_address(location) and is_address(start):
         if split_bucket(location)[:2] != split_bucket(start)[:2]:
             return location
@@ -116,7 +118,7 @@ def relative(location: str, start: str) -> str:
 
 
 def resolve(named: str, start: str) -> str:
-    """The location that :func:`relative` named as seen from ``start``."""
+    """Return the location that :func:`relative` named as seen from ``start``."""
     if is_address(named) or os.path.isabs(named):
         return absolute(named)
     if not is_address(start):

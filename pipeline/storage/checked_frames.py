@@ -1,7 +1,7 @@
-"""Whether a sequence's frames are still those that were converted: they are hashed as conversion hashed them.
+"""Read frames and check that they are still those that were converted, by their hash.
 
-Disks lose bits, copies end early, chunks get deleted and then read as fill values. Whoever computes from
-frames reads them here, and so never computes from others than the store's ``content`` was made of.
+Disks lose bits, copies end early, and deleted chunks read as fill values. All computations read their frames
+here, so they never use frames that differ from those behind the store's ``content``.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import json
 import numpy as np
 import xxhash
 
-from pipeline.storage import schema, store
+from pipeline.storage import chunks, schema, store
 from pipeline.storage.digests import is_sealed
 
 
 def content_hash(frames: np.ndarray, parameter: np.ndarray) -> str:
-    """xxh3 (128 bits, hex) of decoded frames and parameter: dtype, shape and bytes of both.
+    """Hash decoded frames and parameter: xxh3 (128 bits, hex) of dtype, shape and bytes of both.
 
     Parameters
     ----------
@@ -45,27 +45,27 @@ def hash_weights(weights: np.ndarray) -> str:
 
 
 def weights_of_record(source: str) -> str:
-    """Read from what is recorded of a sequence's source the hash of its weights; empty where it has none."""
+    """Extract the hash of a sequence's weights from its recorded source; empty where it has none."""
     return str(json.loads(source or "{}").get(schema.WEIGHTS, ""))
 
 
 def stored_weights(group: store.Group) -> np.ndarray | None:
-    """Read a field's weights of pixels as they are, (y, x); None where it has none."""
+    """Read a field's weights of pixels unchecked, (y, x); None where it has none."""
     if schema.WEIGHTS not in group:
         return None
     return store.read(store.get_array(group, schema.WEIGHTS))
 
 
 def read_weights(group: store.Group, expected: str | None = None) -> np.ndarray | None:
-    """Read a field's weights of pixels, once they are known to be whole.
+    """Read a field's weights of pixels and check them.
 
     Parameters
     ----------
     group : Group
         A field of ``frames.zarr``.
     expected : str, optional
-        Their hash. Default: that which conversion recorded of every sequence; one that was made by others
-        records none.
+        Their hash. Default: the hash that conversion recorded with every sequence; a store that was made by
+        others records none.
 
     Returns
     -------
@@ -75,9 +75,9 @@ def read_weights(group: store.Group, expected: str | None = None) -> np.ndarray 
     Raises
     ------
     DamagedError
-        When they cannot be decoded, are gone, or are others than were converted.
+        When they cannot be decoded, are missing, or differ from those that were converted.
     pipeline.storage.schema.SchemaError
-        When they are no weights of the field's pixels.
+        When they are not valid weights of the field's pixels.
     """
     weights = stored_weights(group)
     digest = "" if weights is None else hash_weights(weights)
@@ -93,32 +93,32 @@ def read_weights(group: store.Group, expected: str | None = None) -> np.ndarray 
 
 
 def recorded_weights(group: store.Group) -> set[str]:
-    """List the hashes of weights that are recorded of a field's sequences: one, where it is whole.
+    """List the hashes of weights that are recorded with a field's sequences: one, unless it is damaged.
 
-    Empty texts stand for sequences without weights; those that aren't converted don't count.
+    An empty text stands for no weights. Sequences that aren't committed don't count.
     """
     columns = [store.read(store.get_array(group, name)) for name in (schema.CONTENT, schema.SOURCE)]
     return {weights_of_record(str(source)) for content, source in zip(*columns, strict=True) if content}
 
 
 def weights_fault(digest: str) -> str:
-    """Say what is wrong with weights of this hash that are others than were converted."""
+    """Describe damaged weights, which have this hash."""
     if not digest:
         return f"{schema.WEIGHTS} are missing"
     return f"{schema.WEIGHTS} are not those that were converted: their hash is {digest}"
 
 
 NOT_READ = (store.DamagedError, store.OversizedError)
-"""What :func:`read_sequence` raises for a sequence that isn't compared, and is looked at again next time."""
+"""Errors of :func:`read_sequence`: the sequence isn't compared, and the next run tries it again."""
 
 
 def why_not_read(error: store.DamagedError | store.OversizedError) -> str:
-    """What is wrong with a sequence, in words that name no folder: they are recorded."""
+    """Describe why a sequence can't be read. The text is recorded, so it names no folder."""
     return error.claim if isinstance(error, store.OversizedError) else f"damaged frames: {error.damage}"
 
 
 def read_sequence(group: store.Group, row: int, content: str) -> np.ndarray:
-    """One sequence's frames, (n, y, x, channel), once they are known to be whole.
+    """Read one sequence's frames, (n, y, x, channel), and check them.
 
     Parameters
     ----------
@@ -126,36 +126,37 @@ def read_sequence(group: store.Group, row: int, content: str) -> np.ndarray:
         A field of ``frames.zarr``.
     row : int
     content : str
-        The hash that conversion recorded of it.
+        The hash that conversion recorded for it.
 
     Raises
     ------
     DamagedError
-        When a chunk cannot be decoded, is gone, or holds other values than were converted.
+        When a chunk cannot be decoded, is missing, or holds other values than were converted.
     OversizedError
         When it is larger than this machine's memory.
     """
     frames = store.get_array(group, schema.FRAMES)
     values = store.read(frames, row)
-    found = content_hash(values, store.read(store.get_array(group, schema.PARAMETER), row))
-    if found != content:
-        if missing := store.missing_chunks(frames, row):
+    digest = content_hash(values, store.read(store.get_array(group, schema.PARAMETER), row))
+    if digest != content:
+        missing = chunks.missing_chunks(frames, row)
+        if missing:
             raise store.DamagedError(str(frames.store_path), f"chunk {', '.join(missing)} is missing")
         raise store.DamagedError(
             str(frames.store_path),
-            f"row {row}: frames and parameter are not those that were converted: their hash is {found}, "
+            f"row {row}: frames and parameter are not those that were converted: their hash is {digest}, "
             f"expected {content}",
         )
     return values
 
 
 def unbound_rows(group: store.Group) -> list[int]:
-    """List the sequences of a field whose name, source and content are not those of one conversion.
+    """List the rows of a field whose name, source and content don't belong together.
 
     Parameters
     ----------
     group : Group
-        A field of ``frames.zarr``. One without sources was made by others, and says nothing of this.
+        A field of ``frames.zarr``. One without ``source`` was made by others, and has nothing to check.
     """
     if schema.SOURCE not in group:
         return []
@@ -170,13 +171,12 @@ def unbound_rows(group: store.Group) -> list[int]:
 
 
 def is_bound(key: str, name: str, content: str, source: str) -> bool:
-    """Tell whether what is recorded of a sequence's source is of that name and content."""
+    """Tell whether a sequence's recorded source belongs to that name and content."""
     return is_sealed(json.loads(source or "{}"), key, name, content)
 
 
 def check_bound(group: store.Group) -> None:
-    """Raise :class:`~pipeline.storage.store.DamagedError` naming the sequences that :func:`unbound_rows`
-    lists."""
+    """Raise :class:`~pipeline.storage.store.DamagedError` if :func:`unbound_rows` lists any sequences."""
     if rows := unbound_rows(group):
         names = store.read(store.get_array(group, schema.SEQUENCE))
         named = ", ".join(str(names[row]) or f"row {row}" for row in rows[:5])

@@ -1,9 +1,9 @@
-"""Hashes that bind values in a store of results to what is recorded of them.
+"""Hashes that bind values in a store of results to their records.
 
-A checksum tells a chunk that was flipped or cut short. It says nothing of a chunk that stands in another's
-place, or that is gone and reads as its fill value. So each block has a *digest* beside its fingerprint, which
-is two hashes. The second is the hash of its values. The first is the hash of what they are of (group, metric,
-sequence or tile), of all other texts that are recorded of them, and of the second. The record can be checked
+A checksum finds a chunk with flipped bits or a lost end. It doesn't find a chunk in another's place, nor a
+lost chunk that reads as its fill value. So each block has a *digest* beside its fingerprint, made of two
+hashes. The second is the hash of the block's values. The first is the hash of the block's identity (group,
+metric, sequence or tile), of all other texts in its record, and of the second. The record can be checked
 without reading values, and the values once they are read.
 
 Digests find accidents: 64 bits are enough for these, and are no protection against forgery.
@@ -48,7 +48,7 @@ def hash_each(values: np.ndarray) -> list[str]:
 
 
 def bytes_of(values: np.ndarray) -> memoryview:
-    """Give the bytes of an array as they are hashed: in C order and little-endian."""
+    """Return the bytes of an array as they are hashed: in C order and little-endian."""
     little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
     return little.reshape(-1).view(np.uint8).data
 
@@ -59,9 +59,9 @@ def bind(identity: bytes, texts: Mapping[str, str], values: str = "") -> str:
     Parameters
     ----------
     identity : bytes
-        What the record is of: group, metric, sequence or tile.
+        Group, metric, sequence or tile that the record belongs to.
     texts : mapping of str to str
-        All else that is recorded, by name. An empty text is the same as none.
+        All other texts in the record, by name. An empty text is the same as none.
     values : str
         :func:`hash_values` of the values, and after it that of the mirror image where that has its own;
         empty where none count.
@@ -79,7 +79,7 @@ def bind_each(
     ----------
     identities : iterable of bytes
     texts : mapping of str to sequence of str
-        By name, those of all records.
+        By name, the texts of all records.
     values : iterable of str
     """
     names = sorted(texts)
@@ -94,25 +94,25 @@ def bind_each(
 
 
 def binds(digest: str, identity: bytes, texts: Mapping[str, str]) -> bool:
-    """Tell whether a digest is that of a record, whatever the values are."""
+    """Tell whether a digest belongs to a record, whatever the values are."""
     return digest != "" and digest == bind(identity, texts, digest[HALF:])
 
 
 def is_of_no_values(digest: str) -> bool:
-    """Tell whether a digest is of a record alone: of what failed, and is not done."""
+    """Tell whether a digest has no hash of values: its block failed."""
     return len(digest) == HALF
 
 
 def binds_values(digest: str, values: np.ndarray) -> bool:
-    """Tell whether a digest is of these values."""
+    """Tell whether a digest belongs to these values."""
     return digest[HALF : 2 * HALF] == hash_values(values)
 
 
 def binds_mirror_image(digest: str, values: np.ndarray) -> bool:
-    """Tell whether a digest is of the tile of which these values are the mirror image.
+    """Tell whether a digest belongs to the tile whose mirror image these values are.
 
-    That of a directed metric has values of its own, whose hash is the digest's third; else it is the tile,
-    transposed.
+    The mirror image of a directed metric has values of its own, whose hash is the third in the digest. Else
+    it is the tile, transposed.
     """
     if len(digest) > 2 * HALF:
         return digest[2 * HALF :] == hash_values(values)
@@ -120,12 +120,12 @@ def binds_mirror_image(digest: str, values: np.ndarray) -> bool:
 
 
 def encode(text: str) -> bytes:
-    """Encode a text of others, which may hold what is no Unicode."""
+    """Encode a text that may hold lone surrogates, as names in archives of others may."""
     return text.encode("utf-8", "surrogatepass")
 
 
 def identify(*names: str) -> bytes:
-    """Join names to an identity."""
+    """Make an identity from names."""
     return encode(_BETWEEN.join(names))
 
 
@@ -142,7 +142,7 @@ def identify_rows(sequences: Iterable[str], parameter: np.ndarray) -> list[bytes
 
 
 def hash_labels(labels: Mapping[str, np.ndarray]) -> bytes:
-    """Hash what some frames are: columns of texts or numbers, (frame,), by name."""
+    """Hash the labels of some frames: columns of texts or numbers, (frame,), by name."""
     digest = xxhash.xxh3_64()
     for name in sorted(labels):
         column = labels[name]
@@ -163,11 +163,11 @@ def hash_document(document: Any) -> str:
 
 
 def sealed(document: Mapping[str, Any], *place: str) -> dict[str, Any]:
-    """Add to an object of JSON, under ``digest``, the hash of the rest and of the place where it stands."""
+    """Add to a JSON object, under ``digest``, the hash of the rest and of the place where it is stored."""
     rest = {name: value for name, value in document.items() if name != "digest"}
     return rest | {"digest": hash_document([list(place), json.loads(json.dumps(rest))])}
 
 
 def is_sealed(document: Mapping[str, Any], *place: str) -> bool:
-    """Tell whether an object of JSON is as :func:`sealed` made it, at that place."""
+    """Tell whether a JSON object is as :func:`sealed` made it, for that place."""
     return "digest" in document and sealed(document, *place)["digest"] == document["digest"]

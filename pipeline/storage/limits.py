@@ -1,8 +1,8 @@
-"""How much an archive may make this machine hold: bounds that are checked before anything is allocated.
+"""Bounds on the memory and disk that an archive may use, checked before anything is allocated.
 
-Archives are hostile input, and headers are claims. A file of a few kilobytes may say that it holds a
-petabyte; what it says is compared with these bounds first, and what is unpacked is counted as it is written.
-A catalog raises them where its data is larger, see :mod:`pipeline.sources.catalog`.
+Archives are hostile input, and headers are claims. A file of a few kilobytes may claim that it holds a
+petabyte: the claim is compared with these bounds first, and unpacked bytes are counted as they are written.
+A catalog raises the bounds where its data is larger, see :mod:`pipeline.sources.catalog`.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from pathlib import Path, PurePosixPath
 import psutil
 
 SEQUENCE_BYTES = 16 * 2**30
-"""One decoded sequence, where its catalog states nothing (``largest_sequence``)."""
+"""Largest decoded sequence, unless its catalog states ``largest_sequence``."""
 COORDINATE_BYTES = 2**30
-"""All variables of one dimension in a file: xarray reads coordinates when it opens one."""
+"""Largest total of the variables of one dimension in a file: xarray reads coordinates when it opens one."""
 COORDINATE_VALUE_BYTES = 2**16
-"""One value of them: a text of fixed length may claim any."""
+"""Largest value in such a variable: a text of fixed length may claim any length."""
 LISTED_SEQUENCES = 1_000_000
-"""Sequences that one variable of a file may hold: each is listed before any is read."""
+"""Most sequences in one variable of a file: all are listed before any is read."""
 DOWNLOAD_BYTES = 100 * 10**9
-"""A download of which the catalog doesn't state the ``size``."""
+"""Largest download, unless the catalog states its ``size``."""
 DOWNLOAD_SLACK = 1.1
-"""Over the stated size, which is rounded, and may be meant in powers of two."""
+"""Factor on the stated size, which is rounded and may be meant in powers of two."""
 UNPACKED_RATIO, UNPACKED_BYTES = 20, 10**9
-"""What an archive may hold, as a multiple of its own size and at least, unless ``unpacked`` is stated."""
+"""Bound on unpacked bytes unless ``unpacked`` is stated: a multiple of the archive's size, or this many."""
 MEMBERS = 1_000_000
-"""Files in an archive, unless ``members`` is stated."""
+"""Most files in an archive, unless ``members`` is stated."""
 
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20} | {
     "GiB": 2**30,
@@ -40,21 +40,21 @@ _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2*
 
 
 def parse_size(text: str) -> int:
-    """``"3.9 GB"`` in bytes.
+    """Convert a size such as ``"3.9 GB"`` to bytes.
 
     Raises
     ------
     ValueError
         When it is no number with a unit.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip(), re.ASCII)
-    if found is None or found[2] not in _UNITS:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip(), re.ASCII)
+    if match is None or match[2] not in _UNITS:
         raise ValueError(f"size {text!r}: expected a number and one of {', '.join(_UNITS)}")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def readable(nbytes: int) -> str:
-    """Bytes in words, with the largest decimal unit: ``"7.1 PB"``."""
+    """Format bytes with the largest decimal unit, as in ``"7.1 PB"``."""
     value, unit = float(nbytes), "bytes"
     for larger in ("kB", "MB", "GB", "TB", "PB", "EB"):
         if value < 1000:
@@ -64,25 +64,25 @@ def readable(nbytes: int) -> str:
 
 
 def array_bytes(shape: Iterable[int], itemsize: int) -> int:
-    """Size of an array, in whole numbers that don't overflow."""
+    """Compute the bytes of an array in integers that don't overflow."""
     return math.prod(map(int, shape)) * itemsize
 
 
 def control_group_bytes(root: Path = Path("/")) -> int | None:
-    """Memory that the control groups of this process allow it, as those of a job of SLURM or systemd do.
+    """Read the memory that this process's control groups allow, as those of SLURM and systemd jobs do.
 
     Parameters
     ----------
     root : Path
-        Where ``proc/self/cgroup`` and ``sys/fs/cgroup`` lie.
+        Folder of ``proc/self/cgroup`` and ``sys/fs/cgroup``.
 
     Returns
     -------
     int or None
-        The least of the group and of those that it lies in; None where none states any.
+        The smallest limit of the group and those above it; None where none has a limit.
     """
     groups = root / "proc/self/cgroup"
-    found = []
+    limits = []
     for line in groups.read_text().splitlines() if groups.is_file() else []:
         _, controllers, path = line.split(":", 2)
         if not controllers:  # version 2, alone or beside version 1
@@ -91,18 +91,18 @@ def control_group_bytes(root: Path = Path("/")) -> int | None:
             tops, name = ["sys/fs/cgroup/memory"], "memory.limit_in_bytes"
         else:
             continue
-        # A container may see its own group as the top, and not where the path says: then that is looked at.
+        # A container may see its own group as the top, and not at its path: then the top is read.
         group = PurePosixPath("/" if ".." in path.split("/") else path)
         for top in tops:
             for folder in (group, *group.parents):
                 file = root / top / folder.relative_to("/") / name
                 text = file.read_text().strip() if file.is_file() else ""
-                found += [int(text)] if text.isdigit() else []
-    return min(found, default=None)
+                limits += [int(text)] if text.isdigit() else []
+    return min(limits, default=None)
 
 
 def _process_limits() -> dict[str, int]:
-    """Bytes that this process may have of all its addresses and of data alone, where they are limited."""
+    """Read this process's limits on address space and on data, in bytes; empty where there are none."""
     try:
         import resource
     except ImportError:  # not on this platform
@@ -115,15 +115,15 @@ def _process_limits() -> dict[str, int]:
 
 
 def headroom_bytes() -> int | None:
-    """What this process may still take of its limits (``ulimit -v``, ``ulimit -d``); None without any."""
+    """Compute the memory left under this process's limits (``ulimit -v``, ``-d``); None without any."""
     now = psutil.Process().memory_info()
     return min((limit - getattr(now, name) for name, limit in _process_limits().items()), default=None)
 
 
 @functools.cache
 def memory_bytes() -> int:
-    """Memory that this process may have: the machine's, its control group's or its limits'."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
+    """Return the memory that this process may use: the machine's, or a lower limit of group or process."""
+    bounds = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
     if (allowed := control_group_bytes()) is not None:
-        found.append(allowed)
-    return min([*found, *_process_limits().values()], default=2**63)
+        bounds.append(allowed)
+    return min([*bounds, *_process_limits().values()], default=2**63)

@@ -1,6 +1,6 @@
 """Object stores through obstore: connect by address, and read and write single objects.
 
-Credentials and endpoint are those of the environment (``AWS_…``, ``GOOGLE_…``) of the process that connects;
+Credentials and endpoint come from the environment (``AWS_…``, ``GOOGLE_…``) of the process that connects;
 nothing here takes, keeps or prints any.
 """
 
@@ -8,72 +8,64 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import ipaddress
 import os
-import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.storage import object_errors
 from pipeline.storage.address import join, parent, split_bucket
+from pipeline.storage.object_errors import PREFIXES, ObjectStoreError
 
 if TYPE_CHECKING:
     from obstore.store import GCSStore, S3Store
 
 EXTRAS = {"s3": "s3", "gs": "gcs"}
 """The extra of this package that a scheme needs."""
-ENVIRONMENT = {"s3": "AWS_", "gs": "GOOGLE_"}
-ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT")
-CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 BLOCK_BYTES = 8 * 2**20
 FIRST_RETRIES = 2
 FIRST_PATIENCE_S = 10
-"""How long a first contact is tried, and a conditional write: who holds a lock asks again anyway."""
+"""Seconds that a first request and a conditional write are tried for; a lock's owner tries again anyway."""
 PATIENCE_S = 180
-"""How long later requests are: a long run shall outlive a restart of the server. One that was made in vain is
-followed by a first contact, so that of a run only the first ones wait that long."""
-
-
-class ObjectStoreError(OSError):
-    """An object store that cannot be reached, or that refuses."""
+"""Seconds that later requests are tried for, so that a long run outlives a restart of the server. After a
+failure the next request counts as a first one again, so that a run waits this long only once."""
 
 
 class ChangedError(Exception):
-    """An object that was to be there, or not to be there, or to be unchanged, is not so."""
+    """An object that exists, doesn't exist or has changed, against the condition of a write."""
 
 
 class _Connection(NamedTuple):
-    """The part of an object store below an address: for requests that may take a while, and that may not."""
+    """The part of an object store below an address, for patient requests and for brief ones."""
 
     patient: S3Store | GCSStore
     brief: S3Store | GCSStore
 
 
 def connect(address: str) -> S3Store | GCSStore:
-    """The part of an object store below an address, once it is known to answer.
+    """Connect to the part of an object store below an address, and check that it answers.
 
     Parameters
     ----------
     address : str
-        As :func:`pipeline.storage.address.absolute` gives it.
+        As :func:`pipeline.storage.address.absolute` returns it.
 
     Raises
     ------
     ObjectStoreError
-        When obstore isn't installed, the environment says what can't be, the store doesn't answer, the
-        bucket isn't there, or access is denied.
+        When obstore isn't installed, a variable in the environment is invalid, the store doesn't answer, the
+        bucket doesn't exist, or access is denied.
     """
     return _connection(address).patient
 
 
 def _connection(address: str) -> _Connection:
-    prefix = ENVIRONMENT[split_bucket(address)[0]]
-    # Of the environment as it is now: credentials may be renewed while a process lives. Empty is not set.
+    prefix = PREFIXES[split_bucket(address)[0]]
+    # The environment as it is now: credentials may be renewed while a process lives. Empty means unset.
     with _environment:
         now = {name: value for name, value in os.environ.items() if name.startswith(prefix) and value}
     return _connect(address, tuple(sorted(now.items())))
@@ -87,59 +79,21 @@ def _connect(address: str, environment: tuple[tuple[str, str], ...]) -> _Connect
         from obstore import store
     except ImportError as error:
         raise ObjectStoreError(f"{address}: needs obstore: pip install 'lsim[{EXTRAS[scheme]}]'") from error
-    if fault := _fault_of_environment(dict(environment)):
+    if fault := object_errors.fault_of_environment(dict(environment)):
         raise ObjectStoreError(f"{address}: {fault}")
     opener = store.S3Store if scheme == "s3" else store.GCSStore
     first: Any = {"max_retries": FIRST_RETRIES, "retry_timeout": timedelta(seconds=FIRST_PATIENCE_S)}
-    # By themselves ten retries are over in seconds: pauses are random ones, and rarely grow.
+    # By default ten retries are over in seconds: pauses are random, and rarely grow.
     backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 3}
     later: Any = {"max_retries": 10_000, "retry_timeout": timedelta(seconds=PATIENCE_S), "backoff": backoff}
     with in_one_line(address):
-        with _without_empty(ENVIRONMENT[scheme]):
+        with _without_empty(PREFIXES[scheme]):
             brief = opener(bucket, prefix=name or None, retry_config=first)
-            found = _Connection(opener(bucket, prefix=name or None, retry_config=later), brief)
-            whole = opener(bucket, retry_config=first)
-        next(iter(obstore.list(whole, prefix=name or None, chunk_size=1)), None)
-        return found
-
-
-def _fault_of_environment(settings: Mapping[str, str]) -> str:
-    """What is wrong with variables that obstore would panic at, or take for something else; "" if nothing.
-
-    Of their values nothing is repeated: there may be a password in an address, and a key in any of them.
-    """
-    insecure = settings.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true", "yes", "on", "y", "t")
-    for name in ENDPOINTS:
-        endpoint = settings.get(name)
-        if endpoint is None:
-            continue
-        if not _is_endpoint(endpoint):
-            return (
-                f"{name} is no address of a server: expected http:// or https://, a host and, if need be, "
-                "a port, as in https://127.0.0.1:9000; no user, no password, no '?' or '#'"
-            )
-        if endpoint.lower().startswith("http://") and not insecure:
-            return f"the endpoint in {name} is not encrypted (http://); AWS_ALLOW_HTTP=true allows it"
-    for name in CREDENTIALS:
-        if not re.fullmatch("[!-~]*", settings.get(name, "")):
-            return f"{name} holds a space, the end of a line or a letter that can't be in it"
-    for name in REGIONS:
-        if not re.fullmatch("[A-Za-z0-9._-]*", settings.get(name, "")):
-            return f"{name} is no name of a region: expected one such as eu-central-1"
-    return ""
-
-
-def _is_endpoint(text: str) -> bool:
-    """Whether this is ``http[s]://HOST[:PORT][/PATH]`` and no more."""
-    host, path = r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", r"(?:/[!-~]*)?"
-    found = re.fullmatch(rf"(?i:https?)://({host})(?::(\d{{1,5}}))?{path}", text)
-    if found is None or re.search("[?#@]", text) or int(found[2] or 1) not in range(1, 2**16):
-        return False
-    with contextlib.suppress(ValueError):
-        if found[1].startswith("["):
-            ipaddress.IPv6Address(found[1].strip("[]"))
-        return True
-    return False
+            patient = opener(bucket, prefix=name or None, retry_config=later)
+            whole_bucket = opener(bucket, retry_config=first)
+        # The first request: it fails where the store, the bucket or the credentials are wrong.
+        next(iter(obstore.list(whole_bucket, prefix=name or None, chunk_size=1)), None)
+        return _Connection(patient, brief)
 
 
 _environment = threading.Lock()
@@ -147,7 +101,7 @@ _environment = threading.Lock()
 
 @contextlib.contextmanager
 def _without_empty(prefix: str) -> Iterator[None]:
-    """Empty variables aren't set, meanwhile: obstore takes "" for an address."""
+    """Unset empty variables for the time being: obstore takes "" for an address."""
     with _environment:
         empty = [name for name, value in os.environ.items() if name.startswith(prefix) and not value]
         for name in empty:
@@ -160,93 +114,48 @@ def _without_empty(prefix: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_one_line(address: str, name: str = "") -> Iterator[None]:
-    """Make obstore's errors an :class:`ObjectStoreError` that names the address; theirs quote the request.
+    """Turn obstore's errors, which quote the request, into an :class:`ObjectStoreError` of one line.
 
-    An object that isn't there is a FileNotFoundError, of the address, and of the name where one is given.
+    A missing object is a FileNotFoundError of the address, and of the name where one is passed. Errors of
+    conditional writes pass as they are.
     """
     from obstore import exceptions
 
+    bucket = split_bucket(address)[1]
     try:
         yield
     except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
-        raise  # answers, for whoever asked
+        raise
     except FileNotFoundError as error:
-        if "NoSuchBucket" in str(error):
-            raise ObjectStoreError(f"{address}: {_explained(error, split_bucket(address)[1])}") from None
+        if object_errors.is_missing_bucket(error):
+            raise ObjectStoreError(f"{address}: {object_errors.explain_error(error, bucket)}") from None
         missing = join(address, name) if name else address
         raise FileNotFoundError(errno.ENOENT, "there is no such object", missing) from None
     except exceptions.BaseError as error:
-        if "status code: 4" not in str(error):
-            _connect.cache_clear()  # nobody was there: the next request is a first contact again
-        raise ObjectStoreError(f"{address}: {_explained(error, split_bucket(address)[1])}") from None
+        if not object_errors.is_refusal(error):
+            _connect.cache_clear()  # the server is away: the next request is a first one again
+        raise ObjectStoreError(f"{address}: {object_errors.explain_error(error, bucket)}") from None
     except BaseException as error:
-        # Of Rust, and no Exception. Its text may quote anything.
+        # A panic of Rust is no Exception, and its text may quote anything.
         if type(error).__name__ not in ("PanicException", "RustPanic"):
             raise
-        variables = f"{ENVIRONMENT[split_bucket(address)[0]]}…"
+        variables = f"{PREFIXES[split_bucket(address)[0]]}…"
         raise ObjectStoreError(
-            f"{address}: obstore broke off, which it does at settings that it can't use: look at the "
-            f"variables {variables} in the environment"
+            f"{address}: obstore broke off, as it does at invalid settings: look at the variables "
+            f"{variables} in the environment"
         ) from None
 
 
-def _explained(error: Exception, bucket: str) -> str:
-    """What is wrong, in one line and in words that hold nothing of the request."""
-    text = str(error)
-    if "NoSuchBucket" in text:
-        return f"there is no bucket {bucket!r}"
-    if "169.254.169.254" in text or "metadata.google" in text:
-        return (
-            "no credentials in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
-            "GOOGLE_APPLICATION_CREDENTIALS), and this machine has none of its own"
-        )
-    # Of an answer its status and code alone: its text may hold a token, as that of one that has expired does.
-    status = re.search(r"status code: (\d{3}[A-Za-z ]*)", text)
-    code = re.search(rf"<Code>({_CODE})</Code>", text)
-    said = ", ".join(found[1].strip() for found in (status, code) if found)
-    more = f" ({said})" if said else ""
-    if _is_elsewhere(text):
-        region = re.search(rf"<Region>({_REGION})</Region>|expecting '({_REGION})'", text)
-        name = f"={region[1] or region[2]}" if region else " to that one"
-        return f"bucket {bucket!r} is in another region{more}: set AWS_REGION{name}"
-    if any(denial in text for denial in ("403 Forbidden", "401 Unauthorized", "AccessDenied")):
-        return f"access to bucket {bucket!r} is denied{more}: look at the credentials in the environment"
-    if said:
-        return f"the object store refuses: {said}"
-    if "Generic Config error" in text or "builder error" in text:
-        kind = re.search(r"as (boolean|Duration|\w*size)\b", text)
-        what = f", where a {kind[1].lower()} is expected" if kind else ""
-        value = re.search(r'"([^"]*)"', text)
-        names = [
-            name
-            for name in sorted(os.environ)
-            if value and os.environ[name] == value[1] and name.startswith(tuple(ENVIRONMENT.values()))
-        ]
-        return f"{' or '.join(names) or 'a variable AWS_… or GOOGLE_…'} has a value that can't be used{what}"
-    # obstore goes on with a dump of its request; an endpoint may have a password in it.
-    line = re.split(r"Debug source|\n|<", text)[0].strip()
-    return f"the object store does not answer: {re.sub(r'//[^/@ ]*@', '//', line)[:300]}"
-
-
-_CODE = r"(?=[A-Za-z]{2,40}<)(?:[A-Z]{1,4}[a-z]+){1,6}[A-Z]{0,4}"
-"""A code such as NoSuchKey or InvalidURI, up to its end; what isn't one may be anything, a secret too."""
-_REGION = r"[a-z]{2,4}(?:-[a-z]{2,12}){1,3}-\d{1,2}"
-
-
-def _is_elsewhere(text: str) -> bool:
-    """Whether an answer says that the bucket is in another region than that of the request."""
-    if "redirect without LOCATION" in text or "<Code>PermanentRedirect</Code>" in text:
-        return True
-    return "<Code>AuthorizationHeaderMalformed</Code>" in text and re.search(r"[Rr]egion", text) is not None
+# -- single objects ----------------------------------------------------------------------------------------
 
 
 def read(folder: str, name: str) -> bytes | None:
-    """The bytes of the object ``name`` below an address; None where there is none."""
+    """Read the object ``name`` below an address; None where there is none."""
     return read_with_tag(folder, name)[0]
 
 
 def read_with_tag(folder: str, name: str) -> tuple[bytes | None, dict[str, Any]]:
-    """The bytes of an object, None where there is none, and which version of it they are."""
+    """Read an object, None where there is none, and its version for :func:`write_if`."""
     import obstore
 
     try:
@@ -270,7 +179,7 @@ def write(folder: str, name: str, content: bytes) -> None:
 
 
 def write_if(folder: str, name: str, content: bytes, *, version: dict[str, Any] | None) -> dict[str, Any]:
-    """Write an object that isn't there (``version`` None), or that is still of this version.
+    """Write an object that doesn't exist (``version`` None), or that still has this version.
 
     Returns
     -------
@@ -280,7 +189,7 @@ def write_if(folder: str, name: str, content: bytes, *, version: dict[str, Any] 
     Raises
     ------
     ChangedError
-        When there is one already, or another.
+        When it exists already, or has another version.
     """
     import obstore
 
@@ -294,7 +203,7 @@ def write_if(folder: str, name: str, content: bytes, *, version: dict[str, Any] 
 
 
 def delete(folder: str, name: str) -> None:
-    """Delete an object; nothing there is no error."""
+    """Delete an object; none there is no error."""
     import obstore
 
     with contextlib.suppress(FileNotFoundError), in_one_line(folder):
@@ -302,24 +211,36 @@ def delete(folder: str, name: str) -> None:
 
 
 def age_s(folder: str, name: str, probe: str) -> float:
-    """Seconds since an object was written, by the clock of the store; ``probe`` is written to read it."""
+    """Return the seconds since an object was written, by the store's clock, read by writing ``probe``."""
     import obstore
 
     store = connect(folder)
     with in_one_line(folder):
         obstore.put(store, probe, b"")
         try:
-            now, then = (obstore.head(store, one)["last_modified"] for one in (probe, name))
+            now, then = (obstore.head(store, path)["last_modified"] for path in (probe, name))
         finally:
             obstore.delete(store, probe)
     return float((now - then).total_seconds())
 
 
+def blocks(folder: str, name: str) -> Iterator[bytes]:
+    """Yield the bytes of an object, some megabytes at a time."""
+    import obstore
+
+    with in_one_line(folder, name):
+        for block in obstore.get(connect(folder), name).stream(min_chunk_size=BLOCK_BYTES):
+            yield bytes(block)
+
+
+# -- lists -------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Listed:
-    """An object as it is listed: its name below an address, bytes, and seconds since 1970 of its writing.
+    """A listed object: its name below an address, bytes, and seconds from 1970 to its writing.
 
-    ``tag`` is the store's own of the object's content (ETag), and its version; empty where it has none.
+    ``tag`` is the store's own mark of the content (ETag), and its version; empty where it has none.
     """
 
     name: str
@@ -329,20 +250,58 @@ class Listed:
 
 
 def listed(folder: str) -> list[Listed]:
-    """All objects below an address, by name; without the empty ones that consoles make for folders."""
+    """List all objects below an address, by name; without the empty ones that consoles make for folders."""
     import obstore
 
     with in_one_line(folder):
-        found = [_listed(one) for page in obstore.list(connect(folder)) for one in page]
-    folders = {str(above) for one in found for above in PurePosixPath(one.name).parents}
+        entries = [_listed(meta) for page in obstore.list(connect(folder)) for meta in page]
+    folders = {str(above) for entry in entries for above in PurePosixPath(entry.name).parents}
     return sorted(
-        (one for one in found if one.size or (one.name not in folders and _is_object(folder, one.name))),
-        key=lambda one: one.name,
+        (
+            entry
+            for entry in entries
+            if entry.size or (entry.name not in folders and _is_object(folder, entry.name))
+        ),
+        key=lambda entry: entry.name,
     )
 
 
+def names(folder: str) -> Iterator[str]:
+    """Yield the names of all objects below an address; without the empty ones that consoles make."""
+    import obstore
+
+    with in_one_line(folder):
+        for page in obstore.list(connect(folder)):
+            for meta in page:
+                if meta["size"] or _is_object(folder, str(meta["path"])):
+                    yield str(meta["path"])
+
+
+async def names_directly_below(store: Any, prefix: str) -> list[str]:
+    """List the names of objects and folders directly below a prefix, without the prefix itself."""
+    import obstore
+
+    listing = await obstore.list_with_delimiter_async(store, prefix=prefix)
+    folder = prefix.strip("/")
+    paths = [*listing["common_prefixes"], *(meta["path"] for meta in listing["objects"])]
+    below = [path.removeprefix(f"{folder}/") if folder else path for path in paths if path != folder]
+    return [name for name in below if name]
+
+
+def look(address: str) -> Listed | None:
+    """Look at the object at an address; None where there is none."""
+    import obstore
+
+    name = split_bucket(address)[2].rpartition("/")[2]
+    try:
+        with in_one_line(address):
+            return _listed(obstore.head(connect(parent(address)), name))
+    except FileNotFoundError:
+        return None
+
+
 def _is_object(folder: str, name: str) -> bool:
-    """Whether an empty entry of a list is an object; ``sub/``, made for a folder, is listed as ``sub``."""
+    """Tell whether an empty entry of a list is an object: a folder's ``sub/`` is listed as ``sub``."""
     import obstore
 
     try:
@@ -352,50 +311,6 @@ def _is_object(folder: str, name: str) -> bool:
         return False
 
 
-def look(address: str) -> Listed | None:
-    """The object at an address; None where there is none."""
-    import obstore
-
-    try:
-        with in_one_line(address):
-            return _listed(
-                obstore.head(connect(parent(address)), split_bucket(address)[2].rpartition("/")[2])
-            )
-    except FileNotFoundError:
-        return None
-
-
 def _listed(meta: Any) -> Listed:
     tag = " ".join(str(meta[part]) for part in ("e_tag", "version") if meta.get(part))
     return Listed(str(meta["path"]), int(meta["size"]), meta["last_modified"].timestamp(), tag)
-
-
-def blocks(folder: str, name: str) -> Iterator[bytes]:
-    """The bytes of an object, some megabytes at a time."""
-    import obstore
-
-    with in_one_line(folder, name):
-        for block in obstore.get(connect(folder), name).stream(min_chunk_size=BLOCK_BYTES):
-            yield bytes(block)
-
-
-def names(folder: str) -> Iterator[str]:
-    """Names of all objects below an address; without the empty ones that consoles make for folders."""
-    import obstore
-
-    with in_one_line(folder):
-        for page in obstore.list(connect(folder)):
-            for found in page:
-                if found["size"] or _is_object(folder, str(found["path"])):
-                    yield str(found["path"])
-
-
-async def names_directly_below(store: Any, prefix: str) -> list[str]:
-    """Names of the objects and folders directly below a prefix; what stands for the folder isn't in it."""
-    import obstore
-
-    found = await obstore.list_with_delimiter_async(store, prefix=prefix)
-    folder = prefix.strip("/")
-    paths = [*found["common_prefixes"], *(one["path"] for one in found["objects"])]
-    below = [path.removeprefix(f"{folder}/") if folder else path for path in paths if path != folder]
-    return [name for name in below if name]

@@ -1,7 +1,7 @@
-"""Read results as they were recorded: each block is compared with its digest before its values count.
+"""Read results and check them: each block is compared with its digest before its values count.
 
-Whoever reads distances reads them here. What isn't as it was written is left out, and named with what it is
-of: values that are lost or stand in another's place, and records that are.
+All distances are read here. Values and records that are lost, changed or in another's place are left out, and
+reported by name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.storage import digests, schema, store
+from pipeline.storage import chunks, digests, schema, store
 
 NOT_COMPUTED = "not computed: its fingerprint is missing; run distances again"
 NOT_RECORDED = "not recorded: nothing says what computed it; run distances again"
@@ -33,15 +33,15 @@ OTHER_SPECIFICATION = "damaged distances: the specification of their metric is n
 
 
 ROWS_AT_ONCE = 4096
-"""Rows whose texts are in memory at once where failures are listed."""
+"""Rows whose texts are read at once to list failures."""
 TILES_AT_ONCE = 256
-"""Tiles on a side of a matrix whose records are read at once, and not a band at a time."""
+"""Most tiles along a side of a matrix whose records are read at once, and not band by band."""
 
 
 def bound_rows(
     key: str, metric: str, identities: Sequence[bytes], texts: Mapping[str, np.ndarray]
 ) -> np.ndarray:
-    """Tell of each row of a metric whether its digest is that of its record.
+    """Tell for each row of a metric whether its digest belongs to its record.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ def bound_rows(
     identities : sequence of bytes
         See :func:`pipeline.storage.digests.identify_rows`.
     texts : mapping of str to ndarray of shape (sequence,), object
-        All texts that provenance has of the metric's rows, by name.
+        All texts that provenance has for the metric's rows, by name.
 
     Returns
     -------
@@ -70,19 +70,19 @@ def bound_rows(
 
 @dataclass(frozen=True)
 class CheckedRows:
-    """What counts of a field's matrices.
+    """Check of a field's matrices, by metric.
 
     Attributes
     ----------
     problems : dict of str to list of str
-        By metric, why each matrix doesn't count; empty where it does. Metrics stand in the order in which
-        they were asked for.
+        Why each matrix doesn't count; empty where it does. Metrics are in the order in which they are
+        recorded.
     damaged : dict of str to ndarray of bool
-        By metric, which matrices aren't as they were written.
+        True for each matrix that differs from what was written.
     done : dict of str to ndarray of bool
-        By metric, which matrices have a fingerprint.
+        True for each matrix that has a fingerprint.
     resolutions : dict of str to list of str
-        By metric, what is recorded of rounding; none of stores that don't record it.
+        Record of rounding; missing in stores that have none.
     """
 
     problems: dict[str, list[str]] = field(default_factory=dict)
@@ -91,10 +91,10 @@ class CheckedRows:
     resolutions: dict[str, list[str]] = field(default_factory=dict)
 
     def counts(self, metric: str, row: int) -> bool:
-        """Tell whether a matrix is there as it was written, though distances of it may be missing."""
+        """Tell whether a matrix is as it was written, though some of its distances may be missing."""
         return metric not in self.problems or bool(self.done[metric][row] and not self.damaged[metric][row])
 
-    def told(self, key: str, sequences: Sequence[str]) -> list[str]:
+    def list_damaged(self, key: str, sequences: Sequence[str]) -> list[str]:
         """Name each matrix that is damaged."""
         return [
             f"{key}: {metric}, sequence {sequences[row]}: {self.problems[metric][row]}"
@@ -111,13 +111,13 @@ def check_rows(
     Parameters
     ----------
     root : Group
-        Of the store. One that doesn't say its kind was made by others, and may have no records: all counts.
+        Root of the store. One that doesn't state its kind was made by others, needs no records, and counts.
     key : str
         ``<dataset>/<field>``.
     matrices : mapping of str to ndarray of shape (sequence, frame, frame)
-        By metric, as they were read.
+        Matrices by metric, unchecked.
     rows : slice
-        Which sequences they are of; default all.
+        Their sequences; all by default.
     """
     group = store.get_group(root, key)
     count = len(range(*rows.indices(store.get_array(group, schema.SEQUENCE).shape[0])))
@@ -134,29 +134,29 @@ def check_rows(
     )
     identities = digests.identify_rows(sequences, parameter)
     texts = _texts_of_rows(provenance, rows, count)
-    found = CheckedRows()
+    check = CheckedRows()
     for place, metric in enumerate(metrics):
         if metric:
             of_metric = {name: column[place] for name, column in texts.items()}
             described = digests.is_sealed(json.loads(specifications[place] or "{}"), key, metric)
             bound = bound_rows(key, metric, identities, of_metric)
             values = matrices.get(metric)
-            _judge(found, metric, of_metric, bound, described, values)
+            _judge(check, metric, of_metric, bound, described, values)
             if schema.RESOLUTION in of_metric:
-                found.resolutions[metric] = of_metric[schema.RESOLUTION].tolist()
+                check.resolutions[metric] = of_metric[schema.RESOLUTION].tolist()
             if values is not None:
-                _name_missing_chunks(found, store.get_array(group, metric), rows.start or 0)
-    for metric in matrices.keys() - found.problems.keys():
-        found.problems[metric] = [NOT_RECORDED] * count
-        found.damaged[metric] = np.ones(count, bool)
-        found.done[metric] = np.zeros(count, bool)
-    return found
+                _name_missing_chunks(check, store.get_array(group, metric), rows.start or 0)
+    for metric in matrices.keys() - check.problems.keys():
+        check.problems[metric] = [NOT_RECORDED] * count
+        check.damaged[metric] = np.ones(count, bool)
+        check.done[metric] = np.zeros(count, bool)
+    return check
 
 
 def _texts_of_rows(provenance: store.Group, rows: slice, count: int) -> dict[str, np.ndarray]:
-    """Read all texts that there are by metric and sequence; those of a store of before, too.
+    """Read all texts by metric and sequence; add empty ones that stores of earlier versions lack.
 
-    A run that was stopped while rows moved has left some arrays shorter: these hold nothing of the others.
+    A run that was stopped while rows moved has left some arrays shorter: their missing texts are empty.
     """
     texts = {}
     for name, array in provenance.arrays():
@@ -171,14 +171,14 @@ def _texts_of_rows(provenance: store.Group, rows: slice, count: int) -> dict[str
 
 
 def _judge(
-    found: CheckedRows,
+    check: CheckedRows,
     metric: str,
     texts: Mapping[str, np.ndarray],
     bound: np.ndarray,
     described: bool,
     values: np.ndarray | None,
 ) -> None:
-    """Add why each of a metric's matrices doesn't count."""
+    """Find out why each of a metric's matrices doesn't count, and add it to the check."""
     done = texts[schema.FINGERPRINT] != ""
     problems: list[str] = []
     damaged = np.zeros(len(done), bool)
@@ -187,7 +187,7 @@ def _judge(
     for row, digest in enumerate(texts[schema.DIGEST].tolist()):
         reason = failures[row]
         if not done[row]:
-            # What isn't done may have a reason of an earlier run beside it.
+            # A matrix that isn't computed may have a reason of an earlier run.
             problems.append(reason if bound[row] and reason else NOT_COMPUTED)
             continue
         if not described:
@@ -201,14 +201,14 @@ def _judge(
             continue
         problems.append(reason)
         damaged[row] = True
-    found.problems[metric], found.damaged[metric], found.done[metric] = problems, damaged, done
+    check.problems[metric], check.damaged[metric], check.done[metric] = problems, damaged, done
 
 
-def _name_missing_chunks(found: CheckedRows, array: store.Array, first: int) -> None:
-    """Say of damaged matrices of which chunks are gone which these are."""
-    problems = found.problems[array.basename]
-    for row in np.flatnonzero(found.damaged[array.basename]):
-        if problems[row] == OTHER_VALUES and (missing := store.missing_chunks(array, first + int(row))):
+def _name_missing_chunks(check: CheckedRows, array: store.Array, first: int) -> None:
+    """Name the missing chunks of damaged matrices."""
+    problems = check.problems[array.basename]
+    for row in np.flatnonzero(check.damaged[array.basename]):
+        if problems[row] == OTHER_VALUES and (missing := chunks.missing_chunks(array, first + int(row))):
             problems[row] = f"damaged distances: chunk {', '.join(missing)} is missing"
 
 
@@ -216,7 +216,7 @@ def _name_missing_chunks(found: CheckedRows, array: store.Array, first: int) -> 
 
 
 def failures_of_rows(root: store.Group, key: str) -> list[tuple[str, str, str]]:
-    """List sequence, metric and reason of all matrices of a field that failed or whose record is damaged.
+    """List sequence, metric and reason of all matrices of a field that failed or have a damaged record.
 
     No distance is read.
 
@@ -247,13 +247,13 @@ def failures_of_rows(root: store.Group, key: str) -> list[tuple[str, str, str]]:
 
 
 def _reasons_of_rows(texts: Mapping[str, np.ndarray], bound: np.ndarray) -> Iterator[tuple[int, str]]:
-    """Give the rows of a metric that failed, or whose record is damaged, with the reason."""
+    """Yield the rows of a metric that failed, or have a damaged record, with the reason."""
     done = texts[schema.FINGERPRINT] != ""
     for row in np.flatnonzero(bound & (texts[schema.FAILURE] != "") | ~bound).tolist():
         if bound[row]:
             yield row, str(texts[schema.FAILURE][row])
         elif done[row] or digests.is_of_no_values(str(texts[schema.DIGEST][row])):
-            # Else it was up to date once, and what is recorded of it counts no more.
+            # Any other row was up to date once, and its record is obsolete.
             yield row, OTHER_RECORD
 
 
@@ -261,7 +261,7 @@ def _reasons_of_rows(texts: Mapping[str, np.ndarray], bound: np.ndarray) -> Iter
 
 
 def count_fingerprints(group: store.Group) -> dict[str, int]:
-    """Count the fingerprints of each metric in a group's provenance; under no name where they have none."""
+    """Count the fingerprints of each metric in a group's provenance; under "" where metrics have no names."""
     provenance = store.get_group(group, schema.PROVENANCE)
     fingerprints = store.read(store.get_array(provenance, schema.FINGERPRINT))
     if schema.METRIC not in provenance:
@@ -271,9 +271,9 @@ def count_fingerprints(group: store.Group) -> dict[str, int]:
 
 
 def record_fingerprints(root: store.Group) -> None:
-    """Say in each group's provenance how many fingerprints there are, as a run comes to its end.
+    """Record in each group's provenance how many fingerprints there are, at the end of a run.
 
-    One that is lost later is not taken for one that no run has written yet.
+    With this count, a fingerprint that is lost later differs from one that no run has written yet.
     """
     for key in store.field_keys(root, f"{schema.PROVENANCE}/{schema.FINGERPRINT}"):
         group = store.get_group(root, key)
@@ -285,9 +285,9 @@ def record_fingerprints(root: store.Group) -> None:
 
 
 LABELS = (schema.FIELD, schema.SEQUENCE, schema.NUMBER, schema.PARAMETER)
-"""What ``matrix.zarr`` and ``embeddings.zarr`` say of each frame."""
+"""Labels of each frame in ``matrix.zarr`` and ``embeddings.zarr``."""
 TILE_RECORDS = (schema.MISSING, schema.UNRESOLVED, schema.FINGERPRINT)
-"""What is recorded of each tile, besides its digest and the failures of its frames."""
+"""Arrays with a record of each tile, besides its digest and the failures of its frames."""
 
 
 def tile_identity(key: str, metric: str, tile: tuple[int, int], rows: bytes, columns: bytes) -> bytes:
@@ -308,17 +308,17 @@ def tile_identity(key: str, metric: str, tile: tuple[int, int], rows: bytes, col
 def tile_texts(
     fingerprint: str, missing: int, unresolved: int, failures: Sequence[str] = ()
 ) -> dict[str, str]:
-    """List what is recorded of a tile as texts, for its digest.
+    """Write the record of a tile as texts, for its digest.
 
     Parameters
     ----------
     fingerprint : str
     missing : int
-        Distances of frames that can be compared that are NaN.
+        Number of distances that are NaN although both frames can be compared.
     unresolved : int
-        Distances that rounding may have changed.
+        Number of distances that rounding may have changed.
     failures : sequence of str
-        Of a block with itself, why each frame has no distances.
+        Why each frame has no distances, for a block with itself.
     """
     reasons = "\x1f".join(f"{place}:{reason}" for place, reason in enumerate(failures) if reason)
     return {
@@ -330,8 +330,7 @@ def tile_texts(
 
 
 def labels_of_blocks(group: store.Group, tile: int) -> list[bytes]:
-    """Hash the labels of each block of a matrix's frames; see
-    :func:`pipeline.storage.digests.hash_labels`."""
+    """Hash the labels of each block of frames, by :func:`pipeline.storage.digests.hash_labels`."""
     columns = {name: store.read(store.get_array(group, name)) for name in LABELS}
     count = len(columns[schema.NUMBER])
     return [
@@ -342,16 +341,16 @@ def labels_of_blocks(group: store.Group, tile: int) -> list[bytes]:
 
 @dataclass(frozen=True)
 class TileFailures:
-    """What is recorded of the failures of a metric's matrix.
+    """Recorded failures of a metric's matrix.
 
     Attributes
     ----------
     damaged : list of (str, str)
-        Tiles whose record is not the one that was written with them, and what is wrong.
+        Tiles with a damaged record, and the fault.
     reasons : ndarray of shape (frame,), object
-        Why frames have no distances, as far as that is known to be as it was written.
+        Why frames have no distances, as far as their records are undamaged.
     missing : int
-        Distances that are NaN though both frames can be compared.
+        Number of distances that are NaN although both frames can be compared.
     """
 
     damaged: list[tuple[str, str]]
@@ -381,6 +380,10 @@ def failures_of_tiles(group: store.Group, metric: str, place: int, labels: Seque
     missing, unresolved, fingerprints, recorded = (
         store.read(store.get_array(provenance, name), place) for name in (*TILE_RECORDS, schema.DIGEST)
     )
+
+    missing, unresolved, fingerprints, recorded = (
+        store.read(store.get_array(provenance, name), place) for name in (*TILE_RECORDS, schema.DIGEST)
+    )
     known, damaged, count = np.full(reasons.shape, "", dtype=object), [], 0
     for i, j in itertools.combinations_with_replacement(range(len(labels)), 2):
         digest, fingerprint = str(recorded[i, j]), str(fingerprints[i, j])
@@ -398,9 +401,9 @@ def failures_of_tiles(group: store.Group, metric: str, place: int, labels: Seque
 
 @dataclass(frozen=True)
 class BandRecord:
-    """What is recorded of a band of tiles (i, 0), (i, 1), …; below the diagonal, of their mirror image.
+    """Records of a band of tiles (i, 0), (i, 1), …; below the diagonal, of their mirror image.
 
-    ``reasons`` says of each tile why it doesn't count as far as its record tells; empty where it does.
+    ``reasons`` says why each tile doesn't count by its record; empty where it does.
     """
 
     digests: list[str]
@@ -410,18 +413,18 @@ class BandRecord:
 class CheckedMatrix:
     """A metric's matrix of an ``matrix.zarr``, each tile compared with its digest when it is read.
 
-    Distances of tiles that don't count are NaN, and ``left_out`` names these tiles. ``directed`` tells that
-    rows are references, and the other half of the matrix isn't the same.
+    Distances of tiles that don't count are NaN, and ``left_out`` names these tiles. ``directed`` means that
+    rows are references, and that the two halves of the matrix differ.
 
     Parameters
     ----------
     root : Group
-        Of the store. One that doesn't say its kind was made by others, and may have no records: all counts.
+        Root of the store. One that doesn't state its kind was made by others, needs no records, and counts.
     key : str
         Group of the matrix.
     metric : str
     labels : list of bytes, optional
-        :func:`labels_of_blocks`, where it is known.
+        Result of :func:`labels_of_blocks`, to save its computation.
     """
 
     def __init__(
@@ -445,16 +448,16 @@ class CheckedMatrix:
 
     def _open_records(self, provenance: store.Group) -> None:
         names = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
-        wanted = (schema.FAILURE, schema.DIGEST, *TILE_RECORDS)
-        if self.metric in names and all(name in provenance for name in wanted):
+        required = (schema.FAILURE, schema.DIGEST, *TILE_RECORDS)
+        if self.metric in names and all(name in provenance for name in required):
             self._place = names.index(self.metric)
-            self._records = {name: store.get_array(provenance, name) for name in wanted}
+            self._records = {name: store.get_array(provenance, name) for name in required}
             text = str(store.read(store.get_array(provenance, schema.SPECIFICATION))[self._place])
             self._described = digests.is_sealed(json.loads(text or "{}"), self.key, self.metric)
 
     @property
     def length(self) -> int:
-        """How many frames there are."""
+        """Number of frames."""
         return int(self.array.shape[0])
 
     def row(self, index: int, columns: slice) -> np.ndarray:
@@ -466,7 +469,7 @@ class CheckedMatrix:
         return values[columns.start - first : columns.stop - first]
 
     def both_ways(self, index: int, columns: slice) -> np.ndarray:
-        """Read distances of one frame in both directions, and give their mean, (column,) float64."""
+        """Read distances of one frame in both directions, and return their mean, (column,) float64."""
         values = self.row(index, columns).astype(np.float64)
         if not self.directed:
             return values
@@ -490,9 +493,9 @@ class CheckedMatrix:
         return np.concatenate(bands) if bands else np.empty(self.array.shape, np.float32)
 
     def check_records(self) -> None:
-        """Compare what is recorded of each block with itself with its digest; no distance is read."""
+        """Compare the record of each tile on the diagonal with its digest; no distance is read."""
         for i in range(len(self._labels)):
-            self._tell((i, i), self._band_record(i).reasons[i])
+            self._leave_out((i, i), self._band_record(i).reasons[i])
 
     def band(self, i: int, first: int, stop: int) -> np.ndarray:
         """Read tiles (i, first) to (i, stop - 1), side by side."""
@@ -503,14 +506,15 @@ class CheckedMatrix:
         except store.DamagedError:
             if stop - first > 1:
                 return np.concatenate([self.band(i, j, j + 1) for j in range(first, stop)], axis=1)
-            key = store.chunk_key(self.array, (rows.start, columns.start))
-            self._tell((i, first), f"damaged distances: chunk {key} cannot be decoded")
+            key = chunks.chunk_key(self.array, (rows.start, columns.start))
+            self._leave_out((i, first), f"damaged distances: chunk {key} cannot be decoded")
             return np.full((rows.stop - rows.start, columns.stop - columns.start), np.nan, np.float32)
         record = self._band_record(i)
         for j in range(first, stop):
             part = values[:, (j - first) * self.tile : (j - first + 1) * self.tile]
-            if reason := record.reasons[j] or self._other_values(record.digests[j], part, j < i):
-                self._tell((i, j), reason)
+            reason = record.reasons[j] or self._other_values(record.digests[j], part, j < i)
+            if reason:
+                self._leave_out((i, j), reason)
                 part[...] = np.nan
         return values
 
@@ -520,7 +524,8 @@ class CheckedMatrix:
         bound = not self._recorded or binds(digest, values)
         return "" if bound else OTHER_VALUES
 
-    def _tell(self, tile: tuple[int, int], reason: str) -> None:
+    def _leave_out(self, tile: tuple[int, int], reason: str) -> None:
+        """Note that a tile doesn't count, if there is a reason."""
         if reason:
             self.left_out[f"{self.key}: {self.metric}, tile {tile[0]}, {tile[1]}: {reason}"] = None
 
@@ -556,7 +561,7 @@ class CheckedMatrix:
         return BandRecord([str(digest) for digest in of_tiles[schema.DIGEST]], reasons)
 
     def _mirrored(self, name: str, i: int) -> np.ndarray:
-        """Read what is recorded of tiles (i, j) for every j; of those below the diagonal, of (j, i)."""
+        """Read the records of tiles (i, j) for every j; below the diagonal, those of (j, i)."""
         array, place, band = self._records[name], slice(self._place, self._place + 1), slice(i, i + 1)
         if len(self._labels) <= TILES_AT_ONCE:
             if name not in self._of_tiles:
@@ -588,14 +593,14 @@ def block_identity(key: str, metric: str, block: int, labels: bytes) -> bytes:
 
 
 def block_texts(fingerprint: str, parts: Iterable[str], failures: Iterable[str]) -> dict[str, str]:
-    """List what is recorded of a block of embeddings as texts, for its digest.
+    """Write the record of a block of embeddings as texts, for its digest.
 
     Parameters
     ----------
     fingerprint : str
-        Empty of a block that isn't done.
+        Empty for a block that failed.
     parts : iterable of str
-        Names of the arrays that embeddings consist of; the digest has a hash of each, ordered by name.
+        Names of the arrays of the embeddings; the digest has a hash of each, ordered by name.
     failures : iterable of str
         Why each frame has no embedding.
     """
@@ -610,7 +615,7 @@ def block_texts(fingerprint: str, parts: Iterable[str], failures: Iterable[str])
 class CheckedEmbeddings:
     """Embeddings of a field of ``embeddings.zarr``, each block compared with its digest when it is read.
 
-    Those of blocks that don't count are NaN, and ``left_out`` names these blocks.
+    Embeddings of blocks that don't count are NaN, and ``left_out`` names these blocks.
 
     Parameters
     ----------
@@ -622,9 +627,9 @@ class CheckedEmbeddings:
     Attributes
     ----------
     parts : dict of str to Array
-        The arrays that embeddings consist of, in the order of the hashes in digests.
+        Arrays of the embeddings, in the order of the hashes in digests.
     labels : dict of str to ndarray
-        What each frame is, (frame,), see :data:`LABELS`.
+        Labels of each frame, (frame,), see :data:`LABELS`.
     failures : ndarray of shape (frame,), object
         Why frames have no embedding.
     left_out : dict of str to None
@@ -649,15 +654,15 @@ class CheckedEmbeddings:
 
     @property
     def count(self) -> int:
-        """How many blocks there are."""
+        """Number of blocks."""
         return len(self._fingerprints)
 
     def rows(self, block: int) -> slice:
-        """Give the frames of a block."""
+        """Return the frames of a block."""
         return slice(block * self._length, min((block + 1) * self._length, len(self.failures)))
 
     def is_bound(self, block: int) -> bool:
-        """Tell whether a block's digest is that of its record."""
+        """Tell whether a block's digest belongs to its record."""
         rows = self.rows(block)
         labels = digests.hash_labels({name: column[rows] for name, column in self.labels.items()})
         identity = block_identity(self.key, self._metric, block, labels)
@@ -665,7 +670,7 @@ class CheckedEmbeddings:
         return digests.binds(str(self._digests[block]), identity, texts)
 
     def is_damaged(self, block: int) -> bool:
-        """Tell whether a block has a record that is not the one that was written with it."""
+        """Tell whether a block has a damaged record."""
         recorded = self._fingerprints[block] or digests.is_of_no_values(str(self._digests[block]))
         return bool(recorded) and not self.is_bound(block)
 
@@ -685,7 +690,7 @@ class CheckedEmbeddings:
                 continue
             recorded = digest[place * digests.HALF : (place + 1) * digests.HALF]
             if not reason and digests.hash_values(values[name]) != recorded:
-                missing = store.missing_chunks(array, rows)
+                missing = chunks.missing_chunks(array, rows)
                 gone = f"damaged embeddings: chunk {', '.join(missing)} of {name} is missing"
                 reason = gone if missing else OTHER_EMBEDDINGS
         if reason:

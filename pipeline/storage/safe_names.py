@@ -1,7 +1,7 @@
-"""What names may be: those of groups in a store, those of sequences, and all that is shown to people.
+"""Check names of groups and sequences, and make any text safe to show.
 
-Names come from archives of others. One that is a path, or that hides a control code, must do no harm where
-it becomes a folder, a line of a terminal or a cell of a table.
+Names come from archives of others. A name that is a path, or hides a control code, must do no harm where it
+becomes a folder, a line of a terminal or a cell of a table.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ GROUP_CHARACTERS = 120
 SEQUENCE_CHARACTERS = 1000
 """Longest name of a sequence: it may be a path within its data set."""
 SHOWN_CHARACTERS = 100
-"""What is shown of a name that is longer than it may be."""
+"""Longest name that is shown whole."""
 
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _OURS = ("zarr.json", ".partial", ".tmp")
-"""Endings of what a store itself keeps beside its groups."""
-# Control codes of both sets, halves of surrogates (bytes that are no UTF-8), line separators, and what turns
-# the direction of writing: a name with these reads as what it isn't.
+"""Endings of a store's own files beside its groups."""
+# Control codes of both sets, lone surrogates (bytes that aren't UTF-8), line separators, and marks that
+# change the direction of writing, with which a name can be made to look like another.
 _HIDDEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]"
 )
 
 
 def group_fault(name: str) -> str:
-    """Why a data set or a field can't have this name, which is that of a group and a folder; else empty."""
+    """Say why a data set or field can't have this name, which becomes a group and a folder; else empty."""
     if not _GROUP.fullmatch(name):
         return f"{shown(name)!r}: expected letters, digits, '.', '_' and '-', beginning with no sign"
     if len(name) > GROUP_CHARACTERS:
@@ -38,7 +38,7 @@ def group_fault(name: str) -> str:
 
 
 def sequence_fault(name: str) -> str:
-    """Why a sequence can't have this name; else empty."""
+    """Say why a sequence can't have this name; else empty."""
     if len(name) > SEQUENCE_CHARACTERS:
         return f"a name of {len(name)} characters; expected {SEQUENCE_CHARACTERS} at most"
     if _HIDDEN.search(name):
@@ -47,14 +47,14 @@ def sequence_fault(name: str) -> str:
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
-    r"""The text with control characters written out (``\x1b``); those of ``keep`` stay."""
+    r"""Write out the control characters in a text (``\x1b``), except those in ``keep``."""
     return _HIDDEN.sub(
-        lambda found: found[0] if found[0] in keep else found[0].encode("unicode_escape").decode(), text
+        lambda match: match[0] if match[0] in keep else match[0].encode("unicode_escape").decode(), text
     )
 
 
 def shown(name: str) -> str:
-    """A name that is safe to show: no control characters, and what is too long is cut, with a hash of all."""
+    """Make a name safe to show: write out control characters, and cut a long name, with a hash of all."""
     safe = printable(name, keep="")
     if len(safe) <= SHOWN_CHARACTERS:
         return safe

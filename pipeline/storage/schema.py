@@ -1,4 +1,4 @@
-"""Names, dimensions and dtypes of the stores, and what makes a store valid.
+"""Names, dimensions and dtypes of the stores, and checks of whether a store is valid.
 
 All stores are Zarr format 3 hierarchies with one group per ``<dataset>/<field>``; every group reads
 as a dense :class:`xarray.Dataset` with plain :func:`xarray.open_datatree`.
@@ -142,7 +142,7 @@ MATRIX_DIMS = (FRAME, FRAME_OTHER)
 FINGERPRINT_DIMS = (METRIC, TILE, TILE_OTHER)
 
 VALIDATED_TOGETHER = 1024
-"""Rows of an archive's matrix that are looked at together."""
+"""Rows of a matrix that are validated at once."""
 
 FRAME_DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float16", "float32", "float64")
 """Dtypes that ``frames`` may have: what image libraries and simulation codes write."""
@@ -151,27 +151,27 @@ CARRIED = frozenset({PARAMETER, SEQUENCE})
 """Variables of a ``distances.zarr`` group that are not metrics."""
 
 CARRIED_BY_MATRIX = frozenset({FIELD, SEQUENCE, NUMBER, PARAMETER})
-"""Variables of an ``matrix.zarr`` group that are not metrics."""
+"""Variables of a ``matrix.zarr`` group that are not metrics."""
 
 RESERVED = CARRIED | CARRIED_BY_MATRIX | {FRAME, FRAME_OTHER, PROVENANCE}
-"""Names that no metric can have in a ``distances.zarr`` or an ``matrix.zarr``."""
+"""Names that no metric can have in a ``distances.zarr`` or a ``matrix.zarr``."""
 
 
 Pairs: TypeAlias = Literal["all", "reference"]
-"""Which pairs of a sequence have distances: all, or frame 0 with the others."""
+"""Pairs of a sequence that have distances: all, or frame 0 with the others."""
 
 
 class SchemaError(ValueError):
-    """A store that is not what its name says; the message names group, expected and found."""
+    """A store that doesn't follow the schema; the message names group, expected and found."""
 
 
 def metric_names(variables: Iterable[str]) -> list[str]:
-    """Names of the metrics among the variables of a ``distances.zarr`` group."""
+    """List the metrics among the variables of a ``distances.zarr`` group."""
     return sorted(str(name) for name in variables if str(name) not in CARRIED)
 
 
 def matrix_metric_names(variables: Iterable[str]) -> list[str]:
-    """Names of the metrics among the variables of an ``matrix.zarr`` group."""
+    """List the metrics among the variables of a ``matrix.zarr`` group."""
     return sorted(str(name) for name in variables if str(name) not in CARRIED_BY_MATRIX)
 
 
@@ -182,7 +182,7 @@ def validate_parameter(parameter: np.ndarray, where: str) -> None:
     ----------
     parameter : ndarray of shape (sequence, frame), float64
     where : str
-        What to name in the error.
+        Label for the error.
     """
     if not np.isfinite(parameter).all():
         raise SchemaError(f"{where}: parameter holds NaN or infinity; expected finite values in [0, 1]")
@@ -208,7 +208,7 @@ def validate_frames(group: xr.Dataset, where: str) -> None:
 
 
 def validate_weights(weights: np.ndarray, shape: tuple[int, ...], where: str) -> None:
-    """Raise :class:`SchemaError` unless these are weights of the pixels of a field.
+    """Raise :class:`SchemaError` unless these are valid weights of a field's pixels.
 
     Parameters
     ----------
@@ -216,19 +216,19 @@ def validate_weights(weights: np.ndarray, shape: tuple[int, ...], where: str) ->
     shape : tuple of int
         (y, x) of the field's frames.
     where : str
-        What to name in the error.
+        Label for the error.
     """
     if weights.shape != shape:
         raise SchemaError(f"{where}: {WEIGHTS} have shape {weights.shape}; expected {shape}, as frames have")
     if not (np.isfinite(weights) & (weights >= 0)).all() or not (weights > 0).any():
-        raise SchemaError(f"{where}: {WEIGHTS} are not all finite and 0 or more, with some above 0")
+        raise SchemaError(f"{where}: {WEIGHTS} must be finite and 0 or more, with some above 0")
 
 
 def validate_distances(group: xr.Dataset, where: str) -> None:
     """Raise :class:`SchemaError` unless ``group`` is a valid field of ``distances.zarr``.
 
-    Checks names, dims and dtypes, and that each matrix is symmetric with a zero diagonal, but for directed
-    ones.
+    Names, dims and dtypes are checked, and that each matrix is symmetric with a zero diagonal, except
+    directed ones.
     """
     _expect_variable(group, PARAMETER, PARAMETER_DIMS, ("float64",), where)
     _expect_unique_sequences(group, where)
@@ -247,8 +247,8 @@ def validate_distances(group: xr.Dataset, where: str) -> None:
 def validate_matrix(group: xr.Dataset, where: str) -> None:
     """Raise :class:`SchemaError` unless ``group`` is a valid group of ``matrix.zarr``.
 
-    Checks names, dims and dtypes, and that each matrix is symmetric with a zero diagonal, but for directed
-    ones. In memory it has two bands of a matrix at a time.
+    Names, dims and dtypes are checked, and that each matrix is symmetric with a zero diagonal, except
+    directed ones. Two bands of a matrix are in memory at a time.
     """
     for name, dtypes in ((FIELD, None), (SEQUENCE, None), (NUMBER, ("int32",)), (PARAMETER, ("float64",))):
         _expect_variable(group, name, (FRAME,), dtypes, where)
@@ -293,7 +293,7 @@ def _expect_unique_sequences(group: xr.Dataset, where: str) -> None:
 
 
 RECORDED = "recorded"
-"""Attribute of provenance: how many fingerprints each metric had when a run came to its end."""
+"""Attribute of provenance: number of fingerprints of each metric when a run came to its end."""
 
 ATTRIBUTES = frozenset(
     {
@@ -303,4 +303,4 @@ ATTRIBUTES = frozenset(
         *(QUARANTINED, RESOLUTION, RECORDED, DIRECTED),
     }
 )
-"""Of stores, groups and arrays that the stages write. Others are users' own, which nobody checks."""
+"""Attributes of stores, groups and arrays that the stages write. Others are users' own, and not checked."""

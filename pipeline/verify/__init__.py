@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from pipeline.distances.blocks import fingerprint
-from pipeline.storage import schema, store
+from pipeline.storage import chunks, metadata, schema, store
 from pipeline.storage.checked_frames import (
     content_hash,
     hash_weights,
@@ -80,17 +80,19 @@ def verify(
         if (kind := _kind_of_fields(path)) is None:
             raise
         reason = (
-            error.damage.removeprefix(f"{store.DOCUMENT}: ") if isinstance(error, store.DamagedError) else ""
+            error.damage.removeprefix(f"{metadata.DOCUMENT}: ")
+            if isinstance(error, store.DamagedError)
+            else ""
         )
         # All else is looked at once it is there again.
         return VerifyReport(kind, damages=[document_damage("", "", reason or "missing")])
     report = VerifyReport(str(root.attrs.get("kind") or _kind_of_fields(path) or schema.DISTANCES_STORE))
-    if fault := store.root_fault(root):
+    if fault := metadata.root_fault(root):
         report.kind = _kind_of_fields(path) or report.kind
         report.damages.append(document_damage("", "", fault))
         return report
     checks = Checks()
-    for found_group in _groups(root, store.listed_members(root)):
+    for found_group in _groups(root, metadata.listed_members(root)):
         _add_group(checks, found_group, report)
         report.damages += _lost_fingerprints(root, found_group)
     for done, found in enumerate(_in_threads(checks, threads), start=1):
@@ -108,7 +110,7 @@ def _kind_of_fields(path: str | os.PathLike[str]) -> str | None:
         f"{schema.PROVENANCE}/{schema.FINGERPRINT}": schema.DISTANCES_STORE,
         schema.FRAMES: schema.FRAMES_STORE,
     }
-    there = {found.split("/", 2)[2] for found in store.paths_of_documents(path) if found.count("/") > 1}
+    there = {found.split("/", 2)[2] for found in metadata.paths_of_documents(path) if found.count("/") > 1}
     return next((kind for name, kind in of_kinds.items() if name in there), None)
 
 
@@ -130,11 +132,11 @@ class _Found:
 
 def _groups(group: store.Group, listed: Mapping[str, Any] | None) -> Iterator[_Found]:
     """Every group of a store; those of provenance go with the group above."""
-    arrays, children, faults = store.members(group, listed)
+    arrays, children, faults = metadata.members(group, listed)
     recorded: Any = {}
     if arrays and schema.PROVENANCE in children:
         provenance = children.pop(schema.PROVENANCE)
-        of_records = store.members(provenance, listed)
+        of_records = metadata.members(provenance, listed)
         recorded = provenance.attrs.get(schema.RECORDED, {}) if listed is not None else {}
         arrays |= {f"{schema.PROVENANCE}/{name}": array for name, array in of_records[0].items()}
         faults |= {f"{schema.PROVENANCE}/{name}": reason for name, reason in of_records[2].items()}
@@ -194,7 +196,7 @@ def _lost_fingerprints(root: store.Group, found: _Found) -> list[Damage]:
         counts = count_fingerprints(store.get_group(root, found.name))
     except store.StoreError:
         return []  # named by whoever reads all that is recorded
-    missing = ", ".join(store.missing_chunks(found.arrays[name]))
+    missing = ", ".join(chunks.missing_chunks(found.arrays[name]))
     return [
         Damage(
             found.name,
@@ -233,8 +235,8 @@ def _add_frames(checks: Checks, found: _Found, report: VerifyReport) -> None:
         if column not in (schema.FRAMES, schema.WEIGHTS)
     }
     frames = found.arrays[schema.FRAMES]
-    store.check_fits(frames, 0)
-    report.chunks += store.chunk_count(frames)
+    chunks.check_fits(frames, 0)
+    report.chunks += chunks.chunk_count(frames)
     contents, sequences = columns[schema.CONTENT], columns[schema.SEQUENCE]
     there = [row for row, content in enumerate(contents) if content]
     report.unfinished += len(contents) - len(there)
@@ -270,18 +272,18 @@ def _weights(
         if schema.WEIGHTS in found.faults or not (recorded or set()) - {""}:
             return []  # the first is damage by itself
         return [Damage(found.name, schema.WEIGHTS, "", what, weights_fault(""), rows)]
-    store.check_fits(array)
-    report.chunks += store.chunk_count(array)
+    chunks.check_fits(array)
+    report.chunks += chunks.chunk_count(array)
     try:
         digest = hash_weights(store.read(array))
     except store.DamagedError:
-        damaged = store.damaged_chunks(array)
+        damaged = chunks.damaged_chunks(array)
         return [
             Damage(found.name, schema.WEIGHTS, c.key, what, c.reason, rows, unreadable=True) for c in damaged
         ]
     if not recorded or recorded == {digest}:
         return []
-    missing = ", ".join(store.missing_chunks(array))
+    missing = ", ".join(chunks.missing_chunks(array))
     return [
         Damage(
             found.name, schema.WEIGHTS, missing, what, "missing" if missing else weights_fault(digest), rows
@@ -296,7 +298,7 @@ def _sequence(
     try:
         found = content_hash(store.read(frames, row), parameter)
     except store.DamagedError:
-        damaged = store.damaged_chunks(frames, row)
+        damaged = chunks.damaged_chunks(frames, row)
         if len(damaged) == frames.shape[1]:  # a shard that is cut off, rather than single frames
             whole = f"sequence {name}, all frames"
             return [Damage(group, schema.FRAMES, damaged[0].key, whole, damaged[0].reason, (row,))]
@@ -306,7 +308,7 @@ def _sequence(
         ]
     if found == content:
         return []
-    missing = store.missing_chunks(frames, row)
+    missing = chunks.missing_chunks(frames, row)
     lost = [Damage(group, schema.FRAMES, key, f"sequence {name}", "missing", (row,)) for key in missing]
     reason = f"not as converted: the hash of frames and parameter is {found}, expected {content}"
     return lost or [Damage(group, schema.FRAMES, "", f"sequence {name}", reason, (row,))]
@@ -373,7 +375,7 @@ def _add_distances(checks: Checks, found: _Found, report: VerifyReport) -> None:
             report.damages.append(Damage(name, f"{prefix}{schema.METRIC}", "", "all metrics", reason))
         elif done and metric not in arrays:
             reason, what = found.faults.get(metric, "missing"), f"all {len(done)} matrices"
-            report.damages.append(Damage(name, metric, store.DOCUMENT, what, reason, done, metric))
+            report.damages.append(Damage(name, metric, metadata.DOCUMENT, what, reason, done, metric))
     # What is lost of these is named, costs no distances, and is written by the next run.
     carried_lost = {
         row
@@ -413,13 +415,13 @@ def _add_distances(checks: Checks, found: _Found, report: VerifyReport) -> None:
         there = sum(bool(text) for text in recorded.fingerprints)
         report.compared += there
         report.unfinished += array.shape[0] - there
-        count = store.chunk_count(array)
+        count = chunks.chunk_count(array)
         report.chunks += count
         checks.add(count, _chunks_of(name, array, recorded))
 
 
 def _chunks_of(group: str, array: store.Array, recorded: _Recorded) -> Iterator[Check]:
-    for start in store.chunk_starts(array):
+    for start in chunks.chunk_starts(array):
         yield partial(_matrices, group, array, start, recorded)
 
 
@@ -433,7 +435,7 @@ def _matrices(group: str, array: store.Array, start: tuple[int, ...], recorded: 
     rows = range(start[0], min(start[0] + array.chunks[0], array.shape[0]))
     recorded_rows = range(rows.start, min(rows.stop, len(recorded.fingerprints)))
     done = tuple(row for row in recorded_rows if recorded.fingerprints[row])
-    key, metric = store.chunk_key(array, start), recorded.metric
+    key, metric = chunks.chunk_key(array, start), recorded.metric
 
     def damage(rows: Sequence[int], chunk: str, reason: str, *, unreadable: bool = False) -> Damage:
         which = ", ".join(recorded.sequences[row] for row in rows) or "no sequence that is done"
@@ -442,7 +444,7 @@ def _matrices(group: str, array: store.Array, start: tuple[int, ...], recorded: 
     try:
         values = store.read(array, slice(rows.start, rows.stop))
     except store.DamagedError:
-        damaged = store.damaged_chunks(array, rows.start)
+        damaged = chunks.damaged_chunks(array, rows.start)
         return [damage(done, c.key, c.reason, unreadable=True) for c in damaged]
     failed_otherwise = [row for row in recorded_rows if recorded.has_other_failure(row)]
     if failed_otherwise:
@@ -451,7 +453,7 @@ def _matrices(group: str, array: store.Array, start: tuple[int, ...], recorded: 
         return []
     # Where every row failed, for a recorded reason, a chunk of NaN alone may never have been written.
     failed = all(recorded.failures[row] for row in done)
-    if not failed and np.isnan(values).all() and store.missing_chunks(array, rows.start):
+    if not failed and np.isnan(values).all() and chunks.missing_chunks(array, rows.start):
         return [damage(done, key, "missing")]
     found = []
     for row in done:

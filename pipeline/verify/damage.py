@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from lsim.metric import hash_specification
-from pipeline.storage import schema, store
+from pipeline.storage import chunks, metadata, schema, store
 
 
 @dataclass(frozen=True)
@@ -98,31 +98,31 @@ def add_chunks(
     checks: Checks, group: str, array: store.Array, report: VerifyReport, prefix: str = ""
 ) -> None:
     """A check for each chunk of an array."""
-    count = store.chunk_count(array)
+    count = chunks.chunk_count(array)
     report.chunks += count
-    checks.add(count, (partial(_chunk, group, array, start, prefix) for start in store.chunk_starts(array)))
+    checks.add(count, (partial(_chunk, group, array, start, prefix) for start in chunks.chunk_starts(array)))
 
 
 def _chunk(group: str, array: store.Array, start: tuple[int, ...], prefix: str) -> list[Damage]:
     region = tuple(slice(a, a + 1) for a in start)
     return [
         Damage(group, f"{prefix}{array.basename}", c.key, f"values from {c.start}", c.reason, unreadable=True)
-        for c in store.damaged_chunks(array, region)
+        for c in chunks.damaged_chunks(array, region)
     ]
 
 
 def read_column(group: str, array: store.Array, report: VerifyReport, prefix: str = "") -> np.ndarray:
     """A small array whole, chunk by chunk; what cannot be decoded is damage, and fill values here."""
-    store.check_fits(array)
-    report.chunks += store.chunk_count(array)
+    chunks.check_fits(array)
+    report.chunks += chunks.chunk_count(array)
     try:
         return store.read(array)
     except store.DamagedError:
-        damaged = store.damaged_chunks(array)
+        damaged = chunks.damaged_chunks(array)
     values = np.full(array.shape, array.fill_value, dtype=object if array.dtype.kind == "T" else array.dtype)
-    for start in store.chunk_starts(array):
+    for start in chunks.chunk_starts(array):
         if start not in {chunk.start for chunk in damaged}:
-            found = store.read_chunk(array, start)
+            found = chunks.read_chunk(array, start)
             values[tuple(slice(a, a + n) for a, n in zip(start, found.shape, strict=True))] = found
     for chunk in damaged:
         rows, what = _rows_of(array, chunk.start)
@@ -134,21 +134,21 @@ def read_column(group: str, array: store.Array, report: VerifyReport, prefix: st
 
 def document_damage(group: str, name: str, reason: str) -> Damage:
     """What is wrong with the metadata of a group or an array."""
-    return Damage(group, name, store.DOCUMENT, "its metadata", reason)
+    return Damage(group, name, metadata.DOCUMENT, "its metadata", reason)
 
 
 def is_of_root(damage: Damage) -> bool:
     """Whether it is the metadata of the store's root that is lost."""
-    return not damage.group and not damage.array and damage.chunk == store.DOCUMENT
+    return not damage.group and not damage.array and damage.chunk == metadata.DOCUMENT
 
 
 def lost_chunks(group: str, array: store.Array, done: np.ndarray) -> Iterator[Damage]:
     """Chunks of a small array that are not there, though rows of them are ``done``: they were."""
-    for start in store.chunk_starts(array):
+    for start in chunks.chunk_starts(array):
         rows, what = _rows_of(array, start)
         if done[slice(rows[0], rows[-1] + 1)].any():
             region = tuple(slice(a, a + 1) for a in start)
-            for key in store.missing_chunks(array, region):
+            for key in chunks.missing_chunks(array, region):
                 yield Damage(group, array.basename, key, what, "missing", rows)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from pipeline.storage import schema, store
+from pipeline.storage import chunks, schema, store
 from pipeline.storage.digests import HALF, binds, bytes_of, hash_labels, is_of_no_values
 from pipeline.storage.recorded import LABELS, block_identity, block_texts
 from pipeline.verify.damage import Check, Checks, Damage, VerifyReport, read_column
@@ -79,12 +79,12 @@ def add_embeddings(
         report.damages += [
             Damage(name, column, key, "names of frames", "missing")
             for column in LABELS
-            for key in store.missing_chunks(arrays[column])
+            for key in chunks.missing_chunks(arrays[column])
         ]
     # The next run writes them again, and compares them with the digests of all blocks.
     nameless = any(damage.array in LABELS for damage in report.damages[before:])
     parts = {column: arrays[column] for column in sorted(arrays) if _is_part(column)}
-    report.chunks += sum(map(store.chunk_count, parts.values()))
+    report.chunks += sum(map(chunks.chunk_count, parts.values()))
     report.compared += int((fingerprints != "").sum())
     report.unfinished += int((fingerprints == "").sum())
     metric = str(attributes.get("metric", ""))
@@ -120,7 +120,7 @@ def _check(block: _Block, parts: Mapping[str, store.Array]) -> list[Damage]:
         except store.DamagedError:
             damages += [
                 Damage(block.group, name, chunk.key, block.what, chunk.reason, number, unreadable=True)
-                for chunk in store.damaged_chunks(array, block.rows)
+                for chunk in chunks.damaged_chunks(array, block.rows)
             ]
         hashes[name] = hasher.hexdigest()
     if damages:
@@ -130,7 +130,7 @@ def _check(block: _Block, parts: Mapping[str, store.Array]) -> list[Damage]:
         return [Damage(block.group, _DIGEST, "", block.what, reason, number)]
     for place, (name, value) in enumerate(hashes.items(), start=1):
         if block.fingerprint and value != block.digest[place * HALF : (place + 1) * HALF]:
-            missing = store.missing_chunks(parts[name], block.rows)
+            missing = chunks.missing_chunks(parts[name], block.rows)
             reason = "missing" if missing else "its embeddings are not those that were computed"
             damages.append(Damage(block.group, name, ", ".join(missing), block.what, reason, number))
     return damages

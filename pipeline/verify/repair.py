@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.storage import schema, store
+from pipeline.storage import chunks, metadata, schema, store
 from pipeline.storage.recorded import LABELS
 from pipeline.verify.damage import Damage, VerifyReport, is_of_root
 
@@ -49,23 +49,23 @@ def repair(path: str | os.PathLike[str], report: VerifyReport) -> int:
     count = 0
     if any(is_of_root(damage) for damage in report.damages):
         # What else belongs there, the next run of its stage records again.
-        store.restore_root(
+        metadata.restore_root(
             path, _attributes(path) | {"kind": report.kind, "schema_version": schema.SCHEMA_VERSION}
         )
         return 0
     with store.locked(path):
         root = store.open_store(path, "r+")
         for damage in report.damages:
-            if damage.chunk == store.DOCUMENT:
-                store.restore_document(root, f"{damage.group}/{damage.array}".lstrip("/"))
+            if damage.chunk == metadata.DOCUMENT:
+                metadata.restore_document(root, f"{damage.group}/{damage.array}".lstrip("/"))
         store.drop_consolidated(path)
-        of_values = [d for d in report.damages if d.chunk != store.DOCUMENT or d.metric]
+        of_values = [d for d in report.damages if d.chunk != metadata.DOCUMENT or d.metric]
         for name in dict.fromkeys(damage.group for damage in of_values):
             group = store.get_group(root, name)
             damages = [damage for damage in of_values if damage.group == name]
             for damage in damages:
                 if damage.unreadable:
-                    store.delete_chunk(store.get_array(group, damage.array), damage.chunk)
+                    chunks.delete_chunk(store.get_array(group, damage.array), damage.chunk)
             count += forget(group, damages)
     return count
 
@@ -97,7 +97,7 @@ def _forget_frames(group: store.Group, damages: list[Damage]) -> int:
         if damage.array == schema.FRAMES and damage.chunk:
             first = damage.rows[0] - damage.rows[0] % unit
             if not any(contents[first : first + unit]):
-                store.delete_chunk(frames, damage.chunk)
+                chunks.delete_chunk(frames, damage.chunk)
     return len(rows)
 
 

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from pipeline.matrix.layout import tile_fingerprint
-from pipeline.storage import schema, store
+from pipeline.storage import chunks, metadata, schema, store
 from pipeline.storage.digests import (
     binds,
     binds_mirror_image,
@@ -109,7 +109,7 @@ def add_tiles(
             report.damages.append(Damage(name, f"{prefix}{schema.METRIC}", "", "all metrics", reason))
         elif done and metric not in arrays:
             reason = faults.get(metric, "missing")
-            report.damages.append(Damage(name, metric, store.DOCUMENT, "all tiles", reason, (), metric))
+            report.damages.append(Damage(name, metric, metadata.DOCUMENT, "all tiles", reason, (), metric))
     for metric, array in arrays.items():
         if metric.startswith(prefix):
             continue
@@ -132,7 +132,7 @@ def add_tiles(
             records[schema.FAILURE][place],
             [hash_labels({c: values[k : k + tile] for c, values in labels.items()}) for k in starts],
         )
-        report.chunks += store.chunk_count(array)
+        report.chunks += chunks.chunk_count(array)
         count = -(-array.shape[0] // tile)
         if recorded.fingerprints.shape != (count, count):
             expected = f"of shape {array.shape}, its fingerprints are of {recorded.fingerprints.shape} tiles"
@@ -169,7 +169,7 @@ def _tile(group: str, array: store.Array, start: tuple[int, int], recorded: _Rec
                 Damage(
                     group, recorded.metric, c.key, what, c.reason, (i, j), recorded.metric, unreadable=True
                 )
-                for c in store.damaged_chunks(array, region)
+                for c in chunks.damaged_chunks(array, region)
             ]
     if damages:
         return damages
@@ -181,11 +181,11 @@ def _tile(group: str, array: store.Array, start: tuple[int, int], recorded: _Rec
     comparable = all(recorded.comparable[k * tile : (k + 1) * tile].any() for k in (i, j))
     for place, values in zip(places, found, strict=True) if comparable else ():
         region = tuple(slice(first, first + 1) for first in place)
-        if np.isnan(values).all() and store.missing_chunks(array, region):
-            key = store.chunk_key(array, place)
+        if np.isnan(values).all() and chunks.missing_chunks(array, region):
+            key = chunks.chunk_key(array, place)
             damages.append(Damage(group, recorded.metric, key, what, "missing", (i, j), recorded.metric))
     if not damages and (reason := _fault(found, (i, j), tile, recorded)):
-        key = store.chunk_key(array, start)
+        key = chunks.chunk_key(array, start)
         damages.append(Damage(group, recorded.metric, key, what, reason, (i, j), recorded.metric))
     return damages
 

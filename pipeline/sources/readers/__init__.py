@@ -1,11 +1,11 @@
-"""Readers: from a folder of files to lazy sequences. One file a format.
+"""Readers: list the sequences in a folder of files, to be decoded later. One file for each format.
 
 Writing a reader
 ----------------
-A reader is one function ``(entry, folder) -> iterable of LazySequence``. It lists what is there and
-decodes nothing: names, fields, and of each file its path, size and time. Decoding is the sequence's
-:meth:`~pipeline.sources.readers.base.LazySequence.read`, called on a worker, so a sequence holds only what
-pickles and imports heavy libraries inside the call::
+A reader is one function ``(entry, folder) -> iterable of LazySequence``. It lists names, fields, and the
+path, size and time of each file, and decodes nothing. A worker decodes later by
+:meth:`~pipeline.sources.readers.base.LazySequence.read`, so a sequence must be picklable, and imports heavy
+libraries inside that call::
 
     @dataclass(frozen=True, kw_only=True)
     class RawSequence(LazySequence):
@@ -21,25 +21,22 @@ pickles and imports heavy libraries inside the call::
 
     READERS["raw"] = read
 
-The rest is done for it: the catalog's ``filter`` and ``fields``, the natural order, and the checks that a
-sequence's name stands once (sequences of one name are quarantined together, under it), that frames are
-finite (unless the catalog says ``missing: keep``), of one shape, and that the parameter rises. What is
-broken in one sequence is raised by its ``read`` as :class:`~pipeline.sources.readers.base.ReaderError`, which
-quarantines that sequence; one that cannot even be listed is given as
-:class:`~pipeline.sources.readers.base.BrokenSequence`. What is wrong with the whole entry is raised by the
-reader and stops the run.
-Weights of pixels are what :meth:`~pipeline.sources.readers.base.LazySequence.read_weights` gives, where a
-reader defines it.
-Options come from ``entry.options``; check them with :func:`pipeline.sources.catalog.reader_options`, for
-which an unknown key is an error. Whatever besides the files decides what is decoded belongs into
-``settings``.
+The caller applies the catalog's ``filter`` and ``fields``, and sorts. It checks that names are unique
+(sequences of one name are quarantined together, under it), that frames are finite (unless the catalog says
+``missing: keep``) and of one shape, and that the parameter rises. A sequence whose ``read`` raises
+:class:`~pipeline.sources.readers.base.ReaderError` is quarantined. For one that cannot even be listed, return
+a :class:`~pipeline.sources.readers.base.BrokenSequence`. An error that the reader itself raises is about the
+whole entry, and stops the run.
+:meth:`~pipeline.sources.readers.base.LazySequence.read_weights` may return weights of pixels.
+Options come from ``entry.options``; check them with :func:`pipeline.sources.catalog.reader_options`, which
+refuses unknown keys. Everything besides the files that influences decoding belongs in ``settings``.
 
 An installed package offers a reader by an entry point of the group ``lsim.readers``.
 
-When the code of a reader changes, what it decoded is decoded again. For a reader of one's own that is seen by
-the files that define the reader and the classes of its sequences; modules that these import aren't looked at,
-nor are libraries: after a change there, ``lsim convert --verify-sources`` decodes everything. Shipped readers
-have a ``VERSION`` each.
+When the code of a reader changes, its sequences are decoded again. For your own reader, a change is detected
+in the files that define the reader and the classes of its sequences, but not in modules that these import,
+nor in libraries: after a change there, run ``lsim convert --verify-sources``, which decodes everything. Each
+shipped reader has a ``VERSION``.
 """
 
 from __future__ import annotations
@@ -87,11 +84,11 @@ Reader = Callable[[Dataset, Path], Iterable[LazySequence]]
 READERS: dict[str, Reader] = {"lsim": lsim.read, "stack": stack.read, "xarray": xarray.read}
 
 VERSIONS: dict[str, str] = {module.__name__: module.VERSION for module in (lsim, stack, xarray)}
-"""Of the shipped readers, by module."""
+"""Versions of the shipped readers, by module."""
 
 
 def find_reader(name: str) -> Reader:
-    """The reader of this name, from :data:`READERS` or an installed package.
+    """Find a reader by name, in :data:`READERS` or an installed package.
 
     Raises
     ------
@@ -111,34 +108,34 @@ def find_reader(name: str) -> Reader:
 
 
 def list_sequences(entry: Dataset, folder: Path) -> list[LazySequence]:
-    """All sequences of a data set, in natural order, after its ``filter`` and ``fields``.
+    """List all sequences of a data set, in natural order, after its ``filter`` and ``fields``.
 
-    A name stands once in a field. Where several sequences have it, one broken sequence stands for all: which
-    of them is meant can't be told, so none is read, and the reason names their files.
+    A name is unique in a field. Several sequences of one name can't be told apart: one broken sequence stands
+    for all of them, with a reason that names their files, and none is read.
 
     Raises
     ------
     CatalogError
         When the reader is unknown, the folder can't be listed, there are no sequences, a field that the
-        catalog names isn't there, or two fields differ in case alone.
+        catalog names isn't there, or two fields differ only in case.
     """
-    here = f"dataset {entry.name} ({folder})"
+    label = f"dataset {entry.name} ({folder})"
     reader = find_reader(entry.reader)
     try:
         selected = [s for s in reader(entry, folder) if entry.selects(s.name)]
         code = _code_of(entry.reader, reader, selected)
-        found = [
+        listed = [
             replace(s, missing=entry.missing, most_bytes=entry.sequence_bytes, code=code)
             for s in _quarantine_unsafe(selected, folder)
         ]
     except ReaderError as error:
         raise CatalogError(f"dataset {entry.name}, reader {entry.reader!r}: {error}") from error
     except OSError as error:
-        raise CatalogError(f"{here}: {error}") from error
-    if not found:
-        chosen = f" whose name holds one of {', '.join(entry.filter)}" if entry.filter else ""
-        raise CatalogError(f"{here}: reader {entry.reader!r} found no sequences{chosen}")
-    chosen_fields = _choose_fields(found, entry, here)
+        raise CatalogError(f"{label}: {error}") from error
+    if not listed:
+        named = f" whose name holds one of {', '.join(entry.filter)}" if entry.filter else ""
+        raise CatalogError(f"{label}: reader {entry.reader!r} found no sequences{named}")
+    chosen_fields = _choose_fields(listed, entry, label)
     chosen_fields.sort(key=lambda s: (s.field, natural_key(s.name)))
     result = [
         _only_one(list(members), entry, folder)
@@ -149,16 +146,16 @@ def list_sequences(entry: Dataset, folder: Path) -> list[LazySequence]:
         other = spelling.setdefault(field.casefold(), field)
         if other != field:
             raise CatalogError(
-                f"{here}: fields {other!r} and {field!r} differ in case alone; where names of files don't "
-                "count case they would be one group"
+                f"{label}: fields {other!r} and {field!r} differ only in case; on a file system that "
+                "ignores case they would be one group"
             )
         if fault := group_fault(field):
-            raise CatalogError(f"{here}: field {fault}")
+            raise CatalogError(f"{label}: field {fault}")
     return result
 
 
 def _code_of(name: str, reader: Reader, sequences: Iterable[LazySequence]) -> str:
-    """Version of a shipped reader; hash of the code of another one, which may call shipped ones."""
+    """Return the version of a shipped reader; hash the code of another, which may call shipped ones."""
     if (module := getattr(reader, "__module__", "")) in VERSIONS:
         return VERSIONS[module]
     classes = {cls for s in sequences for cls in type(s).__mro__ if issubclass(cls, LazySequence)}
@@ -167,17 +164,17 @@ def _code_of(name: str, reader: Reader, sequences: Iterable[LazySequence]) -> st
 
 
 MOST_NAMED = 4
-"""Of the files whose sequences have one name, so many are named; there may be thousands."""
+"""Most files that an error names where several sequences have one name; there may be thousands."""
 
 
 def _only_one(members: list[LazySequence], entry: Dataset, folder: Path) -> LazySequence:
-    """The sequence of a name; where there are several, a broken one that names the files of all."""
+    """Return the only sequence of a name; where there are several, a broken one that names their files."""
     first = members[0]
     if len(members) == 1:
         return first
     paths = [_file_of(s) for s in members]
     top = folder if folder.is_dir() else folder.parent
-    # Relative, so that the reason is the same where an archive was moved to.
+    # Relative, so that the reason stays the same when an archive is moved.
     counts = Counter(shown(os.path.relpath(path, top)) if path else "no file" for path in sorted(paths))
     named = [path if count == 1 else f"{path} ({count} times)" for path, count in counts.items()]
     more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
@@ -190,7 +187,7 @@ def _only_one(members: list[LazySequence], entry: Dataset, folder: Path) -> Lazy
 
 
 def _file_of(sequence: LazySequence) -> str:
-    """The file that a sequence is found in, or its first one; "" where it has none."""
+    """Return the first file of a sequence; empty where it has none."""
     if isinstance(sequence, ChannelsOf):
         return _file_of(sequence.source)
     if isinstance(sequence, BrokenSequence):
@@ -199,9 +196,9 @@ def _file_of(sequence: LazySequence) -> str:
 
 
 def _quarantine_unsafe(sequences: Iterable[LazySequence], folder: Path) -> list[LazySequence]:
-    """Sequences with a name that can't be shown, or a file that lies elsewhere, as broken ones.
+    """Replace sequences with an unsafe name, or a file outside of the data set's folder, by broken ones.
 
-    A link within a data set could lead to any file of this machine. The data set's own folder may be one.
+    A link within a data set could lead to any file of this machine. The data set's own folder may be a link.
     """
     top = os.path.realpath(folder if folder.is_dir() else folder.parent)
     folders: dict[str, str] = {}
@@ -230,7 +227,7 @@ def _quarantine_unsafe(sequences: Iterable[LazySequence], folder: Path) -> list[
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelsOf(LazySequence):
-    """Some channels of another sequence."""
+    """A sequence made of some channels of another one."""
 
     source: LazySequence
     channels: tuple[int, ...]
@@ -245,28 +242,29 @@ class ChannelsOf(LazySequence):
         return frames[..., list(self.channels)], parameter
 
     def read_weights(self) -> np.ndarray | None:
-        """Decode the weights of the other sequence: they are those of all channels."""
+        """Decode the weights of the other sequence, which hold for all channels."""
         return self.source.read_weights()
 
 
-def _choose_fields(found: list[LazySequence], entry: Dataset, here: str) -> list[LazySequence]:
+def _choose_fields(sequences: list[LazySequence], entry: Dataset, label: str) -> list[LazySequence]:
+    """Select fields, or make new ones, as an entry's ``fields`` says."""
     if not entry.fields:
-        return found
-    present = sorted({s.field for s in found})
+        return sequences
+    present = sorted({s.field for s in sequences})
     choices = entry.fields if isinstance(entry.fields, dict) else {n: FieldChoice() for n in entry.fields}
     result: list[LazySequence] = []
     for name, choice in choices.items():
         source = choice.source or (name if name in present or len(present) > 1 else present[0])
         if source not in present or (source != name and isinstance(entry.fields, list)):
             missing = choice.source or name
-            raise CatalogError(f"{here}: no field {missing!r}; found {', '.join(present)}")
-        sequences = [s for s in found if s.field == source]
+            raise CatalogError(f"{label}: no field {missing!r}; found {', '.join(present)}")
+        members = [s for s in sequences if s.field == source]
         if choice.channel is None:
-            result += [replace(s, field=name) for s in sequences]
+            result += [replace(s, field=name) for s in members]
             continue
         channels = (choice.channel,) if isinstance(choice.channel, int) else tuple(choice.channel)
         if not channels or min(channels) < 0:
-            raise CatalogError(f"{here}: field {name!r}: channels {channels}; expected indices from 0")
+            raise CatalogError(f"{label}: field {name!r}: channels {channels}; expected indices from 0")
         result += [
             ChannelsOf(
                 name=s.name,
@@ -280,6 +278,6 @@ def _choose_fields(found: list[LazySequence], entry: Dataset, here: str) -> list
                 source=s,
                 channels=channels,
             )
-            for s in sequences
+            for s in members
         ]
     return result

@@ -1,4 +1,4 @@
-"""What a reader gives: lazy sequences, and the errors they raise."""
+"""Lazy sequences that readers return, the errors that they raise, and checks that readers share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipeline.storage import limits
 
 
 class ReaderError(ValueError):
-    """A sequence that cannot be decoded: what is wrong, and in which file where that is known."""
+    """A sequence that cannot be decoded: the reason, and the file where it is known."""
 
     def __init__(self, reason: str, file: str = "") -> None:
         super().__init__(reason, file)
@@ -39,13 +39,13 @@ SEQUENCE_RULE = "a sequence may take {} (largest_sequence in the catalog states 
 
 
 class TooLargeError(ReaderError):
-    """A sequence that claims more than it may take, or than this machine has."""
+    """A sequence that claims more memory than its bound, or than this machine has."""
 
 
 def check_size(
     shape: Iterable[int], itemsize: int, most: int, path: str, what: str, rule: str = SEQUENCE_RULE
 ) -> int:
-    """Size of an array in bytes, before it is allocated.
+    """Compute the size of an array in bytes, and refuse one that is too large, before it is allocated.
 
     Parameters
     ----------
@@ -53,14 +53,14 @@ def check_size(
     itemsize : int
         Bytes of one value.
     most : int
-        Bytes that it may take, as a sequence's ``most_bytes``.
+        Bound in bytes, such as a sequence's ``most_bytes``.
     path, what, rule : str
-        Named in the error; ``rule`` says who may have ``most``.
+        For the error; ``rule`` explains the bound, in place of ``{}``.
 
     Raises
     ------
     TooLargeError
-        When that is more than ``most``, or than the memory of this machine.
+        When the size exceeds ``most``, or the memory of this machine.
     """
     shape = tuple(shape)
     nbytes, memory = limits.array_bytes(shape, itemsize), limits.memory_bytes()
@@ -74,13 +74,13 @@ def check_size(
 
 @contextlib.contextmanager
 def decoding(path: str, what: str = "") -> Iterator[None]:
-    """Turn whatever libraries make of a damaged file into :class:`ReaderError`; faults of the disk pass."""
+    """Turn errors of libraries for a damaged file into :class:`ReaderError`; errors of the disk pass."""
     try:
         yield
     except ReaderError:
         raise
     except OSError as error:
-        if error.errno is not None:  # the disk's fault, not the file's
+        if error.errno is not None:  # a fault of the disk, not of the file
             raise
         raise ReaderError(f"{what}cannot be decoded: {error}", path) from error
     except (ValueError, SyntaxError, EOFError, KeyError, RuntimeError, OverflowError) as error:
@@ -93,22 +93,22 @@ LEADS_OUT = "a link that leads out of the data set's folder, and is not followed
 
 
 def is_within(path: str, top: str) -> bool:
-    """Whether a real path lies at or below another."""
+    """Tell whether a real path is another one or below it."""
     return path == top or path.startswith(top.rstrip(os.sep) + os.sep)
 
 
 class SourceFile(NamedTuple):
-    """A file (or the folder of a Zarr store) as it was found when the sequences were listed.
+    """A file (or the folder of a Zarr store) as it was when the sequences were listed.
 
     Attributes
     ----------
     path : str
     size : int
-        Bytes; of a folder those of all its files.
+        Bytes; for a folder those of all its files.
     mtime_ns : int
-        Time of modification in nanoseconds; of a folder the newest of its files.
+        Time of modification in nanoseconds; for a folder that of its newest file.
     mark : str
-        Time of the last change (ctime) and inode, of a folder a hash of those of all its files with their
+        Time of the last change (ctime) and inode; for a folder a hash of those of all its files with their
         names. Sizes and times of modification survive ``mv``, ``cp -p`` and ``tar``; the mark doesn't.
     """
 
@@ -124,7 +124,7 @@ class SourceFile(NamedTuple):
         Raises
         ------
         ReaderError
-            For what is neither: a pipe or a device may be read from for ever.
+            For a pipe or a device, which could be read for ever.
         """
         if os.path.isdir(path):
             return cls._of_folder(os.fspath(path))
@@ -132,7 +132,7 @@ class SourceFile(NamedTuple):
 
     @classmethod
     def _of_folder(cls, folder: str) -> SourceFile:
-        # Links to folders count as what they lead to, and aren't walked into: that lies in the folder itself.
+        # Links to folders count like their targets, and aren't walked into: the targets are listed anyway.
         files = [
             path
             for top, folders, names in os.walk(folder)
@@ -150,7 +150,7 @@ class SourceFile(NamedTuple):
 
     @classmethod
     def seen(cls, path: str, look: os.stat_result) -> SourceFile:
-        """A file that was looked at already."""
+        """Make a SourceFile from a file's status."""
         if not stat.S_ISREG(look.st_mode):
             raise ReaderError("a pipe or a device, and no file", path)
         return cls(path, look.st_size, look.st_mtime_ns, _mark(look))
@@ -161,12 +161,12 @@ def _mark(look: os.stat_result) -> str:
 
 
 FIRST_VERSION = "1"
-"""Of each shipped reader when records of sequences began to name it."""
+"""Version of each shipped reader at the time when records of sequences began to state it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LazySequence(ABC):
-    """A sequence that is known but not decoded yet. Small and picklable: it travels to the workers.
+    """A sequence that is listed but not decoded yet. Small and picklable: it is sent to workers.
 
     Attributes
     ----------
@@ -175,18 +175,18 @@ class LazySequence(ABC):
     field : str
         The physical quantity.
     files : tuple of SourceFile
-        All that :meth:`read` reads. While a look at them shows no change, the sequence isn't decoded again.
+        All files that :meth:`read` reads. While they look unchanged, the sequence isn't decoded again.
     settings : dict of JSON values
-        What else decides the outcome of :meth:`read`; a change is decoded again.
+        Everything else that influences :meth:`read`; after a change the sequence is decoded again.
     attributes : dict of JSON values
         Attributes for the field's ``frames``, such as ``units``.
     missing : {"quarantine", "keep"}
-        Whether frames may hold NaN and infinity, as the catalog says; set after listing.
+        Whether frames may hold NaN and infinity, from the catalog; set after listing.
     most_bytes : int
-        What the decoded frames may take, as the catalog says; set after listing. :func:`check_size` compares.
+        Bound on the decoded frames, from the catalog; set after listing.
     code : str
-        What the reader's code is: a version, or a hash of its files; set after listing. Another is decoded
-        again.
+        Version of the reader's code, or a hash of its files; set after listing. After a change the sequence
+        is decoded again.
     """
 
     name: str
@@ -200,7 +200,7 @@ class LazySequence(ABC):
 
     @abstractmethod
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Decode.
+        """Decode the sequence.
 
         Returns
         -------
@@ -220,12 +220,12 @@ class LazySequence(ABC):
         Returns
         -------
         ndarray of shape (y, x), or None
-            NaN where a weight is missing. None, unless a reader says otherwise: there are no weights.
+            NaN where a weight is missing. None where there are no weights, as by default.
 
         Raises
         ------
         ReaderError
-            When there should be some, and they cannot be read.
+            When the sequence has weights that cannot be read.
         """
         return None
 
@@ -234,16 +234,16 @@ class LazySequence(ABC):
 class BrokenSequence(LazySequence):
     """A sequence whose source cannot even be listed or opened; :meth:`read` raises the reason.
 
-    A reader gives it in place of the sequence, so that this one is quarantined and the others go on.
+    A reader returns it in place of the sequence, which is then quarantined, and the others are converted.
     """
 
     file: str
 
     @classmethod
     def of(cls, name: str, field: str, path: str | os.PathLike[str], error: Exception) -> BrokenSequence:
-        """The sequence of this name at ``path``, and the error that it made."""
+        """Make the broken sequence of this name at ``path`` from the error that it raised."""
         wrapped = opening_error(path, error)
-        # The reason is a setting: when it changes, the record in the store does.
+        # The reason is a setting: when it changes, so does the record in the store.
         return cls(name=name, field=field, files=(), settings={"reason": wrapped.reason}, file=wrapped.file)
 
     def read(self) -> NoReturn:
@@ -252,10 +252,10 @@ class BrokenSequence(LazySequence):
 
 
 def opening_error(path: str | os.PathLike[str], error: Exception) -> ReaderError:
-    """An error of listing or opening ``path`` as :class:`ReaderError` that names the file."""
+    """Turn an error of listing or opening ``path`` into a :class:`ReaderError` that names the file."""
     if isinstance(error, ReaderError):
         return ReaderError(error.reason, error.file or os.fspath(path))
-    # The first line: xarray goes on about its manual.
+    # The first line only: xarray goes on about its manual.
     file, reason = os.fspath(path), f"{type(error).__name__}: {error}".splitlines()[0]
     if isinstance(error, OSError) and error.strerror:
         file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else file
@@ -268,24 +268,29 @@ _FIELDS = (
     "smoke, marker, mask, rgb"
 )
 KNOWN_FIELDS = frozenset(_FIELDS.split(", "))
-"""Physical quantities that are recognised anywhere between the dots of a folder's name, in lower case."""
+"""Physical quantities that are recognised anywhere between the dots of a folder's name."""
 
 
 def field_in_name(name: str, default: str) -> str:
-    """The field that a name says between its dots (``plume1.Density`` → density), else ``default``.
+    """Find the field that a name states between its dots (``plume1.Density`` → density), else ``default``.
 
-    That is the first part that is a known quantity, or else a last part that is a word (``run1.enstrophy``);
-    in lower case, as one quantity is one field however its folders are spelt.
+    It is the first part that is a known quantity, or else a last part that is a word (``run1.enstrophy``),
+    in lower case: a quantity is one field however its folders are spelt.
+
+    Examples
+    --------
+    >>> field_in_name("plume1.Density", "frames"), field_in_name("plume1", "frames")
+    ('density', 'frames')
     """
     parts = name.lower().split(".")[1:]
-    known = next((part for part in parts if part in KNOWN_FIELDS), None)
-    if known is not None:
-        return known
+    quantity = next((part for part in parts if part in KNOWN_FIELDS), None)
+    if quantity is not None:
+        return quantity
     return parts[-1] if parts and re.fullmatch(r"[a-z][a-z_-]*", parts[-1]) else default
 
 
 def natural_key(name: str) -> tuple[Any, ...]:
-    """Sort key that counts: plume2 before plume10."""
+    """Make a sort key by which plume2 comes before plume10."""
     parts: list[Any] = re.split(r"(\d+)", name)
     parts[1::2] = map(int, parts[1::2])
     return tuple(parts), name
@@ -299,7 +304,7 @@ def scale_parameter(values: np.ndarray, name: str) -> np.ndarray:
     values : ndarray of shape (n,)
         The parameter of each frame, in the frames' order.
     name : str
-        The sequence, for the error.
+        Name of the sequence, for the error.
 
     Raises
     ------
@@ -325,7 +330,7 @@ def checked_weights(weights: np.ndarray, frames: np.ndarray, what: str, path: st
         Numbers. They may be NaN or infinite at pixels that are missing in all frames.
     frames : ndarray of shape (n, y, x, channel)
     what, path : str
-        What they are, and in which file, for errors.
+        Label of the weights, and their file, for errors.
 
     Returns
     -------
@@ -335,8 +340,8 @@ def checked_weights(weights: np.ndarray, frames: np.ndarray, what: str, path: st
     Raises
     ------
     ReaderError
-        For another shape or kind of numbers, negative weights, weights that are not finite where a frame has
-        a value, and weights that are all 0 there.
+        For another shape or kind of numbers, for negative weights, and where frames have values for weights
+        that are not finite or all 0.
     """
     if weights.dtype.kind not in "biuf" or weights.shape != frames.shape[1:3]:
         raise ReaderError(
@@ -359,7 +364,7 @@ def checked_weights(weights: np.ndarray, frames: np.ndarray, what: str, path: st
         y, x = np.argwhere(lost)[0]
         raise ReaderError(
             f"{what}: {int(lost.sum())} of {values.size} are missing or not finite where frames have values, "
-            f"the first at y {y}, x {x}; expected a number there: 0 for pixels that shall not count",
+            f"the first at y {y}, x {x}; expected a number there: 0 for pixels that should not count",
             path,
         )
     values[~finite] = 0
@@ -372,12 +377,12 @@ def checked_weights(weights: np.ndarray, frames: np.ndarray, what: str, path: st
 
 
 def with_channel(frames: np.ndarray) -> np.ndarray:
-    """(n, y, x) gets a channel axis of length 1; (n, y, x, channel) stays."""
+    """Add a channel axis of length 1 to (n, y, x); return (n, y, x, channel) as it is."""
     return frames[..., None] if frames.ndim == 3 else frames
 
 
 def list_folder(folder: Path) -> list[os.DirEntry[str]]:
-    """Entries of a folder that are not hidden, in natural order."""
+    """List the entries of a folder that are not hidden, in natural order."""
     with os.scandir(folder) as entries:
         visible = [entry for entry in entries if not entry.name.startswith(".")]
     return sorted(visible, key=lambda entry: natural_key(entry.name))

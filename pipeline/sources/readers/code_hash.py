@@ -1,4 +1,4 @@
-"""Identify the code of somebody's reader by its files: what another version of it decoded is out of date."""
+"""Hash the code of a user's reader: sequences that another version decoded are out of date."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def hash_code(label: str, definitions: Iterable[Callable[..., Any]], more: str =
         Whose code it is, for the warning.
     definitions : iterable of callable
     more : str, optional
-        Hashed besides.
+        Text to hash as well.
 
     Returns
     -------
     str
-        ``sha256:…``. Where a module has no file, as a notebook has none, nobody can tell whether its code is
-        what it was: a warning says so, and each call returns another text.
+        ``sha256:…``. Where a module has no file, as in a notebook, a change of its code can't be detected: a
+        warning says so, and each call returns another text.
     """
     digests = {}
     for definition in map(_definition, definitions):
@@ -36,7 +36,7 @@ def hash_code(label: str, definitions: Iterable[Callable[..., Any]], more: str =
         if digests[module] is None:
             warnings.warn(
                 f"{label}: module {module!r} has no file that shows whether its code has changed, so all "
-                "that it reads is decoded at every run; define it in a file",
+                "its sequences are decoded in every run; define it in a file",
                 stacklevel=2,
             )
             return f"unknown:{uuid.uuid4()}"
@@ -45,7 +45,7 @@ def hash_code(label: str, definitions: Iterable[Callable[..., Any]], more: str =
 
 
 def _definition(definition: Any) -> Any:
-    """The function or class behind a partial, a method or an object that can be called."""
+    """Find the function or class behind a partial, a method or a callable object."""
     while isinstance(definition, functools.partial):
         definition = definition.func
     definition = getattr(definition, "__func__", definition)
@@ -54,7 +54,7 @@ def _definition(definition: Any) -> Any:
 
 @functools.cache
 def _file_sha256(definition: Any) -> str | None:
-    """SHA-256 of the file that defines a function or class, as it was first seen: what is imported stays."""
+    """Hash the file that defines a function or class, once: an imported module doesn't change."""
     file = getattr(sys.modules.get(definition.__module__), "__file__", None)
     try:
         return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None

@@ -1,8 +1,8 @@
-"""What HDF5 files and Zarr stores may say before xarray opens them: nothing that leads out of them.
+"""Check the metadata of HDF5 files and Zarr stores before xarray opens them, and refuse what leads outside.
 
-HDF5 can name other files to read from: by external links, by raw files as storage, by virtual data sets. An
-archive with those could have any file of this machine converted as if it were a field. Zarr's second
-version could name a codec that unpickles, which runs whatever program stands there.
+HDF5 can refer to other files: by external links, by raw files as storage, by virtual data sets. An archive
+with these could have any file of this machine converted as if it were a field. Zarr format 2 can name a codec
+that unpickles, which runs any program in the data.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _DOCUMENT_BYTES = 2**28
 
 
 def check_container(path: Path, folder: Path) -> None:
-    """Look through the metadata of an HDF5 file or a Zarr store; others are let pass.
+    """Check the metadata of an HDF5 file or a Zarr store; other files pass.
 
     Parameters
     ----------
     path : Path
     folder : Path
-        Of the data set, which ``path`` lies in, or is.
+        Folder of the data set, which contains ``path``, or is ``path``.
 
     Raises
     ------
     ReaderError
-        When something leads out of it, would be unpickled, or when the variables of one dimension (which
-        coordinates are: they are read at once) claim more than
+        When something leads out of the folder, or would be unpickled. Also when the variables of one
+        dimension, which xarray reads at once as coordinates, claim more than
         :data:`~pipeline.storage.limits.COORDINATE_BYTES` together, or
         :data:`~pipeline.storage.limits.COORDINATE_VALUE_BYTES` for one value.
     """
@@ -54,6 +54,7 @@ def check_container(path: Path, folder: Path) -> None:
 
 
 def _check_hdf5(file: Any, path: str) -> None:
+    """Check all links and data sets of an HDF5 file."""
     import h5py
 
     coordinates = _Coordinates()
@@ -63,32 +64,33 @@ def _check_hdf5(file: Any, path: str) -> None:
             return ReaderError(
                 f"{name!r} is a link to another file, {link.filename!r}, and not followed", path
             )
-        # What a soft link leads to within the file is looked at where it stands.
-        found = None if isinstance(link, h5py.SoftLink) else file[name]
-        if not isinstance(found, h5py.Dataset):
+        # The target of a soft link is in the same file, and is checked there.
+        dataset = None if isinstance(link, h5py.SoftLink) else file[name]
+        if not isinstance(dataset, h5py.Dataset):
             return None
-        if found.external:
-            files = ", ".join(repr(raw) for raw, _, _ in found.external[:3])
+        if dataset.external:
+            files = ", ".join(repr(raw) for raw, _, _ in dataset.external[:3])
             return ReaderError(f"{name!r} has its values in other files ({files}), which are not read", path)
-        if found.is_virtual:
-            others = sorted({source.file_name for source in found.virtual_sources()} - {"."})[:3]
+        if dataset.is_virtual:
+            others = sorted({source.file_name for source in dataset.virtual_sources()} - {"."})[:3]
             if others:
                 files = ", ".join(map(repr, others))
                 return ReaderError(f"{name!r} is made of other files ({files}), which are not read", path)
-        if found.shape is None:  # no values at all
+        if dataset.shape is None:  # it has no values at all
             return None
         try:
-            coordinates.add(found.shape, found.dtype.itemsize, found.dtype.kind, path, repr(name))
+            coordinates.add(dataset.shape, dataset.dtype.itemsize, dataset.dtype.kind, path, repr(name))
         except ReaderError as error:
             return error
         return None
 
-    # h5py lets no exception through, but ends with what is returned.
+    # h5py lets no exception through, but stops at a value other than None and returns it.
     if (fault := file.visititems_links(look)) is not None:
         raise fault
 
 
 def _check_zarr(path: Path) -> None:
+    """Check all links and metadata documents of a Zarr store."""
     top = os.path.realpath(path)
     coordinates = _Coordinates()
     for folder, folders, files in os.walk(path):
@@ -101,11 +103,13 @@ def _check_zarr(path: Path) -> None:
 
 
 def _check_document(file: str, coordinates: _Coordinates) -> None:
-    if (size := os.path.getsize(file)) > _DOCUMENT_BYTES:
+    """Check a metadata document of Zarr."""
+    size = os.path.getsize(file)
+    if size > _DOCUMENT_BYTES:
         raise ReaderError(f"metadata of {size} bytes; expected {_DOCUMENT_BYTES} at most", file)
     with open(file, encoding="utf-8") as stream:
         document = json.load(stream)
-    # What a document says of others as well is a copy, and counts by itself.
+    # Metadata of other arrays in a document are copies, and are counted apart.
     copies = _Coordinates()
     for node in _nodes(document):
         if any(str(node.get(key)).rpartition(".")[2] == "pickle" for key in ("id", "name")):
@@ -117,20 +121,20 @@ def _check_document(file: str, coordinates: _Coordinates) -> None:
 
 
 class _Coordinates:
-    """What the variables of one dimension in a file claim together."""
+    """Count of the bytes that the variables of one dimension in a file claim together."""
 
     def __init__(self) -> None:
         self._nbytes = 0
 
     def add(self, shape: Iterable[int], itemsize: int, kind: str, path: str, what: str) -> None:
-        """Count a variable, which is refused where it is too large; ``kind`` as NumPy's, S for text."""
+        """Count a variable, and refuse it if it is too large; ``kind`` is NumPy's, S for text."""
         shape = list(shape)
         if len(shape) == 2 and (itemsize, kind) == (1, "S"):  # xarray joins characters to texts
             shape, itemsize = shape[:1], shape[1]
         if len(shape) != 1:
             return
         rule = "a variable of one dimension may take {}"
-        # A negative length is an error elsewhere, and makes no room here.
+        # A negative length is an error elsewhere; here it must not make room for others.
         self._nbytes += max(0, check_size(shape, itemsize, COORDINATE_BYTES, path, what, rule))
         if itemsize > COORDINATE_VALUE_BYTES:
             raise TooLargeError(
@@ -138,7 +142,8 @@ class _Coordinates:
                 "most in a variable of one dimension",
                 path,
             )
-        if self._nbytes > (most := min(COORDINATE_BYTES, memory_bytes())):
+        most = min(COORDINATE_BYTES, memory_bytes())
+        if self._nbytes > most:
             raise TooLargeError(
                 f"variables of one dimension would take {readable(self._nbytes)} together, with {what}; they "
                 f"may take {readable(most)}",
@@ -147,10 +152,10 @@ class _Coordinates:
 
 
 def _value(dtype: Any) -> tuple[int, str]:
-    """Bytes of one value and its kind (NumPy's; S for text), as a Zarr array's metadata states them.
+    """Parse the bytes of one value and its kind (NumPy's; S for text) from a Zarr array's metadata.
 
     Format 2 writes ``"<f8"``, or a list of a record's fields; format 3 a name, or a mapping with a
-    configuration. What isn't known is no longer than the number in its name.
+    configuration. An unknown type has at most as many bytes as the number in its name.
     """
     if isinstance(dtype, dict):
         about = dtype.get("configuration")
@@ -162,14 +167,14 @@ def _value(dtype: Any) -> tuple[int, str]:
         return sum(map(_field_bytes, dtype)), "V"
     name = str(dtype).removeprefix("numpy.")
     try:
-        known = np.dtype(name)
+        numpy_dtype = np.dtype(name)
     except (TypeError, ValueError, OverflowError, SyntaxError):
         return max([16, *map(int, re.findall(r"[0-9]+", name))]), "V"
-    return known.itemsize, known.kind
+    return numpy_dtype.itemsize, numpy_dtype.kind
 
 
 def _field_bytes(field: Any) -> int:
-    """Bytes of a record's field: name and type, perhaps a shape."""
+    """Compute the bytes of a record's field: name and type, perhaps a shape."""
     if isinstance(field, dict):
         return _value(field.get("data_type"))[0]
     _, dtype, *shape = field
@@ -177,7 +182,7 @@ def _field_bytes(field: Any) -> int:
 
 
 def _nodes(document: Any) -> Iterator[dict[str, Any]]:
-    """All mappings in a document, but for users' attributes."""
+    """Yield all mappings in a document, except users' attributes."""
     if isinstance(document, dict):
         yield document
         for key, value in document.items():

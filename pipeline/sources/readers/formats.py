@@ -1,7 +1,7 @@
-"""Look up what a format says of a variable that xarray doesn't pass on, and explain what it can't open.
+"""Look up properties of stored variables that xarray doesn't pass on, and explain why it can't open a file.
 
-HDF5 and NetCDF files are looked at through h5py, Zarr stores through xarray's own store, whatever engine
-reads the values.
+HDF5 and NetCDF files are opened through h5py, Zarr stores through xarray's own store, whatever engine reads
+the values.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _TEXT_NUMBERS = {"NaN": np.nan, "Infinity": np.inf, "-Infinity": -np.inf}
 
 
 class StoredForm(NamedTuple):
-    """What the format says of one variable.
+    """Properties of one stored variable that xarray doesn't pass on.
 
     Attributes
     ----------
     default_fill : bool
         Whether values that were never written read as NetCDF's default fill value.
     lengths : dict of str to int
-        Dims of which less is stored than the file declares; what lies beyond was never written.
+        Dims of which less is stored than the file declares: values beyond were never written.
     attributes : dict
         Attributes to take instead of xarray's; None removes one.
     """
@@ -99,17 +99,24 @@ def missing_filters(path: Path, group: str | None) -> dict[str, str]:
         top = _member(file, group or "/")
         for name in top if isinstance(top, h5py.Group) else ():
             dataset = _member(top, name)
-            if isinstance(dataset, h5py.Dataset):
-                plist = dataset.id.get_create_plist()
-                for position in range(plist.get_nfilters()):
-                    number = plist.get_filter(position)[0]
-                    if not h5py.h5z.filter_avail(number):
-                        filters[name] = FILTER_NAMES.get(number, f"filter {number}")
+            missing = _missing_filter(dataset) if isinstance(dataset, h5py.Dataset) else ""
+            if missing:
+                filters[name] = missing
     return filters
 
 
+def _missing_filter(dataset: Any) -> str:
+    """Name the last compression filter of an HDF5 data set that h5py can't undo; empty where it can."""
+    import h5py
+
+    plist = dataset.id.get_create_plist()
+    numbers = [plist.get_filter(position)[0] for position in range(plist.get_nfilters())]
+    missing = [number for number in numbers if not h5py.h5z.filter_avail(number)]
+    return FILTER_NAMES.get(missing[-1], f"filter {missing[-1]}") if missing else ""
+
+
 def explain_failure(path: Path, group: str | None) -> str | None:
-    """Say in plain words why xarray can't open or read a file; None where nothing known is the reason."""
+    """Explain why xarray can't open or read a file; None for unknown reasons."""
     import h5py
 
     if path.is_dir() or not path.is_file():
@@ -142,13 +149,13 @@ def explain_scales(path: Path) -> str | None:
     if path.is_dir() or not h5py.is_hdf5(path):
         return None
 
-    def look(name: str, found: Any) -> str | None:
-        if not isinstance(found, h5py.Dataset) or "DIMENSION_LIST" not in found.attrs:
+    def look(name: str, member: Any) -> str | None:
+        if not isinstance(member, h5py.Dataset) or "DIMENSION_LIST" not in member.attrs:
             return None
         parent = f"/{name}".rpartition("/")[0] + "/"
-        for references in found.attrs["DIMENSION_LIST"]:
+        for references in member.attrs["DIMENSION_LIST"]:
             for reference in references:
-                scale = found.file[reference].name or ""
+                scale = member.file[reference].name or ""
                 if not parent.startswith(scale.rpartition("/")[0] + "/"):
                     return (
                         f"variable {name!r} has its dimension scales in another group ({scale!r}), as files "
@@ -164,10 +171,10 @@ def explain_scales(path: Path) -> str | None:
 
 
 def _hdf5_form(dataset: Any, sizes: Mapping[str, int]) -> StoredForm:
-    """Look at the fill value that the file itself states, as the NetCDF library does.
+    """Look up the fill value that the file itself states, as the NetCDF library does.
 
-    That library states its default in each variable it creates. HDF5's own default, 0, is not stated, and
-    data.
+    That library states its default in each variable it creates. HDF5's own default, 0, isn't stated, and
+    counts as data.
     """
     import h5py
 
@@ -188,9 +195,9 @@ def _hdf5_form(dataset: Any, sizes: Mapping[str, int]) -> StoredForm:
 def _zarr_form(path: Path, group: str | None, name: str) -> StoredForm:
     """Read ``_FillValue`` from a Zarr array's own attributes.
 
-    Zarr's ``fill_value`` says what chunks that aren't stored hold. Format 2 has no other place for
+    Zarr's ``fill_value`` is the value of chunks that aren't stored. Format 2 has no other place for
     ``_FillValue`` when xarray writes it, so there it marks missing values; but 0 is what zarr states by
-    itself, and chunks of zeros aren't stored either, so that 0 is data.
+    itself, and chunks of zeros aren't stored either, so 0 is data.
     """
     import xarray as xr
 
@@ -225,8 +232,9 @@ def _dataset(file: Any, group: str | None, name: str) -> Any:
     top = _member(file, group or "/")
     if isinstance(top, h5py.Group):
         for key in (f"_nc4_non_coord_{name}", name):
-            if isinstance(found := _member(top, key), h5py.Dataset):
-                return found
+            member = _member(top, key)
+            if isinstance(member, h5py.Dataset):
+                return member
     return None
 
 

@@ -2,17 +2,16 @@
 
 The last two digits NN of a file's name are the frame's ground truth; they are scaled to [0, 1] over the
 sequence. Endings count in any case. ``ref.png`` and ``ref.npz`` are skipped, and so are folders and every
-file that is neither PNG nor NPZ. The field is taken, in lower case, from the folder's name where it stands
-there between dots (``plume1.density``), else it is ``options.field``. PNG files are gray, palette or RGB,
+file that is neither PNG nor NPZ. The field is taken, in lower case, from the folder's name where it is
+between dots (``plume1.density``), else it is ``options.field``. PNG files are gray, palette or RGB,
 8-bit, or gray 16-bit; an alpha channel is dropped.
 
 A frame is taken to be missing when a sequence has fewer frames than most of the sequences of the same
 field in the same folder (where two counts are equally frequent, the larger counts); ``options.frames``
-states the number instead. Numbers that skip a step are no fault by themselves: they are the parameter,
-which need not be moved in equal steps.
+states the number instead. Numbers may skip a step: they are the parameter, whose steps need not be equal.
 
-A sequence whose folder cannot be listed, or of which a frame is a link to nothing, is broken by itself: its
-``read`` raises the reason.
+A sequence whose folder cannot be listed, or with a frame that is a link to nothing, is broken: its ``read``
+raises the reason, and other sequences are converted.
 
 Options: ``field`` (default "frames"), ``frames`` (default: as most sequences have), ``digits`` (default 2),
 ``key`` (of the array in an NPZ file, default "arr_0"), ``format`` ("png" or "npz", default: both).
@@ -45,7 +44,7 @@ from pipeline.sources.readers.base import (
 from pipeline.sources.readers.npy import load_npz
 
 VERSION = "1"
-"""Raised when other frames, or another parameter, are made of the same files."""
+"""Increased when the same files are decoded to other frames or another parameter."""
 
 
 class LsimOptions(BaseModel):
@@ -61,7 +60,7 @@ class LsimOptions(BaseModel):
 
 
 def read(entry: Dataset, folder: Path) -> list[LazySequence]:
-    """The sequences in ``folder``, one for each folder in it that the entry's filter takes."""
+    """List the sequences in ``folder``, one for each folder in it that the entry's filter selects."""
     options = reader_options(LsimOptions, entry)
     endings = (f".{options.format}",) if options.format else (".png", ".npz")
     files: dict[str, tuple[SourceFile, ...]] = {}
@@ -76,8 +75,8 @@ def read(entry: Dataset, folder: Path) -> list[LazySequence]:
             broken.append(BrokenSequence.of(child.name, field, child.path, error))
     counts: dict[str, Counter[int]] = defaultdict(Counter)
     fields = {name: field_in_name(name, options.field) for name in files}
-    for name, found in files.items():
-        counts[fields[name]][len(found)] += 1
+    for name, frames in files.items():
+        counts[fields[name]][len(frames)] += 1
 
     def expected(field: str) -> int:
         return options.frames or max(counts[field], key=lambda count: (counts[field][count], count))
@@ -86,16 +85,16 @@ def read(entry: Dataset, folder: Path) -> list[LazySequence]:
         ImageSequence(
             name=name,
             field=fields[name],
-            files=found,
+            files=frames,
             folder=str(folder / name),
             settings={"frames": expected(fields[name]), "digits": options.digits, "key": options.key},
         )
-        for name, found in files.items()
+        for name, frames in files.items()
     ]
 
 
 def _may_be_folder(child: os.DirEntry[str]) -> bool:
-    """Whether it is a folder, or a link of which that can't be told: listing it then gives the reason."""
+    """Tell whether an entry is a folder, or a broken link, whose listing raises the reason."""
     try:
         return child.is_dir() or (child.is_symlink() and not os.path.exists(child.path))
     except OSError:
@@ -103,13 +102,14 @@ def _may_be_folder(child: os.DirEntry[str]) -> bool:
 
 
 def _frames_in(folder: str, endings: tuple[str, ...]) -> tuple[SourceFile, ...]:
-    found = []
+    """List the frames in a folder."""
+    frames = []
     for file in list_folder(Path(folder)):
         name = file.name.lower()
-        # A link to nothing is no folder: it is a frame, and its stat raises.
+        # A link to nothing isn't a folder: it counts as a frame, and its stat raises the reason.
         if name.endswith(endings) and name not in ("ref.png", "ref.npz") and not file.is_dir():
-            found.append(SourceFile.seen(file.path, file.stat()))
-    return tuple(found)
+            frames.append(SourceFile.seen(file.path, file.stat()))
+    return tuple(frames)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,11 +182,11 @@ class ImageSequence(LazySequence):
 
 
 def _read_png(path: str) -> np.ndarray:
-    """A PNG file as (y, x) or (y, x, 3)."""
+    """Decode a PNG file to (y, x) or (y, x, 3)."""
     from PIL import Image
 
     try:
-        # No other format under that name: some are handed to other programs.
+        # No other format under that name: Pillow hands some to other programs.
         opened = Image.open(path, formats=("PNG",))
     except Image.DecompressionBombError as error:
         raise ReaderError(f"{error} Store larger frames as NPZ", path) from error

@@ -19,7 +19,7 @@ import numpy as np
 from pipeline.sources.readers.base import ReaderError
 
 RULES_VERSION = 1
-"""Raised when other values are taken for missing, or decoded otherwise: sequences are then decoded again."""
+"""Increased when other values count as missing or are decoded otherwise; sequences are decoded again then."""
 
 FILL_VALUES: Mapping[str, int | float] = {
     "i1": -127,
@@ -33,7 +33,7 @@ FILL_VALUES: Mapping[str, int | float] = {
     "f4": 9.969209968386869e36,
     "f8": 9.969209968386869e36,
 }
-"""NC_FILL_* of netcdf.h, by dtype: what NetCDF's libraries return for values that were never written."""
+"""NC_FILL_* of netcdf.h, by dtype: NetCDF's libraries return them for values that were never written."""
 
 _EXACT_INTEGERS = 2**53
 """Integers up to this magnitude are exact in double precision."""
@@ -43,7 +43,7 @@ _NAN = "stored as NaN"
 
 
 class Rule(NamedTuple):
-    """One reason for which values are missing; ``value`` has the dtype that is compared."""
+    """A rule by which values count as missing; ``value`` has the dtype of the compared values."""
 
     cause: str
     relation: Literal["equal", "below", "above", "all equal"]
@@ -63,12 +63,12 @@ class Rule(NamedTuple):
 
 @dataclass(frozen=True)
 class Coding:
-    """How a variable's stored values are decoded.
+    """Coding of a variable's stored values.
 
     Attributes
     ----------
     stored : dtype
-        Dtype that the values are compared in; ``_Unsigned`` is applied.
+        Dtype in which values are compared, with ``_Unsigned`` applied.
     decoded : dtype
         Dtype of the decoded values where none is missing.
     rules : tuple of Rule
@@ -125,13 +125,13 @@ class Coding:
 
     def masks(self, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """Yield each cause with the values that it alone, or first, makes missing."""
-        known = np.zeros(values.shape, dtype=bool)
+        counted = np.zeros(values.shape, dtype=bool)
         for rule in self.rules:
-            mask = rule.mask(values) & ~known
-            known |= mask
+            mask = rule.mask(values) & ~counted
+            counted |= mask
             yield rule.cause, mask
         if values.dtype.kind == "f":
-            yield _NAN, np.isnan(values) & ~known
+            yield _NAN, np.isnan(values) & ~counted
 
     def unpack(self, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """Apply scale and offset in the given dtype."""
@@ -254,7 +254,7 @@ def _find_missing(
 
 
 def _unwritten(shape: tuple[int, ...], number: int, written: Sequence[int | None], ndim: int) -> np.ndarray:
-    """Mark what lies beyond the written part of one frame."""
+    """Mark the values beyond the written part of one frame."""
     mask = np.zeros(shape, dtype=bool)
     for axis, length in enumerate(written):
         if length is None:
@@ -405,8 +405,8 @@ def _range_rules(attributes: Mapping[str, Any], dtype: np.dtype, stored: np.dtyp
 def _default_rules(dtype: np.dtype, stored: np.dtype) -> list[Rule]:
     """Make the rule of the default fill value.
 
-    Where ``_Unsigned`` changes the type it is a value that may well be meant, 129 for bytes, so that it
-    counts only where a whole frame holds nothing else.
+    Where ``_Unsigned`` changes the type it is an ordinary value, 129 for bytes, so it counts as missing only
+    where a whole frame holds nothing else.
     """
     fill = FILL_VALUES.get(dtype.str[1:])
     if fill is None:

@@ -1,4 +1,4 @@
-"""NumPy's files, ``.npy`` and ``.npz``: their headers are looked at before anything is allocated.
+"""Load NumPy's files, ``.npy`` and ``.npz``; check their headers before anything is allocated.
 
 Headers are claims: a file of 128 bytes may say that it holds 10¹² numbers. Arrays of Python objects are
 pickles, that is programs, and are never loaded.
@@ -18,19 +18,19 @@ from pipeline.sources.unpack import open_zip
 
 _MAGIC = b"\x93NUMPY"
 _HEADER_BYTES = 10_000
-"""As NumPy allows, which reads the whole header before it looks at its length."""
+"""NumPy's own bound; NumPy reads the whole header before it checks its length."""
 _ARRAYS = 10_000
-"""Of one ``.npz`` file."""
+"""Most arrays in an ``.npz`` file."""
 
 
 def load_npy(path: str, most: int) -> np.ndarray:
-    """The array of an ``.npy`` file.
+    """Load the array of an ``.npy`` file.
 
     Parameters
     ----------
     path : str
     most : int
-        Bytes that the array may take.
+        Bound on the array in bytes.
 
     Raises
     ------
@@ -39,22 +39,22 @@ def load_npy(path: str, most: int) -> np.ndarray:
     """
     with open(path, "rb") as file:
         needed = _look(file, path, "array", most)
-        there = os.fstat(file.fileno()).st_size - file.tell()
-        if there < needed:
-            raise ReaderError(f"the header claims {needed} bytes; {there} are there", path)
+        size = os.fstat(file.fileno()).st_size - file.tell()
+        if size < needed:
+            raise ReaderError(f"the header claims {needed} bytes; the file has {size}", path)
         file.seek(0)
         return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def load_npz(path: str, names: Sequence[str], most: int) -> list[np.ndarray]:
-    """Some arrays of an ``.npz`` file.
+    """Load some arrays of an ``.npz`` file.
 
     Parameters
     ----------
     path : str
     names : sequence of str
     most : int
-        Bytes that each array may take.
+        Bound on each array in bytes.
 
     Raises
     ------
@@ -77,7 +77,7 @@ def load_npz(path: str, names: Sequence[str], most: int) -> list[np.ndarray]:
 
 
 def _look(file: IO[bytes], path: str, what: str, most: int) -> int:
-    """Bytes of the array whose header comes next; refused where it can't be loaded."""
+    """Parse the header of an array, and refuse one that can't be loaded; return the array's bytes."""
     if not file.peek(len(_MAGIC)).startswith(_MAGIC):  # type: ignore[attr-defined]
         raise ReaderError(f"{what}: not a NumPy file; a pickle is a program, and not loaded", path)
     version = np.lib.format.read_magic(file)

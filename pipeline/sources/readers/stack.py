@@ -1,10 +1,10 @@
 """Reader of NumPy stacks: one ``.npz`` or ``.npy`` file a sequence.
 
 ``name.npz`` holds the array ``frames`` (n, y, x) or (n, y, x, channel) and the array ``parameter`` (n,).
-``name.npy`` holds the frames; the parameter lies beside it in ``name.parameter.npy``. The parameter is
-scaled to [0, 1]. Folders within the folder are searched too; a sequence is called by its path without the
-ending; endings count in any case. The field is taken, in lower case, from the name where it stands between
-dots (``run1.density.npz``).
+``name.npy`` holds the frames, ``name.parameter.npy`` beside it the parameter. The parameter is scaled to
+[0, 1]. Folders within the folder are searched too. A sequence's name is its path without the ending; endings
+count in any case. The field is taken, in lower case, from the name where it is between dots
+(``run1.density.npz``).
 
 Options: ``field`` (default "frames"), ``arrays`` (field: key, for NPZ files with several fields;
 default ``{<field>: frames}``), ``parameter`` (the key of the parameter, default "parameter", or a list of
@@ -35,7 +35,7 @@ from pipeline.sources.readers.base import (
 from pipeline.sources.readers.npy import load_npy, load_npz
 
 VERSION = "1"
-"""Raised when other frames, or another parameter, are made of the same files."""
+"""Increased when the same files are decoded to other frames or another parameter."""
 _BESIDE = ".parameter.npy"
 
 
@@ -51,16 +51,16 @@ class StackOptions(BaseModel):
 
 
 def read(entry: Dataset, folder: Path) -> list[LazySequence]:
-    """The sequences in ``folder``, one for each stack (and field of it) in it, or in the folders below."""
+    """List the sequences in ``folder`` and the folders below, one for each stack and field."""
     options = reader_options(StackOptions, entry)
-    found = (
+    paths = (
         [folder]
         if folder.is_file()
         else [p for p in folder.rglob("*") if p.suffix.lower() in (".npy", ".npz") and not p.is_dir()]
     )
     top = folder.parent if folder.is_file() else folder
     sequences: list[LazySequence] = []
-    for path in sorted(found, key=lambda p: natural_key(p.relative_to(top).as_posix())):
+    for path in sorted(paths, key=lambda p: natural_key(p.relative_to(top).as_posix())):
         if path.name.lower().endswith(_BESIDE) or any(p.startswith(".") for p in path.relative_to(top).parts):
             continue
         name = path.relative_to(top).with_suffix("").as_posix()
@@ -78,7 +78,7 @@ def read(entry: Dataset, folder: Path) -> list[LazySequence]:
                 name=name,
                 field=field,
                 files=tuple(files),
-                # Records of before say nothing of weights.
+                # Earlier versions recorded no weights: without weights the settings must stay the same.
                 settings={"key": key, "parameter": options.parameter}
                 | ({"weights": options.weights} if options.weights is not None else {}),
             )

@@ -1,29 +1,29 @@
-"""Reader of what xarray opens: NetCDF and HDF5 files, Zarr stores.
+"""Reader of files that xarray opens: NetCDF, HDF5, Zarr stores.
 
 The source is one such file or store, or a folder of them. A variable with the dims frame, y and x is a
 field; with the dim sequence it holds several sequences, named by that dim's coordinate or else numbered.
 The parameter is scaled to [0, 1].
 
-Times are not decoded: they stay the numbers that are stored, in whatever calendar, and so they name the
-sequences where the dim sequence is a time. Scales, offsets, fill values and valid ranges are applied as CF
-says, see :mod:`pipeline.sources.readers.missing`; missing values are NaN. A file of several that cannot be
-opened, or has no field, is one broken sequence, named by the file: its ``read`` raises the reason. It counts
-to the first field of the others that the catalog takes.
+Times aren't decoded: they stay the stored numbers, in any calendar, and name the sequences where the dim
+sequence is a time. Scales, offsets, fill values and valid ranges are applied by the CF conventions, see
+:mod:`pipeline.sources.readers.missing`; missing values become NaN. A file, one of several, that cannot be
+opened or has no field is one broken sequence, named by the file: its ``read`` raises the reason. It belongs
+to the first field of the others that the catalog selects.
 
 Options
 -------
 ``dims`` : mapping, default ``{sequence: sequence, frame: frame, y: y, x: x, channel: channel}``
-    What the source calls them. ``sequence`` and ``channel`` may be absent from the source.
+    Names of the dims in the source. ``sequence`` and ``channel`` may be absent from it.
 ``variables`` : list of names, or mapping of field to name; default: every variable with the three dims.
 ``parameter`` : name of a variable or coordinate with the dim frame, or sequence and frame; or a list of
     numbers that holds for all sequences; default "parameter".
 ``fill`` : number that replaces missing values, whatever ``missing`` says; default none: they are NaN. It
-    counts as data, also where frames are normalised. A frame without any value is refused all the same.
+    counts as data, also in normalisation. A frame without any value is refused nevertheless.
 ``weights`` : name of a variable or coordinate over y and x, or one of them, that weights the pixels in means,
     such as areas of cells; or ``cos(NAME)``, the cosine of one that is a latitude. An angle is no weight by
     itself, and is refused. Default: no weights.
 ``group`` : group of the file or store.
-``engine`` : xarray's name of the format, where it can't tell.
+``engine`` : xarray's name of the format, where xarray can't guess it.
 """
 
 from __future__ import annotations
@@ -61,23 +61,23 @@ if TYPE_CHECKING:
     import xarray as xr
 
 VERSION = "1"
-"""Raised when other frames, or another parameter, are made of the same files."""
+"""Increased when the same files are decoded to other frames or another parameter."""
 _ENDINGS = (".nc", ".nc4", ".cdf", ".h5", ".hdf5", ".zarr")
 _RULES = "missing_rules"
-"""Key of a sequence's settings for the version of the rules by which its values were decoded."""
+"""Setting of a sequence: version of the rules by which its values were decoded."""
 _COSINE = re.compile(r"cos\((.+)\)")
 _DEGREES = frozenset({"deg", "degree", "degrees", "arc_degree", "degree_angle"})
 _RADIANS = frozenset({"rad", "radian", "radians"})
 _COMPASS = re.compile(r"degrees?_?(north|south|east|west|true|[nsew])", re.IGNORECASE)
 _ANGLES = frozenset({"lat", "latitude", "lon", "longitude"})
-"""Names that say what a variable without units is."""
+"""Names by which a variable without units is an angle."""
 _POLE = 90.001
 """Largest latitude in degrees: coordinates are often rounded."""
 _ZARR_DOCUMENTS = ("zarr.json", ".zgroup", ".zmetadata")
 
 
 class Dims(BaseModel):
-    """What the source calls the dims."""
+    """Names of the dims in the source."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -103,7 +103,7 @@ class XarrayOptions(BaseModel):
 
 
 def read(entry: Dataset, folder: Path) -> list[LazySequence]:
-    """The sequences of every file or store at, or in, ``folder``; only metadata is read."""
+    """List the sequences of every file or store at, or in, ``folder``; only metadata is read."""
     options = reader_options(XarrayOptions, entry)
     if folder.is_file() or _is_zarr(folder):
         sources = [folder]
@@ -233,7 +233,7 @@ class LabelledSequence(LazySequence):
     def _values(
         self, data: xr.DataArray, options: XarrayOptions, order: list[str] | None
     ) -> tuple[np.ndarray, MissingCount]:
-        """Decode a variable at this index, once it is known how large it, and each chunk of it, is."""
+        """Decode a variable at this index, after a check of its size and the size of its chunks."""
         path, along = self.files[0].path, options.dims.sequence
         as_float = self.missing == "keep" or options.fill is not None
         coding, lengths = _coding_of(data, Path(path), options, as_float=as_float)
@@ -254,7 +254,7 @@ class LabelledSequence(LazySequence):
 
 
 def _units_of_angle(data: xr.DataArray) -> str:
-    """Tell the units of a variable: "degrees", "radians", "others", or empty where none are stated."""
+    """Classify the units of a variable: "degrees", "radians", "others", or empty where none are stated."""
     text = str(data.attrs.get("units", "")).strip()
     if text.lower() in _RADIANS:
         return "radians"
@@ -314,7 +314,7 @@ def _coding_of(
 
 @contextlib.contextmanager
 def _open(path: Path, group: str | None, engine: str | None) -> Iterator[xr.Dataset]:
-    """Open a file or store with its values as they are stored; say in plain words why that fails."""
+    """Open a file or store with its values as they are stored; explain why where that fails."""
     import xarray as xr
 
     # Undecoded times: the parameter is scaled anyway, and a calendar or unit that has no date can be read.
@@ -351,7 +351,7 @@ def _is_source(path: Path) -> bool:
 
 
 def _first_field(sequences: list[LazySequence], entry: Dataset) -> str:
-    """The first field that the catalog takes: in another, a broken file would go unseen."""
+    """Find the first field that the catalog selects: in another, a broken file would go unnoticed."""
     choices = entry.fields if isinstance(entry.fields, dict) else {}
     taken = {choice.source or name for name, choice in choices.items()} | set(entry.fields)
     return next((s.field for s in sequences if s.field in taken), sequences[0].field)
@@ -366,31 +366,32 @@ def _names(dataset: xr.Dataset) -> str:
 
 
 def _variables(dataset: xr.Dataset, options: XarrayOptions, path: Path) -> Mapping[str, str]:
-    """Field to variable; a variable that is named but isn't there, or has other dims, is an error."""
+    """Map fields to variables; a named variable that isn't there, or has other dims, is an error."""
     dims = options.dims
     needed = {dims.frame, dims.y, dims.x}
     allowed = needed | {dims.sequence, dims.channel}
-    chosen = options.variables or [str(n) for n, v in dataset.data_vars.items() if needed <= set(v.dims)]
-    fields = chosen if isinstance(chosen, dict) else {name: name for name in chosen}
+    candidates = [str(name) for name, v in dataset.data_vars.items() if needed <= set(v.dims)]
+    variables = options.variables or candidates
+    fields = variables if isinstance(variables, dict) else {name: name for name in variables}
     if not options.variables and (fault := next(filter(None, map(group_fault, fields)), "")):
         raise ReaderError(f"a variable that can't name a field, {fault}", str(path))
     for name in fields.values():
         if name not in dataset.data_vars:
             raise ReaderError(f"no variable {name!r}; found {_names(dataset)}", str(path))
-        found = dataset[name].dims
-        if not needed <= set(found) <= allowed:
+        own_dims = dataset[name].dims
+        if not needed <= set(own_dims) <= allowed:
             raise ReaderError(
-                f"variable {name!r} has dims {found}; expected {dims.frame}, {dims.y}, {dims.x} and perhaps "
-                f"{dims.sequence}, {dims.channel} (options.dims maps them)",
+                f"variable {name!r} has dims {own_dims}; expected {dims.frame}, {dims.y}, {dims.x} and "
+                f"perhaps {dims.sequence}, {dims.channel} (options.dims maps them)",
                 str(path),
             )
     if not fields:
         if reason := explain_scales(path):
             raise ReaderError(reason, str(path))
-        found_dims = {str(name): variable.dims for name, variable in dataset.data_vars.items()}
+        all_dims = {str(name): variable.dims for name, variable in dataset.data_vars.items()}
         raise ReaderError(
             f"no variable has the dims {dims.frame}, {dims.y}, {dims.x} (options.dims maps them); "
-            f"found {found_dims}",
+            f"found {all_dims}",
             str(path),
         )
     return fields
@@ -399,6 +400,7 @@ def _variables(dataset: xr.Dataset, options: XarrayOptions, path: Path) -> Mappi
 def _sequences_of(
     dataset: xr.Dataset, field: str, variable: str, file: SourceFile, options: XarrayOptions, *, alone: bool
 ) -> list[LazySequence]:
+    """List the sequences of a variable; ``alone`` tells that no other file is read."""
     along = options.dims.sequence
     stem = Path(file.path).stem
     indices: list[int | None] = [None]
@@ -417,7 +419,7 @@ def _sequences_of(
     units = dataset[variable].attrs.get("units")
     settings = options.model_dump()
     if options.weights is None:
-        del settings["weights"]  # records of before say nothing of it
+        del settings["weights"]  # earlier versions recorded none, and the settings must stay the same
     return [
         LabelledSequence(
             name=name,
