@@ -282,7 +282,7 @@ def _request(
     metric = request.load("cpu")
     if reason := metric.why_not_scope(scope):
         raise ValueError(reason)
-    return metric, request.of(metric)
+    return metric, request.for_metric(metric)
 
 
 def _frame_dims(

@@ -125,7 +125,7 @@ def test_shipped_timeouts_are_those_of_the_scheduler_and_its_workers(local):
 def request_of(reference: str) -> MetricRequest:
     """Of a metric of a test's module, as the driver loads it."""
     request = MetricRequest(reference, None, None, 0, "default")
-    return request.of(request.load("cpu"))
+    return request.for_metric(request.load("cpu"))
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ import typer
 
 from pipeline.cli.app import app
 from pipeline.cli.display import console, forget_warnings, show_warning_once
-from pipeline.workers import stopping
+from pipeline.workers import sigterm
 
 INTERRUPTED = 130
 
@@ -40,7 +40,7 @@ def main() -> NoReturn:
 
 @contextlib.contextmanager
 def _process_as_before() -> Iterator[None]:
-    """Take back what a command changes of its process; signals are :mod:`pipeline.workers.stopping`'s."""
+    """Take back what a command changes of its process; signals are :mod:`pipeline.workers.sigterm`'s."""
     variables, path, modules = dict(os.environ), list(sys.path), set(sys.modules)
     show_warning, show_exception = warnings.showwarning, sys.excepthook
     torch: Any = sys.modules.get("torch")  # not imported for this alone
@@ -92,10 +92,10 @@ def _is_whole_process() -> bool:
 
 def _run() -> tuple[int, bool]:
     """Run a command: its exit code, with faults that users can mend in one line; whether SIGTERM ended it."""
-    with stopping.stoppable() as stop_on_sigterm:
+    with sigterm.restoring_handler() as stop_on_sigterm:
         code = _exit_code(stop_on_sigterm)
-        was_stopped = stopping.asked()
-    if code in (INTERRUPTED, stopping.EXIT_CODE):  # typer turns Ctrl-C into this
+        was_stopped = sigterm.requested()
+    if code in (INTERRUPTED, sigterm.EXIT_CODE):  # typer turns Ctrl-C into this
         console.print("stopped; what is finished is kept, run the same command again to go on")
     return code, was_stopped
 
@@ -106,8 +106,8 @@ def _exit_code(stop_on_sigterm: Callable[[], None]) -> int:
         code = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    except stopping.Stopped:
-        code = stopping.EXIT_CODE
+    except sigterm.Stopped:
+        code = sigterm.EXIT_CODE
     except Exception as error:
         code = _explain(error)
         if code is None:

@@ -179,7 +179,7 @@ def choose_metrics(settings: Settings) -> ChosenMetrics:
             unavailable[name] = reason
             continue
         chosen.metrics.append(metric)
-        chosen.requests[metric.name] = request.of(metric)
+        chosen.requests[metric.name] = request.for_metric(metric)
     return chosen
 
 
