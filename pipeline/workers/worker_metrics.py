@@ -184,7 +184,7 @@ def dismiss_unfit_workers(client: Client, requests: Sequence[MetricRequest]) -> 
         error = next(iter(unfit.values()))
         raise ClusterError(str(error)) from error
     for error in unfit.values():
-        logger.warning("worker left out: %s", error)
+        logger.warning("left out: %s", error)
     if unfit:
         client.retire_workers(list(unfit), close_workers=True)
 
@@ -219,7 +219,7 @@ class MetricLoader(WorkerPlugin):
         try:
             await load_metrics(self.requests)
         except (ClusterError, WeightsError) as error:
-            logger.error("worker left out: %s", error)
+            logger.error("left out: %s", error)
             # Not awaited: a worker that is joining doesn't listen to the scheduler yet, and cannot leave.
             self.leaving = asyncio.create_task(self._leave(worker))
 
