@@ -90,7 +90,8 @@ PixelWeights = Annotated[
     bool,
     typer.Option(
         "--pixel-weights",
-        help="Weight pixels in means by the field's weights, which the catalog names. Needs --size 0.",
+        help="Weight pixels in means by the field's weights, which the catalog names. Needs --size 0 "
+        "(size: null in a workflow).",
     ),
 ]
 VerifySources = Annotated[
