@@ -148,8 +148,8 @@ class Distances:
         Parameters
         ----------
         reference : DataArray
-            Array to compare with; the first argument of a metric that is not symmetric. Shared dimensions must
-            have equal coordinates. Others are broadcast: a single reference is compared with each member.
+            Array to compare with; the first argument of a metric that is not symmetric. Shared dimensions
+            must have equal coordinates. Others are broadcast: one reference is compared with each member.
         metric : str, optional
         dim : hashable, optional
             Dimension of frames that are normalised together, by their minimum and maximum in both arrays, as
@@ -176,7 +176,7 @@ class Distances:
             spatial = _last_two([name for name in frames.dims if name in references.dims], dim, channel)
         frame = _frame_dims(frames, dim, spatial, channel)
         core = frame if dim is None else (dim, *frame)
-        if missing := [name for name in (*frame, *core) if name not in references.dims]:
+        if missing := [name for name in core if name not in references.dims]:
             raise ValueError(
                 f"the reference has no dimension {missing[0]!r}; it has {tuple(references.dims)}"
             )
@@ -335,8 +335,8 @@ def _check_units(array: xr.DataArray, reference: xr.DataArray) -> None:
     units, other_units = array.attrs.get("units"), reference.attrs.get("units")
     if units is not None and other_units is not None and units != other_units:
         raise ValueError(
-            f"the array is in {units!r} and the reference in {other_units!r}; expected the same units: convert "
-            "one, or correct its attribute 'units'"
+            f"the array is in {units!r} and the reference in {other_units!r}; expected the same units: "
+            "convert one, or correct its attribute 'units'"
         )
 
 

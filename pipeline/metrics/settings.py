@@ -36,9 +36,9 @@ class Settings(pydantic.BaseModel):
     Attributes
     ----------
     metrics : list of str, or "all"
-        Names of metrics. ``"all"``, also within a list, stands for all registered metrics. It leaves out, with
-        a message, metrics without weights on this machine, and metrics that cannot take frames of ``size`` or
-        the ``scope``. ``"module:Class"`` is a custom metric, which workers must be able to import.
+        Names of metrics. ``"all"``, also within a list, stands for all registered metrics; it leaves out,
+        with a message, metrics without weights on this machine, and metrics that cannot take frames of
+        ``size`` or the ``scope``. ``"module:Class"`` is a custom metric; workers must be able to import it.
     options : dict of str to dict
         Options of single metrics, by metric and option.
     mask : "nan", optional
