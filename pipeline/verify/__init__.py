@@ -3,7 +3,7 @@
 Each chunk of each array is read, which finds any chunk whose checksum doesn't match; without checksums it
 must at least decode. Then sequences of ``frames.zarr`` are hashed and compared with the hash of the
 conversion. In ``distances.zarr`` each fingerprint must match the record, and its distances must be present:
-symmetric, with a zero diagonal, and NaN only if a failure is recorded. The consolidated metadata of a finished
+symmetric, with a zero diagonal, and NaN only if a failure is recorded. Consolidated metadata of a finished
 run lists the groups and arrays to expect.
 
 Several threads read chunks, one sequence or one chunk each: memory doesn't depend on the store's size.
