@@ -309,9 +309,9 @@ def show_neighbours(neighbours: Neighbours, *, as_json: bool) -> None:
         distances = [f"{near.distances[metric]:.4g}" for metric in metrics]
         add_row(table, near.frame.name, f"{near.frame.parameter:.3g}", *distances)
     output.print(table)
-    others = [metric for metric in neighbours.nearest[0].distances if metric not in metrics]
-    if others:
-        console.print(f"--json has the distances by {', '.join(others)} as well", markup=False)
+    hidden = [metric for metric in neighbours.nearest[0].distances if metric not in metrics]
+    if hidden:
+        console.print(f"--json has the distances by {', '.join(hidden)} as well", markup=False)
     if neighbours.without_distance:
         verb = "has" if neighbours.without_distance == 1 else "have"
         _warn(
@@ -332,8 +332,8 @@ def show_neighbours(neighbours: Neighbours, *, as_json: bool) -> None:
 
 def _fitting_metrics(neighbours: Neighbours) -> list[str]:
     """List the metrics whose columns fit in a line after the names, but at least the one that orders."""
-    others = (name for name in neighbours.nearest[0].distances if name != neighbours.metric)
-    metrics = [neighbours.metric, *others]
+    names = neighbours.nearest[0].distances
+    metrics = [neighbours.metric, *(name for name in names if name != neighbours.metric)]
     longest = max(len(near.frame.name) for near in neighbours.nearest)
     room = output.width - longest - len("| parameter |") - 4
     widths = itertools.accumulate(max(len(name), len("-1.234e-05")) + 3 for name in metrics)

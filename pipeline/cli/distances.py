@@ -71,7 +71,7 @@ def distances(
     from pipeline.workers.cluster import Cluster
     from pipeline.workers.profiles import load_profile
 
-    others = {
+    stage_settings = {
         "size": size or None,
         "order": order,
         "compat": compat,
@@ -82,8 +82,8 @@ def distances(
         "block": block,
         "pixel_weights": pixel_weights,
     }
-    others |= parse_mask_and_precision(mask, precision)
-    settings = read_settings(metric_names(metrics, own), option, weights, others)
+    stage_settings |= parse_mask_and_precision(mask, precision)
+    settings = read_settings(metric_names(metrics, own), option, weights, stage_settings)
     with Cluster(load_profile(cluster, workers)) as pool, stage(pool)("distances") as show:
         report = compute_distances(frames, out, settings, cluster=pool, progress=show)
     show_distances(report)

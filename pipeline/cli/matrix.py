@@ -86,7 +86,7 @@ def matrix(
     from pipeline.workers.cluster import Cluster
     from pipeline.workers.profiles import load_profile
 
-    others = {
+    stage_settings = {
         "size": size or None,
         "order": order,
         "compat": compat,
@@ -95,8 +95,8 @@ def matrix(
         "strict": strict,
         "pixel_weights": pixel_weights,
     }
-    others |= parse_mask_and_precision(mask, precision)
-    settings = read_settings(metric_names(metrics, own), option, weights, others)
+    stage_settings |= parse_mask_and_precision(mask, precision)
+    settings = read_settings(metric_names(metrics, own), option, weights, stage_settings)
     request = _matrix_request(groups, together, tile, memory)
     profile = shared_memory_profile(load_profile(cluster, workers))
     with Cluster(profile) as pool, stage(pool)("matrix") as show:
@@ -183,8 +183,10 @@ def embed(
     from pipeline.workers.cluster import Cluster
     from pipeline.workers.profiles import load_profile
 
-    others = {"size": size or None, "order": order, "compat": compat, "scope": parse_scope(scope)}
-    settings = read_settings((metric,), option, weights, others | parse_mask_and_precision(mask, precision))
+    stage_settings = {"size": size or None, "order": order, "compat": compat, "scope": parse_scope(scope)}
+    settings = read_settings(
+        (metric,), option, weights, stage_settings | parse_mask_and_precision(mask, precision)
+    )
     with Cluster(load_profile(cluster, workers)) as pool, stage(pool)("embed") as show:
         report = compute_embeddings(
             frames, out, settings, groups=split_list(groups), cluster=pool, progress=show

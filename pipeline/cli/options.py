@@ -135,13 +135,16 @@ Directed = Annotated[
 
 
 def read_settings(
-    metrics: Any, option: list[str] | None, weights: list[str] | None, others: Mapping[str, Any] | None = None
+    metrics: Any,
+    option: list[str] | None,
+    weights: list[str] | None,
+    stage_settings: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Read the options that stages share, and make metrics in the current folder importable."""
     from pipeline.metrics.settings import Settings
 
     common = {"metrics": metrics, "options": parse_options(option, {}), "weights": parse_weights(weights)}
-    settings = Settings.model_validate(common | dict(others or {}))
+    settings = Settings.model_validate(common | dict(stage_settings or {}))
     make_importable(settings.metrics, Path.cwd())
     return settings
 
@@ -172,10 +175,10 @@ def make_importable(metrics: Any, *folders: Path) -> None:
 
 
 def parse_options(
-    texts: list[str] | None, known: Mapping[str, Mapping[str, Any]]
+    texts: list[str] | None, defaults: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Read METRIC.OPTION=VALUE, with values in YAML, and add them to known options by metric."""
-    by_metric = {metric: dict(options) for metric, options in known.items()}
+    """Read METRIC.OPTION=VALUE, with values in YAML, and add them to default options by metric."""
+    by_metric = {metric: dict(options) for metric, options in defaults.items()}
     for text in texts or []:
         name, equals, value = text.partition("=")
         metric, dot, option = name.rpartition(".")

@@ -50,13 +50,13 @@ class FieldMetrics:
 
 
 def metrics_by_field(
-    chosen: ChosenMetrics, source: store.Group, frames: str, keys: Sequence[str], *, weighted: bool
+    selection: ChosenMetrics, source: store.Group, frames: str, keys: Sequence[str], *, weighted: bool
 ) -> tuple[ChosenMetrics, dict[str, FieldMetrics]]:
     """Prepare the metrics of a run for each field, weighted by the field's pixel weights on request.
 
     Parameters
     ----------
-    chosen : ChosenMetrics
+    selection : ChosenMetrics
     source : Group
         Root of the ``frames.zarr``.
     frames : str
@@ -81,7 +81,7 @@ def metrics_by_field(
         For weights that differ from those that were converted.
     """
     if not weighted:
-        return chosen, {key: FieldMetrics(chosen.metrics) for key in keys}
+        return selection, {key: FieldMetrics(selection.metrics) for key in keys}
     arrays = {key: read_weights(store.get_group(source, key)) for key in keys}
     if lacking := [key for key, weights in arrays.items() if weights is None]:
         raise ValueError(
@@ -96,17 +96,17 @@ def metrics_by_field(
         assert weights is not None
         digest = hash_weights(weights)
         if digest not in by_digest:
-            by_digest[digest], reasons = _weighted(chosen, weights, key)
+            by_digest[digest], reasons = _weighted(selection, weights, key)
             refused |= reasons
         fields[key] = FieldMetrics(by_digest[digest], FieldWeights(frames, key, digest))
     # A run has the same metrics for all fields: one that a field refuses is left out of all.
-    usable = [metric for metric in chosen.metrics if metric.name not in refused]
+    usable = [metric for metric in selection.metrics if metric.name not in refused]
     names = {metric.name for metric in usable}
     remaining = replace(
-        chosen,
+        selection,
         metrics=usable,
-        requests={name: request for name, request in chosen.requests.items() if name in names},
-        unavailable=chosen.unavailable | refused,
+        requests={name: request for name, request in selection.requests.items() if name in names},
+        unavailable=selection.unavailable | refused,
     )
     return remaining, {
         key: replace(field, metrics=[metric for metric in field.metrics if metric.name in names])
@@ -114,14 +114,14 @@ def metrics_by_field(
     }
 
 
-def _weighted(chosen: ChosenMetrics, weights: np.ndarray, key: str) -> tuple[list[Metric], dict[str, str]]:
+def _weighted(selection: ChosenMetrics, weights: np.ndarray, key: str) -> tuple[list[Metric], dict[str, str]]:
     """Weight the metrics that take these weights, and explain by name why others don't."""
     metrics, refused = [], {}
-    for metric in chosen.metrics:
+    for metric in selection.metrics:
         try:
             metrics.append(metric.weighted(weights))
         except ValueError as error:
-            if metric.name in chosen.needed:
+            if metric.name in selection.needed:
                 raise ValueError(f"{key}: {error}") from error
             refused[metric.name] = f"{key}: {error}"
     return metrics, refused

@@ -99,10 +99,10 @@ def verify(
     for group in _groups(root, store.listed_members(root)):
         _add_group(checks, group, report)
         report.damages += _lost_fingerprints(root, group)
-    for done, damages in enumerate(_in_threads(checks, threads), start=1):
+    for count, damages in enumerate(_in_threads(checks, threads), start=1):
         report.damages += damages
         if progress is not None:
-            progress(done, checks.count)
+            progress(count, checks.count)
     return report
 
 

@@ -143,7 +143,7 @@ class SecurityFiles(_Strict):
 
 
 class Profile(_Strict):
-    """How to get workers. Unknown keys are errors, and so are keys that don't apply to the kind.
+    """A description of a cluster. Unknown keys are errors, and so are keys that don't apply to the kind.
 
     Attributes
     ----------

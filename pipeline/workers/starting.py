@@ -96,10 +96,10 @@ def _killing_silent_workers(seconds: float) -> Iterator[None]:
 
     The start then fails, or goes on without them.
     """
-    others = set(_worker_processes())
+    processes_before = set(_worker_processes())
 
     def kill() -> None:
-        for process in set(_worker_processes()) - others:
+        for process in set(_worker_processes()) - processes_before:
             with contextlib.suppress(ValueError):  # closed in the meantime
                 process.kill()
 
