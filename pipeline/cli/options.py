@@ -52,7 +52,7 @@ Groups = Annotated[
 Metrics = Annotated[
     str,
     typer.Option(
-        help="Names of metrics, separated by commas; or 'all' that can be used, see 'lsim metrics'."
+        help="Names of metrics, separated by commas; or 'all' usable ones. 'lsim metrics' lists them."
     ),
 ]
 OwnMetrics = Annotated[
@@ -82,7 +82,7 @@ PrecisionOption = Annotated[
     str | None,
     typer.Option(
         "--precision",
-        help="exact (default); double: double precision, for frames that hardly differ; ranking: faster "
+        help="exact; double: double precision, for frames that hardly differ; ranking: faster "
         "learned metrics, which may swap ranks of almost equal distances.",
     ),
 ]
