@@ -1,7 +1,7 @@
 """Start the command ``lsim``.
 
-A module beside the packages ``lsim`` and ``pipeline``. Importing ``lsim`` takes seconds, which ``--help``
-need not; and ``pipeline`` is a name that others use, too, so another one may be imported in its place.
+This module is outside of the packages for two reasons: importing ``lsim`` takes seconds, which ``--help``
+should not wait for; and another project's module ``pipeline`` might be imported in place of ours.
 """
 
 from __future__ import annotations
@@ -12,25 +12,26 @@ from pathlib import Path
 from typing import NoReturn
 
 INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 
 
 def main() -> NoReturn:
-    """Run the command, or say which other ``pipeline`` is in the way."""
+    """Run the command, or report which other ``pipeline`` would be imported."""
     try:
         if fault := explain_other_pipeline():
             sys.exit(f"error: {fault}")
         from pipeline.cli import main as run
-    except KeyboardInterrupt:  # importing what commands need takes a while, in which it is no fault either
+    except KeyboardInterrupt:  # imports take a while, and Ctrl-C during them is no error either
         sys.exit(INTERRUPTED)
     run()
 
 
 def explain_other_pipeline() -> str:
-    """Explain which other ``pipeline`` would be imported, and what to do; "" where it is ours."""
+    """Explain which other ``pipeline`` would be imported, and the remedy; empty if it is ours."""
     ours = Path(__file__).with_name("pipeline") / "__init__.py"
     spec = importlib.util.find_spec("pipeline")
     if spec is None or spec.origin is None:
-        return f"lsim is not whole: its package pipeline should be in {ours.parent}; install lsim again"
+        return f"lsim is incomplete: expected its package pipeline in {ours.parent}; install lsim again"
     origin = Path(spec.origin)
     if origin.resolve() == ours.resolve():
         return ""

@@ -1,11 +1,10 @@
-"""``array.lsim``: metrics on labelled arrays, in memory or lazily on Dask.
+"""The accessor ``array.lsim``: metrics on labelled arrays, in memory or lazily on Dask.
 
->>> import pipeline.accessor  # registers it
+>>> import pipeline.accessor  # registers the accessor
 >>> ds["density"].lsim.pairwise("time", "ssim")          # doctest: +SKIP
 
-Importing this loads neither torch nor Dask. A task of a lazy result holds how the metric is to be loaded; the
-metric itself is loaded once per process, as on the workers of a run
-(:func:`pipeline.workers.worker_metrics.get_metric`).
+Importing this module loads neither torch nor Dask. A task of a lazy result contains a request for the metric,
+which each process loads once (:func:`pipeline.workers.worker_metrics.get_metric`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 Mask: TypeAlias = Literal["nan"] | xr.DataArray | None
 Range: TypeAlias = tuple[Any, Any]
 Weights: TypeAlias = xr.DataArray | np.ndarray | str | os.PathLike[str] | None
-"""Of pixels, as an array; or of a network, as the path of a file."""
+"""Pixel weights as an array, or the path of a network's weights."""
 
 
 @xr.register_dataarray_accessor("lsim")
@@ -49,64 +48,65 @@ class Distances:
         device: str | None = None,
         **settings: Any,
     ) -> xr.DataArray:
-        """All distances among the frames along a dimension.
+        """Compute all distances between the frames along a dimension.
 
         Parameters
         ----------
         dim : hashable
-            The frames' dimension, such as ``"time"``. All others but ``spatial`` and ``channel`` are looped
-            over: an ensemble gives a matrix per member.
+            Dimension of the frames, such as ``"time"``. The metric is applied for each index of the other
+            dimensions: an ensemble gives a matrix per member.
         metric : str, optional
-            As :func:`lsim.load_metric` takes it.
+            Name of the metric, as in :func:`lsim.load_metric`.
         spatial : two hashables, optional
             Dimensions of a frame, y and x. Default: the last two besides ``dim`` and ``channel``.
         channel : hashable, optional
-            Dimension of channels, 1, 3 or 4 of them.
+            Dimension of the 1, 3 or 4 channels.
         scope : {"sequence", "pair", "none"} or (lo, hi), default "sequence"
-            Over which frames minimum and maximum are taken: those of a matrix, each pair's, or fixed;
-            ``"none"`` takes the values as they are, in the units of the array.
+            Frames whose minimum and maximum normalise the values: all frames of a matrix, or each pair; or a
+            fixed range. ``"none"`` keeps the values in the units of the array.
         mask : "nan" or DataArray of bool, optional
-            Leave out single pixels: those that are NaN, and where the array is false.
+            Leave out pixels that are NaN; with an array, also those where it is false.
         weights : DataArray, ndarray or path, optional
-            A DataArray along one or both of ``spatial``, or an ndarray (y, x): weights of the pixels in
-            means, such as ``np.cos(np.deg2rad(ds["lat"]))``, as :meth:`lsim.Metric.weighted` takes them. A
-            path: a learned metric's weights, as :func:`lsim.load_metric` takes it.
+            Weights of pixels in means, such as ``np.cos(np.deg2rad(ds["lat"]))``: a DataArray along one or
+            both of ``spatial``, or an ndarray (y, x), see :meth:`lsim.Metric.weighted`. Or the path of a
+            learned metric's weights, as in :func:`lsim.load_metric`.
         device : str, optional
-            Default: the process's own, a GPU where it has one.
+            Default: the process's own, a GPU if it has one.
         **settings
-            ``size``, ``order``, ``compat``, ``symmetrise``, ``precision`` and the
-            metric's options, as :func:`lsim.load_metric` takes them.
+            ``size``, ``order``, ``compat``, ``symmetrise``, ``precision`` and options of the metric, as in
+            :func:`lsim.load_metric`.
 
         Returns
         -------
         DataArray of dims (…, dim, f"{dim}_other"), float64
-            With the coordinates of ``dim`` on both, called after the metric; title, specification (JSON) and
-            units in its attributes. The frames along ``dim`` are the references of a metric that isn't
-            symmetric, and those along ``f"{dim}_other"`` are compared with them. Equal to
-            :meth:`lsim.Metric.pairwise` to the bit. Lazy where the array is: chunks along ``dim``,
-            ``spatial`` and ``channel`` are merged into one, the others stay.
+            Named after the metric, with the coordinates of ``dim`` on both dimensions, and with title,
+            specification (JSON) and units as attributes. For a metric that is not symmetric, frames along
+            ``dim`` are the references. Bitwise equal to :meth:`lsim.Metric.pairwise`. Lazy if the array is:
+            chunks along ``dim``, ``spatial`` and ``channel`` are merged, the others stay.
 
         Raises
         ------
         ValueError
-            For dimensions that aren't there, settings that the metric cannot take, and a mask or weights of
-            other coordinates; for frames whose dtype, size or number of channels it cannot take. Before
-            computing.
+            For unknown dimensions, settings that the metric doesn't support, a mask or weights with other
+            coordinates, and frames whose dtype, size or number of channels the metric doesn't support. All
+            are raised before anything is computed.
         """
         other = f"{dim}_other"
         array = _masked(self._array, mask)
         frame = _frame_dims(array, dim, spatial, channel)
         if other in array.dims:
-            raise ValueError(f"the result's second dimension would be {other!r}, which the array has, too")
+            raise ValueError(
+                f"the array already has a dimension {other!r}, the second one of the result: rename it"
+            )
         if scope not in ("sequence", "pair", "none") and not _is_range(scope):
-            raise ValueError(f"scope must be 'sequence', 'pair', 'none' or (lo, hi), got {scope!r}")
+            raise ValueError(f"scope must be 'sequence', 'pair', 'none' or (lo, hi), found {scope!r}")
         pixels, file = _pixel_weights(array, frame, weights)
         loaded, request = _request(metric, mask is not None, settings | file, scope)
         loaded = loaded if pixels is None else loaded.weighted(pixels)
         core = (dim, *frame)
         count = array.sizes[dim]
         _check_frames(loaded, self._array, dim, frame, scope, resized=loaded.preprocessing.size is not None)
-        found: xr.DataArray = xr.apply_ufunc(
+        matrix: xr.DataArray = xr.apply_ufunc(
             functools.partial(
                 _pairwise,
                 request=request,
@@ -122,12 +122,12 @@ class Distances:
             output_dtypes=[np.float64],
             dask_gufunc_kwargs={"output_sizes": {dim: count, other: count}},
         )
-        # Coordinates along the frames, and not those that have a frame's dimensions, too.
+        # Only coordinates along the frames alone: others have dimensions that the result lacks.
         along = {name: c for name, c in array.coords.items() if c.dims == (dim,)}
-        found = found.assign_coords(
+        matrix = matrix.assign_coords(
             {f"{name}_other": (other, c.values, c.attrs) for name, c in along.items()}
         )
-        return _described(found, loaded, scope, self._array, reference=str(dim))
+        return _with_attributes(matrix, loaded, scope, self._array, reference=str(dim))
 
     def distance(
         self,
@@ -143,68 +143,74 @@ class Distances:
         device: str | None = None,
         **settings: Any,
     ) -> xr.DataArray:
-        """Distances from the frames of a reference, frame by frame.
+        """Compute the distances to the frames of a reference, frame by frame.
 
         Parameters
         ----------
         reference : DataArray
-            What this array is compared with: a metric that isn't symmetric takes it first. Shared dimensions
-            must have equal coordinates; others are looped over, so that a single reference is compared with
-            every member.
+            Array to compare with; the first argument of a metric that is not symmetric. Shared dimensions
+            must have equal coordinates. Others are broadcast: one reference is compared with each member.
         metric : str, optional
         dim : hashable, optional
-            Minimum and maximum are taken over all frames along it, of both arrays, as
-            :meth:`lsim.Metric.distance` does for a batch. Default: each pair's own.
+            Dimension of frames that are normalised together, by their minimum and maximum in both arrays, as
+            in :meth:`lsim.Metric.distance` for a batch. Default: each pair is normalised by itself.
         scope : (lo, hi) or "none", optional
-            A fixed range instead; or the values as they are, in the units of the array.
+            Normalise by a fixed range instead; or keep the values in the units of the array.
         spatial, channel, mask, weights, device, **settings
-            As :meth:`pairwise` takes them; ``spatial`` is by default the last two that both arrays have.
+            As in :meth:`pairwise`. Default of ``spatial``: the last two dimensions that both arrays have.
 
         Returns
         -------
         DataArray, float64
-            Of all dimensions but ``spatial`` and ``channel``, called after the metric. The attribute
-            ``reference`` has the name of the reference, or says that it has none.
+            Named after the metric, with all dimensions but ``spatial`` and ``channel``. The attribute
+            ``reference`` has the name of the reference, if it has one.
         """
         if scope not in (None, "none") and not _is_range(scope):
             raise ValueError(
-                f"scope must be (lo, hi) or 'none', got {scope!r}; dim says over which frames it is taken"
+                f"scope must be (lo, hi) or 'none', found {scope!r}; dim selects frames to normalise together"
             )
         if scope == "none":
             _check_units(self._array, reference)
-        one, two = _masked(self._array, mask), _masked(reference, mask)
+        frames, references = _masked(self._array, mask), _masked(reference, mask)
         if spatial is None:
-            spatial = _last_two([name for name in one.dims if name in two.dims], dim, channel)
-        frame = _frame_dims(one, dim, spatial, channel)
-        if missing := [name for name in (*frame, *([] if dim is None else [dim])) if name not in two.dims]:
-            raise ValueError(f"the reference has no dimension {missing[0]!r}; it has {tuple(two.dims)}")
-        pixels, file = _pixel_weights(one, frame, weights)
+            spatial = _last_two([name for name in frames.dims if name in references.dims], dim, channel)
+        frame = _frame_dims(frames, dim, spatial, channel)
+        core = frame if dim is None else (dim, *frame)
+        if missing := [name for name in core if name not in references.dims]:
+            raise ValueError(
+                f"the reference has no dimension {missing[0]!r}; it has {tuple(references.dims)}"
+            )
+        pixels, file = _pixel_weights(frames, frame, weights)
         loaded, request = _request(metric, mask is not None, settings | file, scope)
         loaded = loaded if pixels is None else loaded.weighted(pixels)
-        core = frame if dim is None else (dim, *frame)
-        settled = loaded.preprocessing
-        # As published, metrics on 8 bit compare frames of the size that they have.
-        as_they_are = loaded.published_on_8bit and settled.compat == "published"
-        resized = settled.size is not None and not as_they_are
-        for given in (self._array, reference):
-            _check_frames(loaded, given, dim, frame, scope or "batch", resized=resized)
-        found: xr.DataArray = xr.apply_ufunc(
+        preprocessing = loaded.preprocessing
+        # As published, metrics on 8 bit don't resize frames.
+        keeps_size = loaded.published_on_8bit and preprocessing.compat == "published"
+        resized = preprocessing.size is not None and not keeps_size
+        for array in (self._array, reference):
+            _check_frames(loaded, array, dim, frame, scope or "batch", resized=resized)
+        distances: xr.DataArray = xr.apply_ufunc(
             functools.partial(
-                _distance, request=request, device=device, scope=scope or "batch",
-                batch=dim is not None, channels=channel is not None, weights=pixels,
+                _distance,
+                request=request,
+                device=device,
+                scope=scope or "batch",
+                batch=dim is not None,
+                channels=channel is not None,
+                weights=pixels,
             ),
-            _in_one_chunk(one, core),
-            _in_one_chunk(two, core),
+            _in_one_chunk(frames, core),
+            _in_one_chunk(references, core),
             input_core_dims=[core, core],
             output_core_dims=[() if dim is None else (dim,)],
             dask="parallelized",
             output_dtypes=[np.float64],
-        )  # fmt: skip
-        of = "an array without a name" if reference.name is None else str(reference.name)
-        return _described(found, loaded, scope, self._array, reference=of)
+        )
+        name = "an array without a name" if reference.name is None else str(reference.name)
+        return _with_attributes(distances, loaded, scope, self._array, reference=name)
 
 
-# ---------------------------------------------------------------- in tasks
+# ---------------------------------------------------------------- tasks
 
 
 def _pairwise(
@@ -216,7 +222,7 @@ def _pairwise(
     channels: bool,
     weights: np.ndarray | None,
 ) -> np.ndarray:
-    """(…, n, y, x[, channel]) → (…, n, n)."""
+    """Compute matrices of distances: (…, n, y, x[, channel]) → (…, n, n)."""
     from lsim.preprocess import as_array
     from pipeline.workers.worker_metrics import get_metric
 
@@ -241,7 +247,7 @@ def _distance(
     channels: bool,
     weights: np.ndarray | None,
 ) -> np.ndarray:
-    """(…, [n,] y, x[, channel]) of both → (…[, n])."""
+    """Compute distances frame by frame: two of (…, [n,] y, x[, channel]) → (…[, n])."""
     from lsim.preprocess import as_array
     from pipeline.workers.worker_metrics import get_metric
 
@@ -257,49 +263,48 @@ def _distance(
     return out if batch else out[..., 0]
 
 
-# ---------------------------------------------------------------- before
+# ---------------------------------------------------------------- checks and preparation
 
 
 def _request(
     name: str | None, masked: bool, settings: dict[str, Any], scope: Any
 ) -> tuple[Metric, MetricRequest]:
-    """The metric, for what is known of it, and how tasks are to load it: wrong settings are errors here."""
+    """Load the metric, check the settings, and build the request with which tasks load it."""
     from lsim.registry import default_metric
     from pipeline.workers.worker_metrics import MetricRequest
 
-    own = dict(settings)
-    weights = own.pop("weights", None)
-    common = {key: own.pop(key, default) for key, default in
-              (("size", 224), ("order", 0), ("compat", "default"), ("symmetrise", False),
-               ("precision", "exact"))}  # fmt: skip
+    options = dict(settings)
+    weights = options.pop("weights", None)
+    defaults = {"size": 224, "order": 0, "compat": "default", "symmetrise": False, "precision": "exact"}
+    common = {name: options.pop(name, default) for name, default in defaults.items()}
     request = MetricRequest(
         default_metric() if name is None else name,
         None if weights is None else os.fspath(weights),
         mask=masked,
-        options=tuple(sorted(own.items())),
+        options=tuple(sorted(options.items())),
         **common,
     )
     metric = request.load("cpu")
     if reason := metric.why_not_scope(scope):
         raise ValueError(reason)
-    return metric, request.of(metric)
+    return metric, request.for_metric(metric)
 
 
 def _frame_dims(
     array: xr.DataArray, dim: Hashable | None, spatial: Sequence[Hashable] | None, channel: Hashable | None
 ) -> tuple[Hashable, ...]:
-    """The dimensions of a frame: y, x, and the channel where there is one."""
+    """Determine the dimensions of a frame: y, x, and the channel if there is one."""
     if spatial is None:
         spatial = _last_two(array.dims, dim, channel)
     if len(spatial) != 2:
         raise ValueError(
-            f"a frame has two dimensions, got {tuple(spatial)} of an array of {tuple(array.dims)}"
+            f"a frame has two dimensions, found {tuple(spatial)} in an array with {tuple(array.dims)}"
         )
     named = [*([] if dim is None else [dim]), *spatial, *([] if channel is None else [channel])]
     if missing := [name for name in named if name not in array.dims]:
         raise ValueError(f"no dimension {missing[0]!r}; the array has {tuple(array.dims)}")
     if len(set(named)) < len(named):
-        raise ValueError(f"frames, y, x and channels need a dimension each, got {tuple(named)}")
+        raise ValueError(f"frames, y, x and channels need a dimension each, found {tuple(named)}")
     return tuple(named if dim is None else named[1:])
 
 
@@ -312,7 +317,7 @@ def _check_frames(
     *,
     resized: bool,
 ) -> None:
-    """Refuse what a task would, as far as dtype, sizes and scope tell: a lazy array would say so too late."""
+    """Refuse dtypes, sizes and scopes that tasks would refuse: with a lazy array that would be too late."""
     import torch
 
     from lsim.preprocess import Preprocessing, apply, as_frames
@@ -326,27 +331,27 @@ def _check_frames(
 
 
 def _check_units(array: xr.DataArray, reference: xr.DataArray) -> None:
-    """Refuse values that are in units of different names: nothing here converts them."""
-    own, other = (known.attrs.get("units") for known in (array, reference))
-    if own is not None and other is not None and own != other:
+    """Refuse arrays whose units have different names: units are not converted."""
+    units, other_units = array.attrs.get("units"), reference.attrs.get("units")
+    if units is not None and other_units is not None and units != other_units:
         raise ValueError(
-            f"the array is in {own!r} and the reference in {other!r}; expected the same units: convert one, "
-            "or correct its attribute 'units'"
+            f"the array is in {units!r} and the reference in {other_units!r}; expected the same units: "
+            "convert one, or correct its attribute 'units'"
         )
 
 
-def _last_two(dims: Sequence[Hashable], *but: Hashable | None) -> list[Hashable]:
-    return [name for name in dims if name not in but][-2:]
+def _last_two(dims: Sequence[Hashable], *excluded: Hashable | None) -> list[Hashable]:
+    return [name for name in dims if name not in excluded][-2:]
 
 
 def _masked(array: xr.DataArray, mask: Mask) -> xr.DataArray:
-    """The array, NaN where a mask of labels leaves it out."""
+    """Set pixels to NaN where a labelled mask is false."""
     if mask is None or isinstance(mask, str):
         if mask not in (None, "nan"):
-            raise ValueError(f"mask must be 'nan' or a DataArray of bool, got {mask!r}")
+            raise ValueError(f"mask must be 'nan' or a DataArray of bool, found {mask!r}")
         return array
     if not isinstance(mask, xr.DataArray) or mask.dtype != np.bool_:
-        raise ValueError(f"mask must be 'nan' or a DataArray of bool, got {type(mask).__name__}")
+        raise ValueError(f"mask must be 'nan' or a DataArray of bool, found {type(mask).__name__}")
     if extra := [name for name in mask.dims if name not in array.dims]:
         raise ValueError(f"the mask has a dimension {extra[0]!r} that the array doesn't have")
     array, mask = xr.align(array, mask, join="exact", copy=False)
@@ -357,7 +362,7 @@ def _masked(array: xr.DataArray, mask: Mask) -> xr.DataArray:
 def _pixel_weights(
     array: xr.DataArray, frame: Sequence[Hashable], weights: Weights
 ) -> tuple[np.ndarray | None, dict[str, Any]]:
-    """Weights of pixels (y, x), and the setting of a learned metric's own, of which one at most is there."""
+    """Split ``weights`` into pixel weights (y, x) and the setting for a network's file; one is empty."""
     if weights is None or isinstance(weights, str | os.PathLike):
         return None, {} if weights is None else {"weights": weights}
     spatial = frame[:2]
@@ -365,7 +370,7 @@ def _pixel_weights(
         return np.asarray(weights), {}
     if extra := [name for name in weights.dims if name not in spatial]:
         raise ValueError(
-            f"weights of pixels lie along {tuple(spatial)} or one of these, and have a dimension {extra[0]!r}"
+            f"weights of pixels: expected dimensions {tuple(spatial)} or one of them, found {extra[0]!r}"
         )
     pixels = array.isel({name: 0 for name in array.dims if name not in spatial}, drop=True)
     pixels, aligned = xr.align(pixels, weights, join="exact", copy=False)
@@ -373,7 +378,7 @@ def _pixel_weights(
 
 
 def _in_one_chunk(array: xr.DataArray, dims: Sequence[Hashable]) -> xr.DataArray:
-    """A lazy array with its frames whole; one in memory as it is."""
+    """Merge chunks of a lazy array along the dimensions of a task; an array in memory is unchanged."""
     return array if array.chunks is None else array.chunk(dict.fromkeys(dims, -1))
 
 
@@ -381,17 +386,17 @@ def _is_range(scope: Any) -> bool:
     return isinstance(scope, tuple) and len(scope) == 2
 
 
-def _described(
-    found: xr.DataArray, metric: Metric, scope: Any, array: xr.DataArray, *, reference: str
+def _with_attributes(
+    result: xr.DataArray, metric: Metric, scope: Any, array: xr.DataArray, *, reference: str
 ) -> xr.DataArray:
-    """Name a result after its metric, with attributes that say what made it."""
-    found.name = metric.name
+    """Name a result after its metric, and describe the metric in the result's attributes."""
+    result.name = metric.name
     units = metric.units(scope, str(array.attrs.get("units", "")))
-    found.attrs = {
+    result.attrs = {
         "long_name": metric.info.title,
         "title": metric.info.title,
         **({"units": units} if units else {}),
         "reference": reference,
         "specification": json.dumps(metric.specification(), sort_keys=True),
     }
-    return found
+    return result

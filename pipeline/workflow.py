@@ -1,7 +1,7 @@
 """Compose the stages: the only file that knows their order.
 
-A workflow is a YAML file: a catalog, the settings of each stage, and where to write. Every stage takes a
-store and gives a store, and skips what is up to date; so does a workflow that is run again.
+A workflow is a YAML file with a catalog, the settings of each stage, and a folder for the results. Each stage
+reads a store and writes a store, and skips what is up to date; so does a repeated workflow.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from pipeline.storage.address import absolute, join
 from pipeline.workers.cluster import Cluster
 
 StageProgress: TypeAlias = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
-"""Called with a stage's title; gives a context with a function of (done, in all)."""
+"""Called with a stage's title; returns a context that yields a function of (done, total)."""
 
 
 class WorkflowError(ValueError):
-    """A workflow file with unknown keys or wrong values; names the file and the key."""
+    """A workflow file has unknown keys or wrong values; names the file and the key."""
 
 
 class _Strict(pydantic.BaseModel):
@@ -49,19 +49,19 @@ class CorrelateSection(_Strict):
 
 
 class MatrixSection(_Strict):
-    """A matrix over all frames, see :func:`pipeline.matrix.compute_matrix`; its maps go into the report.
+    """Settings of the matrix over all frames, see :func:`pipeline.matrix.compute_matrix`.
 
-    Metrics are told what the section ``distances`` tells them.
+    All other settings are those of the section ``distances``. The report shows maps of the matrix.
 
     Attributes
     ----------
     metrics : list of str
     scope : "dataset", "none" or (lo, hi)
-        Of minimum and maximum; with "none" values are in their own units.
+        Range that normalises the values; "none" keeps them in their own units.
     groups : list of str
-        Keys ``<dataset>/<field>`` or patterns of them; none are all.
+        Keys ``<dataset>/<field>`` or patterns of them. Empty: all.
     together : str, optional
-        One matrix over all groups, so called, instead of one for each.
+        Name of one matrix over all groups, instead of one for each.
     """
 
     metrics: Annotated[tuple[str, ...], pydantic.Field(min_length=1)]
@@ -70,29 +70,32 @@ class MatrixSection(_Strict):
     together: str | None = None
 
     def settings(self, distances: Settings) -> Settings:
-        """Those of ``distances``, for this section's metrics and scope."""
+        """Adapt the settings of ``distances`` to this section's metrics and scope."""
         weights = {name: file for name, file in distances.weights.items() if name in self.metrics}
         changes = {"metrics": self.metrics, "scope": self.scope, "pairs": "all", "weights": weights}
         return distances.model_copy(update=changes)
 
 
 class Workflow(_Strict):
-    """A run of all stages.
+    """Settings of a run of all stages.
 
     Attributes
     ----------
     title : str
-        Of the report.
+        Title of the report.
     catalog : str
         Name of the catalog, or its path, relative to the workflow's file.
     datasets : list of str, optional
-        Which of its data sets; default all.
+        Data sets of the catalog to use. Default: all.
     fetch : bool
-        Make or download what is absent first. Off for downloads that nobody should start by accident.
+        Download or simulate missing data first. Should be off for large downloads, which nobody should start
+        by accident.
     out : str
         Default folder of the stores and results.
+    distances : Settings
+    correlate : CorrelateSection
     matrix : MatrixSection, optional
-        Without it there is no matrix over all frames.
+        Without it no matrix over all frames is computed.
     """
 
     title: str = ""
@@ -107,7 +110,7 @@ class Workflow(_Strict):
 
 @dataclass
 class WorkflowReport:
-    """What each stage of a run did, and where the page is."""
+    """Reports of the stages of a run, and the location of the HTML page."""
 
     conversion: ConversionReport
     distances: DistancesReport
@@ -118,7 +121,7 @@ class WorkflowReport:
 
     @property
     def complete(self) -> bool:
-        """Whether no sequence was quarantined, and no distance failed or is damaged."""
+        """True if no sequence was quarantined, and no distance failed or is damaged."""
         failures = self.distances.failures or (self.matrix is not None and self.matrix.failures)
         return not (self.conversion.quarantined or failures or self.correlation.damaged)
 
@@ -129,18 +132,18 @@ def open_workflow(name: str | os.PathLike[str]) -> Workflow:
     Raises
     ------
     WorkflowError
-        For unknown keys and wrong values, naming the file and the key.
+        For unknown keys and wrong values; names the file and the key.
     pipeline.resources.ResourceError
-        When there is none of that name.
+        When there is no workflow of that name.
     """
     path = find_resource("workflows", name)
     content = read_yaml(path, WorkflowError)
     if isinstance(content, dict) and "training" in content:
         raise WorkflowError(f"{path} is a training file: run it with 'lsim train {name}'")
     workflow = validated(content, Workflow, path, WorkflowError)
-    beside = path.parent / workflow.catalog
-    # A name is a shipped catalog; whatever looks like a path starts where the workflow is.
-    changes: dict[str, Any] = {"catalog": str(beside)} if beside.suffix in (".yaml", ".yml") else {}
+    catalog = path.parent / workflow.catalog
+    # A name means a shipped catalog; a path is relative to the folder of the workflow.
+    changes: dict[str, Any] = {"catalog": str(catalog)} if catalog.suffix in (".yaml", ".yml") else {}
     weights = {
         metric: str(path.parent / file) if (path.parent / file).is_file() else file
         for metric, file in workflow.distances.weights.items()
@@ -159,22 +162,22 @@ def run_workflow(
     announce: Callable[[str], None] | None = None,
     verify_sources: bool = False,
 ) -> WorkflowReport:
-    """Fetch, convert, compute distances, correlate, report; each stage only what is out of date.
+    """Run all stages, from source data to the report; each computes only what is out of date.
 
     Parameters
     ----------
     workflow : Workflow
     cluster : Cluster
-        Shared by the stages, started when the first has something to do.
+        Cluster for all stages; it starts when the first of them needs it.
     out : path or address, optional
-        Instead of the workflow's own folder.
+        Folder of stores and results. Default: the workflow's.
     data_dir : path, optional
-        Where source data lies, see :mod:`pipeline.sources.catalog`.
+        Folder of source data, see :mod:`pipeline.sources.catalog`.
     progress : callable
-        Shows each stage's progress.
+        Displays the progress of each stage.
     announce : callable, optional
-        Called with a line for what is about to be fetched, and with the plans of matrices of all frames,
-        in words, before they are computed.
+        Called with a line of text before each download, and with the plan of a matrix over all frames before
+        it is computed.
     verify_sources : bool, default False
         See :func:`pipeline.convert.convert`.
 
@@ -183,20 +186,18 @@ def run_workflow(
     pipeline.storage.objects.ObjectStoreError
         When ``out`` is an address that cannot be opened.
     pipeline.sources.catalog.MissingDataError
-        When source data is absent; says what to download.
+        When source data is missing; names what to download.
     ValueError, lsim.UnknownMetricError, lsim.WeightsError
         For metrics that :func:`pipeline.metrics.settings.choose_metrics` refuses; before anything is fetched.
     """
     folder = absolute(out if out is not None else workflow.out)
-    names = ("frames.zarr", "distances.zarr", "matrix.zarr", "results")
-    frames, distances, all_frames, results = (join(folder, name) for name in names)
+    frames, distances, results = (join(folder, name) for name in ("frames.zarr", "distances.zarr", "results"))
     catalog = open_catalog(workflow.catalog)
-    store.exists(frames)  # an object store that doesn't answer is an error now, before anything is fetched
+    # Errors of the object store and of metrics are raised before anything is fetched.
+    store.exists(frames)
     choose_metrics(workflow.distances)
-    section = workflow.matrix
-    matrix_settings = section.settings(workflow.distances) if section is not None else None
-    if matrix_settings is not None:
-        choose_metrics(matrix_settings)
+    if workflow.matrix is not None:
+        choose_metrics(workflow.matrix.settings(workflow.distances))
     if workflow.fetch:
         with progress("fetch"):
             fetch(catalog, workflow.datasets, data_dir, announce)
@@ -212,28 +213,28 @@ def run_workflow(
         )
     with progress("distances") as show:
         computed = compute_distances(frames, distances, workflow.distances, cluster=cluster, progress=show)
-    of_all_frames = None
-    if section is not None and matrix_settings is not None:
-        matrix = MatrixRequest(section.groups, section.together)
+    stores = {"frames": frames, "distances": distances, "results": results}
+    matrix_report = None
+    if workflow.matrix is not None:
+        stores["matrix"] = join(folder, "matrix.zarr")
         with progress("matrix") as show:
-            of_all_frames = compute_matrix(
+            matrix_report = compute_matrix(
                 frames,
-                all_frames,
-                matrix_settings,
-                matrix,
+                stores["matrix"],
+                workflow.matrix.settings(workflow.distances),
+                MatrixRequest(workflow.matrix.groups, workflow.matrix.together),
                 cluster=cluster,
                 progress=show,
                 announce=announce,
             )
     with progress("correlate"):
-        told = workflow.correlate
         correlation = correlate(
-            distances, results, protocol=told.protocols, replicates=told.replicates, seed=told.seed
+            distances,
+            results,
+            protocol=workflow.correlate.protocols,
+            replicates=workflow.correlate.replicates,
+            seed=workflow.correlate.seed,
         )
     with progress("report"):
-        maps_of = all_frames if of_all_frames is not None else None
-        page = write_report(results, title=workflow.title or None, matrix=maps_of)
-    stores = {"frames": frames, "distances": distances, "results": results}
-    if of_all_frames is not None:
-        stores["matrix"] = all_frames
-    return WorkflowReport(conversion, computed, correlation, page, stores, of_all_frames)
+        page = write_report(results, title=workflow.title or None, matrix=stores.get("matrix"))
+    return WorkflowReport(conversion, computed, correlation, page, stores, matrix_report)

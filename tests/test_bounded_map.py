@@ -26,7 +26,7 @@ from pipeline.matrix.embeddings import EmbedTask
 from pipeline.matrix.tiles import TileTask
 from pipeline.stage import bounded_map
 from pipeline.stage.bounded_map import reason_of, run_bounded
-from pipeline.workers import pickled_task, stopping
+from pipeline.workers import pickled_task, sigterm
 from pipeline.workers.cluster import FAULT_TOLERANCE, Cluster
 from pipeline.workers.profiles import ClusterError, Profile
 from pipeline.workers.worker_metrics import still_wanted
@@ -409,9 +409,9 @@ def test_a_scheduler_needs_nothing_of_what_tasks_name():
 @pytest.fixture
 def stop(monkeypatch) -> Iterator[None]:
     """SIGTERM is handled as the command does, and what was asked is forgotten after."""
-    monkeypatch.setattr(stopping, "_state", stopping._State())
+    monkeypatch.setattr(sigterm, "_state", sigterm._State())
     before = signal.getsignal(signal.SIGTERM)
-    stopping.stop_on_sigterm()
+    sigterm.stop_on_sigterm()
     yield
     signal.signal(signal.SIGTERM, before)
 
@@ -430,7 +430,7 @@ def test_sigterm_waits_for_what_runs_and_begins_nothing(client, stop):
                 terminate_this_process()
                 terminate_this_process()  # a second one changes nothing
 
-    with pytest.raises(stopping.Stopped) as stopped:
+    with pytest.raises(sigterm.Stopped) as stopped:
         stop_after_three()
     assert stopped.value.code == 143
     assert 3 < len(done) <= 9  # the two that ran, and what had finished by then
@@ -438,10 +438,10 @@ def test_sigterm_waits_for_what_runs_and_begins_nothing(client, stop):
 
 
 def test_sigterm_does_not_wait_longer_than_the_grace_time(client, stop):
-    stopping.allow_grace(0.5)
+    sigterm.allow_grace(0.5)
     threading.Timer(1.0, terminate_this_process).start()
     began = time.monotonic()
-    with pytest.raises(stopping.Stopped):
+    with pytest.raises(sigterm.Stopped):
         list(run_bounded(client, nap, [(40.0,)]))
     assert time.monotonic() - began < 30
 
@@ -455,7 +455,7 @@ def test_sigterm_in_this_process_ends_after_the_task_in_hand(stop):
             if number == 4:
                 terminate_this_process()
 
-    with pytest.raises(stopping.Stopped):
+    with pytest.raises(sigterm.Stopped):
         stop_after_four()
     assert done == [0, 1, 2, 3, 4]
 
@@ -469,11 +469,11 @@ def test_sigterm_at_the_last_task_ends_what_comes_after(client, stop, workers):
             done.append(number)
             terminate_this_process()
 
-    with pytest.raises(stopping.Stopped):
+    with pytest.raises(sigterm.Stopped):
         stop_at_the_last()
     assert done == [7]
 
 
 def test_sigterm_elsewhere_ends_at_once(stop):
-    with pytest.raises(stopping.Stopped):
+    with pytest.raises(sigterm.Stopped):
         terminate_this_process()

@@ -125,7 +125,7 @@ def test_shipped_timeouts_are_those_of_the_scheduler_and_its_workers(local):
 def request_of(reference: str) -> MetricRequest:
     """Of a metric of a test's module, as the driver loads it."""
     request = MetricRequest(reference, None, None, 0, "default")
-    return request.of(request.load("cpu"))
+    return request.for_metric(request.load("cpu"))
 
 
 @contextlib.contextmanager
@@ -372,13 +372,13 @@ def test_a_package_that_is_not_here_is_an_error_that_names_the_extra():
         ("kind: local\nwalltime: 1h\n", "'local' has no walltime"),
         ("kind: local\ndevice: cuda:0\nthreads: 2\n", "threads: 1"),
         ("kind: cuda\nthreads: 2\n", "threads: 1"),
-        ("kind: slurm\n", "memory_limit: a job needs a number"),
+        ("kind: slurm\n", "memory_limit: expected a number, as in 4GB"),
         ("kind: slurm\nmemory_limit: 1GB\nwalltime: soon\n", "walltime: expected a duration"),
-        ("workers: {minimum: 4, maximum: 2}\n", "workers: expected a minimum of at most 2, .*, found 4$"),
+        ("workers: {minimum: 4, maximum: 2}\n", r"workers: minimum \(4\) exceeds maximum \(2\)$"),
         ("workers: {maximum: 2, most: 3}\n", "workers.most: unknown key, expected minimum, maximum$"),
         (
             "workers: {min: 1, max: 2}\n",
-            "workers.maximum: expected, and not found; workers.min: unknown key, did you mean 'minimum'.*"
+            "workers.maximum: missing; workers.min: unknown key, did you mean 'minimum'.*"
             "workers.max: unknown key, did you mean 'maximum'",
         ),
         ("workers: two\n", "': workers: expected a whole number from 1, or a range as in .*, found 'two'$"),
@@ -398,7 +398,7 @@ def test_a_package_that_is_not_here_is_an_error_that_names_the_extra():
         ("memory_limit: lots\n", "memory_limit: expected bytes as in 4GB, or auto, found 'lots'$"),
         ("memory_limit: -4GB\n", "memory_limit: expected bytes .*, found '-4GB'$"),
         ("memory_limit: true\n", "memory_limit: expected bytes .*, found true$"),
-        ("kind: slurm\nmemory_limit: 0\n", "memory_limit: a job needs a number, .* found '0'$"),
+        ("kind: slurm\nmemory_limit: 0\n", "memory_limit: expected a number, .* found '0'$"),
         ("device: tpu\n", "device: expected auto, cpu, cuda or cuda:N, found 'tpu'$"),
         ("device: 'cuda:'\n", "device: expected .*, found 'cuda:'$"),
         ("grace: true\n", "grace: expected a duration .*, found true$"),
@@ -408,10 +408,10 @@ def test_a_package_that_is_not_here_is_an_error_that_names_the_extra():
         ),
         ("kind: address\naddress: http://127.0.0.1:8786\n", "address: expected tcp://HOST:PORT .*, found"),
         ("kind: address\naddress: tcp://a:65536\n", "address: expected tcp://HOST:PORT .*, found"),
-        ("security: {ca_file: a}\n", "security.cert: expected, and not found"),
+        ("security: {ca_file: a}\n", "security.cert: missing"),
         ("kind: ssh\nworkers: {maximum: 2}\n", "fixed number"),
         ("kind: local\ntls: false\nsecurity: {ca_file: a, cert: b, key: c}\n", "tls: false"),
-        ("kind: slurm\nmemory_limit: 1GB\nhost: a\ninterface: b\n", "give one of them"),
+        ("kind: slurm\nmemory_limit: 1GB\nhost: a\ninterface: b\n", "expected one of them, found both"),
     ],
 )
 def test_a_profile_with_an_unknown_key_or_wrong_value_is_an_error_that_names_it(tmp_path, text, fault):
@@ -541,7 +541,7 @@ def test_ctrl_c_stays_whose_it_was_when_a_library_of_clusters_is_imported(monkey
 def test_a_cluster_that_does_not_start_is_one_line_that_names_the_file(tmp_path, capfd):
     file = tmp_path / "mine.yaml"
     file.write_text("workers: 1\noptions: {local_directory: /proc/nope}\n")
-    said = r"mine\.yaml': a cluster of kind 'local' has not started, with options local_directory: .*nope'$"
+    said = r"mine\.yaml': a cluster of kind 'local' did not start, with options local_directory: .*nope'$"
     with Cluster(load_profile(str(file))) as cluster, pytest.raises(ClusterError, match=said):
         assert cluster.client
     assert "Traceback" not in capfd.readouterr().err
@@ -564,7 +564,7 @@ def test_a_device_that_is_not_there_is_an_error_of_the_worker_in_one_line(capfd)
         ({"options": {"interface": "eth0"}}, "interface is not for profiles.*use host"),
         ({"kind": "slurm", "options": {"queu": "a"}}, "queu.*did you mean 'queue'"),
         ({"kind": "slurm", "options": {"cores": 2}}, "cores is not for profiles.*use threads"),
-        ({"kind": "slurm", "options": {"processes": 2}}, "processes is not.*use workers.*none would be"),
+        ({"kind": "slurm", "options": {"processes": 2}}, "processes is not.*use workers.*can be replaced"),
         ({"kind": "slurm", "options": {"worker_extra_args": ["--nworkers", "2"]}}, "use workers"),
         ({"kind": "pbs", "options": {"job_cpu": 2}}, "job_cpu.*no such option"),
         ({"kind": "slurm", "options": {"scheduler_options": {"prot": 1}}}, "prot.*did you mean 'port'"),
@@ -591,11 +591,11 @@ def test_options_are_checked_before_anything_starts(settings, fault):
 @pytest.mark.parametrize(
     ("settings", "fault"),
     [
-        ({}, "say tls: false"),
+        ({}, "set tls: false"),
         ({"tls": False, "options": {"imagge": "a"}}, "did you mean 'image'"),
         (
             {"tls": False, "threads": 2, "options": {"custom_cluster_spec": "a.yaml"}},
-            "threads: options.custom",
+            "threads: cannot be combined with options.custom",
         ),
     ],
 )
@@ -655,7 +655,7 @@ def test_an_unknown_profile_is_an_error_that_lists_the_known():
 
 
 def test_workers_are_for_clusters_that_are_started():
-    with pytest.raises(ClusterError, match="--workers is for clusters that are started"):
+    with pytest.raises(ClusterError, match="--workers applies to clusters that lsim starts"):
         load_profile("none", workers=2)
 
 

@@ -863,7 +863,7 @@ def converted_nothing(tmp_path: Path) -> bool:
     return not convert(open_catalog(tmp_path / "mine.yaml"), tmp_path / "frames.zarr").changed
 
 
-def test_names_of_files_that_are_no_text_are_quarantined(tmp_path: Path):
+def test_names_load_files_that_are_no_text_are_quarantined(tmp_path: Path):
     save_stack(tmp_path / "data" / "good.npz")
     content = (tmp_path / "data" / "good.npz").read_bytes()
     Path(os.fsdecode(os.fsencode(tmp_path / "data") + b"/bad\xff.npz")).write_bytes(content)

@@ -34,7 +34,7 @@ from pipeline.matrix.plan import PlanError, order_squares, simulate_embeddings
 from pipeline.matrix.tiles import TileTask, _Record, compare_blocks
 from pipeline.metrics.settings import Settings
 from pipeline.storage import schema, store
-from pipeline.workers import stopping
+from pipeline.workers import sigterm
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile, WorkerRange
 
@@ -258,8 +258,8 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path):
 def test_a_run_in_this_process_that_is_told_to_end_does_so_between_tiles(tmp_path, monkeypatch):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(4))
     out = tmp_path / "a.zarr"
-    monkeypatch.setattr("pipeline.workers.stopping.asked", lambda: len(written(out)) >= 3)
-    with pytest.raises(stopping.Stopped):
+    monkeypatch.setattr("pipeline.workers.sigterm.requested", lambda: len(written(out)) >= 3)
+    with pytest.raises(sigterm.Stopped):
         compute(frames, out, matrix=MatrixRequest(tile=4))
     monkeypatch.undo()
     assert len(written(out)) == 3  # a tile on the diagonal, and one with its mirror image

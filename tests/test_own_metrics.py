@@ -178,7 +178,7 @@ def test_from_the_command_line_on_any_cluster_and_again_when_its_source_changes(
 
     text = run("--cluster", "none")
     assert "15 distance matrices computed" in text
-    assert "not symmetric, so half of d(a, b) + d(b, a): rise" in text
+    assert "not symmetric, stored as ½ (d(a, b) + d(b, a)): rise" in text
     check(1)
     specification = dict(store.specifications(tmp_path / "d.zarr"))["mean-power"]
     assert specification["options"] == {"exponent": 3, "precision": "exact"}

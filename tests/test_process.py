@@ -24,7 +24,7 @@ from matrices import archive_of, write_archive
 from threadpoolctl import threadpool_info
 
 from pipeline import cli
-from pipeline.workers import stopping, worker_metrics
+from pipeline.workers import sigterm, worker_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,7 +61,7 @@ def process_state(known: Collection[str] = ()) -> dict[str, Any]:
         "denormals": float(torch.full((8,), 1e-40).mul(1.0).sum()),
         "random": (random.getstate(), torch.get_rng_state().tolist(), repr(np.random.get_state())),
         "numpy": (np.geterr(), repr(np.get_printoptions())),
-        "grace": (vars(stopping._state)["grace"], stopping.asked(), stopping._state.deferring),
+        "grace": (vars(sigterm._state)["grace"], sigterm.requested(), sigterm._state.deferring),
         "device": worker_metrics._device,
     }
 

@@ -204,7 +204,7 @@ def test_a_metric_that_has_no_map_says_why(tmp_path):
     record_matrices(path, "A/x")
     text = Page(Path(write_matrix_report(path, tmp_path / "page"))).text
     assert "No metric has a map of these frames." in text
-    assert "No map: a map needs distances from zero on" in text
+    assert "No map: expected distances that are not negative" in text
 
 
 def test_a_matrix_without_any_distance_has_no_map(tmp_path):

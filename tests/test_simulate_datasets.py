@@ -169,7 +169,7 @@ def test_the_command_simulates_says_how_hard_it_is_and_does_nothing_twice(tmp_pa
     arguments = ("shapes", "--families", 3, "--size", SIZE, "--out", tmp_path)
     code, printed = command(*arguments)
     assert code == 0, printed
-    assert "3 families made, 0 there already" in printed
+    assert "3 families made, 0 already there" in printed
     assert "draws discarded: none" in printed
     assert "hardness (Spearman correlation of the mean squared error, 3 families): density" in printed
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

@@ -515,7 +515,7 @@ def test_the_command_and_workflows_take_the_option(source: Source, monkeypatch, 
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 0
-    assert "weighted by the fields' weights of pixels: l1" in capsys.readouterr().err
+    assert "weighted by the fields' pixel weights: l1" in capsys.readouterr().err
     values = expected(data["t2m"].values[1], "l1", data["cell_area"].values, "none")
     np.testing.assert_array_equal(matrices_of(source.out, "E/t2m")["l1"][1], values)
     workflow = Workflow.model_validate(

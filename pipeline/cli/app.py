@@ -21,7 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="How far apart are two simulations? Similarity metrics over whole archives.",
+    help="Compute how far apart simulations are, with similarity metrics, over whole archives.",
 )
 COMMANDS = (
     *(run, convert, distances, matrix, correlate, report, neighbours, embed, verify),
@@ -32,14 +32,14 @@ for command in COMMANDS:
 
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "catalog": (
-        "Data sets: where they come from, and whether they are complete.",
+        "List, download and check the source data that catalogs describe.",
         {"list": list_catalogs, "show": show_catalog, "fetch": fetch_catalog, "verify": verify_catalog},
     ),
     "weights": (
-        "Weights of the learned metrics.",
+        "List, download and check the weights of learned metrics.",
         {"list": list_weights, "fetch": fetch_weights, "verify": verify_weights},
     ),
-    "cluster": ("Where runs compute.", {"check": check}),
+    "cluster": ("Check the clusters that runs compute on.", {"check": check}),
 }
 for group, (text, commands) in GROUPS.items():
     commands_of_group = typer.Typer(no_args_is_help=True, help=text)
@@ -59,7 +59,10 @@ def _show_version(requested: bool) -> None:
 @app.callback()
 def root_options(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_show_version, help="Print the version of lsim and exit."
+        ),
     ] = False,
 ) -> None:
     """Read the options that stand before the name of a command."""

@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.display import (
-    show_cluster,
-)
+from pipeline.cli.display import show_cluster
 from pipeline.cli.options import (
     Metrics,
     Options,
@@ -23,14 +21,21 @@ from pipeline.cli.options import (
 
 def check(
     profile: Annotated[
-        str, typer.Argument(help="A profile's name or YAML file, or a scheduler's tcp:// or tls:// address.")
+        str,
+        typer.Argument(
+            help="Name or YAML file of a cluster profile, or the tcp:// or tls:// address of a running "
+            "scheduler."
+        ),
     ],
     frames: Annotated[
-        str | None, typer.Argument(help="A frames.zarr: what a run over it would take.")
+        str | None, typer.Argument(help="A frames.zarr for which to estimate the time of a run.")
     ] = None,
     folder: Annotated[
         Path | None,
-        typer.Option(help="That all workers see: a small archive lies there meanwhile. Not for local ones."),
+        typer.Option(
+            help="Folder that all workers can access, for a small temporary archive. Not needed for local "
+            "workers."
+        ),
     ] = None,
     metrics: Metrics = "all",
     own: OwnMetrics = None,
@@ -38,12 +43,12 @@ def check(
     weights: WeightsOption = None,
     workers: Workers = None,
 ) -> None:
-    """Start a cluster, look at its workers' versions and devices, and measure what a run would take."""
+    """Start a cluster, compare its workers' versions and devices, and measure their speed."""
     from pipeline.cluster_check import check_cluster
     from pipeline.workers.profiles import load_profile
 
     settings = read_settings(metric_names(metrics, own), option, weights)
-    found = check_cluster(load_profile(profile, workers), settings, folder=folder, frames=frames)
-    show_cluster(found)
-    if found.errors:
+    report = check_cluster(load_profile(profile, workers), settings, folder=folder, frames=frames)
+    show_cluster(report)
+    if report.errors:
         raise typer.Exit(1)

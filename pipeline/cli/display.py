@@ -1,4 +1,4 @@
-"""How the command line shows what was done: progress bars, tables, one line where one will do."""
+"""Display results in the terminal: progress bars, tables, and messages of one line."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 
 
 class _SafeConsole(Console):
-    """A console that writes out control characters: names and reasons of others don't command a terminal."""
+    """A console that shows control characters as text, so that foreign names cannot control the terminal."""
 
     def render_str(self, text: str, **options: Any) -> Text:
+        """Render text without its control characters."""
         return super().render_str(printable(text), **options)
 
 
@@ -48,7 +49,7 @@ _reported_warnings: set[str] = set()
 
 
 def show_warning_once(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Print a warning in one line, once in a run, without the line of code that raised it."""
+    """Print a warning in one line, once in a run, without the code that raised it."""
     text = str(message)
     if text not in _reported_warnings:
         _reported_warnings.add(text)
@@ -56,61 +57,79 @@ def show_warning_once(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def forget_warnings() -> None:
-    """Let warnings of earlier runs in this process be printed again."""
+    """Allow warnings of earlier runs in this process to be printed again."""
     _reported_warnings.clear()
 
 
 def announce(text: str) -> None:
-    """Print a line on what is about to be done, or on how it goes."""
+    """Print a line about the next step or its progress."""
     output.print(text, markup=False)
 
 
 SHOWN = 8
-"""Names of a list that may be long."""
+"""Number of entries shown of a list that may be long."""
 
 
 class _Rate(ProgressColumn):
-    """Steps per second."""
+    """Column with the steps per second."""
 
     def render(self, task: Task) -> Text:
+        """Render the rate; empty before the first step."""
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:.1f}/s", style="progress.data.speed")
 
 
 def stage(cluster: Any) -> Callable[[str], contextlib.AbstractContextManager[Callable[[int, int], None]]]:
-    """A progress bar a stage, with rate, remaining time, and the dashboard's address once there is one."""
+    """Make a function that shows a progress bar for a stage: rate, remaining time, the dashboard's address.
+
+    Parameters
+    ----------
+    cluster : Cluster or None
+        Its dashboard has an address once workers have started.
+    """
 
     @contextlib.contextmanager
-    def bar_of(title: str) -> Iterator[Callable[[int, int], None]]:
+    def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
         columns = (
-            *(TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), _Rate()),
-            *(TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[dashboard]}")),
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[dashboard]}"),
         )
         with Progress(*columns, console=console) as bars:
             bar = bars.add_task(title, total=None, dashboard="")
 
             def show(done: int, total: int) -> None:
-                bars.update(
-                    bar, completed=done, total=total, dashboard=getattr(cluster, "dashboard", None) or ""
-                )
+                dashboard = getattr(cluster, "dashboard", None) or ""
+                bars.update(bar, completed=done, total=total, dashboard=dashboard)
 
             yield show
+            # A stage without steps ends with a full bar, too.
             task = bars.tasks[0]
             bars.update(bar, total=task.completed or 1, completed=task.completed or 1)
 
-    return bar_of
+    return progress_bar
 
 
 def add_row(table: Table, *cells: str) -> None:
-    """A row of plain text: brackets in a path or a reason are no markup."""
+    """Add a row of plain text to a table: brackets in it are not markup."""
     table.add_row(*map(escape, cells))
 
 
+def _warn(text: str) -> None:
+    """Print a line in yellow to stderr."""
+    console.print(text, style="yellow", markup=False, soft_wrap=True)
+
+
 def show_simulation(report: Any, hardness: dict[str, float], measured: int) -> None:
+    """Show the numbers of simulated and discarded families, and their hardness over ``measured`` families."""
     if report.made:
         rate = 60 * len(report.made) / max(report.seconds, 1e-9)
         output.print(
-            f"{report.recipe}: {len(report.made)} families made, {len(report.present)} there already, "
+            f"{report.recipe}: {len(report.made)} families made, {len(report.present)} already there, "
             f"in {report.seconds:.1f} s ({rate:.1f}/min)",
             markup=False,
         )
@@ -127,25 +146,14 @@ def show_simulation(report: Any, hardness: dict[str, float], measured: int) -> N
             markup=False,
         )
     if report.others:
-        console.print(
-            f"{len(report.others)} folders of other families lie in {report.folder}, too",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
-        )
+        _warn(f"{report.folder} has {len(report.others)} folders of other families as well")
     if report.unlike:
-        more = f" and {len(report.unlike) - SHOWN} more" if len(report.unlike) > SHOWN else ""
-        console.print(
-            f"made with other settings: {', '.join(report.unlike[:SHOWN])}{more}",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
-        )
+        _warn(f"made with other settings: {_shortened(report.unlike)}")
     if report.store:
-        found = report.conversion
+        conversion = report.conversion
         output.print(
-            f"store: {report.store}: {len(found.converted)} sequences written, {len(found.unchanged)} up to "
-            f"date, {len(found.removed)} removed",
+            f"store: {report.store}: {len(conversion.converted)} sequences written, "
+            f"{len(conversion.unchanged)} up to date, {len(conversion.removed)} removed",
             markup=False,
         )
     if report.unusable:
@@ -158,20 +166,25 @@ def show_simulation(report: Any, hardness: dict[str, float], measured: int) -> N
 
 
 def show_calibration(recipe: str, families: int, size: int, seed: int) -> None:
+    """Search for the factor of a recipe's parameter steps that gives the target hardness, and show it."""
     from lsim.simulate import find_recipe
     from lsim.simulate.hardness import TARGET, calibrate_step
 
-    found = calibrate_step(find_recipe(recipe), families=families, size=size, seed=seed)
+    calibration = calibrate_step(find_recipe(recipe), families=families, size=size, seed=seed)
     table = Table("factor of the steps", "hardness")
-    for factor, hardness in found.evaluations:
+    for factor, hardness in calibration.evaluations:
         add_row(table, f"{factor:.3f}", f"{hardness:.3f}")
     output.print(table)
-    wanted = f"{TARGET[0]:g} to {TARGET[1]:g}"
-    state = f"within {wanted}" if found.reached else f"the nearest to {wanted} found"
-    output.print(f"{recipe}: factor {found.factor:.3f}, hardness {found.hardness:.3f}: {state}", markup=False)
+    target = f"the target of {TARGET[0]:g} to {TARGET[1]:g}"
+    state = f"within {target}" if calibration.reached else f"the nearest to {target}"
+    output.print(
+        f"{recipe}: factor {calibration.factor:.3f}, hardness {calibration.hardness:.3f}: {state}",
+        markup=False,
+    )
 
 
 def show_quarantined(quarantined: list[Any]) -> None:
+    """Show the sequences that could not be converted, with the reasons."""
     if not quarantined:
         return
     table = Table("data set", "field", "sequence", "file", "reason", title="Quarantined: not converted")
@@ -181,6 +194,7 @@ def show_quarantined(quarantined: list[Any]) -> None:
 
 
 def show_distances(report: Any) -> None:
+    """Show how many matrices were computed, what was left out, and what could not be compared."""
     if report.blocks:
         rate = report.computed / max(report.seconds, 1e-9)
         output.print(
@@ -198,40 +212,40 @@ def show_distances(report: Any) -> None:
         console.print(f"{report.copies} tasks ran so long that a second copy was sent to another worker")
     if report.symmetrised:
         console.print(
-            f"not symmetric, so half of d(a, b) + d(b, a): {', '.join(report.symmetrised)}", markup=False
+            f"not symmetric, stored as ½ (d(a, b) + d(b, a)): {', '.join(report.symmetrised)}", markup=False
         )
     _show_weighted(report.weighted)
     if report.unrecorded:
         console.print(
-            f"{report.unrecorded} matrices were computed again: their record was damaged, or without a digest"
+            f"{report.unrecorded} matrices were computed again: their record was damaged or had no digest"
         )
     for name, reason in report.unavailable.items():
-        console.print(f"left out: {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
+        _warn(f"left out: {name}: {reason}")
     _show_unresolved(report.unresolved)
     if report.failures:
         table = Table("data set", "field", "sequence", "metrics", "reason", title="Not compared")
-        alike: dict[tuple[str, ...], list[str]] = {}
+        by_reason: dict[tuple[str, ...], list[str]] = {}
         for entry in report.failures:
-            alike.setdefault((entry.dataset, entry.field, entry.sequence, entry.reason), []).append(
-                entry.metric
-            )
-        for (*where, reason), metrics in alike.items():
+            key = (entry.dataset, entry.field, entry.sequence, entry.reason)
+            by_reason.setdefault(key, []).append(entry.metric)
+        for (*where, reason), metrics in by_reason.items():
             add_row(table, *where, ", ".join(metrics), reason)
         console.print(table)
 
 
 def _show_weighted(metrics: Sequence[str]) -> None:
     if metrics:
-        console.print(f"means weighted by the fields' weights of pixels: {', '.join(metrics)}", markup=False)
+        console.print(f"weighted by the fields' pixel weights: {', '.join(metrics)}", markup=False)
 
 
 def _show_unresolved(unresolved: list[Any]) -> None:
-    """A line for each metric with distances that its arithmetic doesn't resolve."""
-    for one in unresolved:
-        console.print(str(one), style="yellow", markup=False, soft_wrap=True)
+    """Warn about each metric with distances below its precision."""
+    for metric in unresolved:
+        _warn(str(metric))
 
 
 def show_matrix(report: MatrixReport) -> None:
+    """Show how many tiles were computed, what was left out, and what could not be compared."""
     if report.tiles:
         output.print(
             f"{report.tiles} tiles computed, {report.up_to_date} up to date, from {report.embeddings} "
@@ -243,7 +257,7 @@ def show_matrix(report: MatrixReport) -> None:
         console.print(f"{report.copies} tasks ran so long that a second copy was sent to another worker")
     _show_weighted(report.weighted)
     for name, reason in report.unavailable.items():
-        console.print(f"left out: {name}: {reason}", style="yellow", markup=False, soft_wrap=True)
+        _warn(f"left out: {name}: {reason}")
     _show_unresolved(report.unresolved)
     if report.failures:
         table = Table("group", "metric", "frames", "reason", title="Not compared")
@@ -253,6 +267,7 @@ def show_matrix(report: MatrixReport) -> None:
 
 
 def show_embeddings(report: EmbeddingsReport) -> None:
+    """Show how many embeddings were computed, and which distance between them is the metric's."""
     values = " or ".join(sorted({str(length) for length in report.values.values()}, key=int))
     if report.computed:
         rate = report.computed / max(report.seconds, 1e-9)
@@ -266,78 +281,85 @@ def show_embeddings(report: EmbeddingsReport) -> None:
         name = report.feature_distance.capitalize().replace("euclidean", "Euclidean")
         output.print(f"the {name} distance of two embeddings is {report.metric}", markup=False)
     else:
-        output.print(f"{report.metric} is no Euclidean distance of its embeddings", markup=False)
+        output.print(f"{report.metric} is not a Euclidean distance of its embeddings", markup=False)
     if report.failures:
         table = Table("field", "sequence", "frames", "reason", title="Not embedded")
         for entry in report.failures:
-            add_row(table, entry.field, entry.sequence, _numbers(entry.numbers), entry.reason)
+            add_row(table, entry.field, entry.sequence, _shortened(entry.numbers), entry.reason)
         console.print(table)
 
 
-def _numbers(numbers: tuple[int, ...]) -> str:
-    """The first few of some numbers, and how many more."""
-    more = f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else ""
-    return ", ".join(map(str, numbers[:SHOWN])) + more
+def _shortened(entries: Sequence[object]) -> str:
+    """List the first few entries, and count the others."""
+    more = f" and {len(entries) - SHOWN} more" if len(entries) > SHOWN else ""
+    return ", ".join(map(str, entries[:SHOWN])) + more
 
 
-def show_neighbours(found: Neighbours, *, as_json: bool) -> None:
-    """A table of the nearest frames, with their distances by every metric; or the same as JSON."""
-    nearest = [
-        {"name": near.frame.name, "parameter": near.frame.parameter, "distances": near.distances}
-        for near in found.nearest
-    ]
+def show_neighbours(neighbours: Neighbours, *, as_json: bool) -> None:
+    """Show the nearest frames with their distances by every metric, as a table or as JSON."""
     if as_json:
-        about = {"of": found.of.name, "matrix": found.of.matrix, "metric": found.metric, "nearest": nearest}
-        counts = {"compared": found.compared, "without_distance": found.without_distance}
-        counts["unresolved"] = found.unresolved
-        about["directed"] = found.directed
-        output.print(json.dumps(_without_nan(about | counts), ensure_ascii=False), markup=False)
+        _print_neighbours_json(neighbours)
         return
-    metrics = [found.metric, *(name for name in found.nearest[0].distances if name != found.metric)]
-    # The frames' names come first, then as many metrics as a line holds, and the one that orders in any case.
-    room = output.width - max(len(near.frame.name) for near in found.nearest) - len("| parameter |") - 4
-    widths = itertools.accumulate(max(len(name), len("-1.234e-05")) + 3 for name in metrics)
-    fitting = max(1, sum(width <= room for width in widths))
-    metrics, left_out = metrics[:fitting], metrics[fitting:]
+    name, metrics = neighbours.of.name, _fitting_metrics(neighbours)
     table = Table("frame", "parameter", *map(escape, metrics))
-    table.title = f"nearest to {escape(found.of.name)} by {escape(found.metric)}"
+    table.title = f"nearest to {escape(name)} by {escape(neighbours.metric)}"
     for column in table.columns[1:]:
         column.justify = "right"
-    for near in found.nearest:
-        distances = [f"{near.distances[name]:.4g}" for name in metrics]
+    for near in neighbours.nearest:
+        distances = [f"{near.distances[metric]:.4g}" for metric in metrics]
         add_row(table, near.frame.name, f"{near.frame.parameter:.3g}", *distances)
     output.print(table)
-    if left_out:
-        console.print(f"--json has the distances by {', '.join(left_out)} as well", markup=False)
-    if found.without_distance:
-        verb = "has" if found.without_distance == 1 else "have"
-        console.print(
-            f"{found.without_distance} of {found.compared} frames {verb} no distance to it: not comparable",
-            style="yellow",
+    hidden = [metric for metric in neighbours.nearest[0].distances if metric not in metrics]
+    if hidden:
+        console.print(f"--json has the distances by {', '.join(hidden)} as well", markup=False)
+    if neighbours.without_distance:
+        verb = "has" if neighbours.without_distance == 1 else "have"
+        _warn(
+            f"{neighbours.without_distance} of {neighbours.compared} frames {verb} no distance to it: not "
+            "comparable"
         )
-    if found.directed:
+    if neighbours.directed:
         console.print(
-            f"not symmetric, so the distances with {found.of.name} as the reference: "
-            f"{', '.join(found.directed)}",
+            f"not symmetric, distances with {name} as the reference: {', '.join(neighbours.directed)}",
             markup=False,
         )
-    _say_unresolved(found)
-
-
-def _say_unresolved(found: Neighbours) -> None:
-    """Say that rounding may have ordered frames, where it may."""
-    if found.unresolved:
-        console.print(
-            f"{found.unresolved} distances by {found.metric} of the same sequence or tiles are below what "
-            "their precision resolves: the nearest may stand in another order (--precision double)",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
+    if neighbours.unresolved:
+        _warn(
+            f"{neighbours.unresolved} distances by {neighbours.metric} in these tiles or this sequence are "
+            "below what their precision resolves: the order may be wrong; compute with --precision double"
         )
+
+
+def _fitting_metrics(neighbours: Neighbours) -> list[str]:
+    """List the metrics whose columns fit in a line after the names, but at least the one that orders."""
+    names = neighbours.nearest[0].distances
+    metrics = [neighbours.metric, *(name for name in names if name != neighbours.metric)]
+    longest = max(len(near.frame.name) for near in neighbours.nearest)
+    room = output.width - longest - len("| parameter |") - 4
+    widths = itertools.accumulate(max(len(name), len("-1.234e-05")) + 3 for name in metrics)
+    return metrics[: max(1, sum(width <= room for width in widths))]
+
+
+def _print_neighbours_json(neighbours: Neighbours) -> None:
+    nearest = [
+        {"name": near.frame.name, "parameter": near.frame.parameter, "distances": near.distances}
+        for near in neighbours.nearest
+    ]
+    result = {
+        "of": neighbours.of.name,
+        "matrix": neighbours.of.matrix,
+        "metric": neighbours.metric,
+        "nearest": nearest,
+        "directed": neighbours.directed,
+        "compared": neighbours.compared,
+        "without_distance": neighbours.without_distance,
+        "unresolved": neighbours.unresolved,
+    }
+    output.print(json.dumps(_without_nan(result), ensure_ascii=False), markup=False)
 
 
 def _without_nan(value: Any) -> Any:
-    """The same with null for what JSON has no number for."""
+    """Replace numbers that JSON lacks, NaN and infinities, by null."""
     if isinstance(value, dict):
         return {key: _without_nan(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -346,28 +368,31 @@ def _without_nan(value: Any) -> Any:
 
 
 def show_verified(report: Any) -> None:
-    """What was read, and each damage with its chunk."""
+    """Show how much of a store was checked, and each damage with its chunk."""
     counted = {"frames": "sequences", "distances": "matrices", "matrix": "tiles"}.get(report.kind, "records")
     state = "whole" if report.whole else f"{len(report.damages)} damaged"
     output.print(f"{report.kind}: {report.chunks} chunks read, {report.compared} {counted} compared: {state}")
     if report.unfinished:
-        console.print(f"{report.unfinished} {counted} are not there yet: a run was stopped, or left them out")
+        console.print(f"{report.unfinished} {counted} are missing: a run was stopped, or left them out")
     for damage in report.damages:
         where = "/".join(filter(None, (damage.group, damage.array, damage.chunk)))
         output.print(f"damaged: {where} ({damage.what}): {damage.reason}", style="red", markup=False)
 
 
 def show_damaged(damaged: Sequence[str]) -> None:
-    """Name what isn't as it was written, and what to do."""
+    """Show damaged results that were left out, and the remedy."""
     for text in damaged[:SHOWN]:
         console.print(f"left out: {text}", style="red", markup=False, soft_wrap=True)
     if damaged:
         more = f"{len(damaged) - SHOWN} more are left out; " if len(damaged) > SHOWN else ""
-        console.print(f"{more}'lsim verify' lists all, 'lsim verify --repair' has them made again")
+        console.print(f"{more}'lsim verify' lists all; 'lsim verify --repair' lets the next run replace them")
 
 
 def show_correlations(report: CorrelationReport) -> None:
-    """Pooled Spearman per data set, best marked; the pools alone where a line doesn't hold all sets."""
+    """Show the Spearman correlation per data set and metric, the best in bold.
+
+    If not all data sets fit in a line, only pools of them are shown.
+    """
     correlations = report.correlations
     protocol = correlations["protocol"].iloc[0] if len(correlations) else ""
     rows = correlations.query("statistic == 'spearman' and field == 'all' and protocol == @protocol")
@@ -381,55 +406,55 @@ def show_correlations(report: CorrelationReport) -> None:
     for metric in dict.fromkeys(rows["metric"]):
         cells = []
         for dataset in datasets:
-            found = rows.query("metric == @metric and dataset == @dataset")["value"]
-            value = float(found.iloc[0]) if len(found) else float("nan")
+            values = rows.query("metric == @metric and dataset == @dataset")["value"]
+            value = float(values.iloc[0]) if len(values) else float("nan")
             cells.append(f"[bold]{value:.3f}[/]" if value == best[dataset] else f"{value:.3f}")
         table.add_row(escape(metric), *cells)
     output.print(table)
 
 
-def show_cluster(found: Any) -> None:
-    """Workers, what differs in their versions, and what a run would take."""
+def show_cluster(report: Any) -> None:
+    """Show the workers of a cluster, differences between them, and the time that a run would take."""
     table = Table("worker", "host", "threads", "device", "metrics loaded in", box=box.SIMPLE)
-    for worker in found.workers:
+    for worker in report.workers:
         add_row(table, worker.name, worker.host, str(worker.threads), worker.device, f"{worker.load_s:.1f} s")
     output.print(table)
-    tls = {True: "TLS", False: "no TLS", None: "no processes of its own"}[found.cluster.get("tls")]
-    asked = f" of {found.expected} asked for" if len(found.workers) < found.expected else ""
+    tls = {True: "TLS", False: "no TLS", None: "no processes of its own"}[report.cluster.get("tls")]
+    expected = f" of {report.expected} requested" if len(report.workers) < report.expected else ""
     output.print(
-        f"{len(found.workers)} worker(s){asked}, {found.threads} thread(s), "
-        f"after {found.start_s:.1f} s; {tls}",
+        f"{len(report.workers)} worker(s){expected}, {report.threads} thread(s), "
+        f"after {report.start_s:.1f} s; {tls}",
         markup=False,
     )
-    alike: dict[str, list[str]] = {}
-    for worker in found.workers:
-        of_worker = ", ".join(f"{name} {version}" for name, version in worker.versions.items())
-        alike.setdefault(of_worker, []).append(worker.name)
-    for of_workers, names in alike.items():
-        which = "all workers" if len(alike) == 1 else f"workers {', '.join(names)}"
-        output.print(f"{which}: {of_workers}", markup=False)
-    for line in found.warnings:
-        console.print(f"differs: {line}", style="yellow", markup=False, soft_wrap=True)
-    for line in found.errors:
+    by_versions: dict[str, list[str]] = {}
+    for worker in report.workers:
+        versions = ", ".join(f"{name} {version}" for name, version in worker.versions.items())
+        by_versions.setdefault(versions, []).append(worker.name)
+    for versions, names in by_versions.items():
+        which = "all workers" if len(by_versions) == 1 else f"workers {', '.join(names)}"
+        output.print(f"{which}: {versions}", markup=False)
+    for line in report.warnings:
+        _warn(f"differs: {line}")
+    for line in report.errors:
         console.print(f"error: {line}", style="red", markup=False, soft_wrap=True)
-    output.print(f"metrics: {', '.join(found.metrics)}", markup=False)
-    if found.unavailable:
-        output.print(f"not here: {', '.join(found.unavailable)}", markup=False)
-    for field in found.estimates:
-        rate = found.threads / field.sequence_s
+    output.print(f"metrics: {', '.join(report.metrics)}", markup=False)
+    if report.unavailable:
+        output.print(f"metrics that cannot be used: {', '.join(report.unavailable)}", markup=False)
+    for field in report.estimates:
+        rate = report.threads / field.sequence_s
         output.print(
             f"{field.key}: a sequence of {field.frames} frames takes {field.sequence_s:.2f} s of a thread; "
-            f"{rate / found.threads:.2f}/s a thread, {rate:.1f}/s in all: "
+            f"{rate / report.threads:.2f}/s per thread, {rate:.1f}/s in all: "
             f"{field.sequences} sequences in {field.blocks} blocks, about {duration(field.total_s)}",
             markup=False,
         )
-    if len(found.estimates) > 1:
-        total = sum(field.total_s for field in found.estimates)
+    if len(report.estimates) > 1:
+        total = sum(field.total_s for field in report.estimates)
         output.print(f"all fields: about {duration(total)}", markup=False)
 
 
 def duration(seconds: float) -> str:
-    """As people say it: ``40 s``, ``12 min``, ``3.5 h``."""
+    """Format a duration in a suitable unit: ``40 s``, ``12 min``, ``3.5 h``."""
     if seconds < 120:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

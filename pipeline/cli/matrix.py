@@ -1,4 +1,4 @@
-"""Compute distances of all frames of an archive, embeddings of each, and ask what lies near a frame."""
+"""Compare all frames of an archive: distances of all pairs, embeddings, nearest neighbours."""
 
 from __future__ import annotations
 
@@ -45,8 +45,10 @@ if TYPE_CHECKING:
 
 
 def matrix(
-    frames: Annotated[str, typer.Argument(help="A frames.zarr; a path or an address, s3:// or gs://.")],
-    out: Annotated[str, typer.Option(help="The store to make or bring up to date; a path or an address.")],
+    frames: Annotated[
+        str, typer.Argument(help="The frames.zarr to read; a path or an s3:// or gs:// address.")
+    ],
+    out: Annotated[str, typer.Option(help="Store to create or update; a path or an s3:// or gs:// address.")],
     metrics: Metrics = "all",
     own: OwnMetrics = None,
     option: Options = None,
@@ -56,37 +58,45 @@ def matrix(
     pixel_weights: PixelWeights = False,
     groups: Groups = None,
     together: Annotated[
-        str | None, typer.Option(metavar="NAME", help="One matrix over all groups, under this name.")
+        str | None,
+        typer.Option(metavar="NAME", help="Compute one matrix over all groups, with this name."),
     ] = None,
     scope: CommonScope = "dataset",
     compat: Compat = "default",
     size: Size = 224,
     order: Order = 0,
     tile: Annotated[
-        int | None, typer.Option(min=1, help="Frames on a side of a tile of a new store.")
+        int | None,
+        typer.Option(min=1, help="Frames along each side of a tile, the unit of work, of a new store."),
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory of each worker, for example 8GB.")
+        str | None, typer.Option(metavar="SIZE", help="Memory for each worker, for example 8GB.")
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Print what it will take, and stop.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print the estimated time and memory, and stop.")
+    ] = False,
     directed: Directed = False,
     strict: Strict = False,
     cluster: ClusterOption = "local",
     workers: Workers = None,
 ) -> None:
-    """Compute distances of all pairs of frames; only tiles that are new or out of date."""
+    """Compute distances between all frames of an archive, in tiles, where they are new or out of date."""
     from pipeline.matrix import compute_matrix
     from pipeline.matrix.machines import shared_memory_profile
     from pipeline.workers.cluster import Cluster
     from pipeline.workers.profiles import load_profile
 
-    others = {"size": size or None, "order": order, "compat": compat, "scope": parse_scope(scope)}
-    others |= {
+    stage_settings = {
+        "size": size or None,
+        "order": order,
+        "compat": compat,
+        "scope": parse_scope(scope),
         "directed": directed,
         "strict": strict,
         "pixel_weights": pixel_weights,
-    } | parse_mask_and_precision(mask, precision)
-    settings = read_settings(metric_names(metrics, own), option, weights, others)
+    }
+    stage_settings |= parse_mask_and_precision(mask, precision)
+    settings = read_settings(metric_names(metrics, own), option, weights, stage_settings)
     request = _matrix_request(groups, together, tile, memory)
     profile = shared_memory_profile(load_profile(cluster, workers))
     with Cluster(profile) as pool, stage(pool)("matrix") as show:
@@ -101,6 +111,7 @@ def matrix(
 def _matrix_request(
     groups: str | None, together: str | None, tile: int | None, memory: str | None
 ) -> MatrixRequest:
+    """Read the options that shape a matrix."""
     from pipeline.matrix import MatrixRequest
 
     try:
@@ -114,36 +125,47 @@ def _matrix_request(
 
 def neighbours(
     distances: Annotated[
-        str, typer.Argument(help="An matrix.zarr; or a distances.zarr, sequence by sequence.")
+        str,
+        typer.Argument(
+            help="A matrix.zarr; or a distances.zarr, where a frame's neighbours are in its own sequence."
+        ),
     ],
     of: Annotated[
-        str, typer.Option(help="The frame, <dataset>/<field>/<sequence>:<number>, or an end of that.")
+        str,
+        typer.Option(
+            help="The frame: <dataset>/<field>/<sequence>:<number>, or the last parts of it if unambiguous."
+        ),
     ],
-    k: Annotated[int, typer.Option("--k", min=1, help="How many.")] = 10,
+    k: Annotated[int, typer.Option("--k", min=1, help="Number of neighbours.")] = 10,
     metric: Annotated[
-        str | None, typer.Option(help="What orders them; default lsim, lsim-open, or the first there is.")
+        str | None,
+        typer.Option(
+            help="Metric that orders frames. Default: lsim, else lsim-open, else the first in the store."
+        ),
     ] = None,
     group: Annotated[
-        str | None, typer.Option(help="Group of the matrix, where the frame is in several.")
+        str | None, typer.Option(help="Group of the matrix, if the frame is in several.")
     ] = None,
     other_sequences: Annotated[
-        bool, typer.Option("--other-sequences", help="Leave out the frames of its own sequence.")
+        bool, typer.Option("--other-sequences", help="Leave out frames of the same sequence.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """The frames nearest to a frame, of a matrix over a whole archive."""
+    """List the frames nearest to a frame, from stored distances."""
     from pipeline.matrix.neighbours import find_neighbours
 
-    found = find_neighbours(distances, of, k, metric, matrix=group, other_sequences=other_sequences)
-    show_neighbours(found, as_json=as_json)
-    show_damaged(found.left_out)
-    exit_unless(not found.left_out)
+    neighbours = find_neighbours(distances, of, k, metric, matrix=group, other_sequences=other_sequences)
+    show_neighbours(neighbours, as_json=as_json)
+    show_damaged(neighbours.left_out)
+    exit_unless(not neighbours.left_out)
 
 
 def embed(
-    frames: Annotated[str, typer.Argument(help="A frames.zarr.")],
-    metric: Annotated[str, typer.Option(help="Whose embeddings: a name, or MODULE:CLASS.")],
-    out: Annotated[str, typer.Option(help="The store to make or bring up to date.")],
+    frames: Annotated[
+        str, typer.Argument(help="The frames.zarr to read; a path or an s3:// or gs:// address.")
+    ],
+    metric: Annotated[str, typer.Option(help="Metric that embeds the frames: a name, or MODULE:CLASS.")],
+    out: Annotated[str, typer.Option(help="Store to create or update; a path or an s3:// or gs:// address.")],
     groups: Groups = None,
     scope: CommonScope = "dataset",
     option: Options = None,
@@ -156,15 +178,18 @@ def embed(
     cluster: ClusterOption = "local",
     workers: Workers = None,
 ) -> None:
-    """Write a metric's embedding of every frame, for search libraries; only what is new or out of date."""
+    """Write a metric's embedding of each frame, for search libraries, where it is new or out of date."""
     from pipeline.matrix.embeddings import compute_embeddings
     from pipeline.workers.cluster import Cluster
     from pipeline.workers.profiles import load_profile
 
-    others = {"size": size or None, "order": order, "compat": compat, "scope": parse_scope(scope)}
-    settings = read_settings((metric,), option, weights, others | parse_mask_and_precision(mask, precision))
+    stage_settings = {"size": size or None, "order": order, "compat": compat, "scope": parse_scope(scope)}
+    settings = read_settings(
+        (metric,), option, weights, stage_settings | parse_mask_and_precision(mask, precision)
+    )
     with Cluster(load_profile(cluster, workers)) as pool, stage(pool)("embed") as show:
-        chosen = split_list(groups)
-        report = compute_embeddings(frames, out, settings, groups=chosen, cluster=pool, progress=show)
+        report = compute_embeddings(
+            frames, out, settings, groups=split_list(groups), cluster=pool, progress=show
+        )
     show_embeddings(report)
     exit_unless(not report.failures)

@@ -1,4 +1,4 @@
-"""Options that several commands have, and what their texts mean."""
+"""Options that several commands share, and the parsers of their values."""
 
 from __future__ import annotations
 
@@ -14,42 +14,53 @@ if TYPE_CHECKING:
     from pipeline.metrics.settings import Settings
 
 INCOMPLETE = 3
-"""Exit code of a run that finished, and left something out."""
+"""Exit code of a run that finished but left something out."""
 
 Names = Annotated[
-    list[str] | None, typer.Option("--dataset", "-d", help="Only this data set; may be repeated.")
+    list[str] | None,
+    typer.Option("--dataset", "-d", help="Name of a data set to use; may be repeated. Default: all."),
 ]
 DataDir = Annotated[
-    Path | None, typer.Option(help="Where source data lies; default $LSIM_DATA or the user cache.")
+    Path | None, typer.Option(help="Folder of the source data. Default: $LSIM_DATA, else the user cache.")
 ]
 ClusterOption = Annotated[
     str,
     typer.Option(
-        help="local, none, cuda, slurm, pbs, ssh, kubernetes, a profile's YAML file, or a scheduler's tcp:// "
-        "or tls:// address."
+        help="Where to compute: local (processes on this machine), none (this process), cuda, slurm, pbs, "
+        "ssh, kubernetes, a profile's YAML file, or a running scheduler's tcp:// or tls:// address."
     ),
 ]
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Worker processes, instead of the profile's; local: one a core.")
+    int | None,
+    typer.Option(min=1, help="Number of worker processes. Default: the profile's; for local, one per core."),
 ]
 WeightsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--weights",
         metavar="NAME=FILE",
-        help="Weights of your own as a metric of that name; may be repeated.",
+        help="Use weights of your own, from FILE, as the metric NAME; may be repeated.",
     ),
 ]
 Groups = Annotated[
-    str | None, typer.Option(help="Only these <dataset>/<field>, or patterns of them: A/density,B/*.")
+    str | None,
+    typer.Option(
+        help="Fields to use, <dataset>/<field>, separated by commas; patterns such as A/density,B/*. "
+        "Default: all."
+    ),
 ]
-Metrics = Annotated[str, typer.Option(help="Names separated by commas, or 'all'.")]
+Metrics = Annotated[
+    str,
+    typer.Option(
+        help="Names of metrics, separated by commas; or 'all' usable ones. 'lsim metrics' lists them."
+    ),
+]
 OwnMetrics = Annotated[
     list[str] | None,
     typer.Option(
         "--metric",
         metavar="MODULE:CLASS",
-        help="A metric of your own besides, importable from this folder; may be repeated.",
+        help="Add a metric of your own; MODULE is installed or in the current folder. May be repeated.",
     ),
 ]
 Options = Annotated[
@@ -57,63 +68,83 @@ Options = Annotated[
     typer.Option(
         "--option",
         metavar="METRIC.OPTION=VALUE",
-        help="Set an option of a metric, see 'lsim metrics NAME'; may be repeated.",
+        help="Set an option of a metric; 'lsim metrics NAME' lists them. May be repeated.",
     ),
 ]
 MaskOption = Annotated[
     str | None,
-    typer.Option("--mask", help="nan: leave missing pixels out, for metrics that take a mask; or none."),
+    typer.Option(
+        "--mask",
+        help="nan: leave missing pixels (NaN) out, in metrics that support it; none: use no mask.",
+    ),
 ]
 PrecisionOption = Annotated[
     str | None,
     typer.Option(
         "--precision",
-        help="exact; double: for frames that hardly differ; or ranking: faster, the same but for near-ties.",
+        help="exact; double: double precision, for frames that hardly differ; ranking: faster "
+        "learned metrics, which may swap ranks of almost equal distances.",
     ),
 ]
 PixelWeights = Annotated[
     bool,
     typer.Option(
         "--pixel-weights",
-        help="Weight means over pixels by the field's weights, which its catalog names; needs --size 0.",
+        help="Weight pixels in means by the field's weights, which the catalog names. Needs --size 0 "
+        "(size: null in a workflow).",
     ),
 ]
 VerifySources = Annotated[
     bool,
     typer.Option(
         "--verify-sources",
-        help="Decode all source files again and compare, whatever their sizes and times say.",
+        help="Decode and compare all source files, even if their sizes and times have not changed.",
     ),
 ]
-Strict = Annotated[bool, typer.Option("--strict", help="Make a metric that 'all' would leave out an error.")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Fail if a metric of 'all' cannot be used, rather than leave it out.")
+]
 ScopeOption = Annotated[
     str,
     typer.Option(
-        help="Normalise over: sequence, pair, dataset, or a fixed LO,HI; none: values in their own units."
+        help="Normalise frames by the minimum and maximum of their sequence, pair or dataset, or by a fixed "
+        "LO,HI; none: keep values in their own units."
     ),
 ]
 CommonScope = Annotated[
-    str, typer.Option(help="Normalise over: dataset, all frames together; a fixed LO,HI; or none.")
+    str,
+    typer.Option(
+        help="Normalise frames by the minimum and maximum of all frames together (dataset), or by a fixed "
+        "LO,HI; none: keep values in their own units."
+    ),
 ]
-Compat = Annotated[str, typer.Option(help="default, or published: the authors' evaluation.")]
-Size = Annotated[int, typer.Option(help="Resize frames to this side; 0 keeps their size.")]
-Order = Annotated[int, typer.Option(help="Spline order of the resize, 0 to 5.")]
+Compat = Annotated[
+    str,
+    typer.Option(help="Preprocessing: default, or published for that of the LSiM authors' evaluation."),
+]
+Size = Annotated[int, typer.Option(help="Side in pixels to which frames are resized; 0 keeps their size.")]
+Order = Annotated[int, typer.Option(help="Order of the splines that resize frames, 0 to 5.")]
 Directed = Annotated[
     bool,
     typer.Option(
-        "--directed", help="Keep both directions of metrics that aren't symmetric; rows are references."
+        "--directed",
+        help="For metrics that are not symmetric, store both directions, with rows as references, rather "
+        "than their mean.",
     ),
 ]
 
 
 def read_settings(
-    metrics: Any, option: list[str] | None, weights: list[str] | None, others: Mapping[str, Any] | None = None
+    metrics: Any,
+    option: list[str] | None,
+    weights: list[str] | None,
+    stage_settings: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Make settings of the options that stages have in common; metrics of this folder can be imported."""
+    """Read the options that stages share, and make metrics in the current folder importable."""
     from pipeline.metrics.settings import Settings
 
-    given = {"metrics": metrics, "options": parse_options(option, {}), "weights": parse_weights(weights)}
-    settings = Settings.model_validate(given | dict(others or {}))
+    common = {"metrics": metrics, "options": parse_options(option, {}), "weights": parse_weights(weights)}
+    settings = Settings.model_validate(common | dict(stage_settings or {}))
     make_importable(settings.metrics, Path.cwd())
     return settings
 
@@ -124,30 +155,30 @@ def split_list(text: str | None) -> list[str] | None:
 
 
 def metric_names(names: Any, own: list[str] | None = None) -> Any:
-    """Read names of metrics, or ``"all"``, and add references to metrics of the user's own."""
+    """Read names of metrics, or ``"all"``, and add references to custom metrics."""
     if isinstance(names, str) and names != "all":
         names = split_list(names)
     if not own:
         return names if names == "all" else tuple(names)
     if wrong := [name for name in own if ":" not in name]:
-        raise typer.BadParameter(f"--metric {wrong[0]!r}: expected MODULE:CLASS; names go into --metrics")
+        raise typer.BadParameter(f"--metric {wrong[0]!r}: expected MODULE:CLASS; give names to --metrics")
     return (*(["all"] if names == "all" else names), *own)
 
 
 def make_importable(metrics: Any, *folders: Path) -> None:
     """Let metrics given by reference be imported from these folders, by local workers as well.
 
-    The folders come last on the path: no file of the user's may replace a module of a library.
+    The folders come last on the path, so that a file of the user cannot replace a library's module.
     """
     if any(":" in name for name in metrics):
         sys.path += [folder for folder in map(str, folders) if folder not in sys.path]
 
 
 def parse_options(
-    texts: list[str] | None, known: Mapping[str, Mapping[str, Any]]
+    texts: list[str] | None, defaults: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Read METRIC.OPTION=VALUE, values as in YAML, and add them to known options by metric."""
-    by_metric = {metric: dict(options) for metric, options in known.items()}
+    """Read METRIC.OPTION=VALUE, with values in YAML, and add them to default options by metric."""
+    by_metric = {metric: dict(options) for metric, options in defaults.items()}
     for text in texts or []:
         name, equals, value = text.partition("=")
         metric, dot, option = name.rpartition(".")
@@ -156,18 +187,18 @@ def parse_options(
         try:
             by_metric.setdefault(metric, {})[option] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise typer.BadParameter(f"option {text!r}: the value is no YAML: {error}") from error
+            raise typer.BadParameter(f"option {text!r}: expected a value in YAML: {error}") from error
     return by_metric
 
 
 def parse_mask_and_precision(mask: str | None, precision: str | None) -> dict[str, Any]:
-    """Read the mask and the precision, where they are given."""
+    """Read the mask and the precision, if they are set."""
     changes: dict[str, Any] = {} if mask is None else {"mask": None if mask == "none" else mask}
     return changes if precision is None else changes | {"precision": precision}
 
 
 def parse_weights(texts: list[str] | None) -> dict[str, str]:
-    """Read NAME=FILE, by name."""
+    """Read NAME=FILE into files by name."""
     files = {}
     for text in texts or []:
         name, equals, file = text.partition("=")
@@ -178,7 +209,7 @@ def parse_weights(texts: list[str] | None) -> dict[str, str]:
 
 
 def parse_scope(text: str) -> Any:
-    """Read a scope: a word, or the two numbers of LO,HI."""
+    """Read a scope: a word, or two numbers LO,HI."""
     if "," not in text:
         return text
     try:
@@ -189,6 +220,6 @@ def parse_scope(text: str) -> Any:
 
 
 def exit_unless(complete: bool) -> None:
-    """End with the exit code of an incomplete run, unless it is complete."""
+    """Exit with the code of an incomplete run, unless the run is complete."""
     if not complete:
         raise typer.Exit(INCOMPLETE)

@@ -1,8 +1,8 @@
-"""Run the command in a process: errors in one line, exit codes, and the process left as it was found.
+"""Run a command: print errors in one line, set the exit code, and restore the state of the process.
 
 Exit codes: 0 success; 1 an error, reported in one line; 2 wrong usage; 3 finished, but some sequences were
-quarantined or could not be compared; 130 interrupted (Ctrl-C); 143 ended by SIGTERM. After the last two, the
-same command goes on where it stopped.
+quarantined or could not be compared; 130 interrupted (Ctrl-C); 143 ended by SIGTERM. After 130 and 143 the
+same command continues where it stopped.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ import typer
 
 from pipeline.cli.app import app
 from pipeline.cli.display import console, forget_warnings, show_warning_once
-from pipeline.workers import stopping
+from pipeline.workers import sigterm
 
 INTERRUPTED = 130
 
 
 def main() -> NoReturn:
-    """Run a command, and end with its exit code; the process is left as it was found."""
-    with _process_as_before():
+    """Run a command and exit with its code; the state of the process is restored."""
+    with _restoring_process():
         code, was_stopped = _run()
     if was_stopped and not _is_whole_process():
-        # Whoever called the command in their own program ends now, too: the signal was meant for all of it.
+        # The signal was meant for the whole process: a program that called the command ends now, too.
         signal.raise_signal(signal.SIGTERM)
     sys.exit(code)
 
 
 @contextlib.contextmanager
-def _process_as_before() -> Iterator[None]:
-    """Take back what a command changes of its process; signals are :mod:`pipeline.workers.stopping`'s."""
+def _restoring_process() -> Iterator[None]:
+    """Restore what a command changes in its process; :mod:`pipeline.workers.sigterm` restores the handler."""
     variables, path, modules = dict(os.environ), list(sys.path), set(sys.modules)
     show_warning, show_exception = warnings.showwarning, sys.excepthook
     torch: Any = sys.modules.get("torch")  # not imported for this alone
@@ -53,9 +53,9 @@ def _process_as_before() -> Iterator[None]:
     finally:
         warnings.showwarning = show_warning
         sys.excepthook = show_exception  # typer sets its own
-        random.setstate(random_state)  # Dask spreads its delays
+        random.setstate(random_state)  # Dask draws its delays
         if torch is not None:
-            torch.set_rng_state(torch_state)  # networks draw their first weights
+            torch.set_rng_state(torch_state)  # networks draw their initial weights
         for name in os.environ.keys() - variables.keys():
             del os.environ[name]
         os.environ.update(variables)
@@ -64,24 +64,24 @@ def _process_as_before() -> Iterator[None]:
 
 
 def _forget_modules(folders: Collection[str], names: Iterable[str]) -> None:
-    """Forget modules that were found in folders: another command may mean another file of the same name."""
+    """Forget modules from these folders: the next command may mean another file of the same name."""
     for name in list(names):
         top = name.partition(".")[0]
         file = getattr(sys.modules.get(name), "__file__", None)
-        places = [Path(folder, end) for folder in folders for end in (top, f"{top}.py")]
-        if file and top not in OURS and any(Path(file).is_relative_to(place) for place in places):
+        candidates = [Path(folder, end) for folder in folders for end in (top, f"{top}.py")]
+        if file and top not in OURS and any(Path(file).is_relative_to(path) for path in candidates):
             del sys.modules[name]
 
 
 OURS = ("lsim", "pipeline", "lsim_command")
-
+"""Top-level modules of this project, which stay imported."""
 
 _STARTED_AS = ("__main__", "runpy", "lsim_command", __name__)
-"""Modules between the start of a process and a command that is all it does."""
+"""Modules on the stack when a process was started only for a command."""
 
 
 def _is_whole_process() -> bool:
-    """Whether the process was started for this command, and nothing else runs in it."""
+    """Tell whether the process was started for this command alone."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_globals.get("__name__") not in _STARTED_AS:
@@ -91,23 +91,24 @@ def _is_whole_process() -> bool:
 
 
 def _run() -> tuple[int, bool]:
-    """Run a command: its exit code, with faults that users can mend in one line; whether SIGTERM ended it."""
-    with stopping.stoppable() as stop_on_sigterm:
+    """Run a command, and return its exit code and whether SIGTERM ended it."""
+    with sigterm.restoring_handler() as stop_on_sigterm:
         code = _exit_code(stop_on_sigterm)
-        was_stopped = stopping.asked()
-    if code in (INTERRUPTED, stopping.EXIT_CODE):  # typer turns Ctrl-C into this
-        console.print("stopped; what is finished is kept, run the same command again to go on")
+        was_stopped = sigterm.requested()
+    if code in (INTERRUPTED, sigterm.EXIT_CODE):  # typer turns Ctrl-C into this
+        console.print("stopped; what is finished is kept, run the same command again to continue")
     return code, was_stopped
 
 
 def _exit_code(stop_on_sigterm: Callable[[], None]) -> int:
+    """Run a command and return its exit code; errors that users can correct are printed in one line."""
     try:
         stop_on_sigterm()
         code = app(standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    except stopping.Stopped:
-        code = stopping.EXIT_CODE
+    except sigterm.Stopped:
+        code = sigterm.EXIT_CODE
     except Exception as error:
         code = _explain(error)
         if code is None:
@@ -116,8 +117,8 @@ def _exit_code(stop_on_sigterm: Callable[[], None]) -> int:
 
 
 def _explain(error: Exception) -> int | None:
-    """Print an error that is the user's to mend, and give its exit code; None for a fault of ours."""
-    # Only now: imported ahead, these would cost every command a second.
+    """Print an error that the user can correct and return its exit code; None for other errors."""
+    # Imported only here: these would cost every command a second.
     from lsim.export import ExportError
     from lsim.registry import UnknownMetricError
     from lsim.simulate import UnknownRecipeError

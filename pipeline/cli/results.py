@@ -14,21 +14,27 @@ from pipeline.cli.display import (
     show_verified,
     stage,
 )
-from pipeline.cli.options import (
-    exit_unless,
-)
+from pipeline.cli.options import exit_unless
 
 
 def correlate(
-    distances: Annotated[str, typer.Argument(help="A distances.zarr; a path or an address.")],
-    out: Annotated[str, typer.Option(help="Folder or address of the results.")],
+    distances: Annotated[
+        str, typer.Argument(help="The distances.zarr to read; a path or an s3:// or gs:// address.")
+    ],
+    out: Annotated[str, typer.Option(help="Folder or address to write the results to.")],
     protocol: Annotated[
-        list[str] | None, typer.Option(help="published or all-pairs; may be repeated. Default published.")
+        list[str] | None,
+        typer.Option(
+            help="Distances to correlate: published (frame 0 with each other frame) or all-pairs; may be "
+            "repeated. Default: published."
+        ),
     ] = None,
-    replicates: Annotated[int, typer.Option(min=0, help="Bootstrap replicates; 0 for no intervals.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    replicates: Annotated[
+        int, typer.Option(min=0, help="Number of bootstrap replicates; 0: no intervals.")
+    ] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap's random numbers.")] = 0,
 ) -> None:
-    """Correlate distances with ground truth, with bootstrap intervals over sequences."""
+    """Correlate distances with ground truth, with bootstrap confidence intervals over sequences."""
     from pipeline.correlate import LEFT_OUT, correlate
     from pipeline.storage.address import join
 
@@ -39,7 +45,7 @@ def correlate(
         console.print(note, markup=False)
     if len(report.left_out):
         console.print(
-            f"{len(report.left_out)} (sequence, metric) left out, named in {join(out, LEFT_OUT)}",
+            f"{len(report.left_out)} pairs of sequence and metric left out, listed in {join(out, LEFT_OUT)}",
             markup=False,
         )
     if report.up_to_date:
@@ -52,15 +58,16 @@ def report(
     results: Annotated[
         str,
         typer.Argument(
-            help="The folder or address that 'lsim correlate' wrote to; or a matrix.zarr by itself."
+            help="Folder or address of the results of 'lsim correlate'; or a matrix.zarr, for its maps alone."
         ),
     ],
     out: Annotated[
-        str | None, typer.Option(help="Folder of the page; default RESULTS/report, of a matrix.zarr: report.")
+        str | None,
+        typer.Option(help="Folder of the page. Default: RESULTS/report; for a matrix.zarr: report."),
     ] = None,
-    matrix: Annotated[str | None, typer.Option(help="A matrix.zarr whose maps are shown as well.")] = None,
+    matrix: Annotated[str | None, typer.Option(help="A matrix.zarr whose maps are added.")] = None,
 ) -> None:
-    """Write the HTML report of correlations, of a matrix of all frames, or of both."""
+    """Write an HTML report of correlations, of a matrix of all frames, or of both."""
     from pipeline.report import is_matrix, write_matrix_report, write_report
 
     if not is_matrix(results):
@@ -68,21 +75,28 @@ def report(
     elif matrix is None:
         page = write_matrix_report(results, out or "report")
     else:
-        raise typer.BadParameter(f"{results} is a matrix.zarr; --matrix goes with a folder of results")
+        raise typer.BadParameter(
+            f"{results} is a matrix.zarr: with --matrix, expected a folder of results before it"
+        )
     output.print(f"report: {page}", markup=False)
 
 
 def verify(
-    path: Annotated[str, typer.Argument(metavar="STORE", help="A frames.zarr, distances.zarr, ….")],
-    mend: Annotated[
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="STORE", help="The frames.zarr, distances.zarr, matrix.zarr or embeddings.zarr to check."
+        ),
+    ],
+    should_repair: Annotated[
         bool,
         typer.Option(
             "--repair", help="Remove the records of damaged values, so that the next run computes them again."
         ),
     ] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Threads that read and check.")] = 8,
+    threads: Annotated[int, typer.Option(min=1, help="Number of threads that read and check.")] = 8,
 ) -> None:
-    """Check every chunk of a store against its checksum, and its values against their records."""
+    """Check each chunk of a store against its checksum, and its values against their record."""
     from pipeline.storage.metadata import DOCUMENT
     from pipeline.verify import verify
     from pipeline.verify.damage import is_of_root
@@ -91,7 +105,7 @@ def verify(
     with stage(None)("verify") as show:
         report = verify(path, threads=threads, progress=show)
     show_verified(report)
-    if mend and not report.whole:
+    if should_repair and not report.whole:
         count = repair(path, report)
         stages = {"frames": "convert", "distances": "distances", "matrix": "matrix", "embeddings": "embed"}
         restored = sum(damage.chunk == DOCUMENT for damage in report.damages)

@@ -40,13 +40,20 @@ from pipeline.cli.options import (
 
 def run(
     workflow: Annotated[
-        str, typer.Argument(help="Name of a shipped workflow (demo, lsim2d, own_weights) or a YAML file.")
+        str,
+        typer.Argument(
+            help="Workflow: a YAML file, or the name of a shipped one (demo, lsim2d, own_weights)."
+        ),
     ],
     out: Annotated[
-        str | None, typer.Option(help="Folder or address of stores and results; default the workflow's.")
+        str | None,
+        typer.Option(help="Folder or address of stores and results. Default: the one in the workflow."),
     ] = None,
     data_dir: DataDir = None,
-    metrics: Annotated[str | None, typer.Option(help="Instead of the workflow's: names, or 'all'.")] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Names of metrics, separated by commas, or 'all'. Default: as in the workflow."),
+    ] = None,
     own: OwnMetrics = None,
     option: Options = None,
     mask: MaskOption = None,
@@ -58,29 +65,29 @@ def run(
     cluster: ClusterOption = "local",
     workers: Workers = None,
 ) -> None:
-    """Run a workflow: fetch, convert, distances, correlate, report; only what is out of date."""
+    """Run all stages of a workflow, from source data to the report, where they are out of date."""
     from pipeline.metrics.settings import Settings
     from pipeline.resources import find_resource
     from pipeline.workers.cluster import Cluster
     from pipeline.workers.profiles import load_profile
     from pipeline.workflow import open_workflow, run_workflow
 
-    chosen = open_workflow(workflow)
-    there = chosen.distances
+    opened = open_workflow(workflow)
+    defaults = opened.distances
     changes: dict[str, Any] = {
-        "strict": strict or there.strict,
-        "weights": there.weights | parse_weights(weights),
+        "strict": strict or defaults.strict,
+        "weights": defaults.weights | parse_weights(weights),
+        "metrics": metric_names(defaults.metrics if metrics is None else metrics, own),
+        "options": parse_options(option, defaults.options),
+        "pixel_weights": pixel_weights or defaults.pixel_weights,
     }
-    changes["metrics"] = metric_names(there.metrics if metrics is None else metrics, own)
-    changes["options"] = parse_options(option, there.options)
-    changes["pixel_weights"] = pixel_weights or there.pixel_weights
     changes |= parse_mask_and_precision(mask, precision)
-    settings = Settings.model_validate(there.model_dump() | changes)
+    settings = Settings.model_validate(defaults.model_dump() | changes)
     make_importable(settings.metrics, Path.cwd(), find_resource("workflows", workflow).parent)
-    chosen = chosen.model_copy(update={"distances": settings})
     with Cluster(load_profile(cluster, workers)) as pool:
         report = run_workflow(
-            *(chosen, pool),
+            opened.model_copy(update={"distances": settings}),
+            pool,
             out=out,
             data_dir=data_dir,
             progress=stage(pool),

@@ -1,4 +1,4 @@
-"""List, fetch and check source data, and convert it."""
+"""List, download, check and convert source data."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ from pipeline.cli.options import (
 
 
 def convert(
-    catalog: Annotated[str, typer.Argument(help="Name of a shipped catalog or a YAML file.")],
-    out: Annotated[str, typer.Option(help="The store to make or bring up to date; a path or an address.")],
+    catalog: Annotated[
+        str, typer.Argument(help="Catalog of source data: a YAML file, or the name of a shipped one.")
+    ],
+    out: Annotated[str, typer.Option(help="Store to create or update; a path or an s3:// or gs:// address.")],
     dataset: Names = None,
     data_dir: DataDir = None,
     verify_sources: VerifySources = False,
     cluster: ClusterOption = "local",
     workers: Workers = None,
 ) -> None:
-    """Convert source files to frames.zarr; only new and changed ones."""
+    """Convert source files to frames.zarr, where they are new or have changed."""
     from pipeline.convert import convert
     from pipeline.sources.catalog import open_catalog
     from pipeline.workers.cluster import Cluster
@@ -56,7 +58,7 @@ def convert(
             f"{len(report.removed)} removed in {report.seconds:.1f} s ({rate:.0f} MB/s)"
         )
     else:
-        compared = ", as their sources decode" if verify_sources else ""
+        compared = ", compared with their decoded sources" if verify_sources else ""
         output.print(f"nothing to do: {len(report.unchanged)} sequences are up to date{compared}")
     show_quarantined(report.quarantined)
     exit_unless(not report.quarantined)
@@ -75,9 +77,10 @@ def list_catalogs() -> None:
 
 
 def show_catalog(
-    catalog: Annotated[str, typer.Argument(help="Name or YAML file.")], data_dir: DataDir = None
+    catalog: Annotated[str, typer.Argument(help="Catalog: a YAML file, or the name of a shipped one.")],
+    data_dir: DataDir = None,
 ) -> None:
-    """Show a catalog's data sets, where they come from, and whether they are here."""
+    """Show a catalog's data sets, their readers, and the folders that hold their data."""
     from pipeline.sources.catalog import open_catalog
     from pipeline.sources.fetch import locate
 
@@ -86,21 +89,21 @@ def show_catalog(
     for label, text in (("licence", opened.licence), ("doi", opened.doi), ("citation", opened.citation)):
         if text:
             output.print(f"{label}: {text}", markup=False)
-    table = Table("data set", "title", "role", "reader", "here")
+    table = Table("data set", "title", "role", "reader", "folder")
     for entry in opened.datasets:
-        found = locate(opened, entry, data_dir)
-        add_row(table, entry.name, entry.title, entry.role, entry.reader, str(found) if found else "no")
+        folder = locate(opened, entry, data_dir)
+        add_row(table, entry.name, entry.title, entry.role, entry.reader, str(folder) if folder else "absent")
     output.print(table)
     for pool, members in opened.pools.items():
         output.print(f"pool {pool}: {', '.join(members)}", markup=False)
 
 
 def fetch_catalog(
-    catalog: Annotated[str, typer.Argument(help="Name or YAML file.")],
+    catalog: Annotated[str, typer.Argument(help="Catalog: a YAML file, or the name of a shipped one.")],
     dataset: Names = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Download, or simulate, the data of a catalog, with checksums."""
+    """Download or simulate the data of a catalog, and check its checksums."""
     from pipeline.sources.catalog import open_catalog
     from pipeline.sources.fetch import fetch
 
@@ -109,17 +112,17 @@ def fetch_catalog(
 
 
 def verify_catalog(
-    catalog: Annotated[str, typer.Argument(help="Name or YAML file.")],
+    catalog: Annotated[str, typer.Argument(help="Catalog: a YAML file, or the name of a shipped one.")],
     dataset: Names = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Check that a catalog's data is here and whole."""
+    """Check that the data of a catalog is present and undamaged."""
     from pipeline.sources.catalog import open_catalog
     from pipeline.sources.fetch import verify
 
     whole = True
     for entry in verify(open_catalog(catalog), dataset, data_dir):
         whole &= entry.ok
-        state = "damaged" if not entry.ok and entry.present else "here" if entry.present else "absent"
+        state = "absent" if not entry.present else "present" if entry.ok else "damaged"
         output.print(f"{entry.dataset}: {state}, checksum {entry.checksum}: {entry.detail}", markup=False)
     raise typer.Exit(0 if whole else 1)

@@ -21,7 +21,7 @@ from pipeline.matrix.frame_blocks import FrameBlock, read_block
 from pipeline.matrix.tiles import ROWS_AT_ONCE
 from pipeline.metrics.pixel_weights import FieldWeights, get_weighted
 from pipeline.storage import chunks, schema, store
-from pipeline.workers.worker_metrics import MetricRequest, this_device
+from pipeline.workers.worker_metrics import MetricRequest, process_device
 
 SIDE_TO_BEGIN_WITH = 8
 """Frames on a side of the square of pairs that is timed first."""
@@ -200,7 +200,7 @@ class Device:
 
 def device_of_worker() -> Device:
     """This process's device; 0 bytes are said to be free of a CPU."""
-    device = this_device()
+    device = process_device()
     if device.type != "cuda":
         return Device(device.type, platform.node(), 0)
     # Processes may each number those alone that they see.

@@ -1,7 +1,7 @@
-"""The frames nearest to a frame, read from its row of a distance matrix and from nothing else.
+"""Nearest frames of a frame, read from its row of a stored distance matrix.
 
-A row of an archive's matrix is read some chunks at a time, and the nearest so far are kept: memory is the
-same for a thousand frames and a million.
+A row of an archive's matrix is read a few chunks at a time, and only the nearest frames so far are kept: a
+million frames need no more memory than a thousand.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from pipeline.storage import metadata, schema, store
 from pipeline.storage.recorded import CheckedMatrix, check_rows, labels_of_blocks
 
 NAMES_TOGETHER = 1 << 16
-"""Frames whose names are in memory at once."""
+"""Number of frames whose names are in memory at once."""
 COLUMNS_TOGETHER = 1 << 14
-"""Distances of a row that are read at once: of tiles of 256², 16 MB."""
+"""Distances of a row that are read at once; with tiles of 256², their chunks have 16 MB."""
 NAMED = 5
-"""Frames, or sequences, that an error names."""
+"""Number of frames or sequences that an error lists."""
 DEFAULT_METRICS = ("lsim", "lsim-open")
-"""The metric that orders neighbours unless one is chosen, in order of preference; else the first there is."""
+"""Default metrics that order neighbours, by preference; without them, the first metric of the store."""
 
 
 class NeighboursError(ValueError):
-    """A frame that isn't there, or isn't the only one of its name, or has no neighbours to be found."""
+    """A frame is unknown or ambiguous, or has no distances."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Frame:
     """A frame of a matrix.
 
     ``matrix`` is the group of the matrix, ``row`` the index of the frame's distances in it, and ``field`` the
-    ``<dataset>/<field>`` that the frame is of.
+    frame's ``<dataset>/<field>``.
     """
 
     matrix: str
@@ -49,7 +49,7 @@ class Frame:
 
     @property
     def name(self) -> str:
-        """``<dataset>/<field>/<sequence>:<number>``."""
+        """The full name ``<dataset>/<field>/<sequence>:<number>``."""
         return frame_name(self.field, self.sequence, self.number)
 
 
@@ -63,27 +63,27 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The frames nearest to another.
+    """Nearest frames of a frame.
 
     Attributes
     ----------
     of : Frame
+        The frame.
     metric : str
-        That they are ordered by.
+        Metric that orders the others.
     nearest : list of Neighbour
-        Nearest first; of equally near ones in the order of the matrix.
+        Nearest first; frames at equal distances in the order of the matrix.
     compared : int
-        Frames that were looked at, the frame itself and, where asked, its sequence apart.
+        Number of other frames, without those of its own sequence if they were excluded.
     without_distance : int
-        How many of these have no distance to it.
+        Number of compared frames that have no distance to the frame.
     unresolved : int
-        Distances that rounding may have changed by more than 0.1 %, of the sequence or the tiles that those
-        shown are from, by the metric that orders them.
+        Number of distances by ``metric`` that rounding may have changed by more than 0.1 %, among all
+        distances of the sequence, or of the tiles, that contain the nearest.
     left_out : list of str
-        Distances that were looked at and don't count, with the reason: damaged ones, and those that aren't
-        computed yet.
+        Descriptions of distances that were ignored because they are damaged or not computed yet.
     directed : list of str
-        Metrics of which both directions are kept: their distances are those with the frame as the reference.
+        Metrics stored in both directions; their distances have the frame as the reference.
     """
 
     of: Frame
@@ -97,7 +97,7 @@ class Neighbours:
 
 
 class _CheckedSequence:
-    """A sequence's matrix of a ``distances.zarr``; NaN where it doesn't count, and ``left_out`` says why."""
+    """Matrix of a sequence in a ``distances.zarr``; NaN if it was ignored for the reasons in ``left_out``."""
 
     def __init__(self, values: np.ndarray, left_out: list[str]) -> None:
         self._values = values
@@ -125,60 +125,61 @@ def find_neighbours(
     matrix: str | None = None,
     other_sequences: bool = False,
 ) -> Neighbours:
-    """The frames nearest to one of an archive's, or of a sequence's in a ``distances.zarr``.
+    """Find the nearest frames of a frame in a store of distances.
 
     Parameters
     ----------
     path : path
-        A store of distances: of an archive, or of sequences, whose frames are compared with those of their
-        own sequence alone.
+        A ``matrix.zarr``; or a ``distances.zarr``, where frames have distances within their sequence only.
     name : str
-        ``<dataset>/<field>/<sequence>:<number>`` or an end of that after a slash, as long as it is of one
-        frame; without a number, frame 0.
+        ``<dataset>/<field>/<sequence>:<number>``, or its last parts if they are unambiguous. Without a
+        number: frame 0.
     k : int
-        How many; fewer where there are no more.
+        Number of neighbours; fewer are returned if there are no more.
     metric : str, optional
-        What orders them. Default: ``lsim`` where it is there, else ``lsim-open``, else the first.
+        Metric that orders the frames. Default: ``lsim``, else ``lsim-open``, else the first in the store.
     matrix : str, optional
-        Group of the matrix, where the frame is in several.
+        Group of the matrix, if the frame is in several.
     other_sequences : bool
-        Leave out the frames of its own sequence.
+        Exclude frames of the same sequence.
 
     Raises
     ------
     NeighboursError
-        When no frame or several have that name, when there is no such metric or matrix, or when the frame has
+        When no frame or several frames have that name, for an unknown metric or matrix, or when the frame has
         no distances.
     pipeline.storage.store.StoreError
-        When this is no store of distances.
+        When the path is no store of distances.
     """
     if k < 1:
-        raise NeighboursError(f"expected at least one neighbour to look for, got {k}")
+        raise NeighboursError(f"k: expected at least 1 neighbour, found {k}")
     root = _open(path)
     metadata.check_documents(root)
     frame = find_frame(path, name, matrix)
     group = store.get_group(root, frame.matrix)
     if other_sequences and not _is_archive(group):
         raise NeighboursError(
-            f"{path} compares frames with those of their own sequence alone; a matrix of all frames is made "
-            "by 'lsim matrix FRAMES --out matrix.zarr'"
+            f"{path} has distances of frames in their own sequence alone; a matrix of all frames is made by "
+            "'lsim matrix FRAMES --out matrix.zarr'"
         )
     metric = _choose_metric(path, frame.matrix, metrics_of(group), metric)
-    found = neighbours_of(root, frame, k, metric, other_sequences=other_sequences)
-    if found.without_distance == found.compared:
-        why = "; ".join(found.left_out[:NAMED]) or _why(group, frame, metric)
-        raise NeighboursError(f"{frame.name} has no distances by {metric}" + (f": {why}" if why else ""))
-    return found
+    neighbours = neighbours_of(root, frame, k, metric, other_sequences=other_sequences)
+    if neighbours.without_distance == neighbours.compared:
+        reason = "; ".join(neighbours.left_out[:NAMED]) or _recorded_failure(group, frame, metric)
+        raise NeighboursError(
+            f"{frame.name} has no distances by {metric}" + (f": {reason}" if reason else "")
+        )
+    return neighbours
 
 
 def neighbours_of(
     root: store.Group, frame: Frame, k: int, metric: str, *, other_sequences: bool = False
 ) -> Neighbours:
-    """:func:`find_neighbours` for a frame that is known."""
+    """Find the nearest frames of a frame that :func:`find_frame` returned; see :func:`find_neighbours`."""
     group = store.get_group(root, frame.matrix)
-    apart = (frame.field, frame.sequence) if other_sequences else None
+    excluded = (frame.field, frame.sequence) if other_sequences else None
     matrices = _checked_matrices(root, group, frame)
-    columns, compared, missing = _nearest_columns(matrices[metric], group, frame.row[-1], k, apart)
+    columns, compared, missing = _nearest_columns(matrices[metric], group, frame.row[-1], k, excluded)
     nearest = [
         Neighbour(
             _frame(group, frame.matrix, (*frame.row[:-1], column)),
@@ -193,7 +194,7 @@ def neighbours_of(
 
 
 def _checked_matrices(root: store.Group, group: store.Group, frame: Frame) -> dict[str, _Matrix]:
-    """The matrices that a frame is in, by metric: each is compared with its record where it is read."""
+    """Open the matrices of a frame by metric; distances are compared with their record when they are read."""
     names, key = metrics_of(group), frame.matrix
     if _is_archive(group):
         if not names:
@@ -203,34 +204,34 @@ def _checked_matrices(root: store.Group, group: store.Group, frame: Frame) -> di
     row = slice(frame.row[0], frame.row[0] + 1)
     values = {name: store.read(store.get_array(group, name), row) for name in names}
     checked = check_rows(root, key, values, row)
-    found: dict[str, _Matrix] = {}
+    matrices: dict[str, _Matrix] = {}
     for name, matrix in values.items():
         reason = checked.problems.get(name, [""])[0]
         if checked.counts(name, 0):
-            found[name] = _CheckedSequence(matrix[0], [])
+            matrices[name] = _CheckedSequence(matrix[0], [])
         else:
-            about = f"{key}: {name}, sequence {frame.sequence}: {reason}"
-            found[name] = _CheckedSequence(np.full_like(matrix[0], np.nan), [about])
-    return found
+            text = f"{key}: {name}, sequence {frame.sequence}: {reason}"
+            matrices[name] = _CheckedSequence(np.full_like(matrix[0], np.nan), [text])
+    return matrices
 
 
 def find_frame(path: str | os.PathLike[str], name: str, matrix: str | None = None) -> Frame:
-    """The one frame of a store of distances that has this name; see :func:`find_neighbours`."""
+    """Find a frame of a store of distances by name; arguments and errors as in :func:`find_neighbours`."""
     root = _open(path)
     keys = matrix_keys(root)
     if matrix is not None:
         if matrix not in keys:
-            raise NeighboursError(f"{path}: no matrix {matrix!r}; there are {_listed(keys)}")
+            raise NeighboursError(f"{path}: no matrix {matrix!r}; there are {_shortened(keys)}")
         keys = [matrix]
-    wanted = (name, f"{name}:0")
-    ends = tuple(f"/{text}" for text in wanted)
+    full_names = (name, f"{name}:0")
+    endings = tuple(f"/{text}" for text in full_names)
     exact: list[tuple[str, str, tuple[int, ...]]] = []
     tails: list[tuple[str, str, tuple[int, ...]]] = []
     for key in keys:
         for row, full in _names(store.get_group(root, key), key):
-            if full in wanted:
+            if full in full_names:
                 exact.append((full, key, row))
-            elif full.endswith(ends):
+            elif full.endswith(endings):
                 tails.append((full, key, row))
     matches = exact or tails
     if not matches:
@@ -238,31 +239,33 @@ def find_frame(path: str | os.PathLike[str], name: str, matrix: str | None = Non
     if len(matches) == 1:
         _, key, row = matches[0]
         return _frame(store.get_group(root, key), key, row)
-    found = list(dict.fromkeys(full for full, _, _ in matches))
-    if len(found) > 1:
-        raise NeighboursError(f"{path}: {name!r} may be any of {_listed(found)}: give more of its name")
-    there = _listed([key for _, key, _ in matches])
-    raise NeighboursError(f"{path}: {found[0]} is in several matrices, {there}: choose one of them")
+    names = list(dict.fromkeys(full for full, _, _ in matches))
+    if len(names) > 1:
+        raise NeighboursError(f"{path}: {name!r} may be any of {_shortened(names)}: give more of its name")
+    groups = _shortened([key for _, key, _ in matches])
+    raise NeighboursError(
+        f"{path}: {names[0]} is in several matrices, {groups}: choose one of them (--group)"
+    )
 
 
 def matrix_keys(root: store.Group) -> list[str]:
-    """Groups of a store of distances that hold matrices."""
+    """List the groups of a store of distances that hold matrices."""
     return store.field_keys(root, schema.PARAMETER)
 
 
 def metrics_of(group: store.Group) -> list[str]:
-    """Metrics of a matrix's group."""
+    """List the metrics in the group of a matrix."""
     names = schema.matrix_metric_names if _is_archive(group) else schema.metric_names
     return names(group.array_keys())
 
 
 def leading_metric(names: Sequence[str]) -> str:
-    """The metric that is shown first: see :data:`DEFAULT_METRICS`."""
+    """Choose the metric to show first, see :data:`DEFAULT_METRICS`."""
     return next((name for name in DEFAULT_METRICS if name in names), names[0])
 
 
 def frame_name(field: str, sequence: str, number: int) -> str:
-    """What a frame is called."""
+    """Build the full name of a frame."""
     return f"{field}/{sequence}:{number}"
 
 
@@ -270,12 +273,12 @@ def frame_name(field: str, sequence: str, number: int) -> str:
 
 
 def _nearest_columns(
-    matrix: _Matrix, group: store.Group, row: int, k: int, apart: tuple[str, str] | None
+    matrix: _Matrix, group: store.Group, row: int, k: int, excluded: tuple[str, str] | None
 ) -> tuple[list[int], int, int]:
-    """The ``k`` other columns of a row with the smallest distances, nearest first.
+    """Find the ``k`` columns of a row with the smallest distances, nearest first.
 
-    And how many others there are, and how many of these have no distance. Frames of the field and sequence
-    ``apart`` are no others.
+    Returns the columns, the number of compared columns, and the number of these without a distance. The frame
+    itself, and frames of the field and sequence ``excluded``, are not compared.
     """
     length = matrix.length
     tile = matrix.tile if isinstance(matrix, CheckedMatrix) else length
@@ -285,23 +288,24 @@ def _nearest_columns(
     for start in range(0, length, step):
         part = slice(start, min(start + step, length))
         values = matrix.row(row, part).astype(np.float64)
-        here = np.arange(part.start, part.stop)
-        kept = here != row
-        if apart is not None:
-            kept &= ~_is_of(group, part, *apart)
-        values, here = values[kept], here[kept]
-        there = ~np.isnan(values)
+        indices = np.arange(part.start, part.stop)
+        is_other = indices != row
+        if excluded is not None:
+            is_other &= ~_is_in_sequence(group, part, *excluded)
+        values, indices = values[is_other], indices[is_other]
+        valid = ~np.isnan(values)
         compared += len(values)
-        missing += len(values) - int(there.sum())
-        distances = np.concatenate([distances, values[there]])
-        columns = np.concatenate([columns, here[there]])
+        missing += len(values) - int(valid.sum())
+        # Keep the nearest of those so far and these.
+        distances = np.concatenate([distances, values[valid]])
+        columns = np.concatenate([columns, indices[valid]])
         best = np.argsort(distances, kind="stable")[:k]
         distances, columns = distances[best], columns[best]
     return columns.tolist(), compared, missing
 
 
 def _unresolved_near(group: store.Group, row: tuple[int, ...], columns: Sequence[int], metric: str) -> int:
-    """Count what a store records as unresolved where some distances of a row are; 0 where it doesn't say."""
+    """Count the unresolved distances in the tiles, or the sequence, of a row's columns; 0 without records."""
     recorded = schema.UNRESOLVED if _is_archive(group) else schema.RESOLUTION
     if f"{schema.PROVENANCE}/{recorded}" not in group:
         return 0
@@ -321,13 +325,13 @@ def _unresolved_near(group: store.Group, row: tuple[int, ...], columns: Sequence
     )
 
 
-def _why(group: store.Group, frame: Frame, metric: str) -> str:
-    """Why a frame has no distances, where the store says so."""
+def _recorded_failure(group: store.Group, frame: Frame, metric: str) -> str:
+    """Read the recorded reason why a frame has no distances; empty if there is none."""
     provenance = store.get_group(group, schema.PROVENANCE)
     names = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
     if metric not in names:
         return ""
-    # Of a sequence's matrix, one reason for all of its frames.
+    # The matrix of a sequence has one reason for all frames.
     texts = store.get_array(provenance, schema.FAILURE)
     place = (names.index(metric), frame.row[0])
     return str(store.read(texts, tuple(slice(k, k + 1) for k in place)).item())
@@ -340,19 +344,17 @@ def _open(path: str | os.PathLike[str]) -> store.Group:
     root = store.open_store(path)
     kind = root.attrs.get("kind", schema.DISTANCES_STORE)
     if kind not in (schema.MATRIX_STORE, schema.DISTANCES_STORE):
-        raise store.StoreError(
-            f"{path}: expected a store of distances, of an archive best; found one of {kind}"
-        )
+        raise store.StoreError(f"{path}: expected a matrix.zarr or a distances.zarr, found a store of {kind}")
     return root
 
 
 def _is_archive(group: store.Group) -> bool:
-    """Whether a matrix is of all frames, and not of each sequence's."""
+    """Tell whether a group has a matrix of all frames, rather than one for each sequence."""
     return schema.NUMBER in group
 
 
 def _names(group: store.Group, key: str) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Every frame's row and name."""
+    """Yield the row and the full name of each frame."""
     sequences = store.get_array(group, schema.SEQUENCE)
     if not _is_archive(group):
         numbers = range(store.get_array(group, schema.PARAMETER).shape[1])
@@ -371,10 +373,10 @@ def _names(group: store.Group, key: str) -> Iterator[tuple[tuple[int, ...], str]
 
 
 def _frame(group: store.Group, key: str, row: tuple[int, ...]) -> Frame:
-    """The frame of a row; of a sequence's matrix, of the row's last index in that sequence."""
+    """Read the frame of a row: (frame,) in a matrix of all frames, (sequence, frame) in others."""
 
-    def at(name: str, *place: int) -> Any:
-        return store.read(store.get_array(group, name), tuple(slice(k, k + 1) for k in place)).item()
+    def at(name: str, *index: int) -> Any:
+        return store.read(store.get_array(group, name), tuple(slice(k, k + 1) for k in index)).item()
 
     parameter = float(at(schema.PARAMETER, *row))
     sequence = str(at(schema.SEQUENCE, row[0]))
@@ -383,8 +385,8 @@ def _frame(group: store.Group, key: str, row: tuple[int, ...]) -> Frame:
     return Frame(key, row, str(at(schema.FIELD, *row)), sequence, int(at(schema.NUMBER, *row)), parameter)
 
 
-def _is_of(group: store.Group, part: slice, field: str, sequence: str) -> np.ndarray:
-    """Which of some frames are of a sequence."""
+def _is_in_sequence(group: store.Group, part: slice, field: str, sequence: str) -> np.ndarray:
+    """Tell for each frame of a part of the matrix whether it is in a sequence."""
     fields, sequences = (
         store.read(store.get_array(group, name), part) for name in (schema.FIELD, schema.SEQUENCE)
     )
@@ -392,7 +394,7 @@ def _is_of(group: store.Group, part: slice, field: str, sequence: str) -> np.nda
 
 
 def _unknown(path: str | os.PathLike[str], root: store.Group, keys: Sequence[str], name: str) -> str:
-    """What is said of a name that nothing has: near ones, or how far the sequence goes."""
+    """Write the message for an unknown name, with the sequence's frames or similar names."""
     stem, colon, number = name.rpartition(":")
     stem = stem if colon and number.isdigit() else name
     lengths: dict[str, int] = {}
@@ -410,23 +412,26 @@ def _unknown(path: str | os.PathLike[str], root: store.Group, keys: Sequence[str
             tails.setdefault(tail, []).append(sequence)
     near = [full for tail in difflib.get_close_matches(stem, tails, n=3, cutoff=0.5) for full in tails[tail]]
     if near:
-        return f"{path}: no frame {name!r}; did you mean one of {_listed(list(dict.fromkeys(near)))}?"
-    return f"{path}: no frame {name!r}; there are frames of {_listed(list(lengths))}"
+        return f"{path}: no frame {name!r}; did you mean one of {_shortened(list(dict.fromkeys(near)))}?"
+    return f"{path}: no frame {name!r}; there are frames of {_shortened(list(lengths))}"
 
 
 def _choose_metric(path: str | os.PathLike[str], key: str, names: Sequence[str], metric: str | None) -> str:
+    """Check the name of a metric, or choose the default."""
     if not names:
-        raise NeighboursError(f"{path}/{key}: no metric has distances here yet")
+        raise NeighboursError(
+            f"{path}/{key}: no metric has distances yet: run 'lsim matrix' or 'lsim distances'"
+        )
     if metric is None:
         return leading_metric(names)
     if metric not in names:
         raise NeighboursError(
-            f"{path}/{key}: no distances by {metric!r}; there are those by {_listed(names)}"
+            f"{path}/{key}: no distances by {metric!r}; there are those by {_shortened(names)}"
         )
     return metric
 
 
-def _listed(names: Sequence[str]) -> str:
-    """The first few of some names, and how many more."""
+def _shortened(names: Sequence[str]) -> str:
+    """List the first few names, and count the others."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

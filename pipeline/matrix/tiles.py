@@ -33,7 +33,7 @@ from pipeline.metrics.settings import is_directed
 from pipeline.stage import trials
 from pipeline.storage import digests, schema, store
 from pipeline.storage.recorded import tile_identity, tile_texts
-from pipeline.workers import stopping
+from pipeline.workers import sigterm
 from pipeline.workers.worker_metrics import MetricRequest, still_wanted
 
 logger = logging.getLogger(__name__)
@@ -188,8 +188,8 @@ def compute_tiles(task: TileTask) -> TileResult:
         for index, block in task.blocks.items()
     }
     for i, j in in_order(task.tiles.values()):
-        if stopping.asked():
-            raise stopping.Stopped  # of a driver that computes by itself; tiles before this one are done
+        if sigterm.requested():
+            raise sigterm.Stopped  # of a driver that computes by itself; tiles before this one are done
         _check_wanted(task, i, j)
         names = [name for name, tiles in task.tiles.items() if (i, j) in tiles]
         began = time.perf_counter()

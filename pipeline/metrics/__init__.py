@@ -1,1 +1,1 @@
-"""Choose metrics for a stage: settings, fields, ranges of values, and what rounding hides."""
+"""Metrics of a stage: settings, fields, pixel weights, ranges of values, and effects of rounding."""

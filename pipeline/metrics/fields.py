@@ -1,4 +1,4 @@
-"""Which fields of a ``frames.zarr`` a stage computes from, once they are known to be whole."""
+"""Fields of a ``frames.zarr``: choose them for a stage, and check that they are complete."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from pipeline.storage.safe_names import group_fault
 def checked_fields(
     source: store.Group, path: str | os.PathLike[str], groups: Sequence[str] | None = None
 ) -> list[str]:
-    """Keys ``<dataset>/<field>`` of a store of frames, all of them or those chosen.
+    """List the keys ``<dataset>/<field>`` of a store of frames, and check each field.
 
     Parameters
     ----------
     source : Group
         The store's root.
     path : path
-        Where it is, for messages.
+        Location of the store, for messages.
     groups : sequence of str, optional
-        Keys, or patterns of them: ``Smoke/*``.
+        Keys to list, or patterns of them: ``Smoke/*``. Default: all.
 
     Raises
     ------
     pipeline.storage.store.StoreError
         For a store of another kind, without such fields, or whose conversion was interrupted.
     pipeline.storage.store.DamagedError
-        For one that has lost a group or an array: its distances must not go as well.
+        For a store that has lost a group or an array: its distances must not be deleted as well.
     pipeline.storage.schema.SchemaError
-        For a field that is not as it should be.
+        For a field that breaks the schema.
     """
     if source.attrs.get("kind", schema.FRAMES_STORE) != schema.FRAMES_STORE:
         raise store.StoreError(f"{path}: expected a store of frames, found one of {source.attrs['kind']}")
@@ -41,14 +41,14 @@ def checked_fields(
     if not keys:
         raise store.StoreError(f"{path}: expected groups <dataset>/<field> with frames, found none")
     if groups is not None:
-        keys = _chosen(keys, path, groups)
+        keys = _matching(keys, path, groups)
     for key in keys:
         if fault := next(filter(None, map(group_fault, key.split("/"))), ""):
-            raise store.StoreError(f"{path}: a group called {fault}")
+            raise store.StoreError(f"{path}: expected a safe name for a group, found one called {fault}")
         content = store.read(store.get_array(store.get_group(source, key), schema.CONTENT)).tolist()
         if "" in content:
             raise store.StoreError(
-                f"{path}: {content.count('')} of {len(content)} sequences of {key} are not there: their "
+                f"{path}: {content.count('')} of {len(content)} sequences of {key} are missing: their "
                 "conversion was interrupted; run it again"
             )
         check_bound(store.get_group(source, key))
@@ -58,27 +58,27 @@ def checked_fields(
 
 
 def field_units(source: store.Group, keys: Sequence[str]) -> str:
-    """Read the units of fields' values; empty where they aren't stated, or not the same for all."""
-    attributes = [store.get_array(store.get_group(source, key), schema.FRAMES).attrs for key in keys]
-    units = {str(known.get("units", "")) for known in attributes}
+    """Read the units of fields' values; empty if they are missing or differ between fields."""
+    arrays = [store.get_array(store.get_group(source, key), schema.FRAMES) for key in keys]
+    units = {str(array.attrs.get("units", "")) for array in arrays}
     return units.pop() if len(units) == 1 else ""
 
 
 def drop_vanished(root: store.Group, variable: str, source: store.Group, besides: Sequence[str] = ()) -> None:
-    """Delete the fields of a store of results that the frames no longer have.
+    """Delete the results of fields that the frames no longer have.
 
-    Only as consolidated metadata says: without it, while frames are converted, nothing is deleted.
+    Consolidated metadata decides: without it, while frames are being converted, nothing is deleted.
 
     Parameters
     ----------
     root : Group
-        Of the store of results.
+        Root of the store of results.
     variable : str
-        What every field there has.
+        Name of an array that each field in it has.
     source : Group
-        Of the ``frames.zarr``.
+        Root of the ``frames.zarr``.
     besides : sequence of str
-        Patterns of groups that are no field's, and stay.
+        Patterns of groups that don't belong to a field, and are kept.
 
     Raises
     ------
@@ -89,7 +89,7 @@ def drop_vanished(root: store.Group, variable: str, source: store.Group, besides
     listed = metadata.listed_members(source)
     if listed is None:
         return
-    for key in _of_fields(root, variable, besides):
+    for key in _field_keys(root, variable, besides):
         if f"{key}/{schema.FRAMES}" not in listed:
             store.delete(root, key)
 
@@ -97,21 +97,21 @@ def drop_vanished(root: store.Group, variable: str, source: store.Group, besides
 def refuse_others_results(
     root: store.Group, variable: str, source: store.Group, besides: Sequence[str] = ()
 ) -> None:
-    """Raise :class:`~pipeline.storage.store.StoreError` for results none of whose fields the frames have."""
-    there, known = _of_fields(root, variable, besides), store.field_keys(source, schema.FRAMES)
-    if there and not set(there) & set(known):
+    """Raise :class:`~pipeline.storage.store.StoreError` if the frames have none of the results' fields."""
+    results, frames = _field_keys(root, variable, besides), store.field_keys(source, schema.FRAMES)
+    if results and not set(results) & set(frames):
         raise store.StoreError(
-            f"{root.store_path} holds results of {', '.join(there)}, and none of {', '.join(known)}: choose "
-            "another path"
+            f"{root.store_path} holds results of {', '.join(results)}, and none of {', '.join(frames)}: "
+            "choose another path"
         )
 
 
-def _of_fields(root: store.Group, variable: str, besides: Sequence[str]) -> list[str]:
+def _field_keys(root: store.Group, variable: str, besides: Sequence[str]) -> list[str]:
     keys = store.field_keys(root, variable)
     return [key for key in keys if not any(fnmatch.fnmatchcase(key, pattern) for pattern in besides)]
 
 
-def _chosen(keys: Sequence[str], path: str | os.PathLike[str], groups: Sequence[str]) -> list[str]:
+def _matching(keys: Sequence[str], path: str | os.PathLike[str], groups: Sequence[str]) -> list[str]:
     for pattern in groups:
         if not any(fnmatch.fnmatchcase(key, pattern) for key in keys):
             raise store.StoreError(f"{path}: no group {pattern!r}; there are {', '.join(keys)}")

@@ -1,7 +1,7 @@
-"""Weights of pixels in runs: those of each field, and the metrics of a run weighted by them.
+"""Pixel weights: read those of each field, and weight the metrics of a run by them.
 
-Tasks name a field's weights by its store and their hash. Workers read them from there, once for all fields
-that have the same.
+A task names a field's weights by store, field and hash. A worker reads them from the store, once for all
+fields with equal weights.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from pipeline.storage.checked_frames import hash_weights, read_weights
 from pipeline.workers.worker_metrics import MetricRequest, get_metric
 
 HELD = 64
-"""Weighted metrics that a worker holds: each has a copy of the weights."""
+"""Number of weighted metrics that a worker holds, each with a copy of the weights."""
 
 
 @dataclass(frozen=True)
 class FieldWeights:
-    """Weights of a field's pixels, as tasks name them: equal where the weights are.
+    """Reference to a field's pixel weights, for tasks; two references are equal if the weights are.
 
     Attributes
     ----------
     frames, key : str
-        The store and the field that have them.
+        Store and field of the weights.
     digest : str
-        Their hash, see :func:`pipeline.storage.checked_frames.hash_weights`.
+        Hash of the weights, see :func:`pipeline.storage.checked_frames.hash_weights`.
     """
 
     frames: str = field(compare=False)
@@ -43,43 +43,45 @@ class FieldWeights:
 
 @dataclass(frozen=True)
 class FieldMetrics:
-    """The metrics of a run for one field; weighted, where ``weights`` says by what."""
+    """Metrics of a run for one field; weighted if ``weights`` is not None."""
 
     metrics: list[Metric]
     weights: FieldWeights | None = None
 
 
 def metrics_by_field(
-    chosen: ChosenMetrics, source: store.Group, frames: str, keys: Sequence[str], *, weighted: bool
+    selection: ChosenMetrics, source: store.Group, frames: str, keys: Sequence[str], *, weighted: bool
 ) -> tuple[ChosenMetrics, dict[str, FieldMetrics]]:
-    """Give each field the metrics of a run, weighted by the field's weights of pixels if they shall be.
+    """Prepare the metrics of a run for each field, weighted by the field's pixel weights on request.
 
     Parameters
     ----------
-    chosen : ChosenMetrics
+    selection : ChosenMetrics
     source : Group
         Root of the ``frames.zarr``.
     frames : str
-        Where workers find it.
+        Path or address of the store for workers.
     keys : sequence of str
         The fields, ``<dataset>/<field>``.
     weighted : bool
+        Weight the metrics.
 
     Returns
     -------
     ChosenMetrics
-        Without those of ``"all"`` that cannot take the weights of a field, which are unavailable then.
+        A metric of ``"all"`` that cannot take the weights of a field has become unavailable.
     dict of str to FieldMetrics
+        Metrics by field.
 
     Raises
     ------
     ValueError
-        For fields without weights, and metrics asked for by name that cannot take those of a field.
+        For fields without weights, and for metrics requested by name that cannot take a field's weights.
     pipeline.storage.store.DamagedError
-        For weights that are not those that were converted.
+        For weights that differ from those that were converted.
     """
     if not weighted:
-        return chosen, {key: FieldMetrics(chosen.metrics) for key in keys}
+        return selection, {key: FieldMetrics(selection.metrics) for key in keys}
     arrays = {key: read_weights(store.get_group(source, key)) for key in keys}
     if lacking := [key for key, weights in arrays.items() if weights is None]:
         raise ValueError(
@@ -87,49 +89,51 @@ def metrics_by_field(
             "in each field: name the source's variable in the catalog (options: weights) and convert again, "
             "or leave out --pixel-weights (pixel_weights in a workflow)"
         )
-    found: dict[str, FieldMetrics] = {}
+    fields: dict[str, FieldMetrics] = {}
     by_digest: dict[str, list[Metric]] = {}
     refused: dict[str, str] = {}
     for key, weights in arrays.items():
         assert weights is not None
         digest = hash_weights(weights)
         if digest not in by_digest:
-            by_digest[digest] = _weighted(chosen, weights, key, refused)
-        found[key] = FieldMetrics(by_digest[digest], FieldWeights(frames, key, digest))
-    kept = [metric for metric in chosen.metrics if metric.name not in refused]
-    names = {metric.name for metric in kept}
+            by_digest[digest], reasons = _weighted(selection, weights, key)
+            refused |= reasons
+        fields[key] = FieldMetrics(by_digest[digest], FieldWeights(frames, key, digest))
+    # A run has the same metrics for all fields: one that a field refuses is left out of all.
+    usable = [metric for metric in selection.metrics if metric.name not in refused]
+    names = {metric.name for metric in usable}
     remaining = replace(
-        chosen,
-        metrics=kept,
-        requests={name: request for name, request in chosen.requests.items() if name in names},
-        unavailable=chosen.unavailable | refused,
+        selection,
+        metrics=usable,
+        requests={name: request for name, request in selection.requests.items() if name in names},
+        unavailable=selection.unavailable | refused,
     )
     return remaining, {
-        key: replace(of_field, metrics=[metric for metric in of_field.metrics if metric.name in names])
-        for key, of_field in found.items()
+        key: replace(field, metrics=[metric for metric in field.metrics if metric.name in names])
+        for key, field in fields.items()
     }
 
 
-def _weighted(chosen: ChosenMetrics, weights: np.ndarray, key: str, refused: dict[str, str]) -> list[Metric]:
-    """Weight the metrics that take these weights; note why others don't, or raise it if asked for by name."""
-    metrics = []
-    for metric in chosen.metrics:
+def _weighted(selection: ChosenMetrics, weights: np.ndarray, key: str) -> tuple[list[Metric], dict[str, str]]:
+    """Weight the metrics that take these weights, and explain by name why others don't."""
+    metrics, refused = [], {}
+    for metric in selection.metrics:
         try:
             metrics.append(metric.weighted(weights))
         except ValueError as error:
-            if metric.name in chosen.needed:
+            if metric.name in selection.needed:
                 raise ValueError(f"{key}: {error}") from error
             refused[metric.name] = f"{key}: {error}"
-    return metrics
+    return metrics, refused
 
 
 def get_weighted(request: MetricRequest, weights: FieldWeights | None) -> Metric:
-    """Give this process's instance of a metric, weighted by a field's weights where there are some.
+    """Get the process's instance of a metric, weighted by a field's weights if it has any.
 
     Raises
     ------
     pipeline.storage.store.DamagedError
-        When the weights in the store are others.
+        When the store has other weights than ``weights`` names.
     pipeline.workers.profiles.ClusterError, lsim.WeightsError
         See :func:`pipeline.workers.worker_metrics.get_metric`.
     """
@@ -147,12 +151,12 @@ _lock = threading.Lock()
 def _held(request: MetricRequest, device: str, weights: FieldWeights) -> Metric:
     group = store.get_group(store.open_store(weights.frames), weights.key)
     values = read_weights(group, weights.digest)
-    assert values is not None  # their hash would be another
+    assert values is not None  # read_weights has compared their hash
     return get_metric(request, device).weighted(values)
 
 
 def weighted_otherwise(group: store.Group, origin: store.Group) -> list[str]:
-    """List the metrics whose recorded weights of pixels are not those that the field has now.
+    """List the metrics whose recorded pixel weights differ from those that the field has now.
 
     Parameters
     ----------
@@ -161,18 +165,17 @@ def weighted_otherwise(group: store.Group, origin: store.Group) -> list[str]:
     origin : Group
         The field in ``frames.zarr``.
     """
-    texts = [str(text) for text in _specifications(group)]
-    recorded = [json.loads(text or "{}") for text in texts]
-    if not any(WEIGHTS_OF_PIXELS in one for one in recorded):
+    specifications = [json.loads(text or "{}") for text in _specifications(group)]
+    weighted = [entry for entry in specifications if WEIGHTS_OF_PIXELS in entry]
+    if not weighted:
         return []
     weights = read_weights(origin)
-    today = None if weights is None else describe_weights(weights)
-    return [
-        str(one["metric"]) for one in recorded if WEIGHTS_OF_PIXELS in one and one[WEIGHTS_OF_PIXELS] != today
-    ]
+    current = None if weights is None else describe_weights(weights)
+    return [str(entry["metric"]) for entry in weighted if entry[WEIGHTS_OF_PIXELS] != current]
 
 
 def _specifications(group: store.Group) -> list[str]:
+    """Read the recorded specifications (JSON) of a field's metrics."""
     if f"{schema.PROVENANCE}/{schema.SPECIFICATION}" not in group:
         return []
     provenance = store.get_group(group, schema.PROVENANCE)

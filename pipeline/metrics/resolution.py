@@ -1,7 +1,7 @@
-"""What rounding leaves of stored distances: how many it may have changed, which sequences are nothing else.
+"""Effects of rounding on stored distances: how many it may have changed, and which sequences it dominates.
 
-A metric bounds what rounding can have done to each distance (:meth:`lsim.Metric.rounding`). Stores keep of it
-what their readers ask: a short text for each metric and sequence.
+A metric bounds the rounding error of each distance (:meth:`lsim.Metric.rounding`). A store keeps a summary of
+these bounds, a short text for each metric and sequence.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from pipeline.storage import schema, store
 from pipeline.storage.schema import Pairs
 
 UNRESOLVED_FROM = 1e-3
-"""Share of a distance from which on its rounding is told to users: the third digit, as tables show it."""
+"""Rounding error, relative to the distance, above which it is reported: the third digit, as in tables."""
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """What rounding can have done to the distances of a sequence under a metric.
+    """Rounding errors of a metric's distances within a sequence.
 
     Attributes
     ----------
     rounding : float
-        The largest bound on the error of any of them.
+        Largest bound on the error of a distance.
     distances : int
-        How many there are that were asked for and are finite.
+        Number of requested distances that are finite.
     unresolved : int
-        How many may be off by more than :data:`UNRESOLVED_FROM` of themselves.
+        Number of distances with an error that may exceed :data:`UNRESOLVED_FROM` of their value.
     constant : tuple of {"reference", "all"}
-        The kinds of pairs whose distances cannot be told from a constant, see
+        Kinds of pairs whose distances cannot be distinguished from a constant, see
         :func:`lsim.ranking.may_be_constant`.
     precision : {"single", "double"}
-        That frames were prepared in.
+        Precision in which frames were prepared.
     """
 
     rounding: float
@@ -48,15 +48,15 @@ class Resolution:
 
 @dataclass(frozen=True)
 class Unresolved:
-    """A metric with distances that the arithmetic it was computed in doesn't resolve.
+    """A metric, and how many of its distances are below the resolution of its precision.
 
     Attributes
     ----------
     metric : str
     unresolved, distances : int
-        How many of how many.
+        Number of unresolved distances, and of all.
     precision : {"single", "double"}
-        That frames were prepared in.
+        Precision in which frames were prepared.
     """
 
     metric: str
@@ -65,7 +65,7 @@ class Unresolved:
     precision: str
 
     def __add__(self, other: Unresolved) -> Unresolved:
-        """Add the distances of the same metric elsewhere; of two precisions, the lower is named."""
+        """Add the counts of the same metric in another group, and keep the lower precision."""
         return Unresolved(
             self.metric,
             self.unresolved + other.unresolved,
@@ -83,12 +83,12 @@ class Unresolved:
 
 
 def count_unresolved(distances: np.ndarray, rounding: np.ndarray) -> int:
-    """Count the distances whose rounding is more than a share of themselves; NaN is no distance.
+    """Count the distances whose rounding error may exceed :data:`UNRESOLVED_FROM` of their value.
 
     Parameters
     ----------
     distances, rounding : ndarrays of equal shape, floating
-        A distance of exactly 0 is resolved where its rounding is 0, too.
+        NaN is not counted. A distance of exactly 0 is resolved if its rounding error is 0, too.
 
     Examples
     --------
@@ -96,34 +96,35 @@ def count_unresolved(distances: np.ndarray, rounding: np.ndarray) -> int:
     >>> count_unresolved(np.array([0.0, 0.0, 1.0, 1.0]), np.array([0.0, 1e-9, 1e-9, 1e-2]))
     2
     """
-    known = np.isfinite(distances)
-    return int((~(rounding[known] <= UNRESOLVED_FROM * np.abs(distances[known]))).sum())
+    finite = np.isfinite(distances)
+    return int((~(rounding[finite] <= UNRESOLVED_FROM * np.abs(distances[finite]))).sum())
 
 
 def resolution_of(
     matrix: np.ndarray, rounding: np.ndarray, pairs: Pairs, precision: str = "single"
 ) -> Resolution:
-    """Sum up what rounding can have done to one sequence's distances.
+    """Summarise the rounding errors of a sequence's distances.
 
     Parameters
     ----------
     matrix, rounding : ndarrays of shape (n, n), float64
-        Distances, NaN where there are none, and bounds on the error of each.
+        Distances, NaN where there are none, and bounds on their errors.
     pairs : {"all", "reference"}
-        Those that were asked for.
+        Pairs that were requested.
     precision : {"single", "double"}
-        That frames were prepared in.
+        Precision in which frames were prepared.
     """
     above = np.triu_indices(len(matrix), 1)
     kinds: dict[Pairs, tuple[np.ndarray, np.ndarray]] = {
         "reference": (matrix[0, 1:], rounding[0, 1:]),
         "all": (matrix[above], rounding[above]),
     }
-    chosen, bounds = kinds[pairs]
+    distances, bounds = kinds[pairs]
+    # Of a directed matrix both directions count.
     if pairs == "all" and not np.array_equal(matrix, matrix.T, equal_nan=True):
-        off = ~np.eye(len(matrix), dtype=bool)
-        chosen, bounds = matrix[off], rounding[off]
-    known = np.isfinite(chosen)
+        off_diagonal = ~np.eye(len(matrix), dtype=bool)
+        distances, bounds = matrix[off_diagonal], rounding[off_diagonal]
+    finite = np.isfinite(distances)
     constant = tuple(
         kind
         for kind, (values, errors) in kinds.items()
@@ -132,17 +133,17 @@ def resolution_of(
         and np.isfinite(values).all()
         and may_be_constant(values, errors)
     )
-    largest = float(bounds[known].max()) if known.any() else 0.0
-    return Resolution(largest, int(known.sum()), count_unresolved(chosen, bounds), constant, precision)
+    largest = float(bounds[finite].max()) if finite.any() else 0.0
+    return Resolution(largest, int(finite.sum()), count_unresolved(distances, bounds), constant, precision)
 
 
 def to_text(resolution: Resolution) -> str:
-    """Write a resolution as JSON, to be read by :func:`from_text`."""
+    """Write a resolution as JSON for :func:`from_text`."""
     return json.dumps(asdict(resolution))
 
 
 def from_text(text: str) -> Resolution | None:
-    """Read what :func:`to_text` wrote; None of any other text, as of one that damage has put there."""
+    """Read a text of :func:`to_text`; None if it is another text, for example a damaged one."""
     try:
         recorded = json.loads(text)
         return Resolution(**recorded | {"constant": tuple(recorded["constant"])})
@@ -151,41 +152,39 @@ def from_text(text: str) -> Resolution | None:
 
 
 def precision_of(specification: str) -> str:
-    """Read from a metric's specification (JSON) which precision its frames were prepared in."""
+    """Read the precision in which frames were prepared from a metric's specification (JSON)."""
     settings = json.loads(specification).get("preprocessing", {}) if specification else {}
     return str(settings.get("precision", "single"))
 
 
-# ---------------------------------------------------------------- in stores
+# ---------------------------------------------------------------- stores
 
 
 def list_unresolved(root: store.Group) -> list[Unresolved]:
-    """Sum up by metric what a store of distances records of those that rounding may have changed.
-
-    Metrics without any are left away.
-    """
-    total: dict[str, Unresolved] = {}
+    """List the metrics of a store with unresolved distances, with their numbers over all groups."""
+    totals: dict[str, Unresolved] = {}
     for key in store.field_keys(root, schema.PARAMETER):
-        for one in resolution_of_group(store.get_group(root, key)):
-            total[one.metric] = total[one.metric] + one if one.metric in total else one
-    return [one for one in total.values() if one.unresolved]
+        for counts in resolution_of_group(store.get_group(root, key)):
+            total = totals.get(counts.metric)
+            totals[counts.metric] = counts if total is None else total + counts
+    return [total for total in totals.values() if total.unresolved]
 
 
 def record_resolution(root: store.Group) -> None:
-    """Say in each group's provenance how many of its distances rounding may have changed."""
+    """Record in each group's provenance how many of its distances are unresolved."""
     for key in store.field_keys(root, schema.PARAMETER):
         group = store.get_group(root, key)
-        counts = {one.metric: asdict(one) for one in resolution_of_group(group)}
+        counts = {entry.metric: asdict(entry) for entry in resolution_of_group(group)}
         store.set_attributes(store.get_group(group, schema.PROVENANCE), {schema.RESOLUTION: counts})
 
 
 def resolution_of_group(group: store.Group) -> list[Unresolved]:
-    """Count each metric's distances, and those that aren't resolved; none where the group doesn't say.
+    """Count each metric's distances and unresolved distances, from the group's provenance.
 
     Parameters
     ----------
     group : Group
-        Of a ``distances.zarr`` or an ``matrix.zarr``.
+        Group of a ``distances.zarr`` or a ``matrix.zarr``. Without such records the list is empty.
     """
     if schema.PROVENANCE not in group:
         return []
@@ -207,23 +206,24 @@ def resolution_of_group(group: store.Group) -> list[Unresolved]:
 
 
 def _counts_of_sequences(provenance: store.Group) -> list[tuple[int, int]]:
-    """Unresolved distances of each metric, and all, over the sequences of a field."""
+    """Count each metric's unresolved distances, and all distances, over the sequences of a field."""
     counts = []
     for texts in store.read(store.get_array(provenance, schema.RESOLUTION)):
-        some = [resolution for text in texts if (resolution := from_text(str(text))) is not None]
-        counts.append((sum(one.unresolved for one in some), sum(one.distances for one in some)))
+        resolutions = [entry for entry in map(from_text, map(str, texts)) if entry is not None]
+        unresolved = sum(entry.unresolved for entry in resolutions)
+        counts.append((unresolved, sum(entry.distances for entry in resolutions)))
     return counts
 
 
 def is_directed(specification: str) -> bool:
-    """Tell from a recorded specification whether both directions of a metric's distances are kept."""
+    """Tell from a recorded specification whether a store has both directions of a metric's distances."""
     return bool(json.loads(specification or "{}").get(schema.DIRECTED))
 
 
 def _counts_of_tiles(provenance: store.Group, directed: Sequence[bool]) -> list[tuple[int, int]]:
-    """Unresolved distances of each metric, and all, over the tiles of a matrix that are done.
+    """Count each metric's unresolved distances, and all distances, over the finished tiles of a matrix.
 
-    Pairs count once, and those of a ``directed`` metric once in each direction.
+    Each pair counts once; for a ``directed`` metric, once in each direction.
     """
     arrays = [
         store.get_array(provenance, name)
@@ -233,10 +233,10 @@ def _counts_of_tiles(provenance: store.Group, directed: Sequence[bool]) -> list[
     for place in range(arrays[0].shape[0]):
         failure, fingerprint, missing, unresolved = (store.read(array, place) for array in arrays)
         sizes = np.add.reduceat(failure == "", np.arange(0, len(failure), tile), dtype=np.int64)
-        # What is missing of a tile of a block with itself is counted on both sides of the diagonal.
         pairs = np.outer(sizes, sizes) * (1 + directed[place]) - missing
-        of_itself = sizes * (sizes - 1) - missing.diagonal()
-        np.fill_diagonal(pairs, of_itself if directed[place] else of_itself // 2)
-        done = np.triu(fingerprint != "")
-        counts.append((int(unresolved[done].sum(dtype=np.int64)), int(pairs[done].sum())))
+        # Tiles on the diagonal count missing distances on both of its sides.
+        on_diagonal = sizes * (sizes - 1) - missing.diagonal()
+        np.fill_diagonal(pairs, on_diagonal if directed[place] else on_diagonal // 2)
+        finished = np.triu(fingerprint != "")
+        counts.append((int(unresolved[finished].sum(dtype=np.int64)), int(pairs[finished].sum())))
     return counts

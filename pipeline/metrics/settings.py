@@ -1,4 +1,4 @@
-"""The metrics that settings ask for: what can be said of them before any computing."""
+"""Settings of a run, and the metrics that they select, checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -27,47 +27,47 @@ from pipeline.workers.worker_metrics import MetricRequest, Option
 
 
 class UnavailableMetricError(ValueError):
-    """A metric asked for by name that cannot be loaded here."""
+    """A metric requested by name cannot be loaded on this machine."""
 
 
 class Settings(pydantic.BaseModel):
-    """Which distances are computed; unknown names and wrong values are errors.
+    """Settings of distances. Unknown names and wrong values are errors.
 
     Attributes
     ----------
     metrics : list of str, or "all"
-        ``"all"`` leaves out those whose weights aren't here or that can't take frames of ``size`` or the
-        ``scope``, and says so. In a list, too, it stands for all that are registered; ``"module:Class"`` is
-        a metric of one's own, which workers must be able to import.
+        Names of metrics. ``"all"``, also within a list, stands for all registered metrics; it leaves out,
+        with a message, metrics without weights on this machine, and metrics that cannot take frames of
+        ``size`` or the ``scope``. ``"module:Class"`` is a custom metric; workers must be able to import it.
     options : dict of str to dict
-        What single metrics are told, by their names and those of their options.
+        Options of single metrics, by metric and option.
     mask : "nan", optional
-        Metrics that take a mask leave missing pixels (NaN) out; the others, frames that have any.
+        Leave missing pixels (NaN) out in metrics that take a mask; others leave out frames that have any.
     precision : {"exact", "double", "ranking"}
-        As :func:`lsim.load_metric` takes it. ``"ranking"`` is for networks: other metrics stay
-        exact, and so do those whose ``options`` say so. ``"all"`` leaves out what has no double precision.
+        As in :func:`lsim.load_metric`. ``"ranking"`` applies to networks: other metrics stay exact, and so do
+        metrics whose ``options`` set a precision. ``"all"`` leaves out metrics without double precision.
     size, order, compat
-        As :func:`lsim.load_metric` takes them.
+        As in :func:`lsim.load_metric`.
     weights : dict of str to str
-        Weights of one's own by the name of their metric: files that ``lsim train`` wrote, under any name,
-        which is then a metric as others are, whatever ``metrics`` lists; or others for a learned metric
-        that is registered. A file must lie at the same path, or in the same search folder, on every worker.
+        Files of custom weights by metric. With a file of ``lsim train``, a new name becomes a metric of its
+        own, which is added to ``metrics``. For a registered learned metric the file replaces its weights.
+        Each worker must find the file at the same path, or in the same search folder.
     scope : str or (lo, hi)
-        Over which frames minimum and maximum are taken: ``"sequence"``, ``"pair"``, ``"dataset"`` (all
-        sequences of a field) or fixed; ``"none"``, over none: values in their own units, for metrics that
-        take them.
+        Frames whose minimum and maximum normalise the values: ``"sequence"``, ``"pair"``, ``"dataset"`` (all
+        sequences of a field); or a fixed range. ``"none"`` keeps values in their own units, for metrics that
+        accept them.
     pairs : {"all", "reference"}
-        ``"reference"`` computes frame 0 against the others only.
+        ``"reference"`` compares frame 0 with each other frame only.
     pixel_weights : bool
-        Weight means over pixels by the field's weights, which ``frames.zarr`` has where the catalog names
-        them. ``"all"`` leaves out metrics that are no such means. Frames must keep their size.
+        Weight means over pixels by the field's weights, which ``frames.zarr`` has if the catalog names them.
+        ``"all"`` leaves out metrics that are no means over pixels. Frames must keep their size.
     directed : bool
-        Keep both directions of metrics that aren't symmetric, at [i, j] that with frame i as the reference,
-        and what is computed for the diagonal. Otherwise stores hold ½ (d(a, b) + d(b, a)) of them.
+        Store both directions of metrics that are not symmetric, at [i, j] the distance with frame i as the
+        reference, and the computed diagonal. Otherwise stores hold ½ (d(a, b) + d(b, a)) for these metrics.
     strict : bool
-        Make what is left out of ``"all"`` an error.
+        Raise an error for a metric that ``"all"`` would leave out.
     block : int, optional
-        Sequences per block of a store that is new; default as many as take about two seconds.
+        Sequences per block of a new store. Default: as many as take about two seconds.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
@@ -92,24 +92,24 @@ class Settings(pydantic.BaseModel):
     @classmethod
     def _scope_rises(cls, scope: Any) -> Any:
         if isinstance(scope, tuple) and not scope[0] < scope[1]:
-            raise ValueError(f"a fixed scope is LO,HI with LO below HI, got {scope}")
+            raise ValueError(f"expected a fixed scope LO,HI with LO below HI, found {scope}")
         return scope
 
 
 @dataclass(frozen=True)
 class ChosenMetrics:
-    """The metrics that settings ask for.
+    """Metrics that settings select.
 
     Attributes
     ----------
     metrics : list of Metric
-        Loaded on the CPU.
+        Metrics loaded on the CPU.
     requests : dict of str to MetricRequest
-        By name, how workers load the same.
+        Requests, by name, with which workers load the same metrics.
     unavailable : dict of str to str
-        Those of ``"all"`` that are left out, each with the reason.
+        Reasons, by name, for metrics of ``"all"`` that are left out.
     needed : frozenset of str
-        Names of those that must not be left out.
+        Names of metrics that must not be left out.
     """
 
     metrics: list[Metric]
@@ -119,116 +119,121 @@ class ChosenMetrics:
 
 
 def choose_metrics(settings: Settings) -> ChosenMetrics:
-    """Load the metrics that settings ask for: what is wrong with the settings is an error here.
+    """Load the metrics that settings select, and check the settings.
 
-    What weights are given for is asked for by name, too.
+    A metric with custom weights counts as requested by name.
 
     Raises
     ------
     UnavailableMetricError
-        When a metric asked for by name (or any, with ``strict``) isn't there to be loaded.
+        When a metric requested by name (with ``strict``: any metric) cannot be loaded on this machine.
     lsim.UnknownMetricError
         For an unknown name.
     lsim.FramesError
-        When a metric asked for by name (or any, with ``strict``) can't take frames of that size.
+        When a metric requested by name (with ``strict``: any metric) cannot take frames of that size.
     lsim.WeightsError
         For weights of another network.
     lsim.error_bounds.PrecisionError
-        When a metric asked for by name (or any, with ``strict``) doesn't have the precision.
+        When a metric requested by name (with ``strict``: any metric) doesn't have the precision.
     ValueError
-        For names that are taken, options that no metric has or that it can't take, a scope that a metric
-        asked for by name (or any, with ``strict``) can't measure over, weights of pixels that it doesn't
-        take, and such weights of frames that are resized.
+        For reserved or duplicate names, unknown options, a scope or pixel weights that a metric requested by
+        name (with ``strict``: any metric) does not support, and pixel weights for resized frames.
     """
     _check_keeps_pixels(settings)
-    given = settings.weights
-    named = ["all"] if settings.metrics == "all" else settings.metrics
-    by_name = [name for name in (*named, *given) if name != "all"]
-    listed = [name for entry in named for name in (list_metrics() if entry == "all" else [entry])]
-    wanted = list(dict.fromkeys([*listed, *given]))
-    _check_names(wanted)
-    _check_options(settings, wanted)
-    unavailable = {name: reason for name in wanted if (reason := why_unavailable(name, given.get(name)))}
-    needed = wanted if settings.strict else by_name
+    weights = settings.weights
+    entries = ["all"] if settings.metrics == "all" else settings.metrics
+    by_name = [name for name in (*entries, *weights) if name != "all"]
+    listed = [name for entry in entries for name in (list_metrics() if entry == "all" else [entry])]
+    names = list(dict.fromkeys([*listed, *weights]))
+    _check_names(names)
+    _check_options(settings, names)
+    unavailable = {name: reason for name in names if (reason := why_unavailable(name, weights.get(name)))}
+    needed = names if settings.strict else by_name
     if faults := [name for name in needed if name in unavailable]:
         raise UnavailableMetricError(
             "; ".join(f"metric {name!r} is not available: {unavailable[name]}" for name in faults)
         )
-    chosen = ChosenMetrics([], {}, unavailable, frozenset(map(metric_name, needed)))
-    for name in wanted:
+    metrics: list[Metric] = []
+    requests: dict[str, MetricRequest] = {}
+    for name in names:
         if name in unavailable:
             continue
         request = _request(name, settings)
-        try:
-            metric = request.load("cpu")
-        except (FramesError, PrecisionError) as error:
-            if name in needed:
-                raise
-            unavailable[name] = str(error)
-            continue
-        except Exception as error:
-            # Of "all", a metric of somebody else must not cost the others their run. An error of one of
-            # ours, or of one that has options here, is one of the settings.
-            if name in needed or name in METRICS or name in settings.options:
-                raise
-            unavailable[name] = f"{type(error).__name__}: {error}"
-            continue
-        if reason := metric.why_not_scope(settings.scope) or _why_not_weighted(metric, settings):
-            if name in needed:
-                raise ValueError(reason)
-            unavailable[name] = reason
-            continue
-        chosen.metrics.append(metric)
-        chosen.requests[metric.name] = request.of(metric)
-    return chosen
+        loaded = _load(name, request, settings, needed=name in needed)
+        if isinstance(loaded, str):
+            unavailable[name] = loaded
+        else:
+            metrics.append(loaded)
+            requests[loaded.name] = request.for_metric(loaded)
+    return ChosenMetrics(metrics, requests, unavailable, frozenset(map(metric_name, needed)))
+
+
+def _load(name: str, request: MetricRequest, settings: Settings, *, needed: bool) -> Metric | str:
+    """Load a metric, or return the reason to leave it out; if it is ``needed``, raise an error instead."""
+    try:
+        metric = request.load("cpu")
+    except (FramesError, PrecisionError) as error:
+        if needed:
+            raise
+        return str(error)
+    except Exception as error:
+        # Within "all", a faulty metric of another package must not stop the run. An error of a metric of
+        # ours, or of one with options, is an error of the settings.
+        if needed or name in METRICS or name in settings.options:
+            raise
+        return f"{type(error).__name__}: {error}"
+    reason = metric.why_not_scope(settings.scope) or _why_not_weighted(metric, settings)
+    if reason and needed:
+        raise ValueError(reason)
+    return reason or metric
 
 
 def is_directed(metric: Metric) -> bool:
-    """Whether a store of the metric's distances keeps two directions of a pair."""
+    """Tell whether a store has both directions of the metric's distances."""
     return "symmetric" not in metric.axioms
 
 
 def _check_keeps_pixels(settings: Settings) -> None:
     if settings.pixel_weights and settings.size is not None:
         raise ValueError(
-            f"weights of pixels are those of the frames' own pixels, and size {settings.size} resizes them: "
-            "give --size 0 (in a workflow size: null), which keeps their size"
+            f"pixel weights apply to frames of their own size, and size {settings.size} resizes them: set "
+            "--size 0 (size: null in a workflow), which keeps their size"
         )
 
 
 def _why_not_weighted(metric: Metric, settings: Settings) -> str:
-    """Say why a metric takes no weights of pixels that these settings ask for; empty where it does."""
+    """Explain why a metric cannot use pixel weights that the settings request; empty if it can."""
     if not settings.pixel_weights or metric.info.takes_weights:
         return ""
     return (
-        f"metric {metric.name!r} takes no weights of pixels: it is no mean over single pixels; 'lsim metrics "
-        "NAME' says which are"
+        f"metric {metric.name!r} takes no weights of pixels: it is not a mean over single pixels; 'lsim "
+        "metrics NAME' shows this for each metric"
     )
 
 
-def _check_names(wanted: Sequence[str]) -> None:
-    """Two metrics of one name, or one named as a variable of the store, would overwrite each other."""
-    names = [metric_name(name) for name in wanted]
+def _check_names(references: Sequence[str]) -> None:
+    """Refuse metrics with equal names or the name of a store's variable: one would overwrite the other."""
+    names = [metric_name(name) for name in references]
     if reserved := sorted(schema.RESERVED & set(names)):
         raise ValueError(
             f"a metric cannot be named {', '.join(reserved)}: the store has variables of that name"
         )
     for name in names:
         if names.count(name) > 1:
-            which = " and ".join(repr(one) for one in wanted if metric_name(one) == name)
-            raise ValueError(f"{which} would both be called {name!r}: call one of them otherwise")
+            which = " and ".join(repr(text) for text in references if metric_name(text) == name)
+            raise ValueError(f"{which} would both be called {name!r}: rename one of them")
 
 
-def _check_options(settings: Settings, wanted: Sequence[str]) -> None:
-    """Options are those of a metric that there is, and that has them, whether it is computed now or not."""
-    known = {metric_name(name): name for name in (*list_metrics(), *wanted)}
+def _check_options(settings: Settings, selected: Sequence[str]) -> None:
+    """Refuse options of unknown metrics, and unknown options; also of metrics that are not selected."""
+    references = {metric_name(name): name for name in (*list_metrics(), *selected)}
     for name, options in settings.options.items():
-        if name not in known:
-            raise ValueError(f"options for {name!r}, which is no metric; there are {', '.join(known)}")
-        there = _class_of(known[name], settings).option_names()
-        if unknown := sorted(options.keys() - set(there)):
+        if name not in references:
+            raise ValueError(f"options for {name!r}, which is no metric; there are {', '.join(references)}")
+        names = _class_of(references[name], settings).option_names()
+        if unknown := sorted(options.keys() - set(names)):
             raise ValueError(
-                f"metric {name!r} has no option {', '.join(unknown)}; it has: {', '.join(there) or 'none'}"
+                f"metric {name!r} has no option {', '.join(unknown)}; it has: {', '.join(names) or 'none'}"
             )
 
 
@@ -238,7 +243,7 @@ def _class_of(name: str, settings: Settings) -> type[Metric]:
 
 
 def _request(name: str, settings: Settings) -> MetricRequest:
-    """How a metric is asked for under these settings; its specification is known once it is loaded."""
+    """Build the request of a metric from settings, without the specification, which needs the metric."""
     cls = _class_of(name, settings)
     options = dict(settings.options.get(metric_name(name), {}))
     if settings.precision == "ranking" and "precision" in cls.option_names():
@@ -246,7 +251,7 @@ def _request(name: str, settings: Settings) -> MetricRequest:
     weights = settings.weights.get(name)
     return MetricRequest(
         name,
-        None if weights is None else _everywhere(weights),
+        None if weights is None else _path_for_workers(weights),
         settings.size,
         settings.order,
         settings.compat,
@@ -257,7 +262,7 @@ def _request(name: str, settings: Settings) -> MetricRequest:
     )
 
 
-def _everywhere(weights: str) -> str:
-    """A file of weights as workers find it, who may run in another folder; names stay as they are."""
+def _path_for_workers(weights: str) -> str:
+    """Make the path of a weights file absolute for workers, which may run in another folder; keep names."""
     path = Path(weights).expanduser()
     return str(path.absolute()) if path.is_file() else weights

@@ -1,4 +1,4 @@
-"""Minimum and maximum over a data set: the scope that all of its frames are normalised by."""
+"""Minimum and maximum over a data set, by which scope ``"dataset"`` normalises all of its frames."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.storage.checked_frames import read_sequence
 from pipeline.workers.cluster import Cluster
 
 SAVED_EVERY_S = 60
-"""How often the ranges that are known are recorded: a driver that is killed loses what came since."""
+"""Seconds between records of new ranges: a driver that is killed loses those since the last record."""
 
 Range: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 """Minimum and maximum per channel."""
@@ -30,28 +30,30 @@ def dataset_range(
     provenance: store.Group,
     preprocessing: Preprocessing,
 ) -> Range:
-    """Minimum and maximum per channel over sequences of a ``frames.zarr``; known ones aren't read again.
+    """Compute minimum and maximum per channel over sequences of a ``frames.zarr``.
+
+    Only sequences whose range is not recorded are read.
 
     Parameters
     ----------
     cluster : Cluster
-        Reads what isn't known.
+        Cluster that reads the sequences.
     frames : str
-        Where workers find the store.
+        Path or address of the store for workers.
     sequences : sequence of (str, int, str)
-        Key of the field, row and content of each.
+        Field, row and content of each sequence.
     provenance : Group
-        Of the results: it keeps the range of every sequence, by content.
+        Provenance of the results, which records the range of each sequence by content.
     preprocessing : Preprocessing
-        Ranges are those of frames as metrics take them.
+        Preprocessing of frames, which precedes the range.
 
     Returns
     -------
     lo, hi : tuple of float
-        ``(0.0,), (0.0,)`` where no frame counts, or none has a shape that a metric takes.
+        ``(0.0,), (0.0,)`` if there are no valid values, or if metrics cannot take the frames' shape.
     """
-    known = _recorded(provenance, preprocessing)
-    ranges = {content: known[content] for _, _, content in sequences if content in known}
+    recorded = _recorded(provenance, preprocessing)
+    ranges = {content: recorded[content] for _, _, content in sequences if content in recorded}
     missing = [
         (frames, key, row, preprocessing, content) for key, row, content in sequences if content not in ranges
     ]
@@ -59,9 +61,9 @@ def dataset_range(
     try:
         for task, result, error in run_bounded(cluster.client if missing else None, sequence_range, missing):
             if isinstance(error, FramesError):
-                return (0.0,), (0.0,)  # no metric can take this field: each will say why
+                return (0.0,), (0.0,)  # no metric can take this field: each will report why
             if isinstance(error, store.DamagedError):
-                continue  # quarantined: its block says so
+                continue  # its block reports the damage
             if error is not None:
                 raise error
             ranges[task[-1]] = result
@@ -69,7 +71,7 @@ def dataset_range(
                 _record(provenance, preprocessing, ranges)
                 saved = time.monotonic()
     finally:
-        # Also of a run that is stopped: reading all frames may have taken hours.
+        # Also when the run is stopped: reading all frames may have taken hours.
         if missing:
             _record(provenance, preprocessing, ranges)
     return _over_all(list(ranges.values()))
@@ -78,15 +80,15 @@ def dataset_range(
 def recorded_range(
     sequences: Sequence[tuple[str, int, str]], provenance: store.Group, preprocessing: Preprocessing
 ) -> Range | None:
-    """:func:`dataset_range` where it is known without reading a frame, else None."""
-    known = _recorded(provenance, preprocessing)
-    contents = [content for _, _, content in sequences]
-    return _over_all([known[c] for c in contents]) if all(c in known for c in contents) else None
+    """Return :func:`dataset_range` from records alone; None if a sequence has no record."""
+    recorded = _recorded(provenance, preprocessing)
+    ranges = [recorded.get(content) for _, _, content in sequences]
+    return None if None in ranges else _over_all(ranges)
 
 
 def _recorded(provenance: store.Group, preprocessing: Preprocessing) -> dict[str, Any]:
-    """Known ranges by content."""
-    name, label = _recorded_under(preprocessing)
+    """Read the recorded ranges by content."""
+    name, label = _array_and_label(preprocessing)
     if name not in provenance:
         return {}
     text = str(store.read(store.get_array(provenance, name))[0])
@@ -95,42 +97,42 @@ def _recorded(provenance: store.Group, preprocessing: Preprocessing) -> dict[str
 
 
 def _record(provenance: store.Group, preprocessing: Preprocessing, ranges: dict[str, Any]) -> None:
-    """Keep ranges in one chunk, which is replaced as a whole.
+    """Record ranges in an array of one chunk, which is replaced as a whole.
 
-    No attribute: every task would read the ranges of 10⁵ sequences with the metadata.
+    An attribute would make every task read the ranges of 10⁵ sequences with the metadata.
     """
-    name, label = _recorded_under(preprocessing)
+    name, label = _array_and_label(preprocessing)
     if name not in provenance:
         store.create_array(provenance, name, shape=(1,), chunks=(1,), dims=(name,), dtype=str)
     text = json.dumps({"of": label, "ranges": ranges})
     store.write_rows(store.get_array(provenance, name), 0, np.array([text], object))
 
 
-def _recorded_under(preprocessing: Preprocessing) -> tuple[str, str]:
-    """The array that has ranges, and what they have to be of."""
-    # With the array's own name: ranges of the other one are not taken for these.
+def _array_and_label(preprocessing: Preprocessing) -> tuple[str, str]:
+    """Name the array of ranges, and the preprocessing for which its ranges are valid."""
+    # The label contains the name, so that masked ranges are not taken for others if arrays are exchanged.
     name = schema.MASKED_RANGES if preprocessing.mask else schema.RANGES
     return name, f"{name}/{preprocessing.size}/{preprocessing.order}/{preprocessing.compat}"
 
 
 def _over_all(ranges: Sequence[Any]) -> Range:
-    lo, hi = (np.array([found[side] for found in ranges], float) for side in (0, 1))
+    lo, hi = (np.array([limits[side] for limits in ranges], float) for side in (0, 1))
     if np.isnan(lo).all():
-        return (0.0,), (0.0,)  # nothing counts in any sequence: distances will be NaN whatever the range
+        return (0.0,), (0.0,)  # no valid value at all: distances will be NaN for any range
     return tuple(np.nanmin(lo, axis=0).tolist()), tuple(np.nanmax(hi, axis=0).tolist())
 
 
 def sequence_range(
     frames: str, key: str, row: int, settings: Preprocessing, content: str
 ) -> tuple[list[float | None], list[float | None]]:
-    """Minimum and maximum per channel of one sequence as metrics take them; None where nothing counts.
+    """Compute minimum and maximum per channel of one preprocessed sequence; None for no valid values.
 
-    Runs on a worker. ``content`` says whose they are.
+    Runs on a worker. ``content`` is the expected hash of the frames.
 
     Raises
     ------
     DamagedError
-        When its frames are not those that were converted.
+        When the frames differ from those that were converted.
     """
     group = store.get_group(store.open_store(frames), key)
     lo, hi = (side.tolist() for side in range_of(read_sequence(group, row, content), settings))

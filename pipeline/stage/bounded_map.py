@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 from distributed import Client, Future, KilledWorker, as_completed
 
-from pipeline.workers import stopping
+from pipeline.workers import sigterm
 from pipeline.workers.pickled_task import EndedError, pack, run_guarded, run_packed
 from pipeline.workers.profiles import ClusterError
 from pipeline.workers.worker_metrics import single_threaded
@@ -86,10 +86,10 @@ def run_bounded(
     ------
     ClusterError
         When the scheduler is lost.
-    pipeline.workers.stopping.Stopped
+    pipeline.workers.sigterm.Stopped
         When the process was asked to end, once running tasks have finished or their time is over.
     """
-    with stopping.in_good_order():
+    with sigterm.deferred():
         if client is None:
             yield from _run_here(function, tasks)
         else:
@@ -110,16 +110,16 @@ def reason_of(error: Exception) -> str:
 def _run_here(function: Callable[..., Any], tasks: Iterable[Task]) -> Iterator[Outcome]:
     with single_threaded():
         for task in tasks:
-            if stopping.asked():
-                raise stopping.Stopped
+            if sigterm.requested():
+                raise sigterm.Stopped
             result, error = None, None
             try:
                 result = run_guarded(function, task)
             except Exception as raised:
                 error = raised
             yield task, result, error
-    if stopping.asked():  # while the last one ran
-        raise stopping.Stopped
+    if sigterm.requested():  # while the last one ran
+        raise sigterm.Stopped
 
 
 @dataclass(eq=False)
@@ -178,9 +178,9 @@ class _Flight:
         pause, deadline = LOOK_S[0], None
         while True:
             self._count_threads()
-            if deadline is None and stopping.asked():
+            if deadline is None and sigterm.requested():
                 self._drop_waiting()
-                deadline = time.monotonic() + stopping.grace()
+                deadline = time.monotonic() + sigterm.grace()
             if deadline is None:
                 self._fill()
                 self._copy_stragglers()
@@ -193,8 +193,8 @@ class _Flight:
             else:
                 time.sleep(pause)
                 pause = min(2 * pause, LOOK_S[1])
-        if deadline is not None or stopping.asked():
-            raise stopping.Stopped
+        if deadline is not None or sigterm.requested():
+            raise sigterm.Stopped
 
     def leave(self) -> None:
         """Let go of what is still in flight."""

@@ -1,12 +1,12 @@
-"""Whether a store is whole: every chunk against its checksum, and what chunks hold against what is recorded.
+"""Verify a store: compare each chunk with its checksum, and its values with their record.
 
-Every chunk of every array is read, so a chunk whose checksum doesn't match is found whatever it holds; one
-of a store that was made without checksums must at least decode. Then sequences of ``frames.zarr`` are hashed
-as conversion hashed them, and in ``distances.zarr`` each fingerprint must be that of what is recorded, and
-have its distances: symmetric, with a zero diagonal, and NaN only where a failure says why. Groups and arrays
-are those that the consolidated metadata lists, where a run has come to its end and written it.
+Each chunk of each array is read, which finds any chunk whose checksum doesn't match; without checksums it
+must at least decode. Then sequences of ``frames.zarr`` are hashed and compared with the hash of the
+conversion. In ``distances.zarr`` each fingerprint must match the record, and its distances must be present:
+symmetric, with a zero diagonal, and NaN only if a failure is recorded. Consolidated metadata of a finished
+run lists the groups and arrays to expect.
 
-Chunks are read by several threads, one sequence or one chunk a thread, whatever the size of the store.
+Several threads read chunks, one sequence or one chunk each: memory doesn't depend on the store's size.
 """
 
 from __future__ import annotations
@@ -49,42 +49,46 @@ from pipeline.verify.embeddings import add_embeddings
 from pipeline.verify.tiles import add_tiles
 
 THREADS = 8
-"""Decoding is done without Python's lock, and reading waits for disks: more than there are cores."""
+"""Default number of threads: decoding releases Python's lock, and reading waits for disks."""
 
 Progress: TypeAlias = Callable[[int, int], None]
-"""Called with (checks done, checks in all)."""
+"""Called with (finished checks, total)."""
 
 
 def verify(
     path: str | os.PathLike[str], *, threads: int = THREADS, progress: Progress | None = None
 ) -> VerifyReport:
-    """Read a whole store, and compare it with what is recorded of it.
+    """Read a whole store, and compare it with its records.
 
     Parameters
     ----------
     path : str or path
-        A ``frames.zarr``, ``distances.zarr``, ``matrix.zarr`` or ``embeddings.zarr``; of other Zarr stores
-        the chunks alone are checked.
+        A ``frames.zarr``, ``distances.zarr``, ``matrix.zarr`` or ``embeddings.zarr``. For other Zarr stores
+        only chunks are checked.
     threads : int
-        Each holds one sequence of frames, or one chunk, at a time.
+        Number of threads; each holds one sequence of frames, or one chunk, at a time.
     progress : callable, optional
+
+    Returns
+    -------
+    VerifyReport
+        With all damage.
 
     Raises
     ------
     StoreError
-        When there is no store, or an array claims more than can be looked at.
+        When there is no store, or an array claims to be larger than can be read.
     """
     try:
         root = store.open_store(path)
     except store.StoreError as error:
-        if (kind := _kind_of_fields(path)) is None:
+        kind = _kind_of_fields(path)
+        if kind is None:
             raise
-        reason = (
-            error.damage.removeprefix(f"{metadata.DOCUMENT}: ")
-            if isinstance(error, store.DamagedError)
-            else ""
-        )
-        # All else is looked at once it is there again.
+        reason = ""
+        if isinstance(error, store.DamagedError):
+            reason = error.damage.removeprefix(f"{metadata.DOCUMENT}: ")
+        # The rest can be checked once the document of the root has been restored.
         return VerifyReport(kind, damages=[document_damage("", "", reason or "missing")])
     report = VerifyReport(str(root.attrs.get("kind") or _kind_of_fields(path) or schema.DISTANCES_STORE))
     if fault := metadata.root_fault(root):
@@ -92,34 +96,34 @@ def verify(
         report.damages.append(document_damage("", "", fault))
         return report
     checks = Checks()
-    for found_group in _groups(root, metadata.listed_members(root)):
-        _add_group(checks, found_group, report)
-        report.damages += _lost_fingerprints(root, found_group)
-    for done, found in enumerate(_in_threads(checks, threads), start=1):
-        report.damages += found
+    for group in _groups(root, metadata.listed_members(root)):
+        _add_group(checks, group, report)
+        report.damages += _lost_fingerprints(root, group)
+    for count, damages in enumerate(_in_threads(checks, threads), start=1):
+        report.damages += damages
         if progress is not None:
-            progress(done, checks.count)
+            progress(count, checks.count)
     return report
 
 
 def _kind_of_fields(path: str | os.PathLike[str]) -> str | None:
-    """The kind of a store whose root doesn't say it, by what is in its fields; None where none is known."""
-    of_kinds = {
+    """Infer the kind of a store from the names in its fields; None for an unknown kind."""
+    kinds = {
         f"{schema.PROVENANCE}/{schema.MISSING}": schema.MATRIX_STORE,
         schema.NUMBER: schema.EMBEDDINGS_STORE,
         f"{schema.PROVENANCE}/{schema.FINGERPRINT}": schema.DISTANCES_STORE,
         schema.FRAMES: schema.FRAMES_STORE,
     }
-    there = {found.split("/", 2)[2] for found in metadata.paths_of_documents(path) if found.count("/") > 1}
-    return next((kind for name, kind in of_kinds.items() if name in there), None)
+    names = {name.split("/", 2)[2] for name in metadata.paths_of_documents(path) if name.count("/") > 1}
+    return next((kind for name, kind in kinds.items() if name in names), None)
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A group of a store, and what of it is there; ``faults`` say why metadata is not, by array or group.
+class _Group:
+    """A group of a store, with its arrays and those of its provenance.
 
-    ``attributes`` are the group's; ``recorded`` has the number of fingerprints of each metric when a run came
-    to its end.
+    ``faults`` has the reasons, by name, why an array or group cannot be opened. ``listed`` says whether there
+    is consolidated metadata. ``recorded`` has the number of fingerprints by metric when the last run ended.
     """
 
     name: str
@@ -130,22 +134,24 @@ class _Found:
     recorded: Mapping[str, int] = field(default_factory=dict)
 
 
-def _groups(group: store.Group, listed: Mapping[str, Any] | None) -> Iterator[_Found]:
-    """Every group of a store; those of provenance go with the group above."""
+def _groups(group: store.Group, listed: Mapping[str, Any] | None) -> Iterator[_Group]:
+    """Yield each group of a store; a group of provenance belongs to its parent."""
     arrays, children, faults = metadata.members(group, listed)
     recorded: Any = {}
     if arrays and schema.PROVENANCE in children:
         provenance = children.pop(schema.PROVENANCE)
-        of_records = metadata.members(provenance, listed)
+        records, _, record_faults = metadata.members(provenance, listed)
         recorded = provenance.attrs.get(schema.RECORDED, {}) if listed is not None else {}
-        arrays |= {f"{schema.PROVENANCE}/{name}": array for name, array in of_records[0].items()}
-        faults |= {f"{schema.PROVENANCE}/{name}": reason for name, reason in of_records[2].items()}
-    yield _Found(group.path, arrays, faults, listed is not None, dict(group.attrs), recorded)
+        arrays |= {f"{_PREFIX}{name}": array for name, array in records.items()}
+        faults |= {f"{_PREFIX}{name}": reason for name, reason in record_faults.items()}
+    yield _Group(group.path, arrays, faults, listed is not None, dict(group.attrs), recorded)
     for child in children.values():
         yield from _groups(child, listed)
 
 
+_PREFIX = f"{schema.PROVENANCE}/"
 RECORDS = (schema.METRIC, schema.SPECIFICATION, schema.FAILURE, schema.CONTENT, schema.FINGERPRINT)
+"""Arrays of provenance that distances and matrices have."""
 NEEDED = {
     schema.FRAMES_STORE: (schema.FRAMES, schema.SEQUENCE, schema.PARAMETER, schema.CONTENT),
     schema.DISTANCES_STORE: (
@@ -162,57 +168,56 @@ NEEDED = {
         *(f"{schema.PROVENANCE}/{name}" for name in (schema.FAILURE, schema.FINGERPRINT)),
     ),
 }
-"""Arrays without which a field can't be compared with what is recorded of it, by kind of store."""
+"""Arrays that a field needs to be compared with its record, by kind of store."""
 
 
-def _add_group(checks: Checks, found: _Found, report: VerifyReport) -> None:
-    """Checks of one group: against the record where all that it needs is there, else of its chunks alone."""
-    whole = report.kind != schema.EMBEDDINGS_STORE or not found.faults
-    if whole and all(name in found.arrays for name in NEEDED.get(report.kind, ("",))):
+def _add_group(checks: Checks, group: _Group, report: VerifyReport) -> None:
+    """Add the checks of a group: against its record if that is complete, otherwise only of its chunks."""
+    complete = report.kind != schema.EMBEDDINGS_STORE or not group.faults
+    if complete and all(name in group.arrays for name in NEEDED.get(report.kind, ("",))):
         if report.kind == schema.FRAMES_STORE:
-            _add_frames(checks, found, report)
+            _add_frames(checks, group, report)
         elif report.kind == schema.DISTANCES_STORE:
-            _add_distances(checks, found, report)
+            _add_distances(checks, group, report)
         elif report.kind == schema.MATRIX_STORE:
-            add_tiles(checks, found.name, found.arrays, found.faults, report)
+            add_tiles(checks, group.name, group.arrays, group.faults, report)
         else:
-            add_embeddings(checks, found.name, found.attributes, found.arrays, report)
+            add_embeddings(checks, group.name, group.attributes, group.arrays, report)
     else:
-        for name, array in found.arrays.items():
-            prefix = f"{schema.PROVENANCE}/" if name.startswith(f"{schema.PROVENANCE}/") else ""
-            add_chunks(checks, found.name, array, report, prefix)
-    told = {(damage.group, damage.array) for damage in report.damages}
-    for name, reason in found.faults.items():
-        if (found.name, name) not in told:
-            report.damages.append(document_damage(found.name, name, reason))
+        for name, array in group.arrays.items():
+            add_chunks(checks, group.name, array, report, _PREFIX if name.startswith(_PREFIX) else "")
+    reported = {(damage.group, damage.array) for damage in report.damages}
+    for name, reason in group.faults.items():
+        if (group.name, name) not in reported:
+            report.damages.append(document_damage(group.name, name, reason))
 
 
-def _lost_fingerprints(root: store.Group, found: _Found) -> list[Damage]:
-    """Compare the number of fingerprints with that when the last run came to its end."""
-    name = f"{schema.PROVENANCE}/{schema.FINGERPRINT}"
-    if not found.recorded or name not in found.arrays or found.faults:
+def _lost_fingerprints(root: store.Group, group: _Group) -> list[Damage]:
+    """Compare the number of fingerprints with their number at the end of the last run."""
+    name = f"{_PREFIX}{schema.FINGERPRINT}"
+    if not group.recorded or name not in group.arrays or group.faults:
         return []
     try:
-        counts = count_fingerprints(store.get_group(root, found.name))
+        counts = count_fingerprints(store.get_group(root, group.name))
     except store.StoreError:
-        return []  # named by whoever reads all that is recorded
-    missing = ", ".join(chunks.missing_chunks(found.arrays[name]))
+        return []  # the checks of the record report it
+    missing = ", ".join(chunks.missing_chunks(group.arrays[name]))
     return [
         Damage(
-            found.name,
+            group.name,
             name,
             missing,
             f"fingerprints of {metric}" if metric else "fingerprints",
-            f"{counts.get(metric, 0)} are there, {count} were when the last run ended",
+            f"{counts.get(metric, 0)} are present, {count} were at the end of the last run",
             metric=metric,
         )
-        for metric, count in found.recorded.items()
+        for metric, count in group.recorded.items()
         if counts.get(metric, 0) < count
     ]
 
 
 def _in_threads(checks: Iterable[Check], threads: int) -> Iterator[list[Damage]]:
-    """What each check finds, in order; only a few are under way at a time."""
+    """Run checks in threads, a few at a time, and yield their results in order."""
     with ThreadPoolExecutor(threads) as pool:
         running: deque[Future[list[Damage]]] = deque()
         for check in checks:
@@ -226,91 +231,93 @@ def _in_threads(checks: Iterable[Check], threads: int) -> Iterator[list[Damage]]
 # ---------------------------------------------------------------- frames
 
 
-def _add_frames(checks: Checks, found: _Found, report: VerifyReport) -> None:
-    """A check for each sequence of a field; its small arrays are read at once."""
-    name = found.name
+def _add_frames(checks: Checks, group: _Group, report: VerifyReport) -> None:
+    """Add a check for each sequence of a field; its small arrays are read at once."""
+    name = group.name
     columns = {
         column: read_column(name, array, report)
-        for column, array in found.arrays.items()
+        for column, array in group.arrays.items()
         if column not in (schema.FRAMES, schema.WEIGHTS)
     }
-    frames = found.arrays[schema.FRAMES]
-    chunks.check_fits(frames, 0)
+    frames = group.arrays[schema.FRAMES]
+    store.check_fits(frames, 0)
     report.chunks += chunks.chunk_count(frames)
     contents, sequences = columns[schema.CONTENT], columns[schema.SEQUENCE]
-    there = [row for row, content in enumerate(contents) if content]
-    report.unfinished += len(contents) - len(there)
-    report.compared += len(there)
-    if nameless := tuple(row for row in there if not sequences[row]):
+    converted = [row for row, content in enumerate(contents) if content]
+    report.unfinished += len(contents) - len(converted)
+    report.compared += len(converted)
+    if nameless := tuple(row for row in converted if not sequences[row]):
         report.damages.append(Damage(name, schema.SEQUENCE, "", "names of sequences", "missing", nameless))
-    if found.listed:  # a run that is under way, or was stopped, names sequences before it has them
-        report.damages += lost_chunks(name, found.arrays[schema.CONTENT], sequences != "")
-    for row in there if schema.SOURCE in columns else ():
+    if group.listed:  # an unfinished run has written names of sequences that are not converted yet
+        report.damages += lost_chunks(name, group.arrays[schema.CONTENT], sequences != "")
+    for row in converted if schema.SOURCE in columns else ():
         record = (str(sequences[row]), str(contents[row]), str(columns[schema.SOURCE][row]))
         if sequences[row] and not is_bound(name, *record):
             reason = "its name, content and source are not those that were converted together"
             report.damages.append(Damage(name, schema.SOURCE, "", f"sequence {record[0]}", reason, (row,)))
     sources = columns.get(schema.SOURCE)
-    recorded = {weights_of_record(str(sources[row])) for row in there} if sources is not None else None
-    report.damages += _weights(found, recorded, tuple(there), report)
+    recorded = {weights_of_record(str(sources[row])) for row in converted} if sources is not None else None
+    report.damages += _check_weights(group, recorded, tuple(converted), report)
     parameter = columns[schema.PARAMETER]
     checks.add(
-        len(there),
+        len(converted),
         (
-            partial(_sequence, name, frames, row, str(sequences[row]), parameter[row], str(contents[row]))
-            for row in there
+            partial(
+                _check_sequence, name, frames, row, str(sequences[row]), parameter[row], str(contents[row])
+            )
+            for row in converted
         ),
     )
 
 
-def _weights(
-    found: _Found, recorded: set[str] | None, rows: tuple[int, ...], report: VerifyReport
+def _check_weights(
+    group: _Group, recorded: set[str] | None, rows: tuple[int, ...], report: VerifyReport
 ) -> list[Damage]:
-    """A field's weights of pixels against their hash, which conversion recorded of each of its sequences."""
-    array, what = found.arrays.get(schema.WEIGHTS), "weights of all sequences"
+    """Compare a field's pixel weights with their hash, which the record of each sequence contains."""
+    array, what = group.arrays.get(schema.WEIGHTS), "weights of all sequences"
     if array is None:
-        if schema.WEIGHTS in found.faults or not (recorded or set()) - {""}:
-            return []  # the first is damage by itself
-        return [Damage(found.name, schema.WEIGHTS, "", what, weights_fault(""), rows)]
-    chunks.check_fits(array)
+        if schema.WEIGHTS in group.faults or not (recorded or set()) - {""}:
+            return []  # lost metadata is reported by itself
+        return [Damage(group.name, schema.WEIGHTS, "", what, weights_fault(""), rows)]
+    store.check_fits(array)
     report.chunks += chunks.chunk_count(array)
     try:
         digest = hash_weights(store.read(array))
     except store.DamagedError:
         damaged = chunks.damaged_chunks(array)
         return [
-            Damage(found.name, schema.WEIGHTS, c.key, what, c.reason, rows, unreadable=True) for c in damaged
+            Damage(group.name, schema.WEIGHTS, c.key, what, c.reason, rows, unreadable=True) for c in damaged
         ]
     if not recorded or recorded == {digest}:
         return []
     missing = ", ".join(chunks.missing_chunks(array))
     return [
         Damage(
-            found.name, schema.WEIGHTS, missing, what, "missing" if missing else weights_fault(digest), rows
+            group.name, schema.WEIGHTS, missing, what, "missing" if missing else weights_fault(digest), rows
         )
     ]
 
 
-def _sequence(
+def _check_sequence(
     group: str, frames: store.Array, row: int, name: str, parameter: np.ndarray, content: str
 ) -> list[Damage]:
-    """One sequence's frames against the hash of them that conversion recorded."""
+    """Read a sequence's frames, and compare them with the hash of the conversion."""
     try:
-        found = content_hash(store.read(frames, row), parameter)
+        digest = content_hash(store.read(frames, row), parameter)
     except store.DamagedError:
         damaged = chunks.damaged_chunks(frames, row)
-        if len(damaged) == frames.shape[1]:  # a shard that is cut off, rather than single frames
+        if len(damaged) == frames.shape[1]:  # the shard is cut off, not single frames
             whole = f"sequence {name}, all frames"
             return [Damage(group, schema.FRAMES, damaged[0].key, whole, damaged[0].reason, (row,))]
         return [
             Damage(group, schema.FRAMES, c.key, f"sequence {name}, frame {c.start[1]}", c.reason, (row,))
             for c in damaged
         ]
-    if found == content:
+    if digest == content:
         return []
     missing = chunks.missing_chunks(frames, row)
     lost = [Damage(group, schema.FRAMES, key, f"sequence {name}", "missing", (row,)) for key in missing]
-    reason = f"not as converted: the hash of frames and parameter is {found}, expected {content}"
+    reason = f"not as converted: expected {content} as the hash of frames and parameter, found {digest}"
     return lost or [Damage(group, schema.FRAMES, "", f"sequence {name}", reason, (row,))]
 
 
@@ -319,10 +326,10 @@ def _sequence(
 
 @dataclass(frozen=True)
 class _Recorded:
-    """What provenance says of one metric's matrices; all by row.
+    """Record of one metric's matrices, by row.
 
-    ``bound`` says of each row whether its digest is that of its record. There are no digests where the
-    metadata of all is lost: that is damage by itself.
+    ``bound`` tells for each row whether its digest matches its record. ``digests`` is None if their metadata
+    is lost, which is reported by itself.
     """
 
     group: str
@@ -336,12 +343,12 @@ class _Recorded:
     bound: Sequence[bool]
 
     def has_other_failure(self, row: int) -> bool:
-        """Tell whether what is recorded of a row that isn't done is other than was written."""
+        """Tell whether the recorded failure of an unfinished row was not written with it."""
         digest = "" if self.digests is None else self.digests[row]
         return not self.fingerprints[row] and is_of_no_values(digest) and not self.bound[row]
 
     def pairs(self, row: int) -> Pairs | None:
-        """Which pairs a fingerprint says are there; None where it is of nothing that is recorded."""
+        """Infer which pairs were computed from the fingerprint; None if it doesn't match the record."""
         hashed, scope = recorded_specification(self.specification)
         kinds: tuple[Pairs, ...] = ("all", "reference")
         for pairs in kinds:
@@ -350,120 +357,153 @@ class _Recorded:
         return None
 
 
-def _add_distances(checks: Checks, found: _Found, report: VerifyReport) -> None:
-    """A check for each chunk of each metric; the records are read at once."""
-    name, arrays = found.name, found.arrays
-    prefix = f"{schema.PROVENANCE}/"
+@dataclass(frozen=True)
+class _Records:
+    """Provenance of a field's distances, with the names of its sequences.
+
+    ``texts`` has the columns of provenance, ``identities`` the hash of each row's name and parameter.
+    ``has_digests`` is false if digests cannot be read before their metadata is restored; ``unlabelled`` are
+    the rows whose name or parameter is lost.
+    """
+
+    group: str
+    texts: Mapping[str, np.ndarray]
+    sequences: np.ndarray
+    identities: Sequence[bytes]
+    has_digests: bool
+    unlabelled: set[int]
+
+    def of_metric(self, metric: str, rows: int) -> _Recorded:
+        """Select the record of one metric, for a number of rows."""
+        place = [str(name) for name in self.texts[schema.METRIC]].index(metric)
+        rows = min(rows, self.texts[schema.FINGERPRINT].shape[1])
+        texts = {
+            column: _padded(values[place], rows)
+            for column, values in self.texts.items()
+            if values.ndim == len(schema.PROVENANCE_DIMS)
+        }
+        identities = [*self.identities[:rows], *[b""] * (rows - len(self.identities))]
+        columns = {column: np.array(values, dtype=object) for column, values in texts.items()}
+        return _Recorded(
+            self.group,
+            metric,
+            str(self.texts[schema.SPECIFICATION][place]),
+            _padded(self.sequences, rows),
+            texts[schema.FINGERPRINT],
+            texts[schema.CONTENT],
+            texts[schema.FAILURE],
+            texts[schema.DIGEST] if self.has_digests else None,
+            [
+                bound or not self.has_digests or row in self.unlabelled
+                for row, bound in enumerate(bound_rows(self.group, metric, identities, columns))
+            ],
+        )
+
+
+def _add_distances(checks: Checks, group: _Group, report: VerifyReport) -> None:
+    """Add a check for each chunk of each metric; the records are read at once."""
+    records = _read_records(group, report)
+    names = [str(metric) for metric in records.texts[schema.METRIC]]
+    for metric in schema.metric_names(key for key in group.arrays if "/" not in key):
+        array = group.arrays[metric]
+        if metric not in names:  # a run was stopped before it recorded the name
+            report.unfinished += array.shape[0]
+            add_chunks(checks, group.name, array, report)
+            continue
+        recorded = records.of_metric(metric, array.shape[0])
+        finished = sum(bool(text) for text in recorded.fingerprints)
+        report.compared += finished
+        report.unfinished += array.shape[0] - finished
+        count = chunks.chunk_count(array)
+        report.chunks += count
+        checks.add(count, _chunks_of(group.name, array, recorded))
+
+
+def _read_records(group: _Group, report: VerifyReport) -> _Records:
+    """Read provenance and labels, and report what is lost of them."""
+    name, arrays = group.name, group.arrays
     texts = {
-        column.removeprefix(prefix): read_column(name, array, report, prefix)
+        column.removeprefix(_PREFIX): read_column(name, array, report, _PREFIX)
         for column, array in arrays.items()
-        if column.startswith(prefix)
+        if column.startswith(_PREFIX)
     }
-    # Of a store of before, which has none, nothing is known to be as it was written.
-    texts.setdefault(schema.DIGEST, np.full(texts[schema.FINGERPRINT].shape, "", dtype=object))
-    sequences, parameter = (
-        read_column(name, arrays[column], report) for column in (schema.SEQUENCE, schema.PARAMETER)
-    )
     fingerprints = texts[schema.FINGERPRINT]
-    for carried in (schema.SEQUENCE, schema.PARAMETER):
-        report.damages += lost_chunks(name, arrays[carried], (fingerprints != "").any(axis=0))
-    names = [str(metric) for metric in texts[schema.METRIC]]
-    for place, metric in enumerate(names):
-        done = tuple(np.flatnonzero(fingerprints[place] != "").tolist())
-        if done and not metric:
-            reason = "the name of a metric is lost"
-            report.damages.append(Damage(name, f"{prefix}{schema.METRIC}", "", "all metrics", reason))
-        elif done and metric not in arrays:
-            reason, what = found.faults.get(metric, "missing"), f"all {len(done)} matrices"
-            report.damages.append(Damage(name, metric, metadata.DOCUMENT, what, reason, done, metric))
-    # What is lost of these is named, costs no distances, and is written by the next run.
-    carried_lost = {
+    # Stores of older versions have no digests, so nothing in them can be confirmed.
+    texts.setdefault(schema.DIGEST, np.full(fingerprints.shape, "", dtype=object))
+    labels = (schema.SEQUENCE, schema.PARAMETER)
+    sequences, parameter = (read_column(name, arrays[column], report) for column in labels)
+    for column in labels:
+        report.damages += lost_chunks(name, arrays[column], (fingerprints != "").any(axis=0))
+    report.damages += _lost_metrics(group, texts)
+    # Lost labels cost no distances: the next run writes them again.
+    unlabelled = {
         row
         for damage in report.damages
-        if damage.group == name and damage.array in (schema.SEQUENCE, schema.PARAMETER)
+        if damage.group == name and damage.array in labels
         for row in damage.rows
     }
     # Records can be compared with their digests again once the metadata is restored.
-    lost = any(f"{prefix}{text}" in found.faults for text in (schema.DIGEST, schema.RESOLUTION))
+    has_digests = not any(f"{_PREFIX}{text}" in group.faults for text in (schema.DIGEST, schema.RESOLUTION))
     identities = identify_rows(sequences, parameter)
-    by_row = [column for column, values in texts.items() if values.ndim == len(schema.PROVENANCE_DIMS)]
-    for metric in schema.metric_names(key for key in arrays if "/" not in key):
-        array = arrays[metric]
-        if metric not in names:  # a run was stopped before it could say so
-            report.unfinished += array.shape[0]
-            add_chunks(checks, name, array, report)
-            continue
-        place = names.index(metric)
-        length = min(array.shape[0], fingerprints.shape[1])
-        padded = {column: _padded(texts[column][place], length) for column in by_row}
-        of_metric = {column: np.array(values, dtype=object) for column, values in padded.items()}
-        of_rows = [*identities[:length], *[b""] * (length - len(identities))]
-        recorded = _Recorded(
-            name,
-            metric,
-            str(texts[schema.SPECIFICATION][place]),
-            _padded(sequences, length),
-            padded[schema.FINGERPRINT],
-            padded[schema.CONTENT],
-            padded[schema.FAILURE],
-            None if lost else padded[schema.DIGEST],
-            [
-                bound or lost or row in carried_lost
-                for row, bound in enumerate(bound_rows(name, metric, of_rows, of_metric))
-            ],
-        )
-        there = sum(bool(text) for text in recorded.fingerprints)
-        report.compared += there
-        report.unfinished += array.shape[0] - there
-        count = chunks.chunk_count(array)
-        report.chunks += count
-        checks.add(count, _chunks_of(name, array, recorded))
+    return _Records(name, texts, sequences, identities, has_digests, unlabelled)
+
+
+def _lost_metrics(group: _Group, texts: Mapping[str, np.ndarray]) -> Iterator[Damage]:
+    """Find metrics with finished matrices whose name or array is lost."""
+    for place, metric in enumerate(map(str, texts[schema.METRIC])):
+        finished = tuple(np.flatnonzero(texts[schema.FINGERPRINT][place] != "").tolist())
+        if finished and not metric:
+            reason = "the name of a metric is lost"
+            yield Damage(group.name, f"{_PREFIX}{schema.METRIC}", "", "all metrics", reason)
+        elif finished and metric not in group.arrays:
+            reason, what = group.faults.get(metric, "missing"), f"all {len(finished)} matrices"
+            yield Damage(group.name, metric, metadata.DOCUMENT, what, reason, finished, metric)
 
 
 def _chunks_of(group: str, array: store.Array, recorded: _Recorded) -> Iterator[Check]:
     for start in chunks.chunk_starts(array):
-        yield partial(_matrices, group, array, start, recorded)
+        yield partial(_check_matrices, group, array, start, recorded)
 
 
 def _padded(texts: Any, length: int) -> list[str]:
-    """Texts of ``length`` rows; a run that was stopped while rows moved has left some arrays shorter."""
+    """Pad texts to ``length`` rows: a run that was stopped while it moved rows has left arrays shorter."""
     return [*map(str, texts[:length]), *[""] * (length - len(texts))]
 
 
-def _matrices(group: str, array: store.Array, start: tuple[int, ...], recorded: _Recorded) -> list[Damage]:
-    """One chunk of a metric, and the matrices in it against their fingerprints."""
+def _check_matrices(
+    group: str, array: store.Array, start: tuple[int, ...], recorded: _Recorded
+) -> list[Damage]:
+    """Read a chunk of a metric, and compare its matrices with their records."""
     rows = range(start[0], min(start[0] + array.chunks[0], array.shape[0]))
     recorded_rows = range(rows.start, min(rows.stop, len(recorded.fingerprints)))
-    done = tuple(row for row in recorded_rows if recorded.fingerprints[row])
+    finished = tuple(row for row in recorded_rows if recorded.fingerprints[row])
     key, metric = chunks.chunk_key(array, start), recorded.metric
 
     def damage(rows: Sequence[int], chunk: str, reason: str, *, unreadable: bool = False) -> Damage:
-        which = ", ".join(recorded.sequences[row] for row in rows) or "no sequence that is done"
-        return Damage(group, metric, chunk, f"sequence {which}", reason, tuple(rows), metric, unreadable)
+        names = ", ".join(recorded.sequences[row] for row in rows)
+        what = f"sequence {names}" if names else "no finished sequence"
+        return Damage(group, metric, chunk, what, reason, tuple(rows), metric, unreadable)
 
     try:
         values = store.read(array, slice(rows.start, rows.stop))
     except store.DamagedError:
         damaged = chunks.damaged_chunks(array, rows.start)
-        return [damage(done, c.key, c.reason, unreadable=True) for c in damaged]
-    failed_otherwise = [row for row in recorded_rows if recorded.has_other_failure(row)]
-    if failed_otherwise:
-        return [damage(failed_otherwise, "", "why it failed is not what was written with it")]
-    if not done:
+        return [damage(finished, c.key, c.reason, unreadable=True) for c in damaged]
+    other_failures = [row for row in recorded_rows if recorded.has_other_failure(row)]
+    if other_failures:
+        return [damage(other_failures, "", "why it failed is not what was written with it")]
+    if not finished:
         return []
-    # Where every row failed, for a recorded reason, a chunk of NaN alone may never have been written.
-    failed = all(recorded.failures[row] for row in done)
+    # If all rows failed, for recorded reasons, a chunk that is all NaN may never have been written.
+    failed = all(recorded.failures[row] for row in finished)
     if not failed and np.isnan(values).all() and chunks.missing_chunks(array, rows.start):
-        return [damage(done, key, "missing")]
-    found = []
-    for row in done:
-        if reason := _fault(values[row - rows.start], row, recorded):
-            found.append(damage([row], key, reason))
-    return found
+        return [damage(finished, key, "missing")]
+    reasons = {row: _fault(values[row - rows.start], row, recorded) for row in finished}
+    return [damage([row], key, reason) for row, reason in reasons.items() if reason]
 
 
 def _fault(matrix: np.ndarray, row: int, recorded: _Recorded) -> str:
-    """What is wrong with a matrix that has a fingerprint; empty when nothing is."""
+    """Describe the fault of a finished matrix; empty if there is none."""
     if not recorded.specification:
         return "its metric has no specification recorded"
     if not is_sealed(json.loads(recorded.specification), recorded.group, recorded.metric):
@@ -472,13 +512,13 @@ def _fault(matrix: np.ndarray, row: int, recorded: _Recorded) -> str:
     if pairs is None:
         return "its fingerprint is not that of the content and specification that are recorded"
     if not recorded.bound[row]:
-        return "what is recorded of it, with its sequence and parameter, is not what was written with it"
+        return "its record, with its sequence and parameter, is not the one that was written with it"
     directed = bool(json.loads(recorded.specification).get(schema.DIRECTED))
     if not directed and not np.array_equal(matrix, matrix.T, equal_nan=True):
         return "not symmetric"
     if not recorded.failures[row]:
         if np.isnan(matrix if pairs == "all" else matrix[0]).any():
-            return "NaN, and no failure that says why"
+            return "NaN, and no failure is recorded"
         if not directed and np.diagonal(matrix).any():
             return "values other than zero on the diagonal"
     same = recorded.digests is None or binds_values(recorded.digests[row], matrix)

@@ -1,4 +1,4 @@
-"""What can be wrong with a store, and how each chunk is looked at: what all kinds have in common."""
+"""Damage of a store, and the checks of chunks that all kinds of stores share."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from pipeline.storage import chunks, metadata, schema, store
 
 @dataclass(frozen=True)
 class Damage:
-    """Something in a store that is not as it was written.
+    """Part of a store that differs from what was written.
 
     Attributes
     ----------
     group, array : str
-        Path of the group, and the array's name; below ``provenance`` with that in front.
+        Path of the group, and name of the array, which starts with ``provenance/`` for a record.
     chunk : str
-        Key of the chunk, or of the shard that holds it; empty where no single one is to blame. The name of a
-        metadata document where that is what is lost or cannot be read.
+        Key of the chunk, or of its shard; empty if no single chunk is damaged. For metadata, the name of the
+        document.
     what : str
-        What it belongs to: sequence, frame or metric.
+        Damaged sequence, frame, tile or metric, in words.
     reason : str
     rows : tuple of int
-        The sequences that it touches; of an archive's matrix, the tile.
+        Affected sequences; for a matrix over all frames, the indices of the tile.
     metric : str
-        Whose distances, empty where it touches those of all metrics or none.
+        Metric whose distances are affected; empty for all metrics or none.
     unreadable : bool
-        Whether the chunk cannot be decoded, and with it everything that it holds is lost.
+        Whether the chunk cannot be decoded, so that all of its values are lost.
     """
 
     group: str
@@ -49,18 +49,18 @@ class Damage:
 
 @dataclass
 class VerifyReport:
-    """What :func:`verify` found.
+    """Result of :func:`pipeline.verify.verify`.
 
     Attributes
     ----------
     kind : str
-        Of the store: ``"frames"``, ``"distances"``, …
+        Kind of the store: ``"frames"``, ``"distances"``, …
     chunks : int
-        How many were read.
+        Number of chunks that were read.
     compared : int
-        Sequences whose content, or matrices whose fingerprint, was compared with the record.
+        Number of sequences, matrices, tiles or blocks that were compared with their record.
     unfinished : int
-        Sequences or matrices that are not there, as the record says: a run that was stopped.
+        Number of these that have not been computed, according to the record.
     damages : list of Damage
     """
 
@@ -72,21 +72,23 @@ class VerifyReport:
 
     @property
     def whole(self) -> bool:
+        """True if there is no damage."""
         return not self.damages
 
 
 Check: TypeAlias = Callable[[], list[Damage]]
-"""Reads some chunks, and says what is damaged."""
+"""A function that reads some chunks and returns their damage."""
 
 
 @dataclass
 class Checks:
-    """Checks that are made when it is their turn, and how many they will be."""
+    """Checks, which are created lazily, and their number."""
 
     count: int = 0
     parts: list[Iterable[Check]] = field(default_factory=list)
 
     def add(self, count: int, checks: Iterable[Check]) -> None:
+        """Add ``count`` checks."""
         self.count += count
         self.parts.append(checks)
 
@@ -97,7 +99,7 @@ class Checks:
 def add_chunks(
     checks: Checks, group: str, array: store.Array, report: VerifyReport, prefix: str = ""
 ) -> None:
-    """A check for each chunk of an array."""
+    """Add a check for each chunk of an array."""
     count = chunks.chunk_count(array)
     report.chunks += count
     checks.add(count, (partial(_chunk, group, array, start, prefix) for start in chunks.chunk_starts(array)))
@@ -112,8 +114,8 @@ def _chunk(group: str, array: store.Array, start: tuple[int, ...], prefix: str) 
 
 
 def read_column(group: str, array: store.Array, report: VerifyReport, prefix: str = "") -> np.ndarray:
-    """A small array whole, chunk by chunk; what cannot be decoded is damage, and fill values here."""
-    chunks.check_fits(array)
+    """Read a small array; report chunks that cannot be decoded as damage, and read fill values for them."""
+    store.check_fits(array)
     report.chunks += chunks.chunk_count(array)
     try:
         return store.read(array)
@@ -121,39 +123,39 @@ def read_column(group: str, array: store.Array, report: VerifyReport, prefix: st
         damaged = chunks.damaged_chunks(array)
     values = np.full(array.shape, array.fill_value, dtype=object if array.dtype.kind == "T" else array.dtype)
     for start in chunks.chunk_starts(array):
-        if start not in {chunk.start for chunk in damaged}:
-            found = chunks.read_chunk(array, start)
-            values[tuple(slice(a, a + n) for a, n in zip(start, found.shape, strict=True))] = found
-    for chunk in damaged:
-        rows, what = _rows_of(array, chunk.start)
+        if start not in {entry.start for entry in damaged}:
+            chunk = chunks.read_chunk(array, start)
+            values[tuple(slice(a, a + n) for a, n in zip(start, chunk.shape, strict=True))] = chunk
+    for entry in damaged:
+        rows, what = _rows_of(array, entry.start)
         report.damages.append(
-            Damage(group, f"{prefix}{array.basename}", chunk.key, what, chunk.reason, rows, unreadable=True)
+            Damage(group, f"{prefix}{array.basename}", entry.key, what, entry.reason, rows, unreadable=True)
         )
     return values
 
 
 def document_damage(group: str, name: str, reason: str) -> Damage:
-    """What is wrong with the metadata of a group or an array."""
+    """Describe damaged metadata of a group or an array."""
     return Damage(group, name, metadata.DOCUMENT, "its metadata", reason)
 
 
 def is_of_root(damage: Damage) -> bool:
-    """Whether it is the metadata of the store's root that is lost."""
+    """Tell whether the metadata of the store's root is damaged."""
     return not damage.group and not damage.array and damage.chunk == metadata.DOCUMENT
 
 
-def lost_chunks(group: str, array: store.Array, done: np.ndarray) -> Iterator[Damage]:
-    """Chunks of a small array that are not there, though rows of them are ``done``: they were."""
+def lost_chunks(group: str, array: store.Array, finished: np.ndarray) -> Iterator[Damage]:
+    """Find missing chunks of a small array with rows that are ``finished``, and so had been written."""
     for start in chunks.chunk_starts(array):
         rows, what = _rows_of(array, start)
-        if done[slice(rows[0], rows[-1] + 1)].any():
+        if finished[slice(rows[0], rows[-1] + 1)].any():
             region = tuple(slice(a, a + 1) for a in start)
             for key in chunks.missing_chunks(array, region):
                 yield Damage(group, array.basename, key, what, "missing", rows)
 
 
 def _rows_of(array: store.Array, first: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
-    """The sequences that a chunk of a small array has something of, and the same in words."""
+    """List the sequences in a chunk of a small array, as numbers and in words."""
     dims: Any = getattr(array.metadata, "dimension_names", None) or ()
     if schema.SEQUENCE not in dims:
         return (), "all metrics"
@@ -164,7 +166,7 @@ def _rows_of(array: store.Array, first: tuple[int, ...]) -> tuple[tuple[int, ...
 
 
 def recorded_specification(text: str) -> tuple[str, Any]:
-    """Hash of a metric's specification, and its scope, as provenance has them."""
+    """Compute the hash of a recorded specification, and read its scope."""
     recorded: dict[str, Any] = json.loads(text)
     settings = {"scope", "pairs", "versions", "digest", schema.DIRECTED}
     metric = {name: value for name, value in recorded.items() if name not in settings}

@@ -18,9 +18,9 @@ from pipeline.verify.damage import Check, Checks, Damage, VerifyReport, read_col
 
 @dataclass(frozen=True)
 class _Block:
-    """A block of a field: its frames, and what is recorded of it.
+    """Frames and record of a block.
 
-    ``identity`` is None where the names of its frames are lost, which is damage by itself.
+    ``identity`` is None if the names of its frames are lost, which is reported by itself.
     """
 
     group: str
@@ -33,11 +33,11 @@ class _Block:
 
     @property
     def what(self) -> str:
-        """Name its frames, in messages."""
+        """Text that names the block and its frames."""
         return f"block {self.number}, frames {self.rows.start} to {self.rows.stop - 1}"
 
     def is_bound(self, parts: Mapping[str, store.Array]) -> bool:
-        """Tell whether its digest is that of its record."""
+        """Tell whether the block's digest matches its record."""
         texts = block_texts(self.fingerprint, parts, self.failures)
         return self.identity is None or binds(self.digest, self.identity, texts)
 
@@ -55,13 +55,13 @@ def add_embeddings(
     ----------
     checks : Checks
     name : str
-        Of the group.
+        Path of the group.
     attributes : mapping
-        Of the group.
+        Attributes of the group.
     arrays : mapping of str to Array
-        Those of provenance with that in front.
+        Arrays of the group, with those of ``provenance/``.
     report : VerifyReport
-        Counts what is read, and takes what is damaged of the records.
+        Receives the number of chunks, and damage of the records.
     """
     prefix = f"{schema.PROVENANCE}/"
     before = len(report.damages)
@@ -72,7 +72,7 @@ def add_embeddings(
         if column.startswith(prefix)
     }
     fingerprints, failures = records[schema.FINGERPRINT], records[schema.FAILURE]
-    # Of a store of before, which has none, nothing is known to be as it was written.
+    # Stores of older versions have no digests, so nothing in them can be confirmed.
     records.setdefault(schema.DIGEST, np.full(fingerprints.shape, "", dtype=object))
     length = arrays[f"{prefix}{schema.FAILURE}"].chunks[0]
     if (fingerprints != "").any():
@@ -81,7 +81,7 @@ def add_embeddings(
             for column in LABELS
             for key in chunks.missing_chunks(arrays[column])
         ]
-    # The next run writes them again, and compares them with the digests of all blocks.
+    # The next run writes the names again, and compares them with the digests of all blocks.
     nameless = any(damage.array in LABELS for damage in report.damages[before:])
     parts = {column: arrays[column] for column in sorted(arrays) if _is_part(column)}
     report.chunks += sum(map(chunks.chunk_count, parts.values()))
@@ -92,8 +92,8 @@ def add_embeddings(
     def blocks() -> Iterator[Check]:
         for number, fingerprint in enumerate(fingerprints):
             rows = slice(number * length, min((number + 1) * length, len(failures)))
-            of_block = hash_labels({column: values[rows] for column, values in labels.items()})
-            identity = None if nameless else block_identity(name, metric, number, of_block)
+            label_hash = hash_labels({column: values[rows] for column, values in labels.items()})
+            identity = None if nameless else block_identity(name, metric, number, label_hash)
             digest, reasons = str(records[schema.DIGEST][number]), failures[rows].tolist()
             yield partial(
                 _check, _Block(name, number, rows, identity, str(fingerprint), digest, reasons), parts
@@ -126,7 +126,7 @@ def _check(block: _Block, parts: Mapping[str, store.Array]) -> list[Damage]:
     if damages:
         return damages
     if not block.is_bound(parts) and (block.fingerprint or is_of_no_values(block.digest)):
-        reason = "what is recorded of it, with the names of its frames, is not what was written with it"
+        reason = "its record, with the names of its frames, is not the one that was written with it"
         return [Damage(block.group, _DIGEST, "", block.what, reason, number)]
     for place, (name, value) in enumerate(hashes.items(), start=1):
         if block.fingerprint and value != block.digest[place * HALF : (place + 1) * HALF]:

@@ -1,10 +1,10 @@
-"""Make the stages do again what :mod:`pipeline.verify` found damaged: their record of it is taken away.
+"""Repair a damaged store: remove the records of damaged values, so that the next run computes them again.
 
-Nothing is computed here. A chunk of small values or of distances that cannot be decoded is deleted, so that
-it reads as fill values; then damaged sequences lose their ``content``, and damaged distances their
-fingerprints. The next ``lsim convert``, or ``lsim distances``, sees what isn't there and makes it. A metadata
-document is written again as it is in the consolidated metadata, which goes then: the store is unfinished.
-That of the root is listed nowhere: it is written again with the kind of store alone, and verified anew.
+Nothing is computed here. A chunk that cannot be decoded is deleted, so that it reads as fill values. Damaged
+sequences lose their ``content``, and damaged distances their fingerprints: the next ``lsim convert`` or
+``lsim distances`` takes them for missing. A metadata document is restored from the consolidated metadata,
+which is then removed, because the store is unfinished. The root's document is not in there: it is written
+again with the kind of store only, and the store has to be verified again.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from pipeline.verify.damage import Damage, VerifyReport, is_of_root
 
 
 def repair(path: str | os.PathLike[str], report: VerifyReport) -> int:
-    """Take away the record of what is damaged, and the chunks that cannot be decoded.
+    """Remove the records of damaged values, and the chunks that cannot be decoded.
 
     Parameters
     ----------
     path : str or path
         A ``frames.zarr``, ``distances.zarr``, ``matrix.zarr`` or ``embeddings.zarr``.
     report : VerifyReport
-        Of that store as it is now.
+        Report of :func:`pipeline.verify.verify` on the store in its present state.
 
     Returns
     -------
     count : int
-        Sequences, matrices, tiles or blocks that the next run makes again.
+        Number of sequences, matrices, tiles or blocks that the next run computes again.
 
     Raises
     ------
     StoreError
-        For a store of another kind, while another run writes to it, and when a document is lost that no
-        consolidated metadata lists.
+        For a store of another kind, while another run writes to it, and for a lost document that is not in
+        the consolidated metadata.
     """
     if report.kind not in _FORGET:
         raise store.StoreError(
             f"{path}: expected a store of {', '.join(_FORGET)}, found one of {report.kind}: delete it, and "
-            "run again what made it"
+            "run the command that made it again"
         )
     forget = _FORGET[report.kind]
     count = 0
     if any(is_of_root(damage) for damage in report.damages):
-        # What else belongs there, the next run of its stage records again.
+        # The next run of its stage records all other attributes again.
         metadata.restore_root(
             path, _attributes(path) | {"kind": report.kind, "schema_version": schema.SCHEMA_VERSION}
         )
@@ -59,10 +59,10 @@ def repair(path: str | os.PathLike[str], report: VerifyReport) -> int:
             if damage.chunk == metadata.DOCUMENT:
                 metadata.restore_document(root, f"{damage.group}/{damage.array}".lstrip("/"))
         store.drop_consolidated(path)
-        of_values = [d for d in report.damages if d.chunk != metadata.DOCUMENT or d.metric]
-        for name in dict.fromkeys(damage.group for damage in of_values):
+        damaged_values = [d for d in report.damages if d.chunk != metadata.DOCUMENT or d.metric]
+        for name in dict.fromkeys(damage.group for damage in damaged_values):
             group = store.get_group(root, name)
-            damages = [damage for damage in of_values if damage.group == name]
+            damages = [damage for damage in damaged_values if damage.group == name]
             for damage in damages:
                 if damage.unreadable:
                     chunks.delete_chunk(store.get_array(group, damage.array), damage.chunk)
@@ -71,7 +71,7 @@ def repair(path: str | os.PathLike[str], report: VerifyReport) -> int:
 
 
 def _attributes(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Attributes of a root whose document can be read, without its digest."""
+    """Read the root's attributes without their digest; empty if the document cannot be read."""
     try:
         attributes = dict(store.open_store(path).attrs)
     except store.StoreError:
@@ -81,10 +81,10 @@ def _attributes(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _forget_frames(group: store.Group, damages: list[Damage]) -> int:
-    """Take the content of damaged sequences: without it they are not converted.
+    """Remove the content of damaged sequences, so that they count as not converted.
 
-    Frames stay where they share a shard with sound ones. A shard that holds nothing else is deleted: one
-    whose index is damaged could not be written again.
+    Frames stay if they share a shard with undamaged sequences. Other shards are deleted: a shard with a
+    damaged index could not be written again.
     """
     rows = sorted({row for damage in damages for row in damage.rows})
     array = store.get_array(group, schema.CONTENT)
@@ -102,7 +102,7 @@ def _forget_frames(group: store.Group, damages: list[Damage]) -> int:
 
 
 def _forget_distances(group: store.Group, damages: list[Damage]) -> int:
-    """Take the fingerprints of damaged distances, or of all metrics where it is their common record."""
+    """Remove the fingerprints of damaged distances; of all metrics if their common record is damaged."""
     provenance = store.get_group(group, schema.PROVENANCE)
     names = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
     array = store.get_array(provenance, schema.FINGERPRINT)
@@ -110,11 +110,11 @@ def _forget_distances(group: store.Group, damages: list[Damage]) -> int:
     after = before.copy()
     for damage in damages:
         if damage.array == _FINGERPRINT and not damage.rows:
-            continue  # what is gone need not be taken
+            continue  # it is gone already
         if damage.metric in names:
             after[names.index(damage.metric), list(damage.rows)] = ""
         elif damage.array in (schema.PARAMETER, f"{schema.PROVENANCE}/{schema.FAILURE}", *_RANGES):
-            continue  # the first is written by every run; a lost failure is seen in its digest
+            continue  # every run writes the parameter; a digest reveals a lost failure
         elif damage.array.startswith(schema.PROVENANCE) and not damage.rows:
             after[...] = ""
         elif damage.rows:
@@ -124,7 +124,7 @@ def _forget_distances(group: store.Group, damages: list[Damage]) -> int:
 
 
 def _forget_tiles(group: store.Group, damages: list[Damage]) -> int:
-    """Take the fingerprints of damaged tiles, or of all where it is their common record."""
+    """Remove the fingerprints of damaged tiles; of all tiles if their common record is damaged."""
     provenance = store.get_group(group, schema.PROVENANCE)
     names = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
     array = store.get_array(provenance, schema.FINGERPRINT)
@@ -132,7 +132,7 @@ def _forget_tiles(group: store.Group, damages: list[Damage]) -> int:
     after = before.copy()
     for damage in damages:
         if damage.array == _FINGERPRINT and not damage.unreadable:
-            continue  # what is gone need not be taken
+            continue  # it is gone already
         if damage.metric in names:
             after[(names.index(damage.metric), *damage.rows)] = ""
         elif damage.array.startswith(schema.PROVENANCE) and damage.array not in _RANGES:
@@ -142,12 +142,12 @@ def _forget_tiles(group: store.Group, damages: list[Damage]) -> int:
 
 
 def _forget_blocks(group: store.Group, damages: list[Damage]) -> int:
-    """Take the fingerprints of damaged blocks of embeddings."""
+    """Remove the fingerprints of damaged blocks of embeddings."""
     array = store.get_array(store.get_group(group, schema.PROVENANCE), schema.FINGERPRINT)
     before = store.read(array)
     after = before.copy()
     for damage in damages:
-        if damage.array not in LABELS:  # which every run writes
+        if damage.array not in LABELS:  # every run writes labels
             after[list(damage.rows)] = ""
     store.write_rows(array, 0, after)
     return int(np.sum(before != after))
@@ -155,7 +155,7 @@ def _forget_blocks(group: store.Group, damages: list[Damage]) -> int:
 
 _FINGERPRINT = f"{schema.PROVENANCE}/{schema.FINGERPRINT}"
 _RANGES = tuple(f"{schema.PROVENANCE}/{name}" for name in (schema.RANGES, schema.MASKED_RANGES))
-"""Found again in the frames where they are lost: distances don't depend on their record."""
+"""Arrays of ranges; lost ones are computed from the frames again, and no distance depends on the record."""
 
 _FORGET = {
     schema.FRAMES_STORE: _forget_frames,

@@ -1,1 +1,1 @@
-"""How stages get at workers: profiles, clusters made from them, metrics that stay there, tasks for them."""
+"""Workers for the stages: cluster profiles, clusters made from them, tasks, and metrics held by workers."""

@@ -15,12 +15,18 @@ from distributed import Client, Security, Worker, WorkerPlugin
 from distributed.utils import silence_logging_cmgr
 
 from pipeline.workers.cluster_kinds import FAULT_TOLERANCE as FAULT_TOLERANCE
-from pipeline.workers.cluster_kinds import LOOPBACK, OF_THIS_MACHINE, check_options, keeps_logs, settings
-from pipeline.workers.departure import PassOnSignal, leave_when_told
+from pipeline.workers.cluster_kinds import (
+    LOOPBACK,
+    ON_THIS_MACHINE,
+    check_options,
+    dask_settings,
+    keeps_logs,
+)
 from pipeline.workers.profiles import BATCH, ClusterError, Profile
-from pipeline.workers.starting import running
-from pipeline.workers.stopping import allow_grace
+from pipeline.workers.sigterm import allow_grace
+from pipeline.workers.starting import running_cluster
 from pipeline.workers.tls import credentials, wants_tls, warn_if_open
+from pipeline.workers.worker_exit import ForwardSigterm, exit_on_sigterm
 from pipeline.workers.worker_metrics import choose_device, register_plugin, set_device, set_up_process
 
 
@@ -32,15 +38,15 @@ class Cluster:
     Raises
     ------
     ClusterError
-        For options that the library doesn't have, and for a package that is absent; the profile's file is
-        named, then as when workers start.
+        For options that the library doesn't have, and for a missing package; and, from :attr:`client`, when
+        workers cannot be started. The error names the profile's file.
     """
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
         self._stack = contextlib.ExitStack()
         self._client: Client | None = None
-        with profile.naming():
+        with profile.named_in_errors():
             check_options(profile)
         self._stack.callback(allow_grace, allow_grace(profile.grace))
         if profile.kind == "none":
@@ -51,7 +57,7 @@ class Cluster:
         """The Dask client, started on first use; None where tasks run in this process."""
         if self.profile.kind != "none" and self._client is None:
             warn_if_open(self.profile)
-            with self.profile.naming():
+            with self.profile.named_in_errors():
                 self._client = self._stack.enter_context(_connect(self.profile))
         return self._client
 
@@ -61,7 +67,7 @@ class Cluster:
         if self._client is None:
             return None
         if self.profile.kind in BATCH:
-            # On loopback here, though the scheduler is known by another address.
+            # It listens on loopback, unlike the scheduler.
             port = self._client.scheduler_info(n_workers=0)["services"]["dashboard"]
             return f"http://{LOOPBACK}:{port}/status"
         return self._client.dashboard_link
@@ -74,7 +80,7 @@ class Cluster:
         self._client = None
 
     def describe(self) -> dict[str, Any]:
-        """What results record of the cluster."""
+        """Describe the cluster for the provenance of results."""
         description: dict[str, Any] = {"profile": self.profile.kind, "threads": self.profile.threads}
         if self.profile.kind != "none":
             description["tls"] = wants_tls(self.profile)
@@ -87,22 +93,22 @@ class Cluster:
 def _connect(profile: Profile) -> Iterator[Client]:
     with (
         _environment_as_before(),
-        dask.config.set(settings(profile)),
-        _quiet_client(),
+        dask.config.set(dask_settings(profile)),
+        _silence_client(),
         credentials(profile) as security,
     ):
         if profile.address is not None:
-            with _reach(profile.address, security) as client:
+            with _connect_to(profile.address, security) as client:
                 _set_up(client, profile)
                 yield client
             return
-        with running(profile, security, lambda client: _set_up(client, profile)) as client:
+        with running_cluster(profile, security, lambda client: _set_up(client, profile)) as client:
             yield client
 
 
 @contextlib.contextmanager
 def _environment_as_before() -> Iterator[None]:
-    """Take back variables that Dask sets for the workers that it starts, such as ``OMP_NUM_THREADS``."""
+    """Restore environment variables that Dask changes for its workers, such as ``OMP_NUM_THREADS``."""
     before = dict(os.environ)
     try:
         yield
@@ -112,15 +118,15 @@ def _environment_as_before() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _quiet_client() -> contextlib.AbstractContextManager[None]:
-    """Without what a client logs of a scheduler that is lost: our error says so."""
+def _silence_client() -> contextlib.AbstractContextManager[None]:
+    """Silence what a client logs about a lost scheduler: our error reports it."""
     if keeps_logs():
         return contextlib.nullcontext()
     return silence_logging_cmgr(logging.CRITICAL, "distributed.client")
 
 
-def _reach(address: str, security: Security | None) -> Client:
-    """A client of a scheduler that runs already."""
+def _connect_to(address: str, security: Security | None) -> Client:
+    """Connect to a scheduler that is already running."""
     try:
         return Client(address, security=security, timeout="15s")
     except OSError as error:
@@ -129,25 +135,25 @@ def _reach(address: str, security: Security | None) -> Client:
 
 
 def _set_up(client: Client, profile: Profile) -> None:
-    """Wait for a first worker, and give it and all that follow what they need."""
-    owned = profile.kind in OF_THIS_MACHINE
+    """Register the plugins that all workers need, and wait for the first worker."""
+    owned = profile.kind in ON_THIS_MACHINE
     register_plugin(client, WorkerSetup(profile.device, owned, profile.grace))
     if not owned:
-        register_plugin(client, PassOnSignal(profile.grace))
+        register_plugin(client, ForwardSigterm(profile.grace))
     try:
         client.wait_for_workers(1, timeout=profile.wait_s)
     except TimeoutError as error:
         where = f"the scheduler at {profile.address}" if profile.address else f"the cluster {profile.kind!r}"
         raise ClusterError(
-            f"{where} has no workers, {profile.wait_s:g} s long; start_timeout of the profile says how long"
+            f"{where} has had no workers for {profile.wait_s:g} s, the start_timeout of the profile"
         ) from error
 
 
 class WorkerSetup(WorkerPlugin):
-    """One thread in the numerical libraries, a device, and a way to leave in good order.
+    """Plugin that sets up a worker: one thread in numerical libraries, a device, an orderly exit on SIGTERM.
 
-    Workers that are ``owned`` leave Ctrl-C to the driver: the terminal sends it to them as well, and the
-    driver is the one to stop them.
+    Workers that are ``owned`` by the driver ignore Ctrl-C: the terminal sends it to them as well, but it is
+    the driver that stops them.
     """
 
     name = "lsim-worker-setup"
@@ -158,7 +164,8 @@ class WorkerSetup(WorkerPlugin):
         self.grace = grace
 
     def setup(self, worker: Worker) -> None:
+        """Set up the worker's process."""
         set_up_process(self.device, worker.name)
-        leave_when_told(worker, self.grace)
+        exit_on_sigterm(worker, self.grace)
         if self.owned and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,7 +1,7 @@
-"""Each kind of cluster, started from its profile: what is ours in the words of the library that starts it.
+"""Start each kind of cluster: translate a profile into the arguments of the library that starts it.
 
-Options of the library's own class are passed through once they are known to be some, and none of ours:
-:func:`check_options` says so before anything starts.
+A profile's ``options`` are passed through to the library's class. Before anything starts,
+:func:`check_options` checks that the class has them, and that no key of the profile sets the same.
 """
 
 from __future__ import annotations
@@ -32,39 +32,39 @@ from distributed.deploy.spec import ProcessInterface
 from distributed.utils import get_ip, get_ip_interface
 
 from pipeline.resources import shipped_folder
-from pipeline.workers.profiles import ClusterError, Kind, Profile, WorkerRange, parse_duration
-from pipeline.workers.tls import of_files, wants_tls
+from pipeline.workers.profiles import BATCH, ClusterError, Kind, Profile, WorkerRange, parse_duration
+from pipeline.workers.tls import load_files, wants_tls
 
 logger = logging.getLogger(__name__)
 
 DASK_SETTINGS = Path("dask", "distributed.yaml")
-"""Within the shipped profiles: a file that Dask reads as it is, for schedulers that others start."""
+"""A file among the shipped profiles that Dask reads by itself, for schedulers that lsim doesn't start."""
 FAULT_TOLERANCE: dict[str, Any] = yaml.safe_load(
     (shipped_folder("workflows/clusters") / DASK_SETTINGS).read_text(encoding="utf-8")
 )
-"""Settings of Dask with which what died is noticed soon; those of every cluster that is started here."""
+"""Settings of Dask with which it notices dead workers soon, for every cluster that lsim starts."""
 
-OF_THIS_MACHINE: tuple[Kind, ...] = ("local", "cuda")
-"""Kinds whose workers are children of the driver, and stopped by it."""
-REPLACED_BY_NOBODY: tuple[Kind, ...] = (*OF_THIS_MACHINE, "ssh")
-"""Kinds for which no batch system starts other workers."""
+ON_THIS_MACHINE: tuple[Kind, ...] = ("local", "cuda")
+"""Kinds whose workers are child processes of the driver, which stops them."""
+NEVER_REPLACED: tuple[Kind, ...] = (*ON_THIS_MACHINE, "ssh")
+"""Kinds without a batch system that replaces lost workers."""
 LOCAL_WORKER_TTL = "60s"
-"""A process that dies here is noticed at once; silent ones are busy machines, and should not be restarted."""
+"""Longer than for other kinds: Dask sees a dead local process at once; a silent one is on a busy machine."""
 LOST_LOCAL_WORKER_TIMEOUT = "120s"
-"""Within it a worker that died here is started again, however busy the machine; then Dask gives up on it."""
+"""Time to restart a worker that died on this machine, even a busy one; then Dask gives it up."""
 NO_WORKERS_TIMEOUT = "120s"
-"""Tasks that find no worker for so long fail, rather than wait forever."""
+"""Tasks without a worker for this long fail, rather than wait for ever."""
 PRELOAD = ("pipeline.workers.cluster",)
-"""What takes long to import is imported ahead: a worker that has joined must not be silent."""
+"""Modules that workers import before they join: the long import would make a joined worker silent."""
 
 SAFE_PATH, SAFE_PATH_FLAG = "PYTHONSAFEPATH", "-P"
-"""Have ``python -m`` not look in the current folder first: it may hold another ``pipeline``."""
+"""Keep ``python -m`` from importing from the current folder first: it may hold another ``pipeline``."""
 
 LOOPBACK = "127.0.0.1"
 SUBMISSION_S = 60
-"""How long a batch system may take to accept a job."""
+"""Seconds that a batch system may take to accept a job."""
 STARTUP_S = 30
-"""What a job spends before its worker's lifetime begins to count: of the walltime, kept free."""
+"""Seconds of the walltime that a job spends before its worker's lifetime begins to count."""
 
 _LIBRARIES: dict[Kind, tuple[str, str]] = {
     "cuda": ("dask_cuda", "LocalCUDACluster"),
@@ -72,10 +72,10 @@ _LIBRARIES: dict[Kind, tuple[str, str]] = {
     "pbs": ("dask_jobqueue", "PBSCluster"),
     "kubernetes": ("dask_kubernetes.operator", "KubeCluster"),
 }
-_NEEDED: dict[Kind, str] = {kind: module for kind, (module, _) in _LIBRARIES.items()} | {"ssh": "asyncssh"}
+_PACKAGES: dict[Kind, str] = {kind: module for kind, (module, _) in _LIBRARIES.items()} | {"ssh": "asyncssh"}
 
-_NOT_FOR_PROFILES = "it has no place in a profile"
-_OURS_EVERYWHERE = {
+_NOT_FOR_PROFILES = "lsim sets it"
+_RESERVED_EVERYWHERE = {
     "n_workers": "use workers",
     "security": "use security or tls",
     "protocol": "use tls",
@@ -84,7 +84,7 @@ _OURS_EVERYWHERE = {
     "loop": _NOT_FOR_PROFILES,
     "silence_logs": _NOT_FOR_PROFILES,
 }
-_OURS_ON_WORKERS = {
+_RESERVED_ON_WORKERS = {
     "nthreads": "use threads",
     "memory_limit": "use memory_limit",
     "env": "use environment",
@@ -92,34 +92,34 @@ _OURS_ON_WORKERS = {
     "security": "use security or tls",
     "protocol": "use tls",
 }
-_OURS_OF_JOBS = {
+_RESERVED_FOR_JOBS = {
     "cores": "use threads",
     "memory": "use memory_limit",
     # Dask forgets a job by its worker's name: one with several workers would never be replaced.
-    "processes": "use workers; each is a job of its own, for of several in one job none would be replaced",
+    "processes": "use workers; each worker is a job of its own, so that it can be replaced",
     "walltime": "use walltime",
     "host": "use host",
     "interface": "use interface",
     "shared_temp_directory": "use shared_folder",
 }
-_OURS: dict[Kind, dict[str, str]] = {
-    "local": _OURS_EVERYWHERE
-    | _OURS_ON_WORKERS
+_RESERVED: dict[Kind, dict[str, str]] = {
+    "local": _RESERVED_EVERYWHERE
+    | _RESERVED_ON_WORKERS
     | {"threads_per_worker": "use threads", "host": "use host", "ip": "use host", "interface": "use host"},
-    "slurm": _OURS_EVERYWHERE | _OURS_OF_JOBS,
-    "pbs": _OURS_EVERYWHERE | _OURS_OF_JOBS,
-    "ssh": _OURS_EVERYWHERE,
+    "slurm": _RESERVED_EVERYWHERE | _RESERVED_FOR_JOBS,
+    "pbs": _RESERVED_EVERYWHERE | _RESERVED_FOR_JOBS,
+    "ssh": _RESERVED_EVERYWHERE,
     "kubernetes": {
-        **_OURS_EVERYWHERE,
+        **_RESERVED_EVERYWHERE,
         "env": "use environment",
         "worker_command": "use threads, memory_limit",
     },
 }
-_OURS["cuda"] = _OURS["local"]
-# Of Kubernetes these are requests and limits of pods, and nothing else says them.
-del _OURS["kubernetes"]["resources"]
+_RESERVED["cuda"] = _RESERVED["local"]
+# For Kubernetes these are requests and limits of pods, which no key of a profile sets.
+del _RESERVED["kubernetes"]["resources"]
 
-_OUR_WORKER_FLAGS = {
+_RESERVED_WORKER_FLAGS = {
     "--lifetime": "lifetime",
     "--lifetime-stagger": "lifetime_stagger",
     "--resources": "resources",
@@ -133,95 +133,118 @@ _OUR_WORKER_FLAGS = {
 }
 
 
-# ---------------------------------------------------------------- what may be asked for
+# ---------------------------------------------------------------- checks of options
 
 
 def check_options(profile: Profile) -> None:
-    """Refuse what cannot work, before anything starts.
+    """Check that a cluster of this profile can be started, before anything starts.
 
     Raises
     ------
     ClusterError
-        When the package of this kind of cluster is absent; for options that its class doesn't have, or that
-        keys of the profile say; for certificates that it cannot use, and places where it cannot listen; for a
-        lifetime beyond the walltime.
+        When the package for this kind of cluster is missing; for options that its class doesn't have, or that
+        keys of the profile set; for unusable certificates; for a host or an interface that this machine
+        doesn't have; for a lifetime beyond the walltime.
     """
     if profile.security is not None:
-        of_files(profile.security)
+        load_files(profile.security)
     if profile.kind in ("none", "address"):
         return
-    known = _known_options(profile.kind)
-    _check_names(profile, "options", profile.options, known, _OURS[profile.kind])
+    _check_names(profile, "options", profile.options, _option_names(profile.kind), _RESERVED[profile.kind])
     _check_where_it_listens(profile)
-    if profile.kind in ("slurm", "pbs"):
-        lifetime(profile)
-        scheduler = profile.options.get("scheduler_options", {})
-        ours = {"host": "use host", "interface": "use interface"} | _OURS_EVERYWHERE
-        _check_names(profile, "options.scheduler_options", scheduler, _parameters(Scheduler), ours)
-        for argument in _listed(profile, "worker_extra_args"):
-            flag = str(argument).partition("=")[0]
-            if flag in _OUR_WORKER_FLAGS:
-                raise ClusterError(
-                    f"options.worker_extra_args: {flag} is set already: use {_OUR_WORKER_FLAGS[flag]}"
-                )
-    if profile.kind == "ssh":
-        if len(hosts := _listed(profile, "hosts")) < 2:
+    if profile.kind in BATCH:
+        _check_jobs(profile)
+    elif profile.kind == "ssh":
+        _check_ssh(profile)
+    elif profile.kind == "kubernetes":
+        _check_kubernetes(profile)
+
+
+def _check_jobs(profile: Profile) -> None:
+    """Check the lifetime of a job's worker, the scheduler's options and the worker's flags."""
+    lifetime(profile)
+    scheduler = profile.options.get("scheduler_options", {})
+    reserved = {"host": "use host", "interface": "use interface"} | _RESERVED_EVERYWHERE
+    _check_names(profile, "options.scheduler_options", scheduler, _parameters(Scheduler), reserved)
+    for argument in _list_option(profile, "worker_extra_args"):
+        flag = str(argument).partition("=")[0]
+        if flag in _RESERVED_WORKER_FLAGS:
             raise ClusterError(
-                "options.hosts: expected the scheduler's host, and then one or more for workers, found "
-                f"{hosts or 'none'}"
-            )
-        connections = profile.options.get("connect_options", {})
-        for connection in connections if isinstance(connections, list) else [connections]:
-            _check_names(profile, "options.connect_options", connection, _connection_options(), {})
-        worker, scheduler = (profile.options.get(f"{role}_options", {}) for role in ("worker", "scheduler"))
-        ours = _OURS_ON_WORKERS | {"n_workers": "use workers"}
-        _check_names(profile, "options.worker_options", worker, _parameters(Nanny, Worker), ours)
-        ours = {name: _OURS_EVERYWHERE[name] for name in ("security", "protocol")}
-        _check_names(profile, "options.scheduler_options", scheduler, _parameters(Scheduler), ours)
-    if profile.kind == "kubernetes":
-        if wants_tls(profile):
-            raise ClusterError(
-                "dask-kubernetes cannot give its scheduler certificates: say tls: false, and keep others out "
-                "of the namespace with a network policy"
-            )
-        if "custom_cluster_spec" in profile.options and (
-            said := profile.model_fields_set & {"threads", "memory_limit", "resources", "environment"}
-        ):
-            raise ClusterError(
-                f"{', '.join(sorted(said))}: options.custom_cluster_spec says what workers are"
+                f"options.worker_extra_args: {flag} is set already: use {_RESERVED_WORKER_FLAGS[flag]}"
             )
 
 
-def _check_names(profile: Profile, where: str, given: Any, known: set[str], ours: Mapping[str, str]) -> None:
-    if not isinstance(given, Mapping):
-        raise ClusterError(f"{where}: expected keys and values, found {given!r}")
-    for name in map(str, given):
-        if name in ours:
-            raise ClusterError(f"{where}.{name} is not for profiles of kind {profile.kind!r}: {ours[name]}")
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known - ours.keys()), n=3)
+def _check_ssh(profile: Profile) -> None:
+    """Check the hosts, and the options of connections, workers and the scheduler."""
+    hosts = _list_option(profile, "hosts")
+    if len(hosts) < 2:
+        raise ClusterError(
+            "options.hosts: expected the scheduler's host, then at least one for workers, found "
+            f"{hosts or 'none'}"
+        )
+    connections = profile.options.get("connect_options", {})
+    for connection in connections if isinstance(connections, list) else [connections]:
+        _check_names(profile, "options.connect_options", connection, _connection_options(), {})
+    worker, scheduler = (profile.options.get(f"{role}_options", {}) for role in ("worker", "scheduler"))
+    reserved = _RESERVED_ON_WORKERS | {"n_workers": "use workers"}
+    _check_names(profile, "options.worker_options", worker, _parameters(Nanny, Worker), reserved)
+    reserved = {name: _RESERVED_EVERYWHERE[name] for name in ("security", "protocol")}
+    _check_names(profile, "options.scheduler_options", scheduler, _parameters(Scheduler), reserved)
+
+
+def _check_kubernetes(profile: Profile) -> None:
+    """Refuse TLS, which dask-kubernetes lacks, and keys that a custom specification of pods would ignore."""
+    if wants_tls(profile):
+        raise ClusterError(
+            "dask-kubernetes cannot give its scheduler certificates: set tls: false, and isolate the "
+            "namespace with a network policy"
+        )
+    ignored = profile.model_fields_set & {"threads", "memory_limit", "resources", "environment"}
+    if ignored and "custom_cluster_spec" in profile.options:
+        raise ClusterError(
+            f"{', '.join(sorted(ignored))}: cannot be combined with options.custom_cluster_spec, which "
+            "describes the workers"
+        )
+
+
+def _check_names(
+    profile: Profile, section: str, options: Any, names: set[str], reserved: Mapping[str, str]
+) -> None:
+    """Check that options are among ``names``, and none is ``reserved``, which maps it to a remedy."""
+    if not isinstance(options, Mapping):
+        raise ClusterError(f"{section}: expected keys and values, found {options!r}")
+    for name in map(str, options):
+        if name in reserved:
+            raise ClusterError(
+                f"{section}.{name} is not for profiles of kind {profile.kind!r}: {reserved[name]}"
+            )
+        if name not in names:
+            near = difflib.get_close_matches(name, sorted(names - reserved.keys()), n=3)
             hint = f", did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise ClusterError(f"{where}.{name}: a cluster of kind {profile.kind!r} has no such option{hint}")
+            raise ClusterError(
+                f"{section}.{name}: a cluster of kind {profile.kind!r} has no such option{hint}"
+            )
 
 
-def _listed(profile: Profile, name: str) -> list[Any]:
-    """An option that is a list."""
-    given = profile.options.get(name, [])
-    if not isinstance(given, list | tuple):
-        raise ClusterError(f"options.{name}: expected a list, found {given!r}")
-    return list(given)
+def _list_option(profile: Profile, name: str) -> list[Any]:
+    """Get an option whose value must be a list; empty if it isn't set."""
+    value = profile.options.get(name, [])
+    if not isinstance(value, list | tuple):
+        raise ClusterError(f"options.{name}: expected a list, found {value!r}")
+    return list(value)
 
 
 def _connection_options() -> set[str]:
-    """What asyncssh takes of a connection: its own connect(), and the classes that it hands the rest to."""
+    """List the options of asyncssh's connect(), and of the classes to which it passes the rest."""
     import asyncssh
 
     classes = inspect.getmro(asyncssh.SSHClientConnectionOptions)
-    prepared = (vars(one)["prepare"] for one in classes if "prepare" in vars(one))
-    return _parameters(asyncssh.connect, *prepared)
+    methods = (vars(cls)["prepare"] for cls in classes if "prepare" in vars(cls))
+    return _parameters(asyncssh.connect, *methods)
 
 
 def _check_where_it_listens(profile: Profile) -> None:
+    """Check that this machine has the profile's host or interface."""
     if profile.interface is not None:
         try:
             get_ip_interface(profile.interface)
@@ -232,62 +255,66 @@ def _check_where_it_listens(profile: Profile) -> None:
     if profile.host is not None:
         try:
             family, *_, address = socket.getaddrinfo(profile.host.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family) as tried:
-                tried.bind(address)
+            with socket.socket(family) as server:
+                server.bind(address)
         except (OSError, UnicodeError) as error:
             raise ClusterError(
                 f"host: expected an address or a name of this machine, found {profile.host!r}: {error}"
             ) from error
 
 
-def _known_options(kind: Kind) -> set[str]:
-    """Names of the options that the library's class of this kind takes."""
-    found = _library(kind)
+def _option_names(kind: Kind) -> set[str]:
+    """List the options of the library's class for this kind."""
+    library = _library(kind)
     if kind == "local":
         return _parameters(LocalCluster, Nanny, Worker)
     if kind == "cuda":
-        return _parameters(*inspect.getmro(found)[:-1], Nanny, Worker)
+        return _parameters(*inspect.getmro(library)[:-1], Nanny, Worker)
     if kind == "ssh":
         return _parameters(SSHCluster, SpecCluster) - {"workers", "scheduler", "worker"}
     if kind == "kubernetes":
-        return _parameters(found)
-    of_jobs = [cls for cls in inspect.getmro(found.job_cls) if cls.__module__.startswith("dask_jobqueue")]
-    mine = [cls for cls in inspect.getmro(found) if cls.__module__.startswith("dask_jobqueue")]
-    return _parameters(*mine, *of_jobs) - {"job_cls", "scheduler", "scheduler_cls", "dashboard_address"}
+        return _parameters(library)
+    # dask-jobqueue passes options on to its base classes, and to those of its job.
+    classes = [*inspect.getmro(library), *inspect.getmro(library.job_cls)]
+    of_library = [cls for cls in classes if cls.__module__.startswith("dask_jobqueue")]
+    return _parameters(*of_library) - {"job_cls", "scheduler", "scheduler_cls", "dashboard_address"}
 
 
 def _parameters(*callables: Callable[..., Any]) -> set[str]:
+    """List the names of parameters that can be given by keyword, of functions and of classes."""
     names = set()
-    for one in callables:
-        for parameter in inspect.signature(one.__init__ if inspect.isclass(one) else one).parameters.values():
+    for function in callables:
+        signature = inspect.signature(function.__init__ if inspect.isclass(function) else function)
+        for parameter in signature.parameters.values():
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 names.add(parameter.name)
     return names - {"self"}
 
 
 def _library(kind: Kind) -> Any:
-    """The class that starts clusters of this kind.
+    """Import the class that starts clusters of this kind.
 
     Raises
     ------
     ClusterError
-        Naming the extra, when the package isn't installed.
+        When the package isn't installed; names the extra to install.
     """
     try:
-        if kind in _NEEDED:
-            _import_quietly(_NEEDED[kind])
+        if kind in _PACKAGES:
+            _import_keeping_handler(_PACKAGES[kind])
         module, name = _LIBRARIES.get(
             kind, ("distributed", "SSHCluster" if kind == "ssh" else "LocalCluster")
         )
-        return getattr(_import_quietly(module), name)
+        return getattr(_import_keeping_handler(module), name)
     except ImportError as error:
         raise ClusterError(
-            f"clusters of kind {kind!r} need a package that is not here ({error}): pip install 'lsim[{kind}]'"
+            f"clusters of kind {kind!r} need a package that is not installed ({error}): "
+            f"pip install 'lsim[{kind}]'"
         ) from error
 
 
-def _import_quietly(module: str) -> ModuleType:
-    """Import a module and keep the handler of Ctrl-C: dask_jobqueue makes it an exit with code 0."""
+def _import_keeping_handler(module: str) -> ModuleType:
+    """Import a module and restore the handler of Ctrl-C: dask_jobqueue turns it into an exit with code 0."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         return importlib.import_module(module)
@@ -301,7 +328,7 @@ def _import_quietly(module: str) -> ModuleType:
 
 
 def start_cluster(profile: Profile, security: Security | None) -> DaskCluster:
-    """Start a cluster; its workers may come later, but for those of this machine."""
+    """Start a cluster. Workers on this machine have started on return; others may start later."""
     start = {
         "local": _start_local,
         "cuda": _start_local,
@@ -314,33 +341,33 @@ def start_cluster(profile: Profile, security: Security | None) -> DaskCluster:
 
 
 def keeps_logs() -> bool:
-    """Whether Dask's own configuration says what it logs; else what our messages say is left out."""
+    """Tell whether Dask's configuration sets up logging; if not, we silence what our messages report."""
     return any(dask.config.get(name, None) is not None for name in ("logging", "distributed.logging"))
 
 
-def settings(profile: Profile) -> dict[str, Any]:
-    """Dask's configuration while a cluster of this profile runs, by full names; its processes inherit it."""
-    found = _flat(FAULT_TOLERANCE)
+def dask_settings(profile: Profile) -> dict[str, Any]:
+    """Configure Dask, by full names, for the time of a cluster; the cluster's processes inherit it."""
+    settings = _flat(FAULT_TOLERANCE)
     environ = dask.config.get("distributed.nanny.environ") | profile.environment
     preload = dask.config.get("distributed.worker.preload")
-    found |= {"distributed.nanny.environ": environ, "distributed.worker.preload": [*preload, *PRELOAD]}
-    if profile.kind in REPLACED_BY_NOBODY:
-        found["distributed.scheduler.no-workers-timeout"] = NO_WORKERS_TIMEOUT
-    if profile.kind in OF_THIS_MACHINE:
-        found["distributed.scheduler.worker-ttl"] = LOCAL_WORKER_TTL
-        found["distributed.deploy.lost-worker-timeout"] = LOST_LOCAL_WORKER_TIMEOUT
-    return found
+    settings |= {"distributed.nanny.environ": environ, "distributed.worker.preload": [*preload, *PRELOAD]}
+    if profile.kind in NEVER_REPLACED:
+        settings["distributed.scheduler.no-workers-timeout"] = NO_WORKERS_TIMEOUT
+    if profile.kind in ON_THIS_MACHINE:
+        settings["distributed.scheduler.worker-ttl"] = LOCAL_WORKER_TTL
+        settings["distributed.deploy.lost-worker-timeout"] = LOST_LOCAL_WORKER_TIMEOUT
+    return settings
 
 
 def _start_local(profile: Profile, security: Security | None) -> DaskCluster:
-    _track_quietly()
+    _start_resource_tracker()
     host = profile.host or LOOPBACK
     options: dict[str, Any] = {
         "threads_per_worker": profile.threads,
         "memory_limit": profile.memory_limit,
         "host": host,
         "dashboard_address": f"{LOOPBACK}:0",
-        # What fails in a worker is told of by its task, and workers that are missing by the tasks that wait.
+        # Tasks report what fails in a worker; waiting tasks report missing workers.
         "silence_logs": False if keeps_logs() else logging.CRITICAL,
         "security": security,
         "resources": profile.resources or None,
@@ -357,10 +384,11 @@ def _start_local(profile: Profile, security: Security | None) -> DaskCluster:
     return cluster
 
 
-def _track_quietly() -> None:
-    """Start the process that frees what killed workers leave, and not have it warn that it does."""
+def _start_resource_tracker() -> None:
+    """Start the process that frees the resources of killed workers, without its warnings about them."""
     if not keeps_logs():
-        sys.warnoptions.append(rule := "ignore:resource_tracker:UserWarning")
+        rule = "ignore:resource_tracker:UserWarning"
+        sys.warnoptions.append(rule)
         try:
             resource_tracker.ensure_running()
         finally:
@@ -368,73 +396,76 @@ def _track_quietly() -> None:
 
 
 def _start_jobs(profile: Profile, security: Security | None) -> DaskCluster:
+    """Submit the first jobs, wait until the batch system has accepted them, and replace lost ones later."""
     cluster = jobs_cluster(profile, security)
     command = shlex.split(cluster.job_cls.submit_command)[0]
     if shutil.which(command) is None:
         cluster.close()
-        raise ClusterError(f"{command} is not here: start this where jobs can be submitted")
+        raise ClusterError(f"{command} not found: run this on a host where jobs can be submitted")
     low, high = _range(profile.workers)
     try:
         cluster.scale(jobs=low)
         for _ in range(low):
-            if (refusal := cluster.job_cls.submissions.get(timeout=SUBMISSION_S)) is not None:
-                raise ClusterError(f"the batch system refused a job: {_said(refusal)}") from refusal
+            refusal = cluster.job_cls.submissions.get(timeout=SUBMISSION_S)
+            if refusal is not None:
+                raise ClusterError(f"the batch system refused a job: {_stderr_of(refusal)}") from refusal
     except queue.Empty as error:
         cluster.close()
-        raise ClusterError(f"{command} has not answered for {SUBMISSION_S} s") from error
+        raise ClusterError(f"{command} has not answered within {SUBMISSION_S} s") from error
     except BaseException:
         cluster.close()
         raise
     cluster.job_cls.submissions = None
-    # scale() would leave jobs that were cancelled or killed unreplaced; adapt() submits others, but only for
-    # jobs whose worker had joined: nothing tells Dask of one that ends in the queue.
+    # scale() would not replace cancelled or killed jobs. adapt() does, but only jobs whose worker had joined:
+    # Dask doesn't learn of a job that ends in the queue.
     cluster.adapt(minimum_jobs=low, maximum_jobs=high, interval="2s")
     return cluster
 
 
-def _heard(job_class: Any) -> Any:
-    """A class of jobs of which the first submissions can be heard of: the library tells only its log."""
+def _reporting_submissions(job_class: Any) -> Any:
+    """Extend a class of jobs so that it reports submissions in a queue; the library only logs errors."""
 
     class Job(job_class):
         submissions: queue.Queue[Exception | None] | None = queue.Queue()
 
         async def start(self) -> None:
-            if (heard := type(self).submissions) is None:
+            submissions = type(self).submissions
+            if submissions is None:
                 await super().start()
                 return
             try:
                 await super().start()
             except Exception as error:
                 await ProcessInterface.start(self)  # so that it can be closed
-                heard.put(error)
+                submissions.put(error)
             else:
-                heard.put(None)
+                submissions.put(None)
 
         async def close(self) -> None:
             await super().close()
-            await ProcessInterface.close(self)  # says that it is closed, which the library's own leaves out
+            await ProcessInterface.close(self)  # sets the status, which the library's own omits
 
     return Job
 
 
-def _said(error: Exception) -> str:
-    """What a command that failed printed, where the library's error tells it."""
-    _, found, printed = str(error).partition("stderr:\n")
-    return printed.strip() if found and printed.strip() else str(error)
+def _stderr_of(error: Exception) -> str:
+    """Extract the output of a failed command from the library's error; the whole text if there is none."""
+    _, _, output = str(error).partition("stderr:\n")
+    return output.strip() or str(error)
 
 
 def jobs_cluster(profile: Profile, security: Security | None) -> Any:
-    """A cluster of batch jobs with its scheduler, and no job submitted yet."""
+    """Create a cluster of batch jobs with its scheduler, and submit no job yet."""
     options = dict(profile.options)
     limit = dask.utils.parse_bytes(profile.memory_limit)
-    lasting, stagger = lifetime(profile)
+    seconds, stagger = lifetime(profile)
     host = profile.host or (get_ip_interface(profile.interface) if profile.interface else get_ip())
     extra = [
         "--no-dashboard",
         "--dashboard-address",
         f"{LOOPBACK}:0",
         "--lifetime",
-        f"{lasting:.0f}s",
+        f"{seconds:.0f}s",
         "--lifetime-stagger",
         f"{stagger:.0f}s",
         "--no-lifetime-restart",
@@ -443,7 +474,7 @@ def jobs_cluster(profile: Profile, security: Security | None) -> Any:
         *map(str, options.pop("worker_extra_args", ())),
     ]
     prologue = [
-        # The shell that runs the job stays until its worker has left; it would end at the first signal.
+        # The shell that runs the job must outlive its worker; without a trap it ends at the first signal.
         "trap : TERM",
         *(f"export {name}={shlex.quote(value)}" for name, value in environment(profile).items()),
         *map(str, options.pop("job_script_prologue", ())),
@@ -453,29 +484,29 @@ def jobs_cluster(profile: Profile, security: Security | None) -> Any:
         "dashboard_address": f"{LOOPBACK}:0",
         **options.pop("scheduler_options", {}),
     }
-    given = {} if profile.interface is None else {"interface": profile.interface}
+    interface = {} if profile.interface is None else {"interface": profile.interface}
     library = _library(profile.kind)
     return library(
-        job_cls=_heard(library.job_cls),
+        job_cls=_reporting_submissions(library.job_cls),
         cores=profile.threads,
         memory=f"{limit}B",
         processes=1,
-        walltime=_clock(walltime(profile)),
+        walltime=_hh_mm_ss(walltime(profile)),
         security=security,
         protocol="tcp://" if security is None else "tls://",
         worker_extra_args=extra,
         job_script_prologue=prologue,
         scheduler_options=scheduler,
-        **given,
+        **interface,
         **options,
     )
 
 
 def _start_ssh(profile: Profile, security: Security | None) -> DaskCluster:
     options = dict(profile.options)
-    everywhere: dict[str, Any] = {"protocol": "tcp://"}
+    connection: dict[str, Any] = {"protocol": "tcp://"}
     if security is not None:
-        everywhere = {"protocol": "tls://", "security": _as_dict(security)}
+        connection = {"protocol": "tls://", "security": _as_dict(security)}
     workers, _ = _range(profile.workers)
     worker = {
         "nthreads": profile.threads,
@@ -484,12 +515,12 @@ def _start_ssh(profile: Profile, security: Security | None) -> DaskCluster:
         "dashboard": False,
         "dashboard_address": f"{LOOPBACK}:0",
         **({"resources": profile.resources} if profile.resources else {}),
-        **everywhere,
+        **connection,
         **options.pop("worker_options", {}),
     }
     scheduler = {
         "dashboard_address": f"{LOOPBACK}:0",
-        **everywhere,
+        **connection,
         **options.pop("scheduler_options", {}),
     }
     hosts = options.pop("hosts")
@@ -504,7 +535,7 @@ def _start_ssh(profile: Profile, security: Security | None) -> DaskCluster:
             **options,
         )
     except Exception as error:
-        # asyncssh's errors share no other base, and the library raises Exception itself.
+        # asyncssh's errors have no other base in common, and the library raises Exception itself.
         raise ClusterError(f"a cluster on {', '.join(hosts)}: {type(error).__name__}: {error}") from error
 
 
@@ -517,7 +548,7 @@ def _start_kubernetes(profile: Profile, security: Security | None) -> DaskCluste
 
 
 def pod_options(profile: Profile) -> dict[str, Any]:
-    """Options of pods: those of the profile, and what its keys say in the words of dask-kubernetes."""
+    """Translate the profile's keys into options of dask-kubernetes, and add the profile's own options."""
     if "custom_cluster_spec" in profile.options:
         return profile.options
     command = ["dask-worker", "--nthreads", str(profile.threads), "--memory-limit", profile.memory_limit]
@@ -538,16 +569,16 @@ def _resources(profile: Profile) -> str:
 
 
 def _as_dict(security: Security) -> dict[str, Any]:
-    """A Security of files, as another process makes it again; paths travel, keys don't."""
+    """Convert a Security of files for another process: paths are sent, keys are not."""
     names = ("tls_ca_file", "tls_worker_cert", "tls_worker_key", "tls_scheduler_cert", "tls_scheduler_key")
     return {"require_encryption": True} | {name: getattr(security, name) for name in names}
 
 
-# ---------------------------------------------------------------- of jobs
+# ---------------------------------------------------------------- jobs
 
 
 def environment(profile: Profile) -> dict[str, str]:
-    """Variables of the workers' environment: a safe path, Dask's fault tolerance, then the profile's own."""
+    """Collect the workers' environment variables: safe path, Dask's fault tolerance, the profile's own."""
     variables = {
         f"DASK_{name.upper().replace('-', '_').replace('.', '__')}": str(value)
         for name, value in _flat(FAULT_TOLERANCE).items()
@@ -556,24 +587,29 @@ def environment(profile: Profile) -> dict[str, str]:
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their full names, ``distributed.comm.retry.count`` and the like."""
-    found: dict[str, Any] = {}
+    """Flatten nested settings to full names, such as ``distributed.comm.retry.count``."""
+    flat: dict[str, Any] = {}
     for name, value in config.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def walltime(profile: Profile) -> float:
-    """Seconds after which the batch system kills a job: the profile's, else those of Dask's configuration."""
+    """Return the seconds after which the batch system kills a job, by the profile or Dask's configuration."""
     if profile.walltime is not None:
         return profile.walltime
     return parse_duration(dask.config.get(f"jobqueue.{profile.kind}.walltime"))
 
 
 def lifetime(profile: Profile) -> tuple[float, float]:
-    """Seconds after which a worker leaves by itself, and how much more or less that may be.
+    """Compute the seconds after which a worker leaves by itself, and the largest deviation from that.
 
-    By default the latest still has its grace, and the start of the job, before the walltime is over.
+    By default the walltime leaves room for the start of the job, and for the grace of the worker that leaves
+    last.
+
+    Returns
+    -------
+    seconds, stagger : float
 
     Raises
     ------
@@ -585,23 +621,23 @@ def lifetime(profile: Profile) -> tuple[float, float]:
     if stagger is None:
         stagger = min(300.0, limit / 20)
     latest = limit - profile.grace - STARTUP_S
-    lasting = profile.lifetime or latest - stagger
-    kept = f"a grace of {profile.grace:g} s, a stagger of {stagger:g} s and {STARTUP_S} s to start"
+    seconds = profile.lifetime or latest - stagger
+    reserve = f"a grace of {profile.grace:g} s, a stagger of {stagger:g} s and {STARTUP_S} s to start"
     if latest - stagger <= stagger:
         where = "walltime" if profile.walltime else "walltime of Dask's configuration"
-        # The stagger is kept free twice: half of what it needs at most follows from the walltime.
+        # The stagger is reserved twice. By default it is 1/20 of the walltime, at most 300 s.
         needed = profile.grace + STARTUP_S
         needed = needed + 2 * stagger if profile.lifetime_stagger else min(needed / 0.9, needed + 600)
-        raise ClusterError(f"{where}: expected more than {needed:.0f} s, for {kept}; found {limit:g} s")
-    if not stagger < lasting <= latest - stagger:
+        raise ClusterError(f"{where}: expected more than {needed:.0f} s, for {reserve}; found {limit:g} s")
+    if not stagger < seconds <= latest - stagger:
         raise ClusterError(
-            f"lifetime: expected more than {stagger:g} s and at most {latest - stagger:g} s, for {kept} "
-            f"within a walltime of {limit:g} s; found {lasting:g} s"
+            f"lifetime: expected more than {stagger:g} s and at most {latest - stagger:g} s, for {reserve} "
+            f"within a walltime of {limit:g} s; found {seconds:g} s"
         )
-    return lasting, stagger
+    return seconds, stagger
 
 
-def _clock(seconds: float) -> str:
+def _hh_mm_ss(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hour, minute = divmod(minutes, 60)
     return f"{hour:02}:{minute:02}:{second:02}"

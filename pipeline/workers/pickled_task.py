@@ -1,7 +1,7 @@
-"""A task as bytes: a scheduler passes them on, and need not have what is in them.
+"""Tasks as bytes, which a scheduler passes on without importing what they contain.
 
-Dask's scheduler unpickles what is submitted, so it imports whatever modules a task names: torch, for tasks of
-this project. It imports this module instead.
+Dask's scheduler unpickles what is submitted, so it would import the modules of every task: torch, in this
+project. It imports only this module instead.
 """
 
 from __future__ import annotations
@@ -11,26 +11,29 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.workers.stopping import Stopped
+from pipeline.workers.sigterm import Stopped
 
 
 class EndedError(Exception):
-    """A task asked its process to end, or raised what is no Exception: it fails, and the process stays."""
+    """A task tried to end its process, or raised something that is no Exception; the process goes on."""
 
 
 def pack(function: Callable[..., Any], task: tuple[Any, ...]) -> bytes:
-    """``function(*task)`` as bytes for :func:`run_packed`; the function is one of an installed module."""
+    """Pickle the call ``function(*task)`` for :func:`run_packed`; the function's module must be installed."""
     return pickle.dumps((function, task), protocol=pickle.HIGHEST_PROTOCOL)
 
 
 def run_packed(packed: bytes) -> Any:
-    """Call what was packed. Runs on a worker."""
+    """Run a call that :func:`pack` pickled. Runs on a worker."""
     function, task = pickle.loads(packed)
     return run_guarded(function, task)
 
 
 def run_guarded(function: Callable[..., Any], task: tuple[Any, ...]) -> Any:
-    """``function(*task)``, of which only an Exception comes; and Ctrl-C or SIGTERM, in a main thread."""
+    """Call ``function(*task)``, and turn what is no Exception into :class:`EndedError`.
+
+    SIGTERM, and Ctrl-C in the main thread, pass.
+    """
     try:
         return function(*task)
     except (Exception, Stopped):

@@ -1,4 +1,4 @@
-"""How to get workers: profiles of clusters, read from YAML and checked before anything starts."""
+"""Cluster profiles: how to get workers, read from YAML and checked before anything starts."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class ClusterError(RuntimeError):
 Kind: TypeAlias = Literal["local", "none", "cuda", "slurm", "pbs", "ssh", "kubernetes", "address"]
 
 ACROSS_HOSTS: tuple[Kind, ...] = ("slurm", "pbs", "ssh", "kubernetes")
-"""Kinds whose workers are on other machines: what they say to each other goes over a network."""
+"""Kinds whose workers run on other machines and communicate over a network."""
 BATCH: tuple[Kind, ...] = ("slurm", "pbs")
-"""Kinds whose workers are jobs."""
+"""Kinds whose workers are jobs of a batch system."""
 
 _WORKERS = {"workers", "threads", "memory_limit", "resources", "environment", "options", "start_timeout"}
 _SECURE = {"tls", "security"}
@@ -40,7 +40,7 @@ _KEYS: dict[Kind, set[str]] = {
     "kubernetes": {*_WORKERS, "tls", "grace"},
     "address": {"address", "security", "grace", "start_timeout"},
 }
-"""What each kind takes besides ``kind`` and ``device``."""
+"""Keys of each kind, besides ``kind`` and ``device``."""
 
 START_TIMEOUT_S: dict[Kind, float] = {
     "slurm": 3600,
@@ -49,11 +49,13 @@ START_TIMEOUT_S: dict[Kind, float] = {
     "local": 180,
     "cuda": 180,
 }
-"""How long to wait for the first worker, on this machine for all of them to start; else a minute."""
+"""Seconds to wait for the first worker, or for all workers on this machine; 60 for other kinds."""
 
 
 def parse_duration(value: Any) -> float:
-    """Seconds of a duration: a number of them, ``"90s"``, ``"2 hours"``, ``"hh:mm:ss"`` or ``"d-hh:mm:ss"``.
+    """Parse a duration into seconds.
+
+    Accepts a number of seconds, ``"90s"``, ``"2 hours"``, ``"hh:mm:ss"`` and ``"d-hh:mm:ss"``.
 
     Raises
     ------
@@ -71,11 +73,11 @@ def parse_duration(value: Any) -> float:
             return 86400 * float(days or 0) + 3600 * hours + 60 * minutes + seconds
         return float(parse_timedelta(value))
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"expected a duration as in 30s, 2h or 01:30:00, found {_shown(value)}") from error
+        raise ValueError(f"expected a duration as in 30s, 2h or 01:30:00, found {_as_yaml(value)}") from error
 
 
 def _parse_memory(value: Any) -> str:
-    """Bytes of a worker as Dask takes them: a number, a share of the machine's, ``"4GB"``, ``"auto"``."""
+    """Check a worker's memory limit for Dask: bytes, a fraction of the machine's, ``"4GB"`` or ``"auto"``."""
     text = str(value)
     try:
         if isinstance(value, bool) or (
@@ -83,7 +85,7 @@ def _parse_memory(value: Any) -> str:
         ):
             raise ValueError
     except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"expected bytes as in 4GB, or auto, found {_shown(value)}") from error
+        raise ValueError(f"expected bytes as in 4GB, or auto, found {_as_yaml(value)}") from error
     return text
 
 
@@ -97,8 +99,8 @@ def _is_range(value: Any) -> str:
     return "range" if isinstance(value, dict | WorkerRange) else "number"
 
 
-def _shown(value: Any) -> str:
-    """What was found, as YAML has it where that is short, so that ``true`` is not ``True``."""
+def _as_yaml(value: Any) -> str:
+    """Format a value for a message as YAML, shortened to 100 characters; ``true`` is not ``True`` there."""
     if isinstance(value, str):
         return repr(value)
     try:
@@ -110,7 +112,7 @@ def _shown(value: Any) -> str:
 
 
 Duration: TypeAlias = Annotated[float, pydantic.BeforeValidator(parse_duration), pydantic.Field(gt=0)]
-"""Seconds."""
+"""A duration in seconds."""
 Number: TypeAlias = Annotated[int, pydantic.Field(strict=True, ge=1)]
 Amount: TypeAlias = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 
@@ -120,7 +122,7 @@ class _Strict(pydantic.BaseModel):
 
 
 class WorkerRange(_Strict):
-    """Workers that come and go with the work."""
+    """Limits for a number of workers that follows the amount of work."""
 
     minimum: Number = 1
     maximum: Number
@@ -128,14 +130,12 @@ class WorkerRange(_Strict):
     @pydantic.model_validator(mode="after")
     def _minimum_below_maximum(self) -> WorkerRange:
         if self.minimum > self.maximum:
-            raise ValueError(
-                f"expected a minimum of at most {self.maximum}, the maximum, found {self.minimum}"
-            )
+            raise ValueError(f"minimum ({self.minimum}) exceeds maximum ({self.maximum})")
         return self
 
 
 class SecurityFiles(_Strict):
-    """Certificates of a site: PEM files that all hosts see at these paths."""
+    """A site's own certificates: PEM files at the same paths on all hosts."""
 
     ca_file: str
     cert: str
@@ -143,50 +143,51 @@ class SecurityFiles(_Strict):
 
 
 class Profile(_Strict):
-    """How to get workers. Unknown keys are errors, and so are those that the kind has no use for.
+    """A description of a cluster. Unknown keys are errors, and so are keys that don't apply to the kind.
 
     Attributes
     ----------
     kind : {"local", "none", "cuda", "slurm", "pbs", "ssh", "kubernetes", "address"}
         Worker processes on this machine; the calling process alone; one worker per GPU of this machine; jobs
-        of SLURM or PBS; hosts reached by SSH; pods of Kubernetes; a scheduler that runs already.
+        of SLURM or PBS; hosts reached by SSH; pods of Kubernetes; a scheduler that is already running.
     workers : int or {minimum, maximum}, optional
-        Worker processes; a range lets them come and go with the work. Of ``ssh``, on each host. Default: one
-        per core (``local``), per GPU (``cuda``), or one.
+        Number of worker processes, for ``ssh`` on each host; a range follows the amount of work. Default: one
+        per core (``local``), one per GPU (``cuda``), otherwise one.
     threads : int
-        Threads per worker, that share the worker's metrics. 1 where a worker has a GPU to itself.
+        Threads per worker; they share the worker's metrics. Must be 1 if each worker has its own GPU.
     memory_limit : str or int
-        Per worker, as Dask takes it; jobs need a number.
+        Memory per worker, in Dask's notation; jobs need a number.
     device : str
-        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``: the worker's GPU when it has one, workers taking
-        turns where there are several.
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``: a GPU if the worker's machine has any; workers are
+        spread over several GPUs.
     resources : dict of str to float
-        What Dask's own resource constraints find on each worker, as in ``{GPU: 1}``.
+        Resources of each worker for Dask's own resource constraints, for example ``{GPU: 1}``.
     environment : dict of str to str
-        Variables of the workers' environment.
+        Environment variables of the workers.
     walltime : duration, optional
-        Of a job, after which the batch system kills it. Default: that of Dask's own configuration.
+        Time after which the batch system kills a job. Default: that of Dask's own configuration.
     lifetime, lifetime_stagger : duration, optional
-        Workers leave by themselves after this time, give or take the stagger. Default: so that they are gone
-        before the walltime is over, and not all at once.
+        Time after which a worker leaves by itself, and the largest random deviation from it. Default: all
+        workers have left before the end of the walltime, and not all at once.
     grace : duration
-        A worker that is told to go (SIGTERM) has so long to finish its running blocks.
+        Time that a worker gets to finish its running blocks after SIGTERM.
     address : str, optional
-        Of the scheduler, ``tls://…`` or ``tcp://…``.
+        Address of the scheduler, ``tls://…`` or ``tcp://…``.
     host, interface : str, optional
-        Where the scheduler listens, by address or by the name of a network interface. Default: loopback; with
-        jobs this host's address in the direction of the default route.
+        Address, or name of the network interface, on which the scheduler listens. Default: loopback; with
+        jobs this host's address towards the default route.
     tls : bool, optional
-        Default: wherever something listens beyond loopback. False must be said, and is recorded.
+        Encrypt the connections. Default: wherever something listens beyond loopback. False has to be set
+        explicitly, and is recorded.
     security : {ca_file, cert, key}, optional
-        The site's own certificates. Default: those of Dask's configuration, else temporary ones.
+        The site's own certificates. Default: those of Dask's configuration, otherwise temporary ones.
     shared_folder : str
-        Where temporary certificates are written for jobs to read: it must be seen by all hosts.
+        Folder, visible to all hosts, for the temporary certificates that jobs read.
     start_timeout : duration, optional
-        How long to wait for the first worker. Default: one minute; with jobs, one hour. On this machine, for
-        all of them, and three minutes: silent ones are then killed, and all are started again.
+        Time to wait for the first worker. Default: one minute; with jobs, one hour. On this machine: time for
+        all workers, three minutes; then silent ones are killed, and all are started again.
     options : dict
-        Of the library's own cluster class, passed through.
+        Options of the library's cluster class, passed through.
     """
 
     kind: Kind = "local"
@@ -219,23 +220,23 @@ class Profile(_Strict):
 
     @pydantic.field_validator("device")
     @classmethod
-    def _device_of_ours(cls, device: str) -> str:
+    def _device_is_supported(cls, device: str) -> str:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
             raise ValueError(f"expected auto, cpu, cuda or cuda:N, found {device!r}")
         return device
 
     @pydantic.field_validator("address")
     @classmethod
-    def _address_of_a_scheduler(cls, address: str | None) -> str | None:
+    def _address_is_valid(cls, address: str | None) -> str | None:
         if address is not None:
-            found = re.fullmatch(r"(tcp|tls)://([^\s/:]+|\[[\da-fA-F:.]+\]):(\d{1,5})", address)
-            if found is None or not 0 < int(found[3]) < 2**16:
+            match = re.fullmatch(r"(tcp|tls)://([^\s/:]+|\[[\da-fA-F:.]+\]):(\d{1,5})", address)
+            if match is None or not 0 < int(match[3]) < 2**16:
                 raise ValueError(f"expected tcp://HOST:PORT or tls://HOST:PORT, found {address!r}")
         return address
 
     @pydantic.field_validator("environment", mode="before")
     @classmethod
-    def _numbers_are_text(cls, environment: Any) -> Any:
+    def _numbers_to_text(cls, environment: Any) -> Any:
         if not isinstance(environment, dict):
             return environment
         return {
@@ -243,47 +244,47 @@ class Profile(_Strict):
         }
 
     @pydantic.model_validator(mode="after")
-    def _only_what_the_kind_takes(self) -> Profile:
+    def _keys_apply_to_the_kind(self) -> Profile:
         if (self.kind == "address") != (self.address is not None):
             raise ValueError(
                 f"address: expected with kind 'address', and with no other; found "
                 f"{'none' if self.address is None else repr(self.address)}, and kind {self.kind!r}"
             )
-        taken = _KEYS[self.kind] | {"kind", "device"}
-        if useless := sorted(self.model_fields_set - taken):
+        keys = _KEYS[self.kind] | {"kind", "device"}
+        if useless := sorted(self.model_fields_set - keys):
             raise ValueError(
                 f"a cluster of kind {self.kind!r} has no {', '.join(useless)}; "
-                f"it takes {', '.join(sorted(taken))}"
+                f"it takes {', '.join(sorted(keys))}"
             )
         return self
 
     @pydantic.model_validator(mode="after")
     def _one_thread_per_gpu(self) -> Profile:
         if self.threads > 1 and (self.kind == "cuda" or self.device.startswith("cuda")):
-            raise ValueError(
-                f"threads: 1 is all a worker with a GPU of its own can use, found {self.threads}"
-            )
+            raise ValueError(f"threads: expected 1 for a worker with a GPU of its own, found {self.threads}")
         return self
 
     @pydantic.model_validator(mode="after")
-    def _values_that_go_together(self) -> Profile:
+    def _values_fit_together(self) -> Profile:
         if self.kind in BATCH and (self.memory_limit == "auto" or parse_bytes(self.memory_limit) < 1):
             raise ValueError(
-                "memory_limit: a job needs a number, as in 4GB; its memory is asked for with it; found "
+                "memory_limit: expected a number, as in 4GB: it is the memory of the job; found "
                 f"{self.memory_limit!r}"
             )
         if isinstance(self.workers, WorkerRange) and self.kind in ("cuda", "ssh"):
-            found = _shown(self.workers.model_dump())
-            raise ValueError(f"workers: a cluster of kind {self.kind!r} has a fixed number, found {found}")
+            limits = _as_yaml(self.workers.model_dump())
+            raise ValueError(
+                f"workers: expected a fixed number for a cluster of kind {self.kind!r}, found {limits}"
+            )
         if self.security is not None and self.tls is False:
-            raise ValueError("security: certificates are of no use with tls: false")
+            raise ValueError("security: certificates have no effect with tls: false; remove one of them")
         if self.host is not None and self.interface is not None:
-            raise ValueError("host, interface: give one of them")
+            raise ValueError("host, interface: expected one of them, found both")
         return self
 
     @contextlib.contextmanager
-    def naming(self) -> Iterator[None]:
-        """Name the file of this profile, where it has one, in what is raised here of the cluster."""
+    def named_in_errors(self) -> Iterator[None]:
+        """Add the file of the profile, if it has one, to cluster errors raised in this context."""
         try:
             yield
         except ClusterError as error:
@@ -293,12 +294,12 @@ class Profile(_Strict):
 
     @property
     def wait_s(self) -> float:
-        """How long to wait for the first worker, in seconds."""
+        """Seconds to wait for the first worker."""
         return self.start_timeout or START_TIMEOUT_S.get(self.kind, 60.0)
 
     @property
     def asked_for(self) -> WorkerRange:
-        """How many workers there are to be, on all hosts; one on each where nothing says so."""
+        """Number of workers on all hosts together; without ``workers`` one on each host."""
         if isinstance(self.workers, WorkerRange):
             return self.workers
         # The first host is the scheduler's.
@@ -308,18 +309,20 @@ class Profile(_Strict):
 
 
 def load_profile(name: str, workers: int | None = None) -> Profile:
-    """A profile by name (``local``, ``slurm``), path of a YAML file, or address of a scheduler.
+    """Load a profile by name, from a YAML file, or for the address of a scheduler.
 
     Parameters
     ----------
     name : str
+        Name of a shipped profile (``local``, ``slurm``, …), path of a YAML file, or ``tcp://`` or ``tls://``
+        address.
     workers : int, optional
-        Instead of the profile's.
+        Number of workers, instead of the profile's.
 
     Raises
     ------
     ClusterError
-        When there is no such profile or it holds unknown keys or wrong values.
+        When there is no such profile, or it has unknown keys or wrong values.
     """
     if name.startswith(("tcp://", "tls://")):
         try:
@@ -333,25 +336,26 @@ def load_profile(name: str, workers: int | None = None) -> Profile:
         return profile
     if "workers" not in _KEYS[profile.kind]:
         raise ClusterError(
-            f"--workers is for clusters that are started, as local; {name!r} is of kind {profile.kind}"
+            f"--workers applies to clusters that lsim starts, such as local; {name!r} is of kind "
+            f"{profile.kind}"
         )
     if workers < 1:
-        raise ClusterError(f"expected at least one worker, got {workers}")
+        raise ClusterError(f"workers: expected at least 1, found {workers}")
     return profile.model_copy(update={"workers": workers})
 
 
 class _Loader(yaml.SafeLoader):
-    """Of two values of a key the last would count, unsaid."""
+    """YAML loader that rejects duplicate keys; PyYAML silently keeps the last value."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        there: set[tuple[str, str]] = set()
+        keys: set[tuple[str, str]] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
-                if (key.tag, key.value) in there:
+                if (key.tag, key.value) in keys:
                     raise TypeError(
                         f"{key.value}: expected once, found again in line {key.start_mark.line + 1}"
                     )
-                there.add((key.tag, key.value))
+                keys.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
 
@@ -360,17 +364,18 @@ def _read_profile(name: str) -> Profile:
         text = find_resource("workflows/clusters", name).read_text(encoding="utf-8")
         content = _Loader(text).get_single_data() or {}
         if not isinstance(content, dict):
-            raise TypeError(f"expected keys and values, found {_shown(content)}")
-        if others := [key for key in content if not isinstance(key, str)]:
-            raise TypeError(f"{others[0]}: unknown key")
+            raise TypeError(f"expected keys and values, found {_as_yaml(content)}")
+        for key in content:
+            if not isinstance(key, str):
+                raise TypeError(f"{key}: unknown key")
         return Profile(**content)
     except pydantic.ValidationError as error:
         raise ClusterError(f"cluster profile {name!r}: {_faults(error)}") from error
     except (ResourceError, TypeError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-            said = f"line {error.problem_mark.line + 1}: {error.problem}"
-        raise ClusterError(f"cluster profile {name!r}: {said}") from error
+            reason = f"line {error.problem_mark.line + 1}: {error.problem}"
+        raise ClusterError(f"cluster profile {name!r}: {reason}") from error
 
 
 _EXPECTED = {
@@ -387,29 +392,27 @@ _EXPECTED = {
 
 
 def _faults(error: pydantic.ValidationError) -> str:
-    """What is wrong, key by key: what was expected and found, with a near name for a key that is unknown."""
-    lines = []
-    for fault in error.errors():
-        of, *within = (str(part) for part in fault["loc"]) if fault["loc"] else ("",)
-        model: Any = Profile
-        if of == "workers":  # a number or a range, as pydantic calls them
-            within, model = within[1:], WorkerRange
-        elif of == "security":
-            model = SecurityFiles
-        where = ".".join((of, *within)).removesuffix(".[key]")
-        text = fault["msg"].removeprefix("Value error, ")
-        if fault["type"] == "extra_forbidden":
-            known = list(model.model_fields if within else Profile.model_fields)
-            near = difflib.get_close_matches((of, *within)[-1], known, n=1)
-            text = "unknown key" + (
-                f", did you mean {near[0]!r}?" if near else f", expected {', '.join(known)}"
-            )
-        elif fault["type"] == "missing":
-            text = "expected, and not found"
-        elif fault["type"] != "value_error":
-            text = _EXPECTED.get(fault["type"], text.replace("Input should be", "expected", 1))
-            if where == "workers":
-                text = "expected a whole number from 1, or a range as in {minimum: 1, maximum: 64}"
-            text += f", found {_shown(fault['input'])}"
-        lines.append(f"{where}: {text}" if where else text)
-    return "; ".join(lines)
+    """Describe the faults of a profile, key by key: what was expected, what was found, and near names."""
+    return "; ".join(map(_fault, error.errors()))
+
+
+def _fault(fault: Any) -> str:
+    """Describe one of pydantic's faults in our words."""
+    section, *keys = (str(part) for part in fault["loc"]) if fault["loc"] else ("",)
+    if section == "workers":
+        keys = keys[1:]  # pydantic puts "number" or "range" first
+    where = ".".join((section, *keys)).removesuffix(".[key]")
+    text = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        models: dict[str, Any] = {"workers": WorkerRange, "security": SecurityFiles}
+        names = list((models[section] if keys else Profile).model_fields)
+        near = difflib.get_close_matches((section, *keys)[-1], names, n=1)
+        text = "unknown key, " + (f"did you mean {near[0]!r}?" if near else f"expected {', '.join(names)}")
+    elif fault["type"] == "missing":
+        text = "missing"
+    elif fault["type"] != "value_error":
+        text = _EXPECTED.get(fault["type"], text.replace("Input should be", "expected", 1))
+        if where == "workers":
+            text = "expected a whole number from 1, or a range as in {minimum: 1, maximum: 64}"
+        text += f", found {_as_yaml(fault['input'])}"
+    return f"{where}: {text}" if where else text

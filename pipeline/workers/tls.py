@@ -1,7 +1,8 @@
-"""TLS for clusters across hosts: the site's certificates, or temporary ones that end with the cluster.
+"""TLS for clusters across hosts, with the site's certificates or with temporary ones.
 
-Whoever can speak to a Dask scheduler runs code as its user. Within one machine everything listens on
-loopback; beyond it, scheduler, workers and clients show each other certificates, and refuse who has none.
+Whoever can connect to a Dask scheduler runs code as its user. Within one machine everything listens on
+loopback; beyond it, scheduler, workers and clients require each other's certificates. Temporary certificates
+end with the cluster.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from distributed import Security
 from pipeline.workers.profiles import ACROSS_HOSTS, ClusterError, Profile, SecurityFiles
 
 CONFIGURED = ("ca-file", "client.cert", "client.key")
-"""What Dask's own configuration names under ``distributed.comm.tls`` where clients have certificates."""
+"""Keys below ``distributed.comm.tls`` in Dask's configuration with which clients have certificates."""
 
 CLOCKS_DIFFER = datetime.timedelta(days=1)
-"""The clocks of hosts may be behind by so much: temporary certificates are valid from then on."""
+"""Temporary certificates are valid from this long ago, for hosts whose clock is slow."""
 VALID = datetime.timedelta(days=365)
-"""For as long a cluster may run on a temporary certificate."""
+"""Validity of a temporary certificate, and so the longest run of its cluster."""
 
 
 class UnencryptedClusterWarning(UserWarning):
-    """A cluster that can be reached over a network, without TLS."""
+    """A cluster is reachable over a network without TLS."""
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine can reach what listens on ``host``."""
+    """Tell whether only this machine can reach a server that listens on ``host``."""
     if host == "localhost":
         return True
     try:
@@ -46,7 +47,7 @@ def is_loopback(host: str) -> bool:
 
 
 def wants_tls(profile: Profile) -> bool:
-    """Whether a cluster of this profile is encrypted: by its own word, else where it leaves the machine."""
+    """Tell whether a profile's cluster uses TLS: as the profile says, otherwise if it leaves the machine."""
     if profile.address is not None:
         return profile.address.startswith("tls://")
     if profile.tls is not None:
@@ -56,7 +57,7 @@ def wants_tls(profile: Profile) -> bool:
 
 
 def warn_if_open(profile: Profile) -> None:
-    """Say that a cluster can be reached over the network by anybody, once."""
+    """Warn if anybody can reach the cluster over a network."""
     if profile.kind == "none" or wants_tls(profile):
         return
     host = profile.host
@@ -65,7 +66,7 @@ def warn_if_open(profile: Profile) -> None:
     if profile.kind in ACROSS_HOSTS or (host is not None and not is_loopback(host)):
         where = profile.address or f"a cluster of kind {profile.kind!r} with tls: false"
         warnings.warn(
-            f"{where} has no TLS: whoever reaches its ports can run code as you",
+            f"{where} has no TLS: anybody who reaches its ports can run code as you",
             UnencryptedClusterWarning,
             stacklevel=3,
         )
@@ -73,83 +74,101 @@ def warn_if_open(profile: Profile) -> None:
 
 @contextlib.contextmanager
 def credentials(profile: Profile) -> Iterator[Security | None]:
-    """Certificates for the time of a cluster; None for one without TLS.
+    """Provide certificates for the time of a cluster.
 
     Yields
     ------
     distributed.Security or None
-        The profile's own files, else those of Dask's configuration, else temporary ones. Where other hosts
-        need them, temporary ones are files of mode 0600 in a new folder of ``shared_folder``, which is
-        removed at the end; where they don't, they stay in memory.
+        None without TLS. Otherwise the profile's own files, those of Dask's configuration, or temporary ones.
+        If other hosts need them, temporary certificates are files of mode 0600 in a new folder of
+        ``shared_folder``, which is removed at the end; otherwise they stay in memory.
 
     Raises
     ------
     ClusterError
-        When there are none for a scheduler that runs already, a file is absent, or ``cryptography`` is.
+        When there are no certificates for a running scheduler, a file is missing, or ``cryptography`` is not
+        installed.
     """
     if not wants_tls(profile):
         yield None
-    elif profile.security is not None:
-        yield of_files(profile.security)
-    elif all(dask.config.get(f"distributed.comm.tls.{name}", None) for name in CONFIGURED):
-        yield Security(require_encryption=True)
-    elif profile.address is not None:
-        raise ClusterError(
-            f"{profile.address} needs certificates: name them as security: {{ca_file, cert, key}} in a "
-            "profile of kind address, or as distributed.comm.tls in Dask's configuration "
-            "(DASK_DISTRIBUTED__COMM__TLS__CA_FILE, …CLIENT__CERT, …CLIENT__KEY)"
-        )
+        return
+    security = _configured(profile)
+    if security is not None:
+        yield security
     elif profile.kind in ACROSS_HOSTS:
         folder = _new_folder(profile.shared_folder)
         try:
-            yield of_files(write_temporary(folder))
+            yield load_files(write_temporary(folder))
         finally:
             shutil.rmtree(folder)
     else:
         yield _temporary()
 
 
-def of_files(files: SecurityFiles) -> Security:
-    """The certificates in files, for all roles.
+def _configured(profile: Profile) -> Security | None:
+    """Load the certificates of the profile or of Dask's configuration; None if neither names any."""
+    if profile.security is not None:
+        return load_files(profile.security)
+    if all(dask.config.get(f"distributed.comm.tls.{name}", None) for name in CONFIGURED):
+        return Security(require_encryption=True)
+    if profile.address is not None:
+        raise ClusterError(
+            f"{profile.address} needs certificates: name them as security: {{ca_file, cert, key}} in a "
+            "profile of kind address, or as distributed.comm.tls in Dask's configuration "
+            "(DASK_DISTRIBUTED__COMM__TLS__CA_FILE, …CLIENT__CERT, …CLIENT__KEY)"
+        )
+    return None
+
+
+def load_files(files: SecurityFiles) -> Security:
+    """Load certificates from files, the same for all roles.
 
     Raises
     ------
     ClusterError
-        Naming the file that cannot be read, or holds no certificate or key.
+        For a file that cannot be read, or holds no certificate or key; names the file.
     """
-    paths = {}
-    for role, name in files.model_dump().items():
-        path = Path(os.path.expandvars(name)).expanduser().absolute()
-        if not os.access(path, os.R_OK):
-            raise ClusterError(f"security.{role}: {path} cannot be read")
-        paths[role] = str(path)
-    tried = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    role, expected = "", ""
-    try:
-        for role in ("ca_file", "cert"):
-            expected = "certificates in PEM"
-            tried.load_verify_locations(paths[role])
-        role, expected = "key", "the key of security.cert in PEM, without a password"
-        tried.load_cert_chain(paths["cert"], paths["key"], password="")
-    except (OSError, ValueError) as error:
-        raise ClusterError(f"security.{role}: expected {expected}, found {paths[role]} ({error})") from error
+    paths = {role: _readable(role, name) for role, name in files.model_dump().items()}
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    for role in ("ca_file", "cert"):
+        with _naming_file(role, paths[role], "certificates in PEM"):
+            context.load_verify_locations(paths[role])
+    with _naming_file("key", paths["key"], "the key of security.cert in PEM, without a password"):
+        context.load_cert_chain(paths["cert"], paths["key"], password="")
     roles = _for_all_roles(paths["cert"], paths["key"])
     return Security(require_encryption=True, tls_ca_file=paths["ca_file"], **roles)
 
 
+def _readable(role: str, name: str) -> str:
+    """Resolve the path of a certificate or key, and check that it can be read."""
+    path = Path(os.path.expandvars(name)).expanduser().absolute()
+    if not os.access(path, os.R_OK):
+        raise ClusterError(f"security.{role}: {path} cannot be read")
+    return str(path)
+
+
+@contextlib.contextmanager
+def _naming_file(role: str, path: str, expected: str) -> Iterator[None]:
+    """Turn errors of OpenSSL into one that names the file and what was expected in it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ClusterError(f"security.{role}: expected {expected}, found {path} ({error})") from error
+
+
 def write_temporary(folder: Path) -> SecurityFiles:
-    """Make a certificate that signs itself, as files that only their owner can read."""
-    made = _temporary().get_tls_config_for_role("client")
+    """Write a new self-signed certificate as files that only their owner can read."""
+    texts = _temporary().get_tls_config_for_role("client")
     files = {"ca_file": folder / "ca.pem", "cert": folder / "cert.pem", "key": folder / "key.pem"}
     for part, path in files.items():
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "w", encoding="ascii") as file:
-            file.write(made[part])
+            file.write(texts[part])
     return SecurityFiles(**{part: str(path) for part, path in files.items()})
 
 
-def _new_folder(within: str) -> Path:
-    parent = Path(os.path.expandvars(within)).expanduser().absolute()
+def _new_folder(shared_folder: str) -> Path:
+    parent = Path(os.path.expandvars(shared_folder)).expanduser().absolute()
     try:
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix="tls-", dir=parent))
@@ -158,9 +177,9 @@ def _new_folder(within: str) -> Path:
 
 
 def _temporary() -> Security:
-    """A certificate that signs itself, for all roles, in memory.
+    """Create a self-signed certificate for all roles, in memory.
 
-    Dask's own is valid from this second on, which a host whose clock is behind refuses.
+    Dask's own is valid from the current second on, which a host with a slow clock refuses.
     """
     try:
         from cryptography import x509

@@ -1,9 +1,9 @@
-"""Metrics that stay on their worker, and the process that they are in.
+"""Metrics held by a worker, and settings of the worker's process.
 
-Metrics are loaded by :func:`get_metric`, inside the task, from this installed module, under a lock: a
-cache in ``__main__`` would be pickled by value with every task, ``lru_cache`` lets two threads load the
-same weights twice, and an actor is lost with its worker. A thin plugin only loads ahead; a worker that is
-restarted simply loads again.
+Tasks load a metric with :func:`get_metric`, which caches it in this installed module, under a lock. The
+alternatives fail: a cache in ``__main__`` would be pickled by value with every task, ``lru_cache`` lets two
+threads load the same weights twice, and an actor is lost with its worker. A small plugin only loads metrics
+ahead of time; a restarted worker loads them again.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from lsim.weights import WeightsError
 from pipeline.workers.profiles import ClusterError
 
 Option: TypeAlias = bool | int | float | str | None
-"""The value of a metric's option: one that YAML and a command line can write."""
+"""Value of a metric's option, as YAML and a command line can write it."""
 
 
 @dataclass(frozen=True)
 class MetricRequest:
-    """All that a worker needs to load a metric as the driver meant it, as :func:`lsim.load_metric` takes it.
+    """Arguments of :func:`lsim.load_metric` with which a worker loads the same metric as the driver.
 
     ``name`` may be a reference, ``"module:Class"``. ``specification_hash`` is checked after loading: a worker
-    whose weights, version or source differ must not mix its distances with the others'.
+    with other weights, another version or another source must not mix its distances with the others'.
     """
 
     name: str
@@ -56,7 +56,7 @@ class MetricRequest:
     specification_hash: str = ""
 
     def load(self, device: str) -> Metric:
-        """Load the metric, whatever its specification."""
+        """Load the metric, without a check of its specification."""
         options: dict[str, Any] = dict(self.options)
         settings = (self.size, self.order, self.compat)
         return load_metric(
@@ -71,15 +71,15 @@ class MetricRequest:
             **options,
         )
 
-    def of(self, metric: Metric) -> MetricRequest:
-        """The request of this very metric, as it was loaded."""
+    def for_metric(self, metric: Metric) -> MetricRequest:
+        """Require the specification of a metric that was loaded from this request."""
         return replace(self, specification_hash=metric.specification_hash)
 
 
 logger = logging.getLogger(__name__)
 
 REGISTRATIONS, REGISTERED_AGAIN_AFTER_S = 5, 1.0
-"""How often workers are given a plugin, and the pause in which the scheduler notices that one is gone."""
+"""Attempts to register a plugin, and the pause in which the scheduler notices that a worker is gone."""
 
 _lock = threading.Lock()
 _metrics: dict[tuple[MetricRequest, str], Metric] = {}
@@ -87,20 +87,20 @@ _loads: Counter[str] = Counter()
 
 
 def get_metric(request: MetricRequest, device: str | None = None) -> Metric:
-    """This process's instance of a metric, loaded on first use.
+    """Get the process's instance of a metric, and load it on first use.
 
     Parameters
     ----------
     request : MetricRequest
     device : str, optional
-        Default: the one that this process was told to use.
+        Default: the device of this process, see :func:`choose_device`.
 
     Raises
     ------
     ClusterError
-        When this worker cannot import a metric of one's own, or has no such device.
+        When this worker cannot import a custom metric, or has no such device.
     lsim.WeightsError
-        When this worker's weights, or its version of the metric, are not the driver's.
+        When this worker's weights, or its version of the metric, differ from the driver's.
     """
     with _lock:
         key = (request, device or _device)
@@ -113,50 +113,50 @@ def get_metric(request: MetricRequest, device: str | None = None) -> Metric:
                     raise
                 module = request.name.partition(":")[0]
                 raise ClusterError(
-                    f"{_this_worker()} cannot load metric {request.name!r} ({error}): the module {module!r} "
+                    f"{_worker_name()} cannot load metric {request.name!r} ({error}): the module {module!r} "
                     "must be installed there, or lie in a folder of its PYTHONPATH"
                 ) from error
             _loads[metric.name] += 1
-            found = metric.specification_hash
-            if found != request.specification_hash:
+            if metric.specification_hash != request.specification_hash:
                 raise WeightsError(
-                    f"{_this_worker()} has another version, other weights or another source file of metric "
-                    f"{metric.name!r}: specification {found}, expected {request.specification_hash}"
+                    f"{_worker_name()} has another version, other weights or another source file of metric "
+                    f"{metric.name!r}: expected specification {request.specification_hash}, found "
+                    f"{metric.specification_hash}"
                 )
             _metrics[key] = metric
         return _metrics[key]
 
 
-def _this_worker() -> str:
+def _worker_name() -> str:
     return f"worker {platform.node()} (process {os.getpid()})"
 
 
 def load_counts() -> dict[str, int]:
-    """How many times this process has loaded each metric."""
+    """Count how many times this process has loaded each metric."""
     return dict(_loads)
 
 
 def prewarm(client: Client, requests: list[MetricRequest]) -> None:
-    """Have every worker, also those that join later, load metrics ahead of their first task, or leave."""
+    """Make all workers, including later ones, load metrics ahead of their first task, or leave."""
     register_plugin(client, MetricLoader(requests))
 
 
 def register_plugin(client: Client, plugin: WorkerPlugin | NannyPlugin) -> None:
-    """Give a plugin to all workers; once more, where one is lost meanwhile: what replaces it gets it, too.
+    """Register a plugin on all workers; retry if a worker is lost meanwhile, for the one that replaces it.
 
     Raises
     ------
     ClusterError
-        Where workers are lost again and again.
+        When workers are lost in every attempt.
     """
     for attempt in range(REGISTRATIONS):
         try:
             client.register_plugin(plugin)
-        except OSError as error:  # of a connection: what a plugin raises has another kind
+        except OSError as error:  # a lost connection: plugins raise other errors
             if attempt == REGISTRATIONS - 1:
                 raise ClusterError(
                     f"workers were lost while they started, {REGISTRATIONS} times ({error}): memory may be "
-                    "short, or something ends these processes"
+                    "short, or something kills these processes"
                 ) from error
             time.sleep(REGISTERED_AGAIN_AFTER_S)
         else:
@@ -164,18 +164,17 @@ def register_plugin(client: Client, plugin: WorkerPlugin | NannyPlugin) -> None:
 
 
 def dismiss_unfit_workers(client: Client, requests: Sequence[MetricRequest]) -> None:
-    """Have every worker of now load the metrics, and send away those that cannot: others do their work.
+    """Load the metrics on all current workers, and retire those that cannot, with a warning.
 
-    They are named in a warning. A worker that stayed would fail at once whatever it is given, and so be
-    given more than the others.
+    A worker without the metrics would fail each task at once, and so attract more tasks than the others.
 
     Raises
     ------
     ClusterError
-        Naming a worker and what to do, where none can.
+        When no worker can load them; names a worker and the remedy.
     """
     outcomes = client.run(load_metrics, list(requests), on_error="return")
-    # Of what metrics raise there is no OSError left; one that is here is of the connection, and passes.
+    # load_metrics raises no OSError; one that arrives is a lost connection, which is no fault of the worker.
     unfit = {
         address: error
         for address, error in outcomes.items()
@@ -191,23 +190,23 @@ def dismiss_unfit_workers(client: Client, requests: Sequence[MetricRequest]) -> 
 
 
 async def load_metrics(requests: Sequence[MetricRequest]) -> None:
-    """:func:`get_metric` for :meth:`distributed.Client.run`: the metrics themselves don't travel."""
+    """Load metrics on a worker and return nothing, so that :meth:`distributed.Client.run` sends none back."""
     for request in requests:
         try:
             await asyncio.to_thread(get_metric, request)
         except (ClusterError, WeightsError):
             raise
-        except Exception as error:  # of a metric of one's own, that may raise anything
+        except Exception as error:  # a custom metric may raise any error
             raise ClusterError(
-                f"{_this_worker()} cannot load metric {request.name!r}: {type(error).__name__}: {error}"
+                f"{_worker_name()} cannot load metric {request.name!r}: {type(error).__name__}: {error}"
             ) from error
 
 
 class MetricLoader(WorkerPlugin):
-    """Loads metrics in a thread: a blocking setup would stop the worker's heartbeat.
+    """Plugin that loads metrics in a thread: a blocking setup would stop the worker's heartbeat.
 
-    A worker that cannot leaves, for the reason that :func:`dismiss_unfit_workers` gives; whoever joins after
-    the start is met by nobody else.
+    A worker that cannot load them leaves, for the reason in :func:`dismiss_unfit_workers`, which only sees
+    the workers of the start.
     """
 
     name = "lsim-metrics"
@@ -216,15 +215,16 @@ class MetricLoader(WorkerPlugin):
         self.requests = requests
 
     async def setup(self, worker: Worker) -> None:
+        """Load the metrics, or make the worker leave."""
         try:
             await load_metrics(self.requests)
         except (ClusterError, WeightsError) as error:
             logger.error("left out: %s", error)
-            # Not awaited: a worker that joins has not begun yet to hear the scheduler, nor can it leave.
+            # Not awaited: a worker that is joining doesn't listen to the scheduler yet, and cannot leave.
             self.leaving = asyncio.create_task(self._leave(worker))
 
     async def _leave(self, worker: Worker) -> None:
-        await worker.start()  # returns once it has started
+        await worker.start()  # waits until it has started
         await worker.close_gracefully(restart=False, reason="cannot load a metric")
 
 
@@ -238,16 +238,16 @@ def set_up_process(device: str, worker_name: object) -> None:
     """Choose this process's device and limit its numerical libraries to one thread."""
     torch.set_num_threads(1)
     threadpool_limits(limits=1)
-    # Local workers are numbered; others have names, that spread them well enough.
+    # Local workers are numbered; a hash of the name spreads the others over GPUs well enough.
     choose_device(
         device, worker_name if isinstance(worker_name, int) else zlib.crc32(str(worker_name).encode())
     )
 
 
 def choose_device(device: str, number: int) -> str:
-    """Choose the device that this process loads metrics on, and return the one before.
+    """Choose the device on which this process loads metrics, and return the previous one.
 
-    ``"auto"`` takes turns where there are several GPUs.
+    With ``"auto"`` and several GPUs, worker ``number`` gets GPU ``number`` modulo their count.
     """
     if device == "auto" and torch.cuda.is_available() and torch.cuda.device_count() > 1:
         device = f"cuda:{number % torch.cuda.device_count()}"
@@ -255,29 +255,29 @@ def choose_device(device: str, number: int) -> str:
 
 
 def set_device(device: str) -> str:
-    """Set the device that this process loads metrics on, and return the one before."""
+    """Set the device on which this process loads metrics, and return the previous one."""
     global _device
     before, _device = _device, device
     return before
 
 
 def _check_device(device: str) -> None:
-    wanted, count = resolve_device(device), torch.cuda.device_count()
-    if wanted.type == "cuda" and (wanted.index or 0) >= count:
+    resolved, count = resolve_device(device), torch.cuda.device_count()
+    if resolved.type == "cuda" and (resolved.index or 0) >= count:
         raise ClusterError(
-            f"device: expected one that {_this_worker()} has, found {device!r} and {count} GPUs"
+            f"device: expected one that {_worker_name()} has, found {device!r} and {count} GPUs"
         )
 
 
-def this_device() -> torch.device:
-    """The device that this process loads metrics on."""
+def process_device() -> torch.device:
+    """Return the device on which this process loads metrics."""
     return resolve_device(_device)
 
 
 def still_wanted() -> bool:
-    """Whether anybody waits for the task that runs in this thread; always so outside of a Dask worker.
+    """Tell whether the result of this thread's task is still needed; always true outside of a Dask worker.
 
-    Dask cannot stop a thread: a task goes on when its run is over, or when another copy of it was faster.
+    Dask cannot stop a thread: a task continues after its run has ended, or after another copy has finished.
     """
     worker = getattr(thread_state, "execution_state", {}).get("worker")
     if worker is None:
@@ -288,7 +288,7 @@ def still_wanted() -> bool:
 
 @contextlib.contextmanager
 def single_threaded() -> Iterator[None]:
-    """One thread in torch and BLAS: sums then add in one order, whatever the machine."""
+    """Limit torch and BLAS to one thread, so that sums are added in the same order on every machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -88,6 +88,6 @@ def test_a_worker_that_is_lost_at_every_start_is_an_error_in_plain_words(run, fr
     assert code == 1, text
     assert "Traceback" not in text
     last = text.splitlines()[-1]
-    assert "no workers on this machine: in 3 attempts a process died, or gave no answer" in last
+    assert "no workers on this machine: in 3 attempts a process died or did not answer" in last
     assert "--cluster none" in last
     assert len(lost.lost(run.folder)) == 3

@@ -1,7 +1,7 @@
-"""Stop in good order when a batch system says so: what runs is finished, and nothing else begins.
+"""SIGTERM of the driver: finish running tasks, start no others, end. For workers: ``worker_exit``.
 
 A batch system sends SIGTERM to a job that it is about to end, and kills it a while later. While tasks are
-running (:func:`in_good_order`) the signal only asks for an end; otherwise it ends the process as Ctrl-C does.
+running (:func:`deferred`) the signal only requests an end; otherwise it ends the process as Ctrl-C does.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 EXIT_CODE = 128 + signal.SIGTERM
-"""Of a process that was stopped: 143, as shells have it."""
+"""Exit code of a process that SIGTERM ended: 143, as in shells."""
 
 GRACE_S = 30.0
-"""How long running tasks may go on, where neither the environment nor a profile says otherwise."""
+"""Seconds that running tasks get to finish, unless the environment or a profile sets another time."""
 GRACE_VARIABLE = "LSIM_GRACE"
-"""Environment variable of those seconds; a profile of a cluster has them, too."""
+"""Environment variable for these seconds; it takes precedence over a cluster profile."""
 
 
 class Stopped(SystemExit):
-    """The process was asked to end; what is finished is kept."""
+    """End of the process on request; finished work is kept."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_CODE)
 
 
 class _State:
-    """Of this process: signals are the process's, too."""
+    """State of the process: signals belong to the whole process, too."""
 
     def __init__(self) -> None:
-        self.asked = threading.Event()
+        self.requested = threading.Event()
         self.deferring = 0
         self.grace = GRACE_S
         self.from_environment: float | None = None
@@ -43,28 +43,28 @@ _state = _State()
 
 
 def stop_on_sigterm() -> None:
-    """From now on SIGTERM raises :class:`Stopped`, or asks what is in good order to do so.
+    """Handle SIGTERM from now on: raise :class:`Stopped`, or within :func:`deferred` only set a flag.
 
     Raises
     ------
     ValueError
-        When ``LSIM_GRACE`` is no number of seconds.
+        When ``LSIM_GRACE`` is not a number of seconds.
     """
     if text := os.environ.get(GRACE_VARIABLE):
         try:
             _state.from_environment = float(text)
         except ValueError as error:
             raise ValueError(f"{GRACE_VARIABLE}: expected seconds, found {text!r}") from error
-    if threading.current_thread() is threading.main_thread():  # no other gets signals, nor may it say where
+    if threading.current_thread() is threading.main_thread():  # only this thread may set handlers
         signal.signal(signal.SIGTERM, _on_signal)
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[Callable[[], None]]:
-    """Give a function that is :func:`stop_on_sigterm`, and undo it: handler and state are those of before.
+def restoring_handler() -> Iterator[Callable[[], None]]:
+    """Yield :func:`stop_on_sigterm`, and restore the previous handler and state on leaving.
 
-    A SIGTERM that came meanwhile was meant for the whole process. Where something else than the command may
-    run in it, whoever leaves has to pass the signal on.
+    A SIGTERM that arrived meanwhile was meant for the whole process. A caller in whose process other code
+    may run has to raise the signal again afterwards.
     """
     global _state
     before, _state = _state, _State()
@@ -80,27 +80,27 @@ def stoppable() -> Iterator[Callable[[], None]]:
 
 
 def allow_grace(seconds: float) -> float:
-    """Set how long running tasks may go on once the process was asked to end, and return what it was.
+    """Set how long running tasks may go on after a request to stop, and return the previous value.
 
-    The environment knows better.
+    ``$LSIM_GRACE`` takes precedence.
     """
     before, _state.grace = _state.grace, seconds
     return before
 
 
 def grace() -> float:
-    """Seconds that running tasks may go on."""
+    """Return the seconds that running tasks may go on after a request to stop."""
     return _state.grace if _state.from_environment is None else _state.from_environment
 
 
-def asked() -> bool:
-    """Whether the process was asked to end."""
-    return _state.asked.is_set()
+def requested() -> bool:
+    """Tell whether the process was asked to end."""
+    return _state.requested.is_set()
 
 
 @contextlib.contextmanager
-def in_good_order() -> Iterator[None]:
-    """Here SIGTERM only sets :func:`asked`: whoever enters looks at it often, and raises :class:`Stopped`."""
+def deferred() -> Iterator[None]:
+    """Make SIGTERM only set :func:`requested`; the caller polls it and raises :class:`Stopped`."""
     _state.deferring += 1
     try:
         yield
@@ -109,8 +109,8 @@ def in_good_order() -> Iterator[None]:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    # A second one changes nothing: the end is on its way, and SIGKILL is for those who can't wait.
-    first = not _state.asked.is_set()
-    _state.asked.set()
+    # A second signal changes nothing: the end is on its way, and SIGKILL is for those who can't wait.
+    first = not _state.requested.is_set()
+    _state.requested.set()
     if first and not _state.deferring:
         raise Stopped
