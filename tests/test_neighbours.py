@@ -159,9 +159,7 @@ def test_frames_of_a_sequence_have_neighbours_in_it(tmp_path):
 def test_other_stores_are_refused(tmp_path):
     path = make_frames(tmp_path / "frames.zarr", {"A/x": (2, "float32", 1)})
     store.set_attributes(store.open_store(path, "r+"), {"kind": "frames"})
-    with pytest.raises(
-        store.StoreError, match=r"expected a matrix\.zarr or a distances\.zarr, found a store of frames"
-    ):
+    with pytest.raises(store.StoreError, match=r"expected a matrix\.zarr or .*, found a store of frames"):
         find_neighbours(path, "a0")
 
 

@@ -392,7 +392,7 @@ def compute_tiles(frames: Path, out: Path) -> Any:
 def test_tiles_of_archives_are_compared_with_their_mirror_image_and_repaired(tmp_path, frames, key, damage):
     out = tmp_path / "a.zarr"
     compute_tiles(frames, out)
-    assert (verify(out).kind, verify(out).compared, verify(out).whole) == ("archive", 2 * 6, True)
+    assert (verify(out).kind, verify(out).compared, verify(out).whole) == ("matrix", 2 * 6, True)
     whole = store.read(store.open_store(out)[f"{KEY}/l2"])
     damage(chunk(out, "l2", key))
     report = verify(out)

@@ -207,7 +207,7 @@ def _check_tile(array: store.Array, place: tuple[int, int], recorded: _Recorded)
             images.append(store.read(array, (rows, columns)))
         except store.DamagedError:
             damaged = chunks.damaged_chunks(array, _first_value(first))
-            damages += [damage(chunk.key, chunk.reason, unreadable=True) for chunk in damaged]
+            damages += [damage(entry.key, entry.reason, unreadable=True) for entry in damaged]
     if damages:
         return damages
     if not recorded.fingerprints[i, j]:
