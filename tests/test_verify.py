@@ -281,17 +281,17 @@ def forget(document: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, cut, forget])
-@pytest.mark.parametrize("kind", ["frames", "distances", "archive"])
+@pytest.mark.parametrize("kind", ["frames", "distances", "matrix"])
 def test_each_metadata_document_that_is_lost_is_named_and_restored(
     tmp_path: Path, frames: Path, distances: Path, kind: str, damage: Callable[[Path], None]
 ):
     store.open_store(frames, "r+").update_attributes({"kind": "frames"})
     store.consolidate(frames)
-    path = {"frames": frames, "distances": distances, "archive": tmp_path / "a.zarr"}[kind]
-    if kind == "archive":
+    path = {"frames": frames, "distances": distances, "matrix": tmp_path / "a.zarr"}[kind]
+    if kind == "matrix":
         compute_tiles(frames, path)
     documents = sorted(path.glob("*/**/zarr.json"))
-    assert len(documents) == {"frames": 6, "distances": 14, "archive": 18}[kind]
+    assert len(documents) == {"frames": 6, "distances": 14, "matrix": 18}[kind]
     for document in documents:
         saved = document.read_bytes()
         damage(document)
@@ -308,12 +308,12 @@ def test_each_metadata_document_that_is_lost_is_named_and_restored(
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, cut])
-@pytest.mark.parametrize("kind", ["frames", "distances", "archive"])
+@pytest.mark.parametrize("kind", ["frames", "distances", "matrix"])
 def test_lost_metadata_of_the_root_is_named_and_written_again(
     tmp_path: Path, frames: Path, distances: Path, kind: str, damage: Callable[[Path], None]
 ):
-    path = {"frames": frames, "distances": distances, "archive": tmp_path / "a.zarr"}[kind]
-    if kind == "archive":
+    path = {"frames": frames, "distances": distances, "matrix": tmp_path / "a.zarr"}[kind]
+    if kind == "matrix":
         compute_tiles(frames, path)
     damage(path / "zarr.json")
     code, text = run_lsim("verify", path, "--repair")
@@ -324,7 +324,7 @@ def test_lost_metadata_of_the_root_is_named_and_written_again(
     assert verify(path).whole
     if kind == "distances":
         assert compute(frames, path).computed == 0
-    if kind == "archive":
+    if kind == "matrix":
         assert compute_tiles(frames, path).tiles == 0
 
 
