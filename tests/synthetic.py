@@ -158,7 +158,7 @@ def make_matrix(
     failures: Mapping[str, str] | None = None,
     attributes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """An ``matrix.zarr`` of frames on planar curves, so that distances by every metric are Euclidean.
+    """A ``matrix.zarr`` of frames on planar curves, so that distances by every metric are Euclidean.
 
     ``matrices`` has by group the number of sequences of each ``<dataset>/<field>`` in it; ``failures`` the
     reason, by name, of frames that have no distances. The metrics have scales of their own: 1, 2, ….
@@ -208,7 +208,7 @@ def make_matrix(
 
 
 def record_matrices(path: Path, key: str, reasons: Sequence[str] | None = None) -> None:
-    """Write the provenance of a group of an ``matrix.zarr`` anew, for the matrices and labels that it has.
+    """Write the provenance of a group of a ``matrix.zarr`` anew, for the matrices and labels that it has.
 
     ``reasons`` say why frames have no distances; default none.
     """

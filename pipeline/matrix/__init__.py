@@ -237,7 +237,7 @@ def _record_precision(root: store.Group, report: MatrixReport) -> None:
 
 
 def list_matrix_failures(out: str | os.PathLike[str]) -> list[MatrixFailure]:
-    """List all failures that an ``matrix.zarr`` records: by sequence and reason, and NaN of finite frames.
+    """List all failures that a ``matrix.zarr`` records: by sequence and reason, and NaN of finite frames.
 
     What is recorded is compared with its digest. A tile whose record is damaged is a failure by itself.
     """
@@ -301,7 +301,7 @@ def _matrices(keys: Sequence[str], matrix: MatrixRequest) -> list[tuple[str, lis
 
 
 _BESIDES = (f"{schema.TOGETHER}/*",)
-"""Groups of an ``matrix.zarr`` that are of several fields."""
+"""Groups of a ``matrix.zarr`` that are of several fields."""
 
 
 def _refuse_others(root: store.Group, path: str, source: store.Group) -> None:

@@ -411,7 +411,7 @@ class BandRecord:
 
 
 class CheckedMatrix:
-    """A metric's matrix of an ``matrix.zarr``, each tile compared with its digest when it is read.
+    """A metric's matrix of a ``matrix.zarr``, each tile compared with its digest when it is read.
 
     Distances of tiles that don't count are NaN, and ``left_out`` names these tiles. ``directed`` means that
     rows are references, and that the two halves of the matrix differ.
