@@ -209,7 +209,7 @@ def least_seconds(metric: Metric, prepared: Prepared, limits: dict[str, float]) 
     if network:
         with torch.no_grad():
             one = Prepared(prepared.values[:1], prepared.comparable[:1])
-            embedded = metric.embedded(one).parts
+            embedded = metric.embed_prepared(one).parts
         operations = n * network + pairs * 2 * sum(part[0].numel() for part in embedded.values())
     elif metric.name in PAIR_OPERATIONS:
         operations = pairs * PAIR_OPERATIONS[metric.name] * values

@@ -1,8 +1,9 @@
-"""How far apart are two simulations? Learned and classic similarity metrics for simulation data.
+"""Learned and classic similarity metrics for simulation data: how far apart are two simulations?
 
 >>> import lsim
->>> metric = lsim.load_metric("ssim")
->>> metric.distance(a, b)          # doctest: +SKIP
+>>> metric = lsim.load_metric("rmse", size=None)
+>>> metric.distance([[0.0, 0.0]], [[3.0, 3.0]], scope="none")
+array([3.])
 """
 
 from lsim.claims import ClaimError, MetricError

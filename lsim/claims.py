@@ -1,8 +1,8 @@
-"""Hold metrics to what they claim, by what they compute; a breach is an error that names the metric.
+"""Checks of a metric's claims on its results; a breach is an error that names the metric.
 
-A metric may be anybody's. Its code is run by :class:`OthersCode`, which lets it neither end the process nor
-change settings that other metrics compute under. What it gives is checked by :class:`Claims`, each time:
-tensors of the right kind, and distances that have the sign, the zero and the symmetry that were claimed.
+Metrics may come from other packages. :class:`OthersCode` runs their code, and lets it neither end the process
+nor change settings that other metrics compute under. :class:`Claims` checks each result: tensors of the right
+kind, and distances with the sign, the zero and the symmetry that the metric claims.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ RTOL = 1e-5
 """Relative difference allowed between two ways to the same distance."""
 
 ATOL = 1e-9
-"""Absolute difference allowed where zero is claimed: rounding of a sum."""
+"""Absolute difference allowed from a claimed zero: the rounding of a sum."""
 
 ATOL_SINGLE = 1e-6
-"""The same of distances that a metric gives in single precision: eight times its rounding of 1."""
+"""The same for distances in single precision: eight times the rounding of 1."""
 
 OF_THE_LARGEST = 1e-7
 """Difference allowed between d(a, b) and d(b, a), relative to the largest distance of their block."""
@@ -45,21 +45,21 @@ class MetricError(ValueError):
 
 
 class ClaimError(MetricError):
-    """A metric whose code does or gives something else than it claims."""
+    """A metric whose code breaks a claim."""
 
 
-# ---------------------------------------------------------------- what a metric gives
+# ---------------------------------------------------------------- results of a metric
 
 
 @dataclass(frozen=True)
 class Claims:
-    """Hold what a metric says of itself, and check it.
+    """Claims of a metric about its distances, and checks of them.
 
     Attributes
     ----------
     name : str
     axioms : frozenset of str
-        Some of :data:`AXIOMS`.
+        A subset of :data:`AXIOMS`.
     distance_to_itself : float
         NaN where nothing is claimed.
     """
@@ -69,7 +69,7 @@ class Claims:
     distance_to_itself: float
 
     def refuse(self, breach: str) -> NoReturn:
-        """Raise :class:`ClaimError` with the metric's name and a breach in words."""
+        """Raise :class:`ClaimError` with the metric's name and a description of the breach."""
         raise ClaimError(f"metric {self.name!r}: {breach}")
 
     def check_embedding(self, embedding: object, n: int) -> None:
@@ -92,27 +92,27 @@ class Claims:
                     f"entry a frame, ({n}, …)"
                 )
 
-    def check_block(self, block: object, shape: tuple[int, ...], what: str = "compare") -> None:
+    def check_block(self, block: object, shape: tuple[int, ...], method: str = "compare") -> None:
         """Check that distances are a real tensor of a shape, in single or double precision.
 
-        ``paired`` may give lower precision: that of frames that a program of the user's gave to it.
+        ``paired`` may return lower precision: that of the frames that a user passes.
 
         Raises
         ------
         ClaimError
         """
         if not isinstance(block, Tensor):
-            self.refuse(f"{what} gave {_kind(block)}, expected a torch.Tensor of distances")
+            self.refuse(f"{method} gave {_kind(block)}, expected a torch.Tensor of distances")
         if block.shape != shape:
             frames = " and ".join(map(str, shape))
             self.refuse(
-                f"{what} gave a block of shape {tuple(block.shape)} for {frames} frames; expected {shape}"
+                f"{method} gave a block of shape {tuple(block.shape)} for {frames} frames; expected {shape}"
             )
         if block.dtype not in (torch.float64, torch.float32) and not (
-            what == "paired" and block.is_floating_point()
+            method == "paired" and block.is_floating_point()
         ):
             self.refuse(
-                f"{what} gave distances of {block.dtype}, expected torch.float64: convert what they are "
+                f"{method} gave distances of {block.dtype}, expected torch.float64: convert what they are "
                 "made of before it is subtracted or summed"
             )
 
@@ -124,19 +124,19 @@ class Claims:
         single: bool,
         rounding: Callable[[], np.ndarray] | None = None,
     ) -> None:
-        """Check sign, and of a square block the diagonal and the symmetry, of distances that were computed.
+        """Check the sign of distances, and for a square block the diagonal and the symmetry.
 
         Parameters
         ----------
         values : ndarray of any shape, float64
-            NaN where frames could not be compared, or nothing was computed.
+            NaN where frames could not be compared, or were not.
         square : bool
             Whether rows and columns are the same frames. A diagonal of 0 or NaN then counts as not computed,
             and so does a lower triangle that is all one of these.
         single : bool
-            Whether the metric gave them in single precision.
+            Whether the metric returned single precision.
         rounding : callable, optional
-            Bounds what rounding can have done to them: asked only where a claim would be broken without it.
+            Bounds the rounding of the distances. Called only if a claim would be broken without it.
 
         Raises
         ------
@@ -173,26 +173,26 @@ class Claims:
             )
 
     def check_itself(self, diagonal: np.ndarray, allowed: np.ndarray | float) -> None:
-        """Check distances of frames to themselves, but those that are 0 or NaN, as if not computed.
+        """Check distances of frames to themselves; 0 and NaN count as not computed.
 
         Raises
         ------
         ClaimError
         """
-        known = self.distance_to_itself
-        if np.isnan(known):
+        claimed = self.distance_to_itself
+        if np.isnan(claimed):
             return
-        computed = ~(np.isnan(diagonal) | (diagonal == 0) | (diagonal == known))
+        computed = ~(np.isnan(diagonal) | (diagonal == 0) | (diagonal == claimed))
         with np.errstate(invalid="ignore"):
-            if (wrong := computed & ~(np.abs(diagonal - known) <= allowed)).any():
+            if (wrong := computed & ~(np.abs(diagonal - claimed) <= allowed)).any():
                 k = int(np.argmax(wrong))
                 self.refuse(
-                    f"claims a distance of {known:g} from any frame to itself, and gave {diagonal[k]:.6g} "
+                    f"claims a distance of {claimed:g} from any frame to itself, and gave {diagonal[k]:.6g} "
                     f"for frame {k}; where it isn't the same for all, distance_to_itself is NaN"
                 )
 
     def _check_symmetry(self, values: np.ndarray, allowed: np.ndarray) -> None:
-        """Compare d(i, j) with d(j, i), where both were computed."""
+        """Compare d(i, j) with d(j, i), if both were computed."""
         i, j = np.triu_indices(len(values), 1)
         above, below = values[i, j], values[j, i]
         if (np.isnan(below) | (below == 0)).all():
@@ -200,25 +200,26 @@ class Claims:
         with np.errstate(invalid="ignore"):
             largest = np.maximum(np.abs(above), np.abs(below))
             alike = (above == below) | (np.abs(above - below) <= RTOL * largest + allowed[i, j])
-        if (apart := ~(alike | (np.isnan(above) & np.isnan(below)))).any():
-            k = int(np.argmax(apart))
+        different = ~(alike | (np.isnan(above) & np.isnan(below)))
+        if different.any():
+            k = int(np.argmax(different))
             self.refuse(
                 f"claims to be symmetric, and gave d({i[k]}, {j[k]}) = {above[k]:.6g} but "
                 f"d({j[k]}, {i[k]}) = {below[k]:.6g}; one that isn't leaves 'symmetric' out of its axioms"
             )
 
-    def check_unwritten(self, before: Iterable[int], after: Iterable[int], what: str) -> None:
-        """Check that tensors have the versions that they had: nothing was written into them.
+    def check_unwritten(self, before: Iterable[int], after: Iterable[int], breach: str) -> None:
+        """Check that nothing was written into tensors: their :func:`versions` are the same.
 
         Raises
         ------
         ClaimError
         """
         if [*before] != [*after]:
-            self.refuse(f"{what} that it was given; it has to work on a copy (clone)")
+            self.refuse(f"{breach} that it was given; it has to work on a copy (clone)")
 
-    def check_repeated(self, first: np.ndarray, second: np.ndarray, what: str, *, exact: bool) -> None:
-        """Check that the same frames give the same again: bit for bit, or within :data:`RTOL`.
+    def check_repeated(self, first: np.ndarray, second: np.ndarray, name: str, *, exact: bool) -> None:
+        """Check that two results of the same frames agree: bit for bit, or within :data:`RTOL`.
 
         Raises
         ------
@@ -228,10 +229,10 @@ class Claims:
             return
         if not exact and np.allclose(first, second, rtol=RTOL, atol=ATOL, equal_nan=True):
             return
-        unlike = ~((first == second) | (np.isnan(first) & np.isnan(second)))
-        place = tuple(int(k) for k in np.argwhere(unlike)[0])
+        different = ~((first == second) | (np.isnan(first) & np.isnan(second)))
+        place = tuple(int(k) for k in np.argwhere(different)[0])
         self.refuse(
-            f"gave another result for the same frames when asked again: {what} {place} is "
+            f"gave another result for the same frames when asked again: {name} {place} is "
             f"{first[place]!r}, then {second[place]!r}"
         )
 
@@ -239,50 +240,50 @@ class Claims:
 def _allowed(
     values: np.ndarray, single: bool, rounding: np.ndarray | float, relative: float = RTOL
 ) -> np.ndarray | float:
-    """Bound the error of distances that are zero by claim: relative to the largest, besides rounding."""
+    """Bound the error of distances that are claimed to be zero: relative to the largest, plus rounding."""
     largest = np.max(np.abs(values), initial=0.0, where=np.isfinite(values))
     return relative * float(largest) + (ATOL_SINGLE if single else ATOL) + np.nan_to_num(rounding)
 
 
 def versions(tensors: Iterable[object]) -> list[int]:
-    """Torch's counters of writes into tensors; 0 of those that keep none."""
+    """Read torch's counters of writes into tensors; 0 for tensors without one."""
     return [
         0 if not isinstance(tensor, Tensor) or tensor.is_inference() else tensor._version
         for tensor in tensors
     ]
 
 
-def _kind(thing: object) -> str:
-    return f"{type(thing).__module__}.{type(thing).__qualname__}".removeprefix("builtins.")
+def _kind(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
-# ---------------------------------------------------------------- what a metric's code does
+# ---------------------------------------------------------------- code of a metric
 
 
 class OthersCode:
-    """Run code of others: it ends neither the process nor a block, and leaves settings as they were.
+    """Context that runs code of other packages: it cannot end the process, and settings are restored.
 
-    Where it raises SystemExit, KeyboardInterrupt or another exception that is no :class:`Exception`,
-    :class:`MetricError` comes out. What a signal's handler raised meanwhile comes out as it is, whatever the
-    code made of it: Ctrl-C and SIGTERM are the user's.
+    SystemExit, KeyboardInterrupt and other exceptions that are no :class:`Exception` become
+    :class:`MetricError`. An exception of a signal's handler (Ctrl-C, SIGTERM) passes, even if the code
+    catches it.
 
-    Settings of the thread and of the process are put back: torch's default dtype, default device, number of
-    threads and gradients, NumPy's treatment of floating-point errors, and the states of random numbers. To
-    have changed one of them, random numbers aside, is a breach. Of the process's settings nobody is said to
-    have changed them while code of several metrics runs in several threads.
+    Settings of the thread and of the process are restored: torch's default dtype, default device, number of
+    threads and gradient mode, NumPy's treatment of floating-point errors, and the states of random numbers. A
+    change of one of them, random numbers aside, is a breach. Changes of the process's settings are blamed on
+    nobody while code of several metrics runs in several threads.
 
     Parameters
     ----------
     name : str
-        Of the metric.
-    what : str
-        What of it runs, in messages: a method's name.
+        Name of the metric.
+    action : str
+        The running code in messages: a method's name.
     on_change : {"raise", "warn"}
-        ``"warn"`` for code such as imports, where libraries may be at fault.
+        ``"warn"`` for imports and the like, where libraries may be at fault.
     """
 
-    def __init__(self, name: str, what: str, on_change: Literal["raise", "warn"] = "raise") -> None:
-        self.name, self.what, self.on_change = name, what, on_change
+    def __init__(self, name: str, action: str, on_change: Literal["raise", "warn"] = "raise") -> None:
+        self.name, self.action, self.on_change = name, action, on_change
 
     def __enter__(self) -> None:
         self._own_handler = _watch_interrupts()
@@ -305,10 +306,10 @@ class OthersCode:
                 return
             text = f"{type(error).__name__}: {error}".removesuffix(": ")
             raise MetricError(
-                f"metric {self.name!r}: {self.what} raised {text}, as if to end the process"
+                f"metric {self.name!r}: {self.action} raised {text}, as if to end the process"
             ) from error
         if changed:
-            breach = f"metric {self.name!r}: {self.what} changed {' and '.join(changed)} for all others"
+            breach = f"metric {self.name!r}: {self.action} changed {' and '.join(changed)} for all others"
             if self.on_change == "raise":
                 raise ClaimError(f"{breach}; put back what it was, or leave it alone")
             warnings.warn(f"{breach}; it was put back", stacklevel=3)
@@ -316,7 +317,7 @@ class OthersCode:
 
 @dataclass(frozen=True)
 class _Setting:
-    """Something that all code shares; without a name nobody minds that it changes, and it is put back."""
+    """A setting that all code shares. One without a name is restored, and may be changed."""
 
     name: str
     get: Callable[[], Any]
@@ -324,7 +325,7 @@ class _Setting:
 
 
 def _default_device_or_none(device: torch.device) -> None:
-    # The CPU is what torch has without being told; told, it looks at every call.
+    # The CPU is torch's default. Set explicitly, it costs time at every call.
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
@@ -335,7 +336,7 @@ def _set_gradients(enabled: bool) -> None:
 _OF_THREAD = (
     _Setting("torch's gradient mode", torch.is_grad_enabled, _set_gradients),
     _Setting("torch's default device", torch.get_default_device, _default_device_or_none),
-    _Setting("NumPy's treatment of floating-point errors", np.geterr, lambda kept: np.seterr(**kept)),
+    _Setting("NumPy's treatment of floating-point errors", np.geterr, lambda errors: np.seterr(**errors)),
 )
 _OF_PROCESS = (
     _Setting("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype),
@@ -347,7 +348,7 @@ _OF_PROCESS = (
 
 
 def _put_back(settings: Iterable[_Setting], before: list[Any]) -> list[str]:
-    """Set again what differs; the names of those that do."""
+    """Restore settings that differ, and return their names."""
     changed = []
     for setting, value in zip(settings, before, strict=True):
         if not setting.name:
@@ -359,7 +360,7 @@ def _put_back(settings: Iterable[_Setting], before: list[Any]) -> list[str]:
 
 
 class _Process:
-    """The settings of this process, while code of others runs in any of its threads."""
+    """Settings of the process while code of other packages runs in any of its threads."""
 
     def __init__(self) -> None:
         self.guard = threading.Lock()
@@ -376,7 +377,7 @@ class _Process:
             self.names.add(name)
 
     def leave(self) -> list[str]:
-        """Put settings back as the last one; the names of those that a single metric has changed."""
+        """Restore settings after the last metric, and return the names of those that a single one changed."""
         with self.guard:
             self.inside -= 1
             if self.inside:
@@ -390,7 +391,7 @@ _process = _Process()
 
 @contextlib.contextmanager
 def other_random_numbers() -> Iterator[None]:
-    """Have the generators that all code shares give other numbers; they are put back at the end."""
+    """Advance the shared generators of random numbers, and restore them at the end."""
     generators = [setting for setting in _OF_PROCESS if not setting.name]
     before = [setting.get() for setting in generators]
     random.random()
@@ -410,7 +411,7 @@ class _Interrupts:
 
 
 def _on_interrupt(number: int, frame: FrameType | None) -> None:
-    """Stand in for Python's own handler, which leaves no trace of itself in what it raises."""
+    """Handle Ctrl-C in place of Python's own handler, which leaves no trace in its exception."""
     _Interrupts.arrived = True
     raise KeyboardInterrupt
 
@@ -420,7 +421,7 @@ def _in_main_thread() -> bool:
 
 
 def _watch_interrupts() -> bool:
-    """Take Ctrl-C over from Python's own handler in a main thread; whether that was done."""
+    """Take Ctrl-C over from Python's own handler, in the main thread; tell whether that was done."""
     if not _in_main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return False
     _Interrupts.arrived = False
@@ -429,15 +430,15 @@ def _watch_interrupts() -> bool:
 
 
 def _stop_watching() -> bool:
-    """Give Ctrl-C back to Python's own handler; whether one arrived."""
+    """Give Ctrl-C back to Python's own handler; tell whether one arrived."""
     if signal.getsignal(signal.SIGINT) is _on_interrupt:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     return _Interrupts.arrived
 
 
 def _raised_by_a_signal(error: BaseException) -> BaseException | None:
-    """Find what a signal's handler raised, in what an error came of; None where none did."""
-    if not _in_main_thread():  # nowhere else do handlers run
+    """Find the exception of a signal's handler among an error and its causes; None if there is none."""
+    if not _in_main_thread():  # handlers run nowhere else
         return None
     handlers = {code for number in signal.valid_signals() for code in _codes(signal.getsignal(number))}
     handlers.add(_on_interrupt.__code__)
@@ -451,7 +452,7 @@ def _raised_by_a_signal(error: BaseException) -> BaseException | None:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and what it was raised from, or during."""
+    """Iterate over an error and its causes and contexts."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -460,7 +461,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _codes(handler: Any) -> Iterator[CodeType]:
-    """The code of a handler that is written in Python."""
+    """Find the code of a handler that is written in Python."""
     while isinstance(handler, functools.partial):
         handler = handler.func
     function = getattr(handler, "__func__", handler)

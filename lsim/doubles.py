@@ -1,10 +1,10 @@
-"""Pairs of doubles: a value, and the rest that its rounding has left, about 106 bits together.
+"""Pairs of doubles: a value, and the rest that its rounding drops, about 106 bits together.
 
 A frame on [0, 255] in double precision is off by 1e-16 of its range, which is 1e-4 of a difference of 1e-12.
-Metrics that take the rest subtract the values of a pair, which is exact where they hardly differ, and then
-what is left of them.
+Metrics that take the rest subtract the values of a pair, which is exact for nearly equal ones, and then their
+rests.
 
-The functions take arrays and tensors alike. They count on arithmetic that is neither reordered nor fused.
+The functions take arrays and tensors alike. They rely on arithmetic that is neither reordered nor fused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SPLITTER = 2.0**27 + 1
 
 
 def sum_of(a: Any, b: Any) -> Pair:
-    """Add doubles: the sum, and what it rounds off (Knuth, TAOCP 2, section 4.2.2).
+    """Add doubles: the sum, and the rest that it rounds off (Knuth, TAOCP 2, section 4.2.2).
 
     Examples
     --------
@@ -33,7 +33,7 @@ def sum_of(a: Any, b: Any) -> Pair:
 
 
 def product_of(a: Any, b: Any) -> Pair:
-    """Multiply doubles: the product, and what it rounds off (Dekker 1971); for values below 1e300.
+    """Multiply doubles: the product, and the rest that it rounds off (Dekker 1971); for values below 1e300.
 
     Examples
     --------
@@ -46,18 +46,30 @@ def product_of(a: Any, b: Any) -> Pair:
 
 
 def add(x: Pair, y: Pair) -> Pair:
-    """Add pairs of doubles."""
+    """Add pairs of doubles.
+
+    Examples
+    --------
+    >>> add((1.0, 1e-20), (2.0, 1e-20))
+    (3.0, 2e-20)
+    """
     total, rest = sum_of(x[0], y[0])
     return sum_of(total, rest + (x[1] + y[1]))
 
 
 def subtract(x: Pair, y: Pair) -> Pair:
-    """Subtract pairs of doubles."""
+    """Subtract pairs of doubles.
+
+    Examples
+    --------
+    >>> subtract((1.0, 1e-20), (1.0, 0.0))
+    (1e-20, 0.0)
+    """
     return add(x, (-y[0], -y[1]))
 
 
 def rest_of_normalised(values: Any, frames: Any, lo: Any, hi: Any, full: float) -> Any:
-    """Return what rounding has left of ``values`` = full · (frames − lo) / (hi − lo).
+    """Compute the rest that rounding drops from ``values`` = full · (frames − lo) / (hi − lo).
 
     Parameters
     ----------
@@ -74,8 +86,8 @@ def rest_of_normalised(values: Any, frames: Any, lo: Any, hi: Any, full: float) 
     spread, spread_rest = sum_of(hi, -lo)
     scaled, scaled_rest = product_of(shifted, full)
     back, back_rest = product_of(values, spread)
-    left = (scaled - back) + (scaled_rest - back_rest)
-    return (left + (full * shifted_rest - values * spread_rest)) / spread
+    difference = (scaled - back) + (scaled_rest - back_rest)
+    return (difference + (full * shifted_rest - values * spread_rest)) / spread
 
 
 def _halves(a: Any) -> Pair:

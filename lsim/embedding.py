@@ -1,4 +1,4 @@
-"""What a metric keeps of each frame, computed once."""
+"""State of frames that a metric computes once and compares often."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ from torch import Tensor
 class Embedding:
     """A metric's state per frame: named tensors that share their first axis, one entry a frame.
 
-    ``rounding`` and ``stored`` (n,) bound the error of the values of each frame that was embedded, see
-    :class:`lsim.prepared.Prepared`; None where nothing is known of it. ``mean_rounding`` is the root mean
-    square of that error over a frame, where bounds are asked for.
+    ``rounding`` and ``stored`` (n,) bound the error of the values of each embedded frame, see
+    :class:`lsim.prepared.Prepared`; None if unknown. ``mean_rounding`` is the root mean square of that error
+    over a frame, if bounds are asked for.
+
+    Examples
+    --------
+    >>> import torch
+    >>> embedding = Embedding({"mean": torch.tensor([1.0, 2.0])})
+    >>> len(embedding), embedding[1:].parts["mean"]
+    (2, tensor([2.]))
     """
 
     parts: dict[str, Tensor] = field(default_factory=dict)
@@ -24,11 +31,11 @@ class Embedding:
     mean_rounding: Tensor | None = None
     _derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def once(self, what: str, compute: Callable[[], Any]) -> Any:
-        """``compute()``, the first time; metrics that share this embedding then take the same again."""
-        if what not in self._derived:
-            self._derived[what] = compute()
-        return self._derived[what]
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return ``compute()``, computed once for all metrics that share this embedding."""
+        if name not in self._derived:
+            self._derived[name] = compute()
+        return self._derived[name]
 
     def __len__(self) -> int:
         return len(next(iter(self.parts.values())))
@@ -41,7 +48,7 @@ class Embedding:
         return Embedding({name: part[frames] for name, part in self.parts.items()}, rounding, stored, mean)
 
     def copy(self) -> Embedding:
-        """Copy the parts, so that who writes into them harms nobody; what is derived of them stays shared."""
+        """Copy the parts, for code that may write into them; derived values stay shared."""
         parts = {name: part.clone() for name, part in self.parts.items()}
         return Embedding(parts, self.rounding, self.stored, self.mean_rounding, self._derived)
 

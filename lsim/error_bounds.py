@@ -1,4 +1,4 @@
-"""How right sums over pairs of frames are, as results say it."""
+"""Precision of sums over pairs of frames, as results record it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROMISE = 1e-5
 """Largest relative error of a sum."""
 
 CONFIDENCE = 5.0
-"""λ of Higham & Mary (SIAM J. Sci. Comput. 41, 2019): a rounding is beyond the bound with 2 exp(−λ²/2)."""
+"""λ of Higham & Mary (SIAM J. Sci. Comput. 41, 2019): the bound fails with a probability of 2 exp(−λ²/2)."""
 
 HALF_ULP = 2.0**-24
 """Relative rounding error of single precision."""
@@ -22,7 +22,7 @@ HALF_ULP_OF_DOUBLE = 2.0**-53
 
 
 NetworkPrecision: TypeAlias = Literal["exact", "ranking"]
-"""In what networks run: the precision of the frames, or bfloat16."""
+"""Precision that networks run in: that of the frames, or bfloat16."""
 
 
 class PrecisionError(ValueError):
@@ -30,7 +30,7 @@ class PrecisionError(ValueError):
 
 
 def check_network_precision(metric: str, precision: str, *, double: bool) -> None:
-    """Raise :class:`ValueError` for a precision that no network has, and for bfloat16 on double frames."""
+    """Raise :class:`ValueError` for an unknown precision of networks, and for bfloat16 on double frames."""
     if precision not in get_args(NetworkPrecision):
         raise ValueError(f"precision must be 'exact' or 'ranking', got {precision!r}")
     if double and precision == "ranking":
@@ -46,7 +46,7 @@ def half_ulp(dtype: torch.dtype) -> float:
 
 
 def as_floats(values: Tensor) -> Tensor:
-    """Keep double precision; make all else single."""
+    """Convert values to single precision, unless they are double."""
     return values if values.dtype == torch.float64 else values.float()
 
 
@@ -56,21 +56,27 @@ BY_PRODUCT = "centred product"
 
 @dataclass(frozen=True)
 class PairPrecision:
-    """How the sums over pairs were computed, and how right they are for sure; records add up.
+    """Record of how sums over pairs were computed, with a bound on their error; records add up.
 
     Attributes
     ----------
     method : str
-        ``"direct differences"``, ``"centred product"``, or several, joined by ``" + "``; ``"… of a network's
-        features"`` where it is features, rounded by the network, whose differences are as right as that.
+        ``"direct differences"``, ``"centred product"``, or several, joined by ``" + "``. ``"… of a network's
+        features"`` for features that the network has rounded; the bound is then about their differences.
     promise : float
-        The relative error of a sum that is allowed.
+        The relative error that a sum may have.
     bound : float
-        The largest relative error that a sum can have: not above ``promise``.
+        Bound on the relative error of all sums; not above ``promise``.
     pairs : int
-        How many sums there are.
+        Number of sums.
     recomputed : int
-        How many of them were taken again by differences, since the product could not keep the promise.
+        Number of sums that were computed again by differences, since the product exceeded ``promise``.
+
+    Examples
+    --------
+    >>> record = PairPrecision(DIRECTLY, PROMISE, bound=1e-7, pairs=3)
+    >>> (record + record).pairs
+    6
     """
 
     method: str
@@ -91,16 +97,16 @@ class PairPrecision:
 
 
 def of_features(record: PairPrecision) -> PairPrecision:
-    """The record of sums over a network's features, whose own rounding is not in its bound."""
+    """Mark a record as one of a network's features, whose own rounding is not in the bound."""
     methods = sorted({f"{method} of a network's features" for method in record.method.split(" + ")})
     return replace(record, method=" + ".join(methods))
 
 
 class ReportsPrecision:
-    """For metrics: keeps count of the precision of their sums, until somebody takes the record."""
+    """Base class of metrics that record the precision of their sums until the record is taken."""
 
     pair_precision: PairPrecision | None = None
-    """Of all sums since the last :meth:`take_precision`; None where there were none."""
+    """Record of all sums since the last :meth:`take_precision`; None without any."""
 
     def note_precision(self, record: PairPrecision) -> None:
         """Add a record to :attr:`pair_precision`."""
@@ -108,7 +114,7 @@ class ReportsPrecision:
             self.pair_precision = record if self.pair_precision is None else self.pair_precision + record
 
     def take_precision(self) -> PairPrecision | None:
-        """:attr:`pair_precision`, and start anew."""
+        """Return :attr:`pair_precision` and clear it."""
         with _noting:
             record, self.pair_precision = self.pair_precision, None
         return record
@@ -118,5 +124,11 @@ _noting = threading.Lock()
 
 
 def number_of_pairs(n: int, m: int, *, symmetric: bool) -> int:
-    """How many sums n rows and m others have: those i < j where both sides are the same."""
+    """Count the sums of n rows and m others: the pairs i < j if both sides are the same.
+
+    Examples
+    --------
+    >>> number_of_pairs(3, 3, symmetric=True), number_of_pairs(3, 4, symmetric=False)
+    (3, 12)
+    """
     return n * (n - 1) // 2 if symmetric else n * m

@@ -1,7 +1,7 @@
-"""Squared differences of all pairs by products of matrices, on any device, and as right as differences.
+"""Squared differences of all pairs by products of matrices, on any device, as exact as by differences.
 
-|x|² + |y|² − 2xy loses every digit on frames that hardly differ. Here each pair has a bound on its error,
-and those that the product doesn't get right are taken again by differences.
+|x|² + |y|² − 2xy loses every digit on nearly equal frames. Here each pair has a bound on its error, and pairs
+whose bound is too large are computed again by differences.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ ROWS_OF_PRODUCT = 512
 """Working memory of a product: 512 · 8192 values in double on either side, and 64 · 512² in single."""
 
 VALUES_TOGETHER = 1 << 23
-"""Differences taken at once where pairs are taken one by one: 64 MB of doubles."""
+"""Differences computed at once where pairs are computed one by one: 64 MB of doubles."""
 
 
 def squared_differences_in_torch(
     x: Tensor, y: Tensor, promise: float = PROMISE
 ) -> tuple[Tensor, PairPrecision]:
-    """Σ_k (x[i, k] − y[j, k])² by products of matrices, on any device; close pairs by differences.
+    """Compute Σ_k (x[i, k] − y[j, k])² by products of matrices, on any device; close pairs by differences.
 
-    A row is subtracted from all in double, which makes products small where frames are alike, and what is
-    left is rounded to single. Then |x|² + |y|² − 2xy, in double but for the product of each chunk of
+    A mean row is subtracted from all in double, which makes products of similar frames small, and the
+    differences are rounded to single. Then |x|² + |y|² − 2xy, in double but for the product of each chunk of
     columns, which is in IEEE single precision: off by at most λ √chunk u |x||y| (Higham & Mary 2019), and
     the rounding moves the distance, the root of the sum, by at most u (|x| + |y|). Pairs for which
-    that is more than ``promise`` of the sum are summed again directly. Whole numbers up to 255 are left as
-    they are: all of their products and sums are exact. Rows of float64 go the same way, with the u of double.
+    that is more than ``promise`` of the sum are summed again directly. Whole numbers up to 255 are not
+    changed: all of their products and sums are exact. Rows of float64 go the same way, with the u of double.
 
     Parameters
     ----------
@@ -52,12 +52,12 @@ def squared_differences_in_torch(
         On one device, without gradients. A row with NaN has NaN for its sums. Where ``x is y``, only i < j
         is computed and mirrored, and the diagonal is 0.
     promise : float
-        The relative error of a sum that is allowed.
+        The relative error that a sum may have.
 
     Returns
     -------
     Tensor of shape (n, m), float64
-        Other than from the kernels, the last bits depend on what rows are computed together.
+        Unlike those of the kernels, the last bits depend on which rows are computed together.
     PairPrecision
 
     Notes
@@ -79,8 +79,8 @@ def squared_differences_in_torch(
             if symmetric:
                 bound = bound.triu(1 + start)
             again = bound > promise
-            kept = bound[bound <= promise]
-            worst = max(worst, kept.max().item() if len(kept) else 0.0)
+            accepted = bound[bound <= promise]
+            worst = max(worst, accepted.max().item() if len(accepted) else 0.0)
             i, j = again.nonzero(as_tuple=True)
             sums[part][i, j] = _directly_in_torch(x, y, i + start, j)
             recomputed += len(i)
@@ -93,20 +93,20 @@ def squared_differences_in_torch(
 
 
 def _is_whole(rows: Tensor) -> bool:
-    """Whether all are whole numbers whose products add up exactly over a chunk; NaN apart."""
+    """Tell whether all values but NaN are whole numbers whose products add up exactly over a chunk."""
     parts = rows.split(max(1, VALUES_TOGETHER // max(rows.shape[1], 1)))
     return all(bool((((part == part.round()) & (part.abs() <= 255)) | part.isnan()).all()) for part in parts)
 
 
 def _centred_products(x: Tensor, y: Tensor, *, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """|x|², |y|² and xy of the rows, less a row amid them if ``centred``: double, of products in theirs."""
+    """Compute |x|², |y|² and xy of the rows, minus a mean row if ``centred``, summed in double."""
     symmetric = x is y
     products = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
     squares_x, squares_y = products.new_zeros(len(x)), products.new_zeros(len(y))
     with ieee_products(x.device):
         for start in range(0, x.shape[1], CHUNK * CHUNKS_TOGETHER):
             columns = slice(start, start + CHUNK * CHUNKS_TOGETHER)
-            centre = _row_amid(x, y, columns) if centred else None
+            centre = _mean_row(x, y, columns) if centred else None
             for i in range(0, len(x), ROWS_OF_PRODUCT):
                 rows = slice(i, i + ROWS_OF_PRODUCT)
                 left = _in_chunks(x[rows, columns], centre)
@@ -120,14 +120,14 @@ def _centred_products(x: Tensor, y: Tensor, *, centred: bool) -> tuple[Tensor, T
     return squares_x, squares_y, products
 
 
-def _row_amid(x: Tensor, y: Tensor, columns: slice) -> Tensor:
-    """The mean of some rows, in double; which row it is changes how much is left to round, and no more."""
+def _mean_row(x: Tensor, y: Tensor, columns: slice) -> Tensor:
+    """Average some rows, in double. The choice of rows affects rounding alone."""
     some = torch.cat([x[:ROWS_OF_PRODUCT, columns], y[:ROWS_OF_PRODUCT, columns]])
     return some.double().nanmean(0).nan_to_num()
 
 
 def _in_chunks(values: Tensor, centre: Tensor | None) -> Tensor:
-    """(rows, columns) → (chunks, rows, CHUNK), filled up with zeros."""
+    """Cut (rows, columns) into (chunks, rows, CHUNK), padded with zeros."""
     if centre is not None:
         values = (values.double() - centre).to(values.dtype)
     values = F.pad(values, (0, -values.shape[1] % CHUNK))
@@ -137,7 +137,7 @@ def _in_chunks(values: Tensor, centre: Tensor | None) -> Tensor:
 def _bound_of_product(
     sums: Tensor, squares_x: Tensor, squares_y: Tensor, columns: int, unit: float
 ) -> Tensor:
-    """Relative error of ``sums`` = |x|² + |y|² − 2xy; infinite where no digit is sure."""
+    """Bound the relative error of ``sums`` = |x|² + |y|² − 2xy; infinite where no digit is certain."""
     x, y = squares_x.sqrt()[:, None], squares_y.sqrt()
     error = 2 * CONFIDENCE * math.sqrt(CHUNK) * unit * x * y
     error += (2 * sums.sqrt() + unit * (x + y)) * unit * (x + y)
@@ -147,18 +147,24 @@ def _bound_of_product(
 
 
 def _directly_in_torch(x: Tensor, y: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """Σ_k (x[i[p], k] − y[j[p], k])² of pairs, added up in double: (len(i),)."""
+    """Compute Σ_k (x[i[p], k] − y[j[p], k])² of pairs, added up in double: (len(i),)."""
     step = max(1, VALUES_TOGETHER // max(x.shape[1], 1))
     parts = zip(i.split(step), j.split(step), strict=True)
     return torch.cat([(x[left] - y[right]).double().square().sum(1) for left, right in parts])
 
 
 def known_in_both(x: Tensor, y: Tensor) -> Tensor:
-    """How many columns are NaN in neither row, for all pairs: (n, m) float64, exact."""
+    """Count the columns that are NaN in neither row, for all pairs: (n, m) float64, exact.
+
+    Examples
+    --------
+    >>> known_in_both(torch.tensor([[1.0, math.nan]]), torch.tensor([[1.0, 2.0]])).item()
+    1.0
+    """
     counts = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
     for start in range(0, x.shape[1], CHUNK * CHUNKS_TOGETHER):
         columns = slice(start, start + CHUNK * CHUNKS_TOGETHER)
-        # Zeros and ones: right in any precision that a program may have set for products.
+        # Zeros and ones: exact in any precision that a program may have set for products.
         left = _is_known(x[:, columns])
         counts += left @ (left if x is y else _is_known(y[:, columns])).T
     return counts

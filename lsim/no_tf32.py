@@ -1,7 +1,7 @@
-"""Torch's arithmetic in IEEE single precision, whatever it has been told: no TF32, no bfloat16.
+"""Torch in IEEE single precision, whatever the program has set: no TF32, no bfloat16.
 
-Their eight or eleven bits are for training networks: two frames that hardly differ become equal, or different
-by several times their distance. The settings are the whole process's.
+Their eight or eleven bits are for training networks: two nearly equal frames become equal, or differ by
+several times their distance. The settings belong to the whole process.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ _before: list[Any] = []
 
 @contextlib.contextmanager
 def ieee_convolutions() -> Iterator[None]:
-    """Convolutions in IEEE single precision, whatever torch has been told of TF32 and bfloat16.
+    """Run convolutions in IEEE single precision, whatever the program has set for TF32 and bfloat16.
 
-    TF32, torch's default for convolutions on GPUs, is wrong by 11 % on nearly equal frames. The setting is
-    the whole process's: it is put back when the last of several threads leaves.
+    TF32, torch's default for convolutions on GPUs, is wrong by 11 % on nearly equal frames. The setting
+    belongs to the whole process: it is restored when the last of several threads leaves.
     """
     global _inside, _before
     if torch.compiler.is_compiling():
-        # A graph drops the settings, and cannot hold locks: on GPUs, networks are left out of graphs.
+        # A graph drops the settings and cannot hold locks; on GPUs, networks stay out of graphs.
         yield
         return
     backends = [b for b in (torch.backends.cudnn, torch.backends.mkldnn) if hasattr(b, "conv")]
-    # torch before 2.9 knows one setting; where there are new ones, the old one cannot always be read.
+    # torch before 2.9 has one setting; later versions have several, and cannot always read the old one.
     settings: list[tuple[Any, str, Any]] = [(b.conv, "fp32_precision", "ieee") for b in backends] or [
         (torch.backends.cudnn, "allow_tf32", False)
     ]
@@ -56,11 +56,11 @@ _multiplying = threading.Lock()
 
 @contextlib.contextmanager
 def ieee_products(device: torch.device) -> Iterator[None]:
-    """Products of matrices in single precision proper: no TF32, no bfloat16, whatever the program has set."""
+    """Multiply matrices in IEEE single precision, whatever the program has set for TF32 and bfloat16."""
     if torch.compiler.is_compiling():
         yield
         return
-    # Settings are the process's: another thread's end must not bring them back halfway through.
+    # Settings belong to the process: another thread's end must not restore them halfway through.
     with _multiplying, torch.autocast(device.type, enabled=False):
         restore = _settings_of_products()
         torch.set_float32_matmul_precision("highest")
@@ -71,7 +71,7 @@ def ieee_products(device: torch.device) -> Iterator[None]:
 
 
 def _settings_of_products() -> Callable[[], None]:
-    """What sets them again as they are now."""
+    """Return a function that restores the present settings."""
     backends = [torch.backends.cuda.matmul]
     if hasattr(backends[0], "fp32_precision"):  # torch 2.9 on
         backends.append(torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
@@ -79,13 +79,13 @@ def _settings_of_products() -> Callable[[], None]:
     else:
         single = []
     try:
-        of_all = torch.get_float32_matmul_precision()
-    except RuntimeError:  # only the single ones have been told
-        of_all = None
+        common = torch.get_float32_matmul_precision()
+    except RuntimeError:  # only the backends' own settings are set
+        common = None
 
     def restore() -> None:
-        if of_all is not None:
-            torch.set_float32_matmul_precision(of_all)
+        if common is not None:
+            torch.set_float32_matmul_precision(common)
         for backend, setting in zip(backends, single, strict=False):
             backend.fp32_precision = setting
 

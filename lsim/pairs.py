@@ -1,13 +1,12 @@
 """All-pairs sums of absolute and squared differences, exact for near-identical rows.
 
-Differences are taken directly: |x|² + |y|² − 2xy loses every digit on frames that hardly differ, and
-those are what simulations make. On the CPU, four rows meet four in registers, and columns are walked in
+Differences are taken directly: |x|² + |y|² − 2xy loses every digit on nearly equal frames, which are what
+simulations produce. On the CPU, four rows meet four in registers, and columns are walked in
 blocks that stay in the first-level cache, summed in the rows' own precision within a block and in double
 across blocks: exact for 8-bit values (256 · 255² < 2²⁴), within 2e-7 otherwise, and 4e-16 for rows of
-float64. Every pair goes through the same instructions in the same order, wherever in a tile it stands and
-whichever thread has it, so the result depends on its two rows alone. Other devices take squared differences
-by products of matrices, see
-:mod:`lsim.gram`.
+float64. Every pair goes through the same instructions in the same order, whatever its place in a tile and
+its thread, so the result depends on its two rows alone. Other devices compute squared differences by products
+of matrices, see :mod:`lsim.gram`.
 """
 
 from __future__ import annotations
@@ -32,19 +31,19 @@ from lsim.threads import in_threads
 BLOCK = 256
 """Columns summed in single precision: few enough that squares of 8-bit differences add exactly."""
 
-# Not the whole of fastmath: NaN and infinity have to stay what they are.
+# Not the whole of fastmath: NaN and infinity must survive.
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 
 PairKernel = Callable[..., None]
 
 THREADED_FROM = 1 << 25
-"""Operations that a second thread is worth: handing over to it takes as long as a tenth of these."""
+"""Operations from which on a second thread pays: the handover takes as long as a tenth of them."""
 
 TILE = 4
 """Rows on either side that are compared with one another in registers."""
 
 COPIED_FROM = 48
-"""Rows on one side from which on it pays to copy the columns in hand."""
+"""Rows on one side from which on it pays to copy the current columns."""
 
 ROWS_TOGETHER = 128
 """Rows on either side that are worked on at once: a block of their columns fits the second-level cache."""
@@ -72,9 +71,9 @@ def _term(a, b, squared, known):  # type: ignore[no-untyped-def]
 def _sum_over_columns(*, squared: bool, known: bool = False) -> TileKernel:
     """Compile the sum of absolute or squared differences over columns, over all or those without NaN.
 
-    Tiles at the edges are whole ones, filled up with a row again: other instructions could round
-    differently. Of many rows, the columns in hand are copied, so that they are aligned to cache lines and
-    don't compete for the same ones, as those of 224² pixels do; few rows are through before that pays.
+    Tiles at the edges are padded to whole ones by repeating a row: other instructions could round
+    differently. With many rows, the current columns are copied, so that they are aligned to cache lines and
+    don't compete for the same ones, as columns of 224² pixels do. For few rows that doesn't pay.
     """
     # Absolute differences of 8 bit add up exactly for longer.
     block = BLOCK if squared else 2 * BLOCK
@@ -151,7 +150,7 @@ def _sum_over_columns(*, squared: bool, known: bool = False) -> TileKernel:
 
 @numba.njit(nogil=True, cache=True)
 def _aligned(rows, columns, like):  # type: ignore[no-untyped-def]
-    """Room for (rows, columns) of the dtype of ``like``, from a multiple of 64 bytes on."""
+    """Allocate (rows, columns) of the dtype of ``like``, aligned to 64 bytes."""
     line = 64 // like.itemsize
     room = np.empty(rows * columns + line, like.dtype)
     start = -(room.ctypes.data // like.itemsize) % line
@@ -168,16 +167,16 @@ def _copy_columns(source, start, width, into):  # type: ignore[no-untyped-def]
 
 
 squared_differences = _sum_over_columns(squared=True)
-"""Σ_k (x[i, k] − y[j, k])², for :func:`all_pairs`; rows of float32 or float64."""
+"""Kernel of Σ_k (x[i, k] − y[j, k])², for :func:`all_pairs`; rows of float32 or float64."""
 
 absolute_differences = _sum_over_columns(squared=False)
-"""Σ_k |x[i, k] − y[j, k]|."""
+"""Kernel of Σ_k |x[i, k] − y[j, k]|."""
 
 known_squared_differences = _sum_over_columns(squared=True, known=True)
-"""Σ_k (x[i, k] − y[j, k])² over those k where neither is NaN."""
+"""Kernel of Σ_k (x[i, k] − y[j, k])² over those k where neither is NaN."""
 
 known_absolute_differences = _sum_over_columns(squared=False, known=True)
-"""Σ_k |x[i, k] − y[j, k]| over those k where neither is NaN."""
+"""Kernel of Σ_k |x[i, k] − y[j, k]| over those k where neither is NaN."""
 
 
 def all_pairs(
@@ -189,17 +188,24 @@ def all_pairs(
     ----------
     kernel : callable or TileKernel
         ``kernel(i, j, out, *arguments)`` adds to ``out[p]`` for the pair (i[p], j[p]); releases the GIL.
-        Of a tile kernel, ``arguments`` are the two matrices.
+        For a tile kernel, ``arguments`` are the two matrices.
     n, m : int
         Number of rows on either side.
     symmetric : bool
-        Both sides are the same: only i < j is computed and mirrored, and the diagonal is left 0.
+        Both sides are the same: only i < j is computed and mirrored, and the diagonal is 0.
     operations : int
-        About how many a pair takes: small work is not worth a second thread.
+        Approximate number for one pair: little work doesn't pay for a second thread.
 
     Returns
     -------
     Tensor of shape (n, m), float64
+
+    Examples
+    --------
+    >>> x = np.array([[0.0, 0.0], [3.0, 4.0]], np.float32)
+    >>> all_pairs(squared_differences, 2, 2, x, x, symmetric=True, operations=2)
+    tensor([[ 0., 25.],
+            [25.,  0.]], dtype=torch.float64)
     """
     count = n * (n - 1) // 2 if symmetric else n * m
     threads = max(1, min(torch.get_num_threads(), count, count * operations // THREADED_FROM))
@@ -228,7 +234,7 @@ def all_pairs(
 def _in_tiles(
     compiled: PairKernel, out: np.ndarray, x: np.ndarray, y: np.ndarray, symmetric: bool, threads: int
 ) -> None:
-    """Fill ``out`` in squares of rows, many enough that all threads end about together."""
+    """Fill ``out`` in squares of rows, small enough that all threads end at about the same time."""
     side = ROWS_TOGETHER
     while threads > 1 and side > 2 * TILE and (len(x) / side) * (len(y) / side) < 8 * threads:
         side //= 2
@@ -245,10 +251,10 @@ def _in_tiles(
 
 
 def has_kernel(*tensors: Tensor) -> bool:
-    """Tell whether compiled kernels apply: to plain tensors on the CPU that carry no gradients.
+    """Tell whether compiled kernels apply: to plain tensors on the CPU without gradients.
 
     Kernels read memory. A tensor within ``torch.func``, ``torch.compile`` or forward-mode differentiation has
-    none to read, or has more to it than its memory says.
+    no memory to read, or derivatives besides.
     """
     return all(
         tensor.device.type == "cpu" and not tensor.requires_grad and is_plain(tensor) for tensor in tensors
@@ -256,7 +262,7 @@ def has_kernel(*tensors: Tensor) -> bool:
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Tell whether tensors have values that Python may look at, and no derivatives besides."""
+    """Tell whether tensors have values that Python can read, and no derivatives besides."""
     if torch.compiler.is_compiling():
         return False
     return all(
@@ -268,7 +274,7 @@ def is_plain(*tensors: Tensor) -> bool:
 
 
 def carries_gradients(*tensors: Tensor) -> bool:
-    """Tell whether results have to be differentiable, or traced: nothing may be written in place then."""
+    """Tell whether results must be differentiable, or traced, so that nothing may be written in place."""
     needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return needed or not is_plain(*tensors)
 
@@ -276,10 +282,10 @@ def carries_gradients(*tensors: Tensor) -> bool:
 def rows_in_torch(
     paired: Callable[[Any, Any], Tensor], a: Any, b: Any, *, together: int | None = None
 ) -> Tensor:
-    """The (len(a), len(b)) block of distances, row by row, from an elementwise formula in torch.
+    """Compute the (len(a), len(b)) block of distances row by row, from an elementwise formula in torch.
 
-    The way for devices without a compiled kernel. Memory is that of ``together`` pairs of a row: by default
-    as many as have :data:`~lsim.gram.VALUES_TOGETHER` values.
+    For devices without a compiled kernel. Memory is that of ``together`` pairs of a row: by default as many
+    as have :data:`~lsim.gram.VALUES_TOGETHER` values.
     """
     if together is None:
         together = VALUES_TOGETHER // max(sum(part.shape[1:].numel() for part in b.parts.values()), 1)
@@ -289,7 +295,7 @@ def rows_in_torch(
 
 
 def pairs_in_torch(paired: Callable[[Any, Any], Tensor], a: Any, b: Any) -> Tensor:
-    """Do as :func:`rows_in_torch`, one pair at a time in each thread: the same bits whatever the others."""
+    """Compute a block of distances pair by pair, so that no pair's bits depend on the others."""
     symmetric = a is b
     pairs = [(i, j) for i in range(len(a)) for j in range(i + 1 if symmetric else 0, len(b))]
     values = in_threads(lambda pair: paired(a[pair[0] : pair[0] + 1], b[pair[1] : pair[1] + 1]), pairs)
@@ -302,7 +308,7 @@ def pairs_in_torch(paired: Callable[[Any, Any], Tensor], a: Any, b: Any) -> Tens
 
 
 def squared_distances(x: Tensor, y: Tensor) -> tuple[Tensor, PairPrecision]:
-    """Σ_k (x[i, k] − y[j, k])² for all pairs, the best way that their device has.
+    """Compute Σ_k (x[i, k] − y[j, k])² for all pairs, in the best way for their device.
 
     Parameters
     ----------
@@ -312,8 +318,8 @@ def squared_distances(x: Tensor, y: Tensor) -> tuple[Tensor, PairPrecision]:
     Returns
     -------
     Tensor of shape (n, m), float64
-        With gradients where the rows carry them. Within :data:`~lsim.error_bounds.PROMISE` of the sum of the
-        exact differences, relatively. On the CPU, the same bits whatever the other rows.
+        With gradients if the rows carry them. The relative error is at most
+        :data:`~lsim.error_bounds.PROMISE`. On the CPU, the same bits whatever the other rows.
     PairPrecision
     """
     n, m, columns = len(x), len(y), x.shape[1]
@@ -327,11 +333,11 @@ def squared_distances(x: Tensor, y: Tensor) -> tuple[Tensor, PairPrecision]:
 
 
 def directly(x: Tensor, y: Tensor) -> PairPrecision:
-    """Record sums over the pairs of rows by the compiled kernels, or by others no less right."""
+    """Make the record of sums over pairs of rows by the kernels, or by code as exact as these."""
     pairs = number_of_pairs(len(x), len(y), symmetric=x is y)
     return PairPrecision(DIRECTLY, PROMISE, _rounding_of_sum(2 * BLOCK, half_ulp(x.dtype)), pairs)
 
 
 def _rounding_of_sum(terms: int, unit: float) -> float:
-    """Relative error of a sum of non-negative terms that are a rounded difference each, squared or not."""
+    """Bound the relative error of a sum of rounded absolute or squared differences."""
     return (CONFIDENCE * math.sqrt(terms) + 3) * unit

@@ -1,7 +1,6 @@
-"""Frames as metrics take them, on their device, with what metrics share of them.
+"""Prepared frames on a metric's device, shared by metrics with the same settings.
 
-Preparing depends on the settings alone, so all metrics of a run share it; a family of metrics that embeds
-alike shares the embedding, too.
+A family of metrics that embeds alike shares the embedding, too.
 """
 
 from __future__ import annotations
@@ -34,24 +33,22 @@ class Prepared:
     Attributes
     ----------
     values : Tensor of shape (n, y, x, channel)
-        float32, or float64 in double precision, on the metrics' device; one or three channels. One channel
-        stands for three equal ones.
-        A frame that cannot be compared is all NaN; in ``masked`` frames single missing pixels are NaN.
+        float32, or float64 in double precision, on the metrics' device. One channel stands for three equal
+        ones. A frame that cannot be compared is all NaN; in ``masked`` frames single missing pixels are NaN.
     comparable : ndarray of shape (n,), bool
         Frames that have values to compare.
     masked : bool
-        Whether pixels that are missing (NaN) are left out of comparisons, rather than their frames.
+        Whether missing pixels (NaN) are left out of comparisons, instead of their frames.
     rounding : Tensor of shape (n,), float64
-        Bound on the error of a frame's values, in their units: what preparing may have rounded. None where
-        nothing is known of it.
+        Bound on the error that preparing may have given a frame's values, in their units. None if unknown.
     stored : Tensor of shape (n,), float64
-        The same of what the source's dtype, in floating point, may have rounded before.
+        Bound on the error that the source's floating-point dtype may have given them before.
     bounds : FrameRounding
-        What both are of.
+        The bounds that both come from.
     rest : Tensor of the shape of ``values``, float64
-        What double precision has rounded off ``values``, for metrics that take it; None in single.
+        What double precision has rounded off ``values``, for metrics that take it; None in single precision.
     rounding_with_rest : Tensor of shape (n,), float64
-        ``rounding`` of values with their rest.
+        ``rounding`` for metrics that take the rest.
     """
 
     values: Tensor
@@ -69,22 +66,22 @@ class Prepared:
 
     @cached_property
     def truncated(self) -> Tensor:
-        """The same in whole numbers of 0 … 255."""
+        """The values rounded down to whole numbers of 0 … 255."""
         if self.values.device.type == "cpu":
             return torch.from_numpy(truncate_to_8bit(self.values.numpy())).to(self.values.dtype)
         return self.values.clamp(0, 255).floor()
 
     @cached_property
     def mean_rounding(self) -> Tensor | None:
-        """Bound the root mean square of a frame's errors, ``rounding`` being the largest: (n,) float64."""
+        """Bound on the root mean square of a frame's errors, ``rounding`` being the largest: (n,) float64."""
         if self.bounds is None:
             return self.rounding
         return on(self.values.device, of_mean_square(self.values, self.bounds))
 
     def frames(self, *, quantised: bool, one_channel: bool, copied: bool = False) -> Tensor:
-        """The frames as a metric takes them: truncated or not, a single channel as one or as three.
+        """Return the frames as a metric takes them: truncated or not, a single channel as one or as three.
 
-        ``copied`` ones are nobody else's, for code that may write into them.
+        ``copied`` frames are new memory, for code that may write into them.
         """
         values = self.truncated if quantised else self.values
         if copied:
@@ -94,11 +91,25 @@ class Prepared:
         return values.expand(*values.shape[:-1], 3)
 
     def anew(self) -> Prepared:
-        """The same frames, of which nothing is embedded yet."""
+        """Copy the frames without any embedding of them."""
         return replace(self, _embeddings={})
 
+    def select(self, rows: np.ndarray) -> Prepared:
+        """Select frames by their numbers; no embedding is shared with them."""
+        parts = (self.rest, self.rounding, self.stored, self.rounding_with_rest)
+        rest, rounding, stored, with_rest = (None if part is None else part[rows] for part in parts)
+        return Prepared(
+            self.values[rows],
+            self.comparable[rows],
+            self.masked,
+            rounding=rounding,
+            stored=stored,
+            rest=rest,
+            rounding_with_rest=with_rest,
+        )
+
     def embedding(self, shared_as: Hashable, embed: Callable[[], Embedding]) -> Embedding:
-        """``embed()``, kept for the metrics to come where it is shared under a name."""
+        """Return ``embed()``, computed once for all metrics that share it under a key other than None."""
         if shared_as is None:
             return embed()
         if shared_as not in self._embeddings:
@@ -107,10 +118,10 @@ class Prepared:
 
 
 def prepare(frames: np.ndarray, settings: Preprocessing, scope: Scope, device: torch.device) -> Prepared:
-    """Resize and normalise a sequence, once for all metrics that want it so.
+    """Resize and normalise a sequence, once for all metrics with the same settings.
 
-    On an NVIDIA or AMD GPU everything happens there, on frames that were moved as they are; else it
-    happens on the CPU, since other devices lack double precision. Both give the same within 1e-6 of 255.
+    An NVIDIA or AMD GPU does all of it, on frames that were moved in their own dtype. Otherwise the CPU does
+    it, since other devices lack double precision. Both give the same within 1e-6 of 255.
 
     Parameters
     ----------
@@ -125,30 +136,30 @@ def prepare(frames: np.ndarray, settings: Preprocessing, scope: Scope, device: t
         For shapes and channels that no metric takes.
     """
     if device.type == "cuda":
-        return _prepared(apply_with_rounding(settings, moved(frames, device), scope), settings, device)
-    return _prepared(apply_with_rounding(settings, frames, scope), settings, device)
+        return _as_prepared(apply_with_rounding(settings, move_to(frames, device), scope), settings, device)
+    return _as_prepared(apply_with_rounding(settings, frames, scope), settings, device)
 
 
 def prepare_pairs(
     frames: np.ndarray, settings: Preprocessing, device: torch.device
 ) -> Iterator[tuple[int, int, Prepared]]:
-    """:func:`prepare` for each pair i <= j by itself: i, j, and the two; every frame is resized once."""
+    """Prepare each pair i <= j by itself and yield i, j and the two frames; every frame is resized once."""
     if device.type == "cuda":
-        for i, j, both in apply_to_pairs(settings, moved(frames, device)):
-            yield i, j, _prepared(both, settings, device)
+        for i, j, pair in apply_to_pairs(settings, move_to(frames, device)):
+            yield i, j, _as_prepared(pair, settings, device)
         return
-    for i, j, both in apply_to_pairs(settings, frames):
-        yield i, j, _prepared(both, settings, device)
+    for i, j, pair in apply_to_pairs(settings, frames):
+        yield i, j, _as_prepared(pair, settings, device)
 
 
-def _prepared(applied: Applied, settings: Preprocessing, device: torch.device) -> Prepared:
+def _as_prepared(applied: Applied, settings: Preprocessing, device: torch.device) -> Prepared:
     values, rest = (
         torch.from_numpy(part).to(device) if isinstance(part, np.ndarray) else part
         for part in (applied.values, applied.rest)
     )
     # Without a mask, preparing makes a frame with NaN or infinity all NaN.
-    looked_at = values if settings.mask else values[:, :1, :1, :1]
-    comparable = looked_at.isfinite().flatten(1).any(1).cpu().numpy()
+    decisive = values if settings.mask else values[:, :1, :1, :1]
+    comparable = decisive.isfinite().flatten(1).any(1).cpu().numpy()
     bounds = applied.rounding
     prepared, stored, with_rest = (
         on(values.device, bound) for bound in (bounds.prepared, bounds.stored, bounds.with_rest)
@@ -165,9 +176,9 @@ def _prepared(applied: Applied, settings: Preprocessing, device: torch.device) -
     )
 
 
-def moved(frames: np.ndarray, device: torch.device) -> Tensor:
-    """Frames (n, y, x, channel) on a device, in their own dtype and without alpha."""
+def move_to(frames: np.ndarray, device: torch.device) -> Tensor:
+    """Move frames (n, y, x, channel) to a device, in their own dtype and without alpha."""
     own = drop_alpha(frames)
     tensor = torch.from_numpy(np.require(own, own.dtype.newbyteorder("="), ["C", "W"]))
-    # Out of pinned memory the copy is faster, and does not keep this thread.
+    # From pinned memory the copy is faster and does not block this thread.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,4 +1,4 @@
-"""Metrics by name: one dict, which other packages extend through the entry point ``lsim.metrics``."""
+"""Metrics by name: a dict that other packages extend through the entry point ``lsim.metrics``."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ METRICS: dict[str, type[Metric]] = {
     "lsim-skip": LSiMSkip,
     "non-siamese": NonSiameseMetric,
 }
-"""Name to class, in the order in which tables list them."""
+"""Classes of metrics by name, in the order of tables."""
 
 LEARNED: dict[str, type[Metric]] = {
     "lsim": LSiM,
@@ -101,7 +101,7 @@ LEARNED: dict[str, type[Metric]] = {
     "alex": LSiMAlex,
     "non-siamese": NonSiameseMetric,
 }
-"""Name of a trunk, as a file of weights states it, to class."""
+"""Classes of metrics by the name of a trunk, as files of weights state it."""
 
 ENTRY_POINT = "lsim.metrics"
 
@@ -111,25 +111,26 @@ Precision: TypeAlias = Literal["exact", "double", "ranking"]
 
 @functools.cache
 def registered() -> dict[str, type[Metric]]:
-    """This package's metrics, then those that installed packages register under ``lsim.metrics``.
+    """List the classes of this package's metrics, then of those registered under ``lsim.metrics``.
 
-    An entry point names a subclass of :class:`~lsim.metric.Metric` that is made as
-    ``cls(name, preprocessing, device)``. One that cannot be imported, or is none, is left out with a warning.
+    An entry point names a subclass of :class:`~lsim.metric.Metric`, called as
+    ``cls(name, preprocessing, device)``. One that cannot be imported, or is no metric, is left out with a
+    warning.
     """
-    found = dict(METRICS)
+    classes = dict(METRICS)
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT):
-        if entry.name in found:
+        if entry.name in classes:
             warnings.warn(f"{entry.value} would replace metric {entry.name!r}: ignored", stacklevel=2)
             continue
         try:
             with OthersCode(entry.name, f"importing {entry.value}", on_change="warn"):
                 cls = entry.load()
-            found[entry.name] = _checked(cls, entry.value)
+            classes[entry.name] = _check_class(cls, entry.value)
         except Exception as error:
-            # Somebody else's code, that may raise anything: the other metrics are none the worse for it.
+            # Code of another package may raise anything, and must not cost the other metrics.
             cause = f"{type(error).__name__}: {error}"
             warnings.warn(f"metric {entry.name!r} ({entry.value}) is left out: {cause}", stacklevel=2)
-    return found
+    return classes
 
 
 class UnknownMetricError(KeyError):
@@ -141,9 +142,9 @@ class UnknownMetricError(KeyError):
 
 @dataclass(frozen=True)
 class ListedMetric:
-    """A metric's name with what is known of it.
+    """A metric's name with its description.
 
-    ``unavailable`` is empty, or says why it can't be loaded here and the command that changes that.
+    ``unavailable`` is empty, or explains why it cannot be loaded, with the command that changes that.
     """
 
     name: str
@@ -152,25 +153,36 @@ class ListedMetric:
 
 
 def metric_class(name: str) -> type[Metric]:
-    """The class registered under ``name``, or that ``"module:Class"`` refers to.
+    """Return the class registered under ``name``, or the class that ``"module:Class"`` refers to.
 
     Raises
     ------
     UnknownMetricError
-        When there is none, or it is no metric, or lacks what a metric has to define.
+        When there is none, or it is no metric, or not a complete one.
+
+    Examples
+    --------
+    >>> metric_class("l1").__name__
+    'L1'
     """
     if ":" in name:
         return _imported(name)
-    known = registered()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}"
+    classes = registered()
+    if name not in classes:
+        near = difflib.get_close_matches(name, classes, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(classes)}"
         raise UnknownMetricError(f"no metric named {name!r}; {hint}")
-    return known[name]
+    return classes[name]
 
 
 def metric_name(name: str) -> str:
-    """What results call a metric: its name, or for ``"module:MyMetric"`` ``"my-metric"``."""
+    """Return the name of a metric in results: ``"my-metric"`` for ``"module:MyMetric"``.
+
+    Examples
+    --------
+    >>> metric_name("energy:PowerRise"), metric_name("l1")
+    ('power-rise', 'l1')
+    """
     _, _, cls = name.partition(":")
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.rpartition(".")[2]).lower() if cls else name
 
@@ -179,13 +191,14 @@ def _imported(reference: str) -> type[Metric]:
     module, _, qualified = reference.partition(":")
     try:
         with OthersCode(metric_name(reference), f"importing {module}", on_change="warn"):
-            found: Any = importlib.import_module(module)
+            target: Any = importlib.import_module(module)
         for part in qualified.split("."):
-            found = getattr(found, part)
+            target = getattr(target, part)
     except (ImportError, AttributeError) as error:
         raise UnknownMetricError(f"no metric at {reference!r}: {error}") from error
-    cls = _checked(found, reference)
-    if (name := metric_name(reference)) in registered():
+    cls = _check_class(target, reference)
+    name = metric_name(reference)
+    if name in registered():
         raise UnknownMetricError(
             f"{reference!r} would be called {name!r}, as a metric that is there: call its class otherwise"
         )
@@ -197,51 +210,51 @@ def _loaded(
     name: str,
     preprocessing: Preprocessing,
     device: torch.device,
-    *given: Any,
+    *weights: Any,
     **options: Any,
 ) -> Metric:
-    """``cls.load``, of which a whole metric comes, or an error."""
+    """Load a metric and check that its ``__init__`` has set what every metric has."""
     with OthersCode(name, "loading it", on_change="warn"):
-        metric = cls.load(name, preprocessing, device, *given, **options)
+        metric = cls.load(name, preprocessing, device, *weights, **options)
     for attribute, expected in (("name", name), ("preprocessing", preprocessing), ("device", device)):
-        found = getattr(metric, attribute, None)
-        if found != expected:
+        actual = getattr(metric, attribute, None)
+        if actual != expected:
             raise MetricError(
-                f"metric {name!r}: loading it gave {attribute} = {found!r}, expected {expected!r}: __init__ "
+                f"metric {name!r}: loading it gave {attribute} = {actual!r}, expected {expected!r}: __init__ "
                 "has to call super().__init__(name, preprocessing, device)"
             )
     return metric
 
 
-def _checked(found: Any, reference: str) -> type[Metric]:
-    """What a reference or an entry point led to, once it is known to be a metric, and a whole one."""
-    if not (isinstance(found, type) and issubclass(found, Metric)):
-        raise UnknownMetricError(f"{reference!r} is no subclass of lsim.Metric, found {found!r}")
-    lacking = sorted(found.__abstractmethods__)
-    if not isinstance(getattr(found, "info", None), MetricInfo):
-        lacking.append("info, an lsim.MetricInfo")
-    if lacking:
-        raise UnknownMetricError(f"{reference!r} is no whole metric: it lacks {', '.join(lacking)}")
-    if unknown := sorted(map(str, set(found.info.axioms) - AXIOMS)):
+def _check_class(cls: Any, reference: str) -> type[Metric]:
+    """Check that a reference or an entry point leads to a complete metric, and return its class."""
+    if not (isinstance(cls, type) and issubclass(cls, Metric)):
+        raise UnknownMetricError(f"{reference!r} is no subclass of lsim.Metric, found {cls!r}")
+    missing = sorted(cls.__abstractmethods__)
+    if not isinstance(getattr(cls, "info", None), MetricInfo):
+        missing.append("info, an lsim.MetricInfo")
+    if missing:
+        raise UnknownMetricError(f"{reference!r} is incomplete: missing {', '.join(missing)}")
+    if unknown := sorted(map(str, set(cls.info.axioms) - AXIOMS)):
         raise UnknownMetricError(
             f"{reference!r} claims {', '.join(unknown)}; the axioms are {', '.join(sorted(AXIOMS))}"
         )
-    if not found.info.lower_is_more_similar:
+    if not cls.info.lower_is_more_similar:
         raise UnknownMetricError(
-            f"{reference!r} is a similarity, as lower_is_more_similar is false: negate it, or take it from 1"
+            f"{reference!r} is a similarity (lower_is_more_similar is false): negate it or subtract it from 1"
         )
-    return found
+    return cls
 
 
 @functools.cache
 def _source_sha256(cls: type[Metric]) -> str:
-    """Of the file of a class, as it was first seen: what is imported stays, whatever becomes of the file."""
+    """Hash the file of a class, once: the imported code stays, even if the file changes."""
     file = inspect.getsourcefile(cls)
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
 
 def learned_class(name: str, weights: str | os.PathLike[str]) -> type[Metric]:
-    """The class for a metric with weights of one's own: the one of that name, else that of their trunk.
+    """Return the class of a metric with the user's weights: the class of that name, else of their trunk.
 
     Raises
     ------
@@ -260,14 +273,16 @@ def learned_class(name: str, weights: str | os.PathLike[str]) -> type[Metric]:
     trunk = read_metadata(path)["trunk"]
     if trunk not in LEARNED:
         raise WeightsError(
-            f"{path}: weights of the trunk {trunk!r}, which is no metric; there are {', '.join(LEARNED)}"
+            f"{path}: weights of the trunk {trunk!r}, which no metric has; there are {', '.join(LEARNED)}"
         )
     return LEARNED[trunk]
 
 
 def list_metrics() -> list[str]:
-    """Names of all metrics, in the order in which tables list them.
+    """List the names of all metrics, in the order of tables.
 
+    Examples
+    --------
     >>> import lsim
     >>> "lsim" in lsim.list_metrics()
     True
@@ -276,12 +291,18 @@ def list_metrics() -> list[str]:
 
 
 def describe_metrics() -> list[ListedMetric]:
-    """All metrics with what is known of them and whether they can be loaded here."""
+    """List all metrics with their descriptions, and why some cannot be loaded.
+
+    Examples
+    --------
+    >>> describe_metrics()[0].info.title
+    'mean absolute difference'
+    """
     return [ListedMetric(name, cls.info, why_unavailable(name)) for name, cls in registered().items()]
 
 
 def why_unavailable(name: str, weights: str | os.PathLike[str] | None = None) -> str:
-    """Empty when the metric can be loaded here, else the reason with the command that changes that."""
+    """Explain why a metric cannot be loaded, with the command that changes that; empty if it can."""
     try:
         cls = metric_class(name) if weights is None else learned_class(name, weights)
     except WeightsError as error:
@@ -291,7 +312,7 @@ def why_unavailable(name: str, weights: str | os.PathLike[str] | None = None) ->
 
 
 def default_metric() -> str:
-    """The published ``lsim`` where its weights are here, else ``lsim-open``, which comes with the package."""
+    """Return ``"lsim"`` if its published weights are installed, else ``"lsim-open"``, which is shipped."""
     return "lsim-open" if why_unavailable("lsim") else "lsim"
 
 
@@ -313,13 +334,13 @@ def load_metric(
     Parameters
     ----------
     name : str, optional
-        One of :func:`list_metrics`; any other, for ``weights`` of one's own; or ``"module:Class"``, a
-        metric of one's own. Default: see :func:`default_metric`; the metric's ``name`` says which it is.
+        One of :func:`list_metrics`; any other name, for ``weights`` of your own; or ``"module:Class"``, for a
+        metric of your own. Default: see :func:`default_metric`.
     weights : path or str, optional
         For learned metrics: a file, or the name of published weights. Default: the metric's own, searched
         in ``$LSIM_WEIGHTS``, the user cache and the package.
     device : str or torch.device, default "auto"
-        ``"auto"`` is the GPU when there is one.
+        ``"auto"`` is the GPU if there is one.
     size : int or None, default 224
         Frames are resized to it; None keeps their size.
     order : int, default 0
@@ -330,15 +351,15 @@ def load_metric(
         [0, 255], and scipy's rim of zeros after some resizes. In ``"default"`` all but the metrics of
         histograms keep floating-point values.
     mask : bool, default False
-        Leave missing pixels (NaN) out of comparisons instead of their frames, for metrics that can.
+        Leave missing pixels (NaN) out of comparisons instead of their frames, for metrics that take a mask.
     symmetrise : bool, default False
-        Make ½ (d(a, b) + d(b, a)) of a metric that isn't symmetric; others stay as they are.
+        Measure ½ (d(a, b) + d(b, a)) by a metric that isn't symmetric; others don't change.
     precision : {"exact", "double", "ranking"}, default "exact"
-        ``"exact"``: frames are prepared in single precision, and compared so that nothing more is lost.
+        ``"exact"``: frames are prepared in single precision, and compared without further loss.
         ``"double"``: everything is in double precision, from the frame on. ``"ranking"``: networks run in
-        bfloat16, for where only the order matters; metrics without a network don't have it.
+        bfloat16, if only the order matters; metrics without a network don't have it.
     **options
-        What the metric itself can be told, such as ``window="gaussian"`` of ``ssim``: see its class.
+        Options of the metric itself, such as ``window="gaussian"`` for ``ssim``: see its class.
 
     Raises
     ------
@@ -350,6 +371,11 @@ def load_metric(
         When the metric cannot take frames of that size.
     ValueError
         For settings that the metric cannot take.
+
+    Examples
+    --------
+    >>> load_metric("ssim", size=None, window="gaussian").options["window"]
+    'gaussian'
     """
     if name is None:
         name = default_metric()
@@ -369,6 +395,6 @@ def load_metric(
     if preprocessing.size is not None:
         metric.check_size(preprocessing.size, preprocessing.size)
     if ":" in name:
-        # Its author changes it between runs, and won't think of a version each time.
+        # Its author changes it between runs, without raising a version each time.
         metric.source_sha256 = _source_sha256(cls)
     return metric.symmetrised() if symmetrise else metric

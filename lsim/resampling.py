@@ -1,8 +1,8 @@
-"""Resizing whole stacks of frames as :func:`scipy.ndimage.zoom` does.
+"""Resizing of whole stacks of frames as :func:`scipy.ndimage.zoom` does.
 
-A resize is separable and, but for rounding, linear. What depends on the lengths alone (indices, weights)
-is computed once and kept. Arrays go through compiled kernels, frame by frame in one thread; tensors, on
-whatever device they are, through plain torch. Orders 0 and 1 are scipy's to the last bit in both; splines
+A resize is separable and, but for rounding, linear. Indices and weights depend on the lengths alone, and are
+cached. Arrays go through compiled kernels, frame by frame in one thread; tensors on any device through plain
+torch. Orders 0 and 1 are scipy's to the last bit in both; splines
 agree with it to 1e-12 of the values, in double precision throughout.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numba
 import numpy as np
@@ -20,10 +20,8 @@ import scipy.ndimage
 import torch
 from torch import Tensor
 
+from lsim.frames import Frames
 from lsim.pairs import FAST
-
-Frames = TypeVar("Frames", np.ndarray, Tensor)
-"""(n, y, x, channel): an array, which compiled kernels take, or a tensor on any device."""
 
 POLES = {
     2: (math.sqrt(8) - 3,),
@@ -37,10 +35,10 @@ POLES = {
         math.sqrt(67.5 + math.sqrt(4436.25)) - math.sqrt(26.25) - 6.5,
     ),
 }
-"""Of the recursive filters from samples to spline coefficients (Unser, Aldroubi, Eden 1993, table 1)."""
+"""Poles of the recursive filters from samples to spline coefficients (Unser et al. 1993, table 1)."""
 
 LANES = 192
-"""Columns filtered along y together: with 256 rows of them, what the second-level cache holds."""
+"""Columns filtered along y together: with 256 rows of them, as much as the second-level cache holds."""
 
 ROWS = 32
 """Rows filtered along x together."""
@@ -49,7 +47,7 @@ ROWS = 32
 def resample(
     frames: Frames, size: int, order: int, *, zero_rim: bool, limits: tuple[float, float] | None = None
 ) -> Frames:
-    """Both axes of (n, y, x, channel) at ``size`` positions, see :func:`lsim.preprocess.resize`.
+    """Sample both axes of (n, y, x, channel) at ``size`` positions, see :func:`lsim.preprocess.resize`.
 
     Parameters
     ----------
@@ -57,9 +55,9 @@ def resample(
         An array is contiguous; for orders above 0 it is uint8, float32 or float64.
     size, order : int
     zero_rim : bool
-        Zeros, but for NaN, where rounding puts the last position beyond the last sample, as in scipy.
+        Write zeros where rounding puts the last position beyond the last sample, as scipy does; NaN stays.
     limits : (float, float), optional
-        Round to whole numbers, halves away from zero, and clip to these; order 0 has no need of it.
+        Round to whole numbers, halves away from zero, and clip to these; order 0 does not need it.
 
     Returns
     -------
@@ -78,8 +76,8 @@ def resample(
             exact = (exact + exact.sign() / 2).trunc().clamp(*limits)
         out = exact.to(frames.dtype) if frames.dtype.is_floating_point else exact
     if zero_rim:
-        for rim in (out[:, size - beyond(y, size) :], out[:, :, size - beyond(x, size) :]):
-            rim[rim == rim] = 0  # what is missing stays missing
+        for rim in (out[:, size - count_beyond(y, size) :], out[:, :, size - count_beyond(x, size) :]):
+            rim[rim == rim] = 0  # NaN stays NaN
     return out
 
 
@@ -87,13 +85,13 @@ def resample(
 
 
 def _positions(n: int, m: int) -> np.ndarray:
-    """Where scipy's zoom samples an axis of length ``n``, in double precision and its rounding."""
+    """Compute where scipy's zoom samples an axis of length ``n``, with its rounding in double precision."""
     step = (n - 1) / (m - 1) if m > 1 else 1.0
     return np.arange(m) * step
 
 
-def beyond(n: int, m: int) -> int:
-    """How many of the last positions scipy takes to be outside, because of that rounding."""
+def count_beyond(n: int, m: int) -> int:
+    """Count the last positions that scipy takes to be outside, because of that rounding."""
     return int((_positions(n, m) > n - 1).sum())
 
 
@@ -104,7 +102,7 @@ def _nearest(n: int, m: int) -> tuple[np.ndarray]:
 
 @functools.lru_cache(maxsize=64)
 def _linear(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Both neighbours of each of ``m`` positions and their weights."""
+    """Find both neighbours of each of ``m`` positions, and their weights."""
     positions = np.minimum(_positions(n, m), n - 1)
     first = np.floor(positions).astype(np.intp)
     weight = 1.0 - (positions - first)
@@ -114,7 +112,7 @@ def _linear(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
 
 @functools.lru_cache(maxsize=64)
 def _spline(n: int, m: int, order: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each of ``m`` positions the first coefficient (m,) and weights from there on (m, taps).
+    """Find the first coefficient of each of ``m`` positions (m,) and the weights from there on (m, taps).
 
     Coefficients are mirrored about both ends.
     """
@@ -134,7 +132,7 @@ def _spline(n: int, m: int, order: int) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.lru_cache(maxsize=64)
 def _spline_matrix(n: int, m: int, order: int) -> tuple[np.ndarray]:
-    """Filter and weights in one linear map along an axis: (m, n), float64."""
+    """Combine filter and weights into one linear map along an axis: (m, n), float64."""
     first, weights = _spline(n, m, order)
     matrix = np.zeros((m, n))
     np.put_along_axis(matrix, first[:, None] + np.arange(weights.shape[1]), weights, 1)
@@ -153,7 +151,7 @@ def _on_device(
 
 
 def _bilinear(exact: Tensor, size: int, order: int) -> Tensor:
-    """Term by term in scipy's own order."""
+    """Add the four terms up in scipy's own order."""
     y0, y1, above, below = _on_device(_linear, exact.device, exact.shape[1], size)
     x0, x1, left, right = _on_device(_linear, exact.device, exact.shape[2], size)
     terms = (
@@ -183,7 +181,7 @@ def _compiled(frames: np.ndarray, size: int, order: int, limits: tuple[float, fl
     whole = limits is not None
     lowest, highest = limits or (0.0, 0.0)
     if order == 0:
-        # Whatever they mean, bytes are moved: one kernel for all dtypes of a size.
+        # Only bytes are moved: one kernel for all dtypes of a size.
         unsigned = f"u{frames.dtype.itemsize}"
         (rows,), (columns,) = _nearest(y, size), _nearest(x, size)
         _gather(source.view(unsigned), out.view(unsigned), rows, _every_channel(columns, channels))
@@ -200,7 +198,7 @@ def _compiled(frames: np.ndarray, size: int, order: int, limits: tuple[float, fl
 
 
 def _every_channel(columns: np.ndarray, channels: int) -> np.ndarray:
-    """Indices into (x, channel) as into x·channel."""
+    """Turn indices along x into indices into the flattened (x, channel)."""
     return (columns[:, None] * channels + np.arange(channels)).ravel()
 
 
@@ -242,7 +240,7 @@ def _interpolate(  # type: ignore[no-untyped-def]
 def _evaluate_spline(  # type: ignore[no-untyped-def]
     frames, out, channels, poles, first_y, weights_y, first_x, weights_x, whole, lowest, highest
 ):
-    """Along y for blocks of columns, then along x for blocks of rows, which are transposed for it."""
+    """Resize along y in blocks of columns, then along x in blocks of rows, which are transposed for it."""
     n, y, wide = frames.shape
     m = out.shape[1]
     x, m_x = wide // channels, out.shape[2] // channels
@@ -278,7 +276,7 @@ def _evaluate_spline(  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST)
 def _to_coefficients(samples, poles):  # type: ignore[no-untyped-def]
-    """Samples (n, lane) to spline coefficients along the first axis, in place, mirrored at both ends.
+    """Turn samples (n, lane) into spline coefficients along the first axis, in place, mirrored at both ends.
 
     Unser, Aldroubi, Eden: B-spline signal processing, part II, IEEE Trans. Signal Processing 41(2), 1993.
     """

@@ -1,6 +1,6 @@
-"""Bounds on what floating point has done to frames on their way to a metric.
+"""Bounds on the rounding of frames on their way to a metric, and of distances.
 
-They come from the extremes that preprocessing knows anyway, so that they cost nothing. A value of [0, 255]
+They come from the extremes that preprocessing computes anyway, so that they cost nothing. A value of [0, 255]
 that is computed from x as 255·((x − lo)/(hi − lo)) is off by three roundings of its own and by that of
 hi − lo; a spline or a bilinear mean is off by some of the largest |x|.
 """
@@ -19,7 +19,7 @@ from lsim.error_bounds import half_ulp
 
 FULL_SCALE = 255.0
 OVERSHOOT = 2.5
-"""How far a spline of samples leaves their middle, in halves of their range, at most."""
+"""Bound on how far a spline of samples leaves their middle, in halves of their range."""
 
 SAMPLES = 256
 """Pixels of a channel by which repeated values are counted."""
@@ -42,10 +42,10 @@ OF_INPUT = 1
 class FrameRounding(NamedTuple):
     """Bounds on the error of each frame's values, in units of [0, 255]: (n,) float64 each.
 
-    ``prepared``: what preparing has rounded. ``stored``: what the source's own floating dtype may have
-    rounded before, which counts for metrics that are blind: a stored multiple of a field is not quite one.
-    Of what preparing has rounded, ``relative`` is a share of each value, and ``resized`` an error of any.
-    ``with_rest``: ``prepared`` for metrics that take the rest of values in double precision, too.
+    ``prepared``: the rounding of preparing. ``stored``: the rounding of the source's floating dtype, which
+    counts for metrics that are blind to a change: a stored multiple of a field is not exactly a multiple.
+    ``prepared`` has two parts: ``relative``, a share of each value, and ``resized``, an error of any value.
+    ``with_rest``: ``prepared`` for metrics that also take the rest of values in double precision.
     """
 
     prepared: np.ndarray
@@ -76,9 +76,9 @@ def bound_of_frames(
         Extremes of each frame before it was resized.
     lo, hi : ndarray of shape (channel,), float64
     units : (float, float, float)
-        Half an ulp of 1: of the source's dtype (0 for integers), of what is computed in, of the result.
+        Half an ulp of 1: of the source's dtype (0 for integers), of the computation, of the result.
     splines : int
-        The order that values in floating point are resized by; 0 where they are not, or are only picked.
+        Order of the spline that resizes values in floating point; 0 if none is interpolated.
 
     Returns
     -------
@@ -108,55 +108,62 @@ def bound_of_frames(
 
 
 def half_ulp_of(dtype: Any) -> float:
-    """Return half an ulp of 1 in a dtype of NumPy or torch; 0 for integers."""
+    """Return half an ulp of 1 in a dtype of NumPy or torch; 0 for integers.
+
+    Examples
+    --------
+    >>> half_ulp_of(np.float32) == 2.0**-24, half_ulp_of(torch.int16)
+    (True, 0.0)
+    """
     if isinstance(dtype, torch.dtype):
         return float(torch.finfo(dtype).eps) / 2 if dtype.is_floating_point else 0.0
     return float(np.finfo(dtype).eps) / 2 if np.dtype(dtype).kind == "f" else 0.0
 
 
 def on(device: torch.device, bound: np.ndarray) -> Tensor:
-    """Move a bound to a device, in the precision that there is."""
+    """Move a bound to a device, in the best precision that it has."""
     dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
     return torch.from_numpy(bound).to(device, dtype)
 
 
 def of_mean_square(values: Tensor, bound: FrameRounding) -> np.ndarray:
-    """Bound the root mean square, over a frame, of what preparing has rounded: (n,) float64.
+    """Bound the root mean square, over a frame, of the rounding of preparing: (n,) float64.
 
-    That of the values, times what is relative, and what is not. The largest error where values are missing.
+    The root mean square of the values times the relative part, plus the absolute part. Where values are
+    missing, the largest error.
 
     Parameters
     ----------
     values : Tensor of shape (n, y, x, channel)
-        As prepared.
+        Prepared frames.
     bound : FrameRounding
     """
     sizes = torch.linalg.vector_norm(values.flatten(1), dim=1).double() / values[0].numel() ** 0.5
     size = sizes.cpu().numpy()
     with np.errstate(invalid="ignore"):
-        found = bound.relative * size * (1 + MEASURED) + bound.resized
-    return np.where(found < bound.prepared, found, bound.prepared)  # the latter of NaN, too
+        mean = bound.relative * size * (1 + MEASURED) + bound.resized
+    return np.where(mean < bound.prepared, mean, bound.prepared)  # also if the mean is NaN
 
 
 def of_each(embedding: Embedding, *, stored: bool = False, mean: bool = False) -> Tensor:
     """Bound the error of each frame's values in [0, 255], with that of the source if ``stored``: (n,).
 
-    The largest; with ``mean``, the root mean square over the frame, where that is known.
+    The largest error; with ``mean``, the root mean square over the frame, if it is known.
     """
     prepared = embedding.rounding
     if mean and embedding.mean_rounding is not None:
         prepared = embedding.mean_rounding
-    known = [bound for bound in (prepared, embedding.stored if stored else None) if bound is not None]
-    if not known:
+    bounds = [bound for bound in (prepared, embedding.stored if stored else None) if bound is not None]
+    if not bounds:
         part = next(iter(embedding.parts.values()))
         return torch.zeros(len(part), dtype=torch.float64, device=part.device)
-    return known[0] if len(known) == 1 else known[0] + known[1]
+    return bounds[0] if len(bounds) == 1 else bounds[0] + bounds[1]
 
 
 def of_difference(a: Embedding, b: Embedding, *, stored: bool = False, mean: bool = False) -> Tensor:
     """Bound the error of the difference of two frames' values, on [0, 1]: (len(a), len(b)).
 
-    As :func:`of_each`; of ``mean``, the root mean square of the error of differences.
+    As :func:`of_each`; with ``mean``, the root mean square of the error of differences.
     """
     x = of_each(a, stored=stored, mean=mean) / FULL_SCALE
     y = x if a is b else of_each(b, stored=stored, mean=mean) / FULL_SCALE
@@ -164,16 +171,16 @@ def of_difference(a: Embedding, b: Embedding, *, stored: bool = False, mean: boo
 
 
 def share_of_equals(planes: Tensor) -> Tensor:
-    """Estimate how much of a frame, by its squares, has values equal to that of any pixel: (n,) float64.
+    """Estimate the share of a frame, by its squares, whose values equal that of a pixel: (n,) float64.
 
-    One over the number of pixels where no value repeats, one where all are the same. Equal values have equal
-    errors, and those of unequal ones are taken to be independent (Higham & Mary 2019): so large is the square
-    of their mean, against the mean of their squares.
+    One over the number of pixels if no value repeats, one if all are equal. Equal values have equal errors,
+    and errors of unequal ones are assumed to be independent (Higham & Mary 2019): the share is the ratio of
+    the square of the mean error to the mean of the squares.
 
     Parameters
     ----------
     planes : Tensor of shape (n, channel, y, x)
-        The largest of the channels counts. Some pixels are looked at.
+        The largest share of the channels counts. A sample of the pixels is taken.
 
     Examples
     --------

@@ -238,7 +238,7 @@ def check_features(metric: Metric, frames: np.ndarray, kind: str = "given") -> N
     """
     frames = _finite(frames)
     with torch.no_grad():
-        features = metric.embedded(metric.prepare(frames, "sequence")).parts["features"].double().cpu()
+        features = metric.embed_prepared(metric.prepare(frames, "sequence")).parts["features"].double().cpu()
     squared = (features[:, None] - features[None]).square().flatten(2).sum(2).numpy()
     distances = squared if metric.info.feature_distance == "squared euclidean" else np.sqrt(squared)
     where = (

@@ -7,25 +7,24 @@ import re
 _FACTOR = re.compile(r"([A-Za-zµΩ°%]+)(?:\^|\*\*)?(-?\d+)?")
 
 
-def raised(units: str, power: int) -> str:
+def raise_units(units: str, power: int) -> str:
     """Raise a unit to a power: ``"m s-1"`` squared is ``"m2 s-2"``.
 
     Parameters
     ----------
     units : str
-        A product of units, each perhaps with an exponent; or anything else, which is put in brackets.
+        A product of units, each with or without an exponent; anything else is put in brackets.
     power : int
         At least 1.
 
     Returns
     -------
     str
-        Empty where ``units`` is.
+        Empty if ``units`` is.
 
     Examples
     --------
-    >>> from lsim.units import raised
-    >>> raised("Pa", 2), raised("kg m-3", 2), raised("1e-3 m/s", 2)
+    >>> raise_units("Pa", 2), raise_units("kg m-3", 2), raise_units("1e-3 m/s", 2)
     ('Pa2', 'kg2 m-6', '(1e-3 m/s)2')
     """
     units = units.strip()

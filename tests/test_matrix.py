@@ -168,7 +168,7 @@ def test_distances_keep_their_promise_of_precision(tmp_path):
     found = matrices(tmp_path / "a.zarr")
     metric = lsim.load_metric("lsim-open", size=64)
     with torch.no_grad():
-        features = metric.embedded(metric.prepare(near, RANGE)).parts["features"].double().numpy()
+        features = metric.embed_prepared(metric.prepare(near, RANGE)).parts["features"].double().numpy()
     expected = np.sqrt(np.stack([np.square(features - row).sum(1) for row in features]))
     off = np.abs(found["lsim-open"] - expected) / np.where(expected > 0, expected, 1)
     judged = expected > 1e-3 * np.median(expected[expected > 0])
@@ -183,7 +183,7 @@ def test_products_of_matrices_keep_the_promise_too(monkeypatch):
     near = np.concatenate([smooth_sequence(k, frames=6) for k in range(6)])
     near[1::2] = near[::2] * (1 + 1e-5)
     with torch.no_grad():
-        features = metric.embedded(metric.prepare(near, RANGE)).parts["features"]
+        features = metric.embed_prepared(metric.prepare(near, RANGE)).parts["features"]
     halves = [
         EmbeddedBlock(Embedding({"features": part.clone()}), np.ones(18, bool)) for part in features.split(18)
     ]
@@ -604,14 +604,14 @@ def test_a_plan_that_does_not_fit_is_an_error_with_the_numbers_before_any_work(t
 
 def test_a_plan_costs_few_pairs_where_each_takes_long(tmp_path, monkeypatch):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(2, frames=4))
-    pairs, compare = [], L2.between
+    pairs, compare = [], L2.distance_block
 
     def slow(self, a, b):
         pairs.append(len(a) * len(b))
         time.sleep(0.001 * len(a) * len(b))
         return compare(self, a, b)
 
-    monkeypatch.setattr(L2, "between", slow)
+    monkeypatch.setattr(L2, "distance_block", slow)
     settings = SETTINGS.model_copy(update={"metrics": ("l2",)})
     report = compute(frames, tmp_path / "a.zarr", settings, plan_only=True)
     assert sum(pairs) == 2 * 64

@@ -352,9 +352,9 @@ def test_names_that_are_taken_and_classes_that_are_no_metrics_are_errors_before_
         "called 'l2', as a metric that is there": (f"{imported}_c:L2",),
         "no metric at 'nowhere_at_all:Energy'": ("l1", "nowhere_at_all:Energy"),
         "no metric at .*:Enrgy": (f"{imported}:Enrgy",),
-        "Halfway' is no whole metric: it lacks compare$": (f"{imported}:Halfway",),
-        "Nameless' is no whole metric: it lacks info": (f"{imported}:Nameless",),
-        "lsim:Metric' is no whole metric: it lacks compare, embed, info": ("l1", "lsim:Metric"),
+        "Halfway' is incomplete: missing compare$": (f"{imported}:Halfway",),
+        "Nameless' is incomplete: missing info": (f"{imported}:Nameless",),
+        "lsim:Metric' is incomplete: missing compare, embed, info": ("l1", "lsim:Metric"),
     }
     for message, metrics in wrong.items():
         with pytest.raises((ValueError, lsim.UnknownMetricError), match=message):

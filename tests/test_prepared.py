@@ -8,7 +8,7 @@ import torch
 
 import lsim
 from lsim.embedding import Embedding
-from lsim.prepared import Prepared, moved, prepare
+from lsim.prepared import Prepared, move_to, prepare
 from lsim.preprocess import Preprocessing, apply
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def test_frames_move_in_their_own_dtype(dtype: str, channels: int) -> None:
     """Prepared on a device as on the CPU; here, by the CPU's own plain torch."""
     frames = sample((3, 20, 30, channels)) > 100 if dtype == "?" else sample((3, 20, 30, channels), dtype)
     frames.flags.writeable = False
-    tensor = moved(frames, CPU)
+    tensor = move_to(frames, CPU)
     assert tensor.element_size() == frames.dtype.itemsize
     assert tensor.shape[-1] == min(channels, 3)
     for order in (0, 1):

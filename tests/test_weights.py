@@ -402,7 +402,7 @@ def test_an_unknown_name_needs_weights_that_state_their_trunk(checkpoint: Path, 
         lsim.load_metric("smoke-only", checkpoint)
     path = tmp_path / "other.safetensors"
     save_checkpoint(path, load_checkpoint(checkpoint, LsimTrunk), "resnet", {})
-    with pytest.raises(WeightsError, match="trunk 'resnet', which is no metric; there are lsim, skip"):
+    with pytest.raises(WeightsError, match="trunk 'resnet', which no metric has; there are lsim, skip"):
         lsim.load_metric("smoke-only", path)
 
 

@@ -1,4 +1,4 @@
-"""Errors of forecasts that benchmarks of learned solvers report: over pixels, along the rim, by wavenumber.
+"""Forecast errors that benchmarks of learned solvers report: over pixels, along the rim, by wavenumber.
 
     max-error                       max |a − b|                                    PDEBench, The Well
     nmae                            mean |a − b| / (mean |a| + 1e-7)                The Well
@@ -8,8 +8,8 @@
     spectral-mse-low, -mid, -high   share of bands of waves in the mean square     The Well
     h1                              error, and errors of both derivatives          APEBench
 
-Values are on [0, 1], or in their own units with the scope "none". Benchmarks take channels apart: here the
-distance is the mean over them, and of all values in ``max-error`` and ``nmae``.
+Values are on [0, 1], or in their own units with the scope "none". Benchmarks report each channel: here the
+distance is the mean over channels, or for ``max-error`` and ``nmae`` over all values.
 
 A Fourier transform is linear, so each frame is transformed once, in double precision. û are coefficients
 divided by the number of pixels; frames are taken as periodic, without a window.
@@ -38,14 +38,13 @@ from lsim.pairs import (
     rows_in_torch,
     squared_differences,
 )
+from lsim.pixel_means import PixelMeans, in_rows, mean_of, where_counted
 from lsim.preprocess import Preprocessing
-from lsim.rounding import of_difference, of_each, of_sum
+from lsim.rounding import FULL_SCALE, of_difference, of_each, of_sum
 from lsim.threads import in_threads
 
-FULL_SCALE = 255.0
-
 EPSILON = 1e-7
-"""What The Well adds to a mean that it divides by."""
+"""Number that The Well adds to a mean that it divides by."""
 
 LOW_BELOW = 4
 """First wavenumber of PDEBench's middle band (its ``iLow``)."""
@@ -54,7 +53,7 @@ HIGH_FROM = 12
 """First wavenumber of PDEBench's high band (its ``iHigh``)."""
 
 TRANSFORM = 2.0**-47
-"""Rounding of a transform of values on [0, 1], as an error of these."""
+"""Rounding of a transform of values on [0, 1], as an error of the values."""
 
 PLAIN = frozenset({"non-negative", "symmetric", "zero-on-itself"})
 NORM = PLAIN | {"triangle"}
@@ -63,51 +62,15 @@ NORM = PLAIN | {"triangle"}
 # --- over pixels --------------------------------------------------------------------------------------------
 
 
-class _OverPixels(Metric):
-    """The frame is its own embedding: (n, pixel, channel)."""
+class MaxError(PixelMeans):
+    """Largest absolute difference of any value, on [0, 1]: the L∞ norm of the error.
 
-    copies_to_compare = False
-
-    shares_embedding = "values by pixel"
-
-    def embed(self, frames: Tensor) -> Embedding:
-        """Values by pixel: float32, or float64 where the frames are."""
-        values = self._of_pixels(frames)
-        return Embedding({"values": values if values.dtype == torch.float64 else values.float()})
-
-    @property
-    def axioms(self) -> frozenset[str]:
-        """Without the triangle inequality where every pair leaves out pixels of its own."""
-        return super().axioms - {"triangle"} if self.preprocessing.mask else super().axioms
-
-    def _differences(self, a: Embedding, b: Embedding) -> tuple[Tensor, Tensor]:
-        """Differences in double, 0 where either is missing, and where neither is: (n, pixel, channel)."""
-        difference = a.parts["values"].double() - b.parts["values"].double()
-        known = ~difference.isnan()
-        return (torch.where(known, difference, 0) if self.preprocessing.mask else difference), known
-
-    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of a norm of the difference: off by the largest error of a value, and by the sum's own."""
-        return of_difference(a, b) + of_sum(distances, a.parts["values"].dtype)
-
-    def _has_kernel(self, a: Embedding, b: Embedding) -> bool:
-        plain = not self.preprocessing.mask and self.pixel_weights is None
-        return plain and has_kernel(a.parts["values"], b.parts["values"])
-
-    def _weights(self, known: Tensor) -> Tensor:
-        """Weights of known values, 0 of others: (n, pixel, channel) float64."""
-        if self.pixel_weights is None:
-            return known.double()
-        weights = self._of_pixels(self.pixel_weights.to(known.device)[None, ..., None])
-        return torch.where(known, weights, 0) if self.preprocessing.mask else weights.expand(known.shape)
-
-    def _of_pixels(self, frames: Tensor) -> Tensor:
-        """Values by pixel, as they are embedded: (n, y, x, channel) → (n, pixel, channel)."""
-        return frames.flatten(1, 2)
-
-
-class MaxError(_OverPixels):
-    """Largest absolute difference of any value, on [0, 1]: the L∞ norm of the error."""
+    Examples
+    --------
+    >>> import lsim
+    >>> lsim.load_metric("max-error", size=None).distance([[0.0, 0.0]], [[1.0, 3.0]], scope="none")
+    array([3.])
+    """
 
     info = MetricInfo(
         title="largest absolute difference",
@@ -128,12 +91,16 @@ class MaxError(_OverPixels):
         )
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        difference, known = self._differences(a, b)
+        difference, counted = _errors(self, a, b)
         largest = difference.abs().flatten(1).amax(1) / FULL_SCALE
-        return torch.where(known.flatten(1).any(1), largest, math.nan) if self.preprocessing.mask else largest
+        return largest if counted is None else torch.where(counted.flatten(1).any(1), largest, math.nan)
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """Bound a norm of the difference: by the largest error of a value, and by the rounding of the sum."""
+        return of_difference(a, b) + of_sum(distances, a.parts["values"].dtype)
 
 
-class NMAE(_OverPixels):
+class NMAE(PixelMeans):
     """Mean absolute difference over the mean magnitude of the reference, the first argument.
 
     Not symmetric, as ``nrmse``: mean |a − b| / (mean |a| + 1e-7).
@@ -153,26 +120,31 @@ class NMAE(_OverPixels):
         if not self._has_kernel(a, b):
             return rows_in_torch(self.paired, a, b)
         x, y = a.parts["values"].flatten(1), b.parts["values"].flatten(1)
-        sides = (x.numpy(), y.numpy())
         columns = x.shape[1]
-        sums = all_pairs(absolute_differences, len(x), len(y), *sides, symmetric=a is b, operations=columns)
+        sums = all_pairs(
+            absolute_differences,
+            len(x),
+            len(y),
+            x.numpy(),
+            y.numpy(),
+            symmetric=a is b,
+            operations=columns,
+        )
         return sums / (_sums_of_magnitudes(a)[:, None] + EPSILON * FULL_SCALE * columns)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        difference, known = self._differences(a, b)
-        weights = self._weights(known)
-        error = (difference.abs() * weights).sum((1, 2)) / weights.sum((1, 2)) / FULL_SCALE
+        difference, counted = _errors(self, a, b)
+        error = mean_of(difference.abs().flatten(1), in_rows(counted))[:, 0] / FULL_SCALE
         return error / self._divisor_paired(a, b)
 
     def _divisor_paired(self, a: Embedding, b: Embedding) -> Tensor:
-        """Mean magnitude of the reference over what is known, on [0, 1], and 1e-7: (len(b),)."""
-        weights = self._weights(self._differences(a, b)[1])
-        reference = a.parts["values"].double().abs()
-        reference = reference.nan_to_num() if self.preprocessing.mask else reference
-        return (reference * weights).sum((1, 2)) / weights.sum((1, 2)) / FULL_SCALE + EPSILON
+        """Add 1e-7 to the mean magnitude of the reference on [0, 1], over pixels that count: (len(b),)."""
+        counted = in_rows(self.find_counted(a, b))
+        reference = a.parts["values"].flatten(1).double().abs().expand(len(b), -1)
+        return mean_of(where_counted(reference, counted), counted)[:, 0] / FULL_SCALE + EPSILON
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of a norm over another norm."""
+        """Bound a norm over another norm."""
         error = of_difference(a, b, mean=True) + distances * of_each(a, mean=True)[:, None] / FULL_SCALE
         if self.preprocessing.mask:
             sizes = rows_in_torch(self._divisor_paired, a, b)
@@ -184,10 +156,10 @@ class NMAE(_OverPixels):
         return error / sizes + of_sum(distances, a.parts["values"].dtype)
 
 
-class ConservedError(_OverPixels):
+class ConservedError(PixelMeans):
     """Difference of the means of each channel, and the mean of all channels, on [0, 1].
 
-    What a solver has gained or lost of a conserved quantity; blind to where it is.
+    Shows how much a solver gains or loses of a conserved quantity; blind to its place.
     """
 
     info = MetricInfo(
@@ -208,15 +180,12 @@ class ConservedError(_OverPixels):
         return (x[:, None] - y).abs().mean(2) / FULL_SCALE
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        difference, known = self._differences(a, b)
-        # A pixel is missing in all channels or in none.
-        weights = self._weights(known)
-        return ((difference * weights).sum(1) / weights.sum(1)).abs().mean(1) / FULL_SCALE
+        return mean_of(*_errors(self, a, b))[:, 0].abs().mean(1) / FULL_SCALE
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of one value: errors that are alike in all pixels don't cancel in their mean.
+        """Bound by the error of one value: errors that are alike in all pixels don't cancel in their mean.
 
-        Sums of values, which cancel out, are off by their own in double.
+        Sums of values, most of which cancels, add their own rounding in double precision.
         """
         partly = self.preprocessing.mask or self.pixel_weights is not None
         x = _sizes(a, partly)
@@ -226,7 +195,7 @@ class ConservedError(_OverPixels):
         return of_difference(a, b, stored=True, mean=True) + of_sum(distances, torch.float64) + own
 
 
-class BoundaryError(_OverPixels):
+class BoundaryError(PixelMeans):
     """Root mean square difference along the rim of each channel, and the mean of all channels, on [0, 1].
 
     Over the first and last row and the first and last column: corners count twice, as in PDEBench's code.
@@ -244,17 +213,15 @@ class BoundaryError(_OverPixels):
     )
     shares_embedding = ""
 
-    def _of_pixels(self, frames: Tensor) -> Tensor:
-        """Values of the rim: (n, pixel, channel)."""
+    def _select_pixels(self, frames: Tensor) -> Tensor:
+        """Select the rim: (n, y, x, channel) → (n, pixel, channel)."""
         return torch.cat([frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]], 1)
 
     def weighted(self, weights: ArrayLike) -> Self:
-        """Give the metric with weighted means, as :meth:`~lsim.Metric.weighted`; not all 0 on the rim."""
+        """Return the metric with weighted means, see :meth:`~lsim.Metric.weighted`; not all 0 on the rim."""
         metric = super().weighted(weights)
-        if (
-            metric.pixel_weights is not None
-            and not self._of_pixels(metric.pixel_weights[None, ..., None]).any()
-        ):
+        pixels = metric.pixel_weights
+        if pixels is not None and not self._select_pixels(pixels[None, ..., None]).any():
             raise ValueError(
                 f"metric {self.name!r} is a mean along the rim, where all weights of pixels are 0: give "
                 "weights with some above 0 there, or leave this metric out"
@@ -269,21 +236,31 @@ class BoundaryError(_OverPixels):
         return sums / (x.shape[2] ** 0.5 * x.shape[1] * FULL_SCALE)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        difference, known = self._differences(a, b)
-        weights = self._weights(known)
-        return safe_sqrt((difference.square() * weights).sum(1) / weights.sum(1)).mean(1) / FULL_SCALE
+        difference, counted = _errors(self, a, b)
+        return safe_sqrt(mean_of(difference.square(), counted)[:, 0]).mean(1) / FULL_SCALE
+
+    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
+        """Bound by the largest error of a value, since the rim may have the largest ones."""
+        return of_difference(a, b) + of_sum(distances, a.parts["values"].dtype)
+
+
+def _errors(metric: PixelMeans, a: Embedding, b: Embedding) -> tuple[Tensor, Tensor | None]:
+    """Subtract pairs in double, with 0 for pixels that don't count, and find those that do."""
+    counted = metric.find_counted(a, b)
+    difference = a.parts["values"].double() - b.parts["values"].double()
+    return where_counted(difference, counted), counted
 
 
 def _sizes(embedding: Embedding, masked: bool) -> Tensor:
-    """Bound the mean magnitude of each frame's known values: (n,) float64."""
+    """Bound the mean magnitude of each frame's values: (n,) float64."""
     rows = embedding.parts["values"].flatten(1)
-    if masked:  # over any of the pixels
+    if masked:  # the mean may be over any of the pixels
         return rows.nan_to_num().abs().amax(1).double()
     return torch.linalg.vector_norm(rows, dim=1).double() / rows.shape[1] ** 0.5
 
 
 def _sums_of_magnitudes(embedding: Embedding) -> Tensor:
-    """Sum of the magnitudes of each frame's values, where kernels apply: (n,) float64."""
+    """Add up the magnitudes of each frame's values by a kernel: (n,) float64."""
     rows = embedding.parts["values"].flatten(1)
     return embedding.once(
         "sums of magnitudes", lambda: torch.tensor([_sum_of_magnitudes(row) for row in rows.numpy()])
@@ -291,7 +268,7 @@ def _sums_of_magnitudes(embedding: Embedding) -> Tensor:
 
 
 def _channel_means(embedding: Embedding) -> Tensor:
-    """Mean of each channel: (n, channel) float64."""
+    """Average each channel by a kernel: (n, channel) float64."""
     values = embedding.parts["values"].numpy()
     return torch.from_numpy(np.stack([channel_means(frame) for frame in values]))
 
@@ -300,12 +277,12 @@ def _channel_means(embedding: Embedding) -> Tensor:
 
 
 class _ByWavenumber(Metric):
-    """A sum of norms of parts of the error's transform, whose coefficients are the embedding."""
+    """A sum of norms of parts of the error's Fourier transform; a frame's coefficients are its embedding."""
 
     copies_to_compare = False
 
     def embed(self, frames: Tensor) -> Embedding:
-        """Coefficients scaled such that norms add up to the distance: (n, part, value) float64."""
+        """Compute coefficients, scaled such that norms add up to the distance: (n, part, value) float64."""
         run = in_threads if has_kernel(frames) else map
         values = torch.cat(list(run(self._transformed, frames.split(1))))
         gain = self._gain(frames.shape[1], frames.shape[2])
@@ -313,29 +290,36 @@ class _ByWavenumber(Metric):
 
     @abstractmethod
     def _transformed(self, frame: Tensor) -> Tensor:
-        """(1, y, x, channel) → (1, part, value) float64."""
+        """Transform a frame (1, y, x, channel) into scaled coefficients (1, part, value), float64."""
 
     @abstractmethod
     def _gain(self, y: int, x: int) -> float:
-        """By how much errors of values, 1 as a root mean square, move the sum of norms at most.
+        """Bound how far errors of values with the root mean square 1 move the sum of norms.
 
         By Parseval's theorem: the squares of coefficients add up to the mean square of the values.
         """
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of a sum of norms; the transform's own rounding is an error of values, too."""
-        return self._of_norms(a, b) + of_sum(distances, torch.float64)
+        """Bound a sum of norms; the transform's own rounding counts as an error of values."""
+        return self._bound_norms(a, b) + of_sum(distances, torch.float64)
 
-    def _of_norms(self, a: Embedding, b: Embedding) -> Tensor:
-        """Bound the error of the sum of norms: (len(a), len(b))."""
+    def _bound_norms(self, a: Embedding, b: Embedding) -> Tensor:
+        """Bound the error of the sum of norms by that of the values: (len(a), len(b))."""
         return (of_difference(a, b, mean=True) + TRANSFORM) * a.parts["gain"][:, None]
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = a.parts["values"], b.parts["values"]
         if not has_kernel(x, y):
             return rows_in_torch(self.paired, a, b)
-        sides = (x.numpy(), y.numpy())
-        return all_pairs(sum_of_norms, len(x), len(y), *sides, symmetric=a is b, operations=x[0].numel())
+        return all_pairs(
+            sum_of_norms,
+            len(x),
+            len(y),
+            x.numpy(),
+            y.numpy(),
+            symmetric=a is b,
+            operations=x[0].numel(),
+        )
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         return safe_sqrt((a.parts["values"] - b.parts["values"]).square().sum(2)).sum(1)
@@ -344,8 +328,8 @@ class _ByWavenumber(Metric):
 class _FourierError(_ByWavenumber):
     """Mean over a band of wavenumbers k of √(Σ |û_a − û_b|²), the sum over ⌊|(ky, kx)|⌋ = k.
 
-    As PDEBench's code has it: over the quarter of coefficients with 0 <= ky < ⌊y/2⌋ and 0 <= kx < ⌊x/2⌋, k
-    up to the smaller of these, and the mean over the wavenumbers of the band that there are.
+    As in PDEBench's code: over the quarter of coefficients with 0 <= ky < ⌊y/2⌋ and 0 <= kx < ⌊x/2⌋, k up to
+    the smaller of these, and the mean over those wavenumbers of the band that exist.
     """
 
     band: ClassVar[slice]
@@ -354,17 +338,17 @@ class _FourierError(_ByWavenumber):
         _, y, x, channels = frame.shape
         transform = torch.fft.fft2(frame.permute(0, 3, 1, 2).double() / FULL_SCALE, norm="forward")
         quarter = transform[..., : y // 2, : x // 2].flatten(2)
-        members, there = _quarter_shells(y // 2, x // 2, self.band.start, self.band.stop, frame.device)
-        shells = quarter[:, :, members] * (there / (len(members) * channels))
+        members, present = _quarter_shells(y // 2, x // 2, self.band.start, self.band.stop, frame.device)
+        shells = quarter[:, :, members] * (present / (len(members) * channels))
         return torch.cat([shells.real, shells.imag], -1).flatten(1, 2)
 
     def _gain(self, y: int, x: int) -> float:
         return 1 / math.sqrt(len(range(min(y, x) // 2)[self.band]))
 
 
-def _fourier_info(which: str, smallest: int) -> MetricInfo:
+def _fourier_info(band: str, smallest: int) -> MetricInfo:
     return MetricInfo(
-        title=f"root mean squared difference of {which} wavenumbers",
+        title=f"root mean squared difference of {band} wavenumbers",
         source="PDEBench (Takamoto et al., NeurIPS 2022), fRMSE",
         axioms=NORM,
         minimum_size=smallest,
@@ -396,9 +380,10 @@ class HighFourierError(_FourierError):
 
 
 class _BandError(_ByWavenumber):
-    """Share of a band of waves in the mean squared difference: those of the three bands add up to ``l2``.
+    """Share of a band of waves in the mean squared difference: all three shares add up to ``l2``.
 
-    Edges are The Well's: 0, then evenly on a logarithmic scale from 2π / side to π √2, in single precision.
+    Edges are The Well's: 0, then evenly spaced on a logarithmic scale from 2π / side to π √2, in single
+    precision.
     """
 
     band: ClassVar[int]
@@ -414,24 +399,31 @@ class _BandError(_ByWavenumber):
         return 1.0
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of the square of a norm."""
-        error = self._of_norms(a, b)
+        """Bound the square of a norm."""
+        error = self._bound_norms(a, b)
         return error * (2 * distances.sqrt() + error) + of_sum(distances, torch.float64)
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = a.parts["values"].flatten(1), b.parts["values"].flatten(1)
         if not has_kernel(x, y):
             return rows_in_torch(self.paired, a, b)
-        sides = (x.numpy(), y.numpy())
-        return all_pairs(squared_differences, len(x), len(y), *sides, symmetric=a is b, operations=x.shape[1])
+        return all_pairs(
+            squared_differences,
+            len(x),
+            len(y),
+            x.numpy(),
+            y.numpy(),
+            symmetric=a is b,
+            operations=x.shape[1],
+        )
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         return (a.parts["values"] - b.parts["values"]).square().sum((1, 2))
 
 
-def _band_info(which: str) -> MetricInfo:
+def _band_info(band: str) -> MetricInfo:
     return MetricInfo(
-        title=f"mean squared difference of {which} wavenumbers",
+        title=f"mean squared difference of {band} wavenumbers",
         source="The Well (Ohana et al., NeurIPS 2024), binned spectral MSE",
         axioms=PLAIN,
         minimum_size=8,
@@ -477,6 +469,12 @@ class SobolevError(_ByWavenumber):
         (``domain_extent``) means are integrals over the domain: other extents scale with √(area), too.
     combine : {"sum", "root"}, default "sum"
         APEBench's or the textbook's norm.
+
+    Examples
+    --------
+    >>> import lsim
+    >>> lsim.load_metric("h1", size=None).distance([[0.0, 0.0]] * 2, [[1.0, 1.0]] * 2, scope="none")
+    array([1.])
     """
 
     info = MetricInfo(
@@ -525,26 +523,26 @@ class SobolevError(_ByWavenumber):
 def _quarter_shells(
     y: int, x: int, start: int, stop: int | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Members of each shell of a quarter plane (y, x), filled up with 0, and 1 where one is there, else 0."""
+    """List the members of each shell of a quarter plane (y, x), padded with 0, and mark them by 1, else 0."""
     # Floating point first: torch.compile has no hypot of integers.
     shell = np.floor(np.hypot(*np.indices((y, x)).astype(np.float64))).astype(np.int64).ravel()
     rows = [np.flatnonzero(shell == k) for k in range(min(y, x))[start:stop]]
     members = np.zeros((len(rows), max(map(len, rows))), np.int64)
-    there = np.zeros(members.shape)
+    present = np.zeros(members.shape)
     for k, row in enumerate(rows):
-        members[k, : len(row)], there[k, : len(row)] = row, 1
-    return torch.from_numpy(members).to(device), torch.from_numpy(there).to(device)
+        members[k, : len(row)], present[k, : len(row)] = row, 1
+    return torch.from_numpy(members).to(device), torch.from_numpy(present).to(device)
 
 
 def _multiplicity(y: int, x: int) -> np.ndarray:
-    """How often each coefficient of a real transform of (y, x) stands in the whole plane: 1 or 2."""
+    """Count how often each coefficient of a real transform of (y, x) stands in the whole plane: 1 or 2."""
     column = np.broadcast_to(np.arange(x // 2 + 1), (y, x // 2 + 1))
     return np.where((column > 0) & (2 * column != x), 2.0, 1.0)
 
 
 @functools.lru_cache(maxsize=16)
 def _band_members(y: int, x: int, band: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Coefficients of the half plane in one of The Well's bands, and how often each occurs."""
+    """List coefficients of the half plane in one of The Well's bands, and how often each occurs."""
     # In single precision and in The Well's order: some edges lie on wavenumbers, up to rounding.
     first, last = np.log10(2 * np.pi / max(y, x)), np.log10(np.pi * np.sqrt(2) + 1e-6)
     edges = torch.logspace(first, last, 4, dtype=torch.float32)
@@ -560,7 +558,7 @@ def _band_members(y: int, x: int, band: int, device: torch.device) -> tuple[Tens
 
 @functools.lru_cache(maxsize=16)
 def _derivative_factors(y: int, x: int, extent: float, device: torch.device) -> Tensor:
-    """Factors of coefficients, for the value and its derivatives along x and y: (3, coefficient)."""
+    """Compute factors of coefficients for the value and its derivatives along x and y: (3, coefficient)."""
     height, width = (extent * side / max(y, x) for side in (y, x))
     ky, kx = np.fft.fftfreq(y, height / y)[:, None], np.fft.rfftfreq(x, width / x)[None]
     shape = np.broadcast_shapes(ky.shape, kx.shape)
@@ -574,7 +572,7 @@ def _derivative_factors(y: int, x: int, extent: float, device: torch.device) -> 
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST)
 def largest_difference(i, j, out, x, y):  # type: ignore[no-untyped-def]
-    """out[p] += max_k |x[i[p], k] − y[j[p], k]|, on [0, 1]."""
+    """Add max_k |x[i[p], k] − y[j[p], k]|, on [0, 1], to out[p]."""
     for p in range(i.shape[0]):
         a = x[i[p]]
         b = y[j[p]]
@@ -587,7 +585,7 @@ def largest_difference(i, j, out, x, y):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST)
 def sum_of_norms(i, j, out, x, y):  # type: ignore[no-untyped-def]
-    """out[p] += Σ_s √(Σ_k (x[i[p], s, k] − y[j[p], s, k])²)."""
+    """Add Σ_s √(Σ_k (x[i[p], s, k] − y[j[p], s, k])²) to out[p]."""
     for p in range(i.shape[0]):
         total = 0.0
         for s in range(x.shape[1]):
@@ -603,7 +601,7 @@ def sum_of_norms(i, j, out, x, y):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST)
 def channel_means(frame):  # type: ignore[no-untyped-def]
-    """Mean of each column of (pixel, channel), in double."""
+    """Average each column of (pixel, channel), in double."""
     pixels, channels = frame.shape
     sums = np.zeros(channels)
     for k in range(pixels):

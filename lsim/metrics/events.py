@@ -1,4 +1,4 @@
-"""Where a threshold is exceeded, compared by neighbourhoods: the fractions skill score."""
+"""The fractions skill score: events above a threshold, compared by neighbourhoods."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class FractionsSkill(Metric):
 
     Each frame becomes the fractions p of events in all windows that lie within it; the distance is
     Σ (p_a − p_b)² / (Σ p_a² + Σ p_b²), over windows and channels. Frames without any event are at 0 from one
-    another, where the package ``scores`` gives them the skill 0, and at 1 from others.
+    another (the package ``scores`` gives them the skill 0), and at 1 from others.
 
     Parameters
     ----------
@@ -27,6 +27,13 @@ class FractionsSkill(Metric):
         On [0, 1]; with the scope ``"none"``, in the field's units.
     window : int, default 5
         Side of the neighbourhood in pixels.
+
+    Examples
+    --------
+    >>> import lsim, numpy as np
+    >>> frames = np.stack([np.eye(8), np.eye(8)[::-1]])
+    >>> float(lsim.load_metric("fss", size=None, window=8).pairwise(frames)[0, 1])
+    0.0
     """
 
     copies_to_compare = False
@@ -69,9 +76,9 @@ class FractionsSkill(Metric):
             )
 
     def embed(self, frames: Tensor) -> Embedding:
-        """Fractions of events in each window, and the sum of their squares: float64."""
+        """Compute fractions of events in each window, and the sum of their squares: float64."""
         window = self.options["window"]
-        # Both in double and times 255: a value that equals the threshold is none above it.
+        # Both in double and times 255: a value that equals the threshold is not above it.
         events = (frames.detach().double() > self.options["threshold"] * 255.0).permute(0, 3, 1, 2)
         counts = torch.nn.functional.pad(events.double().cumsum(2).cumsum(3), (1, 0, 1, 0))
         inside = counts[..., window:, window:] - counts[..., :-window, window:]
@@ -83,16 +90,21 @@ class FractionsSkill(Metric):
         x, y = a.parts["fractions"], b.parts["fractions"]
         if not has_kernel(x, y):
             return rows_in_torch(self.paired, a, b)
-        sides = (x.numpy(), y.numpy())
-        apart = all_pairs(
-            squared_differences, len(x), len(y), *sides, symmetric=a is b, operations=x.shape[1]
+        squared = all_pairs(
+            squared_differences,
+            len(x),
+            len(y),
+            x.numpy(),
+            y.numpy(),
+            symmetric=a is b,
+            operations=x.shape[1],
         )
-        return _share(apart, a.parts["power"][:, None] + b.parts["power"])
+        return _share(squared, a.parts["power"][:, None] + b.parts["power"])
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        apart = (a.parts["fractions"] - b.parts["fractions"]).square().sum(1)
-        return _share(apart, a.parts["power"] + b.parts["power"])
+        squared = (a.parts["fractions"] - b.parts["fractions"]).square().sum(1)
+        return _share(squared, a.parts["power"] + b.parts["power"])
 
 
-def _share(apart: Tensor, power: Tensor) -> Tensor:
-    return apart / torch.where(power == 0, 1, power)
+def _share(squared: Tensor, power: Tensor) -> Tensor:
+    return squared / torch.where(power == 0, 1, power)

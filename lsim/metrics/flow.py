@@ -1,8 +1,8 @@
 """Mean magnitude of the optical flow between two frames.
 
 The publication of LSiM compares with FlowNet2, a network that estimates flow. Here it is DIS (Kroeger et al.,
-ECCV 2016), a classic method that needs no weights, as OpenCV computes it: patches are searched for from
-coarse to fine, and the field found is refined by a variational method. The distance of a and b is
+ECCV 2016), a classic method that needs no weights, as OpenCV computes it: it searches for patches from
+coarse to fine, and refines the field by a variational method. The distance of a and b is
 
     d(a, b) = ½ (mean_yx |flow(a → b)| + mean_yx |flow(b → a)|),
 
@@ -88,7 +88,7 @@ class OpticalFlow(Metric):
 
     @property
     def quantised(self) -> bool:
-        """Always: OpenCV takes 8-bit grey values."""
+        """Always true: OpenCV takes 8-bit grey values."""
         return True
 
     def embed(self, frames: Tensor) -> Embedding:
@@ -97,19 +97,19 @@ class OpticalFlow(Metric):
         total = values.sum(axis=3)  # whole numbers, so exact
         with np.errstate(invalid="ignore"):
             grey = ((total + channels // 2) // channels).astype(np.uint8)
-        # Not a number where a frame isn't, else zero: added to every distance of it.
+        # NaN for a frame with NaN or infinity, else zero: added to each of its distances.
         missing = np.where(np.isfinite(total).all(axis=(1, 2)), 0.0, np.nan)
         return Embedding({"grey": torch.from_numpy(grey), "missing": torch.from_numpy(missing)})
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
-        sides = [e.parts[name].numpy() for e in (a, b) for name in ("grey", "missing")]
+        parts = [side.parts[name].numpy() for side in (a, b) for name in ("grey", "missing")]
         pixels = a.parts["grey"][0].numel()
         with _opencv_in_one_thread():
             block = all_pairs(
                 mean_magnitudes,
                 len(a),
                 len(b),
-                *sides,
+                *parts,
                 self.preset,
                 symmetric=a is b,
                 operations=500 * pixels,
@@ -130,18 +130,18 @@ def mean_magnitudes(
     """Add to out[p] the distance of frames i[p] of x and j[p] of y, each (n, y, x) uint8."""
     import cv2
 
-    # It holds buffers of its own, so that every thread needs another.
+    # It holds buffers, so that every thread needs one of its own.
     dis: Any = cv2.DISOpticalFlow.create(getattr(cv2, f"DISOPTICAL_FLOW_PRESET_{preset.upper()}"))
     for p in range(len(out)):
         a, b = x[i[p]], y[j[p]]
-        there, back = dis.calc(a, b, None), dis.calc(b, a, None)
-        magnitude = (total_magnitude(there) + total_magnitude(back)) / (2 * a.size)
+        forward, backward = dis.calc(a, b, None), dis.calc(b, a, None)
+        magnitude = (total_magnitude(forward) + total_magnitude(backward)) / (2 * a.size)
         out[p] += magnitude + x_missing[i[p]] + y_missing[j[p]]
 
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST)
 def total_magnitude(flow):  # type: ignore[no-untyped-def]
-    """Σ_yx |flow| of a field (y, x, 2)."""
+    """Compute Σ_yx |flow| of a field (y, x, 2)."""
     total = 0.0
     for y in range(flow.shape[0]):
         for x in range(flow.shape[1]):
@@ -156,9 +156,9 @@ _threads_before = 1
 
 @contextmanager
 def _opencv_in_one_thread() -> Iterator[None]:
-    """One OpenCV thread for as long as any thread is within: a setting of the whole process.
+    """Set OpenCV to one thread, for the whole process, until the last thread leaves.
 
-    Pairs are spread over threads already; and OpenCV cuts frames into as many stripes as it has threads, so
+    Pairs are spread over threads already, and OpenCV cuts frames into as many stripes as it has threads, so
     that values could depend on their number.
     """
     import cv2

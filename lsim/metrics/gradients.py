@@ -16,10 +16,9 @@ from lsim.error_bounds import as_floats
 from lsim.metric import Embedding, Metric, MetricInfo, positive_number, safe_sqrt
 from lsim.pairs import FAST, all_pairs, has_kernel, pairs_in_torch, rows_in_torch
 from lsim.preprocess import Preprocessing
-from lsim.rounding import of_difference, of_each, of_sum
+from lsim.rounding import FULL_SCALE, of_difference, of_each, of_sum
 from lsim.threads import in_threads
 
-FULL_SCALE = 255.0
 STABILISER = 170.0
 """T of Xue et al. 2014, for a data range of 255."""
 
@@ -40,18 +39,24 @@ class GMSD(Metric):
 
         GMS = (2 mx my + T) / (mx² + my² + T) = 1 − (mx − my)² / (mx² + my² + T),
 
-    the distance is the standard deviation over all pixels. The authors and piq turn colours grey before;
-    channels of simulations aren't colours, and each has a distance of its own here, unless told otherwise.
+    the distance is the standard deviation over all pixels. The authors and piq convert colours to grey first.
+    Channels of simulations aren't colours: here each has a distance of its own, by default.
 
     Parameters
     ----------
     downsample : bool, default True
         Halve frames first, as published.
     data_range : float, default 255
-        T is 170 at 255, and goes with its square.
+        T is 170 at 255, and proportional to its square.
     channels : {"each", "luminance"}, default "each"
         ``"luminance"`` takes three channels for red, green and blue, and compares their luminance alone, as
         piq does: 0.299 R + 0.587 G + 0.114 B.
+
+    Examples
+    --------
+    >>> import lsim, numpy as np
+    >>> float(lsim.load_metric("gmsd", size=None).pairwise(np.stack([np.eye(8), np.eye(8)]))[0, 1])
+    0.0
     """
 
     copies_to_compare = False
@@ -85,17 +90,17 @@ class GMSD(Metric):
             raise ValueError(
                 f"option 'downsample' of metric {name!r} must be true or false, got {downsample!r}"
             )
-        # What is as before has the specification of before.
+        # The default has the specification of versions without this option.
         options = {"channels": channels} if channels != "each" else {}
         super().__init__(name, preprocessing, device, downsample=downsample, data_range=data_range, **options)
         self._downsample = downsample
         self._luminance = channels == "luminance"
-        # A weighted sum of channels is rounded by itself, whatever is left of the channels.
+        # A weighted sum of channels has a rounding of its own, whatever the rest of the channels.
         self.takes_rest = not self._luminance
         self._stabiliser = STABILISER * (data_range / FULL_SCALE) ** 2
 
     def embed(self, frames: Tensor) -> Embedding:
-        """Gradient magnitudes (n, channel, y, x): float64, since near-identical ones are subtracted."""
+        """Compute gradient magnitudes (n, channel, y, x): float64, since nearly equal ones are subtracted."""
         if self._luminance and frames.shape[3] == 3:
             red, green, blue = frames.double().unbind(3)
             frames = (LUMINANCE[0] * red + LUMINANCE[1] * green + LUMINANCE[2] * blue)[..., None]
@@ -105,20 +110,20 @@ class GMSD(Metric):
         if not self.preprocessing.mask:
             return Embedding({"magnitude": self._magnitude(planes)})
         missing = planes.isnan()
-        # Before anything is computed of them: NaN would spread into gradients.
+        # Before the gradients, into which NaN would spread.
         magnitude = self._magnitude(torch.where(missing, 0, planes))
         return Embedding({"magnitude": torch.where(self._touched(missing.float()), math.nan, magnitude)})
 
     def embed_with_rest(self, frames: Tensor, rest: Tensor) -> Embedding:
-        """Gradients with their rest besides (n, 2, 2, channel, y, x): along x and y; value and rest."""
-        value, left = (part.permute(0, 3, 1, 2).contiguous() for part in (frames, rest))
+        """Add gradients with their rest, (n, 2, 2, channel, y, x): along x and y; value and rest."""
+        value, remainder = (part.permute(0, 3, 1, 2).contiguous() for part in (frames, rest))
         missing = value.isnan()
-        pair = torch.where(missing, 0, value), torch.where(missing, 0, left)
+        pair = torch.where(missing, 0, value), torch.where(missing, 0, remainder)
         along = torch.stack([torch.stack(part, 1) for part in self._gradients_with_rest(pair)], 1)
         return Embedding(self.embed(frames).parts | {"gradient": along})
 
     def _gradients_with_rest(self, planes: Pair) -> tuple[Pair, Pair]:
-        """Prewitt's along x and y, three times, of pairs of doubles (n, channel, y, x)."""
+        """Compute three times Prewitt's gradients along x and y, of pairs of doubles (n, channel, y, x)."""
         if self._downsample:
             even = [_even(part) for part in planes]
             corners = [[part[:, :, r::2, k::2] / 4 for part in even] for r in (0, 1) for k in (0, 1)]
@@ -147,7 +152,7 @@ class GMSD(Metric):
         return safe_sqrt(by_x.square() + by_y.square()) / 3
 
     def _touched(self, missing: Tensor) -> Tensor:
-        """Whether a missing pixel is among those that a magnitude is made of."""
+        """Tell where a missing pixel enters a magnitude."""
         if self._downsample:
             missing = F.max_pool2d(_even(missing), 2)
         return F.max_pool2d(missing, 3, 1, 1) > 0
@@ -171,7 +176,7 @@ class GMSD(Metric):
         )
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of a deviation of q², q = |mx − my| / √(mx² + my² + T), whose mean is a few deviations at most.
+        """Bound a deviation of q², q = |mx − my| / √(mx² + my² + T), whose mean is a few deviations at most.
 
         The root below is √T at least. Errors of two frames are independent, or alike and cancel out; without
         averages of 2×2 they are twice as large.
@@ -191,15 +196,15 @@ class GMSD(Metric):
         if "gradient" in a.parts:
             difference = torch.where(missing, 0, _difference_of_magnitudes(a, b))
         square = difference.square()
-        apart = square / (square + (2 * x * y + self._stabiliser))
-        deviation = apart - (apart.sum(2) / present)[..., None]
+        dissimilarity = square / (square + (2 * x * y + self._stabiliser))
+        deviation = dissimilarity - (dissimilarity.sum(2) / present)[..., None]
         if self.preprocessing.mask:
             deviation = torch.where(missing, 0, deviation)
         return safe_sqrt(deviation.square().sum(2) / present).mean(1)
 
 
 class GradientDifference(Metric):
-    """Mean absolute difference of gradients: of all forward differences along x and y, on [0, 1] per pixel.
+    """Mean absolute difference of gradients (forward differences along x and y), on [0, 1] per pixel.
 
     Differences of a pair are taken in double precision, so that a large offset between frames doesn't round
     the small slopes on top of it.
@@ -220,7 +225,7 @@ class GradientDifference(Metric):
     )
 
     def embed(self, frames: Tensor) -> Embedding:
-        """The frames themselves: the gradient of a difference is cheaper than the difference of gradients."""
+        """Keep the frames: the gradient of a difference is cheaper than the difference of gradients."""
         return Embedding({"frames": as_floats(frames).contiguous()})
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
@@ -240,7 +245,7 @@ class GradientDifference(Metric):
         )
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of a mean of differences of two values each, which stored offsets have rounded, too."""
+        """Bound a mean of differences of two values each, which stored offsets have rounded, too."""
         return 2 * of_difference(a, b, stored=True, mean=True) + of_sum(distances, torch.float64)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
@@ -270,15 +275,15 @@ def _difference_of_magnitudes(a: Embedding, b: Embedding) -> Tensor:
 
 
 def _even(planes: Tensor) -> Tensor:
-    """With a row and a column of zeros after the last where their number is odd."""
+    """Append a row and a column of zeros where their number is odd."""
     return F.pad(planes, (0, planes.shape[3] % 2, 0, planes.shape[2] % 2))
 
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST)
 def gradient_magnitude(planes, step):  # type: ignore[no-untyped-def]
-    """Prewitt's of one frame (channel, y, x) float64, averaged over step×step before: of the same axes.
+    """Compute Prewitt's gradient magnitude of a frame (channel, y, x) float64, averaged over step×step first.
 
-    NaN wherever one is among the pixels of a window, its centre too.
+    NaN wherever a pixel of the window is NaN.
     """
     channels, rows, columns = planes.shape
     height, width = -(-rows // step), -(-columns // step)
@@ -308,9 +313,10 @@ def gradient_magnitude(planes, step):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def similarity_deviation(i, j, out, x, y, stabiliser, masked):  # type: ignore[no-untyped-def]
-    """out[p] += mean over channels of the standard deviation of GMS of frames i[p] of x and j[p] of y.
+    """Add the standard deviation of GMS, mean over channels, of frames i[p] of x and j[p] of y to out[p].
 
-    Of gradient magnitudes (n, channel, pixel). Pixels with NaN are left out where ``masked``, else spoil it.
+    Frames are gradient magnitudes (n, channel, pixel). Pixels with NaN are left out if ``masked``; otherwise
+    the distance is NaN.
     """
     channels, pixels = x.shape[1:]
     apart = np.empty(pixels)

@@ -44,7 +44,7 @@ AT_ONCE = 1 << 25
 
 
 class _JointHistogram(Metric):
-    """The three metrics share the joint histograms of a run.
+    """A metric of the joint histogram of two frames; a run computes it once for all three.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ class _JointHistogram(Metric):
         As :class:`~lsim.metric.Metric` takes them.
     bins : int, optional
         Equal bins between minimum and maximum of each frame, as scikit-image takes them: 2 to 256. Default:
-        the 256 levels of values that are truncated to 8 bit, in every mode.
+        the 256 levels of values truncated to 8 bit, in every mode.
     """
 
     copies_to_compare = False
@@ -72,20 +72,21 @@ class _JointHistogram(Metric):
 
     @classmethod
     def needs_double(cls, options: Mapping[str, Any]) -> bool:
-        """With bins: in single precision some values would fall beyond the edge that they lie at."""
+        """Ask for double precision with bins: single would put values at an edge into the wrong bin."""
         return options.get("bins") is not None
 
     @property
     def quantised(self) -> bool:
-        """Where entropies are those of 8-bit values: without ``bins``."""
+        """Whether entropies are those of 8-bit values: without ``bins``."""
         return self._bins is None
 
     @property
     def shared_as(self) -> tuple[object, ...]:
+        """Key of metrics with the same bins."""
         return (self.shares_embedding, self._bins)
 
     def embed(self, frames: Tensor) -> Embedding:
-        """Levels or bins (n, pixels), N·H in fixed point, the largest count, and whether all are finite."""
+        """Find levels or bins (n, pixels), N·H in fixed point, the largest count, and finite frames."""
         flat = frames.detach().flatten(1)
         if self._bins is not None:
             values, counts, finite = (
@@ -100,14 +101,14 @@ class _JointHistogram(Metric):
         else:
             values = flat.to(torch.uint8)
             counts = _counted(values.long(), LEVELS)
-            # Of values in [0, 255] the sum is finite exactly where all of them are.
+            # A sum of values in [0, 255] is finite exactly if all of them are.
             finite = flat.sum(1).isfinite()
         logs = _count_logs(flat.shape[1], flat.device)
         entropy = logs[-1] - logs[counts].sum(1)
         return Embedding({"values": values, "entropy": entropy, "peak": counts.amax(1), "finite": finite})
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of entropies in bits, where errors have put some pixels on another level."""
+        """Bound entropies in bits, where errors may have put some pixels on another level."""
         pixels = a.parts["values"].shape[1]
         shares = [_share_on_other_level(side, pixels) for side in (a, b)]
         share = shares[0][:, None] + shares[1]
@@ -116,18 +117,18 @@ class _JointHistogram(Metric):
         return BITS_PER_MOVE * share + 4 * LEVELS**2 * _unit(a)
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
-        both = a.once("conditional", lambda: _conditional(a, a)) if a is b else _conditional(a, b)
-        return self._from_entropies(both, a.parts["entropy"][:, None], b.parts["entropy"], _unit(a))
+        conditional = a.once("conditional", lambda: _conditional(a, a)) if a is b else _conditional(a, b)
+        return self._from_entropies(conditional, a.parts["entropy"][:, None], b.parts["entropy"], _unit(a))
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        both = _conditional_paired(a, b)
-        return self._from_entropies(both, a.parts["entropy"], b.parts["entropy"], _unit(a))
+        conditional = _conditional_paired(a, b)
+        return self._from_entropies(conditional, a.parts["entropy"], b.parts["entropy"], _unit(a))
 
     @abstractmethod
-    def _from_entropies(self, both: Tensor, x: Tensor, y: Tensor, unit: float) -> Tensor:
-        """The distance from ``both`` = N (H(x|y) + H(y|x)), N·H(x) and N·H(y), all in fixed point.
+    def _from_entropies(self, conditional: Tensor, x: Tensor, y: Tensor, unit: float) -> Tensor:
+        """Compute the distance from N (H(x|y) + H(y|x)), N·H(x) and N·H(y), all in fixed point.
 
-        ``unit`` makes bits of them: 2⁻ᵏ / N.
+        ``unit`` = 2⁻ᵏ / N converts them to bits.
         """
 
 
@@ -146,16 +147,16 @@ class VariationOfInformation(_JointHistogram):
     algorithm_version = 2
     published_on_8bit = True
 
-    def _from_entropies(self, both: Tensor, x: Tensor, y: Tensor, unit: float) -> Tensor:
-        return both * (unit / 2)
+    def _from_entropies(self, conditional: Tensor, x: Tensor, y: Tensor, unit: float) -> Tensor:
+        return conditional * (unit / 2)
 
 
 class MutualInformation(_JointHistogram):
     """max(H(x), H(y)) − I(x; y) of 8-bit values, in bits.
 
     −I alone, as registration minimises it, is −H(x) for a frame and itself, another value for each frame;
-    counted from the larger entropy it is 0 there, and a metric. In bits, it is what the one frame does not
-    tell of the other, of the two ways the worse.
+    counted from the larger entropy it is 0 there, and a metric. It is the larger of both conditional
+    entropies, in bits.
     """
 
     info = MetricInfo(
@@ -168,15 +169,15 @@ class MutualInformation(_JointHistogram):
         units="bit",
     )
 
-    def _from_entropies(self, both: Tensor, x: Tensor, y: Tensor, unit: float) -> Tensor:
-        return (both + (x - y).abs()) * (unit / 2)
+    def _from_entropies(self, conditional: Tensor, x: Tensor, y: Tensor, unit: float) -> Tensor:
+        return (conditional + (x - y).abs()) * (unit / 2)
 
 
 class NormalizedMutualInformation(_JointHistogram):
     """2 − (H(x) + H(y)) / H(x, y) of 8-bit values: 0 for equal frames, 1 for independent ones.
 
     It equals 1 − I(x; y) / H(x, y), a metric. Two constant frames have no entropy to share: their distance
-    is 0, as that of any two frames that tell all of each other.
+    is 0, like that of any two frames that determine each other.
     """
 
     info = MetricInfo(
@@ -189,22 +190,22 @@ class NormalizedMutualInformation(_JointHistogram):
     )
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of entropies, over the joint one, which is at least either frame's."""
+        """Bound entropies over the joint one, which is at least that of either frame."""
         joint = torch.maximum(a.parts["entropy"][:, None], b.parts["entropy"]) * _unit(a)
         bits = super().rounding(a, b, distances)
         return torch.where(joint > 0, 2 * bits / torch.where(joint > 0, joint, 1), bits).clamp(max=1)
 
-    def _from_entropies(self, both: Tensor, x: Tensor, y: Tensor, unit: float) -> Tensor:
-        twice_joint = both + (x + y)
+    def _from_entropies(self, conditional: Tensor, x: Tensor, y: Tensor, unit: float) -> Tensor:
+        twice_joint = conditional + (x + y)
         # Not in place of the zero: NaN stays NaN.
-        return 2 * both / torch.where(twice_joint == 0, 1, twice_joint)
+        return 2 * conditional / torch.where(twice_joint == 0, 1, twice_joint)
 
 
 def _share_on_other_level(embedding: Embedding, pixels: int) -> Tensor:
     """Bound the share of a frame's pixels that errors may have put on another level: (n,).
 
-    Those within an error of a level's end, by the chance of it and three deviations more. The same whole
-    number is on the same level everywhere, so sources of integers have none.
+    These are pixels within an error of a level's end: their expected number and three deviations more. The
+    same whole number is on the same level everywhere, so sources of integers have none.
     """
     stored = of_each(embedding, stored=True)
     error = torch.where(stored > of_each(embedding), 2 * stored, 0).clamp(max=1)
@@ -212,11 +213,12 @@ def _share_on_other_level(embedding: Embedding, pixels: int) -> Tensor:
 
 
 def _binned(row: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np.bool_]:
-    """The bin of each value of a frame (pixels,), how often each occurs (256,), and whether all are finite.
+    """Find the bin of each value of a frame (pixels,), counts of bins (256,), and whether all are finite.
 
-    As :func:`numpy.histogramdd` does it: the last bin has its upper edge, too.
+    As :func:`numpy.histogramdd`: the last bin includes its upper edge.
     """
-    if not (finite := np.isfinite(row).all()):
+    finite = np.isfinite(row).all()
+    if not finite:
         row = np.zeros_like(row)
     lo, hi = row.min(), row.max()
     edges = np.linspace(lo, hi, bins + 1)
@@ -226,35 +228,35 @@ def _binned(row: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np.bool
 
 
 def _counted(cells: Tensor, size: int) -> Tensor:
-    """How often each of 0 … size − 1 occurs in each row: (n, size)."""
+    """Count how often each of 0 … size − 1 occurs in each row: (n, size)."""
     rows = torch.arange(len(cells), device=cells.device)[:, None]
     return torch.bincount((cells + size * rows).flatten(), minlength=size * len(cells)).view(-1, size)
 
 
 def _conditional(a: Embedding, b: Embedding) -> Tensor:
-    """N (H(x|y) + H(y|x)) in fixed point, for all pairs: (len(a), len(b)) float64."""
+    """Compute N (H(x|y) + H(y|x)) in fixed point, for all pairs: (len(a), len(b)) float64."""
     if not has_kernel(a.parts["values"], b.parts["values"]):
         return rows_in_torch(_conditional_paired, a, b)
     pixels = a.parts["values"].shape[1]
     # No cell of a joint histogram holds more than the fullest of either side.
     peak = min(int(a.parts["peak"].max()), int(b.parts["peak"].max()))
-    one = np.ones(1, np.uint16 if peak <= SMALL_COUNT else np.int32)
-    sides = [e.parts[name].numpy() for e in (a, b) for name in ("values", "entropy")]
-    both = all_pairs(
+    counter = np.ones(1, np.uint16 if peak <= SMALL_COUNT else np.int32)
+    parts = [side.parts[name].numpy() for side in (a, b) for name in ("values", "entropy")]
+    conditional = all_pairs(
         conditional_entropies,
         len(a),
         len(b),
-        *sides,
+        *parts,
         _count_logs(pixels, torch.device("cpu")).numpy(),
-        one,
+        counter,
         symmetric=a is b,
         operations=6 * pixels,
     )
-    return both.masked_fill_(~(a.parts["finite"][:, None] & b.parts["finite"]), math.nan)
+    return conditional.masked_fill_(~(a.parts["finite"][:, None] & b.parts["finite"]), math.nan)
 
 
 def _conditional_paired(a: Embedding, b: Embedding) -> Tensor:
-    """N (H(x|y) + H(y|x)) in fixed point for a[k] and b[k], or for a[0] and b[k]: (len(b),) float64."""
+    """Compute N (H(x|y) + H(y|x)) in fixed point for a[k] or a[0] and b[k]: (len(b),) float64."""
     n, pixels = b.parts["values"].shape
     logs = _count_logs(pixels, b.parts["values"].device)
     x = a.parts["values"].expand(n, pixels)
@@ -263,24 +265,24 @@ def _conditional_paired(a: Embedding, b: Embedding) -> Tensor:
         logs[-1] - logs[_counted(left.long() * LEVELS + right, LEVELS**2)].sum(1)
         for left, right in zip(x.split(chunk), b.parts["values"].split(chunk), strict=True)
     ]
-    both = (2 * torch.cat(joint) - a.parts["entropy"] - b.parts["entropy"]).double()
-    return both.masked_fill(~(a.parts["finite"] & b.parts["finite"]), math.nan)
+    conditional = (2 * torch.cat(joint) - a.parts["entropy"] - b.parts["entropy"]).double()
+    return conditional.masked_fill(~(a.parts["finite"] & b.parts["finite"]), math.nan)
 
 
 def _unit(embedding: Embedding) -> float:
-    """Bits per unit of the fixed point, divided by the number of values."""
+    """Return bits per unit of the fixed point, divided by the number of values."""
     pixels = embedding.parts["values"].shape[1]
     return math.ldexp(1 / pixels, -_binary_places(pixels))
 
 
 def _binary_places(pixels: int) -> int:
-    """Binary places behind the point: as many as keep N log₂ N below 2⁶²."""
+    """Return as many binary places behind the point as keep N log₂ N below 2⁶²."""
     return 62 - math.ceil(pixels * math.log2(pixels)).bit_length()
 
 
 @functools.lru_cache(maxsize=4)
 def _count_logs(pixels: int, device: torch.device) -> Tensor:
-    """c log₂ c in fixed point for every count c up to the number of pixels: (pixels + 1,) int64."""
+    """Tabulate c log₂ c in fixed point for every count c up to the number of pixels: (pixels + 1,) int64."""
     counts = np.arange(pixels + 1, dtype=np.float64)
     counts[1:] *= np.log2(counts[1:])
     fixed = np.rint(np.ldexp(counts, _binary_places(pixels))).astype(np.int64)
@@ -289,7 +291,7 @@ def _count_logs(pixels: int, device: torch.device) -> Tensor:
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST)
 def levels(frame):  # type: ignore[no-untyped-def]
-    """8-bit values of a frame (pixels,) float32, how often each occurs (256,), and whether all are finite."""
+    """Truncate a frame (pixels,) float32 to 8 bit, count levels (256,), and tell whether all are finite."""
     values = np.empty(frame.size, np.uint8)
     known = True
     for k in range(frame.size):
@@ -303,15 +305,15 @@ def levels(frame):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST)
-def conditional_entropies(i, j, out, x, x_entropy, y, y_entropy, count_logs, one):  # type: ignore[no-untyped-def]
-    """out[p] += N (H(x|y) + H(y|x)) for frames i[p] of x and j[p] of y, each (n, pixels) uint8.
+def conditional_entropies(i, j, out, x, x_entropy, y, y_entropy, count_logs, counter):  # type: ignore[no-untyped-def]
+    """Add N (H(x|y) + H(y|x)) to out[p], for frames i[p] of x and j[p] of y, each (n, pixels) uint8.
 
-    Entropies are N·H in the fixed point of ``count_logs``; the dtype of ``one``, a 1, holds every count. Two
-    pairs that share their first frame are counted together: no increment waits for the last one's store.
+    Entropies are N·H in the fixed point of ``count_logs``; the dtype of ``counter``, a 1, holds every count.
+    Two pairs that share their first frame are counted together: no increment waits for the last one's store.
     """
     pixels = x.shape[1]
-    first = np.zeros(LEVELS * LEVELS, one.dtype)
-    second = np.zeros(LEVELS * LEVELS, one.dtype)
+    first = np.zeros(LEVELS * LEVELS, counter.dtype)
+    second = np.zeros(LEVELS * LEVELS, counter.dtype)
     whole = count_logs[pixels]
     p = 0
     while p < i.shape[0]:
@@ -322,13 +324,13 @@ def conditional_entropies(i, j, out, x, x_entropy, y, y_entropy, count_logs, one
             c = y[j[p + 1]]
             for k in range(pixels):
                 row = np.int64(a[k]) << 8
-                first[row | np.int64(b[k])] += one[0]
-                second[row | np.int64(c[k])] += one[0]
+                first[row | np.int64(b[k])] += counter[0]
+                second[row | np.int64(c[k])] += counter[0]
             joint = whole - _sum_and_clear(second, count_logs)
             out[p + 1] += 2 * joint - x_entropy[i[p]] - y_entropy[j[p + 1]]
         else:
             for k in range(pixels):
-                first[(np.int64(a[k]) << 8) | np.int64(b[k])] += one[0]
+                first[(np.int64(a[k]) << 8) | np.int64(b[k])] += counter[0]
         joint = whole - _sum_and_clear(first, count_logs)
         out[p] += 2 * joint - x_entropy[i[p]] - y_entropy[j[p]]
         p += 2 if together else 1
@@ -336,7 +338,7 @@ def conditional_entropies(i, j, out, x, x_entropy, y, y_entropy, count_logs, one
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST)
 def _sum_and_clear(table, count_logs):  # type: ignore[no-untyped-def]
-    """Σ c log₂ c over the cells of a histogram, which is emptied. Of 0 and 1, c log₂ c is 0."""
+    """Compute Σ c log₂ c over the cells of a histogram, and empty it. For 0 and 1, c log₂ c is 0."""
     total = 0
     for level in range(table.shape[0]):
         count = table[level]

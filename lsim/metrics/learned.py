@@ -45,10 +45,10 @@ from lsim.weights import (
 Network = TypeVar("Network", bound=nn.Module)
 
 FRAMES_TOGETHER = 64
-"""Frames, or pairs, in one pass of a network on a GPU, or where gradients are wanted."""
+"""Frames, or pairs, in one pass of a network on a GPU, or with gradients."""
 
 FRAMES_A_TASK = 8
-"""The same for a thread on a CPU: more are no faster."""
+"""Frames, or pairs, in one pass of a thread on a CPU: more are no faster."""
 
 AXIOMS = frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"})
 
@@ -59,11 +59,10 @@ class LSiM(ReportsPrecision, Metric):
     Parameters
     ----------
     precision : {"exact", "ranking"}
-        ``"exact"``: the network runs in IEEE single precision, whatever torch is told of TF32 or autocast; in
-        double where frames are prepared so.
-        ``"ranking"``: in bfloat16, for where only the order of distances matters. It ranks alike, but
-        distances of nearly equal frames are noise, wrong by up to 580 %, where TF32, which GPUs would take
-        by themselves, is by 11 %.
+        ``"exact"``: the network runs in IEEE single precision, whatever torch's settings of TF32 or autocast;
+        in double if frames are prepared in double.
+        ``"ranking"``: in bfloat16, if only the order of distances matters. It ranks alike, but distances of
+        nearly equal frames are noise, wrong by up to 580 %; by 11 % in TF32, the default of GPUs.
     """
 
     copies_to_compare = False
@@ -100,8 +99,8 @@ class LSiM(ReportsPrecision, Metric):
         trunk.load_state_dict(checkpoint.trunk)
         trunk = trunk.to(self.dtype)
         trunk.requires_grad_(False).eval()
-        self.trunk = _on(device, trunk)
-        self._grey = None if isinstance(trunk, AlexTrunk) else _on(device, for_one_channel(trunk))
+        self.trunk = _move(device, trunk)
+        self._grey = None if isinstance(trunk, AlexTrunk) else _move(device, for_one_channel(trunk))
         self._weights = [w.clamp(min=0).to(device, self.dtype) for w in checkpoint.channel_weights]
         self._squares = [m2.to(device, self.dtype) for m2 in checkpoint.deviation_squares]
         self._counts = checkpoint.counts
@@ -141,7 +140,7 @@ class LSiM(ReportsPrecision, Metric):
             )
 
     def features(self, planes: Tensor) -> Sequence[Tensor]:
-        """The trunk's feature maps of (batch, 3 or 1, y, x) in [0, 255], in the metric's precision."""
+        """Compute the trunk's feature maps of (batch, 3 or 1, y, x) in [0, 255], in its precision."""
         trunk = self.trunk
         if planes.shape[1] == 1:
             if self._grey is None:
@@ -154,7 +153,7 @@ class LSiM(ReportsPrecision, Metric):
         return maps
 
     def embed(self, frames: Tensor) -> Embedding:
-        """z of every frame, (n, Σ_l C_l H_l W_l); with gradients where ``frames`` carry them."""
+        """Compute z of every frame, (n, Σ_l C_l H_l W_l); with gradients if ``frames`` carry them."""
         planes = frames.permute(0, 3, 1, 2).to(self.dtype)
         scales = self._scales_for(*planes.shape[2:])
         with ieee_convolutions():
@@ -167,7 +166,7 @@ class LSiM(ReportsPrecision, Metric):
 
             def fill(part: slice) -> None:
                 start = 0
-                for f, scale in zip(self.features(_filled_up(planes[part], size)), scales, strict=True):
+                for f, scale in zip(self.features(_pad_batch(planes[part], size)), scales, strict=True):
                     into = features[part, start : start + scale.numel()].view(-1, *scale.shape)
                     torch.mul(f[: len(into)], scale, out=into)
                     start += scale.numel()
@@ -176,11 +175,11 @@ class LSiM(ReportsPrecision, Metric):
         return Embedding({"features": features})
 
     def _batches(self, planes: Tensor) -> tuple[list[slice], int]:
-        """Choose what each call of a thread takes of planes, and to how many it is filled up."""
+        """Cut planes into batches for the calls of threads, and choose the size that each is padded to."""
         if self.precision == "exact":
             return _tasks(planes), 2
-        # Convolutions in bfloat16 of few small maps don't use the processor's matrix units, others do, and
-        # these add up in another order: batches of one size, so that no frame's bits depend on others.
+        # In bfloat16, convolutions of large batches use the processor's matrix units, which add up in another
+        # order than those of small ones. With batches of one size, no frame's bits depend on others.
         size = _frames_a_task(planes)
         return [slice(start, start + size) for start in range(0, len(planes), size)], size
 
@@ -189,11 +188,11 @@ class LSiM(ReportsPrecision, Metric):
         return torch.cat([(f * scale).flatten(1) for f, scale in scaled], 1)
 
     def _scales_for(self, y: int, x: int) -> list[Tensor]:
-        """z_l / f_l of frames of this size: (channel, y', x') each."""
+        """Compute z_l / f_l for frames of a size, once: (channel, y', x') each."""
         if (y, x) not in self._scales:
             with torch.device("meta"):
                 maps = self.trunk_class()(torch.empty(1, 3, y, x))
-            # Kept for passes to come, some of which may want gradients.
+            # They are reused, also by passes with gradients.
             with torch.inference_mode(False):
                 self._scales[y, x] = [
                     feature_scale(*part, (m.shape[2], m.shape[3]))
@@ -202,7 +201,7 @@ class LSiM(ReportsPrecision, Metric):
         return self._scales[y, x]
 
     def scale_parts(self) -> list[tuple[Tensor, Tensor, int]]:
-        """What :func:`feature_scale` takes of each feature map: channel weights, squares, and their count."""
+        """List for each feature map the arguments of :func:`feature_scale`: weights, squares, count."""
         return list(zip(self._weights, self._squares, self._counts, strict=True))
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
@@ -212,7 +211,7 @@ class LSiM(ReportsPrecision, Metric):
         return safe_sqrt(squared)
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of a norm of the difference of features, which the network has rounded."""
+        """Bound a norm of the difference of features, which the network has rounded."""
         return of_features_difference(a, b) + of_sum(distances, a.parts["features"].dtype)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
@@ -236,7 +235,7 @@ class LSiMSkip(LSiM):
 
 
 class LSiMAlex(LSiM):
-    """The learned simulation metric on AlexNet's five maps: for weights of one's own, none are published."""
+    """The learned simulation metric on AlexNet's five maps, for your own weights: none are published."""
 
     info = MetricInfo(
         title="learned simulation metric on AlexNet",
@@ -251,12 +250,12 @@ class LSiMAlex(LSiM):
 
 
 def feature_scale(weight: Tensor, squares: Tensor, count: int, size: tuple[int, int]) -> Tensor:
-    """z_l / f_l for feature maps of one size.
+    """Compute z_l / f_l for feature maps of one size.
 
     Parameters
     ----------
     weight : Tensor of shape (channel,)
-        Not negative.
+        Channel weights, not negative.
     squares : Tensor of shape (y, x)
         Sum of squared deviations over ``count`` frames; resized bilinearly, corners aligned, as published.
     count : int
@@ -267,11 +266,11 @@ def feature_scale(weight: Tensor, squares: Tensor, count: int, size: tuple[int, 
     -------
     Tensor of shape (channel, y', x')
     """
-    # To the size that they have, to the bit as they are; a branch could not be exported for any size.
+    # A resize to the same size changes no bit, and a branch could not be exported for any size.
     squares = F.interpolate(squares[None, None], size, mode="bilinear", align_corners=True)[0, 0]
     deviation = (squares / (count - 1)).sqrt()
     channels = len(weight)
-    # Not math.sqrt of the size: an exporter makes a constant of it.
+    # Not math.sqrt of the size, which an exporter turns into a constant.
     divisor = (deviation + 1e-10) * (math.sqrt(channels) - 1) * (size[0] * size[1]) ** 0.5
     return weight.sqrt()[:, None, None] / divisor
 
@@ -283,10 +282,10 @@ NO_WEIGHTS = (
 
 
 class NonSiameseMetric(Metric):
-    """The publication's baseline: one network that sees both frames of a pair, the reference first.
+    """The publication's baseline: one network that takes both frames of a pair, the reference first.
 
-    Not symmetric, and not 0 for identical frames. Its first convolution is linear, so each frame passes that
-    once, as reference and as the other; the rest of the network runs for every pair.
+    Not symmetric, and not 0 for identical frames. Its first convolution is linear, so it is computed once per
+    frame in either role; the rest of the network runs for every pair.
     """
 
     copies_to_compare = False
@@ -312,7 +311,7 @@ class NonSiameseMetric(Metric):
         self.weights_sha256 = sha256
         network = NonSiamese()
         network.load_state_dict(state)
-        self.network = _on(device, network.to(self.dtype).requires_grad_(False).eval())
+        self.network = _move(device, network.to(self.dtype).requires_grad_(False).eval())
         if preprocessing.size is not None:
             self.check_size(preprocessing.size, preprocessing.size)
 
@@ -337,7 +336,7 @@ class NonSiameseMetric(Metric):
         return super().specification() | {"weights_sha256": self.weights_sha256}
 
     def embed(self, frames: Tensor) -> Embedding:
-        """The first convolution of every frame on either side, (n, y', x', 32), channels last."""
+        """Compute the first convolution of every frame in either role, (n, y', x', 32), channels last."""
         planes = frames.permute(0, 3, 1, 2).to(self.dtype)
         first = self.network.conv1
         sides = (first.weight[:, :3], first.bias), (first.weight[:, 3:], None)
@@ -351,7 +350,7 @@ class NonSiameseMetric(Metric):
         with ieee_convolutions():
             if has_kernel(planes):
                 parts = in_threads(
-                    lambda part: [m[: len(planes[part])] for m in convolved(_filled_up(planes[part]))],
+                    lambda part: [m[: len(planes[part])] for m in convolved(_pad_batch(planes[part]))],
                     _tasks(planes),
                 )
             else:
@@ -367,7 +366,7 @@ class NonSiameseMetric(Metric):
         return self._distances(a, b, _numbers(a), _numbers(b))
 
     def _distances(self, a: Embedding, b: Embedding, i: Tensor, j: Tensor) -> Tensor:
-        """Distances of the frames a[i] and b[j], float64."""
+        """Compute the distances of the frames a[i] and b[j], float64."""
         reference, other = a.parts["reference"], b.parts["other"]
         on_threads = has_kernel(reference, other)
 
@@ -376,8 +375,8 @@ class NonSiameseMetric(Metric):
             with torch.autocast(first.device.type, enabled=False):
                 if not on_threads:
                     return self.network.judged(self.network.pooled(first))
-                features = self.network.pooled(_filled_up(first))[: len(first)]
-                # How a product of matrices is rounded depends on how many rows there are: one at a time.
+                features = self.network.pooled(_pad_batch(first))[: len(first)]
+                # The rounding of a product of matrices depends on the number of rows: one at a time.
                 return torch.cat([self.network.judged(row) for row in features.split(1)])
 
         with ieee_convolutions(), ieee_products(reference.device):
@@ -390,7 +389,7 @@ class NonSiameseMetric(Metric):
 
 
 def load_non_siamese(path: Path) -> tuple[dict[str, Tensor], str]:
-    """State of a :class:`~lsim.networks.NonSiamese` and the hash of its file, as training leaves it.
+    """Load the state of a :class:`~lsim.networks.NonSiamese` from a file of training, with the file's hash.
 
     Raises
     ------
@@ -404,42 +403,42 @@ def load_non_siamese(path: Path) -> tuple[dict[str, Tensor], str]:
     tensors = safetensors.torch.load(content)
     with torch.device("meta"):
         expected = {f"trunk.{name}": tuple(value.shape) for name, value in NonSiamese().state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
-    if found != expected:
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    if shapes != expected:
         wrong = ", ".join(
-            f"{name} {found.get(name, 'missing')}"
-            for name in sorted(expected | found)
-            if found.get(name) != expected.get(name)
+            f"{name} {shapes.get(name, 'missing')}"
+            for name in sorted(expected | shapes)
+            if shapes.get(name) != expected.get(name)
         )
         raise WeightsError(f"{path}: not the tensors of a non-siamese network: {wrong}")
     return {name.removeprefix("trunk."): value.float() for name, value in tensors.items()}, sha256
 
 
-def _on(device: torch.device, network: Network) -> Network:
-    """There, with weights laid out as convolutions are fastest in."""
+def _move(device: torch.device, network: Network) -> Network:
+    """Move a network to a device, with weights in the layout in which convolutions are fastest."""
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _empty(n: int, length: int, dtype: torch.dtype) -> Tensor:
-    """(n, length) to be filled. NumPy asks for large pages, which saves a tenth of the time to features."""
+    """Allocate (n, length). NumPy asks for large pages, which saves a tenth of the time to features."""
     return torch.from_numpy(np.empty((n, length), np.float64 if dtype == torch.float64 else np.float32))
 
 
 def _tasks(planes: Tensor) -> list[slice]:
-    """Cut planes (n, channel, y, x) into what each call of a thread takes."""
+    """Cut planes (n, channel, y, x) into batches for the calls of threads."""
     return batches(len(planes), _frames_a_task(planes))
 
 
 def _frames_a_task(planes: Tensor) -> int:
-    """Return how many frames (…, y, x) a call of a thread takes at most: fewer large ones, to save memory."""
+    """Return how many frames (…, y, x) a call of a thread takes; fewer large ones, to save memory."""
     y, x = planes.shape[2:]
     return max(3, min(FRAMES_A_TASK, FRAMES_A_TASK * 256**2 // (y * x)))
 
 
-def _filled_up(planes: Tensor, size: int = 2) -> Tensor:
-    """Repeat the last of fewer planes: torch convolves one alone by another algorithm, to other bits."""
-    lacking = size - len(planes)
-    return planes if lacking <= 0 else torch.cat([planes, planes[-1:].expand(lacking, -1, -1, -1)])
+def _pad_batch(planes: Tensor, size: int = 2) -> Tensor:
+    """Repeat the last plane up to ``size``: torch convolves a single one to other bits."""
+    padding = size - len(planes)
+    return planes if padding <= 0 else torch.cat([planes, planes[-1:].expand(padding, -1, -1, -1)])
 
 
 def _numbers(embedding: Embedding) -> Tensor:

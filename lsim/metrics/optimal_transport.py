@@ -1,7 +1,7 @@
-"""How far values or mass have to be moved to make one frame of another: Wasserstein-1 distances.
+"""Wasserstein-1 distances: how far values or mass must move to turn one frame into the other.
 
-On a line, W₁ is the L1 distance of sorted samples, and that of cumulative distributions. Either depends on
-one frame alone: it is the embedding, and a pair costs a sum of absolute differences.
+On a line, W₁ is the L1 distance of sorted samples, or of cumulative distributions. Both depend on one frame
+alone, and are its embedding; a pair costs a sum of absolute differences.
 """
 
 from __future__ import annotations
@@ -19,22 +19,27 @@ from lsim.error_bounds import as_floats
 from lsim.metric import Embedding, Metric, MetricInfo
 from lsim.pairs import FAST, absolute_differences, all_pairs, has_kernel, rows_in_torch
 from lsim.preprocess import Preprocessing
-from lsim.rounding import of_difference, of_each, of_sum, share_of_equals
+from lsim.rounding import FULL_SCALE, of_difference, of_each, of_sum, share_of_equals
 from lsim.threads import in_threads
 
-FULL_SCALE = 255.0
 DIRECTIONS = 12
 
 ALONG_LINES = 2.0
-"""How far cumulated errors are above the root of the sum of their squares, at most; measured, 0.3."""
+"""Bound on cumulated errors, against the root of the sum of their squares; measured, 0.3."""
 
 AXIOMS = frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"})
 
 
 class Wasserstein(Metric):
-    """W₁ between the values of two frames, on [0, 1]: wherever they are, and of all channels together.
+    """W₁ between the values of two frames, on [0, 1], whatever their places, and of all channels together.
 
-    From all values, not from a histogram: mean |a₍ₖ₎ − b₍ₖ₎| of the sorted ones.
+    From all values, not from a histogram: mean |a₍ₖ₎ − b₍ₖ₎| of sorted values.
+
+    Examples
+    --------
+    >>> import lsim
+    >>> lsim.load_metric("wasserstein", size=None).distance([[0.0, 2.0]], [[3.0, 0.0]], scope="none")
+    array([0.5])
     """
 
     copies_to_compare = False
@@ -50,7 +55,7 @@ class Wasserstein(Metric):
     )
 
     def embed(self, frames: Tensor) -> Embedding:
-        """Sorted values: (n, value)."""
+        """Sort the values of each frame: (n, value)."""
         flat = as_floats(frames.flatten(1))
         if not has_kernel(flat) or flat.dtype == torch.float64:
             return Embedding({"values": flat.sort(1).values})
@@ -64,7 +69,7 @@ class Wasserstein(Metric):
         return _sums_of_differences(x, y, a is b) / (x.shape[1] * FULL_SCALE)
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of a mean of differences: sorting moves no value by more than it moved."""
+        """Bound a mean of differences: errors of sorted values are no larger than those of values."""
         return of_difference(a, b, mean=True) + of_sum(distances, a.parts["values"].dtype)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
@@ -72,12 +77,12 @@ class Wasserstein(Metric):
 
 
 class SlicedWasserstein(Metric):
-    """W₁ between two frames seen as mass on the plane, along fixed directions, in sides of the frame.
+    """W₁ between two frames as mass on the plane, along fixed directions, in sides of the frame.
 
-    Every channel is scaled to the mass 1, which sits in the centres of pixels; negative values carry none.
+    Every channel is scaled to the mass 1, at the centres of pixels; negative values carry no mass.
     A channel without any mass counts as constant, and all constant channels are the same: evenly spread.
     The frame's longer side is 1. The result is the mean over channels and over all angles, each direction
-    weighted with the angles that it is the nearest to: a shift by s is 2/π·s, to 0.8 % for 12 directions.
+    weighted by the angles that it is nearest to: a shift by s is 2/π·s, to 0.8 % for 12 directions.
 
     Directions are the shortest integer vectors (q, p), from (1, 0) to (3, ±1) and (1, ±3) for 12: the
     positions q·x + p·y of pixels on them are whole numbers, so that nothing is rounded to a bin.
@@ -123,11 +128,11 @@ class SlicedWasserstein(Metric):
         ]
 
     def embed(self, frames: Tensor) -> Embedding:
-        """Cumulative mass along each direction: (n, channel · position) float64.
+        """Accumulate mass along each direction: (n, channel · position) float64.
 
-        Scaled such that the distance is the L1 one. Near 1, single precision would leave nothing of frames
-        that differ by one grey level. Double precision would leave little of frames in double precision that
-        differ by 1e-12: they are embedded to what mass their pixels have, and accumulated pair by pair.
+        Scaled such that the distance is the L1 distance. Near 1, single precision would round away a
+        difference of one grey level. Double precision would round away most of a difference of 1e-12 between
+        frames in double precision: their embedding is the mass of pixels, accumulated pair by pair.
         """
         if frames.dtype == torch.float64 and self.preprocessing.precision == "double":
             return self.embed_with_rest(frames, torch.zeros_like(frames))
@@ -144,11 +149,11 @@ class SlicedWasserstein(Metric):
         return {"cumulative": cumulative, "share": _share(planes), "repeated": share_of_equals(planes)}
 
     def embed_with_rest(self, frames: Tensor, rest: Tensor) -> Embedding:
-        """Mass of pixels and its rest (n, channel, y, x), the sum of each channel (n, channel)."""
-        planes, left = (part.permute(0, 3, 1, 2).contiguous() for part in (frames, rest))
+        """Compute the mass of pixels and its rest (n, channel, y, x), and its sum (n, channel)."""
+        planes, remainder = (part.permute(0, 3, 1, 2).contiguous() for part in (frames, rest))
         mass, total = _mass_and_total(planes)
-        left = torch.where(mass == planes, left, 0)
-        parts = {"mass": mass, "rest": left, "total": total, "share": _share(planes)}
+        remainder = torch.where(mass == planes, remainder, 0)
+        parts = {"mass": mass, "rest": remainder, "total": total, "share": _share(planes)}
         return Embedding(parts | {"repeated": share_of_equals(planes)})
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
@@ -160,19 +165,20 @@ class SlicedWasserstein(Metric):
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         if "mass" not in a.parts:
             return (a.parts["cumulative"] - b.parts["cumulative"]).abs().sum(1)
-        moved = _moved(a, b)
-        return _cumulative(moved, moved.new_ones(moved.shape[:2]), self._directions).abs().sum(1)
+        difference = _mass_difference(a, b)
+        total = difference.new_ones(difference.shape[:2])
+        return _cumulative(difference, total, self._directions).abs().sum(1)
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of cumulated mass, half of which can move by the share that the error of a value has in it.
+        """Bound cumulated mass by the share of it that errors of values can move.
 
-        Equal values have equal errors, and those of different ones are independent: cumulated, they grow as
-        the root of the sum of their squares.
+        Equal values have equal errors, and errors of different values are independent: cumulated, they grow
+        like the root of the sum of their squares.
         """
         x, y = (self._moved_share(side) for side in (a, b))
         moved = x[:, None] + y
         if "mass" in a.parts:
-            # What is subtracted for unequal totals is rounded as they differ.
+            # The correction for unequal totals is rounded in proportion to their difference.
             first, second = a.parts["total"][:, None], b.parts["total"]
             surplus = ((first - second).abs() / (first + second)).mean(2)
             moved = moved + 2.0**-46 * surplus
@@ -202,12 +208,12 @@ class SlicedWasserstein(Metric):
 
 
 def _share(planes: Tensor) -> Tensor:
-    """Share of the mass of (n, channel, y, x) that an error of 1 everywhere is, mean of channels: (n,)."""
+    """Compute the share that an error of 1 everywhere has in the mass of (n, channel, y, x): (n,)."""
     mean = planes.detach().clamp(min=0).mean((2, 3)).double()
     return torch.where(mean > 0, 1 / torch.where(mean > 0, mean, 1), 0).mean(1)
 
 
-def _moved(a: Embedding, b: Embedding) -> Tensor:
+def _mass_difference(a: Embedding, b: Embedding) -> Tensor:
     """Subtract masses that are scaled to 1 as :func:`moved_masses` does, in torch: (n, channel, y, x)."""
     x, y = a.parts, b.parts
     difference = (x["mass"] - y["mass"]) + (x["rest"] - y["rest"])
@@ -231,10 +237,10 @@ def _sums_of_differences(x: Tensor, y: Tensor, symmetric: bool) -> Tensor:
 
 @numba.njit(nogil=True, cache=True)
 def sorted_values(values):  # type: ignore[no-untyped-def]
-    """Sorted float32 (n,), by three digits of eleven bits from the last to the first; NaN at either end.
+    """Sort float32 (n,), by three digits of eleven bits from the last to the first; NaN at either end.
 
-    NumPy's is as fast on some processors, and five times slower on others: AMD's Zen 4 stores the results
-    of its AVX-512 sort one by one.
+    NumPy's sort is as fast on some processors, and five times slower on others: AMD's Zen 4 stores the
+    results of its AVX-512 sort one by one.
     """
     sign, digit = np.uint32(1 << 31), np.uint32(2047)
     keys = np.empty(values.shape[0], np.uint32)
@@ -261,7 +267,7 @@ def sorted_values(values):  # type: ignore[no-untyped-def]
 
 @functools.cache
 def directions_and_weights(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The shortest integer vectors (q, p) along (x, y), and the share of all angles that each is nearest to.
+    """Find the shortest integer vectors (q, p) along (x, y), and the share of angles nearest to each.
 
     Parameters
     ----------
@@ -274,6 +280,11 @@ def directions_and_weights(count: int) -> tuple[np.ndarray, np.ndarray]:
         By rising angle in (−π/2, π/2].
     weights : ndarray of shape (count,), float64
         Sum 1.
+
+    Examples
+    --------
+    >>> directions_and_weights(4)[0].tolist()
+    [[1, -1], [1, 0], [1, 1], [0, 1]]
     """
     reach = math.isqrt(count) + 3
     half_plane = [(q, p) for q in range(reach) for p in range(1 - reach, reach) if q > 0 or p == 1]
@@ -289,10 +300,10 @@ def directions_and_weights(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 @numba.njit(nogil=True, cache=True)  # fast mathematics would not divide exactly
 def cumulative_masses(planes, vectors, weights):  # type: ignore[no-untyped-def]
-    """Scaled cumulative mass of one frame (channel, y, x) float32: (channel · position,) float64.
+    """Accumulate and scale the mass of one frame (channel, y, x) float32: (channel · position,) float64.
 
-    At every position of every direction but the last, where it is 1. Values of single precision mostly add
-    up without rounding; dividing only then, all constant channels come out the same.
+    At every position of every direction but the last, where it is 1. Values in single precision mostly add up
+    without rounding; dividing after the sum makes all constant channels equal.
     """
     channels, height, width = planes.shape
     length = 0

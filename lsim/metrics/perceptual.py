@@ -29,7 +29,7 @@ from lsim.threads import in_threads
 from lsim.weights import PerceptualWeights, find_head_and_backbone, load_perceptual, why_missing
 
 FRAMES_TOGETHER = 16
-"""Frames in one pass of the network on a GPU, or where gradients are wanted: VGG's maps are 60 MB a frame."""
+"""Frames in one pass of the network on a GPU, or with gradients: VGG's maps are 60 MB a frame."""
 
 TINY = 1e-10
 """Added to norms over channels, as published."""
@@ -61,7 +61,7 @@ class LPIPS(ReportsPrecision, Metric):
     )
     trunk_class: ClassVar[type[ImageTrunk]] = AlexTrunk
     published: ClassVar[str] = "lpips-alex"
-    """The name of its head among published weights."""
+    """Name of the head among published weights."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class LPIPS(ReportsPrecision, Metric):
         trunk.load_state_dict(weights.trunk)
         trunk = trunk.to(self.dtype)
         if preprocessing.compat == "published":
-            # Frames in [0, 255] go where those in [−1, 1] belong, as the publication of LSiM has it.
+            # The publication of LSiM passes frames in [0, 255] where the network expects [−1, 1].
             trunk.mean.div_(127.5).sub_(1)
             trunk.deviation.div_(127.5)
         trunk = trunk.requires_grad_(False).eval()
@@ -102,7 +102,7 @@ class LPIPS(ReportsPrecision, Metric):
         weights: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Self:
-        """``weights`` are those of the network for images; the published head is searched as always."""
+        """Load the metric; ``weights`` are those of the network for images, with the published head."""
         files = find_head_and_backbone(cls.published, weights)
         return cls(name, preprocessing, device, load_perceptual(*files, cls.trunk_class), **options)
 
@@ -114,14 +114,14 @@ class LPIPS(ReportsPrecision, Metric):
         return super().specification() | {"weights_sha256": self.weights_sha256}
 
     def embed(self, frames: Tensor) -> Embedding:
-        """z of every frame, (n, Σ_l C_l H_l W_l); with gradients where ``frames`` carry them."""
+        """Compute z of every frame, (n, Σ_l C_l H_l W_l); with gradients if ``frames`` carry them."""
         planes = frames.permute(0, 3, 1, 2).to(self.dtype).expand(-1, 3, -1, -1)
         if not has_kernel(planes):
             with ieee_convolutions():
                 parts = [torch.cat(self._scaled(part), 1) for part in planes.split(FRAMES_TOGETHER)]
             return Embedding({"features": torch.cat(parts)})
-        # One frame at a time: then its features are the same bits whatever the batch around it. Into their
-        # place, since VGG's of a few frames are as large as all else.
+        # One frame at a time, so that no bit depends on the rest of the batch. Written in place, since VGG's
+        # features of a few frames are larger than everything else.
         features = planes.new_empty(len(planes), self._length(planes.shape[2], planes.shape[3]))
 
         def fill(k: int) -> None:
@@ -132,14 +132,14 @@ class LPIPS(ReportsPrecision, Metric):
         return Embedding({"features": features})
 
     def features(self, planes: Tensor) -> Sequence[Tensor]:
-        """The trunk's feature maps of (batch, 3, y, x) in [0, 255], in the metric's precision."""
+        """Compute the trunk's feature maps of (batch, 3, y, x) in [0, 255], in the metric's precision."""
         ranking = self.precision == "ranking"
         with torch.autocast(planes.device.type, torch.bfloat16, enabled=ranking):
             maps: Sequence[Tensor] = self.trunk(planes.contiguous(memory_format=torch.channels_last))
         return maps
 
     def _scaled(self, planes: Tensor) -> list[Tensor]:
-        """z_l of (batch, 3, y, x), one (batch, C_l H_l W_l) for each feature map."""
+        """Compute z_l of (batch, 3, y, x): (batch, C_l H_l W_l) for each feature map."""
         parts = []
         for features, root in zip(self.features(planes), self._roots, strict=True):
             f = features.to(self.dtype).permute(0, 2, 3, 1)  # (batch, y', x', channel), as it lies in memory
@@ -150,7 +150,7 @@ class LPIPS(ReportsPrecision, Metric):
         return parts
 
     def _length(self, y: int, x: int) -> int:
-        """How many features a frame of this size has."""
+        """Count the features of a frame of this size."""
         if (y, x) not in self._lengths:
             with torch.device("meta"):
                 maps = self.trunk_class()(torch.empty(1, 3, y, x))
@@ -164,7 +164,7 @@ class LPIPS(ReportsPrecision, Metric):
         return squared
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of the square of a norm of features, which the network has rounded."""
+        """Bound the square of a norm of features, which the network has rounded."""
         error = of_features_difference(a, b)
         return error * (2 * distances.sqrt() + error) + of_sum(distances, a.parts["features"].dtype)
 

@@ -1,8 +1,8 @@
 """Metrics of pixel differences, on [0, 1] after the common normalisation.
 
-Those of squared differences share one matrix of them in a run. With a mask, pixels missing in either frame
-of a pair are left out of all that is summed for it: differences, normalisers and means. Every pixel counts
-alike, or by its weight in all of these.
+Metrics of squared differences share one matrix of these in a run. With a mask, pixels that are missing in
+either frame of a pair are left out of all sums: differences, normalisers and means. Pixels count alike in all
+of these, or by their weights.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from lsim.error_bounds import (
     PROMISE,
     PairPrecision,
     ReportsPrecision,
-    as_floats,
     number_of_pairs,
 )
 from lsim.gram import VALUES_TOGETHER, known_in_both
-from lsim.metric import Embedding, Metric, MetricInfo, safe_sqrt
+from lsim.metric import Embedding, MetricInfo, safe_sqrt
 from lsim.pairs import (
     FAST,
     absolute_differences,
@@ -41,43 +40,23 @@ from lsim.pairs import (
     squared_differences,
     squared_distances,
 )
-from lsim.rounding import of_difference, of_each, of_sum
-
-FULL_SCALE = 255.0
+from lsim.pixel_means import PixelMeans, in_rows, is_weighted, mean_of, sum_of, where_counted
+from lsim.rounding import FULL_SCALE, of_difference, of_each, of_sum
 
 ROUNDING_OF_UNITS = (32 * 2.0**-53) ** 2
-"""|û − v̂|² that is rounding of unit vectors in double precision, of the same direction."""
+"""|û − v̂|² up to which unit vectors in double precision have the same direction, but for rounding."""
 
 EPSILON = 1e-7
-"""What The Well adds to what it divides a mean square by; here of values on [0, 1]."""
+"""Number that The Well adds to the divisor of a mean square; here for values on [0, 1]."""
 
-# A mean by a reciprocal is off by a rounding, and a constant frame then not constant.
+# A mean by a reciprocal is rounded once more, and a constant frame then not constant.
 WITH_DIVISION = FAST - {"arcp"}
 
 SYMMETRIC = frozenset({"non-negative", "symmetric", "zero-on-itself"})
 
 
-class _PixelMetric(ReportsPrecision, Metric):
-    """The frame is its own embedding, flattened."""
-
-    copies_to_compare = False
-
-    shares_embedding = "pixels"
-
-    def embed(self, frames: Tensor) -> Embedding:
-        return Embedding({"values": as_floats(frames.flatten(1))})
-
-    def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of a norm of the difference: off by that of the errors, and by the sum's own."""
-        return of_difference(a, b, mean=True) + of_sum(distances, a.parts["values"].dtype)
-
-    def _has_kernel(self, x: Tensor, y: Tensor) -> bool:
-        return self.pixel_weights is None and has_kernel(x, y)
-
-    @property
-    def axioms(self) -> frozenset[str]:
-        """Without the triangle inequality where every pair leaves out pixels of its own."""
-        return super().axioms - {"triangle"} if self.preprocessing.mask else super().axioms
+class _PixelMetric(ReportsPrecision, PixelMeans):
+    """A mean over pixels whose sums are recorded with their precision."""
 
 
 class L1(_PixelMetric):
@@ -96,34 +75,40 @@ class L1(_PixelMetric):
     algorithm_version = 2
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
-        x, y = a.parts["values"], b.parts["values"]
-        self.note_precision(directly(x, x if a is b else y))
-        if not self._has_kernel(x, y):
-            return _rows(self.paired, a, b)
+        x, y = _row_pair(a, b)
+        self.note_precision(directly(x, y))
+        if not self._has_kernel(a, b, masked=True):
+            return _block_in_torch(self.paired, a, b)
         masked = self.preprocessing.mask
-        kernel = known_absolute_differences if masked else absolute_differences
-        sides = (x.numpy(), y.numpy())
-        sums = all_pairs(kernel, len(x), len(y), *sides, symmetric=a is b, operations=x.shape[1])
-        return sums / ((known_in_both(x, x if a is b else y) if masked else x.shape[1]) * FULL_SCALE)
+        sums = all_pairs(
+            known_absolute_differences if masked else absolute_differences,
+            len(x),
+            len(y),
+            x.numpy(),
+            y.numpy(),
+            symmetric=a is b,
+            operations=x.shape[1],
+        )
+        return sums / ((known_in_both(x, y) if masked else x.shape[1]) * FULL_SCALE)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        known = _known(self, a, b)
-        difference = _where_known(a.parts["values"] - b.parts["values"], known)
-        return _mean(difference.abs().double(), known)[:, 0] / FULL_SCALE
+        counted = in_rows(self.find_counted(a, b))
+        difference = where_counted(_rows(a) - _rows(b), counted)
+        return mean_of(difference.abs().double(), counted)[:, 0] / FULL_SCALE
 
 
 class _OfSquares(_PixelMetric):
     """A function of the mean squared difference, on [0, 1]."""
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
-        return self._from(self._mean_squared(a, b), self._divisor(a, b))
+        return self._from_mean_square(self._mean_squared(a, b), self._divisor(a, b))
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        return self._from(self._mean_squared_paired(a, b), self._divisor_paired(a, b))
+        return self._from_mean_square(self._mean_squared_paired(a, b), self._divisor_paired(a, b))
 
     @abstractmethod
-    def _from(self, squared: Tensor, divisor: Tensor | float) -> Tensor:
-        """Distances from mean squared differences, and from what they are to be divided by."""
+    def _from_mean_square(self, squared: Tensor, divisor: Tensor | float) -> Tensor:
+        """Compute distances from mean squared differences and their divisors."""
 
     def _divisor(self, a: Embedding, b: Embedding) -> Tensor | float:
         return 1.0
@@ -132,37 +117,48 @@ class _OfSquares(_PixelMetric):
         return 1.0
 
     def _mean_squared(self, a: Embedding, b: Embedding) -> Tensor:
-        if self.pixel_weights is not None:  # other metrics of these embeddings may have others
-            mean, record = self._mean_squared_anew(a, b)
+        if self.pixel_weights is not None:  # metrics that share these embeddings may have other weights
+            mean, record = self._compute_mean_squared(a, b)
         else:
-            mean, record = _shared(a, b, "mean squared differences", lambda: self._mean_squared_anew(a, b))
+            mean, record = _shared(a, b, "mean squared differences", lambda: self._compute_mean_squared(a, b))
         self.note_precision(record)
         return mean
 
-    def _mean_squared_anew(self, a: Embedding, b: Embedding) -> tuple[Tensor, PairPrecision]:
-        x = a.parts["values"]
-        y = x if a is b else b.parts["values"]
+    def _compute_mean_squared(self, a: Embedding, b: Embedding) -> tuple[Tensor, PairPrecision]:
+        x, y = _row_pair(a, b)
         masked = self.preprocessing.mask
         if not (masked or self.pixel_weights is not None or carries_gradients(x, y)):
             sums, record = squared_distances(x, y)
             return sums / (x.shape[1] * FULL_SCALE**2), record
         record = directly(x, y)
-        if not self._has_kernel(x, y):
-            return _rows(self._mean_squared_paired, a, b), record
-        sides = (x.numpy(), y.numpy())
+        if not self._has_kernel(a, b, masked=True):
+            return _block_in_torch(self._mean_squared_paired, a, b), record
         sums = all_pairs(
-            known_squared_differences, len(x), len(y), *sides, symmetric=a is b, operations=x.shape[1]
+            known_squared_differences,
+            len(x),
+            len(y),
+            x.numpy(),
+            y.numpy(),
+            symmetric=a is b,
+            operations=x.shape[1],
         )
         return sums / (known_in_both(x, y) * FULL_SCALE**2), record
 
     def _mean_squared_paired(self, a: Embedding, b: Embedding) -> Tensor:
-        known = _known(self, a, b)
-        difference = _where_known(a.parts["values"] - b.parts["values"], known)
-        return _mean(difference.square().double(), known)[:, 0] / FULL_SCALE**2
+        counted = in_rows(self.find_counted(a, b))
+        difference = where_counted(_rows(a) - _rows(b), counted)
+        return mean_of(difference.square().double(), counted)[:, 0] / FULL_SCALE**2
 
 
 class L2(_OfSquares):
-    """Mean squared difference, on [0, 1]; the publications around LSiM call it L2."""
+    """Mean squared difference, on [0, 1]; the publications around LSiM call it L2.
+
+    Examples
+    --------
+    >>> import lsim
+    >>> lsim.load_metric("l2", size=None).distance([[0.0, 0.0]], [[1.0, 3.0]], scope="none")
+    array([5.])
+    """
 
     info = MetricInfo(
         title="mean squared difference",
@@ -176,11 +172,11 @@ class L2(_OfSquares):
     algorithm_version = 2
     published_on_8bit = True
 
-    def _from(self, squared: Tensor, divisor: Tensor | float) -> Tensor:
+    def _from_mean_square(self, squared: Tensor, divisor: Tensor | float) -> Tensor:
         return squared
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of the square of a norm."""
+        """Bound the square of a norm."""
         error = of_difference(a, b, mean=True)
         return error * (2 * distances.sqrt() + error) + of_sum(distances, a.parts["values"].dtype)
 
@@ -199,15 +195,15 @@ class RMSE(_OfSquares):
         power_of_units=1,
     )
 
-    def _from(self, squared: Tensor, divisor: Tensor | float) -> Tensor:
+    def _from_mean_square(self, squared: Tensor, divisor: Tensor | float) -> Tensor:
         return safe_sqrt(squared / divisor)
 
 
 class NRMSE(RMSE):
     """Root of the mean squared difference over the mean square of the reference, the first argument.
 
-    Not symmetric: ``symmetrise=True`` makes ½ (d(a, b) + d(b, a)) of it. Both means are over all values of
-    the frame on [0, 1], whose zero the normalisation has set: √(MSE / (mean a² + 1e-7)).
+    Not symmetric; ``symmetrise=True`` gives ½ (d(a, b) + d(b, a)). Both means are over all values of the
+    frame on [0, 1], whose zero the normalisation sets: √(MSE / (mean a² + 1e-7)).
     """
 
     info = MetricInfo(
@@ -222,40 +218,34 @@ class NRMSE(RMSE):
     centred: ClassVar[bool] = False
 
     def _divisor(self, a: Embedding, b: Embedding) -> Tensor:
-        x, y = a.parts["values"], b.parts["values"]
-        if self.pixel_weights is not None:
-            return _rows(self._divisor_paired, a, b)
-        if not self.preprocessing.mask:
-            powers = a.once(f"mean squares, {self.centred}", lambda: _powers(x, self.centred))[:, None]
-        elif has_kernel(x, y):
-            sides = (x.numpy(), y.numpy(), self.centred)
-            powers = all_pairs(
-                _known_powers, len(x), len(y), *sides, symmetric=False, operations=4 * x.shape[1]
-            )
+        if self.pixel_weights is None and not self.preprocessing.mask:
+            powers = a.once(f"mean squares, {self.centred}", lambda: _powers(_rows(a), self.centred))[:, None]
+        elif self._has_kernel(a, b, masked=True):
+            powers = _powers_of_pairs(a, b, self.centred)
         else:
-            return _rows(self._divisor_paired, a, b)
+            return _block_in_torch(self._divisor_paired, a, b)
         return powers / FULL_SCALE**2 + EPSILON
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of a norm over another norm."""
+        """Bound a norm over another norm."""
         error = of_difference(a, b, mean=True) + distances * of_each(a, mean=True)[:, None] / FULL_SCALE
         return error / self._divisor(a, b).sqrt() + of_sum(distances, a.parts["values"].dtype)
 
     def _divisor_paired(self, a: Embedding, b: Embedding) -> Tensor:
-        known = _known(self, a, b)
-        values = a.parts["values"].expand(len(b), -1).double()
-        centred = _centred(values, known) if self.centred else _where_known(values, known)
-        count = values.shape[1] if known is None else known.sum(1)
+        counted = in_rows(self.find_counted(a, b))
+        values = _rows(a).expand(len(b), -1).double()
+        centred = _centred(values, counted) if self.centred else where_counted(values, counted)
+        count = values.shape[1] if counted is None else counted.sum(1)
         if self.centred:
-            count = _degrees_of_freedom(count, known)
-        return _sum(centred.square(), known)[:, 0] / count / FULL_SCALE**2 + EPSILON
+            count = _degrees_of_freedom(count, counted)
+        return sum_of(centred.square(), counted)[:, 0] / count / FULL_SCALE**2 + EPSILON
 
 
 class VRMSE(NRMSE):
     """Root of the mean squared difference over the variance of the reference, the first argument.
 
-    Not symmetric, as :class:`NRMSE`: √(MSE / (var a + 1e-7)), the variance that of all values of the frame,
-    over N − 1 as in The Well's code. The mean of the reference is √(1 − 1/N) away from it, up to the 1e-7.
+    Not symmetric, like :class:`NRMSE`: √(MSE / (var a + 1e-7)), with the variance of all values of the frame,
+    over N − 1 as in The Well's code. A frame of the reference's mean is at √(1 − 1/N), up to the 1e-7.
     """
 
     info = MetricInfo(
@@ -287,26 +277,32 @@ class PSNR(_OfSquares):
     algorithm_version = 2
     published_on_8bit = True
 
-    def _from(self, squared: Tensor, divisor: Tensor | float) -> Tensor:
+    def _from_mean_square(self, squared: Tensor, divisor: Tensor | float) -> Tensor:
         positive = squared > 0
         logarithm = 10 * torch.log10(torch.where(positive, squared, 1))
         # Through `where`, the gradient at identical frames is 0 instead of infinite; NaN stays NaN.
         return torch.where(squared.isnan(), squared, torch.where(positive, logarithm, -float("inf")))
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """Infinite where the root of the mean square may be 0."""
+        """Bound a logarithm: infinite where the root of the mean square may be 0."""
         root = 10 ** (distances / 20)
         error = of_difference(a, b, mean=True) + of_sum(root, a.parts["values"].dtype)
         lost = torch.where(root > error, -20 * torch.log10(1 - error / root), math.inf)
-        # No error and no difference: equal for sure.
+        # Without an error, no difference means equal frames.
         return torch.where(error == 0, 0, lost) + 2.0**-50 * distances.abs().nan_to_num(posinf=0)
 
 
 class Cosine(_PixelMetric):
     """One minus the cosine between two frames as vectors: ½ |a/|a| − b/|b||².
 
-    As differences of unit vectors, in double precision: one minus a cosine close to one is noise. A frame of
-    zeros has no direction: it is at 1 from all others, and at 0 from another of zeros.
+    Computed from differences of unit vectors in double precision, since one minus a cosine close to one is
+    noise. A frame of zeros has no direction: it is at 1 from all others, and at 0 from another of zeros.
+
+    Examples
+    --------
+    >>> import lsim
+    >>> lsim.load_metric("cosine", size=None).distance([[3.0, 0.0]], [[0.0, 2.0]], scope="none")
+    array([1.])
     """
 
     copies_to_compare = True
@@ -325,38 +321,49 @@ class Cosine(_PixelMetric):
     centred: ClassVar[bool] = False
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
-        x, y = a.parts["values"], b.parts["values"]
-        if self.pixel_weights is not None:
-            distances = _rows(self.paired, a, b)
-        elif not self.preprocessing.mask:
-            distances = self._of_unit_vectors(a, b)
-        elif has_kernel(x, y):
-            sides = (x.numpy(), y.numpy(), self.centred)
+        x, y = _row_pair(a, b)
+        if self.pixel_weights is None and not self.preprocessing.mask:
+            distances = self._compare_unit_vectors(a, b)
+        elif self._has_kernel(a, b, masked=True):
             distances = all_pairs(
-                _known_angles, len(x), len(y), *sides, symmetric=a is b, operations=8 * x.shape[1]
+                _known_angles,
+                len(x),
+                len(y),
+                x.numpy(),
+                y.numpy(),
+                self.centred,
+                symmetric=a is b,
+                operations=8 * x.shape[1],
             )
         else:
-            distances = _rows(self.paired, a, b)
+            distances = _block_in_torch(self.paired, a, b)
         self.note_precision(_precision_of_angles(distances.detach(), x.shape[1], symmetric=a is b))
         return distances
 
-    def _of_unit_vectors(self, a: Embedding, b: Embedding) -> Tensor:
-        x = a.parts["values"]
-        y = x if a is b else b.parts["values"]
-        u = self._units_of(a, x)
-        v = u if a is b else self._units_of(b, y)
+    def _compare_unit_vectors(self, a: Embedding, b: Embedding) -> Tensor:
+        u = self._scale_to_units(a)
+        v = u if a is b else self._scale_to_units(b)
         if has_kernel(u, v):
-            sides = (u.numpy(), v.numpy())
             squared = all_pairs(
-                squared_differences, len(u), len(v), *sides, symmetric=a is b, operations=2 * u.shape[1]
+                squared_differences,
+                len(u),
+                len(v),
+                u.numpy(),
+                v.numpy(),
+                symmetric=a is b,
+                operations=2 * u.shape[1],
             )
         else:
-            squared = _in_rows(lambda left, right: (left - right).square().sum(1), u, v)
+            together = max(1, VALUES_TOGETHER // u.shape[1])
+            squared = rows_in_torch(
+                lambda left, right: (left - right).square().sum(1), u, v, together=together
+            )
         flat = self._is_flat(b, v)
         return _from_units(squared, (flat if u is v else self._is_flat(a, u))[:, None], flat)
 
-    def _units_of(self, embedding: Embedding, values: Tensor) -> Tensor:
-        """Unit vectors of the rows of an embedding, whose lengths are kept: they are needed anyway."""
+    def _scale_to_units(self, embedding: Embedding) -> Tensor:
+        """Scale frames to unit vectors in double, and remember their lengths, which bounds need."""
+        values = _rows(embedding)
         if not has_kernel(values):
             return _units(values, None, self.centred)
         units, lengths = np.empty(values.shape), np.empty((2, len(values)))
@@ -365,18 +372,18 @@ class Cosine(_PixelMetric):
         return torch.from_numpy(units)
 
     def _is_flat(self, embedding: Embedding, units: Tensor) -> Tensor:
-        """Rows without a direction: of zeros, or of nothing but rounding: (rows,)."""
+        """Find rows without a direction, which are zeros or nothing but rounding: (rows,)."""
         zero = _is_zero(units)
         if embedding.rounding is None:
             return zero
         return zero | (self._lengths(embedding) <= of_each(embedding, stored=True))
 
     def _lengths(self, embedding: Embedding) -> Tensor:
-        """Root mean square of each frame's values, or of their deviations: (n,)."""
+        """Compute the root mean square of each frame's values, or of their deviations: (n,)."""
         return self._lengths_and_sizes(embedding)[0]
 
     def _lengths_and_sizes(self, embedding: Embedding) -> tuple[Tensor, Tensor]:
-        """:meth:`_lengths`, and the root mean square of the values: (n,) both."""
+        """Compute :meth:`_lengths`, and the root mean square of the values: (n,) both."""
 
         def compute() -> tuple[Tensor, Tensor]:
             spread, size = _spreads_and_sizes(embedding)
@@ -385,9 +392,9 @@ class Cosine(_PixelMetric):
         return embedding.once(f"lengths, {self.centred}", compute)
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """½ |û − v̂|² of directions that are off by the angle that errors make with frames of their lengths.
+        """Bound ½ |û − v̂|² for directions that are off by the angle between a frame with and without errors.
 
-        A frame that is exactly constant has no direction, and its distances are what they are said to be.
+        A frame that is exactly constant has no direction, and its distances have no error.
         """
         if self.preprocessing.mask or self.pixel_weights is not None:
             x, y = self._masked_lengths(a, b), self._masked_lengths(b, a).T
@@ -396,36 +403,33 @@ class Cosine(_PixelMetric):
         # Weights may be all on the largest value.
         weighted = self.pixel_weights is not None
         sizes = [_largest(side) if weighted else self._lengths_and_sizes(side)[1] for side in (a, b)]
-        roundings = 4 + math.sqrt(a.parts["values"].shape[1]) / 2
+        roundings = 4 + math.sqrt(_rows(a).shape[1]) / 2
         angle = _angle(of_each(a, stored=True, mean=True)[:, None], sizes[0][:, None], x, roundings)
         angle = angle + _angle(of_each(b, stored=True, mean=True), sizes[1], y, roundings)
         bound = angle * (2 * distances).sqrt() + angle.square() / 2 + of_sum(distances, torch.float64)
         return torch.where((x == 0) | (y == 0), 0, bound.clamp(max=2))
 
     def _masked_lengths(self, a: Embedding, b: Embedding) -> Tensor:
-        """:meth:`_lengths` of the first of each pair, over what is known in both: (len(a), len(b))."""
-        x, y = a.parts["values"], b.parts["values"]
-        if not self._has_kernel(x, y):
-            return _rows(self._masked_lengths_paired, a, b)
-        sides = (x.numpy(), y.numpy(), self.centred)
-        powers = all_pairs(_known_powers, len(x), len(y), *sides, symmetric=False, operations=4 * x.shape[1])
-        return powers.sqrt()
+        """Compute :meth:`_lengths` of the first of each pair, over pixels that count: (len(a), len(b))."""
+        if not self._has_kernel(a, b, masked=True):
+            return _block_in_torch(self._masked_lengths_paired, a, b)
+        return _powers_of_pairs(a, b, self.centred).sqrt()
 
     def _masked_lengths_paired(self, a: Embedding, b: Embedding) -> Tensor:
-        known = _known(self, a, b)
-        values = a.parts["values"].expand(len(b), -1).double()
-        centred = _centred(values, known) if self.centred else _where_known(values, known)
-        return _mean(centred.square(), known)[:, 0].sqrt()
+        counted = in_rows(self.find_counted(a, b))
+        values = _rows(a).expand(len(b), -1).double()
+        centred = _centred(values, counted) if self.centred else where_counted(values, counted)
+        return mean_of(centred.square(), counted)[:, 0].sqrt()
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        known = _known(self, a, b)
-        x, y = torch.broadcast_tensors(a.parts["values"], b.parts["values"])
-        u, v = _units(x, known, self.centred), _units(y, known, self.centred)
-        flat = self._is_flat(a, u) if known is None else _is_zero(u)
-        distances = _from_units(
-            (u - v).square().sum(1), flat, self._is_flat(b, v) if known is None else _is_zero(v)
-        )
-        return distances if known is None else torch.where(known.bool().any(1), distances, math.nan)
+        counted = in_rows(self.find_counted(a, b))
+        x, y = torch.broadcast_tensors(_rows(a), _rows(b))
+        u, v = _units(x, counted, self.centred), _units(y, counted, self.centred)
+        squared = (u - v).square().sum(1)
+        if counted is None:
+            return _from_units(squared, self._is_flat(a, u), self._is_flat(b, v))
+        distances = _from_units(squared, _is_zero(u), _is_zero(v))
+        return torch.where(counted.bool().any(1), distances, math.nan)
 
 
 class Correlation(Cosine):
@@ -447,67 +451,50 @@ class Correlation(Cosine):
     centred = True
 
 
-# --- sums over what is known --------------------------------------------------------------------------------
+# --- centred values and unit vectors ------------------------------------------------------------------------
 
 
-def _known(metric: Metric, a: Embedding, b: Embedding) -> Tensor | None:
-    """Where neither frame is missing, true or a weight in double; None stands for everywhere."""
-    x, y = a.parts["values"], b.parts["values"]
-    known = ~(x.isnan() | y.isnan()) if metric.preprocessing.mask else None
-    if metric.pixel_weights is None:
-        return known
-    pixels = metric.pixel_weights.to(x.device).flatten()
-    weights = pixels.repeat_interleave(x.shape[1] // len(pixels))  # channels of a pixel are neighbours
-    return weights.expand(max(len(x), len(y)), -1) if known is None else torch.where(known, weights, 0)
+def _rows(embedding: Embedding) -> Tensor:
+    """Flatten each frame to a row: (n, value)."""
+    return embedding.parts["values"].flatten(1)
 
 
-def _where_known(values: Tensor, known: Tensor | None) -> Tensor:
-    """Zero elsewhere, with gradients of zero."""
-    return values if known is None else torch.where(known.bool(), values, 0)
+def _row_pair(a: Embedding, b: Embedding) -> tuple[Tensor, Tensor]:
+    """Flatten the frames of both sides, to one tensor where ``a is b``."""
+    x = _rows(a)
+    return x, x if a is b else _rows(b)
 
 
-def _sum(values: Tensor, known: Tensor | None) -> Tensor:
-    """(rows, 1), by weight, of values that are zero where unknown."""
-    if known is not None and known.dtype != torch.bool:
-        values = values * known
-    return values.sum(1, True)
-
-
-def _mean(values: Tensor, known: Tensor | None) -> Tensor:
-    """(rows, 1), by weight, of values that are zero where unknown."""
-    return values.mean(1, keepdim=True) if known is None else _sum(values, known) / known.sum(1, True)
-
-
-def _centred(values: Tensor, known: Tensor | None) -> Tensor:
-    """Less the mean of the known."""
-    if known is not None and known.dtype != torch.bool:
-        # A weighted mean of equal values is not quite their value; that of zeros is.
-        smallest = torch.where(known.bool(), values, math.inf).amin(1, keepdim=True)
+def _centred(values: Tensor, counted: Tensor | None) -> Tensor:
+    """Subtract from values the mean of those that count."""
+    if is_weighted(counted):
+        # A weighted mean of equal values is not quite their value; the mean of zeros is 0.
+        smallest = torch.where(counted.bool(), values, math.inf).amin(1, keepdim=True)
         values = values - smallest.detach()
-    values = _where_known(values, known)
-    return _where_known(values - _mean(values, known), known)
+    values = where_counted(values, counted)
+    return where_counted(values - mean_of(values, counted), counted)
 
 
-def _units(values: Tensor, known: Tensor | None, centred: bool) -> Tensor:
-    """Rows of length 1 in double, those of length 0 left so: (rows, columns)."""
+def _units(values: Tensor, counted: Tensor | None, centred: bool) -> Tensor:
+    """Scale rows to the length 1 in double, but for rows of length 0: (rows, columns)."""
     values = values.double()
-    values = _centred(values, known) if centred else _where_known(values, known)
-    if known is not None and known.dtype != torch.bool:
-        values = values * known.sqrt()
+    values = _centred(values, counted) if centred else where_counted(values, counted)
+    if is_weighted(counted):
+        values = values * counted.sqrt()
     squares = values.square().sum(1, keepdim=True)
     flat = squares == 0
     return torch.where(flat, 0, values / torch.where(flat, 1, squares).sqrt())
 
 
 def _spreads_and_sizes(embedding: Embedding) -> tuple[Tensor, Tensor]:
-    """Standard deviation and root mean square of the values of each frame that are known: (n,) both."""
+    """Compute standard deviation and root mean square of each frame's values but NaN: (n,) both."""
 
     def compute() -> tuple[Tensor, Tensor]:
-        values = embedding.parts["values"]
+        values = _rows(embedding)
         if has_kernel(values):
-            found = np.empty((2, len(values)))
-            _to_spreads_and_sizes(values.numpy(), found)
-            return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+            spreads, sizes = np.empty((2, len(values)))
+            _to_spreads_and_sizes(values.numpy(), spreads, sizes)
+            return torch.from_numpy(spreads), torch.from_numpy(sizes)
         doubles = [row.double() for row in values.split(1)]
         means = torch.cat([row.nanmean(1, keepdim=True) for row in doubles])
         powers = [(row - mean).square().nanmean() for row, mean in zip(doubles, means, strict=True)]
@@ -517,43 +504,43 @@ def _spreads_and_sizes(embedding: Embedding) -> tuple[Tensor, Tensor]:
 
 
 def _largest(embedding: Embedding) -> Tensor:
-    """Largest magnitude of each frame's values that are known: (n,)."""
-    return embedding.parts["values"].nan_to_num().abs().amax(1).double()
+    """Find the largest magnitude of each frame's values but NaN: (n,)."""
+    return _rows(embedding).nan_to_num().abs().amax(1).double()
 
 
 def _angle(error: Tensor, size: Tensor, length: Tensor, roundings: float) -> Tensor:
-    """Bound the angle by which a direction is off: errors of values, and that of a mean, in double."""
+    """Bound the angle by which a direction is off: by errors of values, and of a mean in double."""
     return error / length + 2.0**-53 * (4 + roundings * size / length)
 
 
 def _is_zero(units: Tensor) -> Tensor:
-    """Rows of zeros: (rows,)."""
+    """Find rows of zeros: (rows,)."""
     return torch.linalg.vector_norm(units, dim=1) == 0
 
 
 def _from_units(squared: Tensor, left_is_flat: Tensor, right_is_flat: Tensor) -> Tensor:
-    """½ |u − v|²; 1 where one alone has no direction, 0 where neither has."""
+    """Compute ½ |u − v|²; 1 if only one of the two has no direction, 0 if neither has one."""
     same = (left_is_flat & right_is_flat & ~squared.isnan()) | (squared < ROUNDING_OF_UNITS)
     distances = torch.where(same, 0, squared / 2)
     return torch.where((left_is_flat ^ right_is_flat) & ~squared.isnan(), 1, distances)
 
 
-def _degrees_of_freedom(count: Any, known: Tensor | None = None) -> Any:
-    """Give what a sum of squares about the mean of ``count`` values is divided by: one less.
+def _degrees_of_freedom(count: Any, counted: Tensor | None = None) -> Any:
+    """Return the divisor of a sum of squares about the mean of ``count`` values: one less.
 
-    By weights, Σ w − Σ w² / Σ w: unbiased for weights of any scale, as GSL's ``gsl_stats_wvariance``.
+    With weights, Σ w − Σ w² / Σ w: unbiased for weights of any scale, as GSL's ``gsl_stats_wvariance``.
     """
     if not isinstance(count, Tensor):
         return max(count - 1, 1)
-    if known is None or known.dtype == torch.bool:
+    if counted is None or not is_weighted(counted):
         return (count - 1).clamp(min=1)
-    left = count - known.square().sum(1) / count
-    return torch.where(known.bool().sum(1) > 1, left, count)
+    weighted = count - counted.square().sum(1) / count
+    return torch.where(counted.bool().sum(1) > 1, weighted, count)
 
 
 @numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")
 def _known_mean(a, b):  # type: ignore[no-untyped-def]
-    """Mean of a where neither is NaN, and how many those are."""
+    """Average a where neither a nor b is NaN, and count these values."""
     total = 0.0
     count = 0
     for k in range(a.shape[0]):
@@ -565,7 +552,7 @@ def _known_mean(a, b):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")
 def _known_power(a, b, mean):  # type: ignore[no-untyped-def]
-    """Sum of squares of a − mean where neither is NaN."""
+    """Add up squares of a − mean where neither a nor b is NaN."""
     squares = 0.0
     for k in range(a.shape[0]):
         known = a[k] == a[k] and b[k] == b[k]
@@ -576,7 +563,7 @@ def _known_power(a, b, mean):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")
 def _known_powers(i, j, out, x, y, centred):  # type: ignore[no-untyped-def]
-    """Mean square of the first of a pair, or its variance if ``centred``, where both are known."""
+    """Add the mean square of the first of a pair, or its variance if ``centred``, where neither is NaN."""
     for p in range(i.shape[0]):
         a = x[i[p]]
         b = y[j[p]]
@@ -587,7 +574,7 @@ def _known_powers(i, j, out, x, y, centred):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")
 def _known_angles(i, j, out, x, y, centred):  # type: ignore[no-untyped-def]
-    """½ |û − v̂|² of a pair where both are known; 1 where one alone has length 0."""
+    """Add ½ |û − v̂|² of a pair where neither is NaN; 1 if only one of the two has length 0."""
     for p in range(i.shape[0]):
         a = x[i[p]]
         b = y[j[p]]
@@ -612,18 +599,18 @@ def _known_angles(i, j, out, x, y, centred):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")
-def _to_spreads_and_sizes(x, out):  # type: ignore[no-untyped-def]
-    """Standard deviation and root mean square of each row's values but NaN: into out (2, rows)."""
+def _to_spreads_and_sizes(x, spreads, sizes):  # type: ignore[no-untyped-def]
+    """Write standard deviation and root mean square of each row's values but NaN."""
     for i in range(x.shape[0]):
         mean, count = _known_mean(x[i], x[i])
         squares = _known_power(x[i], x[i], mean)
-        out[0, i] = np.sqrt(squares / count)
-        out[1, i] = np.sqrt(squares / count + mean * mean)
+        spreads[i] = np.sqrt(squares / count)
+        sizes[i] = np.sqrt(squares / count + mean * mean)
 
 
 @numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")
 def _to_units(x, out, lengths, centred):  # type: ignore[no-untyped-def]
-    """Rows of length 1, those of length 0 left so; what the lengths were, and sizes, as root mean squares."""
+    """Scale rows to length 1, but for rows of length 0; write lengths and sizes as root mean squares."""
     for i in range(x.shape[0]):
         mean = 0.0
         if centred:
@@ -643,7 +630,7 @@ def _to_units(x, out, lengths, centred):  # type: ignore[no-untyped-def]
 
 
 def _powers(values: Tensor, centred: bool) -> Tensor:
-    """Mean square of each row, or its variance if ``centred``: (rows,) float64."""
+    """Compute the mean square of each row, or its variance if ``centred``: (rows,) float64."""
     if not has_kernel(values):
         rows = [_centred(row.double(), None) if centred else row.double() for row in values.split(1)]
         count = _degrees_of_freedom(values.shape[1]) if centred else values.shape[1]
@@ -653,13 +640,28 @@ def _powers(values: Tensor, centred: bool) -> Tensor:
     return torch.from_numpy(powers)
 
 
+def _powers_of_pairs(a: Embedding, b: Embedding, centred: bool) -> Tensor:
+    """Compute the mean square, or variance, of each first frame where neither is NaN: (len(a), len(b))."""
+    x, y = _row_pair(a, b)
+    return all_pairs(
+        _known_powers,
+        len(x),
+        len(y),
+        x.numpy(),
+        y.numpy(),
+        centred,
+        symmetric=False,
+        operations=4 * x.shape[1],
+    )
+
+
 def _precision_of_angles(distances: Tensor, columns: int, *, symmetric: bool) -> PairPrecision:
-    """Rounding of unit vectors, in double, against the smallest distance between two that differ."""
+    """Bound the rounding of unit vectors, in double, against the smallest distance above 0."""
     n, m = distances.shape
-    apart = distances[distances > 0]
+    positive = distances[distances > 0]
     bound = CONFIDENCE * math.sqrt(columns) * 2.0**-53
-    if len(apart):
-        bound += 2.0**-51 / math.sqrt(2 * apart.min().item())
+    if len(positive):
+        bound += 2.0**-51 / math.sqrt(2 * positive.min().item())
     return PairPrecision(DIRECTLY, PROMISE, bound, number_of_pairs(n, m, symmetric=symmetric))
 
 
@@ -667,21 +669,16 @@ def _precision_of_angles(distances: Tensor, columns: int, *, symmetric: bool) ->
 
 
 def _shared(
-    a: Embedding, b: Embedding, what: str, compute: Callable[[], tuple[Tensor, PairPrecision]]
+    a: Embedding, b: Embedding, name: str, compute: Callable[[], tuple[Tensor, PairPrecision]]
 ) -> tuple[Tensor, PairPrecision]:
-    """What metrics of one embedding take of all pairs, or of its first frame against all, once for them."""
-    x, y = a.parts["values"], b.parts["values"]
+    """Compute a result of all pairs, or of the first frame against all, once for metrics of one embedding."""
     if a is b:
-        return b.once(what, compute)
-    if len(a) == 1 and x.data_ptr() == y.data_ptr():
-        return b.once(f"{what} of the first", compute)
+        return b.once(name, compute)
+    if len(a) == 1 and a.parts["values"].data_ptr() == b.parts["values"].data_ptr():
+        return b.once(f"{name} of the first", compute)
     return compute()
 
 
-def _rows(paired: Callable[[Embedding, Embedding], Tensor], a: Embedding, b: Embedding) -> Tensor:
-    """The block of distances on a device without kernels, in bounded memory."""
-    return rows_in_torch(paired, a, b, together=max(1, VALUES_TOGETHER // a.parts["values"].shape[1]))
-
-
-def _in_rows(paired: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    return rows_in_torch(paired, x, y, together=max(1, VALUES_TOGETHER // x.shape[1]))
+def _block_in_torch(paired: Callable[[Embedding, Embedding], Tensor], a: Embedding, b: Embedding) -> Tensor:
+    """Compute a block of distances without kernels, in bounded memory."""
+    return rows_in_torch(paired, a, b, together=max(1, VALUES_TOGETHER // _rows(a).shape[1]))

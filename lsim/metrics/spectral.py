@@ -1,4 +1,4 @@
-"""Distances between amplitudes of the Fourier transform, on a logarithmic scale: blind to where things are.
+"""Distances between amplitudes of the Fourier transform, on a logarithmic scale: blind to positions.
 
 A frame on [0, 1] has the coefficients û(ky, kx) = 1/N Σ u exp(−2πi (ky·y/Y + kx·x/X)), each channel for
 itself, without a window: a frame is taken as periodic, and a step from its one edge to the other shows as
@@ -21,18 +21,17 @@ from torch import Tensor
 from lsim.metric import Embedding, Metric, MetricInfo, positive_number, safe_sqrt
 from lsim.pairs import all_pairs, has_kernel, pairs_in_torch, rows_in_torch, squared_differences
 from lsim.preprocess import Preprocessing
-from lsim.rounding import of_difference, of_each, of_sum, share_of_equals
+from lsim.rounding import FULL_SCALE, of_difference, of_each, of_sum, share_of_equals
 from lsim.threads import in_threads
 
-FULL_SCALE = 255.0
 WHITE = 2.0
-"""How far the noise of rounding in one coefficient is above that of white noise, at most; measured, 0.6."""
+"""Bound on the noise of rounding in one coefficient, against white noise; measured, 0.6."""
 TRANSFORM = 2.0**-47
-"""Rounding of a transform of values on [0, 1], as an error of these."""
+"""Rounding of a transform of values on [0, 1], as an error of the values."""
 LOGARITHM = 2.0**-51
 """Rounding of a logarithm, as a share of it."""
 FLOOR = 1e-6
-"""Amplitude that counts as none, as a share of the full range: single precision and resizing leave about
+"""Amplitude that counts as zero, as a share of the full range: single precision and resizing leave about
 1e-8 of rounding in a frame, and one grey level in one pixel of 224² is 8e-8 in every coefficient."""
 
 
@@ -44,7 +43,7 @@ class _SpectralMetric(Metric):
     name, preprocessing, device
         As :class:`~lsim.metric.Metric` takes them.
     floor : float, default 1e-6
-        Amplitude of a coefficient, as a share of the full range, that counts as none.
+        Amplitude of a coefficient, as a share of the full range, that counts as zero.
     """
 
     copies_to_compare = False
@@ -62,10 +61,11 @@ class _SpectralMetric(Metric):
 
     @property
     def shared_as(self) -> tuple[object, ...]:
+        """Key of metrics with the same floor."""
         return (self.shares_embedding, self.options["floor"])
 
     def embed(self, frames: Tensor) -> Embedding:
-        """Logarithms scaled such that the distance is the Euclidean one: (n, value) float64 each."""
+        """Compute logarithms, scaled such that the distance is Euclidean: (n, value) float64 each."""
         spectra = functools.partial(_log_spectra, floor=self.options["floor"])
         run = in_threads if has_kernel(frames) else map
         parts = list(run(spectra, frames.split(1)))
@@ -75,17 +75,17 @@ class _SpectralMetric(Metric):
         return Embedding({"shells": shells, "coefficients": coefficients, "slopes": slopes * peaked})
 
     def embed_with_rest(self, frames: Tensor, rest: Tensor) -> Embedding:
-        """Frames, their rest and coefficients besides: pairs are compared by their difference's transform."""
-        value, left = (part.permute(0, 3, 1, 2).contiguous() for part in (frames, rest))
+        """Add frames, their rest and coefficients, to compare pairs by their difference's transform."""
+        value, remainder = (part.permute(0, 3, 1, 2).contiguous() for part in (frames, rest))
         run = in_threads if has_kernel(value) else map
         spectra = torch.cat(list(run(_transform, value.split(1))))
-        parts = {"frames": value, "rest": left, "spectrum": torch.view_as_real(spectra)}
+        parts = {"frames": value, "rest": remainder, "spectrum": torch.view_as_real(spectra)}
         return Embedding(self.embed(frames).parts | parts)
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of logarithms of what a noise as large as the errors adds to, in coefficients and in shells.
+        """Bound logarithms of energies, of coefficients or shells, to which errors add noise.
 
-        The transform's own rounding is such a noise, too. With the frames' rest, it is that of their
+        The transform's own rounding is noise, too. With the rest of frames, it is the rounding of their
         difference's transform.
         """
         if "rest" in a.parts:
@@ -94,9 +94,9 @@ class _SpectralMetric(Metric):
         return x[:, None] + y + of_sum(distances, torch.float64)
 
     def _rounding_with_rest(self, a: Embedding, b: Embedding) -> Tensor:
-        """Bound what noise of a pair's difference does to the part that is compared: (len(a), len(b))."""
-        apart = rows_in_torch(_root_mean_square_difference, a, b)
-        noise = WHITE * (of_difference(a, b) + TRANSFORM * apart)
+        """Bound the effect of noise in a pair's difference on the compared part: (len(a), len(b))."""
+        size = rows_in_torch(_root_mean_square_difference, a, b)
+        noise = WHITE * (of_difference(a, b) + TRANSFORM * size)
         which = ("shells", "coefficients").index(self._part)
         x, y = (side.parts["slopes"].unflatten(1, (2, 2))[:, which] for side in (a, b))
         first, second = x[:, None, 0] + y[:, 0], x[:, None, 1].square() + y[:, 1].square()
@@ -104,13 +104,13 @@ class _SpectralMetric(Metric):
         return noise * (first + second * (noise + WHITE * TRANSFORM))
 
     def _error(self, embedding: Embedding) -> Tensor:
-        """Bound what errors of its values do to the part of a frame that is compared: (n,)."""
+        """Bound the effect of errors of values on the compared part of a frame: (n,)."""
         which = ("shells", "coefficients").index(self._part)
         slopes = embedding.parts["slopes"].unflatten(1, (2, 2))[:, which]
         error = of_each(embedding, mean=True) / FULL_SCALE
         noise = WHITE * (error + TRANSFORM)
         logarithm = LOGARITHM * abs(math.log10(self.options["floor"]))
-        # Errors that go along with the values change all amplitudes by the same share.
+        # Errors in proportion to the values change all amplitudes by the same share.
         return error + noise * (slopes[:, 0] + slopes[:, 1].square() * noise) + logarithm
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
@@ -119,9 +119,14 @@ class _SpectralMetric(Metric):
             return rows_in_torch(self.paired, a, b)
         if "rest" in a.parts:
             return pairs_in_torch(self.paired, a, b)
-        sides = (x.numpy(), y.numpy())
         squared = all_pairs(
-            squared_differences, len(x), len(y), *sides, symmetric=a is b, operations=x.shape[1]
+            squared_differences,
+            len(x),
+            len(y),
+            x.numpy(),
+            y.numpy(),
+            symmetric=a is b,
+            operations=x.shape[1],
         )
         return squared.sqrt()
 
@@ -131,7 +136,7 @@ class _SpectralMetric(Metric):
         return safe_sqrt((a.parts[self._part] - b.parts[self._part]).square().sum(1))
 
     def _paired_with_rest(self, a: Embedding, b: Embedding) -> Tensor:
-        """Take log (A / B) as log (1 + (A − B) / B), and |û|² − |v̂|² as the real part of (û − v̂)(û + v̂)*."""
+        """Compute log (A / B) as log (1 + (A − B) / B), and |û|² − |v̂|² as Re (û − v̂)(û + v̂)*."""
         x, y = a.parts["spectrum"], b.parts["spectrum"]
         height, width = a.parts["frames"].shape[2:]
         change = torch.view_as_real(_transform(_difference(a, b)))
@@ -199,7 +204,7 @@ def _root_mean_square_difference(a: Embedding, b: Embedding) -> Tensor:
 
 
 def _log_spectra(frames: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Scaled logarithms of the energy of every shell, and of every coefficient of the half plane.
+    """Compute scaled logarithms of the energy of every shell, and of every coefficient of the half plane.
 
     Parameters
     ----------
@@ -210,8 +215,8 @@ def _log_spectra(frames: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
     -------
     Tensor of shape (n, channel · shells), Tensor of shape (n, channel · y · (x // 2 + 1))
     Tensor of shape (n, 4)
-        By which noise of amplitude 1 in every coefficient moves the shells and the coefficients, in first
-        order and, the root of it, in second.
+        Changes of shells and coefficients by noise of amplitude 1 in every coefficient: in first order, and
+        the root of the second order.
     """
     y, x, channels = frames.shape[1:]
     transform = _transform(frames.permute(0, 3, 1, 2).double())
@@ -233,24 +238,24 @@ def _log_spectra(frames: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
 def _slopes(
     energy: Tensor, power: int, share: Tensor | float, averaged: Tensor | float, floor: float
 ) -> tuple[Tensor, Tensor]:
-    """Move log₁₀ (energy + floor²) · power / 2 by noise: to first order, and the root of the second, (n,)."""
-    whole = (energy.detach() + floor**2).square()
-    first = (share * averaged * energy.detach() / whole).sum((1, 2)).sqrt() * power / math.log(10)
-    second = (share / whole).sum((1, 2)).sqrt() * power / 2 / math.log(10)
+    """Compute how noise moves log₁₀ (energy + floor²) · power / 2: first order, root of the second, (n,)."""
+    square = (energy.detach() + floor**2).square()
+    first = (share * averaged * energy.detach() / square).sum((1, 2)).sqrt() * power / math.log(10)
+    second = (share / square).sum((1, 2)).sqrt() * power / 2 / math.log(10)
     return first, second.sqrt()
 
 
 @functools.lru_cache(maxsize=16)
 def _half_plane(y: int, x: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the coefficients of a real transform of (y, x) belong.
+    """Assign the coefficients of a real transform of (y, x) to shells.
 
     Returns
     -------
     members : Tensor of shape (shell, member), int64
-        Coefficients of each shell, flattened; short rows are filled up with 0. To gather and add up is the
-        same to the last bit each time, which scattering isn't on a GPU.
+        Coefficients of each shell, flattened; short rows are padded with 0. Gathering and adding up gives
+        the same bits each time, unlike scattering on a GPU.
     share : Tensor of shape (shell, member), float64
-        What each counts in the shell's mean, 0 for the filling.
+        Weight of each in the shell's mean, 0 for the padding.
     multiplicity : Tensor of shape (coefficient,), float64
         How often each occurs in the whole plane, 1 or 2.
     """

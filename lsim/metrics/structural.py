@@ -44,10 +44,10 @@ TITLES: dict[Window, str] = {
     "gaussian": "1 − SSIM, Gaussian window, σ 1.5",
 }
 SAMPLE = 49 / 48
-"""From the variance of a uniform window's 49 values to the sample covariance, skimage's default."""
+"""Ratio of the sample covariance, skimage's default, to the variance of a uniform window's 49 values."""
 
 SIGMA = 1.5
-"""Of the Gaussian window, in pixels."""
+"""Standard deviation of the Gaussian window, in pixels."""
 
 _BELL = np.exp(-(np.arange(6) ** 2) / (2 * SIGMA**2))
 _BELL /= _BELL[0] + 2 * _BELL[1:].sum()
@@ -61,8 +61,8 @@ CONTRAST = 0.7
 add up as squares over both frames."""
 
 HALVING = 1.5
-"""How far errors are above half of those of the finer scale, from the second on: averages of 2×2 halve errors
-without a pattern."""
+"""Bound on errors against half of those of the next finer scale, from the second scale on: averages of 2×2
+halve errors without a pattern."""
 
 SAMPLES = 2048
 """Windows of a frame that its divisors are averaged over for bounds."""
@@ -72,7 +72,7 @@ SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
 class _Structural(Metric):
-    """Means over the windows of one scale: what SSIM and MS-SSIM are made of."""
+    """Means over the windows of one scale, which SSIM and MS-SSIM share."""
 
     copies_to_compare = False
     takes_rest = True
@@ -95,10 +95,10 @@ class _Structural(Metric):
         self._c2 = (0.03 * data_range) ** 2
 
     def _parts(self, planes: Tensor, scale: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Planes (n, channel, y, x), and of each of their windows µ² + C₁/2 and σ² + C₂/2."""
+        """Keep planes (n, channel, y, x), and compute µ² + C₁/2 and σ² + C₂/2 of their windows."""
         if has_kernel(planes) and dtype is torch.float32:
-            found = window_moments(planes.float().numpy(), self._window == "gaussian")
-            mean, variance = map(torch.from_numpy, found)
+            moments = window_moments(planes.float().numpy(), self._window == "gaussian")
+            mean, variance = map(torch.from_numpy, moments)
             luminance, contrast = mean.square_().add_(self._c1 / 2), variance.add_(self._c2 / 2)
         else:
             # Windows with missing pixels are left out later, by the differences of a pair.
@@ -111,7 +111,7 @@ class _Structural(Metric):
         }
 
     def _error(self, a: Embedding, b: Embedding, part: str) -> Tensor:
-        """Bound the error of the root of a square that is divided by a part of both: (len(a), len(b))."""
+        """Bound the error of the root of a square over the sum of a part of both frames: (len(a), len(b))."""
         x, y = (
             side.once(f"mean of 1 / {part}", functools.partial(_mean_reciprocal, side.parts[part]))
             for side in (a, b)
@@ -120,13 +120,13 @@ class _Structural(Metric):
         return FULL_SCALE * of_difference(a, b) * ((x[:, None] + y) / 4).sqrt()
 
     def _all_pairs(self, a: Embedding, b: Embedding, channels: range, scale: int, luminance: bool) -> Tensor:
-        """Mean of 1 − SSIM, or without ``luminance`` of Q, in the channels: (len(a), len(b)) float64."""
+        """Average 1 − SSIM, or without ``luminance`` Q, over the channels: (len(a), len(b)) float64."""
         bright = "luminance" if luminance else "contrast"
         parts = [f"{part}{scale}" for part in ("frames", bright, "contrast")]
         gaussian = self._window == "gaussian"
-        # In single precision the place of the rest is taken by what nobody looks at.
+        # Without a rest, the kernel ignores the array in its place.
         parts.insert(1, f"rest{scale}" if f"rest{scale}" in a.parts else parts[0])
-        sides = [side.parts[part].numpy() for side in (a, b) for part in parts]
+        arrays = [side.parts[part].numpy() for side in (a, b) for part in parts]
         rough = a.parts[f"contrast{scale}"]
         double = rough.dtype is torch.float64
         return all_pairs(
@@ -137,13 +137,13 @@ class _Structural(Metric):
             len(b),
             channels.start,
             channels.stop,
-            *sides,
+            *arrays,
             symmetric=a is b,
             operations=(1000 if double else 100) * rough[0, 0].numel() * len(channels),
         )
 
     def _paired(self, a: Embedding, b: Embedding, scale: int, luminance: bool) -> Tensor:
-        """The same of a[k] and b[k], channel by channel: (n, channel)."""
+        """Average 1 − SSIM, or Q, of a[k] and b[k] in each channel, in torch: (n, channel)."""
         x, y = a.parts, b.parts
         difference = (x[f"frames{scale}"] - y[f"frames{scale}"]).double()
         if f"rest{scale}" in x:
@@ -175,15 +175,16 @@ class _SSIM(_Structural):
         self.info = replace(self.info, title=TITLES[window], minimum_size=TAPS[window])  # type: ignore[misc]
 
     def embed(self, frames: Tensor) -> Embedding:
-        """Frames channel-first, and the denominators of their windows: none for half a window at the rim."""
+        """Keep frames channel-first, and compute the denominators of windows that lie within the frame."""
         planes = _channel_first(frames)
         return Embedding(self._parts(planes, 0, planes.dtype))
 
     def embed_with_rest(self, frames: Tensor, rest: Tensor) -> Embedding:
+        """Add the rest, channel-first."""
         return Embedding(self.embed(frames).parts | {"rest0": _channel_first(rest)})
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of squares P and Q, whose roots errors move by as much, over roots of what divides them."""
+        """Bound squares P and Q: errors move their roots by as much, over the roots of the divisors."""
         error = self._error(a, b, "luminance0") + CONTRAST * self._error(a, b, "contrast0")
         return _of_squares(distances.clamp(min=0), error) + of_sum(distances, a.parts["contrast0"].dtype)
 
@@ -206,7 +207,13 @@ class SSIM(_SSIM):
         covariance of the population, as Wang et al. 2004, pytorch-msssim, and skimage with
         ``gaussian_weights=True, use_sample_covariance=False``.
     data_range : float, default 255
-        What C₁ = (0.01 L)² and C₂ = (0.03 L)² are taken from.
+        L in C₁ = (0.01 L)² and C₂ = (0.03 L)².
+
+    Examples
+    --------
+    >>> import lsim, numpy as np
+    >>> float(lsim.load_metric("ssim", size=None).pairwise(np.stack([np.eye(8), np.eye(8)]))[0, 1])
+    0.0
     """
 
     info = MetricInfo(
@@ -266,7 +273,7 @@ class MultiScaleSSIM(_Structural):
     Parameters
     ----------
     data_range : float, default 255
-        What C₁ = (0.01 L)² and C₂ = (0.03 L)² are taken from.
+        L in C₁ = (0.01 L)² and C₂ = (0.03 L)².
     """
 
     info = MetricInfo(
@@ -290,10 +297,10 @@ class MultiScaleSSIM(_Structural):
         super().__init__(name, preprocessing, device, "gaussian", data_range)
 
     def embed(self, frames: Tensor) -> Embedding:
-        """For each scale what SSIM keeps.
+        """Keep for each scale the parts that SSIM keeps.
 
-        The coarser frames in float64, since differences of them count; all of the coarsest in float64, since
-        what counts of it is SSIM, which is small where a bright frame meets a dark one.
+        Coarser frames are float64, since they are subtracted; so are all parts of the coarsest, since its
+        SSIM is small where a bright frame meets a dark one.
         """
         planes = _channel_first(frames)
         rough = planes.dtype
@@ -318,7 +325,7 @@ class MultiScaleSSIM(_Structural):
         return Embedding(parts)
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """As of :class:`SSIM` at each scale, where what is lost is at most all that there is.
+        """Bound each scale like :class:`SSIM`, by at most the whole similarity.
 
         An error that is the same in a whole region passes averages, but has no contrast.
         """
@@ -433,14 +440,13 @@ def _compiled(function: Callable[..., Any]) -> Any:
 def structural_difference(
     gaussian: bool, luminance: bool, masked: bool, double: bool, with_rest: bool
 ) -> PairKernel:
-    """Compile ``out[p] +=`` mean over windows of 1 − SSIM, or of Q alone, for frames i[p] of x and j[p] of y.
+    """Compile a kernel that adds the mean of 1 − SSIM, or of Q alone, over windows to out[p].
 
-    Over the channels from ``start`` to before ``stop`` of (n, channel, y, x); ``bright`` is µ² + C₁/2 and
-    ``rough`` σ² + C₂/2. Where ``masked``, windows with NaN are left out, of all channels alike. Channels are
-    walked outside of pairs, so that one frame's stays in the second-level cache while others pass.
-    ``double`` is slow. What frames have as ``rest`` is looked at where ``with_rest``.
+    For frames i[p] of x and j[p] of y, (n, channel, y, x), over the channels from ``start`` to before
+    ``stop``; ``bright`` is µ² + C₁/2 and ``rough`` σ² + C₂/2. If ``masked``, windows with NaN are left out,
+    of all channels alike. The loop over channels is outside of that over pairs, so that one frame stays in
+    the second-level cache. ``double`` is slow. The ``rest`` of frames is read if ``with_rest``.
     """
-
     dtype = np.float64 if double else np.float32
 
     @_compiled
@@ -490,7 +496,7 @@ def structural_difference(
 
 @_compiled
 def window_moments(planes, gaussian):  # type: ignore[no-untyped-def]
-    """Mean and variance in every window of (n, channel, y, x) float32, both float32."""
+    """Compute mean and variance in every window of (n, channel, y, x) float32, both float32."""
     n, channels, rows, columns = planes.shape
     rim = 10 if gaussian else 6
     mean = np.empty((n, channels, rows - rim, columns - rim), np.float32)
@@ -511,7 +517,7 @@ def window_moments(planes, gaussian):  # type: ignore[no-untyped-def]
 
 @_compiled
 def averages(planes):  # type: ignore[no-untyped-def]
-    """Of 2×2 of one frame (channel, y, x), an odd side beginning with a zero: the same in half, float64."""
+    """Average 2×2 pixels of a frame (channel, y, x), an odd side padded with a zero first: float64."""
     channels, rows, columns = planes.shape
     odd = columns % 2
     out = np.zeros((channels, (rows + 1) // 2, (columns + 1) // 2))
@@ -528,7 +534,7 @@ def averages(planes):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _uniform_columns(plane, r, sums, squares):  # type: ignore[no-untyped-def]
-    """Of seven rows, each column's sum, and its sum of squares about its mean: pairs, four, six, seven.
+    """Compute each column's sum and sum of squares about its mean over seven rows: pairs, four, six, seven.
 
     Groups of m and n values with sums S and T merge to M + N + (n S − m T)² / (m n (m + n)).
     """
@@ -555,7 +561,7 @@ def _uniform_columns(plane, r, sums, squares):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _uniform_windows(sums, squares, mean, variance):  # type: ignore[no-untyped-def]
-    """Seven columns merged likewise, a column being seven values: mean, and sample variance."""
+    """Merge seven columns of seven values likewise, into mean and sample variance."""
     for k in range(mean.shape[0]):
         first = sums[k] + sums[k + 1]
         second = sums[k + 2] + sums[k + 3]
@@ -582,9 +588,9 @@ def _uniform_windows(sums, squares, mean, variance):  # type: ignore[no-untyped-
 
 @_compiled
 def _gaussian_columns(plane, r, mean, variance):  # type: ignore[no-untyped-def]
-    """Weighted mean and variance of each column's eleven rows, about the middle one.
+    """Compute the weighted mean and variance of each column's eleven rows, about the middle one.
 
-    Of values at equal weight above and below, s = a + b − 2c and t = a − b: their offsets from c add to s,
+    For values at equal weight above and below, s = a + b − 2c and t = a − b: their offsets from c add to s,
     and the squares of these to (s² + t²) / 2.
     """
     for k in range(mean.shape[0]):
@@ -605,7 +611,7 @@ def _gaussian_columns(plane, r, mean, variance):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _gaussian_windows(m, v, mean, variance):  # type: ignore[no-untyped-def]
-    """The same along a row of columns, with the variance within each added."""
+    """Merge eleven columns likewise, and add the variance within each."""
     for k in range(mean.shape[0]):
         twice = m[k + 5] + m[k + 5]
         s, t = m[k + 4] + m[k + 6] - twice, m[k + 4] - m[k + 6]
@@ -624,7 +630,7 @@ def _gaussian_windows(m, v, mean, variance):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _gaussian_windows_in_double(plane, r, mean, variance):  # type: ignore[no-untyped-def]
-    """Weighted mean and variance in the Gaussian windows whose first row is r, point by point."""
+    """Compute mean and variance in the Gaussian windows whose first row is r, point by point."""
     for k in range(mean.shape[0]):
         average = 0.0
         for q in range(11):
@@ -641,7 +647,7 @@ def _gaussian_windows_in_double(plane, r, mean, variance):  # type: ignore[no-un
 
 @_compiled
 def _uniform_windows_in_double(plane, r, mean, variance):  # type: ignore[no-untyped-def]
-    """Mean and sample variance in the uniform windows whose first row is r, point by point."""
+    """Compute mean and sample variance in the uniform windows whose first row is r, point by point."""
     for k in range(mean.shape[0]):
         total = 0.0
         for q in range(7):
@@ -659,7 +665,7 @@ def _uniform_windows_in_double(plane, r, mean, variance):  # type: ignore[no-unt
 
 @_compiled
 def _one_minus_ssim(mean, value, r, x_bright, y_bright, x_rough, y_rough):  # type: ignore[no-untyped-def]
-    """From the variance of differences in ``value`` to P + Q − P·Q, with one division."""
+    """Turn the variance of differences in ``value`` into P + Q − P·Q, with one division."""
     for k in range(value.shape[0]):
         square = mean[k] * mean[k]
         bright = x_bright[r, k] + y_bright[r, k]
@@ -669,7 +675,7 @@ def _one_minus_ssim(mean, value, r, x_bright, y_bright, x_rough, y_rough):  # ty
 
 @_compiled
 def _contrast(value, r, x_rough, y_rough):  # type: ignore[no-untyped-def]
-    """From the variance of differences in ``value`` to Q."""
+    """Turn the variance of differences in ``value`` into Q."""
     for k in range(value.shape[0]):
         value[k] /= x_rough[r, k] + y_rough[r, k]
 
@@ -698,7 +704,7 @@ def _sum(values):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _drop_missing(values):  # type: ignore[no-untyped-def]
-    """Put 0 for NaN; how many are none."""
+    """Replace NaN by 0, and count the other values."""
     count = 0
     for k in range(values.shape[0]):
         present = values[k] == values[k]

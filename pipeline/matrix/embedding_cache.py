@@ -116,7 +116,7 @@ def _embed(metric: Metric, frames: np.ndarray, scope: Scope) -> Iterator[_Some]:
     def together(some: np.ndarray) -> tuple[np.ndarray, Embedding]:
         prepared = metric.prepare(some, scope)
         with torch.no_grad():
-            return prepared.comparable, metric.embedded(prepared)
+            return prepared.comparable, metric.embed_prepared(prepared)
 
     bad = "has no pixel that is not missing" if metric.preprocessing.mask else "holds NaN or infinity"
     try:

@@ -420,7 +420,7 @@ def _shapes_of_parts(metric: Metric, frames: store.Array) -> dict[str, tuple[int
     check_fits(frames, 0)
     nothing = np.zeros((1, *frames.shape[2:]), frames.dtype)
     with torch.no_grad():
-        embedding = metric.embedded(metric.prepare(nothing, (0.0, 1.0)))
+        embedding = metric.embed_prepared(metric.prepare(nothing, (0.0, 1.0)))
     return {name: tuple(part.shape[1:]) for name, part in embedding.parts.items()}
 
 
@@ -661,7 +661,7 @@ def _embedded(metric: Metric, frames: np.ndarray, scope: Scope) -> tuple[dict[st
     """Each part of the embeddings of some frames, (frame, …), and why a frame is NaN."""
     prepared = metric.prepare(frames, scope)
     with torch.no_grad():
-        parts = metric.embedded(prepared).parts
+        parts = metric.embed_prepared(prepared).parts
     values = {name: part.to(metric.dtype).cpu().numpy() for name, part in parts.items()}
     reasons = [""] * len(frames)
     finite = finite_frames(frames)

@@ -152,7 +152,7 @@ def _noise(source: store.Group, block: FrameBlock) -> np.ndarray:
 
 def _embedded(metric: Metric, frames: np.ndarray, scope: Scope) -> EmbeddedBlock:
     with torch.no_grad():
-        embedding = metric.embedded(metric.prepare(frames, scope))
+        embedding = metric.embed_prepared(metric.prepare(frames, scope))
     return EmbeddedBlock(embedding, np.ones(len(frames), bool))
 
 
@@ -176,7 +176,7 @@ def _seconds_of_pair(metric: Metric, embedded: EmbeddedBlock, n: int) -> float:
             a, b = Embedding(dict(parts)), Embedding(dict(parts))
             began = time.perf_counter()
             with torch.no_grad():
-                metric.between(a, b)
+                metric.distance_block(a, b)
             _wait_for(metric)
             seconds = min(seconds, time.perf_counter() - began)
         if side == most or seconds > LONG_ENOUGH_S:

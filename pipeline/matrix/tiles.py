@@ -298,7 +298,7 @@ def compare_blocks(metric: Metric, rows: EmbeddedBlock, columns: EmbeddedBlock) 
                 for other in range(start if symmetric else 0, m, at_once):
                     same = diagonal and start == other
                     right = left if same else _part(metric, columns.embedding, other, at_once)
-                    part = metric.between(left, right)
+                    part = metric.distance_block(left, right)
                     single = part.dtype == torch.float32
                     values[start : start + at_once, other : other + at_once] = part.double().cpu().numpy()
     values[~rows.comparable] = np.nan
@@ -376,7 +376,7 @@ def _prepared_and_embedded(
     if not prepared.comparable.any():
         return None
     with other_random_numbers():
-        return prepared, tried.embedded(prepared)
+        return prepared, tried.embed_prepared(prepared)
 
 
 def _check_again(tried: Metric, again: tuple[Prepared, Embedding], before: Mapping[str, Tensor]) -> None:
@@ -391,7 +391,7 @@ def _check_again(tried: Metric, again: tuple[Prepared, Embedding], before: Mappi
     few = Embedding(
         {name: part[known[: len(alone)].to(part.device)] for name, part in embedding.parts.items()}
     )
-    amid_others = tried.between(few, few.copy()).double().cpu().numpy()
+    amid_others = tried.distance_block(few, few.copy()).double().cpu().numpy()
     tried.claims.check_repeated(amid_others, alone, "amid other frames, and then alone, d", exact=False)
 
 
@@ -418,7 +418,7 @@ def unresolved_pairs(metric: Metric, rows: EmbeddedBlock, columns: EmbeddedBlock
             left = _part(metric, rows.embedding, start, at_once)
             right = _part(metric, columns.embedding, other, at_once)
             part = torch.from_numpy(values[place]).to(metric.device).double()
-            rounding = metric.bounded(left, right, part)
+            rounding = metric.bound_rounding(left, right, part)
             unresolved += count_unresolved(values[place][counted[place]], rounding[counted[place]])
     return unresolved
 
