@@ -240,7 +240,7 @@ def _add_frames(checks: Checks, group: _Group, report: VerifyReport) -> None:
         if column not in (schema.FRAMES, schema.WEIGHTS)
     }
     frames = group.arrays[schema.FRAMES]
-    store.check_fits(frames, 0)
+    chunks.check_fits(frames, 0)
     report.chunks += chunks.chunk_count(frames)
     contents, sequences = columns[schema.CONTENT], columns[schema.SEQUENCE]
     converted = [row for row, content in enumerate(contents) if content]
@@ -279,7 +279,7 @@ def _check_weights(
         if schema.WEIGHTS in group.faults or not (recorded or set()) - {""}:
             return []  # lost metadata is reported by itself
         return [Damage(group.name, schema.WEIGHTS, "", what, weights_fault(""), rows)]
-    store.check_fits(array)
+    chunks.check_fits(array)
     report.chunks += chunks.chunk_count(array)
     try:
         digest = hash_weights(store.read(array))

@@ -115,7 +115,7 @@ def _chunk(group: str, array: store.Array, start: tuple[int, ...], prefix: str) 
 
 def read_column(group: str, array: store.Array, report: VerifyReport, prefix: str = "") -> np.ndarray:
     """Read a small array; report chunks that cannot be decoded as damage, and read fill values for them."""
-    store.check_fits(array)
+    chunks.check_fits(array)
     report.chunks += chunks.chunk_count(array)
     try:
         return store.read(array)
