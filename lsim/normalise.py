@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from lsim.compiled import compiled
 from lsim.doubles import rest_of_normalised
 from lsim.frames import Frames, unmasked
 from lsim.scope import representable
@@ -84,7 +84,7 @@ def _normalise_tensor(
 
 
 # A check for divisions by zero would keep loops from being vectorised: five times slower.
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _normalise_rows(frames, lo, divisor, constant, full, floor, usable, out):  # type: ignore[no-untyped-def]
     for f in range(out.shape[0]):
         for r in range(out.shape[1]):
@@ -136,7 +136,7 @@ def truncate_to_8bit(frames: np.ndarray) -> np.ndarray:
     return out
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _floor_within(values, out):  # type: ignore[no-untyped-def]
     for k in range(values.shape[0]):
         value = values[k]

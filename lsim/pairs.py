@@ -17,13 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
+from lsim.compiled import compiled
 from lsim.error_bounds import CONFIDENCE, DIRECTLY, PROMISE, PairPrecision, half_ulp, number_of_pairs
 from lsim.gram import VALUES_TOGETHER, squared_differences_in_torch
 from lsim.threads import in_threads
@@ -60,7 +60,7 @@ class TileKernel:
     compiled: PairKernel
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def _term(a, b, squared, known):  # type: ignore[no-untyped-def]
     difference = a - b
     if known and difference != difference:
@@ -78,8 +78,8 @@ def _sum_over_columns(*, squared: bool, known: bool = False) -> TileKernel:
     # Absolute differences of 8 bit add up exactly for longer.
     block = BLOCK if squared else 2 * BLOCK
 
-    @numba.njit(nogil=True, cache=True, fastmath=FAST)
-    def compiled(x, y, out, symmetric):  # type: ignore[no-untyped-def]
+    @compiled(fastmath=FAST)
+    def sum_tiles(x, y, out, symmetric):  # type: ignore[no-untyped-def]
         zero = x.dtype.type(0)
         n = x.shape[0]
         m = y.shape[0]
@@ -145,10 +145,10 @@ def _sum_over_columns(*, squared: bool, known: bool = False) -> TileKernel:
                     tile[3, 3] += s33
         out[:] = sums[:n, :m]
 
-    return TileKernel(compiled)
+    return TileKernel(sum_tiles)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _aligned(rows, columns, like):  # type: ignore[no-untyped-def]
     """Allocate (rows, columns) of the dtype of ``like``, aligned to 64 bytes."""
     line = 64 // like.itemsize
@@ -157,7 +157,7 @@ def _aligned(rows, columns, like):  # type: ignore[no-untyped-def]
     return room[start : start + rows * columns].reshape(rows, columns)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _copy_columns(source, start, width, into):  # type: ignore[no-untyped-def]
     for i in range(source.shape[0]):
         row = source[i, start : start + width]

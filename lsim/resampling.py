@@ -13,13 +13,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 import scipy.interpolate
 import scipy.ndimage
 import torch
 from torch import Tensor
 
+from lsim.compiled import compiled
 from lsim.frames import Frames
 from lsim.pairs import FAST
 
@@ -202,7 +202,7 @@ def _every_channel(columns: np.ndarray, channels: int) -> np.ndarray:
     return (columns[:, None] * channels + np.arange(channels)).ravel()
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _gather(frames, out, rows, columns):  # type: ignore[no-untyped-def]
     for f in range(out.shape[0]):
         for r in range(out.shape[1]):
@@ -212,7 +212,7 @@ def _gather(frames, out, rows, columns):  # type: ignore[no-untyped-def]
                 target[k] = source[columns[k]]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _interpolate(  # type: ignore[no-untyped-def]
     frames, out, y0, y1, above, below, x0, x1, left, right, whole, lowest, highest
 ):
@@ -236,7 +236,7 @@ def _interpolate(  # type: ignore[no-untyped-def]
             _store(row, out[f, r], whole, lowest, highest)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _evaluate_spline(  # type: ignore[no-untyped-def]
     frames, out, channels, poles, first_y, weights_y, first_x, weights_x, whole, lowest, highest
 ):
@@ -274,7 +274,7 @@ def _evaluate_spline(  # type: ignore[no-untyped-def]
                 _store(resized[r], out[f, start + r], whole, lowest, highest)
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def _to_coefficients(samples, poles):  # type: ignore[no-untyped-def]
     """Turn samples (n, lane) into spline coefficients along the first axis, in place, mirrored at both ends.
 
@@ -312,7 +312,7 @@ def _to_coefficients(samples, poles):  # type: ignore[no-untyped-def]
                 samples[i, k] = z * (samples[i + 1, k] - samples[i, k])
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def _weigh(coefficients, first, weights, out):  # type: ignore[no-untyped-def]
     for k in range(out.shape[0]):
         out[k] = weights[0] * coefficients[first, k]
@@ -321,7 +321,7 @@ def _weigh(coefficients, first, weights, out):  # type: ignore[no-untyped-def]
             out[k] += weights[tap] * coefficients[first + tap, k]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _store(row, out, whole, lowest, highest):  # type: ignore[no-untyped-def]
     if whole:
         for k in range(out.shape[0]):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeAlias
 
-import numba
 import numpy as np
 import torch
 
+from lsim.compiled import compiled
 from lsim.frames import Frames, FramesError, integer_limits, loadable, unmasked
 
 Scope: TypeAlias = str | tuple[Any, Any]
@@ -125,7 +125,7 @@ def find_extremes(frames: Frames) -> Extremes:
     return Extremes(lo.double().cpu().numpy(), hi.double().cpu().numpy(), finite.cpu().numpy())
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _extremes_of_rows(frames, channels, lowest, highest):  # type: ignore[no-untyped-def]
     n, y, wide = frames.shape
     lo = np.empty((n, channels))

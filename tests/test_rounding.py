@@ -208,7 +208,7 @@ def test_a_plain_matrix_computes_no_bounds(monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*arguments: object) -> None:
         raise AssertionError("bounds were computed that nobody asked for")
 
-    monkeypatch.setattr(Metric, "bounded", fail)
+    monkeypatch.setattr(Metric, "bound_rounding", fail)
     frames = field()[None, ..., None] + np.arange(3)[:, None, None, None]
     for name in ("l2", "correlation", "ssim"):
         metric = load(name)

@@ -22,12 +22,12 @@ import math
 from abc import abstractmethod
 from typing import ClassVar, Self
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from lsim.compiled import compiled
 from lsim.error_bounds import CONFIDENCE, HALF_ULP_OF_DOUBLE
 from lsim.metric import Embedding, Metric, MetricInfo, positive_number, safe_sqrt
 from lsim.pairs import (
@@ -570,7 +570,7 @@ def _derivative_factors(y: int, x: int, extent: float, device: torch.device) -> 
 # --- kernels ------------------------------------------------------------------------------------------------
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def largest_difference(i, j, out, x, y):  # type: ignore[no-untyped-def]
     """Add max_k |x[i[p], k] − y[j[p], k]|, on [0, 1], to out[p]."""
     for p in range(i.shape[0]):
@@ -583,7 +583,7 @@ def largest_difference(i, j, out, x, y):  # type: ignore[no-untyped-def]
         out[p] += largest / 255
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def sum_of_norms(i, j, out, x, y):  # type: ignore[no-untyped-def]
     """Add Σ_s √(Σ_k (x[i[p], s, k] − y[j[p], s, k])²) to out[p]."""
     for p in range(i.shape[0]):
@@ -599,7 +599,7 @@ def sum_of_norms(i, j, out, x, y):  # type: ignore[no-untyped-def]
         out[p] += total
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def channel_means(frame):  # type: ignore[no-untyped-def]
     """Average each column of (pixel, channel), in double."""
     pixels, channels = frame.shape
@@ -610,7 +610,7 @@ def channel_means(frame):  # type: ignore[no-untyped-def]
     return sums / pixels
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def _sum_of_magnitudes(row):  # type: ignore[no-untyped-def]
     total = 0.0
     for k in range(row.shape[0]):

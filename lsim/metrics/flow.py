@@ -19,11 +19,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, Self, get_args
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from lsim.compiled import compiled
 from lsim.error_bounds import PrecisionError
 from lsim.metric import Embedding, Metric, MetricInfo
 from lsim.pairs import FAST, all_pairs
@@ -139,7 +139,7 @@ def mean_magnitudes(
         out[p] += magnitude + x_missing[i[p]] + y_missing[j[p]]
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def total_magnitude(flow):  # type: ignore[no-untyped-def]
     """Compute Σ_yx |flow| of a field (y, x, 2)."""
     total = 0.0

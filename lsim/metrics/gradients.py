@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import math
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lsim.compiled import compiled
 from lsim.doubles import Pair, add, subtract
 from lsim.error_bounds import as_floats
 from lsim.metric import Embedding, Metric, MetricInfo, positive_number, safe_sqrt
@@ -279,7 +279,7 @@ def _even(planes: Tensor) -> Tensor:
     return F.pad(planes, (0, planes.shape[3] % 2, 0, planes.shape[2] % 2))
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def gradient_magnitude(planes, step):  # type: ignore[no-untyped-def]
     """Compute Prewitt's gradient magnitude of a frame (channel, y, x) float64, averaged over step×step first.
 
@@ -311,7 +311,7 @@ def gradient_magnitude(planes, step):  # type: ignore[no-untyped-def]
     return out
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@compiled(fastmath=FAST, error_model="numpy")
 def similarity_deviation(i, j, out, x, y, stabiliser, masked):  # type: ignore[no-untyped-def]
     """Add the standard deviation of GMS, mean over channels, of frames i[p] of x and j[p] of y to out[p].
 
@@ -345,7 +345,7 @@ def similarity_deviation(i, j, out, x, y, stabiliser, masked):  # type: ignore[n
             out[p] += np.sqrt(squares / present) / channels if complete else np.nan
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@compiled(fastmath=FAST, error_model="numpy")
 def absolute_gradient(i, j, out, x, y, step, masked):  # type: ignore[no-untyped-def]
     """out[p] += mean absolute gradient, over 255, of the difference of frames i[p] of x and j[p] of y.
 
@@ -375,7 +375,7 @@ def absolute_gradient(i, j, out, x, y, step, masked):  # type: ignore[no-untyped
         out[p] += total / (present * FULL_SCALE) if complete else np.nan
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def _absolute_differences(values, others):  # type: ignore[no-untyped-def]
     """Σ |values − others| of those that aren't NaN, and their number."""
     total = 0.0

@@ -20,11 +20,11 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from lsim.compiled import compiled
 from lsim.metric import Embedding, Metric, MetricInfo
 from lsim.pairs import FAST, all_pairs, has_kernel, rows_in_torch
 from lsim.preprocess import Preprocessing
@@ -289,7 +289,7 @@ def _count_logs(pixels: int, device: torch.device) -> Tensor:
     return torch.from_numpy(fixed).to(device)
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def levels(frame):  # type: ignore[no-untyped-def]
     """Truncate a frame (pixels,) float32 to 8 bit, count levels (256,), and tell whether all are finite."""
     values = np.empty(frame.size, np.uint8)
@@ -304,7 +304,7 @@ def levels(frame):  # type: ignore[no-untyped-def]
     return values, counts.sum(axis=0), known
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def conditional_entropies(i, j, out, x, x_entropy, y, y_entropy, count_logs, counter):  # type: ignore[no-untyped-def]
     """Add N (H(x|y) + H(y|x)) to out[p], for frames i[p] of x and j[p] of y, each (n, pixels) uint8.
 
@@ -336,7 +336,7 @@ def conditional_entropies(i, j, out, x, x_entropy, y, y_entropy, count_logs, cou
         p += 2 if together else 1
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def _sum_and_clear(table, count_logs):  # type: ignore[no-untyped-def]
     """Compute Σ c log₂ c over the cells of a histogram, and empty it. For 0 and 1, c log₂ c is 0."""
     total = 0

@@ -10,11 +10,11 @@ import functools
 import math
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from lsim.compiled import compiled
 from lsim.error_bounds import as_floats
 from lsim.metric import Embedding, Metric, MetricInfo
 from lsim.pairs import FAST, absolute_differences, all_pairs, has_kernel, rows_in_torch
@@ -235,7 +235,7 @@ def _sums_of_differences(x: Tensor, y: Tensor, symmetric: bool) -> Tensor:
     )
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def sorted_values(values):  # type: ignore[no-untyped-def]
     """Sort float32 (n,), by three digits of eleven bits from the last to the first; NaN at either end.
 
@@ -298,7 +298,7 @@ def directions_and_weights(count: int) -> tuple[np.ndarray, np.ndarray]:
     return vectors, (around[2:] - around[:-2]) / (2 * np.pi)
 
 
-@numba.njit(nogil=True, cache=True)  # fast mathematics would not divide exactly
+@compiled()  # fast mathematics would not divide exactly
 def cumulative_masses(planes, vectors, weights):  # type: ignore[no-untyped-def]
     """Accumulate and scale the mass of one frame (channel, y, x) float32: (channel · position,) float64.
 
@@ -337,7 +337,7 @@ def cumulative_masses(planes, vectors, weights):  # type: ignore[no-untyped-def]
     return out
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _project(mass, q, p, line):  # type: ignore[no-untyped-def]
     """Add the mass (y, x) up in the positions q·x + p·y, which begin at 0, of a line of zeros."""
     height, width = mass.shape
@@ -354,7 +354,7 @@ def _project(mass, q, p, line):  # type: ignore[no-untyped-def]
                 along_row[q * k] += mass[r, k]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def moved_masses(  # type: ignore[no-untyped-def]
     i, j, out, x, x_rest, x_total, y, y_rest, y_total, vectors, weights
 ):
@@ -395,7 +395,7 @@ def moved_masses(  # type: ignore[no-untyped-def]
                 out[p] += total * scale
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
+@compiled(fastmath=FAST)
 def _sum(values):  # type: ignore[no-untyped-def]
     total = 0.0
     for k in range(values.shape[0]):

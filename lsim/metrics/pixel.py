@@ -12,11 +12,11 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from lsim.compiled import compiled
 from lsim.error_bounds import (
     CONFIDENCE,
     DIRECTLY,
@@ -538,7 +538,7 @@ def _degrees_of_freedom(count: Any, counted: Tensor | None = None) -> Any:
     return torch.where(counted.bool().sum(1) > 1, weighted, count)
 
 
-@numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")
+@compiled(fastmath=WITH_DIVISION, error_model="numpy")
 def _known_mean(a, b):  # type: ignore[no-untyped-def]
     """Average a where neither a nor b is NaN, and count these values."""
     total = 0.0
@@ -550,7 +550,7 @@ def _known_mean(a, b):  # type: ignore[no-untyped-def]
     return total / count, count
 
 
-@numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")
+@compiled(fastmath=WITH_DIVISION, error_model="numpy")
 def _known_power(a, b, mean):  # type: ignore[no-untyped-def]
     """Add up squares of a − mean where neither a nor b is NaN."""
     squares = 0.0
@@ -561,7 +561,7 @@ def _known_power(a, b, mean):  # type: ignore[no-untyped-def]
     return squares
 
 
-@numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")
+@compiled(fastmath=WITH_DIVISION, error_model="numpy")
 def _known_powers(i, j, out, x, y, centred):  # type: ignore[no-untyped-def]
     """Add the mean square of the first of a pair, or its variance if ``centred``, where neither is NaN."""
     for p in range(i.shape[0]):
@@ -572,7 +572,7 @@ def _known_powers(i, j, out, x, y, centred):  # type: ignore[no-untyped-def]
         out[p] += _known_power(a, b, mean if centred else 0.0) / degrees
 
 
-@numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")
+@compiled(fastmath=WITH_DIVISION, error_model="numpy")
 def _known_angles(i, j, out, x, y, centred):  # type: ignore[no-untyped-def]
     """Add ½ |û − v̂|² of a pair where neither is NaN; 1 if only one of the two has length 0."""
     for p in range(i.shape[0]):
@@ -598,7 +598,7 @@ def _known_angles(i, j, out, x, y, centred):  # type: ignore[no-untyped-def]
             out[p] = squares / 2 if squares >= ROUNDING_OF_UNITS else 0.0
 
 
-@numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")
+@compiled(fastmath=WITH_DIVISION, error_model="numpy")
 def _to_spreads_and_sizes(x, spreads, sizes):  # type: ignore[no-untyped-def]
     """Write standard deviation and root mean square of each row's values but NaN."""
     for i in range(x.shape[0]):
@@ -608,7 +608,7 @@ def _to_spreads_and_sizes(x, spreads, sizes):  # type: ignore[no-untyped-def]
         sizes[i] = np.sqrt(squares / count + mean * mean)
 
 
-@numba.njit(nogil=True, cache=True, fastmath=WITH_DIVISION, error_model="numpy")
+@compiled(fastmath=WITH_DIVISION, error_model="numpy")
 def _to_units(x, out, lengths, centred):  # type: ignore[no-untyped-def]
     """Scale rows to length 1, but for rows of length 0; write lengths and sizes as root mean squares."""
     for i in range(x.shape[0]):

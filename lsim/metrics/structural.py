@@ -22,12 +22,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lsim.compiled import compiled
 from lsim.doubles import add
 from lsim.error_bounds import as_floats
 from lsim.metric import Embedding, Metric, MetricInfo, positive_number
@@ -433,7 +433,7 @@ _H1, _H2, _H3, _H4, _H5 = map(_f, _BELL[1:] / 2)
 
 def _compiled(function: Callable[..., Any]) -> Any:
     # Division as NumPy does it: a check for zero would keep loops from being vectorised.
-    return numba.njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")(function)
+    return compiled(fastmath=FAST, error_model="numpy")(function)
 
 
 @functools.cache

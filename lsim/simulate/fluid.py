@@ -30,11 +30,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-import numba
 import numpy as np
 import scipy.fft
 import torch
 from torch import Tensor
+
+from lsim.compiled import compiled
 
 PASSES = 3
 """Number of projections per step where there is an obstacle."""
@@ -212,7 +213,7 @@ def _linear(positions: np.ndarray, n: int) -> np.ndarray:
 # ---------------------------------------------------------------- kernels; positions are in cells
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _sample(field, y, x):  # type: ignore[no-untyped-def]
     """Interpolate linearly at an index position, clamped to the array; also return the corners' range."""
     rows, columns = field.shape
@@ -226,14 +227,14 @@ def _sample(field, y, x):  # type: ignore[no-untyped-def]
     return value, min(min(a, b), min(c, d)), max(max(a, b), max(c, d))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _velocity(u, v, y, x):  # type: ignore[no-untyped-def]
     """Interpolate the velocity at a position in cells from the box's corner."""
     half = u.dtype.type(0.5)
     return _sample(v, y, x - half)[0], _sample(u, y - half, x)[0]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _trace(u, v, y, x, cells):  # type: ignore[no-untyped-def]
     """Trace fluid back from a position by ``cells`` (time over cell width), by the midpoint rule."""
     half = u.dtype.type(0.5)
@@ -242,7 +243,7 @@ def _trace(u, v, y, x, cells):  # type: ignore[no-untyped-def]
     return y - cells * vy, x - cells * vx
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _maccormack(field, u, v, cells, offset_y, offset_x):  # type: ignore[no-untyped-def]
     """Advect a field that lies at index + offset, in cells."""
     batch, rows, columns = field.shape
@@ -265,7 +266,7 @@ def _maccormack(field, u, v, cells, offset_y, offset_x):  # type: ignore[no-unty
     return out
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def _block(u, v, blocked):  # type: ignore[no-untyped-def]
     """Stop all flow through the faces of blocked cells, in place."""
     batch, n, m = blocked.shape

@@ -39,10 +39,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
+
+from lsim.compiled import compiled
 
 from .fluid import Box, as_fields, cells_for, disc
 from .recipe import Parameters, Recipe, Variation
@@ -130,7 +131,7 @@ def restore(phase: np.ndarray, amount: np.ndarray) -> np.ndarray:
     return np.asarray(phase + share[:, None, None].astype(phase.dtype) * interface)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled()
 def sharpen(phase):  # type: ignore[no-untyped-def]
     """Take a pseudo-time step of ∇·(ε ∇c − c (1 − c) n) in units of cells, ε = ½; the sum is conserved.
 
