@@ -1026,7 +1026,7 @@ def test_a_store_with_names_that_cannot_be_shown_is_refused(tmp_path: Path, name
 
 def test_a_store_with_groups_that_are_no_names_is_refused(tmp_path: Path):
     frames = frames_store(tmp_path / "frames.zarr", {"A/<img src=x>": (2, 3, 8, 8, 1)})
-    with pytest.raises(store.StoreError, match=r"a group called '<img src=x>'"):
+    with pytest.raises(store.StoreError, match=r"a group, found one called '<img src=x>'"):
         compute(frames, tmp_path / "d.zarr")
 
 
