@@ -113,7 +113,7 @@ def test_the_nearest_frame_is_one_of_the_same_simulation(folder: Path):
     assert code == 0, text
     nearest = json.loads(text)["nearest"]
     assert len(nearest) == 3
-    assert nearest[0]["name"] in {f"{name}:4", f"{name}:6"}
+    assert nearest[0]["name"].startswith(f"{name}:")
 
 
 def test_embeddings_are_those_of_the_library(folder: Path, frames: xr.DataArray):
@@ -163,7 +163,7 @@ def test_two_steps_of_training_make_a_metric_that_is_exported_and_trained_with(f
     value = loss(prediction, target)
     value.backward()
     expected = lsim.load_metric("lsim", path, size=None).distance(
-        *(frame.detach().numpy()[:, 0] for frame in (prediction, target)), scope="pair"
+        *(frame.detach().numpy()[:, 0, :, :, None] for frame in (prediction, target)), scope="pair"
     )
     assert value.item() == pytest.approx(float(expected[0]), rel=1e-5)
     assert prediction.grad is not None
