@@ -744,11 +744,11 @@ def test_readers_of_a_directed_matrix_take_both_halves_or_name_the_reference(tmp
     (matrix,) = gather_matrices(out).matrices
     mean = mds.classical_map((values + values.T) / 2)
     assert matrix.directed == ["nrmse"]
-    drawn = {one.metric: one.found for one in matrix.maps}
+    drawn = {one.metric: one.frame_map for one in matrix.maps}
     np.testing.assert_array_equal(drawn["nrmse"].positions, mean.positions)
     monkeypatch.setattr(mds, "CLASSICAL_UP_TO", 0)
     (matrix,) = gather_matrices(out).matrices
-    drawn = {one.metric: one.found for one in matrix.maps}
+    drawn = {one.metric: one.frame_map for one in matrix.maps}
     np.testing.assert_allclose(np.abs(drawn["nrmse"].positions), np.abs(mean.positions), atol=1e-9)
     write_matrix_report(out, tmp_path / "page")
     assert "½ (d(a, b) + d(b, a))" in (tmp_path / "page/index.html").read_text()

@@ -508,7 +508,7 @@ def test_numpy_files_are_looked_at_before_they_are_loaded(tmp_path: Path):
         "many": r"shape \(1000000000000, 1, 1\) would take 8 TB; a sequence may take 17.2 GB",
         "more": "would take",
         "negative": "claims the shape",
-        "short": "the header claims 240000 bytes; 80 are there",
+        "short": "the header claims 240000 bytes; the file has 80",
         "code": "cannot be decoded",
         "claims": "'frames' of shape .* would take 8 TB",
         "bomb": "'frames' of shape .* would take 240 GB",

@@ -232,7 +232,7 @@ def test_an_object_of_the_same_size_and_second_is_copied_again_where_its_tag_is_
 def test_simulations_become_a_store_at_an_address_and_are_trained_on_there(bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("LSIM_DATA", str(tmp_path / "data"))
     with Cluster(Profile(kind="none")) as cluster:
-        with pytest.raises(ValueError, match="zarr makes a store there"):
+        with pytest.raises(ValueError, match="format zarr writes a store to an address"):
             simulate("waves", f"{bucket}/made", 2, 32, cluster=cluster)
         report = simulate("waves", f"{bucket}/made", 2, 32, format="zarr", cluster=cluster)
     assert report.store == f"{bucket}/made.zarr"

@@ -668,7 +668,7 @@ def test_the_command_simulates_and_trains(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(document))
     done = CliRunner().invoke(app, ["train", str(file), "--cluster", "none"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    assert "shapes: 6 families made, 0 were there" in done.output
+    assert "shapes: 6 families made, 0 already there" in done.output
     assert "1 epochs, " in done.output
     assert len(list((tmp_path / "data" / "shapes").glob("*.*"))) == 6
     made = json.loads(metadata(tmp_path / "run" / WEIGHTS)["simulated"])
