@@ -460,7 +460,7 @@ def test_what_takes_no_weights_is_refused_by_name_and_left_out_of_all(source: So
     source.convert()
     with pytest.raises(ValueError, match="'ssim' takes no weights of pixels"):
         source.distances(metrics=("l1", "ssim"), scope="sequence")
-    with pytest.raises(ValueError, match="size 224 resizes them: give --size 0"):
+    with pytest.raises(ValueError, match="size 224 resizes them: set --size 0"):
         source.distances(size=224)
     with pytest.raises(ValueError, match="not in a store of them"):
         compute_embeddings(source.frames, source.folder / "e.zarr", WEIGHTED)
