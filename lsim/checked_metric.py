@@ -36,7 +36,7 @@ class CheckedMetric(MetricDefinition):
 
     @property
     def of_others(self) -> bool:
-        """Whether the class is another package's, which no test here holds to the contract."""
+        """True for a class of another package, which no test here holds to the contract."""
         return not type(self).__module__.startswith("lsim.")
 
     def _guarded(self, method: str) -> contextlib.AbstractContextManager[None]:

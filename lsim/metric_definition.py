@@ -1,4 +1,4 @@
-"""What the author of a metric defines, and the settings that a metric is loaded with.
+"""The part of a metric that its author defines, and the settings that it is loaded with.
 
 ``embed`` turns frames into per-frame state, ``compare`` turns two embeddings into a block of distances; a
 metric has to define no more. :class:`lsim.metric.Metric` derives everything else from these two.
@@ -41,17 +41,17 @@ class MetricDefinition(ABC):
     info: ClassVar[MetricInfo]
     algorithm_version: ClassVar[int] = 1
     published_on_8bit: ClassVar[bool] = False
-    """Whether the published evaluation truncates to 8 bit for this metric; its ``computeDistance`` then
+    """True if the published evaluation truncates to 8 bit for this metric; its ``computeDistance`` then
     doesn't resize either."""
 
     shares_embedding: ClassVar[str] = ""
     """Name of a group of metrics that embed alike: a run embeds each frame once for the whole group."""
 
     takes_rest: bool = False
-    """Whether :meth:`embed_with_rest` uses what double precision has rounded off frames."""
+    """True if :meth:`embed_with_rest` uses what double precision has rounded off frames."""
 
     copies_to_compare: ClassVar[bool] = True
-    """Whether :meth:`compare` on a CPU may copy both embeddings, in double: plans of memory count it."""
+    """True if :meth:`compare` on a CPU may copy both embeddings, in double: plans of memory count it."""
 
     def __init__(self, name: str, preprocessing: Preprocessing, device: torch.device, **options: Any) -> None:
         if preprocessing.mask and not self.info.takes_mask:
@@ -193,7 +193,7 @@ class MetricDefinition(ABC):
 
     @property
     def quantised(self) -> bool:
-        """Whether frames are truncated to 8 bit first."""
+        """True if frames are truncated to 8 bit first."""
         return self._follows_8bit_publication
 
     @property

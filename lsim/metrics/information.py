@@ -77,7 +77,7 @@ class _JointHistogram(Metric):
 
     @property
     def quantised(self) -> bool:
-        """Whether entropies are those of 8-bit values: without ``bins``."""
+        """True if entropies are those of 8-bit values: without ``bins``."""
         return self._bins is None
 
     @property
