@@ -223,7 +223,7 @@ import os, signal
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 from pipeline.stage.bounded_map import run_bounded
-from test_submission import die, raise_as_told
+from test_bounded_map import die, raise_as_told
 
 if __name__ == "__main__":
     with Cluster(Profile(workers=1)) as cluster:
@@ -350,7 +350,7 @@ def test_a_scheduler_needs_nothing_of_what_tasks_name():
             worker.kill()
             worker.wait()
     assert pickled_task.__name__ in imported
-    assert not {"torch", "zarr", "lsim", "test_submission"} & set(imported)
+    assert not {"torch", "zarr", "lsim", "test_bounded_map"} & set(imported)
 
 
 # ---------------------------------------------------------------- stopped by a batch system

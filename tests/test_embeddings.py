@@ -195,7 +195,7 @@ def test_a_full_disk_stops_the_run(frames, tmp_path, here, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(embeddings._Writer, "flush", full)
-    with pytest.raises(store.StoreError, match="No space left on device; what is finished is kept"):
+    with pytest.raises(store.StoreError, match="No space left on device; finished work is kept"):
         compute_embeddings(frames, tmp_path / "embeddings.zarr", SETTINGS, cluster=here)
 
 

@@ -482,7 +482,7 @@ def test_a_full_disk_stops_the_run(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("pipeline.matrix.tiles._write_tile", full)
-    with pytest.raises(store.StoreError, match="No space left on device; what is finished is kept"):
+    with pytest.raises(store.StoreError, match="No space left on device; finished work is kept"):
         compute(frames, tmp_path / "a.zarr", matrix=MatrixRequest(tile=2))
     assert len(tried) == 1
 
