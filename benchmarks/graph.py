@@ -35,8 +35,7 @@ from common import processor
 from distributed import Client
 
 from pipeline.distances import Settings, compute_distances, list_failures
-from pipeline.distances.blocks import StaleBlock
-from pipeline.distances.compute import BlockTask
+from pipeline.distances.blocks import Block, FieldBlocks, FieldMetric
 from pipeline.stage.bounded_map import run_bounded
 from pipeline.storage import schema, store
 from pipeline.storage.checked_frames import content_hash
@@ -89,30 +88,26 @@ class Watch:
         }
 
 
-def nothing_tasks(count: int) -> Iterator[tuple[tuple[BlockTask, ...]]]:
+def nothing_tasks(count: int) -> Iterator[tuple[Block]]:
     """Tasks of one block each, as large as those of ten metrics."""
-    requests = tuple(
-        MetricRequest(name, None, 224, 0, "default", specification_hash="0" * 32) for name in METRICS
-    )
+    metrics = {
+        name: FieldMetric(
+            MetricRequest(name, None, 224, 0, "default", specification_hash="0" * 32), "0" * 32, "sequence"
+        )
+        for name in METRICS
+    }
     for row in range(count):
         content = hashlib.sha256(str(row).encode()).hexdigest()[:32]
-        rows = {name: {row: content} for name in METRICS}
-        block = StaleBlock(row, row + 1, rows, {row: content}, dict.fromkeys(METRICS, 0))
-        yield (
-            (
-                BlockTask(
-                    "/frames.zarr", "/out.zarr", KEY, block, requests, {False: "sequence"}, "all", False
-                ),
-            ),
-        )
+        field = FieldBlocks("/frames.zarr", "/out.zarr", KEY, metrics, "all")
+        yield (Block(field, row, (content,), (b"0" * 100,), dict.fromkeys(METRICS, (row,))),)
 
 
 def measure_submission(client: Client, blocks: int, *pids: int) -> dict[str, Any]:
     """Tasks that do nothing. The first hundred are not counted: connections are made, modules imported."""
-    for _ in run_bounded(client, len, nothing_tasks(100)):
+    for _ in run_bounded(client, bool, nothing_tasks(100)):
         pass
     watch, first = Watch(os.getpid(), *pids), 0.0
-    for _, count, error in run_bounded(client, len, nothing_tasks(blocks)):
+    for _, count, error in run_bounded(client, bool, nothing_tasks(blocks)):
         if error is not None or count != 1:
             raise RuntimeError(f"a task that does nothing failed: {error}")
         first = first or time.perf_counter() - watch.began

@@ -6,7 +6,6 @@ Each is the mean absolute difference, but for its fault; :mod:`paced` writes dow
 from __future__ import annotations
 
 import os
-import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ BROKEN = "HINDERED_BROKEN"
 """Environment: set on workers whose metric cannot be set up."""
 FATAL = "HINDERED_FATAL"
 """Environment: set on workers that die when they set up their metric."""
-SLOW = "HINDERED_SLOW"
-"""Environment: factor of the time that a worker takes."""
 
 
 def marked(frames: Tensor) -> bool:
@@ -50,16 +47,6 @@ class Fatal(Paced):
         if os.environ.get(FATAL):
             os._exit(9)
         super().__init__(*arguments, **options)
-
-
-class Slow(Paced):
-    """Takes its time, and on some workers many times that."""
-
-    info = MetricInfo(title="slow on some workers", source="this test")
-
-    def embed(self, frames: Tensor) -> Embedding:
-        time.sleep(Pace(Path(os.environ[FOLDER])).seconds * (float(os.environ.get(SLOW, "1")) - 1))
-        return super().embed(frames)
 
 
 class Deadly(Paced):
@@ -96,4 +83,4 @@ class Void(Paced):
         return torch.where(torch.tensor(marked(a.parts["frames"])), torch.nan, distances)
 
 
-__all__ = ["BROKEN", "FATAL", "SLOW", "WHO", "Deadly", "Fatal", "Raising", "Slow", "Unfit", "Void"]
+__all__ = ["BROKEN", "FATAL", "WHO", "Deadly", "Fatal", "Raising", "Unfit", "Void"]

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,8 @@ import dask
 import pytest
 from distributed import Client, KilledWorker, LocalCluster
 
-from pipeline.distances.blocks import StaleBlock
-from pipeline.distances.compute import BlockTask
-from pipeline.matrix.embeddings import EmbedTask
+from pipeline.distances.blocks import Block, FieldBlocks
+from pipeline.matrix import embeddings
 from pipeline.matrix.tiles import TileTask
 from pipeline.stage import bounded_map
 from pipeline.stage.bounded_map import reason_of, run_bounded
@@ -49,7 +47,7 @@ class Nap:
     label: str = "A/density, sequences 8 to 11"
 
 
-def take(naps: tuple[Nap, ...]) -> float:
+def take(*naps: Nap) -> float:
     return nap(naps[0].seconds)
 
 
@@ -66,32 +64,6 @@ def die(number: int) -> int:
     """Take the worker along for one number."""
     if number == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
-def slow_at_first(folder: str, number: int) -> int:
-    """The first to run number 3 takes until it is over, a minute at most; whoever runs it again does not."""
-    if number == 3:
-        try:
-            Path(folder, "taken").touch(exist_ok=False)
-        except FileExistsError:
-            return number
-        deadline = time.monotonic() + 60
-        while not Path(folder, "over").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-    time.sleep(0.05)
-    return number
-
-
-def fail_where_it_is_slow(folder: str, number: int) -> int:
-    """As :func:`slow_at_first`, but a second copy fails at once and the first one does not take so long."""
-    if number == 3:
-        try:
-            Path(folder, "taken").touch(exist_ok=False)
-        except FileExistsError:
-            raise ValueError("no") from None
-        time.sleep(4)
-    time.sleep(0.05)
     return number
 
 
@@ -180,28 +152,6 @@ def test_a_task_that_kills_its_workers_is_handed_back_and_the_others_go_on(monke
     assert set(outcomes.values()) == {None}
 
 
-def test_a_straggler_gets_a_second_copy_and_the_first_result_counts(client, tmp_path, monkeypatch):
-    monkeypatch.setattr(bounded_map, "STRAGGLER_SECONDS", 1.0)
-    tally: Counter[str] = Counter()
-    began = time.monotonic()
-    tasks = ((str(tmp_path), number) for number in range(12))
-    outcomes = list(run_bounded(client, slow_at_first, tasks, tally=tally))
-    assert sorted(result for _, result, _ in outcomes) == list(range(12))
-    assert tally["copies"] == 1
-    assert time.monotonic() - began < 45  # the straggler itself would take a minute
-    (tmp_path / "over").touch()  # its thread is the worker's only one
-
-
-def test_a_copy_that_fails_leaves_the_task_to_the_first(client, tmp_path, monkeypatch):
-    monkeypatch.setattr(bounded_map, "STRAGGLER_SECONDS", 0.5)
-    tally: Counter[str] = Counter()
-    tasks = ((str(tmp_path), number) for number in range(12))
-    outcomes = list(run_bounded(client, fail_where_it_is_slow, tasks, tally=tally))
-    assert [(result, error) for (_, number), result, error in outcomes if number == 3] == [(3, None)]
-    assert len(outcomes) == 12
-    assert tally["copies"] == 1
-
-
 def test_a_task_knows_when_nobody_waits_for_it_any_more(client, tmp_path):
     """What goes on in its thread then writes nothing: the next run may be writing."""
     outcomes = run_bounded(client, nap_or_watch, [(0.0, ""), (0.0, str(tmp_path))])
@@ -227,7 +177,7 @@ def test_a_run_without_workers_says_so_once_and_waits(monkeypatch, caplog):
 
 def test_a_task_that_runs_far_too_long_is_told_of_once(client, monkeypatch, caplog):
     monkeypatch.setattr(bounded_map, "HUNG_SECONDS", 0.5)
-    tasks = [((Nap(0.02),),) for _ in range(20)] + [((Nap(3.0), Nap(0.0)),)]
+    tasks = [(Nap(0.02),) for _ in range(20)] + [(Nap(3.0), Nap(0.0))]
     assert len(list(run_bounded(client, take, tasks))) == 21
     (said,) = [record.getMessage() for record in caplog.records if "may hang" in record.getMessage()]
     assert said.startswith("A/density, sequences 8 to 11 and 1 more: has run for ")
@@ -237,12 +187,12 @@ def test_a_task_that_runs_far_too_long_is_told_of_once(client, monkeypatch, capl
 
 def test_tasks_of_stages_say_what_they_are_of():
     common = ("frames.zarr", "out.zarr", "A/density")
-    block = BlockTask(*common, StaleBlock(8, 12, {}, {}, {}, {}), (), {}, ((0, 1),), False)
+    block = Block(FieldBlocks(*common, {}, "all"), 8, ("",) * 4, (b"",) * 4, {})
     assert block.label == "A/density, sequences 8 to 11"
     tiles = TileTask(*common, (), {}, {"l2": ((0, 3), (0, 4)), "l1": ((0, 3),)}, {}, (0.0, 1.0), 1, 1)
     assert tiles.label == "A/density, 2 tiles from (0, 3)"
-    embedding = EmbedTask(*common, 2, 8, 5, ("a", "b"), 1, None, (0.0, 1.0), "", b"")
-    assert embedding.label == "A/density, sequences 8 to 9"
+    field = embeddings.FieldBlocks(*common, None, "", (0.0, 1.0), n=5, sequences=4, frames_per_chunk=20)
+    assert embeddings.Block(field, 2, ("a", "b")).label == "A/density, sequences 8 to 9"
 
 
 def test_nothing_is_told_of_tasks_that_are_all_long(client, monkeypatch, caplog):
@@ -273,7 +223,7 @@ import os, signal
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 from pipeline.stage.bounded_map import run_bounded
-from test_submission import die, raise_as_told
+from test_bounded_map import die, raise_as_told
 
 if __name__ == "__main__":
     with Cluster(Profile(workers=1)) as cluster:
@@ -319,7 +269,7 @@ def test_sigterm_is_heeded_while_a_lost_result_is_computed_again(client, monkeyp
 
 
 def test_a_result_that_is_lost_with_the_scheduler_is_an_error(client):
-    flight = bounded_map._Flight(client, nap, iter(()), Counter())
+    flight = bounded_map._Flight(client, nap, iter(()))
     future = client.submit(nap, 5.0, pure=False)
     future.cancel()
     with pytest.raises(ClusterError, match="lost the scheduler"):
@@ -400,7 +350,7 @@ def test_a_scheduler_needs_nothing_of_what_tasks_name():
             worker.kill()
             worker.wait()
     assert pickled_task.__name__ in imported
-    assert not {"torch", "zarr", "lsim", "test_submission"} & set(imported)
+    assert not {"torch", "zarr", "lsim", "test_bounded_map"} & set(imported)
 
 
 # ---------------------------------------------------------------- stopped by a batch system

@@ -182,11 +182,11 @@ def test_a_run_that_died_goes_on(frames, tmp_path, here, monkeypatch):
     assert len(store.open_store(out).attrs["runs"]) == 2
 
 
-def test_a_copy_that_nobody_waits_for_writes_nothing(frames, tmp_path, here, monkeypatch):
+def test_a_block_that_nobody_waits_for_writes_nothing(frames, tmp_path, here, monkeypatch):
     monkeypatch.setattr(embeddings, "still_wanted", lambda: False)
     report = compute_embeddings(frames, tmp_path / "embeddings.zarr", SETTINGS, cluster=here)
     assert report.computed == 0
-    assert all("nobody waits for block" in failure.reason for failure in report.failures)
+    assert all("is not waited for any more" in failure.reason for failure in report.failures)
     assert not (features(tmp_path / "embeddings.zarr") > 0).any()
 
 
@@ -194,8 +194,8 @@ def test_a_full_disk_stops_the_run(frames, tmp_path, here, monkeypatch):
     def full(*given):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(embeddings, "_write", full)
-    with pytest.raises(store.StoreError, match="No space left on device; what is finished is kept"):
+    monkeypatch.setattr(embeddings._Writer, "flush", full)
+    with pytest.raises(store.StoreError, match="No space left on device; finished work is kept"):
         compute_embeddings(frames, tmp_path / "embeddings.zarr", SETTINGS, cluster=here)
 
 

@@ -33,6 +33,7 @@ from pipeline.matrix.measuring import Device, share_of_device
 from pipeline.matrix.plan import PlanError, order_squares, simulate_embeddings
 from pipeline.matrix.tiles import TileTask, _Record, compare_blocks
 from pipeline.metrics.settings import Settings
+from pipeline.stage import run
 from pipeline.storage import schema, store
 from pipeline.workers import sigterm
 from pipeline.workers.cluster import Cluster
@@ -444,7 +445,7 @@ def test_a_damaged_frame_is_said_where_the_tiles_of_its_block_alone_were_done(tm
     assert "frames" in failure.reason
 
 
-def test_copies_of_a_task_that_write_at_once_leave_what_each_has_done(tmp_path):
+def test_two_attempts_at_a_task_that_write_at_once_leave_what_each_has_done(tmp_path):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(8, frames=8))
     compute(frames, tmp_path / "a.zarr")
     group = store.get_group(store.open_store(tmp_path / "a.zarr", "r+"), "A/density")
@@ -452,13 +453,13 @@ def test_copies_of_a_task_that_write_at_once_leave_what_each_has_done(tmp_path):
     before = store.read(fingerprints)
     record = _Record(group, 0, [(0, 0), (0, 1)])
     record.write((0, 0), "first", "one", 1)
-    store.write_rows(fingerprints, 0, before)  # by a copy that read before
+    store.write_rows(fingerprints, 0, before)  # by an attempt that read before
     record.write((0, 1), "second", "two", 2)
     assert store.read(fingerprints)[0, 0, :2].tolist() == ["first", "second"]
     assert store.read(store.get_array(group, "provenance/missing"))[0, 0, :2].tolist() == [1, 2]
 
 
-def test_a_copy_that_nobody_waits_for_writes_nothing(tmp_path, monkeypatch):
+def test_a_task_that_nobody_waits_for_writes_nothing(tmp_path, monkeypatch):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(1))
     compared = []
     monkeypatch.setattr(
@@ -468,7 +469,7 @@ def test_a_copy_that_nobody_waits_for_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.matrix.tiles.still_wanted", lambda: not compared)
     report = compute(frames, tmp_path / "a.zarr")
     assert compared
-    assert "nobody waits for tile 0,0" in report.failures[0].reason
+    assert "tile 0,0 of A/density is not waited for any more" in report.failures[0].reason
     assert written(tmp_path / "a.zarr") == {}
 
 
@@ -481,7 +482,7 @@ def test_a_full_disk_stops_the_run(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("pipeline.matrix.tiles._write_tile", full)
-    with pytest.raises(store.StoreError, match="No space left on device; what is finished is kept"):
+    with pytest.raises(store.StoreError, match="No space left on device; finished work is kept"):
         compute(frames, tmp_path / "a.zarr", matrix=MatrixRequest(tile=2))
     assert len(tried) == 1
 
@@ -670,10 +671,10 @@ def test_plans_are_made_for_all_workers_that_a_profile_asks_for_and_after_unfit_
 ):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(1))
     calls = []
-    for name in ("dismiss_unfit_workers", "run_bounded"):
-        whole = getattr(job, name)
+    for module, name in ((run, "dismiss_unfit_workers"), (job, "run_bounded")):
+        whole = getattr(module, name)
         monkeypatch.setattr(
-            job,
+            module,
             name,
             lambda *given, name=name, whole=whole, **told: (calls.append(name), whole(*given, **told))[1],
         )

@@ -208,8 +208,6 @@ def show_distances(report: Any) -> None:
         measured = [size.seconds for size in report.sizes.values() if size.seconds is not None]
         took = f", {max(measured):.2g} s each at most, as measured on one sequence" if measured else ""
         console.print(f"sequences per block of new fields: {' or '.join(sorted(lengths, key=int))}{took}")
-    if report.copies:
-        console.print(f"{report.copies} tasks ran so long that a second copy was sent to another worker")
     if report.symmetrised:
         console.print(
             f"not symmetric, stored as ½ (d(a, b) + d(b, a)): {', '.join(report.symmetrised)}", markup=False
@@ -253,8 +251,6 @@ def show_matrix(report: MatrixReport) -> None:
         )
     elif not report.failures:
         output.print(f"nothing to do: {report.up_to_date} tiles are up to date")
-    if report.copies:
-        console.print(f"{report.copies} tasks ran so long that a second copy was sent to another worker")
     _show_weighted(report.weighted)
     for name, reason in report.unavailable.items():
         _warn(f"left out: {name}: {reason}")

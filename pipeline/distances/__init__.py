@@ -1,8 +1,8 @@
-"""frames.zarr → distances.zarr: every out-of-date block of every metric, on Dask.
+"""frames.zarr → distances.zarr: compute every out-of-date block of every metric, on Dask.
 
-Here is what the driver does: choose the metrics, find the blocks that are out of date
-(:mod:`pipeline.distances.blocks`), and hand them to the workers (:mod:`pipeline.distances.compute`), as many
-to a task as take a second or so (:mod:`pipeline.distances.sizing`). Tasks are made when they are submitted.
+The stage lays out the store, lists the blocks that are out of date (:mod:`pipeline.distances.blocks`), and
+hands them to workers (:mod:`pipeline.distances.compute`), as many to a task as take a second or so
+(:mod:`pipeline.distances.sizing`). Tasks are made when they are submitted.
 """
 
 from __future__ import annotations
@@ -10,51 +10,55 @@ from __future__ import annotations
 import itertools
 import os
 import time
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any
 
-from distributed import Client
+import numpy as np
 
+from lsim.error_bounds import PairPrecision
 from lsim.metric import Metric
 from lsim.preprocess import Preprocessing, Scope
 from pipeline.distances.blocks import (
-    StaleBlock,
+    Block,
+    FieldBlocks,
+    FieldMetric,
     StaleRows,
-    describe,
-    digest_rows,
+    block_length,
+    drop_other_frames,
     find_stale,
     forget_metrics,
     lay_out,
+    record_failure,
+    write_parameter,
 )
-from pipeline.distances.compute import (
-    BlockResult,
-    BlockTask,
-    compute_blocks,
-    seconds_per_sequence,
-    write_provenance,
-)
+from pipeline.distances.compute import BlockResult, compute_blocks, seconds_per_sequence
 from pipeline.distances.sizing import BlockSize, Pace, block_size
-from pipeline.metrics.fields import checked_fields, drop_vanished, field_units
+from pipeline.metrics.fields import checked_fields, field_units
 from pipeline.metrics.pixel_weights import FieldMetrics, metrics_by_field, weighted_otherwise
 from pipeline.metrics.resolution import Unresolved, list_unresolved, record_resolution
 from pipeline.metrics.settings import Settings, choose_metrics, is_directed
 from pipeline.metrics.value_range import dataset_range
-from pipeline.stage.bounded_map import reason_of, run_bounded
+from pipeline.stage.bounded_map import run_bounded
+from pipeline.stage.provenance import (
+    add_precision,
+    metric_places,
+    record_precision,
+    record_specifications,
+    specification_of,
+)
+from pipeline.stage.results import open_results
+from pipeline.stage.run import MetricWorkers, Progress, run_blocks
+from pipeline.stage.stopwatch import rounded
 from pipeline.storage import schema, store
 from pipeline.storage.address import absolute, relative
 from pipeline.storage.digests import identify_rows
-from pipeline.storage.recorded import failures_of_rows, record_fingerprints
-from pipeline.storage.run_records import begin_run, carried, record_run
-from pipeline.storage.versions import versions
+from pipeline.storage.recorded import failures_of_rows
+from pipeline.storage.run_records import carried
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
-from pipeline.workers.worker_metrics import MetricRequest, dismiss_unfit_workers, prewarm
-
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called with (blocks done, blocks in all)."""
+from pipeline.workers.worker_metrics import MetricRequest
 
 WORTH_MEASURING = 16
 """Sequences of a new field from which on one is timed to choose its blocks; fewer have one each."""
@@ -73,7 +77,7 @@ class Failure:
 
 @dataclass
 class DistancesReport:
-    """What a run of :func:`compute_distances` did.
+    """Summary of a run of :func:`compute_distances`.
 
     Attributes
     ----------
@@ -96,11 +100,15 @@ class DistancesReport:
         The cluster that was used; empty where nothing was to be done.
     sizes : dict of str to BlockSize
         By field, the blocks of those that are new in this run.
-    copies : int
-        Tasks that ran so long that a second copy was sent to another worker.
     unrecorded : int
         Matrices that were computed again as their record was not the one that was written with them: it was
         damaged, or was made before records had digests.
+    seconds_by_stage, seconds_by_metric : Counter
+        Summed over all blocks, see :class:`~pipeline.distances.compute.BlockResult`.
+    precision : dict
+        By field and metric, how sums over pairs of this run kept their promise of precision.
+    devices : set of str
+        Kinds of devices that computed.
     """
 
     computed: int = 0
@@ -114,26 +122,39 @@ class DistancesReport:
     seconds: float = 0.0
     cluster: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, BlockSize] = field(default_factory=dict)
-    copies: int = 0
     unrecorded: int = 0
-
-
-@dataclass
-class Totals:
-    """:class:`BlockResult` summed over a run; precision by field and metric."""
-
     seconds_by_stage: Counter[str] = field(default_factory=Counter)
     seconds_by_metric: Counter[str] = field(default_factory=Counter)
-    precision: dict[str, dict[str, Any]] = field(default_factory=dict)
+    precision: dict[str, dict[str, PairPrecision]] = field(default_factory=dict)
     devices: set[str] = field(default_factory=set)
 
-    def add(self, key: str, result: BlockResult) -> None:
+    def add(self, blocks: Sequence[Block], result: BlockResult) -> None:
+        """Add the result of some blocks of a field."""
+        self.blocks += len(blocks)
+        self.computed += result.matrices
         self.seconds_by_stage.update(result.seconds_by_stage)
         self.seconds_by_metric.update(result.seconds_by_metric)
         self.devices.add(result.device)
-        here = self.precision.setdefault(key, {})
-        for metric, found in result.precision.items():
-            here[metric] = here[metric] + found if metric in here else found
+        add_precision(self.precision.setdefault(blocks[0].field.key, {}), result.precision)
+
+    def summarise(self, root: store.Group) -> dict[str, Any]:
+        """Record precision and resolution in the groups of a store; return what the run did."""
+        if not self.blocks:
+            return {}
+        device = " + ".join(sorted(self.devices))
+        precision = {
+            key: {name: _describe_precision(record, device) for name, record in by_metric.items()}
+            for key, by_metric in self.precision.items()
+        }
+        record_precision(root, precision)
+        record_resolution(root)
+        return {
+            "blocks": self.blocks,
+            "matrices": self.computed,
+            "seconds_by_stage": rounded(self.seconds_by_stage),
+            "seconds_by_metric": rounded(self.seconds_by_metric),
+            "new_blocks": {key: asdict(size) for key, size in self.sizes.items()},
+        }
 
 
 def compute_distances(
@@ -177,65 +198,44 @@ def compute_distances(
     began = time.perf_counter()
     # Workers may run in another folder.
     frames_path, out_path = absolute(frames), absolute(out)
-    chosen = choose_metrics(settings)
+    choice = choose_metrics(settings)
     source = store.open_store(frames_path)
     keys = checked_fields(source, frames_path)
-    chosen, by_field = metrics_by_field(chosen, source, frames_path, keys, weighted=settings.pixel_weights)
-    report = DistancesReport(unavailable=chosen.unavailable, symmetrised=_symmetrised(chosen.metrics))
-    report.weighted = [metric.name for metric in chosen.metrics if settings.pixel_weights]
-    totals = Totals()
-    workers = _Workers(cluster, list(chosen.requests.values()))
-    run_name = uuid.uuid4().hex
-    with store.locked(out_path):
-        root = store.open_output(out_path, schema.DISTANCES_STORE)
-        store.drop_consolidated(out_path)
-        drop_vanished(root, schema.PARAMETER, source)
-        made_by = begin_run(
-            pairs=settings.pairs,
-            scope=settings.scope,
-            compat=settings.compat,
-            mask=settings.mask,
-            pixel_weights=settings.pixel_weights,
-        )
-        fields = [
-            _bring_into_shape(
-                _Field(key, frames_path, out_path, chosen.requests, by_field[key], settings, run_name),
-                source,
-                root,
-                workers,
-                report,
-            )
-            for key in keys
-        ]
-        try:
-            _run(fields, workers, root, progress, report, totals)
-        finally:
-            # Also of a run that is interrupted: what it computed stays, and says what made it.
-            report.seconds = time.perf_counter() - began
-            report.cluster = workers.description
-            run = None
-            if report.blocks:
-                counts = {"blocks": report.blocks, "matrices": report.computed, "copies": report.copies}
-                spent = {
-                    "seconds": round(report.seconds, 3),
-                    "seconds_by_stage": _rounded(totals.seconds_by_stage),
-                    "seconds_by_metric": _rounded(totals.seconds_by_metric),
-                }
-                sizes = {key: asdict(size) for key, size in report.sizes.items()}
-                run = made_by | counts | spent | {"new_blocks": sizes} | report.cluster
-                _record_precision(root, totals)
-                record_resolution(root)
-            about = {"frames": relative(frames_path, out_path), "unavailable": report.unavailable}
-            record_fingerprints(root)
-            record_run(root, run, **carried(source), **about)
-            store.consolidate(out_path)
+    choice, by_field = metrics_by_field(choice, source, frames_path, keys, weighted=settings.pixel_weights)
+    workers = MetricWorkers(cluster, choice.requests.values())
+    report = DistancesReport(
+        unavailable=choice.unavailable,
+        symmetrised=[metric.name for metric in choice.metrics if metric.specification().get("symmetrised")],
+        weighted=[metric.name for metric in choice.metrics if settings.pixel_weights],
+    )
+    with open_results(out_path, schema.DISTANCES_STORE, schema.PARAMETER, source) as results:
+        stale = []
+        for key in keys:
+            plan = _read_field(source, key, by_field[key], (frames_path, out_path), choice.requests, settings)
+            drop_other_frames(results.root, key, plan.frames)
+            length = block_length(results.root, key) or settings.block
+            if length is None:
+                # The field is new: a sequence is timed on a worker.
+                report.sizes[key] = _measure_block_size(plan, workers)
+                length = report.sizes[key].sequences
+            group = _lay_out(results.root, source, plan, settings.scope, length)
+            # With the scope "dataset", workers read the frames whose range isn't recorded yet.
+            scopes = _find_scopes(group, plan, settings, cluster)
+            stale.append(_list_stale(group, plan, scopes, results.run))
+            _record_settings(group, plan, scopes, stale[-1].metrics)
+        recorded_settings = settings.model_dump(include={"pairs", "scope", "compat", "mask", "pixel_weights"})
+        attributes = carried(source) | {
+            "frames": relative(frames_path, out_path),
+            "unavailable": choice.unavailable,
+        }
+        with results.recorded(began, recorded_settings, report.summarise, workers, attributes):
+            _run(stale, workers, results.root, report, progress)
+    report.up_to_date = sum(rows.fresh for rows in stale)
+    report.unrecorded = sum(rows.damaged for rows in stale)
+    report.seconds, report.cluster = time.perf_counter() - began, workers.description
     report.failures = list_failures(out_path)
     report.unresolved = list_unresolved(store.open_store(out_path))
     return report
-
-
-def _symmetrised(metrics: Sequence[Metric]) -> list[str]:
-    return [metric.name for metric in metrics if metric.specification().get("symmetrised")]
 
 
 def list_failures(out: str | os.PathLike[str]) -> list[Failure]:
@@ -247,239 +247,177 @@ def list_failures(out: str | os.PathLike[str]) -> list[Failure]:
     failures = []
     for key in store.field_keys(root, schema.PARAMETER):
         dataset, field_name = key.split("/")
-        failures += [Failure(dataset, field_name, *of_row) for of_row in failures_of_rows(root, key)]
+        failures += [Failure(dataset, field_name, *failure) for failure in failures_of_rows(root, key)]
     return failures
 
 
-# ---------------------------------------------------------------- on the driver
+# ---------------------------------------------------------------- steps of a field
 
 
-class _Workers:
-    """The cluster, once there is something to do: its workers have the metrics, or say why not."""
-
-    def __init__(self, cluster: Cluster, requests: list[MetricRequest]) -> None:
-        self.cluster = cluster
-        self.requests = requests
-        self.description: dict[str, Any] = {}
-        self.threads = 1
-
-    def client(self) -> Client | None:
-        """The client; asked for the first time, it starts the workers and has them load the metrics."""
-        client = self.cluster.client
-        if not self.description:
-            if client is not None:
-                dismiss_unfit_workers(client, self.requests)
-                prewarm(client, self.requests)
-                self.threads = max(1, sum(client.nthreads().values()))
-            self.description = self.cluster.describe()
-        return client
-
-
-@dataclass
+@dataclass(frozen=True)
 class _Field:
-    """A field, how it is to be computed, and what of it is out of date."""
+    """A field of the frames and the metrics that its sequences are compared under.
 
-    key: str
-    frames: str
-    out: str
-    requests: Mapping[str, MetricRequest]
-    chosen: FieldMetrics
-    settings: Settings
-    run: str = ""
-    scopes: dict[bool, Scope] = field(default_factory=dict)
-    stale: StaleRows | None = None
+    ``blocks`` has neither final scopes nor the places of metrics in provenance yet.
+    """
 
-    def blocks(self) -> Iterator[BlockTask]:
-        """Tasks of a block each, made one after the other."""
-        requests: dict[tuple[str, ...], tuple[MetricRequest, ...]] = {}
-        for block in self.stale.blocks() if self.stale is not None else ():
-            names = tuple(block.rows)
-            if names not in requests:  # one object, which is sent once for all blocks of a task
-                requests[names] = tuple(self.requests[name] for name in names)
-            yield self.task(block, requests[names], self.scopes)
+    origin: store.Group
+    frames: int
+    contents: list[str]
+    parameter: np.ndarray
+    metrics: list[Metric]
+    blocks: FieldBlocks
 
-    def task(
-        self, block: StaleBlock, requests: tuple[MetricRequest, ...], scopes: Mapping[bool, Scope]
-    ) -> BlockTask:
-        pairs, masking = self.settings.pairs, self.settings.mask is not None
-        stores = (self.frames, self.out, self.key)
-        return BlockTask(
-            *stores, block, requests, scopes, pairs, masking, run=self.run, weights=self.chosen.weights
-        )
+    @property
+    def key(self) -> str:
+        """``<dataset>/<field>``."""
+        return self.blocks.key
 
 
-def _bring_into_shape(
-    this: _Field,
+def _read_field(
     source: store.Group,
-    root: store.Group,
-    workers: _Workers,
-    report: DistancesReport,
+    key: str,
+    of_field: FieldMetrics,
+    paths: tuple[str, str],
+    requests: Mapping[str, MetricRequest],
+    settings: Settings,
 ) -> _Field:
-    """Lay out a field's group, and declare and find what of it is out of date."""
-    key, settings, metrics = this.key, this.settings, this.chosen.metrics
+    """Read what the frames' store says of a field; ``paths`` are those of frames and results."""
     origin = store.get_group(source, key)
-    contents = [str(content) for content in store.read(store.get_array(origin, schema.CONTENT))]
-
-    def choose() -> int:
-        if settings.block is not None:
-            return settings.block
-        report.sizes[key] = _measured_size(this, origin, contents, workers)
-        return report.sizes[key].sequences
-
-    own_units = field_units(source, [key])
-    units = {metric.name: metric.units(settings.scope, own_units) for metric in metrics}
-    group = lay_out(root, origin, key, units, choose)
-    for metric in metrics:
-        store.set_directed(store.get_array(group, metric.name), is_directed(metric))
-    dataset = key.split("/")[0]
-    store.set_attributes(store.get_group(root, dataset), dict(store.get_group(source, dataset).attrs))
-    provenance = store.get_group(group, schema.PROVENANCE)
-    rows = [(key, row, content) for row, content in enumerate(contents)]
-    this.scopes = {
-        masked: dataset_range(
-            workers.cluster,
-            this.frames,
-            rows,
-            provenance,
-            Preprocessing(settings.size, settings.order, settings.compat, masked),
-        )
-        if settings.scope == "dataset"
-        else settings.scope
-        for masked in {metric.preprocessing.mask for metric in metrics}
-    }
-    hashes = {metric.name: metric.specification_hash for metric in metrics}
-    scope_of = {metric.name: this.scopes[metric.preprocessing.mask] for metric in metrics}
-    parameter = store.read(store.get_array(origin, schema.PARAMETER))
-    identities = identify_rows(store.read(store.get_array(origin, schema.SEQUENCE)), parameter)
-    forget_metrics(group, set(weighted_otherwise(group, origin)) - hashes.keys())
-    this.stale = find_stale(group, contents, hashes, scope_of, settings.pairs, identities)
-    report.unrecorded += sum(this.stale.damaged.values())
-    report.up_to_date += this.stale.fresh
-    made_with = {"pairs": settings.pairs, "versions": versions()}
-    describe(
-        group,
-        parameter,
+    # The range of a data set isn't known yet. Any other takes as long to compute with.
+    scope: Scope = "pair" if settings.scope == "pair" else "sequence"
+    blocks = FieldBlocks(
+        *paths,
+        key,
         {
-            metric.name: metric.specification()
-            | {"scope": scope_of[metric.name]}
-            | made_with
-            | ({schema.DIRECTED: True} if is_directed(metric) else {})
-            for metric in metrics
-            if metric.name in this.stale.metrics
+            metric.name: FieldMetric(requests[metric.name], metric.specification_hash, scope)
+            for metric in of_field.metrics
         },
+        settings.pairs,
+        masking=settings.mask is not None,
+        weights=of_field.weights,
     )
-    return this
+    return _Field(
+        origin,
+        store.get_array(origin, schema.FRAMES).shape[1],
+        [str(content) for content in store.read(store.get_array(origin, schema.CONTENT))],
+        store.read(store.get_array(origin, schema.PARAMETER)),
+        of_field.metrics,
+        blocks,
+    )
 
 
-def _measured_size(
-    this: _Field, origin: store.Group, contents: Sequence[str], workers: _Workers
-) -> BlockSize:
-    """The blocks of a new field, from what one of its sequences takes on a worker."""
-    if len(contents) < WORTH_MEASURING:
+def _measure_block_size(plan: _Field, workers: MetricWorkers) -> BlockSize:
+    """Choose the blocks of a new field from what one of its sequences takes on a worker."""
+    count = len(plan.contents)
+    if count < WORTH_MEASURING:
         return BlockSize(1)
-    # Another range of values would take as long, and that of a data set isn't known yet.
-    scopes = dict.fromkeys((False, True), "pair" if this.settings.scope == "pair" else "sequence")
-    requests = tuple(this.requests.values())
-    rows = dict.fromkeys((0, len(contents) // 2, len(contents) - 1))
-    for row in rows:
-        block = StaleBlock(
-            row,
-            row + 1,
-            {name: {row: ""} for name in this.requests},
-            {row: contents[row]},
-            dict.fromkeys(this.requests, 0),
-            {row: b""},
-        )
-        # What is timed is what every block takes: nothing is tried.
-        task = replace(this.task(block, requests, scopes), run="")
-        ((_, seconds, error),) = run_bounded(workers.client(), seconds_per_sequence, [(task,)])
+    # Another sequence is tried where one is damaged or can't be computed.
+    for row in dict.fromkeys((0, count // 2, count - 1)):
+        rows = dict.fromkeys(plan.blocks.metrics, (row,))
+        block = Block(plan.blocks, row, (plan.contents[row],), (b"",), rows)
+        ((_, seconds, error),) = run_bounded(workers.start(), seconds_per_sequence, [(block,)])
         if error is None:
-            frames = store.get_array(origin, schema.FRAMES).shape[1]
-            return block_size(max(seconds, 1e-6), len(contents), workers.threads, frames)
-    # What is wrong with them will be said where they are computed.
+            return block_size(max(seconds, 1e-6), count, workers.threads, plan.frames)
+    # The reason is reported where these sequences are computed.
     return BlockSize(1)
 
 
-def _tasks(fields: Sequence[_Field], pace: Pace) -> Iterator[tuple[tuple[BlockTask, ...]]]:
-    """Tasks of one block or several, made as they are asked for: blocks that are quick go together."""
-    for this in fields:
-        blocks, left = this.blocks(), 0 if this.stale is None else len(this.stale.starts)
-        while together := tuple(itertools.islice(blocks, pace.blocks_per_task(this.key, left))):
-            left -= len(together)
-            yield (together,)
+def _lay_out(root: store.Group, source: store.Group, plan: _Field, scope: Scope, length: int) -> store.Group:
+    """Bring a field's group into shape, with the units of each metric and the attributes of the data set."""
+    units = field_units(source, [plan.key])
+    metrics = {metric.name: metric.units(scope, units) for metric in plan.metrics}
+    group = lay_out(root, plan.origin, plan.key, metrics, length)
+    for metric in plan.metrics:
+        store.set_directed(store.get_array(group, metric.name), is_directed(metric))
+    dataset = plan.key.split("/")[0]
+    store.set_attributes(store.get_group(root, dataset), dict(store.get_group(source, dataset).attrs))
+    return group
+
+
+def _find_scopes(group: store.Group, plan: _Field, settings: Settings, cluster: Cluster) -> dict[str, Scope]:
+    """Find the scope of each metric; ranges of a data set are computed where they aren't recorded."""
+    if settings.scope != "dataset":
+        return {metric.name: settings.scope for metric in plan.metrics}
+    provenance = store.get_group(group, schema.PROVENANCE)
+    sequences = [(plan.key, row, content) for row, content in enumerate(plan.contents)]
+    # Where single pixels are missing, frames have another range with a mask than without.
+    ranges = {
+        masked: dataset_range(
+            cluster,
+            plan.blocks.frames,
+            sequences,
+            provenance,
+            Preprocessing(settings.size, settings.order, settings.compat, masked),
+        )
+        for masked in {metric.preprocessing.mask for metric in plan.metrics}
+    }
+    return {metric.name: ranges[metric.preprocessing.mask] for metric in plan.metrics}
+
+
+def _list_stale(group: store.Group, plan: _Field, scopes: Mapping[str, Scope], run: str) -> StaleRows:
+    """List the rows that are out of date; they have no fingerprint any more."""
+    places = metric_places(group)
+    metrics = {
+        name: replace(metric, scope=scopes[name], place=places[name])
+        for name, metric in plan.blocks.metrics.items()
+    }
+    forget_metrics(group, set(weighted_otherwise(group, plan.origin)) - metrics.keys())
+    identities = identify_rows(store.read(store.get_array(plan.origin, schema.SEQUENCE)), plan.parameter)
+    return find_stale(group, replace(plan.blocks, metrics=metrics, run=run), plan.contents, identities)
+
+
+def _record_settings(
+    group: store.Group, plan: _Field, scopes: Mapping[str, Scope], stale: Sequence[str]
+) -> None:
+    """Record the parameter of the frames, and the specification of the metrics that are stale."""
+    write_parameter(group, plan.parameter)
+    record_specifications(
+        group,
+        {
+            metric.name: specification_of(
+                metric, scopes[metric.name], is_directed(metric), pairs=plan.blocks.pairs
+            )
+            for metric in plan.metrics
+            if metric.name in stale
+        },
+    )
+
+
+# ---------------------------------------------------------------- running
+
+
+def _batches(stale: Sequence[StaleRows], pace: Pace) -> Iterator[tuple[Block, ...]]:
+    """Make batches as they are asked for; blocks that are quick go together."""
+    for rows in stale:
+        blocks, remaining = rows.blocks(), len(rows.starts)
+        while batch := tuple(itertools.islice(blocks, pace.blocks_per_task(rows.field.key, remaining))):
+            remaining -= len(batch)
+            yield batch
 
 
 def _run(
-    fields: Sequence[_Field],
-    workers: _Workers,
+    stale: Sequence[StaleRows],
+    workers: MetricWorkers,
     root: store.Group,
-    progress: Progress | None,
     report: DistancesReport,
-    totals: Totals,
+    progress: Progress | None,
 ) -> None:
-    """Run the tasks. A block that fails every time is left to the next run, with the reason recorded."""
-    total = sum(len(this.stale.starts) for this in fields if this.stale is not None)
-    if not total:
+    """Compute all stale blocks. One that fails every time is left to the next run, its reason recorded."""
+    count = sum(len(rows.starts) for rows in stale)
+    if not count:
         return
-    client = workers.client()
-    pace, tally = Pace(workers.threads), Counter[str]()
-    given_up: list[tuple[BlockTask, str]] = []
-    if progress is not None:
-        progress(0, total)
-    done = 0
-
-    def run(tasks: Iterable[tuple[tuple[BlockTask, ...]]]) -> Iterator[tuple[BlockTask, ...]]:
-        """Run tasks, and give back the blocks of those that failed and had several."""
-        nonlocal done
-        for (together,), result, error in run_bounded(client, compute_blocks, tasks, tally=tally):
-            if error is None:
-                report.computed += result.matrices
-                report.blocks += len(together)
-                totals.add(together[0].key, result)
-                pace.note(together[0].key, len(together), sum(result.seconds_by_stage.values()))
-            elif store.is_full_disk(error):
-                raise error  # as would all others
-            elif len(together) > 1:
-                yield together
-                continue
-            else:
-                given_up.append((together[0], reason_of(error)))
-            done += len(together)
-            if progress is not None:
-                progress(done, total)
-
-    try:
-        failed = list(run(_tasks(fields, pace)))
-        # One of them is to blame; the others are done when they run by themselves.
-        list(run(((one,),) for together in failed for one in together))
-    finally:
-        report.copies = tally["copies"]
-        # Now nobody else writes. Without a fingerprint these are computed again by the next run.
-        for task, reason in given_up:
-            group = store.get_group(root, task.key)
-            block = task.block
-            texts: dict[str, dict[str, dict[int, str]]] = {
-                schema.FAILURE: {name: dict.fromkeys(rows, reason) for name, rows in block.rows.items()},
-                schema.CONTENT: {name: dict.fromkeys(rows, "") for name, rows in block.rows.items()},
-            }
-            texts[schema.DIGEST] = digest_rows(task.key, block, texts, {})
-            for name, by_metric in texts.items():
-                write_provenance(group, name, block, by_metric)
+    client = workers.start()
+    pace = Pace(workers.threads)
+    outcomes = run_blocks(client, compute_blocks, _batches(stale, pace), count, progress)
+    for batch, result, reason in outcomes:
+        if result is None:
+            record_failure(root, batch[0], reason)
+        else:
+            report.add(batch, result)
+            pace.note(batch[0].field.key, len(batch), sum(result.seconds_by_stage.values()))
 
 
-def _record_precision(root: store.Group, totals: Totals) -> None:
-    """Say in each field's provenance how its metrics kept their promise of precision in this run."""
-    for key, by_metric in totals.precision.items():
-        records = {}
-        for name, precision in by_metric.items():
-            found = asdict(precision)
-            share = found["recomputed"] / max(found["pairs"], 1)
-            records[name] = found | {"share_recomputed": share, "device": " + ".join(sorted(totals.devices))}
-        if records:
-            provenance = store.get_group(root, f"{key}/{schema.PROVENANCE}")
-            known: Any = provenance.attrs.get("precision", {})
-            store.set_attributes(provenance, {"precision": known | records})
-
-
-def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in seconds.items()}
+def _describe_precision(record: PairPrecision, device: str) -> dict[str, Any]:
+    counts = asdict(record)
+    return counts | {"share_recomputed": counts["recomputed"] / max(counts["pairs"], 1), "device": device}

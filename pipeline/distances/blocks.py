@@ -1,4 +1,4 @@
-"""Which blocks of distances.zarr are out of date: the store's template, its rows, its fingerprints.
+"""Find the blocks of distances.zarr that are out of date: the store's template, its rows, its fingerprints.
 
 A fingerprint hashes all that determines a sequence's distances under a metric: the sequence's content,
 the metric's specification with the hash of its weights, the scope, and which pairs. It is written after
@@ -10,94 +10,171 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from lsim.preprocess import Scope, scope_identity
+from pipeline.metrics.pixel_weights import FieldWeights
+from pipeline.stage.provenance import METRICS_PER_CHUNK, add_metrics, has_specification, metric_places
 from pipeline.storage import digests, schema, store
 from pipeline.storage.recorded import bound_rows
 from pipeline.storage.schema import Pairs
+from pipeline.workers.worker_metrics import MetricRequest
 
 Matrices: TypeAlias = Mapping[str, Mapping[int, np.ndarray]]
-"""By metric and row."""
+"""Matrices by metric and row."""
 
-METRICS_PER_CHUNK = 64
-"""Of the texts in provenance: one chunk holds those of all metrics for a block's sequences, which one task
-writes at once, instead of a small file a metric. A block has one task at a time, whatever its metrics."""
+Records: TypeAlias = Mapping[str, Mapping[int, dict[str, str]]]
+"""By metric and row, the texts that are recorded of a matrix, by name."""
 
 ROW_TEXTS = (schema.FAILURE, schema.CONTENT, schema.RESOLUTION, schema.DIGEST, schema.FINGERPRINT)
-"""Texts that provenance has for every metric and sequence, the fingerprint last: as they are written. The
-digest is of all others, see :func:`digest_rows`."""
+"""Texts that provenance has for every metric and sequence, in the order in which they are written: the
+fingerprint last. The digest covers all others, see :func:`add_digests`."""
 
 SATISFIED_BY: dict[Pairs, tuple[Pairs, ...]] = {"all": ("all",), "reference": ("reference", "all")}
-"""Which recorded pairs will do for those asked for: all pairs hold the reference's too."""
-
+"""Recorded pairs that will do for those asked for: all pairs hold the reference's too."""
 
 ROWS_PER_CHUNK = 4096
-"""Of names and parameters, which the driver alone writes: 10⁵ sequences are a few files."""
+"""Chunks of names and parameters, which the driver alone writes: 10⁵ sequences are a few files."""
 
 ROWS_AT_ONCE = 4096
 """Rows whose texts are in memory at once while fingerprints are compared."""
 
 
 @dataclass(frozen=True)
-class StaleBlock:
-    """Sequences ``start:stop`` of a field; for each metric the rows to compute, with their fingerprints.
+class FieldMetric:
+    """A metric as all blocks of a field are computed with it.
 
-    ``contents`` has the content hash of each row, ``places`` the index of each metric in provenance, and
-    ``identities`` what digests bind each row to besides group and metric.
+    Attributes
+    ----------
+    request : MetricRequest
+    specification_hash : str
+        That of the metric with the field's weights of pixels.
+    scope : scope
+    place : int
+        Index of the metric in provenance.
     """
 
+    request: MetricRequest
+    specification_hash: str
+    scope: Scope
+    place: int = 0
+
+
+@dataclass(frozen=True)
+class FieldBlocks:
+    """Description that all blocks of a field share.
+
+    Attributes
+    ----------
+    frames, out, key : str
+        Stores that are read and written, and the field's group in both.
+    metrics : dict of str to FieldMetric
+    pairs : {"all", "reference"}
+    masking : bool
+        Whether the run leaves out missing pixels.
+    run : str
+        Name of the run, in which each worker tries each metric once; without one nothing is tried.
+    weights : FieldWeights, optional
+        Weights of the field's pixels, where metrics are weighted by them.
+    """
+
+    frames: str
+    out: str
+    key: str
+    metrics: Mapping[str, FieldMetric]
+    pairs: Pairs
+    masking: bool = False
+    run: str = ""
+    weights: FieldWeights | None = None
+
+    def suffix(self, metric: str) -> str:
+        """Serialise what fingerprints of a metric hash after the content of a sequence."""
+        settings = self.metrics[metric]
+        return _suffix(settings.specification_hash, settings.scope, self.pairs)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some sequences of a field, with all that a worker needs to compute what is stale of them.
+
+    Attributes
+    ----------
+    field : FieldBlocks
+    start : int
+        Row of the first sequence.
+    contents : tuple of str
+        Content hash of each sequence.
+    identities : tuple of bytes
+        What digests bind each row to besides group and metric, see
+        :func:`pipeline.storage.digests.identify_rows`.
+    rows : dict of str to tuple of int
+        Stale rows by metric.
+    """
+
+    field: FieldBlocks
     start: int
-    stop: int
-    rows: Mapping[str, Mapping[int, str]]
-    contents: Mapping[int, str]
-    places: Mapping[str, int]
-    identities: Mapping[int, bytes]
+    contents: tuple[str, ...]
+    identities: tuple[bytes, ...]
+    rows: Mapping[str, tuple[int, ...]]
+
+    @property
+    def stop(self) -> int:
+        """Row after the last sequence."""
+        return self.start + len(self.contents)
+
+    @property
+    def matrices(self) -> int:
+        """Number of matrices that are out of date."""
+        return sum(map(len, self.rows.values()))
+
+    @property
+    def label(self) -> str:
+        """Description of the block in messages."""
+        return f"{self.field.key}, sequences {self.start} to {self.stop - 1}"
+
+    def fingerprints(self, metric: str) -> dict[int, str]:
+        """Make the fingerprint of each stale row of a metric."""
+        suffix = self.field.suffix(metric)
+        return {row: _hashed(self.contents[row - self.start], suffix) for row in self.rows[metric]}
 
 
 @dataclass(frozen=True)
 class StaleRows:
-    """What of a field is out of date: a flag a matrix, of which blocks are made when they are wanted.
+    """Rows of a field that are out of date: a flag for each matrix; blocks are made of them one by one.
 
     Attributes
     ----------
+    field : FieldBlocks
     stale : dict of str to ndarray of bool
         By metric, for every sequence.
     length : int
-        Sequences per block.
+        Sequences in a block.
     contents : sequence of str
-    suffixes : dict of str to str
-        By metric, what fingerprints are made of besides the content.
-    places : dict of str to int
-        Index of each metric in provenance.
     identities : sequence of bytes
-        See :func:`pipeline.storage.digests.identify_rows`.
-    damaged : dict of str to int
-        By metric, how many rows of today's fingerprint are stale as their record is not the one that was
-        written with it, or holds no digest.
+    damaged : int
+        Rows with today's fingerprint that are stale as their record is not the one that was written with it,
+        or holds no digest.
     """
 
+    field: FieldBlocks
     stale: Mapping[str, np.ndarray]
     length: int
     contents: Sequence[str]
-    suffixes: Mapping[str, str]
-    places: Mapping[str, int]
     identities: Sequence[bytes]
-    damaged: Mapping[str, int]
+    damaged: int
 
     @property
     def metrics(self) -> list[str]:
-        """Those that anything is out of date of."""
+        """Metrics with stale rows."""
         return [name for name, rows in self.stale.items() if rows.any()]
 
     @property
     def fresh(self) -> int:
-        """How many matrices are up to date."""
+        """Number of matrices that are up to date."""
         return sum(int((~rows).sum()) for rows in self.stale.values())
 
     @property
@@ -106,30 +183,25 @@ class StaleRows:
         rows = np.flatnonzero(np.any([*self.stale.values()], axis=0))
         return np.unique(rows // self.length) * self.length
 
-    def blocks(self) -> Iterator[StaleBlock]:
-        """The blocks, one after the other."""
+    def blocks(self) -> Iterator[Block]:
+        """Make the stale blocks, one after the other."""
         for start in self.starts.tolist():
-            stop = min(start + self.length, len(self.contents))
-            rows: dict[str, dict[int, str]] = {}
-            for name, stale in self.stale.items():
-                if len(found := np.flatnonzero(stale[start:stop])):
-                    suffix = self.suffixes[name]
-                    rows[name] = {
-                        row: _hashed(self.contents[row], suffix) for row in (found + start).tolist()
-                    }
-            contents = dict(enumerate(self.contents[start:stop], start))
-            identities = dict(enumerate(self.identities[start:stop], start))
-            places = {name: self.places[name] for name in rows}
-            yield StaleBlock(start, stop, rows, contents, places, identities)
+            rows = slice(start, start + self.length)
+            stale = {
+                name: tuple((np.flatnonzero(flags[rows]) + start).tolist())
+                for name, flags in self.stale.items()
+                if flags[rows].any()
+            }
+            yield Block(self.field, start, tuple(self.contents[rows]), tuple(self.identities[rows]), stale)
 
 
 def fingerprint(content: str, specification_hash: str, scope: Scope, pairs: Pairs) -> str:
-    """What a block is recorded under: a hash of all that determines its values."""
+    """Hash all that determines the distances of a sequence under a metric."""
     return _hashed(content, _suffix(specification_hash, scope, pairs))
 
 
 def _suffix(specification_hash: str, scope: Scope, pairs: Pairs) -> str:
-    """All that is hashed after the content: 10⁶ fingerprints of a metric differ in that alone."""
+    """Serialise all that is hashed after the content: 10⁶ fingerprints of a metric differ in that alone."""
     rest = {"pairs": pairs, "scope": scope_identity(scope), "specification": specification_hash}
     return json.dumps(rest, sort_keys=True)[1:]
 
@@ -139,108 +211,122 @@ def _hashed(content: str, suffix: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def digest_rows(
-    key: str, block: StaleBlock, texts: Mapping[str, Mapping[str, Mapping[int, str]]], values: Matrices
-) -> dict[str, dict[int, str]]:
-    """Make the digests of a block's rows, by metric and row.
+# ---------------------------------------------------------------- records of a block
+
+
+def add_digests(block: Block, records: Records, matrices: Matrices) -> None:
+    """Add to the records of a block's rows their digests.
 
     Parameters
     ----------
-    key : str
-        ``<dataset>/<field>``.
-    block : StaleBlock
-    texts : mapping
-        By name of the text, metric and row, all other texts that are recorded of the rows.
-    values : mapping
-        By metric and row, the matrices, of the rows that have fingerprints; others' don't count.
+    block : Block
+    records : mapping
+    matrices : mapping
+        Those of rows that have a fingerprint are hashed; others' values don't count.
     """
-    found: dict[str, dict[int, str]] = {}
-    for metric, rows in block.rows.items():
-        about = digests.identify(key, metric)
-        for row in rows:
-            of_row = {name: by_metric.get(metric, {}).get(row, "") for name, by_metric in texts.items()}
-            done = of_row.get(schema.FINGERPRINT, "") != ""
-            hashed = digests.hash_values(values[metric][row]) if done else ""
-            identity = about + block.identities[row]
-            found.setdefault(metric, {})[row] = digests.bind(identity, of_row, hashed)
-    return found
+    for metric, by_row in records.items():
+        prefix = digests.identify(block.field.key, metric)
+        for row, record in by_row.items():
+            done = record.get(schema.FINGERPRINT, "") != ""
+            values = digests.hash_values(matrices[metric][row]) if done else ""
+            identity = prefix + block.identities[row - block.start]
+            record[schema.DIGEST] = digests.bind(identity, record, values)
+
+
+def write_records(group: store.Group, block: Block, records: Records) -> None:
+    """Write records of rows, text by text in the order of :data:`ROW_TEXTS`; other texts stay.
+
+    A block's chunks hold all metrics and have one writer, the block's task.
+    """
+    provenance = store.get_group(group, schema.PROVENANCE)
+    names = {name for by_row in records.values() for record in by_row.values() for name in record}
+    for name in ROW_TEXTS:
+        if name not in names:
+            continue
+        array = store.get_array(provenance, name)
+        texts = store.read(array, (slice(None), slice(block.start, block.stop)))
+        for metric, by_row in records.items():
+            place = block.field.metrics[metric].place
+            for row, record in by_row.items():
+                texts[place, row - block.start] = record[name]
+        store.write_block(array, (0, block.start), texts)
+
+
+def record_failure(root: store.Group, block: Block, reason: str) -> None:
+    """Record why a block was given up; without fingerprints the next run computes it again."""
+    records: Records = {
+        metric: {row: {schema.FAILURE: reason, schema.CONTENT: ""} for row in rows}
+        for metric, rows in block.rows.items()
+    }
+    add_digests(block, records, {})
+    write_records(store.get_group(root, block.field.key), block, records)
+
+
+# ---------------------------------------------------------------- stale rows
 
 
 def find_stale(
-    group: store.Group,
-    contents: Sequence[str],
-    specifications: Mapping[str, str],
-    scopes: Mapping[str, Scope],
-    pairs: Pairs,
-    identities: Sequence[bytes],
+    group: store.Group, field: FieldBlocks, contents: Sequence[str], identities: Sequence[bytes]
 ) -> StaleRows:
-    """What of a field is out of date, and its fingerprints taken from it before anything else changes.
+    """Find the rows of a field that are out of date, and delete their fingerprints before anything changes.
 
-    Those that lose their fingerprint are the ones to compute, and distances of metrics that aren't computed
-    now whose frames have changed since: without one nobody takes them for distances of today's frames. So do
-    those of before there were resolutions: nobody knows what rounding did to them.
+    Rows to compute lose their fingerprint. So do distances of metrics that aren't computed now whose frames
+    have changed since, as nobody may take them for distances of today's frames, and distances of stores that
+    didn't record resolutions yet.
 
     Parameters
     ----------
     group : Group
         Of ``distances.zarr``, brought up to date by :func:`lay_out`.
+    field : FieldBlocks
     contents : sequence of str
         Content hash of each sequence.
-    specifications : mapping of str to str
-        Hash of each metric's specification, by name.
-    scopes : mapping of str to scope
-        The scope of each metric, by name.
-    pairs : {"all", "reference"}
     identities : sequence of bytes
         What each row's digest is bound to, see :func:`pipeline.storage.digests.identify_rows`. A row whose
         record is another than was written with its fingerprint is out of date.
     """
     provenance = store.get_group(group, schema.PROVENANCE)
-    names = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
-    places = {name: names.index(name) for name in specifications}
-    # All pairs will do where the reference's are asked for: the first suffix is the one to record.
     suffixes = {
-        name: [_suffix(hashed, scopes[name], p) for p in SATISFIED_BY[pairs]]
-        for name, hashed in specifications.items()
+        name: [_suffix(metric.specification_hash, metric.scope, pairs) for pairs in SATISFIED_BY[field.pairs]]
+        for name, metric in field.metrics.items()
     }
-    described = _described(group, names)
+    described = has_specification(group)
     arrays = {name: store.get_array(provenance, name) for name in ROW_TEXTS}
-    fingerprints = arrays[schema.FINGERPRINT]
-    stale = {name: np.ones(len(contents), bool) for name in specifications}
-    damaged: Counter[str] = Counter()
-    length = fingerprints.chunks[1]
+    length = arrays[schema.FINGERPRINT].chunks[1]
+    stale = {name: np.ones(len(contents), bool) for name in field.metrics}
+    damaged = 0
     at_once = max(1, ROWS_AT_ONCE // length) * length
     for start in range(0, len(contents), at_once):
         rows = slice(start, min(start + at_once, len(contents)))
-        here = contents[rows]
-        found = store.read(fingerprints, (slice(None), rows))
-        if not (found != "").any():
+        recorded = store.read(arrays[schema.FINGERPRINT], (slice(None), rows))
+        if not (recorded != "").any():
             continue
         texts = {name: store.read(array, (slice(None), rows)) for name, array in arrays.items()}
-        of_today = texts[schema.CONTENT] == np.array(here, dtype=object)[None]
-        resolved = texts[schema.RESOLUTION] != ""
-        valid = np.where(of_today & resolved, found, "").astype(object)
-        for name, place in places.items():
-            wanted = suffixes[name]
-            of_other = np.array(
-                [
-                    all(recorded != _hashed(content, suffix) for suffix in wanted)
-                    for recorded, content in zip(np.where(resolved, found, "")[place], here, strict=True)
-                ],
-                dtype=bool,
-            )
-            bound = bound_rows(group.path, name, identities[rows], {k: v[place] for k, v in texts.items()})
-            unbound = ~bound if described[name] else np.ones(len(here), bool)
-            damaged[name] += int((unbound & ~of_other).sum())
-            stale[name][rows] = of_other | unbound
-            valid[place, stale[name][rows]] = ""
-        _write_changed(fingerprints, start, found, valid)
-    recorded_as = {name: wanted[0] for name, wanted in suffixes.items()}
-    return StaleRows(stale, length, contents, recorded_as, places, identities, damaged)
+        resolved = np.where(texts[schema.RESOLUTION] != "", recorded, "")
+        current = texts[schema.CONTENT] == np.array(contents[rows], dtype=object)[None]
+        valid = np.where(current, resolved, "").astype(object)
+        for name, metric in field.metrics.items():
+            own = {text: column[metric.place] for text, column in texts.items()}
+            outdated = _differ(resolved[metric.place], contents[rows], suffixes[name])
+            unbound = ~bound_rows(group.path, name, identities[rows], own) | (not described[name])
+            damaged += int((unbound & ~outdated).sum())
+            stale[name][rows] = outdated | unbound
+            valid[metric.place, stale[name][rows]] = ""
+        _write_changed(arrays[schema.FINGERPRINT], start, recorded, valid)
+    return StaleRows(field, stale, length, contents, identities, damaged)
+
+
+def _differ(recorded: Iterable[str], contents: Sequence[str], suffixes: Sequence[str]) -> np.ndarray:
+    """Compare recorded fingerprints of a metric with those of today: (sequence,) bool."""
+    differ = [
+        all(fingerprint != _hashed(content, suffix) for suffix in suffixes)
+        for fingerprint, content in zip(recorded, contents, strict=True)
+    ]
+    return np.array(differ, dtype=bool)
 
 
 def forget_metrics(group: store.Group, names: Collection[str]) -> None:
-    """Take all fingerprints of metrics that aren't computed now, and whose weights of pixels have changed.
+    """Delete all fingerprints of metrics that aren't computed now, and whose weights of pixels have changed.
 
     Parameters
     ----------
@@ -248,25 +334,13 @@ def forget_metrics(group: store.Group, names: Collection[str]) -> None:
         Of ``distances.zarr``.
     names : collection of str
     """
-    provenance = store.get_group(group, schema.PROVENANCE)
-    known = store.read(store.get_array(provenance, schema.METRIC))
-    places = [place for place, name in enumerate(known) if name in names]
+    places = [place for name, place in metric_places(group).items() if name in names]
     if places:
-        array = store.get_array(provenance, schema.FINGERPRINT)
+        array = store.get_array(store.get_group(group, schema.PROVENANCE), schema.FINGERPRINT)
         before = store.read(array)
         after = before.copy()
         after[places] = ""
         _write_changed(array, 0, before, after)
-
-
-def _described(group: store.Group, names: Sequence[str]) -> dict[str, bool]:
-    """Tell of each metric whether its specification is the one that was recorded for it here."""
-    array = store.get_array(store.get_group(group, schema.PROVENANCE), schema.SPECIFICATION)
-    texts = store.read(array)
-    return {
-        name: digests.is_sealed(json.loads(str(text) or "{}"), group.path, name)
-        for name, text in zip(names, texts, strict=True)
-    }
 
 
 def _write_changed(array: store.Array, start: int, old: np.ndarray, new: np.ndarray) -> None:
@@ -279,37 +353,26 @@ def _write_changed(array: store.Array, start: int, old: np.ndarray, new: np.ndar
             store.write_block(array, (0, start + first), new[:, first:stop])
 
 
-def _block_length(group: store.Group) -> int | None:
-    """Sequences per block of a field that is there: a chunk of the texts that its tasks write."""
+# ---------------------------------------------------------------- layout
+
+
+def drop_other_frames(root: store.Group, key: str, frames: int) -> None:
+    """Delete a field's results where its sequences had another number of frames."""
+    name = f"{key}/{schema.PARAMETER}"
+    if name in root and store.get_array(root, name).shape[1] != frames:
+        store.delete(root, key)
+
+
+def block_length(root: store.Group, key: str) -> int | None:
+    """Look up the sequences in a block of a field that exists: a chunk of the texts that its tasks write."""
     for name in ROW_TEXTS:
-        if f"{schema.PROVENANCE}/{name}" in group:
-            return int(store.get_array(store.get_group(group, schema.PROVENANCE), name).chunks[1])
+        if f"{key}/{schema.PROVENANCE}/{name}" in root:
+            return int(store.get_array(root, f"{key}/{schema.PROVENANCE}/{name}").chunks[1])
     return None
 
 
-def describe(
-    group: store.Group, parameter: np.ndarray, specifications: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Record the parameter, and the specification of the metrics that are about to be computed."""
-    array = store.get_array(group, schema.PARAMETER)
-    if not np.array_equal(store.read(array), parameter):
-        store.write_rows(array, 0, parameter)
-    provenance = store.get_group(group, schema.PROVENANCE)
-    names = store.read(store.get_array(provenance, schema.METRIC))
-    array = store.get_array(provenance, schema.SPECIFICATION)
-    known = store.read(array)
-    texts = known.copy()
-    for index, name in enumerate(names):
-        if name in specifications:
-            texts[index] = json.dumps(
-                digests.sealed(specifications[name], group.path, str(name)), sort_keys=True
-            )
-    if (texts != known).any():
-        store.write_rows(array, 0, texts)
-
-
 def lay_out(
-    root: store.Group, frames: store.Group, key: str, metrics: Mapping[str, str], choose: Callable[[], int]
+    root: store.Group, frames: store.Group, key: str, metrics: Mapping[str, str], block: int
 ) -> store.Group:
     """Bring a field's group into the shape of its frames, with an array for every metric.
 
@@ -325,37 +388,40 @@ def lay_out(
         ``<dataset>/<field>``.
     metrics : mapping of str to str
         Names of the metrics to have, and the units of each; arrays already in the store stay.
-    choose : callable
-        Asked for the sequences per block of a group that is new; an existing group keeps its own.
+    block : int
+        Sequences in a block.
     """
     n = store.get_array(frames, schema.FRAMES).shape[1]
     sequences = store.read(store.get_array(frames, schema.SEQUENCE))
     parameter = store.read(store.get_array(frames, schema.PARAMETER))
-    if key in root and schema.PARAMETER in store.get_group(root, key):
-        found = store.get_array(store.get_group(root, key), schema.PARAMETER).shape[1]
-        if found != n:
-            del root[key]
     group = root.require_group(key)
-    block = _block_length(group) or choose()
     if schema.SEQUENCE not in group:
-        shape, rows = sequences.shape, (ROWS_PER_CHUNK,)
         store.create_array(
-            group, schema.SEQUENCE, shape=shape, chunks=rows, dims=(schema.SEQUENCE,), dtype=str
+            group,
+            schema.SEQUENCE,
+            shape=sequences.shape,
+            chunks=(ROWS_PER_CHUNK,),
+            dims=(schema.SEQUENCE,),
+            dtype=str,
         )
         store.write_rows(store.get_array(group, schema.SEQUENCE), 0, sequences)
     if schema.PARAMETER not in group:
-        shape, chunks = parameter.shape, (ROWS_PER_CHUNK, n)
         store.create_array(
-            group, schema.PARAMETER, shape=shape, chunks=chunks, dims=schema.PARAMETER_DIMS, dtype="float64"
+            group,
+            schema.PARAMETER,
+            shape=parameter.shape,
+            chunks=(ROWS_PER_CHUNK, n),
+            dims=schema.PARAMETER_DIMS,
+            dtype="float64",
         )
-    _add_metrics(group, metrics, store.get_array(group, schema.SEQUENCE).shape[0], n, block)
+    _lay_out_metrics(group, metrics, store.get_array(group, schema.SEQUENCE).shape[0], n, block)
     _align_rows(group, [str(name) for name in sequences])
     store.set_attributes(group, dict(frames.attrs))
     return group
 
 
-def _add_metrics(group: store.Group, metrics: Mapping[str, str], rows: int, n: int, block: int) -> None:
-    """Arrays for the metrics that the store doesn't have yet."""
+def _lay_out_metrics(group: store.Group, metrics: Mapping[str, str], rows: int, n: int, block: int) -> None:
+    """Create the arrays of metrics that the store doesn't have yet."""
     provenance = group.require_group(schema.PROVENANCE)
     by_metric: dict[str, Any] = {"shape": (0,), "chunks": (METRICS_PER_CHUNK,), "dims": (schema.METRIC,)}
     by_row: dict[str, Any] = {
@@ -363,27 +429,34 @@ def _add_metrics(group: store.Group, metrics: Mapping[str, str], rows: int, n: i
         "chunks": (METRICS_PER_CHUNK, block),
         "dims": schema.PROVENANCE_DIMS,
     }
-    texts = dict.fromkeys((schema.METRIC, schema.SPECIFICATION), by_metric) | dict.fromkeys(ROW_TEXTS, by_row)
-    for name, layout in texts.items():
+    layouts = {schema.METRIC: by_metric, schema.SPECIFICATION: by_metric}
+    layouts |= dict.fromkeys(ROW_TEXTS, by_row)
+    for name, layout in layouts.items():
         if name not in provenance:
             store.create_array(provenance, name, dtype=str, **layout)
     for name, units in metrics.items():
         if name not in group:
-            shape, chunks = (rows, n, n), (block, n, n)
             store.create_array(
-                group, name, shape=shape, chunks=chunks, dims=schema.DISTANCE_DIMS, dtype="float64"
+                group,
+                name,
+                shape=(rows, n, n),
+                chunks=(block, n, n),
+                dims=schema.DISTANCE_DIMS,
+                dtype="float64",
             )
         store.set_units(store.get_array(group, name), units)
-    # A resize that was interrupted leaves a nameless entry.
-    known = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC)) if name]
-    known += [name for name in metrics if name not in known]
-    for name in texts:
-        store.resize_rows(store.get_array(provenance, name), len(known))
-    store.write_rows(store.get_array(provenance, schema.METRIC), 0, np.array(known, dtype=object))
+    add_metrics(provenance, metrics, layouts)
+
+
+def write_parameter(group: store.Group, parameter: np.ndarray) -> None:
+    """Write the parameter of each frame; only once rows of other parameters are known to be out of date."""
+    array = store.get_array(group, schema.PARAMETER)
+    if not np.array_equal(store.read(array), parameter):
+        store.write_rows(array, 0, parameter)
 
 
 def _align_rows(group: store.Group, sequences: list[str]) -> None:
-    """Bring rows into the order of ``sequences``, keeping what is known of those that stay.
+    """Bring rows into the order of ``sequences``, and keep the results of those that stay.
 
     A row that moves loses its fingerprint before its values change and gets it back after, so that an
     interruption costs a computation and never a wrong distance.
@@ -403,10 +476,10 @@ def _align_rows(group: store.Group, sequences: list[str]) -> None:
     moved = origin != np.arange(len(sequences))
 
     # What an interrupted alignment cut off already is missing here, and counts as never computed.
-    known = {name: _rearranged(store.read(array), origin, "", axis=1) for name, array in texts.items()}
+    aligned = {name: _rearranged(store.read(array), origin, "", axis=1) for name, array in texts.items()}
     fingerprints = texts[schema.FINGERPRINT]
     store.resize_rows(fingerprints, len(sequences), axis=1)
-    unmoved = np.where(moved, "", known[schema.FINGERPRINT]).astype(object)
+    unmoved = np.where(moved, "", aligned[schema.FINGERPRINT]).astype(object)
     _write_changed(fingerprints, 0, store.read(fingerprints), unmoved)
     rearranged = (origin[moved] >= 0).any()
     for array in matrices:
@@ -414,21 +487,21 @@ def _align_rows(group: store.Group, sequences: list[str]) -> None:
         store.resize_rows(array, len(sequences))
         if values is not None:
             store.write_rows(array, 0, values)
-    of_rows = _rearranged(store.read(parameters), origin, np.nan, axis=0)
+    parameter = _rearranged(store.read(parameters), origin, np.nan, axis=0)
     store.resize_rows(parameters, len(sequences))
-    store.write_rows(parameters, 0, of_rows)
+    store.write_rows(parameters, 0, parameter)
     store.resize_rows(names, len(sequences))
     store.write_rows(names, 0, np.array(sequences, dtype=object))
     for name, array in texts.items():
         # The fingerprints last: only now do names, values and they speak of the same rows again.
         store.resize_rows(array, len(sequences), axis=1)
-        _write_changed(array, 0, store.read(array), known[name])
+        _write_changed(array, 0, store.read(array), aligned[name])
 
 
 def _rearranged(values: np.ndarray, origin: np.ndarray, missing: Any, axis: int) -> np.ndarray:
-    """``values`` with row ``origin[k]`` along ``axis`` at k, ``missing`` where that is absent or −1."""
-    there = (origin >= 0) & (origin < values.shape[axis])
+    """Put row ``origin[k]`` along ``axis`` at k, ``missing`` where that is absent or −1."""
+    present = (origin >= 0) & (origin < values.shape[axis])
     moved = np.moveaxis(values, axis, 0)
     out = np.full((len(origin), *moved.shape[1:]), missing, dtype=values.dtype)
-    out[there] = moved[origin[there]]
+    out[present] = moved[origin[present]]
     return np.moveaxis(out, 0, axis)

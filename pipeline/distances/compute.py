@@ -1,7 +1,7 @@
-"""What a worker does with a block: read it, prepare it once, run its metrics, write it, and say so.
+"""Compute blocks of distances on a worker: read, prepare once, run the metrics, write.
 
 A block is some sequences of one field. Distances are written first, then the fingerprints that say they are
-done (:mod:`pipeline.distances.blocks`). Nothing but small counts goes back through the scheduler.
+done (:mod:`pipeline.distances.blocks`). Only small counts go back through the scheduler.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import functools
 import logging
 import operator
-import time
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,14 +23,17 @@ from lsim.claims import OthersCode
 from lsim.metric import Metric
 from lsim.prepared import Prepared
 from lsim.preprocess import FramesError, Scope, finite_frames
-from pipeline.distances.blocks import ROW_TEXTS, Pairs, StaleBlock, digest_rows
-from pipeline.metrics.pixel_weights import FieldWeights, get_weighted
+from pipeline.distances.blocks import Block, add_digests, write_records
+from pipeline.metrics.pixel_weights import get_weighted
 from pipeline.metrics.resolution import resolution_of, to_text
 from pipeline.metrics.settings import is_directed
 from pipeline.stage import trials
+from pipeline.stage.provenance import add_precision
+from pipeline.stage.stopwatch import Stopwatch
 from pipeline.storage import schema, store
 from pipeline.storage.checked_frames import NOT_READ, read_sequence, why_not_read
-from pipeline.workers.worker_metrics import MetricRequest, get_metric, still_wanted
+from pipeline.storage.schema import Pairs
+from pipeline.workers.worker_metrics import get_metric, still_wanted
 
 logger = logging.getLogger(__name__)
 
@@ -40,43 +42,19 @@ TOO_LONG_TO_REPEAT_S = 30.0
 
 
 @dataclass(frozen=True)
-class BlockTask:
-    """A stale block with all that a worker needs to compute it."""
-
-    frames: str
-    out: str
-    key: str
-    block: StaleBlock
-    requests: tuple[MetricRequest, ...]
-    scopes: Mapping[bool, Scope]
-    """With and without a mask: minimum and maximum of a data set differ where single pixels are missing."""
-    pairs: Pairs
-    masking: bool
-    run: str = ""
-    """The run's name, in which each worker tries each metric once; without one nothing is tried."""
-    weights: FieldWeights | None = None
-    """Of the field's pixels, where metrics are weighted by them."""
-
-    @property
-    def label(self) -> str:
-        """What it is of, in messages."""
-        return f"{self.key}, sequences {self.block.start} to {self.block.stop - 1}"
-
-
-@dataclass(frozen=True)
 class BlockResult:
-    """What a worker tells of a block; the distances themselves are in the store.
+    """Counts that a worker reports of blocks; the distances themselves are in the store.
 
     Attributes
     ----------
     matrices : int
-        How many are done.
+        Matrices that are done.
     seconds_by_stage : Counter
-        Of ``open``, ``read``, ``prepare``, ``metrics``, ``write``: what the block waited for.
+        Seconds of ``open``, ``read``, ``prepare``, ``metrics``, ``write``: what the block waited for.
     seconds_by_metric : Counter
         ``metrics``, metric by metric; a family's embedding counts for the first of them.
     precision : dict
-        By metric, what those that have a promise to keep say of how they kept it.
+        By metric, how those with a promise of precision kept it.
     device : str
         Kind of device that computed.
     """
@@ -88,10 +66,9 @@ class BlockResult:
     device: str
 
     def __add__(self, other: BlockResult) -> BlockResult:
-        """Of both blocks."""
+        """Combine the results of two blocks."""
         precision = dict(self.precision)
-        for metric, found in other.precision.items():
-            precision[metric] = precision[metric] + found if metric in precision else found
+        add_precision(precision, other.precision)
         return BlockResult(
             self.matrices + other.matrices,
             self.seconds_by_stage + other.seconds_by_stage,
@@ -103,7 +80,7 @@ class BlockResult:
 
 @dataclass
 class _Sequence:
-    """A sequence's frames, and what metrics share of them; dropped before the next but one is read.
+    """Frames of a sequence and what metrics share of them; dropped before the next but one is read.
 
     ``damage`` says what is wrong with frames that are not those that were converted; there are none then.
     """
@@ -113,115 +90,91 @@ class _Sequence:
     prepared: dict[Hashable, Prepared] = field(default_factory=dict)
 
     def for_metric(self, metric: Metric, scope: Scope) -> Prepared:
-        """The frames as the metric takes them, prepared for the first that takes them so."""
-        # A metric of somebody else may prepare frames in a way of its own, which is nobody else's.
+        """Prepare the frames for a metric, once for all metrics that take them so."""
+        # A custom metric may prepare frames in a way that no other shares.
         key = (metric.preprocessing, type(metric).prepare)
         if key not in self.prepared:
             self.prepared[key] = metric.prepare(self.frames, scope)
         return self.prepared[key]
 
     def anew(self) -> _Sequence:
-        """The same frames, of which nothing is embedded yet."""
-        return _Sequence(self.frames, prepared={key: kept.anew() for key, kept in self.prepared.items()})
+        """Copy the sequence without what metrics have embedded."""
+        prepared = {key: frames.anew() for key, frames in self.prepared.items()}
+        return _Sequence(self.frames, prepared=prepared)
 
 
-class _Clock:
-    """Seconds by what they were spent on."""
+@dataclass(frozen=True)
+class _Matrix:
+    """Distances of a sequence under a metric, (n, n), and what is recorded of them.
 
-    def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+    ``reason`` says why distances are missing; a matrix that is not ``final`` is tried again by the next run.
+    """
 
-    @contextlib.contextmanager
-    def __call__(self, what: str) -> Iterator[None]:
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] += time.perf_counter() - began  # type: ignore[assignment]
+    values: np.ndarray
+    reason: str = ""
+    resolution: str = ""
+    final: bool = True
 
 
-def compute_blocks(tasks: Sequence[BlockTask]) -> BlockResult:
+def compute_blocks(*blocks: Block) -> BlockResult:
     """Compute and write blocks of one field, each by itself. Runs on a worker.
 
-    Those that an earlier attempt has finished are left as they are: a worker that died costs one block.
+    Blocks that an earlier attempt has finished are left as they are: a worker that died costs one block.
     """
-    done = [False] * len(tasks)
-    if _is_done(tasks[0]):
-        done = [_is_done(task) for task in tasks]
+    done = [False] * len(blocks)
+    if _is_done(blocks[0]):
+        done = [_is_done(block) for block in blocks]
     results = [
-        _found_done(task) if there else compute_block(task) for task, there in zip(tasks, done, strict=True)
+        _finished_before(block) if is_done else compute_block(block)
+        for block, is_done in zip(blocks, done, strict=True)
     ]
     return functools.reduce(operator.add, results)
 
 
-def _is_done(task: BlockTask) -> bool:
-    """Whether a block's fingerprints are those that computing it would write."""
-    group = store.get_group(store.open_store(task.out), f"{task.key}/{schema.PROVENANCE}")
-    block = task.block
-    found = store.read(
-        store.get_array(group, schema.FINGERPRINT), (slice(None), slice(block.start, block.stop))
-    )
+def _is_done(block: Block) -> bool:
+    """Tell whether a block's fingerprints are those that computing it would write."""
+    provenance = store.get_group(store.open_store(block.field.out), f"{block.field.key}/{schema.PROVENANCE}")
+    rows = slice(block.start, block.stop)
+    recorded = store.read(store.get_array(provenance, schema.FINGERPRINT), (slice(None), rows))
     return all(
-        found[block.places[name], row - block.start] == fingerprint
-        for name, rows in block.rows.items()
-        for row, fingerprint in rows.items()
+        recorded[block.field.metrics[name].place, row - block.start] == fingerprint
+        for name in block.rows
+        for row, fingerprint in block.fingerprints(name).items()
     )
 
 
-def _found_done(task: BlockTask) -> BlockResult:
-    matrices = sum(len(rows) for rows in task.block.rows.values())
-    return BlockResult(matrices, Counter(), Counter(), {}, get_metric(task.requests[0]).device.type)
+def _finished_before(block: Block) -> BlockResult:
+    first = block.field.metrics[next(iter(block.rows))]
+    return BlockResult(block.matrices, Counter(), Counter(), {}, get_metric(first.request).device.type)
 
 
-def compute_block(task: BlockTask) -> BlockResult:
+def compute_block(block: Block) -> BlockResult:
     """Compute and write one block. Runs on a worker.
 
     Frames are read a sequence at a time, so memory is that of one sequence whatever the block (of two, where
     a GPU computes one while the next is read).
     """
-    stages, by_metric = _Clock(), _Clock()
-    found, block = _compute(task, stages, by_metric), task.block
+    stages, by_metric = Stopwatch(), Stopwatch()
+    metrics, matrices = _compute(block, stages, by_metric)
     with stages("write"):
-        if not still_wanted():
-            # Another copy was faster, or the run is over and the next may be writing.
-            raise store.StoreError(f"{task.out}: nobody waits for block {block.start}:{block.stop} any more")
-        group = store.get_group(store.open_store(task.out, "r+"), task.key)
-        undone = {
-            name: {row: "" for row in matrices if row not in found.done[name]}
-            for name, matrices in found.matrices.items()
-        }
-        if any(undone.values()):
-            # Another copy may have finished these: its fingerprint must not stand for what comes now.
-            write_provenance(group, schema.FINGERPRINT, block, undone)
-        for name, matrices in found.matrices.items():
-            _write_matrices(group, name, block, matrices)
-        computed_from = {
-            name: {row: block.contents[row] for row in matrices} for name, matrices in found.matrices.items()
-        }
-        texts: dict[str, Mapping[str, Mapping[int, str]]] = {
-            schema.FAILURE: found.reasons,
-            schema.CONTENT: computed_from,
-            schema.RESOLUTION: found.resolutions,
-            schema.FINGERPRINT: found.done,
-        }
-        texts[schema.DIGEST] = digest_rows(task.key, block, texts, found.matrices)
-        # In their order, the fingerprints last: they say that all else is there.
-        for name in ROW_TEXTS:
-            write_provenance(group, name, block, texts[name])
-    kept = {metric.name: _take_precision(metric) for metric in found.metrics}
-    precision = {name: promise for name, promise in kept.items() if promise is not None}
-    finished = sum(len(rows) for rows in found.done.values())
-    return BlockResult(finished, stages.seconds, by_metric.seconds, precision, found.metrics[0].device.type)
+        if not still_wanted():  # the run is over, and the next may be writing
+            raise store.StoreError(
+                f"{block.field.out}: block {block.start}:{block.stop} is not waited for any more"
+            )
+        _write(block, matrices)
+    precision = {metric.name: record for metric in metrics if (record := _take_precision(metric)) is not None}
+    finished = sum(matrix.final for by_row in matrices.values() for matrix in by_row.values())
+    return BlockResult(finished, stages.seconds, by_metric.seconds, precision, metrics[0].device.type)
 
 
-def seconds_per_sequence(task: BlockTask) -> float:
-    """What one sequence takes here: reading it and computing all that is stale of it. Runs on a worker.
+def seconds_per_sequence(block: Block) -> float:
+    """Measure what one sequence takes: reading it and computing all of its metrics. Runs on a worker.
 
     Measured the second time, when all is loaded and compiled.
 
     Parameters
     ----------
-    task : BlockTask
+    block : Block
         Of one sequence; nothing is written.
 
     Raises
@@ -229,86 +182,87 @@ def seconds_per_sequence(task: BlockTask) -> float:
     DamagedError
         When the sequence's frames are not those that were converted.
     """
-    source = store.get_group(store.open_store(task.frames), task.key)
-    for row, content in task.block.contents.items():
+    source = store.get_group(store.open_store(block.field.frames), block.field.key)
+    for row, content in enumerate(block.contents, block.start):
         read_sequence(source, row, content)
 
-    def once() -> float:
-        stages = _Clock()
-        for metric in _compute(task, stages, _Clock()).metrics:
+    def measure() -> float:
+        stages = Stopwatch()
+        metrics, _ = _compute(block, stages, Stopwatch())
+        for metric in metrics:
             _take_precision(metric)
         return stages.seconds["read"] + stages.seconds["prepare"] + stages.seconds["metrics"]
 
-    first = once()
-    return first if first > TOO_LONG_TO_REPEAT_S else once()
+    first = measure()
+    return first if first > TOO_LONG_TO_REPEAT_S else measure()
 
 
-@dataclass
-class _Computed:
-    """A block's metrics; by metric and row its matrices, why distances are missing, and fingerprints.
+# ---------------------------------------------------------------- computing
 
-    ``resolutions`` say what rounding can have done to the distances.
+
+def _compute(
+    block: Block, stages: Stopwatch, by_metric: Stopwatch
+) -> tuple[list[Metric], dict[str, dict[int, _Matrix]]]:
+    """Read a block's sequences and compute what is stale of them; nothing is written.
+
+    Returns
+    -------
+    metrics : list of Metric
+    matrices : dict
+        By metric and row.
     """
-
-    metrics: list[Metric]
-    matrices: dict[str, dict[int, np.ndarray]]
-    reasons: dict[str, dict[int, str]]
-    resolutions: dict[str, dict[int, str]]
-    done: dict[str, dict[int, str]]
-
-
-def _compute(task: BlockTask, stages: _Clock, by_metric: _Clock) -> _Computed:
-    """Read a block's sequences and compute what is stale of them; nothing is written."""
     with stages("open"):
-        source = store.get_group(store.open_store(task.frames), task.key)
-        metrics = [get_weighted(request, task.weights) for request in task.requests]
-    block, n = task.block, store.get_array(source, schema.FRAMES).shape[1]
-    matrices: dict[str, dict[int, np.ndarray]] = {metric.name: {} for metric in metrics}
-    reasons: dict[str, dict[int, str]] = {metric.name: {} for metric in metrics}
-    resolutions: dict[str, dict[int, str]] = {metric.name: {} for metric in metrics}
-    done: dict[str, dict[int, str]] = {metric.name: {} for metric in metrics}
+        source = store.get_group(store.open_store(block.field.frames), block.field.key)
+        metrics = [
+            get_weighted(block.field.metrics[name].request, block.field.weights) for name in block.rows
+        ]
+    matrices: dict[str, dict[int, _Matrix]] = {metric.name: {} for metric in metrics}
     rows = sorted({row for rows in block.rows.values() for row in rows})
-    sequences = _read(source, rows, metrics, task)
+    n = store.get_array(source, schema.FRAMES).shape[1]
+    sequences = _read(source, rows, metrics, block)
     for row in rows:
         with stages("read"):
             sequence = next(sequences)
         for metric in metrics:
             if row not in block.rows[metric.name]:
                 continue
-            scope = task.scopes[metric.preprocessing.mask]
-            matrix, rounding = np.full((2, n, n), np.nan)
-            reason, final = "", True
             if sequence.damage:
-                # Not done: the next run looks whether the frames are whole again.
-                matrices[metric.name][row], reasons[metric.name][row] = matrix, sequence.damage
-                resolutions[metric.name][row] = ""
-                continue
-            try:
-                if scope != "pair":
-                    with stages("prepare"):
-                        sequence.for_metric(metric, scope)
-                with stages("metrics"), by_metric(metric.name):
-                    matrix, rounding = _tried_matrix(metric, sequence, scope, task)
-                reason = _incomparable(matrix, sequence.frames, metric, task)
-            except FramesError as error:
-                # The metric cannot take these frames, today or tomorrow: done, with the reason recorded.
-                reason = str(error)
-            except Exception as error:
-                # One sequence must not take down its block. Without a fingerprint the next run tries again.
-                reason, final = f"{type(error).__name__}: {error}", False
+                # Not final: the next run looks whether the frames are whole again.
+                matrix = _Matrix(np.full((n, n), np.nan), sequence.damage, final=False)
+            else:
+                matrix = _compute_matrix(metric, sequence, block, stages, by_metric)
             matrices[metric.name][row] = matrix
-            reasons[metric.name][row] = reason
-            resolution = resolution_of(matrix, rounding, task.pairs, metric.preprocessing.precision)
-            resolutions[metric.name][row] = to_text(resolution)
-            if final:
-                done[metric.name][row] = block.rows[metric.name][row]
-    return _Computed(metrics, matrices, reasons, resolutions, done)
+    return metrics, matrices
+
+
+def _compute_matrix(
+    metric: Metric, sequence: _Sequence, block: Block, stages: Stopwatch, by_metric: Stopwatch
+) -> _Matrix:
+    """Compute the distances of one sequence under a metric, or say why there are none."""
+    scope = block.field.metrics[metric.name].scope
+    values, rounding = np.full((2, len(sequence.frames), len(sequence.frames)), np.nan)
+    final = True
+    try:
+        if scope != "pair":
+            with stages("prepare"):
+                sequence.for_metric(metric, scope)
+        with stages("metrics"), by_metric(metric.name):
+            values, rounding = _tried_distances(metric, sequence, scope, block)
+        reason = _why_incomparable(values, sequence.frames, metric, block)
+    except FramesError as error:
+        # The metric cannot take these frames, today or tomorrow: done, with the reason recorded.
+        reason = str(error)
+    except Exception as error:
+        # One sequence must not take down its block. Without a fingerprint the next run tries again.
+        reason, final = f"{type(error).__name__}: {error}", False
+    resolution = resolution_of(values, rounding, block.field.pairs, metric.preprocessing.precision)
+    return _Matrix(values, reason, to_text(resolution), final)
 
 
 def _read(
-    source: store.Group, rows: Sequence[int], metrics: Sequence[Metric], task: BlockTask
+    source: store.Group, rows: Sequence[int], metrics: Sequence[Metric], block: Block
 ) -> Iterator[_Sequence]:
-    """The sequences of a block, one after the other; a damaged one says so and holds up nobody.
+    """Read the sequences of a block, one after the other; a damaged one holds up no other.
 
     Where metrics are on a GPU the next is read, uploaded and prepared by a thread on a stream of its own,
     while this one is computed.
@@ -317,11 +271,11 @@ def _read(
 
     def load(row: int, *, prepared: bool) -> _Sequence:
         try:
-            sequence = _Sequence(read_sequence(source, row, task.block.contents[row]))
+            sequence = _Sequence(read_sequence(source, row, block.contents[row - block.start]))
         except NOT_READ as error:
             return _Sequence(np.empty(0), why_not_read(error))
-        for settings, metric in first_of.items() if prepared else ():
-            if (scope := task.scopes[settings.mask]) != "pair":
+        for metric in first_of.values() if prepared else ():
+            if (scope := block.field.metrics[metric.name].scope) != "pair":
                 # What goes wrong does so again where the metric is asked, and is recorded there.
                 with contextlib.suppress(Exception):
                     sequence.for_metric(metric, scope)
@@ -351,30 +305,29 @@ def _read(
             yield sequence
 
 
-def _tried_matrix(
-    metric: Metric, sequence: _Sequence, scope: Scope, task: BlockTask
+def _tried_distances(
+    metric: Metric, sequence: _Sequence, scope: Scope, block: Block
 ) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`_matrix`, computed twice for the first frames that a metric is given here in a run."""
-    due = trials.is_due(task.run, metric)
-    matrix, rounding = _matrix(metric, sequence, scope, task.pairs)
-    if due and (np.isfinite(matrix) & ~np.eye(len(matrix), dtype=bool)).any():
+    """Compute distances, twice for the first frames that this process gives a metric in a run."""
+    run, pairs = block.field.run, block.field.pairs
+    due = trials.is_due(run, metric)
+    values, rounding = _distances(metric, sequence, scope, pairs)
+    if due and (np.isfinite(values) & ~np.eye(len(values), dtype=bool)).any():
         fresh = sequence.anew()
-        of_all = "sequence" if scope == "pair" else scope
+        prepared = fresh.for_metric(metric, "sequence" if scope == "pair" else scope)
         trials.try_distances(
-            task.run,
-            metric,
-            fresh.for_metric(metric, of_all),
-            matrix,
-            lambda tried: _matrix(tried, fresh, scope, task.pairs)[0],
+            run, metric, prepared, values, lambda copy: _distances(copy, fresh, scope, pairs)[0]
         )
-    return matrix, rounding
+    return values, rounding
 
 
-def _matrix(metric: Metric, sequence: _Sequence, scope: Scope, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+def _distances(
+    metric: Metric, sequence: _Sequence, scope: Scope, pairs: Pairs
+) -> tuple[np.ndarray, np.ndarray]:
     """Compute one sequence's distances and bounds on their rounding: (n, n) both, with a zero diagonal.
 
-    What is not asked for is NaN. Of a metric that isn't symmetric the diagonal is its own, and of the
-    reference row 0 alone is asked for.
+    Pairs that are not asked for are NaN. The diagonal of a metric that isn't symmetric is its own, and with
+    the reference's pairs row 0 alone is asked for.
     """
     directed = is_directed(metric)
     if scope == "pair":
@@ -396,14 +349,14 @@ def _matrix(metric: Metric, sequence: _Sequence, scope: Scope, pairs: Pairs) -> 
     return matrix, rounding
 
 
-def _incomparable(matrix: np.ndarray, frames: np.ndarray, metric: Metric, task: BlockTask) -> str:
-    """Why distances that were asked for are NaN or infinite; empty when none is."""
-    computed = matrix if task.pairs == "all" else matrix[0]
+def _why_incomparable(matrix: np.ndarray, frames: np.ndarray, metric: Metric, block: Block) -> str:
+    """Explain why distances that were asked for are NaN or infinite; empty when none is."""
+    computed = matrix if block.field.pairs == "all" else matrix[0]
     missing = int(np.isnan(computed).sum())
     # Minus infinity is no fault of a metric that says so: so far are equal frames by a negated ratio.
     itself = metric.info.distance_to_itself
     if not missing and (infinite := int((np.isinf(computed) & (computed != itself)).sum())):
-        scope = task.scopes[metric.preprocessing.mask]
+        scope = block.field.metrics[metric.name].scope
         where = f", whose values may be far from the scope {scope}" if isinstance(scope, tuple) else ""
         return f"the metric gave infinity for {infinite} of {computed.size} distances of finite frames{where}"
     if not missing:
@@ -414,12 +367,12 @@ def _incomparable(matrix: np.ndarray, frames: np.ndarray, metric: Metric, task: 
         return f"the metric gave NaN for {missing} of {computed.size} distances {which}"
     if len(bad := np.flatnonzero(~finite_frames(frames))):
         which = f"frames {', '.join(map(str, bad))} hold NaN or infinity"
-        return f"{which}, and this metric takes no mask" if task.masking else which
+        return f"{which}, and this metric takes no mask" if block.field.masking else which
     return f"the metric gave NaN for {missing} of {computed.size} distances of finite frames"
 
 
 def _take_precision(metric: Metric) -> Any:
-    """What a metric has counted of its precision since it was last asked; None of most."""
+    """Take what a metric has counted of its precision since the last call; None of most metrics."""
     take = getattr(metric, "take_precision", None)
     if take is None:
         return None
@@ -429,39 +382,56 @@ def _take_precision(metric: Metric) -> Any:
         if record is not None and not {"pairs", "recomputed"} <= asdict(record).keys():
             raise TypeError(f"expected a record as lsim.error_bounds.PairPrecision is, found {record!r}")
         return record
-    except Exception as error:  # of a metric of one's own: its distances are no worse for it
+    except Exception as error:  # of a custom metric: its distances are no worse for it
         logger.warning("%s: says nothing of its precision: %s: %s", metric.name, type(error).__name__, error)
         return None
 
 
-def _write_matrices(
-    group: store.Group, name: str, block: StaleBlock, matrices: Mapping[int, np.ndarray]
-) -> None:
+# ---------------------------------------------------------------- writing
+
+
+def _write(block: Block, matrices: Mapping[str, Mapping[int, _Matrix]]) -> None:
+    """Write a block's distances, then their records; the fingerprints last, as they say that all is there."""
+    group = store.get_group(store.open_store(block.field.out, "r+"), block.field.key)
+    records: dict[str, dict[int, dict[str, str]]] = {}
+    for name, by_row in matrices.items():
+        fingerprints = block.fingerprints(name)
+        records[name] = {
+            row: {
+                schema.FAILURE: matrix.reason,
+                schema.CONTENT: block.contents[row - block.start],
+                schema.RESOLUTION: matrix.resolution,
+                schema.FINGERPRINT: fingerprints[row] if matrix.final else "",
+            }
+            for row, matrix in by_row.items()
+        }
+    undone = {
+        name: {row: {schema.FINGERPRINT: ""} for row, matrix in by_row.items() if not matrix.final}
+        for name, by_row in matrices.items()
+    }
+    if any(undone.values()):
+        # An attempt on a lost worker may have finished these: its fingerprint must not stand for new values.
+        write_records(group, block, undone)
+    values = {
+        name: {row: matrix.values for row, matrix in by_row.items()} for name, by_row in matrices.items()
+    }
+    for name, by_row_values in values.items():
+        _write_values(group, name, block, by_row_values)
+    add_digests(block, records, values)
+    write_records(group, block, records)
+
+
+def _write_values(group: store.Group, name: str, block: Block, values: Mapping[int, np.ndarray]) -> None:
     """Write a block whole, keeping the rows that were up to date, and read it back."""
     array = store.get_array(group, name)
     rows = range(block.start, block.stop)
-    if all(row in matrices for row in rows):
-        values = np.stack([matrices[row] for row in rows])
+    if all(row in values for row in rows):
+        whole = np.stack([values[row] for row in rows])
     else:
-        values = store.read(array, slice(block.start, block.stop))
-        for row, matrix in matrices.items():
-            values[row - block.start] = matrix
-    store.write_rows(array, block.start, values)
+        whole = store.read(array, slice(block.start, block.stop))
+        for row, matrix in values.items():
+            whole[row - block.start] = matrix
+    store.write_rows(array, block.start, whole)
     written = store.read(array, slice(block.start, block.stop))
-    if not np.array_equal(written, values, equal_nan=True):
+    if not np.array_equal(written, whole, equal_nan=True):
         raise store.StoreError(f"{array.store_path}: block {block.start}:{block.stop} reads back differently")
-
-
-def write_provenance(
-    group: store.Group, variable: str, block: StaleBlock, texts: Mapping[str, Mapping[int, str]]
-) -> None:
-    """Write the texts of metrics and rows, all at once; those of others stay.
-
-    A block's chunks hold all metrics, and have one writer: the block's task.
-    """
-    array = store.get_array(store.get_group(group, schema.PROVENANCE), variable)
-    values = store.read(array, (slice(None), slice(block.start, block.stop)))
-    for metric, by_row in texts.items():
-        for row, text in by_row.items():
-            values[block.places[metric], row - block.start] = text
-    store.write_block(array, (0, block.start), values)

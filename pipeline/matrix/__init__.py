@@ -1,8 +1,8 @@
 """frames.zarr → matrix.zarr: the distances of all pairs of frames of a field, or of several together.
 
-Here is what the driver does: of each matrix (:mod:`pipeline.matrix.job`) measure what metrics take, plan and
-check the plan, find the tiles that are out of date (:mod:`pipeline.matrix.layout`), and hand squares of them
-to the workers (:mod:`pipeline.matrix.tiles`).
+The stage measures what the metrics of each matrix (:mod:`pipeline.matrix.job`) take, makes a plan and checks
+it, lists the tiles that are out of date (:mod:`pipeline.matrix.layout`), and hands squares of them to workers
+(:mod:`pipeline.matrix.tiles`).
 """
 
 from __future__ import annotations
@@ -10,34 +10,35 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from distributed import Client
 
 from lsim.error_bounds import PairPrecision
 from pipeline.matrix.embedding_cache import clear_cache
-from pipeline.matrix.job import Context, MatrixJob, MatrixRequest
-from pipeline.matrix.layout import metric_places, sides
-from pipeline.matrix.machines import shared_memory_profile
-from pipeline.matrix.plan import Plan, describe_plan
-from pipeline.matrix.tiles import TileTask, compute_tiles
-from pipeline.metrics.fields import checked_fields, drop_vanished, refuse_others_results
+from pipeline.matrix.job import Context, MatrixJob, MatrixRequest, StaleTiles
+from pipeline.matrix.layout import sides
+from pipeline.matrix.machines import find_workers, shared_memory_profile
+from pipeline.matrix.measuring import Measured
+from pipeline.matrix.plan import Plan, Workers, describe_plan
+from pipeline.matrix.tiles import TileResult, TileTask, compute_tiles
+from pipeline.metrics.fields import checked_fields
 from pipeline.metrics.pixel_weights import metrics_by_field
 from pipeline.metrics.resolution import Unresolved, list_unresolved, record_resolution
 from pipeline.metrics.settings import Settings, choose_metrics
-from pipeline.stage.bounded_map import reason_of, run_bounded
+from pipeline.stage.provenance import add_precision, metric_places, record_precision
+from pipeline.stage.results import open_results, refuse_others_results
+from pipeline.stage.run import MetricWorkers, Progress, run_blocks
+from pipeline.stage.stopwatch import rounded
 from pipeline.storage import schema, store
 from pipeline.storage.address import absolute, relative
-from pipeline.storage.recorded import failures_of_tiles, labels_of_blocks, record_fingerprints
-from pipeline.storage.run_records import begin_run, carried, record_run
+from pipeline.storage.recorded import failures_of_tiles, labels_of_blocks
+from pipeline.storage.run_records import carried
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
-
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called with (tasks done, tasks in all)."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class MatrixFailure:
 
 @dataclass
 class MatrixReport:
-    """What a run of :func:`compute_matrix` did.
+    """Summary of a run of :func:`compute_matrix`.
 
     Attributes
     ----------
@@ -60,12 +61,10 @@ class MatrixReport:
         Tiles on and above the diagonal that were computed, and that were there, metric by metric.
     frames, embeddings : int
         Frames of all matrices, and how many times a frame was embedded.
-    copies : int
-        Second copies of stragglers.
     plans : list of Plan
         Empty where nothing was to be done.
     failures : list of MatrixFailure
-        All that the store records, and of this run.
+        All failures that the store records, and those of this run.
     unresolved : list of Unresolved
         Metrics with distances of the store that rounding may have changed by more than 0.1 %.
     unavailable : dict of str to str
@@ -84,7 +83,6 @@ class MatrixReport:
     up_to_date: int = 0
     frames: int = 0
     embeddings: int = 0
-    copies: int = 0
     plans: list[Plan] = field(default_factory=list)
     failures: list[MatrixFailure] = field(default_factory=list)
     unresolved: list[Unresolved] = field(default_factory=list)
@@ -94,6 +92,36 @@ class MatrixReport:
     seconds_by_stage: Counter[str] = field(default_factory=Counter)
     precision: dict[str, dict[str, PairPrecision]] = field(default_factory=dict)
     cluster: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, task: TileTask, result: TileResult) -> None:
+        """Add the result of a task."""
+        self.tiles += result.tiles
+        self.embeddings += result.embedded
+        self.seconds_by_stage.update(result.seconds)
+        add_precision(self.precision.setdefault(task.key, {}), result.precision)
+        self.failures += [
+            MatrixFailure(task.key, name, f"{_tiles_of(task)}: {result.undone} tiles", reason)
+            for name, reason in result.errors.items()
+        ]
+
+    def summarise(self, root: store.Group) -> dict[str, Any]:
+        """Record precision and resolution in the groups of a store; return what the run did."""
+        if not self.tiles:
+            return {}
+        record_precision(
+            root,
+            {
+                key: {name: asdict(record) for name, record in by_metric.items()}
+                for key, by_metric in self.precision.items()
+            },
+        )
+        record_resolution(root)
+        return {
+            "tiles": self.tiles,
+            "embeddings": self.embeddings,
+            "seconds_by_stage": rounded(self.seconds_by_stage),
+            "unresolved": {entry.metric: entry.unresolved for entry in list_unresolved(root)},
+        }
 
 
 def compute_matrix(
@@ -145,7 +173,10 @@ def compute_matrix(
     if cluster is None:
         with Cluster(shared_memory_profile(Profile())) as own:
             return compute_matrix(
-                *(frames, out, settings, matrix),
+                frames,
+                out,
+                settings,
+                matrix,
                 cluster=own,
                 progress=progress,
                 announce=announce,
@@ -155,91 +186,94 @@ def compute_matrix(
     began = time.perf_counter()
     # Workers may run in another folder.
     frames_path, out_path = absolute(frames), absolute(out)
-    chosen = choose_metrics(settings)
+    choice = choose_metrics(settings)
     source = store.open_store(frames_path)
     keys = checked_fields(source, frames_path, matrix.groups or None)
-    report = MatrixReport(unavailable=chosen.unavailable)
-    chosen, by_field = metrics_by_field(chosen, source, frames_path, keys, weighted=settings.pixel_weights)
-    report.unavailable = chosen.unavailable
-    report.weighted = [metric.name for metric in chosen.metrics if settings.pixel_weights]
-    context = Context(frames_path, out_path, settings, matrix, cluster, chosen.requests)
+    choice, by_field = metrics_by_field(choice, source, frames_path, keys, weighted=settings.pixel_weights)
+    context = Context(frames_path, out_path, settings, matrix, choice.requests)
     jobs = [
-        MatrixJob(context, key, source, {one: by_field[one] for one in fields})
+        MatrixJob(context, key, source, {name: by_field[name] for name in fields})
         for key, fields in _matrices(keys, matrix)
     ]
-    report.frames = sum(len(job.frames) for job in jobs)
-    there = store.exists(out_path)
-    if there:
+    report = MatrixReport(
+        frames=sum(len(job.frames) for job in jobs),
+        unavailable=choice.unavailable,
+        weighted=[metric.name for metric in choice.metrics if settings.pixel_weights],
+    )
+    exists = store.exists(out_path)
+    if exists:
         _refuse_others(store.open_store(out_path), out_path, source)
-    if plan_only or not there or any(job.is_stale(out_path) for job in jobs):
-        context.make_ready()
-        report.plans = [job.plan(out_path) for job in jobs]
-        for plan in report.plans:
+    workers, plans = MetricWorkers(cluster, choice.requests.values()), _Plans(matrix.memory)
+    if plan_only or not exists or any(job.is_stale() for job in jobs):
+        plans.make(jobs, workers)
+        for plan in plans.plans.values():
             if announce is not None:
                 announce(describe_plan(plan))
+    report.plans = list(plans.plans.values())
     if plan_only:
         report.seconds = time.perf_counter() - began
         return report
-    made_by = begin_run(
-        scope=settings.scope,
-        compat=settings.compat,
-        mask=settings.mask,
-        pixel_weights=settings.pixel_weights,
-    )
-    errors: list[MatrixFailure] = []
-    with store.locked(out_path):
-        root = store.open_output(out_path, schema.MATRIX_STORE)
-        store.drop_consolidated(out_path)
-        drop_vanished(root, schema.NUMBER, source, _BESIDES)
-        try:
-            for job in jobs:
-                report.up_to_date += job.prepare(root)
-            tasks = (task for job in jobs for task in job.tasks())
-            errors = _run(tasks, sum(job.count() for job in jobs), context, progress, report)
-        finally:
-            # Also of a run that is interrupted: what it computed stays, and says what made it.
-            report.seconds = time.perf_counter() - began
-            report.cluster = cluster.describe() if report.plans else {}
-            run = None
-            if report.tiles:
-                spent = {
-                    "tiles": report.tiles,
-                    "embeddings": report.embeddings,
-                    "copies": report.copies,
-                    "seconds": round(report.seconds, 3),
-                    "seconds_by_stage": {k: round(v, 4) for k, v in report.seconds_by_stage.items()},
-                }
-                unresolved = {one.metric: one.unresolved for one in list_unresolved(root)}
-                run = made_by | spent | {"unresolved": unresolved} | report.cluster
-                _record_precision(root, report)
-                record_resolution(root)
-            about: dict[str, Any] = {"scope": settings.scope, "unavailable": report.unavailable}
-            if report.plans:
-                about["plan"] = [describe_plan(plan) for plan in report.plans]
-            record_fingerprints(root)
-            record_run(root, run, **carried(source), frames=relative(frames_path, out_path), **about)
-            store.consolidate(out_path)
-    report.failures = list_matrix_failures(out_path)
+    with open_results(out_path, schema.MATRIX_STORE, schema.NUMBER, source, besides=_BESIDES) as results:
+        stale = []
+        for job in jobs:
+            group = job.lay_out(results.root, plans.plans.get(job.key))
+            # With the scope "dataset", workers read the frames whose range isn't recorded yet.
+            scopes = job.find_scopes(group, cluster)
+            stale.append(job.list_stale(group, scopes))
+            job.describe(group, stale[-1])
+        unplanned = [
+            job
+            for job, tiles in zip(jobs, stale, strict=True)
+            if tiles.families and job.key not in plans.plans
+        ]
+        # Only what was taken for up to date: a range changed between the first look and the lock.
+        plans.make(unplanned, workers)
+        recorded_settings = settings.model_dump(include={"scope", "compat", "mask", "pixel_weights"})
+        attributes: dict[str, Any] = carried(source) | {
+            "frames": relative(frames_path, out_path),
+            "scope": settings.scope,
+            "unavailable": choice.unavailable,
+        }
+        if report.plans:
+            attributes["plan"] = [describe_plan(plan) for plan in report.plans]
+        with results.recorded(began, recorded_settings, report.summarise, workers, attributes):
+            _run(jobs, stale, plans, workers, results.run, report, progress)
+    report.up_to_date = sum(tiles.fresh for tiles in stale)
+    report.seconds, report.cluster = time.perf_counter() - began, workers.description
+    # The store records damaged frames, unless the tile of their block with itself was up to date.
+    failures = list_matrix_failures(out_path)
+    recorded = {(failure.group, failure.metric, failure.reason) for failure in failures}
+    report.failures = failures + [
+        failure
+        for failure in report.failures
+        if (failure.group, failure.metric, failure.reason) not in recorded
+    ]
     report.unresolved = list_unresolved(store.open_store(out_path))
-    # The store tells of damaged frames, unless the tile of their block with itself was up to date.
-    said = {(known.group, known.metric, known.reason) for known in report.failures}
-    report.failures += [new for new in errors if (new.group, new.metric, new.reason) not in said]
     return report
 
 
-def _record_precision(root: store.Group, report: MatrixReport) -> None:
-    """Say in each group's provenance how its metrics kept their promise of precision in this run."""
-    for key, by_metric in report.precision.items():
-        provenance = store.get_group(root, f"{key}/{schema.PROVENANCE}")
-        known: Any = provenance.attrs.get("precision", {})
-        found = {name: asdict(precision) for name, precision in by_metric.items()}
-        store.set_attributes(provenance, {"precision": known | found})
+class _Plans:
+    """Plans of matrices, by the keys of their groups, and what they were made of."""
+
+    def __init__(self, memory: int | None) -> None:
+        self.memory = memory
+        self.workers: Workers | None = None
+        self.plans: dict[str, Plan] = {}
+        self.measured: dict[str, dict[str, Measured]] = {}
+
+    def make(self, jobs: Sequence[MatrixJob], workers: MetricWorkers) -> None:
+        """Measure and plan matrices, on workers that are started for it."""
+        for job in jobs:
+            client = workers.start()
+            self.workers = self.workers or find_workers(workers.cluster, self.memory)
+            self.measured[job.key] = job.measure(client)
+            self.plans[job.key] = job.plan(self.measured[job.key], self.workers)
 
 
 def list_matrix_failures(out: str | os.PathLike[str]) -> list[MatrixFailure]:
     """List all failures that a ``matrix.zarr`` records: by sequence and reason, and NaN of finite frames.
 
-    What is recorded is compared with its digest. A tile whose record is damaged is a failure by itself.
+    Records are compared with their digests. A tile whose record is damaged is a failure by itself.
     """
     root = store.open_store(out)
     failures: list[MatrixFailure] = []
@@ -259,7 +293,7 @@ def list_matrix_failures(out: str | os.PathLike[str]) -> list[MatrixFailure]:
 
 
 def _failures_of_sequences(group: store.Group, metric: str, reasons: np.ndarray) -> list[MatrixFailure]:
-    """Put together the frames of a sequence that have no distances for the same reason."""
+    """Combine the frames of a sequence that have no distances for the same reason."""
     failed = np.flatnonzero(reasons != "")
     if not len(failed):
         return []
@@ -294,76 +328,65 @@ def _check(settings: Settings) -> None:
 
 
 def _matrices(keys: Sequence[str], matrix: MatrixRequest) -> list[tuple[str, list[str]]]:
-    """Groups to write, with the fields of each."""
+    """List the groups to write, with the fields of each."""
     if matrix.together is None:
         return [(key, [key]) for key in sorted(keys)]
     return [(f"{schema.TOGETHER}/{matrix.together}", sorted(keys))]
 
 
 _BESIDES = (f"{schema.TOGETHER}/*",)
-"""Groups of a ``matrix.zarr`` that are of several fields."""
+"""Groups of a ``matrix.zarr`` that hold several fields."""
 
 
 def _refuse_others(root: store.Group, path: str, source: store.Group) -> None:
-    found = root.attrs.get("kind")
-    if found not in (None, schema.MATRIX_STORE):
+    kind = root.attrs.get("kind")
+    if kind not in (None, schema.MATRIX_STORE):
         raise store.StoreError(
-            f"{path}: expected a store of kind {schema.MATRIX_STORE!r}, found kind {found!r}: choose "
+            f"{path}: expected a store of kind {schema.MATRIX_STORE!r}, found kind {kind!r}: choose "
             "another path"
         )
     refuse_others_results(root, schema.NUMBER, source, _BESIDES)
 
 
 def _run(
-    tasks: Iterator[tuple[TileTask]],
-    count: int,
-    context: Context,
-    progress: Progress | None,
+    jobs: Sequence[MatrixJob],
+    stale: Sequence[StaleTiles],
+    plans: _Plans,
+    workers: MetricWorkers,
+    run: str,
     report: MatrixReport,
-) -> list[MatrixFailure]:
-    """Run the tasks. What fails every time is left to the next run."""
+    progress: Progress | None,
+) -> None:
+    """Compute all stale tiles. A task that fails every time is left to the next run."""
+    count = sum(tiles.count for tiles in stale)
     if not count:
-        return []
-    client = context.cluster.client
-    if progress is not None:
-        progress(0, count)
-    tally: Counter[str] = Counter()
-    errors: list[MatrixFailure] = []
+        return
+    assert plans.workers is not None
+    tasks = (
+        task
+        for job, tiles in zip(jobs, stale, strict=True)
+        if tiles.families
+        for task in job.tasks(tiles, plans.measured[job.key], plans.workers, run)
+    )
+    client = workers.start()
     try:
-        outcomes = run_bounded(client, compute_tiles, tasks, tally=tally)
-        for done, ((task,), result, error) in enumerate(outcomes, start=1):
-            if error is None:
-                report.tiles += result.tiles
-                report.embeddings += result.embedded
-                report.seconds_by_stage.update(result.seconds)
-                here = report.precision.setdefault(task.key, {})
-                for name, kept in result.precision.items():
-                    here[name] = here[name] + kept if name in here else kept
-                errors += [
-                    MatrixFailure(task.key, name, f"{_tiles_of(task)}: {result.undone} tiles", reason)
-                    for name, reason in result.errors.items()
-                ]
-            elif store.is_full_disk(error):
-                raise error  # as would all others
-            else:
-                reason = reason_of(error)
-                errors += [MatrixFailure(task.key, name, _tiles_of(task), reason) for name in task.tiles]
-            if progress is not None:
-                progress(done, count)
+        for (task,), result, reason in run_blocks(client, compute_tiles, tasks, count, progress):
+            if result is not None:
+                report.add(task, result)
+                continue
+            report.failures += [MatrixFailure(task.key, name, _tiles_of(task), reason) for name in task.tiles]
     finally:
-        report.copies = tally["copies"]
-        _forget(client)
-    return errors
+        _free_embeddings(client)
 
 
 def _tiles_of(task: TileTask) -> str:
-    tiles = [tile for found in task.tiles.values() for tile in found]
+    tiles = [tile for of_metric in task.tiles.values() for tile in of_metric]
     first, last = min(tiles), max(tiles)
     return f"tiles {first[0]},{first[1]} to {last[0]},{last[1]}"
 
 
-def _forget(client: Client | None) -> None:
-    """Give back the memory of embeddings, of this process and of workers that go on living."""
+def _free_embeddings(client: Client | None) -> None:
+    """Free the memory of embeddings, of this process and of workers that go on living."""
     clear_cache()
     if client is not None and client.status == "running":
         client.run(clear_cache, on_error="ignore")

@@ -1,4 +1,4 @@
-"""Blocks of frames, embedded once and kept on their device: a cache of bounded size, one a process."""
+"""Cache of embedded blocks of frames, of bounded size, one a process; blocks stay on their device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FRAMES_TOGETHER = {"cpu": 32, "cuda": 64}
 
 @dataclass(frozen=True)
 class EmbeddedBlock:
-    """A block of frames as a family of metrics compares them.
+    """A block of frames, embedded for a family of metrics.
 
     Attributes
     ----------
@@ -36,7 +36,7 @@ class EmbeddedBlock:
     reasons : dict of int to str
         Why frames of the block can't be compared, by their place in it.
     undone : str
-        Why some frames could not be read, or embedded, of the last of them; the next run tries again.
+        Why the last of those frames that could not be read or embedded could not; the next run tries again.
     """
 
     embedding: Embedding | None
@@ -52,23 +52,23 @@ class EmbeddedBlock:
 
 
 def embed_block(source: store.Group, block: FrameBlock, metric: Metric, scope: Scope) -> EmbeddedBlock:
-    """Read, check, prepare and embed the frames of a block, some at a time.
+    """Read, check, prepare and embed the frames of a block, batch by batch.
 
     Parameters
     ----------
     source : Group
-        Of the ``frames.zarr``.
+        Root of the ``frames.zarr``.
     block : FrameBlock
     metric : Metric
-        Of a family that embeds alike, any.
+        Any metric of a family that embeds alike.
     scope : (lo, hi)
-        Fixed: with another the frames would depend on their batch.
+        Fixed: with another scope frames would depend on their batch.
 
     Returns
     -------
     EmbeddedBlock
-        On the metric's device. The same bits whatever the block. A frame at which the metric raises costs
-        no other.
+        On the metric's device, with the same bits whatever the block. If the metric raises at a frame, only
+        that frame has no embedding.
     """
     parts: dict[str, Tensor] = {}
     bounds: dict[str, Tensor] = {}
@@ -81,27 +81,27 @@ def embed_block(source: store.Group, block: FrameBlock, metric: Metric, scope: S
             undone = batch.damage
             reasons.update(dict.fromkeys(places, batch.damage))
             continue
-        for some in _embed(metric, batch.frames, scope):
-            there = places[some.start : some.start + len(some.comparable)]
-            comparable[there.start : there.stop] = some.comparable
-            reasons.update({there[k]: some.reason for k in np.flatnonzero(~some.comparable)})
-            undone = some.reason if some.undone else undone
-            if some.embedding is None:
+        for part in _embed(metric, batch.frames, scope):
+            rows = places[part.start : part.start + len(part.comparable)]
+            comparable[rows.start : rows.stop] = part.comparable
+            reasons.update({rows[k]: part.reason for k in np.flatnonzero(~part.comparable)})
+            undone = part.reason if part.undone else undone
+            if part.embedding is None:
                 continue
-            for name, part in some.embedding.parts.items():
+            for name, values in part.embedding.parts.items():
                 if name not in parts:
-                    parts[name] = _room(len(block), part)
-                parts[name][there.start : there.stop] = part
-            for name, bound in (("rounding", some.embedding.rounding), ("stored", some.embedding.stored)):
+                    parts[name] = _zeros(len(block), values)
+                parts[name][rows.start : rows.stop] = values
+            for name, bound in (("rounding", part.embedding.rounding), ("stored", part.embedding.stored)):
                 if bound is not None:
-                    bounds.setdefault(name, _room(len(block), bound))[there.start : there.stop] = bound
+                    bounds.setdefault(name, _zeros(len(block), bound))[rows.start : rows.stop] = bound
     embedding = Embedding(parts, bounds.get("rounding"), bounds.get("stored")) if parts else None
     return EmbeddedBlock(embedding, comparable, reasons, undone)
 
 
 @dataclass(frozen=True)
-class _Some:
-    """Frames of a batch from ``start`` on: their embedding, and why those that aren't comparable are not."""
+class _Part:
+    """Frames of a batch from ``start`` on: their embedding, and why some can't be compared."""
 
     start: int
     comparable: np.ndarray
@@ -110,29 +110,29 @@ class _Some:
     undone: bool = False
 
 
-def _embed(metric: Metric, frames: np.ndarray, scope: Scope) -> Iterator[_Some]:
-    """All frames at once; one by one where the metric raises."""
+def _embed(metric: Metric, frames: np.ndarray, scope: Scope) -> Iterator[_Part]:
+    """Embed all frames at once; one by one where the metric raises."""
 
-    def together(some: np.ndarray) -> tuple[np.ndarray, Embedding]:
-        prepared = metric.prepare(some, scope)
+    def embed(batch: np.ndarray) -> tuple[np.ndarray, Embedding]:
+        prepared = metric.prepare(batch, scope)
         with torch.no_grad():
             return prepared.comparable, metric.embed_prepared(prepared)
 
     bad = "has no pixel that is not missing" if metric.preprocessing.mask else "holds NaN or infinity"
     try:
-        for start, found in in_batch_or_alone(together, frames, metric.name):
-            if isinstance(found, str):
-                yield _Some(start, np.zeros(1, bool), None, found, undone=True)
+        for start, result in in_batch_or_alone(embed, frames, metric.name):
+            if isinstance(result, str):
+                yield _Part(start, np.zeros(1, bool), None, result, undone=True)
             else:
-                yield _Some(start, *found, bad)
+                yield _Part(start, *result, bad)
     except FramesError as error:
-        yield _Some(0, np.zeros(len(frames), bool), None, str(error))
+        yield _Part(0, np.zeros(len(frames), bool), None, str(error))
     except ClaimError as error:
-        yield _Some(0, np.zeros(len(frames), bool), None, str(error), undone=True)
+        yield _Part(0, np.zeros(len(frames), bool), None, str(error), undone=True)
 
 
-def _room(n: int, like: Tensor) -> Tensor:
-    """(n, …) of zeros; NumPy asks for large pages, which makes products of matrices faster."""
+def _zeros(n: int, like: Tensor) -> Tensor:
+    """Allocate (n, …) zeros; NumPy asks for large pages, which makes matrix products faster."""
     shape = (n, *like.shape[1:])
     if like.device.type != "cpu" or like.dtype == torch.bfloat16:
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
@@ -142,8 +142,8 @@ def _room(n: int, like: Tensor) -> Tensor:
 class EmbeddingCache:
     """Embedded blocks of a process; the least recently used make room for others.
 
-    Several threads share it: a block that one is computing, another waits for. A thread takes all that it
-    needs at once or waits, holding none, so that none waits for one that waits for it.
+    Several threads share it: a thread waits for a block that another is computing. A thread takes all blocks
+    that it needs at once, or waits and holds none, so that no two wait for each other.
     """
 
     def __init__(self) -> None:
@@ -152,11 +152,11 @@ class EmbeddingCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are held, or promised to blocks that are being computed."""
+        """Bytes of blocks that are held or being computed."""
         return sum(entry.nbytes for entry in self._entries.values())
 
     def clear(self) -> None:
-        """Drop all that nobody holds."""
+        """Drop all blocks that no thread holds."""
         with self._changed:
             for key in [key for key, entry in self._entries.items() if not entry.holders]:
                 del self._entries[key]
@@ -164,59 +164,59 @@ class EmbeddingCache:
     @contextlib.contextmanager
     def hold(
         self,
-        wanted: Mapping[Hashable, tuple[int, Callable[[], EmbeddedBlock]]],
+        blocks: Mapping[Hashable, tuple[int, Callable[[], EmbeddedBlock]]],
         room: int,
     ) -> Iterator[list[EmbeddedBlock]]:
-        """Hold some blocks while the context lasts; those that aren't there are computed.
+        """Hold some blocks while the context lasts; missing ones are computed.
 
         Parameters
         ----------
-        wanted : mapping
-            By key, the bytes that the block will have, and what computes it.
+        blocks : mapping
+            By key, the bytes that the block will have, and a function that computes it.
         room : int
-            Bytes that the cache may hold in all.
+            Most bytes that the cache may hold.
 
         Raises
         ------
         MemoryError
             When there isn't room for these alone.
         """
-        if sum(nbytes for nbytes, _ in wanted.values()) > room:
-            needed = sum(nbytes for nbytes, _ in wanted.values())
-            raise MemoryError(f"{len(wanted)} blocks of frames need {needed} bytes, and there are {room}")
+        if sum(nbytes for nbytes, _ in blocks.values()) > room:
+            needed = sum(nbytes for nbytes, _ in blocks.values())
+            raise MemoryError(f"{len(blocks)} blocks of frames need {needed} bytes, and there are {room}")
         while True:
-            entries, mine = self._claim(wanted, room)
+            entries, own = self._claim(blocks, room)
             try:
-                for key in mine:
-                    self._fill(key, entries[key], wanted[key][1])
-                found = [self._wait_for(entry) for entry in entries.values()]
-                if all(block is not None for block in found):
-                    yield [block for block in found if block is not None]
+                for key in own:
+                    self._fill(key, entries[key], blocks[key][1])
+                held = [self._wait_for(entry) for entry in entries.values()]
+                if all(block is not None for block in held):
+                    yield [block for block in held if block is not None]
                     return
             finally:
-                self._release(entries, mine)
+                self._release(entries, own)
 
     def _claim(
-        self, wanted: Mapping[Hashable, tuple[int, Callable[[], EmbeddedBlock]]], room: int
+        self, blocks: Mapping[Hashable, tuple[int, Callable[[], EmbeddedBlock]]], room: int
     ) -> tuple[dict[Hashable, _Entry], list[Hashable]]:
-        """Entries for all keys, held; and the keys of those that the caller has to fill."""
+        """Hold entries for all keys; give them, and the keys of those that the caller has to fill."""
         with self._changed:
-            while not self._make_room(wanted, room):
+            while not self._make_room(blocks, room):
                 self._changed.wait()
-            mine = [key for key in wanted if key not in self._entries]
-            for key in mine:
-                self._entries[key] = _Entry(wanted[key][0])
-            for key in wanted:
+            own = [key for key in blocks if key not in self._entries]
+            for key in own:
+                self._entries[key] = _Entry(blocks[key][0])
+            for key in blocks:
                 self._entries.move_to_end(key)
                 self._entries[key].holders += 1
-            return {key: self._entries[key] for key in wanted}, mine
+            return {key: self._entries[key] for key in blocks}, own
 
     def _make_room(
-        self, wanted: Mapping[Hashable, tuple[int, Callable[[], EmbeddedBlock]]], room: int
+        self, blocks: Mapping[Hashable, tuple[int, Callable[[], EmbeddedBlock]]], room: int
     ) -> bool:
-        """Drop blocks until those that are missing fit; False, and none is dropped, where they can't yet."""
-        needed = self.nbytes + sum(size for key, (size, _) in wanted.items() if key not in self._entries)
-        idle = [key for key, entry in self._entries.items() if not entry.holders and key not in wanted]
+        """Drop blocks until the missing ones fit; where they can't yet, drop none and return False."""
+        needed = self.nbytes + sum(size for key, (size, _) in blocks.items() if key not in self._entries)
+        idle = [key for key, entry in self._entries.items() if not entry.holders and key not in blocks]
         dropped = []
         for key in idle:
             if needed <= room:
@@ -243,17 +243,17 @@ class EmbeddingCache:
             self._changed.notify_all()
 
     def _wait_for(self, entry: _Entry) -> EmbeddedBlock | None:
-        """The block, once it is there; None when who computed it failed, and it is to be tried again."""
+        """Wait for a block; None when the thread that computed it failed, and it is to be tried again."""
         with self._changed:
             self._changed.wait_for(lambda: entry.block is not None or entry.failed)
             return entry.block
 
-    def _release(self, entries: Mapping[Hashable, _Entry], mine: Sequence[Hashable]) -> None:
+    def _release(self, entries: Mapping[Hashable, _Entry], own: Sequence[Hashable]) -> None:
         with self._changed:
             for key, entry in entries.items():
                 entry.holders -= 1
-                if key in mine and entry.block is None and not entry.failed:
-                    # Claimed, and never filled: the one before it could not be.
+                if key in own and entry.block is None and not entry.failed:
+                    # Claimed and never filled, as the block before it could not be computed.
                     entry.failed = True
                     del self._entries[key]
             self._changed.notify_all()
@@ -268,7 +268,7 @@ class _Entry:
 
 
 cache = EmbeddingCache()
-"""This process's."""
+"""The cache of this process."""
 
 
 def clear_cache() -> None:

@@ -1,10 +1,10 @@
-"""frames.zarr → embeddings.zarr: what a metric keeps of every frame, for search libraries of others.
+"""frames.zarr → embeddings.zarr: a metric's embedding of every frame, for other search libraries.
 
-A learned metric is a distance between vectors: where it is the Euclidean one, an index over these vectors
-finds by it. A block is some whole sequences of one field. A worker writes its rows, then the fingerprint that
-says they are done: a hash of the frames' content, of all that determines the metric's values, and of the
-range that frames were normalised by. Beside it stands a digest, which binds the values to the metric, the
-block and the names of its frames (:mod:`pipeline.storage.digests`).
+A learned metric is a distance between vectors. Where it is the Euclidean distance, an index over these
+vectors searches by it. A block is some whole sequences of one field. A worker writes its rows, then the
+fingerprint that says they are done: a hash of the frames' content, of all that determines the metric's
+values, and of the range that frames were normalised by. A digest beside it binds the values to the metric,
+the block and the names of its frames (:mod:`pipeline.storage.digests`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import json
 import math
 import os
 import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +26,13 @@ import xxhash
 from lsim.claims import other_random_numbers
 from lsim.metric import Metric
 from lsim.preprocess import FramesError, Scope, finite_frames, scope_identity
-from pipeline.metrics.fields import checked_fields, drop_vanished
+from pipeline.metrics.fields import checked_fields
 from pipeline.metrics.settings import Settings, choose_metrics
 from pipeline.metrics.value_range import dataset_range
 from pipeline.stage import trials
-from pipeline.stage.bounded_map import reason_of, run_bounded
+from pipeline.stage.results import open_results
 from pipeline.stage.retry_single import in_batch_or_alone
+from pipeline.stage.run import MetricWorkers, Progress, run_blocks
 from pipeline.storage import digests, metadata, schema, store
 from pipeline.storage.address import absolute, relative
 from pipeline.storage.checked_frames import NOT_READ, read_sequence, why_not_read
@@ -43,30 +43,19 @@ from pipeline.storage.recorded import (
     CheckedEmbeddings,
     block_identity,
     block_texts,
-    record_fingerprints,
 )
-from pipeline.storage.run_records import begin_run, record_run
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
-from pipeline.workers.worker_metrics import (
-    MetricRequest,
-    dismiss_unfit_workers,
-    get_metric,
-    prewarm,
-    still_wanted,
-)
-
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called with (blocks done, blocks in all)."""
+from pipeline.workers.worker_metrics import MetricRequest, get_metric, still_wanted
 
 BLOCK_BYTES = 64 * 2**20
-"""Of a block's embeddings, and of a chunk: some 70 frames of LSiM, a second of work."""
+"""Most bytes of a block's embeddings, and of a chunk: some 70 frames of LSiM, a second of work."""
 
 NAMES_TOGETHER = 1 << 14
 """Frames whose names make a chunk."""
 
 COLUMNS: dict[str, Any] = dict(zip(LABELS, (str, str, "int32", "float64"), strict=True))
-"""What is said of every frame, beside its embedding."""
+"""Labels of each frame, with their dtypes."""
 
 BLOCK = "block"
 FAILURE = f"{schema.PROVENANCE}/{schema.FAILURE}"
@@ -74,7 +63,7 @@ DIGEST = f"{schema.PROVENANCE}/{schema.DIGEST}"
 FINGERPRINT = f"{schema.PROVENANCE}/{schema.FINGERPRINT}"
 
 FEATURES = "features"
-"""The part of an embedding that a metric's ``feature_distance`` speaks of."""
+"""Part of an embedding that a metric's ``feature_distance`` refers to."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +78,7 @@ class EmbeddingFailure:
 
 @dataclass
 class EmbeddingsReport:
-    """What a run of :func:`compute_embeddings` did.
+    """Summary of a run of :func:`compute_embeddings`.
 
     Attributes
     ----------
@@ -101,9 +90,9 @@ class EmbeddingsReport:
     values : int
         Length of a frame's embedding, by field.
     feature_distance : str
-        What the metric is of its features: "euclidean", "squared euclidean", or empty.
+        How the metric compares features: "euclidean", "squared euclidean", or empty.
     failures : list of EmbeddingFailure
-        All that the store records.
+        All failures that the store records.
     seconds : float
     cluster : dict
         Empty where nothing was to be done.
@@ -123,33 +112,83 @@ class EmbeddingsReport:
     cluster: dict[str, Any] = field(default_factory=dict)
     unrecorded: int = 0
 
+    def summarise(self, root: store.Group) -> dict[str, Any]:
+        """Return what the run did, for its record."""
+        return {"blocks": self.blocks, "frames": self.computed} if self.blocks else {}
+
 
 @dataclass(frozen=True)
-class EmbedTask:
-    """A stale block with all that a worker needs to compute it.
+class FieldBlocks:
+    """Description that all blocks of a field share.
 
-    ``first`` is the row of the block's first sequence of ``n`` frames, ``contents`` has the hashes of all,
-    ``together`` is how many frames make a chunk, and ``identity`` what the block's digest is bound to.
+    Attributes
+    ----------
+    frames, out, key : str
+        Stores that are read and written, and the field's group in both.
+    request : MetricRequest
+    specification_hash : str
+    scope : scope
+    n, sequences, frames_per_chunk : int
+        Frames of a sequence, sequences of a block, and frames of a chunk of embeddings.
+    run : str
+        Name of the run, in which each worker tries the metric once.
     """
 
     frames: str
     out: str
     key: str
-    block: int
-    first: int
-    n: int
-    contents: tuple[str, ...]
-    together: int
     request: MetricRequest
+    specification_hash: str
     scope: Scope
-    fingerprint: str
-    identity: bytes
+    n: int
+    sequences: int
+    frames_per_chunk: int
     run: str = ""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole sequences of a field, with all that a worker needs to embed them.
+
+    Attributes
+    ----------
+    field : FieldBlocks
+    index : int
+    contents : tuple of str
+        Content hash of each sequence.
+    identity : bytes
+        What the block's digest is bound to.
+    """
+
+    field: FieldBlocks
+    index: int
+    contents: tuple[str, ...]
+    identity: bytes = b""
+
+    @property
+    def first(self) -> int:
+        """Row of the first sequence."""
+        return self.index * self.field.sequences
+
+    @property
+    def rows(self) -> slice:
+        """Frames of the block among those of the field."""
+        return slice(self.first * self.field.n, (self.first + len(self.contents)) * self.field.n)
 
     @property
     def label(self) -> str:
-        """What it is of, in messages."""
-        return f"{self.key}, sequences {self.first} to {self.first + len(self.contents) - 1}"
+        """Description of the block in messages."""
+        return f"{self.field.key}, sequences {self.first} to {self.first + len(self.contents) - 1}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that determines the values."""
+        made_of = {
+            "contents": self.contents,
+            "specification": self.field.specification_hash,
+            "scope": scope_identity(self.field.scope),
+        }
+        return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def compute_embeddings(
@@ -205,33 +244,46 @@ def compute_embeddings(
     frames_path, out_path = absolute(frames), absolute(out)
     source = store.open_store(frames_path)
     keys = checked_fields(source, frames_path, groups)
+    attributes = {"metric": metric.name, "frames": relative(frames_path, out_path)}
+    workers = MetricWorkers(cluster, [request])
     report = EmbeddingsReport(metric.name, feature_distance=metric.info.feature_distance)
-    with store.locked(out_path):
-        root = store.open_output(out_path, schema.EMBEDDINGS_STORE)
-        _check_metric(root, metric, out_path)
-        store.drop_consolidated(out_path)
-        drop_vanished(root, schema.NUMBER, source)
-        about = {"metric": metric.name, "frames": relative(frames_path, out_path)}
-        store.set_attributes(root, about)
-        tasks: list[EmbedTask] = []
-        run_name = uuid.uuid4().hex
+    with open_results(
+        out_path,
+        schema.EMBEDDINGS_STORE,
+        schema.NUMBER,
+        source,
+        check=lambda root: _check_metric(root, metric, out_path),
+    ) as results:
+        store.set_attributes(results.root, attributes)
+        stale: list[Block] = []
         for key in keys:
-            tasks += _stale_tasks(
-                key, source, root, frames_path, out_path, metric, request, settings, cluster, report, run_name
+            origin = store.get_group(source, key)
+            shapes = _shapes_of_parts(metric, origin, key)
+            report.values[key] = sum(map(math.prod, shapes.values()))
+            group = _lay_out(results.root, origin, key, shapes, metric)
+            # With the scope "dataset", workers read the frames whose range isn't recorded yet.
+            scope = _find_scope(group, origin, metric, settings.scope, frames_path, cluster)
+            n, sequences, chunk = _sizes(group, origin)
+            field = FieldBlocks(
+                frames_path,
+                out_path,
+                key,
+                request,
+                metric.specification_hash,
+                scope,
+                n,
+                sequences,
+                chunk,
+                results.run,
             )
-        made_by = begin_run(scope=settings.scope)
-        try:
-            _run(tasks, request, cluster, root, progress, report)
-        finally:
-            # Also of a run that is interrupted: what it computed stays, and says what made it.
-            report.seconds = time.perf_counter() - began
-            report.cluster = cluster.describe() if tasks else {}
-            if report.blocks:
-                counts = {"blocks": report.blocks, "frames": report.computed}
-                spent = {"seconds": round(report.seconds, 3)}
-                record_run(root, made_by | counts | spent | report.cluster)
-            record_fingerprints(root)
-            store.consolidate(out_path)
+            blocks, fresh, damaged = _list_stale(group, origin, field, metric.name)
+            stale += blocks
+            report.up_to_date += fresh
+            report.unrecorded += damaged
+            _describe(group, origin, metric, scope)
+        with results.recorded(began, {"scope": settings.scope}, report.summarise, workers, attributes):
+            _run(stale, workers, results.root, report, progress)
+    report.seconds, report.cluster = time.perf_counter() - began, workers.description
     report.failures = list_embedding_failures(out_path)
     return report
 
@@ -315,117 +367,37 @@ def _one_metric(settings: Settings) -> tuple[Metric, MetricRequest]:
             "weights of pixels count where embeddings are compared, and are not in a store of them: leave "
             "pixel_weights out"
         )
-    chosen = choose_metrics(settings)
-    if settings.metrics == "all" or len(chosen.metrics) != 1:
-        names = ", ".join(metric.name for metric in chosen.metrics)
+    choice = choose_metrics(settings)
+    if settings.metrics == "all" or len(choice.metrics) != 1:
+        names = ", ".join(metric.name for metric in choice.metrics)
         raise ValueError(f"a store of embeddings has those of one metric, expected its name; got {names}")
-    metric = chosen.metrics[0]
-    return metric, chosen.requests[metric.name]
+    metric = choice.metrics[0]
+    return metric, choice.requests[metric.name]
 
 
 def _check_metric(root: store.Group, metric: Metric, path: str) -> None:
-    found = root.attrs.get("metric", metric.name)
-    if found != metric.name:
+    recorded = root.attrs.get("metric", metric.name)
+    if recorded != metric.name:
         raise store.StoreError(
-            f"{path}: holds embeddings by {found}, not by {metric.name}: choose another path"
+            f"{path}: holds embeddings by {recorded}, not by {metric.name}: choose another path"
         )
 
 
-def _stale_tasks(
-    key: str,
-    source: store.Group,
-    root: store.Group,
-    frames: str,
-    out: str,
-    metric: Metric,
-    request: MetricRequest,
-    settings: Settings,
-    cluster: Cluster,
-    report: EmbeddingsReport,
-    run: str,
-) -> list[EmbedTask]:
-    """Bring a field's group into shape, declare what is out of date, and give the tasks that mend it."""
-    origin = store.get_group(source, key)
-    array = store.get_array(origin, schema.FRAMES)
-    count, n = array.shape[:2]
-    contents = [str(content) for content in store.read(store.get_array(origin, schema.CONTENT))]
+def _shapes_of_parts(metric: Metric, origin: store.Group, key: str) -> dict[str, tuple[int, ...]]:
+    """Find the shape of each part of a frame's embedding by embedding one frame of zeros."""
+    frames = store.get_array(origin, schema.FRAMES)
+    check_fits(frames, 0)
+    zeros = np.zeros((1, *frames.shape[2:]), frames.dtype)
     try:
-        parts = _shapes_of_parts(metric, array)
+        with torch.no_grad():
+            embedding = metric.embed_prepared(metric.prepare(zeros, (0.0, 1.0)))
     except FramesError as error:
         raise FramesError(f"{key}: {error}; --groups chooses other fields") from error
-    report.values[key] = sum(map(math.prod, parts.values()))
-    dtype = "float64" if metric.preprocessing.precision == "double" else "float32"
-    sequences, together = _block_of(n, np.dtype(dtype).itemsize * report.values[key])
-    group = _lay_out(root, origin, key, parts, dtype, sequences * n, together)
-    provenance = store.get_group(group, schema.PROVENANCE)
-    scope: Scope = settings.scope
-    if scope == "dataset":
-        scope = dataset_range(
-            cluster,
-            frames,
-            [(key, row, content) for row, content in enumerate(contents)],
-            provenance,
-            metric.preprocessing,
-        )
-    tasks = []
-    columns = _labels(origin, key)
-    fingerprints = store.get_array(group, FINGERPRINT)
-    recorded, of_blocks, reasons = (
-        store.read(store.get_array(group, name)) for name in (FINGERPRINT, DIGEST, FAILURE)
-    )
-    for block, first in enumerate(range(0, count, sequences)):
-        own = tuple(contents[first : first + sequences])
-        rows = slice(first * n, (first + len(own)) * n)
-        labels = digests.hash_labels({name: column[rows] for name, column in columns.items()})
-        identity = block_identity(key, metric.name, block, labels)
-        wanted = _fingerprint(own, metric.specification_hash, scope)
-        bound = digests.binds(str(of_blocks[block]), identity, block_texts(wanted, parts, reasons[rows]))
-        if recorded[block] == wanted and bound:
-            report.up_to_date += len(own) * n
-        else:
-            report.unrecorded += bool(recorded[block] == wanted)
-            tasks.append(
-                EmbedTask(
-                    frames,
-                    out,
-                    key,
-                    block,
-                    first,
-                    n,
-                    own,
-                    together,
-                    request,
-                    scope,
-                    wanted,
-                    identity,
-                    run,
-                )
-            )
-            if recorded[block]:
-                # Before anything else changes, nothing that is out of date counts as done.
-                store.write_rows(fingerprints, block, np.array([""], dtype=object))
-    for name, column in columns.items():
-        store.write_rows(store.get_array(group, name), 0, column)
-    _describe(group, metric, scope)
-    return tasks
-
-
-def _fingerprint(contents: Sequence[str], specification_hash: str, scope: Scope) -> str:
-    made_of = {"contents": contents, "specification": specification_hash, "scope": scope_identity(scope)}
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _shapes_of_parts(metric: Metric, frames: store.Array) -> dict[str, tuple[int, ...]]:
-    """Shape of each part of a frame's embedding, from one frame of zeros."""
-    check_fits(frames, 0)
-    nothing = np.zeros((1, *frames.shape[2:]), frames.dtype)
-    with torch.no_grad():
-        embedding = metric.embed_prepared(metric.prepare(nothing, (0.0, 1.0)))
     return {name: tuple(part.shape[1:]) for name, part in embedding.parts.items()}
 
 
 def _block_of(n: int, frame_bytes: int) -> tuple[int, int]:
-    """How many sequences of n frames make a block, and how many frames a chunk: whole ones of that block."""
+    """Choose how many sequences of n frames make a block, and how many frames a chunk: a divisor of that."""
     fits = max(1, BLOCK_BYTES // max(1, frame_bytes))
     if n <= fits:
         return fits // n, fits // n * n
@@ -433,27 +405,24 @@ def _block_of(n: int, frame_bytes: int) -> tuple[int, int]:
 
 
 def _lay_out(
-    root: store.Group,
-    origin: store.Group,
-    key: str,
-    parts: Mapping[str, tuple[int, ...]],
-    dtype_of_parts: str,
-    block: int,
-    together: int,
+    root: store.Group, origin: store.Group, key: str, shapes: Mapping[str, tuple[int, ...]], metric: Metric
 ) -> store.Group:
     """Bring a field's group into the shape of its frames: metadata first, then tasks write values alone.
 
-    What is there with other chunks, or embeddings of another shape, is deleted.
+    A group with other chunks, or embeddings of other ``shapes``, is deleted.
     """
+    dtype_of_parts = "float64" if metric.preprocessing.precision == "double" else "float32"
     count, n = store.get_array(origin, schema.FRAMES).shape[:2]
-    rows, blocks = count * n, -(-count * n // block)
+    values = sum(map(math.prod, shapes.values()))
+    sequences, together = _block_of(n, np.dtype(dtype_of_parts).itemsize * values)
+    rows, blocks = count * n, -(-count // sequences)
     layout: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...], Any]] = {
         name: ((rows, *shape), (together, *shape), (schema.FRAME, *_dims(name, shape)), dtype_of_parts)
-        for name, shape in parts.items()
+        for name, shape in shapes.items()
     }
     for name, dtype in COLUMNS.items():
         layout[name] = ((rows,), (NAMES_TOGETHER,), (schema.FRAME,), dtype)
-    layout[FAILURE] = ((rows,), (block,), (schema.FRAME,), str)
+    layout[FAILURE] = ((rows,), (sequences * n,), (schema.FRAME,), str)
     layout[DIGEST] = layout[FINGERPRINT] = ((blocks,), (1,), (BLOCK,), str)
     if key in root and not _fits(store.get_group(root, key), layout):
         store.delete(root, key)
@@ -473,18 +442,73 @@ def _dims(name: str, shape: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def _fits(group: store.Group, layout: Mapping[str, tuple[Any, ...]]) -> bool:
-    """Whether what is there differs from a layout by the number of rows at most."""
+    """Tell whether a group differs from a layout by the number of rows at most."""
     if not {*group.array_keys()} <= {*layout}:
         return False
-    there = {name: store.get_array(group, name) for name in layout if name in group}
+    arrays = {name: store.get_array(group, name) for name in layout if name in group}
     return all(
         array.shape[1:] == layout[name][0][1:] and array.chunks == layout[name][1]
-        for name, array in there.items()
+        for name, array in arrays.items()
     )
 
 
+def _sizes(group: store.Group, origin: store.Group) -> tuple[int, int, int]:
+    """Look up frames of a sequence, sequences of a block, and frames of a chunk of a group laid out."""
+    n = store.get_array(origin, schema.FRAMES).shape[1]
+    block = store.get_array(group, FAILURE).chunks[0]
+    return n, block // n, store.get_array(group, _parts_of(group)[0]).chunks[0]
+
+
+def _find_scope(
+    group: store.Group, origin: store.Group, metric: Metric, scope: Scope, frames: str, cluster: Cluster
+) -> Scope:
+    """Give the scope of a field; the range of a data set is computed where it isn't recorded."""
+    if scope != "dataset":
+        return scope
+    contents = store.read(store.get_array(origin, schema.CONTENT))
+    sequences = [(group.path, row, str(content)) for row, content in enumerate(contents)]
+    provenance = store.get_group(group, schema.PROVENANCE)
+    return dataset_range(cluster, frames, sequences, provenance, metric.preprocessing)
+
+
+def _list_stale(
+    group: store.Group, origin: store.Group, field: FieldBlocks, metric: str
+) -> tuple[list[Block], int, int]:
+    """List the blocks that are out of date, and delete their fingerprints before anything changes.
+
+    Returns
+    -------
+    blocks : list of Block
+    fresh : int
+        Frames that are up to date.
+    damaged : int
+        Blocks with today's fingerprint whose record is not the one that was written with it.
+    """
+    contents = [str(content) for content in store.read(store.get_array(origin, schema.CONTENT))]
+    columns, parts = _labels(origin, field.key), _parts_of(group)
+    fingerprints, recorded_digests, reasons = (
+        store.read(store.get_array(group, name)) for name in (FINGERPRINT, DIGEST, FAILURE)
+    )
+    blocks, fresh, damaged = [], 0, 0
+    for index, first in enumerate(range(0, len(contents), field.sequences)):
+        block = Block(field, index, tuple(contents[first : first + field.sequences]))
+        labels = digests.hash_labels({name: column[block.rows] for name, column in columns.items()})
+        block = replace(block, identity=block_identity(field.key, metric, index, labels))
+        expected = block.fingerprint
+        texts = block_texts(expected, parts, reasons[block.rows])
+        is_recorded = fingerprints[index] == expected
+        if is_recorded and digests.binds(str(recorded_digests[index]), block.identity, texts):
+            fresh += len(block.contents) * field.n
+            continue
+        damaged += bool(is_recorded)
+        blocks.append(block)
+        if fingerprints[index]:
+            _write_fingerprint(group, block, "")
+    return blocks, fresh, damaged
+
+
 def _labels(origin: store.Group, key: str) -> dict[str, np.ndarray]:
-    """List what each frame of a field is: its field, sequence, number and parameter, (frame,)."""
+    """List field, sequence, number and parameter of each frame, (frame,)."""
     count, n = store.get_array(origin, schema.FRAMES).shape[:2]
     sequences = store.read(store.get_array(origin, schema.SEQUENCE))
     return {
@@ -495,8 +519,10 @@ def _labels(origin: store.Group, key: str) -> dict[str, np.ndarray]:
     }
 
 
-def _describe(group: store.Group, metric: Metric, scope: Scope) -> None:
-    """Say whose embeddings these are, and what made them."""
+def _describe(group: store.Group, origin: store.Group, metric: Metric, scope: Scope) -> None:
+    """Write the labels of the frames, and what embeddings are made with."""
+    for name, column in _labels(origin, group.path).items():
+        store.write_rows(store.get_array(group, name), 0, column)
     store.set_attributes(
         group,
         {
@@ -510,92 +536,93 @@ def _describe(group: store.Group, metric: Metric, scope: Scope) -> None:
 
 
 def _run(
-    tasks: Sequence[EmbedTask],
-    request: MetricRequest,
-    cluster: Cluster,
+    blocks: Sequence[Block],
+    workers: MetricWorkers,
     root: store.Group,
-    progress: Progress | None,
     report: EmbeddingsReport,
+    progress: Progress | None,
 ) -> None:
-    """Run the tasks. One that fails every time leaves its block to the next run, with the reason recorded."""
-    if not tasks:
+    """Compute stale blocks. One that fails every time is left to the next run, its reason recorded."""
+    if not blocks:
         return
-    client = cluster.client
-    if client is not None:
-        dismiss_unfit_workers(client, [request])
-        prewarm(client, [request])
-    if progress is not None:
-        progress(0, len(tasks))
-    given_up = []
-    try:
-        outcomes = run_bounded(client, write_block_of_embeddings, ((task,) for task in tasks))
-        for done, ((task,), result, error) in enumerate(outcomes, start=1):
-            if error is None:
-                report.computed += result
-                report.blocks += 1
-            elif store.is_full_disk(error):
-                raise error  # as would all others
-            else:
-                given_up.append((task, reason_of(error)))
-            if progress is not None:
-                progress(done, len(tasks))
-    finally:
-        # Now nobody else writes.
-        for task, reason in given_up:
-            group = store.get_group(root, task.key)
-            _write_record(group, task, _parts_of(group), [reason] * (len(task.contents) * task.n))
+    batches = ((block,) for block in blocks)
+    for (block,), frames, reason in run_blocks(workers.start(), embed_block, batches, len(blocks), progress):
+        if frames is None:
+            group = store.get_group(root, block.field.key)
+            frames_of_block = len(block.contents) * block.field.n
+            _write_record(group, block, _parts_of(group), [reason] * frames_of_block)
+        else:
+            report.blocks += 1
+            report.computed += frames
 
 
 # ---------------------------------------------------------------- on a worker
 
 
-def write_block_of_embeddings(task: EmbedTask) -> int:
-    """Compute and write one block; returns how many of its frames are done. Runs on a worker."""
-    metric = get_metric(task.request)
-    origin = store.get_group(store.open_store(task.frames), task.key)
-    group = store.get_group(store.open_store(task.out, "r+"), task.key)
-    names = _parts_of(group)
-    start = task.first * task.n
-    pending: list[dict[str, np.ndarray]] = []
-    hashers = {name: xxhash.xxh3_64() for name in names}
+def embed_block(block: Block) -> int:
+    """Compute and write one block. Runs on a worker.
+
+    Returns
+    -------
+    int
+        Frames of the block that are done: all of them, or none.
+    """
+    field = block.field
+    metric = get_metric(field.request)
+    origin = store.get_group(store.open_store(field.frames), field.key)
+    group = store.get_group(store.open_store(field.out, "r+"), field.key)
+    writer = _Writer(group, block)
     reasons: list[str] = []
     whole = True
-    for row, content in enumerate(task.contents, task.first):
-        try:
-            frames, damage = read_sequence(origin, row, content), ""
-        except NOT_READ as error:
-            frames, damage = np.empty(0), why_not_read(error)
-        step = min(task.n, task.together)
-        for first in range(0, task.n, step):
-            if damage:
-                values, why, good = _nothing(group, names, step), [damage] * step, False
-            else:
-                part = frames[first : first + step]
-                due = trials.is_due(task.run, metric)
-                values, why, good = _embedded_or_why(group, metric, part, task.scope, names)
-                if due and good and "" in why:
-                    _try_metric(metric, part, task, values)
-            if whole and not good:
-                # Not done: the next run tries again. Another copy may have finished the block, and its
-                # fingerprint must not stand for what comes now.
-                whole = False
-                _check_wanted(task)
-                _write_fingerprint(group, task, "")
-            pending.append(values)
-            reasons += why
-            if len(reasons) % task.together == 0:
-                _check_wanted(task)
-                start = _write(group, hashers, start, pending)
-    _check_wanted(task)
-    _write(group, hashers, start, pending)
-    of_values = "".join(hasher.hexdigest() for hasher in hashers.values()) if whole else ""
-    _write_record(group, task, names, reasons, of_values)
+    for part in _embed(origin, metric, block, writer):
+        if whole and not part.final:
+            # Not done: the next run tries again. An attempt on a lost worker may have finished the block, and
+            # its fingerprint must not stand for what comes now.
+            whole = False
+            _check_wanted(block)
+            _write_fingerprint(group, block, "")
+        writer.add(part.values)
+        reasons += part.reasons
+    writer.flush()
+    _write_record(group, block, writer.names, reasons, writer.digest() if whole else "")
     if not whole:
         return 0
-    _check_wanted(task)
+    _check_wanted(block)
     # Last: it says that all else is there.
-    _write_fingerprint(group, task, task.fingerprint)
+    _write_fingerprint(group, block, block.fingerprint)
     return len(reasons)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Embeddings of some frames by part, (frame, …), and why a frame has none.
+
+    One that isn't ``final`` is tried again by the next run.
+    """
+
+    values: dict[str, np.ndarray]
+    reasons: list[str]
+    final: bool = True
+
+
+def _embed(origin: store.Group, metric: Metric, block: Block, writer: _Writer) -> Iterator[_Part]:
+    """Read the sequences of a block and embed them, a chunk at most at a time."""
+    field = block.field
+    step = min(field.n, field.frames_per_chunk)
+    for row, content in enumerate(block.contents, block.first):
+        try:
+            frames = read_sequence(origin, row, content)
+        except NOT_READ as error:
+            for _ in range(0, field.n, step):
+                yield _Part(writer.missing(step), [why_not_read(error)] * step, final=False)
+            continue
+        for first in range(0, field.n, step):
+            chunk = frames[first : first + step]
+            due = trials.is_due(field.run, metric)
+            part = _embed_or_explain(metric, chunk, field.scope, writer)
+            if due and part.final and "" in part.reasons:
+                _try_metric(metric, chunk, block, part.values)
+            yield part
 
 
 def _parts_of(group: store.Group) -> list[str]:
@@ -604,44 +631,46 @@ def _parts_of(group: store.Group) -> list[str]:
 
 
 def _write_record(
-    group: store.Group, task: EmbedTask, names: Sequence[str], reasons: Sequence[str], values: str = ""
+    group: store.Group, block: Block, parts: Sequence[str], reasons: Sequence[str], values: str = ""
 ) -> None:
     """Write why frames of a block have no embedding, and the block's digest.
 
     ``values`` has the hashes of all parts; of a block that isn't done none counts, nor does a fingerprint.
     """
-    texts = block_texts(task.fingerprint if values else "", names, reasons)
-    digest = digests.bind(task.identity, texts, values)
-    store.write_rows(store.get_array(group, FAILURE), task.first * task.n, np.array(reasons, dtype=object))
-    store.write_rows(store.get_array(group, DIGEST), task.block, np.array([digest], dtype=object))
+    texts = block_texts(block.fingerprint if values else "", parts, reasons)
+    digest = digests.bind(block.identity, texts, values)
+    store.write_rows(store.get_array(group, FAILURE), block.rows.start, np.array(reasons, dtype=object))
+    store.write_rows(store.get_array(group, DIGEST), block.index, np.array([digest], dtype=object))
 
 
-def _write_fingerprint(group: store.Group, task: EmbedTask, fingerprint: str) -> None:
-    store.write_rows(store.get_array(group, FINGERPRINT), task.block, np.array([fingerprint], dtype=object))
+def _write_fingerprint(group: store.Group, block: Block, fingerprint: str) -> None:
+    store.write_rows(store.get_array(group, FINGERPRINT), block.index, np.array([fingerprint], dtype=object))
 
 
-def _check_wanted(task: EmbedTask) -> None:
-    """Write nothing when another copy was faster, or the run is over and the next may be writing."""
+def _check_wanted(block: Block) -> None:
+    """Write nothing once the run is over, as the next may be writing."""
     if not still_wanted():
-        raise store.StoreError(f"{task.out}: nobody waits for block {task.block} of {task.key} any more")
+        raise store.StoreError(
+            f"{block.field.out}: block {block.index} of {block.field.key} is not waited for any more"
+        )
 
 
-def _embedded_or_why(
-    group: store.Group, metric: Metric, frames: np.ndarray, scope: Scope, names: Sequence[str]
-) -> tuple[dict[str, np.ndarray], list[str], bool]:
-    """:func:`_embedded`, NaN and the error of frames at which the metric raises, and whether none is."""
-    parts: list[dict[str, np.ndarray]] = []
-    reasons: list[str] = []
-    whole = True
-    for _, found in in_batch_or_alone(lambda some: _embedded(metric, some, scope), frames, metric.name):
-        values, why = (_nothing(group, names, 1), [found]) if isinstance(found, str) else found
-        whole = whole and not isinstance(found, str)
-        parts.append(values)
-        reasons += why
-    return {name: np.concatenate([part[name] for part in parts]) for name in names}, reasons, whole
+def _embed_or_explain(metric: Metric, frames: np.ndarray, scope: Scope, writer: _Writer) -> _Part:
+    """Embed frames; those at which the metric raises are NaN, with the error as their reason."""
+    parts = []
+    for _, result in in_batch_or_alone(lambda batch: _embedded(metric, batch, scope), frames, metric.name):
+        if isinstance(result, str):
+            parts.append(_Part(writer.missing(1), [result], final=False))
+        else:
+            parts.append(_Part(*result))
+    return _Part(
+        {name: np.concatenate([part.values[name] for part in parts]) for name in writer.names},
+        [reason for part in parts for reason in part.reasons],
+        all(part.final for part in parts),
+    )
 
 
-def _try_metric(metric: Metric, frames: np.ndarray, task: EmbedTask, values: dict[str, np.ndarray]) -> None:
+def _try_metric(metric: Metric, frames: np.ndarray, block: Block, values: dict[str, np.ndarray]) -> None:
     """Embed the first frames that a worker is given in a run once more.
 
     Raises
@@ -649,16 +678,16 @@ def _try_metric(metric: Metric, frames: np.ndarray, task: EmbedTask, values: dic
     lsim.ClaimError
         When something else comes out.
     """
-    with trials.trial(task.run, metric) as tried:
+    with trials.trial(block.field.run, metric) as copy:
         with other_random_numbers():
-            again, _ = _embedded(tried, frames, task.scope)
+            again, _ = _embedded(copy, frames, block.field.scope)
         for name, part in values.items():
             exact = metric.device.type == "cpu"
-            tried.claims.check_repeated(part, again[name], f"embedding {name!r}", exact=exact)
+            copy.claims.check_repeated(part, again[name], f"embedding {name!r}", exact=exact)
 
 
 def _embedded(metric: Metric, frames: np.ndarray, scope: Scope) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Each part of the embeddings of some frames, (frame, …), and why a frame is NaN."""
+    """Give each part of the embeddings of some frames, (frame, …), and why a frame is NaN."""
     prepared = metric.prepare(frames, scope)
     with torch.no_grad():
         parts = metric.embed_prepared(prepared).parts
@@ -676,32 +705,54 @@ def _embedded(metric: Metric, frames: np.ndarray, scope: Scope) -> tuple[dict[st
     return values, reasons
 
 
-def _nothing(group: store.Group, names: Sequence[str], rows: int) -> dict[str, np.ndarray]:
-    """Embeddings of frames that cannot be read."""
-    arrays = {name: store.get_array(group, name) for name in names}
-    return {name: np.full((rows, *array.shape[1:]), np.nan, array.dtype) for name, array in arrays.items()}
+class _Writer:
+    """Write embeddings of a block in whole chunks, and hash them.
 
-
-def _write(
-    group: store.Group,
-    hashers: Mapping[str, xxhash.xxh3_64],
-    start: int,
-    pending: list[dict[str, np.ndarray]],
-) -> int:
-    """Write whole chunks and read them back; empties ``pending`` and returns the row after them.
-
-    ``hashers`` have the values of each part so far, and take these as well.
+    Attributes
+    ----------
+    names : list of str
+        Parts of the embeddings, in the order in which digests have them.
     """
-    if not pending:
-        return start
-    stop = start
-    for name, hasher in hashers.items():
-        values = np.concatenate([part.pop(name) for part in pending])
-        stop = start + len(values)
-        array = store.get_array(group, name)
-        store.write_rows(array, start, values)
-        if not np.array_equal(store.read(array, slice(start, stop)), values, equal_nan=True):
-            raise store.StoreError(f"{array.store_path}: rows {start}:{stop} read back differently")
-        hasher.update(digests.bytes_of(values))
-    pending.clear()
-    return stop
+
+    def __init__(self, group: store.Group, block: Block) -> None:
+        self.names = _parts_of(group)
+        self._block = block
+        self._arrays = {name: store.get_array(group, name) for name in self.names}
+        self._hashers = {name: xxhash.xxh3_64() for name in self.names}
+        self._pending: list[dict[str, np.ndarray]] = []
+        self._frames = 0
+        self._start: int = block.rows.start
+
+    def missing(self, frames: int) -> dict[str, np.ndarray]:
+        """Make embeddings of frames that have none: NaN."""
+        return {
+            name: np.full((frames, *array.shape[1:]), np.nan, array.dtype)
+            for name, array in self._arrays.items()
+        }
+
+    def add(self, values: dict[str, np.ndarray]) -> None:
+        """Add embeddings of some frames, and write them when a chunk is full."""
+        self._pending.append(values)
+        self._frames += len(values[self.names[0]])
+        if self._frames == self._block.field.frames_per_chunk:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending, and read it back."""
+        if not self._pending:
+            return
+        _check_wanted(self._block)
+        stop = self._start + self._frames
+        for name, array in self._arrays.items():
+            # Popped: what is written needs no second place in memory.
+            values = np.concatenate([part.pop(name) for part in self._pending])
+            store.write_rows(array, self._start, values)
+            if not np.array_equal(store.read(array, slice(self._start, stop)), values, equal_nan=True):
+                raise store.StoreError(f"{array.store_path}: rows {self._start}:{stop} read back differently")
+            self._hashers[name].update(digests.bytes_of(values))
+        self._pending.clear()
+        self._start, self._frames = stop, 0
+
+    def digest(self) -> str:
+        """Join the hashes of all parts."""
+        return "".join(hasher.hexdigest() for hasher in self._hashers.values())

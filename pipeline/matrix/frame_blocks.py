@@ -1,4 +1,4 @@
-"""The frames of an archive: in what order they stand, and blocks of them."""
+"""Frames of an archive in their order, and blocks of them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class FrameBlock:
-    """Frames ``start:stop`` of an archive's order, and the pieces of sequences that they are.
+    """Frames ``start:stop`` of an archive's order, as pieces of sequences.
 
-    ``labels`` is :func:`pipeline.storage.digests.hash_labels` of them.
+    ``labels`` is their :func:`pipeline.storage.digests.hash_labels`.
     """
 
     start: int
@@ -47,7 +47,7 @@ class FrameBlock:
 
     @cached_property
     def content(self) -> str:
-        """Hash of the block's frames: other frames, or others in front of them, make it another."""
+        """Hash of the block's frames; it changes with frames that come before them, too."""
         made_of = [(piece.content, piece.start, piece.stop) for piece in self.pieces]
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
 
@@ -59,16 +59,16 @@ class MatrixFrames:
     Attributes
     ----------
     sequences : tuple of Piece
-        Whole ones.
+        Whole sequences.
     field, sequence : ndarray of shape (n,), object
-        What each frame is of, in text.
+        Names of each frame's field and sequence.
     number : ndarray of shape (n,), int32
-        Its index within its sequence.
+        Index of each frame within its sequence.
     parameter : ndarray of shape (n,), float64
     shapes : dict of str to tuple of int
         (y, x, channel) of each field's frames.
     sequence_bytes : int
-        Of the largest sequence, decoded.
+        Size of the largest sequence, decoded.
     """
 
     sequences: tuple[Piece, ...]
@@ -83,7 +83,7 @@ class MatrixFrames:
         return len(self.number)
 
     def blocks(self, length: int) -> list[FrameBlock]:
-        """All frames cut into blocks of ``length``; the last may be shorter."""
+        """Cut all frames into blocks of ``length``; the last may be shorter."""
         ends = np.cumsum([len(piece) for piece in self.sequences])
         labels = {
             schema.FIELD: self.field,
@@ -106,7 +106,7 @@ class MatrixFrames:
 
 
 def list_frames(source: store.Group, keys: Sequence[str]) -> MatrixFrames:
-    """The frames of some fields of a ``frames.zarr``, in an archive's order; no pixel is read."""
+    """List the frames of some fields of a ``frames.zarr``, in an archive's order; no pixel is read."""
     sequences: list[Piece] = []
     names: list[str] = []
     fields: list[str] = []
@@ -136,7 +136,7 @@ def list_frames(source: store.Group, keys: Sequence[str]) -> MatrixFrames:
 
 @dataclass(frozen=True)
 class Batch:
-    """Frames ``start:stop`` of a block, read; ``damage`` says why they could not be, and there are none."""
+    """Frames ``start:stop`` of a block; where they could not be read, ``damage`` says why."""
 
     start: int
     stop: int
@@ -145,32 +145,32 @@ class Batch:
 
 
 def read_block(source: store.Group, block: FrameBlock, together: int) -> Iterator[Batch]:
-    """The frames of a block, ``together`` at a time and not beyond a field, each sequence checked.
+    """Read the frames of a block in batches of at most ``together``, each of one field, and check sequences.
 
     In memory are one sequence and one batch.
     """
     position = 0
     for key, pieces in itertools.groupby(block.pieces, lambda piece: piece.key):
         group = store.get_group(source, key)
-        waiting: list[np.ndarray] = []
+        pending: list[np.ndarray] = []
         start = position
         for piece in pieces:
             try:
                 frames = read_sequence(group, piece.row, piece.content)[piece.start : piece.stop]
             except NOT_READ as error:
                 if start < position:
-                    yield Batch(start, position, np.concatenate(waiting))
+                    yield Batch(start, position, np.concatenate(pending))
                 yield Batch(position, position + len(piece), None, why_not_read(error))
                 position += len(piece)
-                start, waiting = position, []
+                start, pending = position, []
                 continue
             while len(frames):
                 taken = frames[: together - (position - start)]
-                waiting.append(taken)
+                pending.append(taken)
                 position += len(taken)
                 frames = frames[len(taken) :]
                 if position - start == together:
-                    yield Batch(start, position, np.concatenate(waiting))
-                    start, waiting = position, []
+                    yield Batch(start, position, np.concatenate(pending))
+                    start, pending = position, []
         if start < position:
-            yield Batch(start, position, np.concatenate(waiting))
+            yield Batch(start, position, np.concatenate(pending))

@@ -1,4 +1,4 @@
-"""The store of an archive's matrix: its template, the labels of its frames, which tiles are out of date.
+"""Lay out the store of an archive's matrix, label its frames, and find the tiles that are out of date.
 
 A tile is done when its fingerprint says so: a hash of the frames of both of its blocks, the metric's
 specification with the hash of its weights, and the scope.
@@ -15,6 +15,7 @@ import numpy as np
 
 from lsim.preprocess import Scope, scope_identity
 from pipeline.matrix.frame_blocks import FrameBlock, MatrixFrames
+from pipeline.stage.provenance import METRICS_PER_CHUNK, add_metrics, has_specification, metric_places
 from pipeline.storage import digests, schema, store
 from pipeline.storage.recorded import labels_of_blocks, tile_identity, tile_texts
 
@@ -24,14 +25,14 @@ OF_TILES: dict[str, str | int] = {
     schema.MISSING: 0,
     schema.UNRESOLVED: 0,
 }
-"""Records of tiles, the fingerprint first as they are taken away, with what stands for none."""
+"""Records of tiles with their empty values, the fingerprint first: in this order they are deleted."""
 
 LABELS_TOGETHER = 16384
-"""Frames whose field, sequence, number and parameter are one chunk."""
+"""Frames in a chunk of labels."""
 
 
 def tile_fingerprint(rows: str, columns: str, specification_hash: str, scope: Scope) -> str:
-    """What a tile is recorded under: a hash of all that determines its values.
+    """Hash all that determines the values of a tile.
 
     Parameters
     ----------
@@ -69,7 +70,7 @@ def lay_out(
     n, count = len(frames), -(-len(frames) // tile)
     group = root.require_group(key)
     _forget_tiles_beyond(group, count)
-    _forget_tiles_of_before(group)
+    _forget_unresolved_tiles(group)
     dtypes = {
         schema.FIELD: str,
         schema.SEQUENCE: str,
@@ -96,25 +97,25 @@ def lay_out(
 
 
 def _forget_tiles_beyond(group: store.Group, count: int) -> None:
-    """Take the fingerprints of tiles that are about to go, while they are there.
+    """Delete the fingerprints of tiles that a resize is about to cut off.
 
     A resize deletes distances in whole chunks, and leaves fingerprints in chunks that reach beyond the end:
-    an archive that grows again would find them, and take NaN for distances that are up to date.
+    an archive that grew again would find them, and take NaN for distances that are up to date.
     """
     if f"{schema.PROVENANCE}/{schema.METRIC}" not in group:
         return
     provenance = store.get_group(group, schema.PROVENANCE)
     places = metric_places(group).values()
-    for of_tiles, nothing in OF_TILES.items():
-        if of_tiles in provenance and (array := store.get_array(provenance, of_tiles)).shape[1] > count:
+    for name, empty in OF_TILES.items():
+        if name in provenance and (array := store.get_array(provenance, name)).shape[1] > count:
             beyond = np.ones(array.shape[1:], bool)
             beyond[:count, :count] = False
             for place in places:
-                _clear(array, place, beyond, nothing)
+                _clear(array, place, beyond, empty)
 
 
-def _forget_tiles_of_before(group: store.Group) -> None:
-    """Take all fingerprints of a matrix that doesn't record which of its distances are resolved."""
+def _forget_unresolved_tiles(group: store.Group) -> None:
+    """Delete all fingerprints of an older matrix that doesn't record which distances are resolved."""
     if f"{schema.PROVENANCE}/{schema.FINGERPRINT}" not in group or _records_resolution(group):
         return
     array = store.get_array(store.get_group(group, schema.PROVENANCE), schema.FINGERPRINT)
@@ -130,7 +131,7 @@ def _lay_out_provenance(
     group: store.Group, metrics: Sequence[str], n: int, count: int, tile: int, side: int
 ) -> None:
     provenance = group.require_group(schema.PROVENANCE)
-    by_metric: dict[str, Any] = {"chunks": (64,), "dims": (schema.METRIC,), "dtype": str}
+    by_metric: dict[str, Any] = {"chunks": (METRICS_PER_CHUNK,), "dims": (schema.METRIC,), "dtype": str}
     squares: dict[str, Any] = {"chunks": (1, side, side), "dims": schema.FINGERPRINT_DIMS}
     layouts: dict[str, dict[str, Any]] = {
         schema.METRIC: {"shape": (0,), **by_metric},
@@ -156,16 +157,11 @@ def _lay_out_provenance(
     for name in OF_TILES:
         for axis in (1, 2):
             store.resize_rows(arrays[name], count, axis=axis)
-    # A resize that was interrupted leaves a nameless entry.
-    known = [str(name) for name in store.read(arrays[schema.METRIC]) if name]
-    known += [name for name in metrics if name not in known]
-    for name in layouts.keys() - {schema.CONTENT}:
-        store.resize_rows(arrays[name], len(known))
-    store.write_rows(arrays[schema.METRIC], 0, np.array(known, dtype=object))
+    add_metrics(provenance, metrics, layouts.keys() - {schema.CONTENT})
 
 
 def label(group: store.Group, frames: MatrixFrames) -> None:
-    """Write what each frame is; only once the tiles of other frames are known to be out of date."""
+    """Write the labels of all frames; only once the tiles of other frames are known to be out of date."""
     labels = {
         schema.FIELD: frames.field,
         schema.SEQUENCE: frames.sequence,
@@ -176,14 +172,8 @@ def label(group: store.Group, frames: MatrixFrames) -> None:
         store.write_rows(store.get_array(group, name), 0, values)
 
 
-def metric_places(group: store.Group) -> dict[str, int]:
-    """The index of each metric in a group's provenance."""
-    names = store.read(store.get_array(store.get_group(group, schema.PROVENANCE), schema.METRIC))
-    return {str(name): index for index, name in enumerate(names)}
-
-
 def sides(group: store.Group) -> tuple[int, int]:
-    """Frames on a side of a tile, and tiles on a side of a task, of a group that :func:`lay_out` made."""
+    """Look up the frames on a side of a tile and the tiles on a side of a task, as :func:`lay_out` chose."""
     provenance = store.get_group(group, schema.PROVENANCE)
     return (
         store.get_array(provenance, schema.FAILURE).chunks[1],
@@ -194,9 +184,9 @@ def sides(group: store.Group) -> tuple[int, int]:
 def stale_tiles(
     group: store.Group, name: str, specification_hash: str, scope: Scope, blocks: Sequence[FrameBlock]
 ) -> np.ndarray:
-    """Which tiles (i, j), i <= j, of a metric are out of date: (tile, tile_other) bool.
+    """Find the tiles (i, j), i <= j, of a metric that are out of date: (tile, tile_other) bool.
 
-    So are those whose record, or the labels of whose frames, are others than were written with them.
+    Tiles whose record, or the labels of whose frames, are others than were written with them are, too.
     """
     count = len(blocks)
     stale = np.triu(np.ones((count, count), bool))
@@ -205,8 +195,7 @@ def stale_tiles(
         return stale
     provenance, place = store.get_group(group, schema.PROVENANCE), places[name]
     recorded = store.read(store.get_array(provenance, schema.FINGERPRINT), place)
-    text = str(store.read(store.get_array(provenance, schema.SPECIFICATION))[place])
-    if not digests.is_sealed(json.loads(text or "{}"), group.path, name) or schema.DIGEST not in provenance:
+    if not has_specification(group)[name] or schema.DIGEST not in provenance:
         return stale
     of_tiles, missing, unresolved, failures = (
         store.read(store.get_array(provenance, column), place)
@@ -214,11 +203,11 @@ def stale_tiles(
     )
     for i, j in np.argwhere(stale[: len(recorded), : len(recorded)]):
         rows, columns = blocks[i], blocks[j]
-        found = tile_fingerprint(rows.content, columns.content, specification_hash, scope)
-        if recorded[i, j] == found:
+        expected = tile_fingerprint(rows.content, columns.content, specification_hash, scope)
+        if recorded[i, j] == expected:
             reasons = failures[rows.start : rows.stop].tolist() if i == j else ()
             identity = tile_identity(group.path, name, (int(i), int(j)), rows.labels, columns.labels)
-            texts = tile_texts(found, int(missing[i, j]), int(unresolved[i, j]), reasons)
+            texts = tile_texts(expected, int(missing[i, j]), int(unresolved[i, j]), reasons)
             stale[i, j] = not digests.binds(str(of_tiles[i, j]), identity, texts)
     return stale
 
@@ -229,22 +218,21 @@ def invalidate(
     stale: Mapping[str, np.ndarray],
     outdated: Collection[str] = (),
 ) -> None:
-    """Take the fingerprint from all tiles that are out of date, before anything else changes.
+    """Delete the fingerprints of all tiles that are out of date, before anything else changes.
 
-    Those are the ``stale`` ones, and of metrics that aren't computed now those whose frames have changed, and
-    all of the ``outdated`` metrics.
-    What was wrong with their frames and distances is forgotten, too: those are others now.
+    These are the ``stale`` ones; tiles of metrics that aren't computed now whose frames have changed; and all
+    tiles of the ``outdated`` metrics. Reasons of failures are deleted, too.
     """
     provenance = store.get_group(group, schema.PROVENANCE)
     array = store.get_array(provenance, schema.CONTENT)
     contents = np.array([block.content for block in blocks], object)
     labels = labels_of_blocks(group, len(blocks[0])) if blocks else []
-    relabelled = np.array([block.labels != found for block, found in zip(blocks, labels, strict=True)], bool)
+    relabelled = np.array([block.labels != label for block, label in zip(blocks, labels, strict=True)], bool)
     changed = (store.read(array) != contents) | relabelled
     for name, place in metric_places(group).items():
         gone = stale[name] if name in stale else changed[:, None] | changed | (name in outdated)
-        for of_tiles, nothing in OF_TILES.items():
-            _clear(store.get_array(provenance, of_tiles), place, gone, nothing)
+        for record, empty in OF_TILES.items():
+            _clear(store.get_array(provenance, record), place, gone, empty)
         # Reasons come with the tile of a block with itself.
         of_frames = np.repeat(np.diagonal(gone), [len(block) for block in blocks])
         _clear(store.get_array(provenance, schema.FAILURE), place, of_frames, "")
@@ -252,19 +240,9 @@ def invalidate(
         store.write_rows(array, 0, contents)
 
 
-def _clear(array: store.Array, place: int, where: np.ndarray, nothing: str | int) -> None:
-    """Write ``nothing`` where a metric's values are to go, if anything is there."""
+def _clear(array: store.Array, place: int, where: np.ndarray, empty: str | int) -> None:
+    """Empty a metric's records at some places, where any isn't empty."""
     values = store.read(array, place)
-    if (values[where] != nothing).any():
-        values[where] = nothing
+    if (values[where] != empty).any():
+        values[where] = empty
         store.write_block(array, (place, *(0 for _ in values.shape)), values[None])
-
-
-def describe(group: store.Group, specifications: Mapping[str, Mapping[str, Any]]) -> None:
-    """Record the specification of the metrics that are about to be computed."""
-    array = store.get_array(store.get_group(group, schema.PROVENANCE), schema.SPECIFICATION)
-    texts = store.read(array)
-    for name, place in metric_places(group).items():
-        if name in specifications:
-            texts[place] = json.dumps(digests.sealed(specifications[name], group.path, name), sort_keys=True)
-    store.write_rows(array, 0, texts)

@@ -1,4 +1,4 @@
-"""What metrics take of a frame and of a pair, measured on a worker: what plans are made of."""
+"""Measure on a worker the memory and time that metrics take for a frame and a pair; plans are made of it."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from pipeline.workers.worker_metrics import MetricRequest, process_device
 SIDE_TO_BEGIN_WITH = 8
 """Frames on a side of the square of pairs that is timed first."""
 LONG_ENOUGH_S = 0.05
-"""What such a square takes to be timed well."""
+"""Least seconds of a square that is timed well."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a family of metrics takes, measured on some of the archive's frames.
+    """Memory and time that a family of metrics takes, measured on some of the archive's frames.
 
     Attributes
     ----------
     frame_bytes : int
-        Of a frame's embedding.
+        Size of a frame's embedding.
     prepared_bytes : int
-        Of a frame as the metric takes it.
+        Size of a frame as the metric takes it.
     raw_bytes, sequence_bytes : int
-        Of a frame as it is stored, and of the largest sequence.
+        Size of a frame as it is stored, and of the largest sequence.
     process_bytes : int
-        Of the process before it holds embeddings; 0 for the memory of a GPU.
+        Memory of the process before it holds embeddings; 0 for the memory of a GPU.
     embed_seconds, pair_seconds : float
-        A frame: read, prepare, embed. A pair: compare; all metrics of the family.
+        Seconds to read, prepare and embed a frame, and to compare a pair by all metrics of the family.
     copies : bool
-        Whether comparisons may copy embeddings, in double.
+        Comparisons may copy embeddings, in double.
     fault : str
         What could not be measured, and why: it counts as nothing.
     """
@@ -71,12 +71,26 @@ def measure(
     physical: bool = False,
     weights: FieldWeights | None = None,
 ) -> Measured:
-    """Measure what a family of metrics takes of the first of some blocks that it can embed.
+    """Measure what a family of metrics takes for the first of some blocks that it can embed.
 
     Where it can embed none of them, as they are damaged, hold NaN or make the metric raise, frames of noise
-    are measured: others of the archive may be whole. A metric that raises at those, too, takes nothing, and
-    the result says so. Runs on a worker. Times are of a second pass: the first loads and compiles. ``n``
-    frames are to be compared; ``physical`` ones in their own units, which take twice the memory.
+    are measured: others of the archive may be whole. A metric that raises at noise, too, takes nothing, and
+    the result says so. Runs on a worker. Times are those of a second pass: the first loads and compiles.
+
+    Parameters
+    ----------
+    frames : str
+        Path of the ``frames.zarr``.
+    requests : sequence of MetricRequest
+        The family.
+    blocks : sequence of FrameBlock
+    sequence_bytes : int
+        Size of the largest sequence.
+    n : int
+        Frames that are to be compared.
+    physical : bool
+        Frames are in their own units, which take twice the memory.
+    weights : FieldWeights, optional
 
     Raises
     ------
@@ -94,8 +108,8 @@ def measure(
             lo, hi = range_of(values, metrics[0].preprocessing)
         except FramesError:
             continue
-        found = (tuple(np.nan_to_num(lo).tolist()), tuple(np.nan_to_num(hi).tolist()))
-        scope: Scope = "none" if physical else found
+        bounds = (tuple(np.nan_to_num(lo).tolist()), tuple(np.nan_to_num(hi).tolist()))
+        scope: Scope = "none" if physical else bounds
         embedded = embed_block(source, block, metrics[0], scope)
         if embedded.embedding is None or embedded.undone:
             continue
@@ -111,7 +125,7 @@ def measure(
         except MemoryError:
             raise
         except Exception as error:
-            return Measured(0, 0, 0, sequence_bytes, process, 0.0, 0.0, fault=_said(metrics[0], error))
+            return Measured(0, 0, 0, sequence_bytes, process, 0.0, 0.0, fault=_describe(metrics[0], error))
         began = time.perf_counter()
         embedded = _embedded(metrics[0], values, scope)
     _wait_for(metrics[0])
@@ -123,7 +137,7 @@ def measure(
         except MemoryError:
             raise
         except Exception as error:
-            faults.append(_said(metric, error))
+            faults.append(_describe(metric, error))
     prepared = metrics[0].prepare(values[:1], scope)
     return Measured(
         embedded.nbytes // len(values),
@@ -138,12 +152,12 @@ def measure(
     )
 
 
-def _said(metric: Metric, error: Exception) -> str:
+def _describe(metric: Metric, error: Exception) -> str:
     return f"{metric.name}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _noise(source: store.Group, block: FrameBlock) -> np.ndarray:
-    """As many frames as a block has, of the shape of its first, with values in 0 to 1: (n, y, x, channel)."""
+    """Make frames of noise in 0 to 1, as many and as large as a block's: (n, y, x, channel)."""
     array = store.get_array(source, f"{block.pieces[0].key}/{schema.FRAMES}")
     chunks.check_fits(array, 0)
     noise = np.random.default_rng(0).random((len(block), *array.shape[2:]), np.float32)
@@ -157,10 +171,10 @@ def _embedded(metric: Metric, frames: np.ndarray, scope: Scope) -> EmbeddedBlock
 
 
 def _seconds_of_pair(metric: Metric, embedded: EmbeddedBlock, n: int) -> float:
-    """Seconds of one pair amid many, the frames there are, over and over.
+    """Time a pair among many, made by repeating the frames.
 
-    Of so many as take long enough to be timed, some metrics take milliseconds a pair; of no more than there
-    are among ``n`` frames.
+    There are as many pairs as take long enough to be timed (some metrics take milliseconds a pair), and no
+    more than ``n`` frames have.
     """
     most = min(ROWS_AT_ONCE if metric.device.type == "cpu" else 1024, max(n, SIDE_TO_BEGIN_WITH))
     side = min(SIDE_TO_BEGIN_WITH, most)
@@ -191,7 +205,7 @@ def _wait_for(metric: Metric) -> None:
 
 @dataclass(frozen=True)
 class Device:
-    """A worker's device: its kind, which one it is of all there are, and the bytes that are free there."""
+    """A worker's device: its kind, its identity among all devices, and its free bytes."""
 
     kind: str
     identity: str
@@ -199,16 +213,17 @@ class Device:
 
 
 def device_of_worker() -> Device:
-    """This process's device; 0 bytes are said to be free of a CPU."""
+    """Describe this process's device; a CPU counts as 0 free bytes."""
     device = process_device()
     if device.type != "cuda":
         return Device(device.type, platform.node(), 0)
-    # Processes may each number those alone that they see.
+    # Processes number only the devices that they see.
     identity = f"{platform.node()} {torch.cuda.get_device_properties(device).uuid}"
     return Device(device.type, identity, torch.cuda.mem_get_info(device)[0])
 
 
 def share_of_device(devices: Collection[Device], kind: str) -> int:
-    """The bytes of a device of some kind that each worker has at least, of those that share it."""
-    users = Counter(one.identity for one in devices if one.kind == kind)
-    return min(one.free // users[one.identity] for one in devices if one.kind == kind)
+    """Compute the least bytes of a device of some kind that a worker has, where workers share devices."""
+    devices = [device for device in devices if device.kind == kind]
+    users = Counter(device.identity for device in devices)
+    return min(device.free // users[device.identity] for device in devices)

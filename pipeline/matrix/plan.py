@@ -1,4 +1,4 @@
-"""What a matrix over an archive takes: tiles, embeddings, memory, bytes, time; checked before it starts."""
+"""Plan a matrix over an archive: tiles, embeddings, memory, bytes and time, checked before it starts."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from pipeline.matrix.tiles import ROWS_AT_ONCE
 from pipeline.storage.limits import readable
 
 TASK_SECONDS = 60.0
-"""A task takes no longer, if one tile doesn't. What is lost with a worker is a tile: tasks may be long, and
-the longer they are, the fewer embeddings they need."""
+"""Longest time of a task, unless one tile takes longer. A lost worker costs a tile, so tasks may be long; the
+longer they are, the fewer embeddings they need."""
 TASKS_PER_THREAD = 8
-"""Tasks that a thread has at least, so that all end about together."""
+"""Least tasks of a thread, so that all threads end about together."""
 TILES_A_SIDE = 1024
-"""Of a large archive: a million files with metrics' tiles, and half as many fingerprints."""
+"""Most tiles on a side of a large archive's matrix: a million files a metric, half as many fingerprints."""
 SMALLEST_TILE = 8
 WRITE_RATE = 100e6
-"""Bytes of tiles that a thread compresses and writes a second: an assumption, of the estimate alone."""
+"""Bytes of tiles that a thread compresses and writes a second: assumed, for the estimate alone."""
 GPU_WORKSPACE = 700 * 2**20
-"""What a product of matrices and a network take on a GPU besides."""
+"""Memory that a matrix product and a network take on a GPU besides."""
 
 
 class PlanError(ValueError):
-    """A plan that doesn't fit the memory that there is; the message has the numbers."""
+    """A plan that doesn't fit the memory; the message has the numbers."""
 
 
 @dataclass(frozen=True)
 class Workers:
-    """Who computes.
+    """Workers that a plan is made for.
 
     Attributes
     ----------
     workers, threads : int
-        Processes, and threads of each: those of one process share its embeddings.
+        Processes, and threads of each, which share the embeddings of their process.
     memory : int
         Bytes that each process may take, or its device has.
     device : str
@@ -55,26 +55,26 @@ class Workers:
 
 @dataclass(frozen=True)
 class FamilyPlan:
-    """What one family of metrics will take; memory is that of a worker.
+    """Plan of one family of metrics; memory is that of a worker.
 
     Attributes
     ----------
     metrics : tuple of str
     tiles, up_to_date : int
-        Tiles on and above the diagonal that are to be computed, and that are there.
+        Tiles on and above the diagonal that are to be computed, and that are up to date.
     tasks : int
     embeddings : int
-        Frames embedded in total, by all workers; ``factor`` times those there are.
+        Frames embedded in total, by all workers: ``factor`` times the number of frames.
     process, cache, work : int
-        Bytes of memory: what the process takes anyway, embeddings that are kept, and what is in hand at most.
+        Bytes of memory: of the process anyway, of embeddings that are kept, and of work in hand at most.
     memory : int
-        Bytes that there are.
+        Bytes available.
     written : int
         Bytes of distances, uncompressed.
     seconds : float
-        An estimate.
+        Estimated time.
     fault : str
-        What the estimate lacks, as it could not be measured.
+        What could not be measured, and the estimate lacks.
     """
 
     metrics: tuple[str, ...]
@@ -94,7 +94,7 @@ class FamilyPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the matrix of one group will take; see :func:`describe_plan`."""
+    """Plan of the matrix of one group; see :func:`describe_plan`."""
 
     key: str
     frames: int
@@ -105,15 +105,15 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """An estimate of the time."""
+        """Estimated time."""
         return sum(family.seconds for family in self.families)
 
 
 def choose_sides(n: int, measured: Sequence[Measured], workers: Workers, tile: int | None) -> tuple[int, int]:
-    """Frames on a side of a tile, and tiles on a side of a task.
+    """Choose the frames on a side of a tile, and the tiles on a side of a task.
 
-    Blocks of frames are so long that each thread can have one, and all of them another, in memory; tasks so
-    large that they touch few blocks for their tiles, and so small that there are enough of them.
+    Memory holds a block of frames for each thread, and one more that they share. Tasks are so large that they
+    touch few blocks for their tiles, and so small that there are enough of them.
 
     Raises
     ------
@@ -126,7 +126,7 @@ def choose_sides(n: int, measured: Sequence[Measured], workers: Workers, tile: i
         if min(rooms) >= workers.threads + 1:
             break
     else:
-        worst = max(measured, key=lambda one: work_bytes(one, workers, fits[-1]) + one.frame_bytes)
+        worst = max(measured, key=lambda family: work_bytes(family, workers, fits[-1]) + family.frame_bytes)
         raise PlanError(_does_not_fit(worst, workers, fits[-1]))
     pair_seconds = max(max(one.pair_seconds for one in measured), 1e-12)
     blocks = -(-n // length)
@@ -137,7 +137,7 @@ def choose_sides(n: int, measured: Sequence[Measured], workers: Workers, tile: i
 
 
 def _tiles(n: int, device: str) -> list[int]:
-    """Lengths of blocks to try, the best first."""
+    """List lengths of blocks to try, the best first."""
     best = 128 if n >= 1024 else 64 if n >= 256 else 32
     if device != "cpu":
         best = 1024 if n >= 16384 else 512 if n >= 4096 else 256
@@ -147,7 +147,7 @@ def _tiles(n: int, device: str) -> list[int]:
 
 
 def work_bytes(measured: Measured, workers: Workers, tile: int) -> int:
-    """What a worker has in hand at most besides the embeddings that it keeps."""
+    """Compute the bytes that a worker has in hand at most, besides the embeddings that it keeps."""
     batch = FRAMES_TOGETHER.get(workers.device, 32)
     reading = 2 * measured.sequence_bytes + batch * measured.raw_bytes
     embedding = batch * (2 * measured.raw_bytes + 6 * measured.prepared_bytes + measured.frame_bytes)
@@ -160,7 +160,7 @@ def work_bytes(measured: Measured, workers: Workers, tile: int) -> int:
 
 
 def room_for(measured: Measured, workers: Workers, tile: int) -> int:
-    """Bytes of embeddings that a worker may keep; below 0 where there is no room at all."""
+    """Compute the bytes of embeddings that a worker may keep; below 0 where there is no room at all."""
     return workers.memory - measured.process_bytes - work_bytes(measured, workers, tile)
 
 
@@ -185,7 +185,7 @@ def plan_family(
     measured: Measured,
     workers: Workers,
 ) -> FamilyPlan:
-    """What one family takes: its metrics, and for each which tiles are out of date."""
+    """Plan one family of metrics; ``stale`` has the tiles of each that are out of date."""
     room = room_for(measured, workers, tile)
     block = measured.frame_bytes * tile
     if room < 2 * block:
@@ -198,16 +198,16 @@ def plan_family(
     lengths[-1:] = n - tile * (count - 1)
     frames = int((embedded * lengths).sum())
     of_tile = lengths[:, None] * lengths
-    pairs = sum(int(of_tile[one].sum()) for one in stale)
-    values = sum(int(of_tile[one | one.T].sum()) for one in stale)
-    there = count * (count + 1) // 2 * len(stale)
-    tiles = sum(int(one.sum()) for one in stale)
+    pairs = sum(int(of_tile[table].sum()) for table in stale)
+    values = sum(int(of_tile[table | table.T].sum()) for table in stale)
+    whole = count * (count + 1) // 2 * len(stale)
+    tiles = sum(int(table.sum()) for table in stale)
     seconds = frames * measured.embed_seconds + pairs / len(stale) * measured.pair_seconds
     seconds += 4 * values / WRITE_RATE
     return FamilyPlan(
         tuple(metrics),
         tiles,
-        there - tiles,
+        whole - tiles,
         len(squares),
         frames,
         frames / max(int(lengths[any_stale.any(0) | any_stale.any(1)].sum()), 1),
@@ -222,9 +222,9 @@ def plan_family(
 
 
 def order_squares(stale: np.ndarray, side: int) -> Iterator[tuple[int, int]]:
-    """The squares of ``side`` × ``side`` tiles that hold any that is out of date, row by row, to and fro.
+    """Order the squares of ``side`` × ``side`` tiles that hold a stale tile, row by row, to and fro.
 
-    A square has blocks in common with the one before it, or with the one before that.
+    A square shares blocks with the one before it, or with the one before that.
     """
     count = -(-len(stale) // side)
     for row in range(count):
@@ -238,27 +238,27 @@ def order_squares(stale: np.ndarray, side: int) -> Iterator[tuple[int, int]]:
 def simulate_embeddings(
     squares: Sequence[tuple[int, int]], count: int, side: int, workers: int, capacity: int
 ) -> np.ndarray:
-    """How often each block is embedded when workers take the squares in turn: (count,) int.
+    """Count how often each block is embedded when workers take the squares in turn: (count,) int.
 
     Each worker keeps the ``capacity`` blocks that it used last.
     """
     times = np.zeros(count, int)
     for worker in range(workers):
-        kept: OrderedDict[int, None] = OrderedDict()
+        cached: OrderedDict[int, None] = OrderedDict()
         for row, column in itertools.islice(squares, worker, None, workers):
             for index in _touched(row, column, side, count):
-                if index in kept:
-                    kept.move_to_end(index)
+                if index in cached:
+                    cached.move_to_end(index)
                     continue
                 times[index] += 1
-                kept[index] = None
-                if len(kept) > capacity:
-                    kept.popitem(last=False)
+                cached[index] = None
+                if len(cached) > capacity:
+                    cached.popitem(last=False)
     return times
 
 
 def _touched(row: int, column: int, side: int, count: int) -> Iterator[int]:
-    """The blocks that a square uses, tile by tile, as :func:`pipeline.matrix.tiles.in_order` has them."""
+    """List the blocks that a square uses, in the order of :func:`pipeline.matrix.tiles.in_order`."""
     rows = range(row * side, min((row + 1) * side, count))
     columns = range(column * side, min((column + 1) * side, count))
     for number, i in enumerate(rows):
@@ -271,7 +271,7 @@ def _touched(row: int, column: int, side: int, count: int) -> Iterator[int]:
 
 
 def describe_plan(plan: Plan) -> str:
-    """A plan in words, a line each for the group, its metrics, memory and time."""
+    """Describe a plan in words, a line each for the group, its metrics, memory and time."""
     blocks = -(-plan.frames // plan.tile)
     lines = [
         f"{plan.key}: {plan.frames:,} frames, {_count(blocks, 'block')} of {plan.tile}, on "
@@ -279,10 +279,10 @@ def describe_plan(plan: Plan) -> str:
         f"({plan.workers.device})"
     ]
     for family in plan.families:
-        there = f", {family.up_to_date:,} up to date" if family.up_to_date else ""
+        fresh = f", {family.up_to_date:,} up to date" if family.up_to_date else ""
         lines.append(
             f"  {', '.join(family.metrics)}: {_count(family.tiles, 'tile')} in "
-            f"{_count(family.tasks, 'task')}{there}; "
+            f"{_count(family.tasks, 'task')}{fresh}; "
             f"{family.embeddings:,} embeddings ({family.factor:.2f} a frame); "
             f"{readable(family.written)} of distances; about {in_time(family.seconds)}"
         )
@@ -301,7 +301,7 @@ def _count(number: int, what: str) -> str:
 
 
 def in_time(seconds: float) -> str:
-    """A time to read."""
+    """Format a time to be read."""
     if seconds < 90:
         return f"{seconds:.2g} s"
     if seconds < 5400:

@@ -1,4 +1,4 @@
-"""What a worker does with tiles of an archive's matrix: hold two blocks of frames, compare, write both sides.
+"""Compute tiles of an archive's matrix on a worker: hold two blocks of frames, compare, write both sides.
 
 A task is a square of tiles, so that it touches few blocks for many tiles. Of each tile the distances are
 written first, on either side of the diagonal, then the fingerprint that says it is done.
@@ -6,13 +6,13 @@ written first, on either side of the diagonal, then the fingerprint that says it
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import logging
-import time
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from pipeline.metrics.pixel_weights import FieldWeights, get_weighted
 from pipeline.metrics.resolution import count_unresolved
 from pipeline.metrics.settings import is_directed
 from pipeline.stage import trials
+from pipeline.stage.stopwatch import Stopwatch
 from pipeline.storage import digests, schema, store
 from pipeline.storage.recorded import tile_identity, tile_texts
 from pipeline.workers import sigterm
@@ -51,7 +52,7 @@ class TileTask:
     Attributes
     ----------
     frames, out, key : str
-        Where frames are read, and the group of the store that is written.
+        Stores that are read and written, and the group of the second.
     requests : tuple of MetricRequest
         A family that embeds alike.
     places : mapping of str to int
@@ -59,16 +60,16 @@ class TileTask:
     tiles : mapping of str to tuple of (int, int)
         By metric, the tiles (i, j), i <= j, that are out of date, in the order to compute them.
     blocks : mapping of int to FrameBlock
-        Those that the tiles are of.
+        Blocks of frames that the tiles compare.
     scope : (lo, hi)
     frame_bytes : int
-        Of a frame's embedding.
+        Size of a frame's embedding.
     room : int
         Bytes of embeddings that the worker may keep.
     run : str
         The run's name, in which each worker tries each metric once.
     weights : FieldWeights, optional
-        Of the frames' pixels, where metrics are weighted by them.
+        Weights of the frames' pixels, where metrics are weighted by them.
     """
 
     frames: str
@@ -86,29 +87,29 @@ class TileTask:
 
     @property
     def label(self) -> str:
-        """What it is of, in messages."""
-        tiles = sorted({tile for wanted in self.tiles.values() for tile in wanted})
+        """Description of the task in messages."""
+        tiles = sorted({tile for of_metric in self.tiles.values() for tile in of_metric})
         return f"{self.key}, {len(tiles)} tiles from {tiles[0] if tiles else 'none'}"
 
 
 @dataclass(frozen=True)
 class TileResult:
-    """What a worker tells of a task; the distances themselves are in the store.
+    """Counts that a worker reports of a task; the distances themselves are in the store.
 
     Attributes
     ----------
     tiles : int
         Tiles that are done, metric by metric.
     errors : dict of str to str
-        By metric, why the last of its tiles that are undone is.
+        By metric, why the last of its undone tiles is undone.
     undone : int
         Tiles without a fingerprint: the next run tries them again.
     embedded : int
         Frames that were embedded.
     seconds : Counter
-        Of ``embed``, ``compare``, ``write``.
+        Seconds of ``embed``, ``compare``, ``write``.
     precision : dict
-        By metric, what those that have a promise to keep say of how they kept it.
+        By metric, how those with a promise of precision kept it.
     device : str
     """
 
@@ -123,7 +124,10 @@ class TileResult:
 
 @dataclass
 class _Record:
-    """What is recorded of the tiles of a task's square; its copies write that, too."""
+    """Records of the tiles of a task's square.
+
+    An attempt of the same task on a worker that was taken for lost may write them at the same time.
+    """
 
     group: store.Group
     place: int
@@ -142,7 +146,7 @@ class _Record:
         self.part = tuple(slice(start, start + side) for start in self.origin)
 
     def write(self, tile: Tile, fingerprint: str, digest: str, missing: int = 0, unresolved: int = 0) -> None:
-        """Say that a tile is done; the fingerprint last."""
+        """Record a tile, its fingerprint last; an empty one says that it is not done."""
         self.done[tile[0] - self.origin[0], tile[1] - self.origin[1]] = {
             schema.FINGERPRINT: fingerprint,
             schema.DIGEST: digest,
@@ -150,8 +154,8 @@ class _Record:
             schema.UNRESOLVED: unresolved,
         }
         for name in reversed(OF_TILES):
-            # A second copy of the task may write the same values: what it has done is read, and all that
-            # this one has done is written again, for the copy may have read before and written since.
+            # What another attempt has done is read. All that this one has done is written again, as the other
+            # may have read before and written since.
             values = store.read(self.arrays[name], (self.place, *self.part))
             for at, records in self.done.items():
                 values[at] = records[name]
@@ -164,91 +168,148 @@ def compute_tiles(task: TileTask) -> TileResult:
     In memory are at most ``task.room`` bytes of embeddings, and what one comparison and one batch of frames
     take.
     """
-    source = store.open_store(task.frames)
-    group = store.get_group(store.open_store(task.out, "r+"), task.key)
-    metrics = {metric.name: metric for metric in (get_weighted(one, task.weights) for one in task.requests)}
-    first = next(iter(metrics.values()))
-    records = {name: _Record(group, task.places[name], tiles) for name, tiles in task.tiles.items() if tiles}
-    seconds: Counter[str] = Counter()
-    errors: dict[str, str] = {}
-    done, undone, embedded = 0, 0, [0]
-
-    def wanted(index: int) -> tuple[int, Any]:
-        block = task.blocks[index]
-
-        def compute() -> EmbeddedBlock:
-            embedded[0] += len(block)
-            return embed_block(source, block, first, task.scope)
-
-        return len(block) * task.frame_bytes, compute
-
-    # With its place: a block of equal frames elsewhere is not the same block, and may be damaged.
-    keys = {
-        index: (embeds_as(first), task.scope, block.content, block.start)
-        for index, block in task.blocks.items()
-    }
-    for i, j in in_order(task.tiles.values()):
+    square = _Square(task)
+    for tile in in_order(task.tiles.values()):
         if sigterm.requested():
             raise sigterm.Stopped  # of a driver that computes by itself; tiles before this one are done
-        _check_wanted(task, i, j)
-        names = [name for name, tiles in task.tiles.items() if (i, j) in tiles]
-        began = time.perf_counter()
-        with cache.hold({keys[k]: wanted(k) for k in sorted({i, j})}, task.room) as held:
-            seconds["embed"] += time.perf_counter() - began  # type: ignore[assignment]
-            rows, columns = held[0], held[-1]
-            for name in names:
-                metric = metrics[name]
-                began = time.perf_counter()
+        _check_wanted(task, tile)
+        with square.hold(tile) as (rows, columns):
+            for name in [name for name, tiles in task.tiles.items() if tile in tiles]:
                 try:
-                    due = trials.is_due(task.run, metric)
-                    values = compare_blocks(metric, rows, columns)
-                    two_ways = i != j and is_directed(metric)
-                    mirrored = compare_blocks(metric, columns, rows) if two_ways else None
-                    if due:
-                        _try_metric(metric, task, source, task.blocks[i], rows)
-                    unresolved = unresolved_pairs(metric, rows, columns, values)
-                    if mirrored is not None:
-                        unresolved += unresolved_pairs(metric, columns, rows, mirrored)
+                    compared = square.compare(name, tile, rows, columns)
                 except Exception as error:
                     # One tile must not take down its task. Without a fingerprint the next run tries again.
-                    errors[name], undone = f"{type(error).__name__}: {error}", undone + 1
+                    square.note_undone(name, f"{type(error).__name__}: {error}")
                     continue
-                finally:
-                    seconds["compare"] += time.perf_counter() - began  # type: ignore[assignment]
-                began = time.perf_counter()
-                reason = rows.undone or columns.undone
-                _check_wanted(task, i, j)
-                if reason:
-                    # Another copy may have finished it: its fingerprint must not stand for what comes now.
-                    records[name].write((i, j), "", "")
-                _write_tile(group, task, name, (i, j), values, mirrored, rows)
-                reasons = [rows.reasons.get(k, "") for k in range(len(values))] if i == j else []
-                if reason:
-                    if any(reasons):  # so that they are known to be what was written
-                        records[name].write(
-                            (i, j), "", _digest(task, name, (i, j), (), tile_texts("", 0, 0, reasons))
-                        )
-                    errors[name], undone = reason, undone + 1
-                else:
-                    both = rows.comparable[:, None] & columns.comparable
-                    missing = int((np.isnan(values) & both).sum())
-                    if mirrored is not None:
-                        missing += int((np.isnan(mirrored) & both.T).sum())
-                    contents = task.blocks[i].content, task.blocks[j].content
-                    made_of = tile_fingerprint(*contents, metric.specification_hash, task.scope)
-                    texts = tile_texts(made_of, missing, unresolved, reasons)
-                    arrays = [values] if mirrored is None else [values, mirrored]
-                    digest = _digest(task, name, (i, j), arrays, texts)
-                    _check_wanted(task, i, j)
-                    records[name].write((i, j), made_of, digest, missing, unresolved)
-                    done += 1
-                seconds["write"] += time.perf_counter() - began  # type: ignore[assignment]
-    precision = {
-        name: kept
-        for name, metric in metrics.items()
-        if isinstance(metric, ReportsPrecision) and (kept := metric.take_precision()) is not None
-    }
-    return TileResult(done, errors, undone, embedded[0], seconds, precision, first.device.type)
+                square.write(name, tile, compared, rows, columns)
+    return square.result()
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Distances of a tile; of its mirror image, where a directed metric has others there."""
+
+    values: np.ndarray
+    mirrored: np.ndarray | None
+    unresolved: int
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """Distances that the tile's digest hashes."""
+        return [self.values] if self.mirrored is None else [self.values, self.mirrored]
+
+    def missing(self, rows: EmbeddedBlock, columns: EmbeddedBlock) -> int:
+        """Count NaN among frames that can be compared."""
+        both = rows.comparable[:, None] & columns.comparable
+        missing = int((np.isnan(self.values) & both).sum())
+        if self.mirrored is not None:
+            missing += int((np.isnan(self.mirrored) & both.T).sum())
+        return missing
+
+
+class _Square:
+    """A task while a worker computes it: its stores, its metrics, and counts of what is done."""
+
+    def __init__(self, task: TileTask) -> None:
+        self.task = task
+        self.source = store.open_store(task.frames)
+        self.group = store.get_group(store.open_store(task.out, "r+"), task.key)
+        metrics = [get_weighted(request, task.weights) for request in task.requests]
+        self.first = metrics[0]
+        self.metrics = {metric.name: metric for metric in metrics}
+        self.records = {
+            name: _Record(self.group, task.places[name], tiles) for name, tiles in task.tiles.items() if tiles
+        }
+        self.stopwatch = Stopwatch()
+        self.errors: dict[str, str] = {}
+        self.done = self.undone = self.embedded = 0
+
+    @contextlib.contextmanager
+    def hold(self, tile: Tile) -> Iterator[tuple[EmbeddedBlock, EmbeddedBlock]]:
+        """Hold the embedded blocks of a tile; those that aren't in the cache are embedded."""
+        blocks: dict[Hashable, tuple[int, Callable[[], EmbeddedBlock]]] = {}
+        for index in sorted(set(tile)):
+            block = self.task.blocks[index]
+            # With its place: a block of equal frames elsewhere is not the same block, and may be damaged.
+            key = (embeds_as(self.first), self.task.scope, block.content, block.start)
+            blocks[key] = (len(block) * self.task.frame_bytes, functools.partial(self._embed, block))
+        with contextlib.ExitStack() as stack:
+            with self.stopwatch("embed"):
+                held = stack.enter_context(cache.hold(blocks, self.task.room))
+            yield held[0], held[-1]
+
+    def _embed(self, block: FrameBlock) -> EmbeddedBlock:
+        self.embedded += len(block)
+        return embed_block(self.source, block, self.first, self.task.scope)
+
+    def compare(self, name: str, tile: Tile, rows: EmbeddedBlock, columns: EmbeddedBlock) -> _Tile:
+        """Compare two blocks by a metric, and try the metric where that is due."""
+        metric, (i, j) = self.metrics[name], tile
+        with self.stopwatch("compare"):
+            due = trials.is_due(self.task.run, metric)
+            values = compare_blocks(metric, rows, columns)
+            two_ways = i != j and is_directed(metric)
+            mirrored = compare_blocks(metric, columns, rows) if two_ways else None
+            if due:
+                _try_metric(metric, self.task, self.source, self.task.blocks[i], rows)
+            unresolved = unresolved_pairs(metric, rows, columns, values)
+            if mirrored is not None:
+                unresolved += unresolved_pairs(metric, columns, rows, mirrored)
+        return _Tile(values, mirrored, unresolved)
+
+    def write(
+        self, name: str, tile: Tile, compared: _Tile, rows: EmbeddedBlock, columns: EmbeddedBlock
+    ) -> None:
+        """Write a tile and its record."""
+        reason, (i, j) = rows.undone or columns.undone, tile
+        reasons = [rows.reasons.get(k, "") for k in range(len(compared.values))] if i == j else []
+        with self.stopwatch("write"):
+            _check_wanted(self.task, tile)
+            if reason:
+                # An attempt on a lost worker may have finished it: its fingerprint must not stand for new
+                # values.
+                self.records[name].write(tile, "", "")
+            _write_tile(self.group, self.task, name, tile, compared.values, compared.mirrored, rows)
+            if reason:
+                if any(reasons):  # so that they are known to be what was written
+                    texts = tile_texts("", 0, 0, reasons)
+                    self.records[name].write(tile, "", _digest(self.task, name, tile, (), texts))
+                self.note_undone(name, reason)
+                return
+            missing = compared.missing(rows, columns)
+            made_of = tile_fingerprint(
+                self.task.blocks[i].content,
+                self.task.blocks[j].content,
+                self.metrics[name].specification_hash,
+                self.task.scope,
+            )
+            texts = tile_texts(made_of, missing, compared.unresolved, reasons)
+            digest = _digest(self.task, name, tile, compared.arrays, texts)
+            _check_wanted(self.task, tile)
+            self.records[name].write(tile, made_of, digest, missing, compared.unresolved)
+            self.done += 1
+
+    def note_undone(self, name: str, reason: str) -> None:
+        """Count a tile that the next run tries again."""
+        self.errors[name] = reason
+        self.undone += 1
+
+    def result(self) -> TileResult:
+        """Sum up what is done."""
+        precision = {
+            name: record
+            for name, metric in self.metrics.items()
+            if isinstance(metric, ReportsPrecision) and (record := metric.take_precision()) is not None
+        }
+        return TileResult(
+            self.done,
+            self.errors,
+            self.undone,
+            self.embedded,
+            self.stopwatch.seconds,
+            precision,
+            self.first.device.type,
+        )
 
 
 def _digest(
@@ -260,25 +321,27 @@ def _digest(
     return digests.bind(identity, texts, "".join(map(digests.hash_values, arrays)))
 
 
-def _check_wanted(task: TileTask, i: int, j: int) -> None:
-    """Write nothing when another copy was faster, or the run is over and the next may be writing."""
+def _check_wanted(task: TileTask, tile: Tile) -> None:
+    """Write nothing once the run is over, as the next may be writing."""
     if not still_wanted():
-        raise store.StoreError(f"{task.out}: nobody waits for tile {i},{j} of {task.key} any more")
+        raise store.StoreError(
+            f"{task.out}: tile {tile[0]},{tile[1]} of {task.key} is not waited for any more"
+        )
 
 
 def embeds_as(metric: Metric) -> Hashable:
-    """Equal for metrics that can be computed from one another's embeddings."""
-    shared = metric.family
-    alike = metric.specification_hash if shared is None else shared
-    return (metric.preprocessing, type(metric).prepare, alike)
+    """Identify the embedding of a metric: equal for metrics that can be computed from one another's."""
+    family = metric.specification_hash if metric.family is None else metric.family
+    return (metric.preprocessing, type(metric).prepare, family)
 
 
 def compare_blocks(metric: Metric, rows: EmbeddedBlock, columns: EmbeddedBlock) -> np.ndarray:
-    """The tile of two blocks, (rows, columns) float32; symmetric, with a zero diagonal, of one with itself.
+    """Compute the tile of two blocks, (rows, columns) float32.
 
-    Of a metric that isn't symmetric rows are the references, and the diagonal is its own. A pair's bits
-    depend on its two frames alone on a CPU, wherever in whatever tile it stands. Code of others is given
-    copies: the blocks are compared again, by other metrics and in other tiles.
+    The tile of a block with itself is symmetric with a zero diagonal, unless the metric isn't symmetric: then
+    rows are the references, and the diagonal is the metric's own. On a CPU the bits of a pair depend on its
+    two frames alone, whatever the tile. Custom metrics are given copies, as the blocks are compared again, by
+    other metrics and in other tiles.
 
     Raises
     ------
@@ -310,8 +373,8 @@ def compare_blocks(metric: Metric, rows: EmbeddedBlock, columns: EmbeddedBlock) 
         below = np.tril_indices(n, -1)
         values[below] = values.T[below]
         np.fill_diagonal(values, np.where(rows.comparable, 0, np.nan))
-    elif diagonal and not np.isnan(known := metric.info.distance_to_itself):
-        np.fill_diagonal(values, np.where(rows.comparable, known, np.nan))
+    elif diagonal and not np.isnan(itself := metric.info.distance_to_itself):
+        np.fill_diagonal(values, np.where(rows.comparable, itself, np.nan))
     with np.errstate(over="ignore"):
         stored = values.astype(np.float32)
     # Nobody ranks by infinity, unless it is how far the metric says that equal frames are.
@@ -320,7 +383,7 @@ def compare_blocks(metric: Metric, rows: EmbeddedBlock, columns: EmbeddedBlock) 
 
 
 def _part(metric: Metric, embedding: Embedding, start: int, length: int) -> Embedding:
-    """Frames of a block; a copy of them for code of others."""
+    """Take frames of a block; custom metrics get a copy."""
     part = embedding[start : start + length]
     return part.copy() if metric.of_others else part
 
@@ -328,7 +391,7 @@ def _part(metric: Metric, embedding: Embedding, start: int, length: int) -> Embe
 def _try_metric(
     metric: Metric, task: TileTask, source: store.Group, block: FrameBlock, rows: EmbeddedBlock
 ) -> None:
-    """Try a metric on the first frames of a block: what it was embedded as, and what comes of its pairs.
+    """Try a metric on the first frames of a block: embed them again, and compare some pairs alone.
 
     Raises
     ------
@@ -343,28 +406,31 @@ def _try_metric(
     with trials.trial(task.run, metric) as tried, torch.no_grad():
         part, again = _embed_again(tried, frames, task.scope, np.flatnonzero(rows.comparable[: len(frames)]))
         if again is not None:
-            _check_again(tried, again, {name: one[part] for name, one in rows.embedding.parts.items()})
+            _check_again(tried, again, {name: values[part] for name, values in rows.embedding.parts.items()})
 
 
 def _embed_again(
     tried: Metric, frames: np.ndarray, scope: Scope, comparable: np.ndarray
 ) -> tuple[slice, tuple[Prepared, Embedding] | None]:
-    """Embed frames once more; where that raises, the first that can be compared, and say why.
+    """Embed frames once more; where that raises, warn and embed the first that can be compared.
 
-    ``comparable`` are the frames that have an embedding. Returns which frames these are, and what they were
-    prepared and embedded as; None where there is none to try.
+    ``comparable`` are the frames that have an embedding. Returns which frames were embedded, and what they
+    were prepared and embedded as; None where there is none to try.
     """
     try:
         return slice(0, len(frames)), _prepared_and_embedded(tried, frames, scope)
     except (FramesError, ClaimError):
         raise
-    except Exception as error:  # of code of others, or of memory: the block was embedded one by one, then
+    except Exception as error:  # the block was embedded one by one, too
         if not len(comparable):
             return slice(0, 0), None
         part = slice(comparable[0], comparable[0] + 1)
         logger.warning(
             "%s: %d frames at once failed (%s: %s), so the metric is tried on one of them",
-            *(tried.name, len(frames), type(error).__name__, error),
+            tried.name,
+            len(frames),
+            type(error).__name__,
+            error,
         )
         return part, _prepared_and_embedded(tried, frames[part], scope)
 
@@ -382,14 +448,16 @@ def _prepared_and_embedded(
 def _check_again(tried: Metric, again: tuple[Prepared, Embedding], before: Mapping[str, Tensor]) -> None:
     """Compare embeddings of frames with those of ``before``, and distances of a few with those alone."""
     prepared, embedding = again
-    known = torch.from_numpy(np.flatnonzero(prepared.comparable)).to(tried.device)
+    places = torch.from_numpy(np.flatnonzero(prepared.comparable)).to(tried.device)
     exact = tried.device.type == "cpu"
     for name, part in before.items():
-        first, second = (trials.as_array(one[known.to(one.device)]) for one in (part, embedding.parts[name]))
+        first, second = (
+            trials.as_array(values[places.to(values.device)]) for values in (part, embedding.parts[name])
+        )
         tried.claims.check_repeated(first, second, f"embedding {name!r}", exact=exact)
     alone = tried.check_claims(prepared)
     few = Embedding(
-        {name: part[known[: len(alone)].to(part.device)] for name, part in embedding.parts.items()}
+        {name: part[places[: len(alone)].to(part.device)] for name, part in embedding.parts.items()}
     )
     amid_others = tried.distance_block(few, few.copy()).double().cpu().numpy()
     tried.claims.check_repeated(amid_others, alone, "amid other frames, and then alone, d", exact=False)
@@ -398,7 +466,7 @@ def _check_again(tried: Metric, again: tuple[Prepared, Embedding], before: Mappi
 def unresolved_pairs(metric: Metric, rows: EmbeddedBlock, columns: EmbeddedBlock, values: np.ndarray) -> int:
     """Count the pairs of a tile whose distance rounding may have changed.
 
-    Of a block with itself each pair counts once; of a metric that isn't symmetric, once in each direction.
+    In a block with itself each pair counts once; for a metric that isn't symmetric, once in each direction.
 
     ``values`` are those of :func:`compare_blocks`. See :func:`pipeline.metrics.resolution.count_unresolved`.
     """
@@ -424,10 +492,10 @@ def unresolved_pairs(metric: Metric, rows: EmbeddedBlock, columns: EmbeddedBlock
 
 
 def in_order(tiles: Iterable[Sequence[Tile]]) -> list[Tile]:
-    """All tiles, row by row, to and fro: each shares a block with the one before."""
+    """Order all tiles row by row, to and fro, so that each shares a block with the one before."""
     order: list[Tile] = []
-    there = sorted(set(itertools.chain.from_iterable(tiles)))
-    for number, (_, row) in enumerate(itertools.groupby(there, lambda tile: tile[0])):
+    distinct = sorted(set(itertools.chain.from_iterable(tiles)))
+    for number, (_, row) in enumerate(itertools.groupby(distinct, lambda tile: tile[0])):
         order += list(row)[:: -1 if number % 2 else 1]
     return order
 
@@ -441,9 +509,9 @@ def _write_tile(
     mirrored: np.ndarray | None,
     rows: EmbeddedBlock,
 ) -> None:
-    """Write a tile and its mirror image; that of a block with itself comes with what is wrong with frames.
+    """Write a tile and its mirror image; with a block's tile with itself, why frames have no distances.
 
-    ``mirrored`` is what stands at the mirror image of a directed metric; None of one that is symmetric.
+    ``mirrored`` has the values of a directed metric at the mirror image; None for a symmetric metric.
     """
     array = store.get_array(group, name)
     start, other = (task.blocks[index].start for index in tile)

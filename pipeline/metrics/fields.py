@@ -64,53 +64,6 @@ def field_units(source: store.Group, keys: Sequence[str]) -> str:
     return units.pop() if len(units) == 1 else ""
 
 
-def drop_vanished(root: store.Group, variable: str, source: store.Group, besides: Sequence[str] = ()) -> None:
-    """Delete the results of fields that the frames no longer have.
-
-    Consolidated metadata decides: without it, while frames are being converted, nothing is deleted.
-
-    Parameters
-    ----------
-    root : Group
-        Root of the store of results.
-    variable : str
-        Name of an array that each field in it has.
-    source : Group
-        Root of the ``frames.zarr``.
-    besides : sequence of str
-        Patterns of groups that don't belong to a field, and are kept.
-
-    Raises
-    ------
-    pipeline.storage.store.StoreError
-        See :func:`refuse_others_results`.
-    """
-    refuse_others_results(root, variable, source, besides)
-    listed = metadata.listed_members(source)
-    if listed is None:
-        return
-    for key in _field_keys(root, variable, besides):
-        if f"{key}/{schema.FRAMES}" not in listed:
-            store.delete(root, key)
-
-
-def refuse_others_results(
-    root: store.Group, variable: str, source: store.Group, besides: Sequence[str] = ()
-) -> None:
-    """Raise :class:`~pipeline.storage.store.StoreError` if the frames have none of the results' fields."""
-    results, frames = _field_keys(root, variable, besides), store.field_keys(source, schema.FRAMES)
-    if results and not set(results) & set(frames):
-        raise store.StoreError(
-            f"{root.store_path} holds results of {', '.join(results)}, and none of {', '.join(frames)}: "
-            "choose another path"
-        )
-
-
-def _field_keys(root: store.Group, variable: str, besides: Sequence[str]) -> list[str]:
-    keys = store.field_keys(root, variable)
-    return [key for key in keys if not any(fnmatch.fnmatchcase(key, pattern) for pattern in besides)]
-
-
 def _matching(keys: Sequence[str], path: str | os.PathLike[str], groups: Sequence[str]) -> list[str]:
     for pattern in groups:
         if not any(fnmatch.fnmatchcase(key, pattern) for key in keys):

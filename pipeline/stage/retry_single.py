@@ -1,4 +1,4 @@
-"""A batch of frames given to a metric at once; where it raises, one by one, so that each says itself why."""
+"""Give a metric a batch of frames at once; where it raises, one by one, so that each has its own reason."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ Result = TypeVar("Result")
 def in_batch_or_alone(
     call: Callable[[np.ndarray], Result], frames: np.ndarray, metric: str
 ) -> Iterator[tuple[int, Result | str]]:
-    """``call(frames)``; where it raises, that of each frame, or why there is none.
+    """Call a function with all frames; where it raises, with each frame by itself.
 
     Parameters
     ----------
     call : callable
-        Gives the same of a frame whatever its batch.
+        Gives the same result for a frame whatever its batch.
     frames : ndarray of shape (n, y, x, channel)
     metric : str
-        Its name, for a warning where all frames went well alone: nothing else tells of it.
+        Its name, for a warning where all frames went well one by one: nothing else reports that.
 
     Yields
     ------
     start, result : tuple
-        Index of the first frame that the result is of, and the result; a text is the error of one frame.
+        Index of the first frame of the result, and the result; a text is the error of one frame.
 
     Raises
     ------
     FramesError
         When the metric takes no such frames at all.
     lsim.ClaimError
-        When the metric gives something else than it claims: what it gives of single frames proves nothing.
+        When the metric breaks a claim: results of single frames prove nothing then.
     """
     try:
         yield 0, call(frames)

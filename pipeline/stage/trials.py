@@ -1,9 +1,8 @@
-"""Metrics are tried once a run by each process that computes with them, on the first frames that it gets.
+"""Try each metric once a run in each process that computes with it, on the first frames that it gets.
 
-What is checked of every distance is no matter of this module (:mod:`lsim.claims`). A trial asks what single
-results don't show: whether the same frames give the same again. Each worker finds that out by itself, so it
-holds however many there are, whoever joins late or computes what. A metric that fails its trial gives nothing
-in that run: each of its blocks has the breach as its reason.
+A trial checks what single results don't show: whether the same frames give the same result again. (Checks of
+every distance are in :mod:`lsim.claims`.) Each worker tries metrics by itself, also one that joins late. A
+metric that fails its trial computes nothing in that run: each of its blocks has the breach as its reason.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from lsim.metric import Metric
 from lsim.prepared import Prepared
 
 MOST_OUTCOMES = 10_000
-"""Outcomes that a process remembers: it may serve runs for months."""
+"""Most outcomes that a process remembers: it may serve runs for months."""
 
 _outcomes: dict[tuple[str, str], str] = {}
-"""By run and specification, what was breached; empty where nothing was."""
+"""Breach of a claim by run and specification; empty where there was none."""
 
 
 def is_due(run: str, metric: Metric) -> bool:
-    """Tell whether a metric has yet to be tried here in a run; none is in a run without a name.
+    """Tell whether a metric has yet to be tried in this process in a run; never in a run without a name.
 
     Raises
     ------
@@ -43,7 +42,7 @@ def is_due(run: str, metric: Metric) -> bool:
 
 @contextlib.contextmanager
 def trial(run: str, metric: Metric) -> Iterator[Metric]:
-    """Give a copy of a metric to try, which takes no note of its precision, and remember what comes out."""
+    """Give a copy of a metric to try, which doesn't count its precision, and remember the outcome."""
     if len(_outcomes) > MOST_OUTCOMES:
         _outcomes.clear()
     key = (run, metric.specification_hash)
@@ -56,7 +55,7 @@ def trial(run: str, metric: Metric) -> Iterator[Metric]:
 
 
 def as_array(part: Tensor) -> np.ndarray:
-    """A part of an embedding for NumPy, which knows no bfloat16."""
+    """Convert a part of an embedding to NumPy, which has no bfloat16."""
     return (part.float() if part.dtype == torch.bfloat16 else part).detach().cpu().numpy()
 
 
@@ -67,7 +66,7 @@ def try_distances(
     distances: np.ndarray,
     again: Callable[[Metric], np.ndarray],
 ) -> None:
-    """Try a metric on frames whose distances it has just given.
+    """Try a metric on frames whose distances it has just computed.
 
     Parameters
     ----------
@@ -78,7 +77,7 @@ def try_distances(
         The frames.
     distances : ndarray, float64
     again : callable
-        Computes them anew by the metric that it is given.
+        Computes the distances anew by the metric that it is given.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What a store of results says of the runs that made it: when, with what settings and versions, how long."""
+"""Records of the runs that made a store of results: time, settings, versions, seconds."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pipeline.storage import store
 from pipeline.storage.versions import versions
 
 CARRIED = ("catalog", "title", "datasets", "pools")
-"""Attributes of the root of a ``frames.zarr``."""
+"""Attributes of the root of a ``frames.zarr`` that results repeat."""
 
 
 def begin_run(**settings: Any) -> dict[str, Any]:
-    """The record of a run that begins now: its time, settings, and the versions that compute."""
+    """Begin the record of a run: its time, settings, and the versions that compute."""
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"started": started, **settings, "versions": versions()}
 
@@ -26,5 +26,5 @@ def record_run(root: store.Group, run: Mapping[str, Any] | None, **attributes: A
 
 
 def carried(source: store.Group) -> dict[str, Any]:
-    """What results say of the archive that they are of, as its ``frames.zarr`` does."""
+    """Read the attributes that results repeat from the root of their ``frames.zarr``."""
     return {name: source.attrs[name] for name in CARRIED if name in source.attrs}

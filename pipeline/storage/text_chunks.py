@@ -1,8 +1,8 @@
-"""Chunks of text read straight from their files: a store of 10⁵ blocks has as many small ones.
+"""Read chunks of text straight from their files: a store of 10⁵ blocks has as many small ones.
 
 Zarr takes 0.15 ms a chunk, most of it between its threads; this takes a tenth of that. It reads what
 :func:`pipeline.storage.store.create_array` writes, and nothing else: text without compression, with a
-checksum or (in stores of before) without.
+checksum or (in older stores) without.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ def read_texts(
     checked: bool,
     fill: str,
 ) -> np.ndarray | None:
-    """A region of an array of text, or None where a chunk can't be read so: whoever asks then says why.
+    """Read a region of an array of text; None where a chunk can't be read, and Zarr then says why.
 
     Parameters
     ----------
     folder : path
-        Of the array.
+        The array's folder.
     key_of : callable
-        Key of a chunk, below the array, from its index along each axis.
+        Gives the key of a chunk, below the array, from its index along each axis.
     chunks : sequence of int
     region : sequence of slice
         Starts and stops along each axis, within the array; steps of 1.
     checked : bool
-        Whether a chunk ends with the CRC-32C of its other bytes.
+        Chunks end with the CRC-32C of their other bytes.
     fill : str
-        Of chunks that are not there.
+        Text of chunks that don't exist.
 
     Returns
     -------
@@ -84,5 +84,5 @@ def _decoded(encoded: bytes, chunks: Sequence[int], checked: bool) -> np.ndarray
             return None
     try:
         return _DECODER.decode(encoded).reshape(chunks)
-    except (ValueError, RuntimeError):  # of bytes that are no text, or too few of them
+    except (ValueError, RuntimeError):  # bytes that are no text, or too few of them
         return None

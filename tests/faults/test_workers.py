@@ -13,11 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hindered import BROKEN, SLOW
+from hindered import BROKEN
 from matrices import archive_of, matrices_of, write_archive
 from processes import Processes, children, done, processes
-
-from pipeline.storage import store
 
 SEQUENCES = 16
 KEY = "A/density"
@@ -211,23 +209,6 @@ def _in_session(session: int) -> bool:
             if int(found) == session and state != "Z":
                 return True
     return False
-
-
-@pytest.mark.slow_faults
-def test_a_worker_ten_times_slower_does_not_hold_up_the_end(run, frames, undisturbed):
-    """Once nothing waits, what it still computes gets a second copy on the other worker."""
-    _, address = run.scheduler()
-    run.worker(address, "slow", **{SLOW: "200"})
-    run.worker(address, "fast")
-    for process in run.started[1:]:
-        run.wait("a worker", lambda process=process: "Registered to" in run.said(process), process)
-    out = run.folder / "d.zarr"
-    run.pace.seconds = 0.2
-    code, text = run.end(run.lsim(*arguments(frames, out, "hindered:Slow"), "--cluster", address))
-    assert code == 0, text
-    assert "second copy" in text
-    assert store.open_store(out).attrs["runs"][-1]["copies"] >= 1
-    assert_as_undisturbed(out, undisturbed, "slow")
 
 
 @pytest.mark.slow_faults
