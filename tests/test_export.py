@@ -310,7 +310,7 @@ def test_nearly_equal_frames_are_refused_by_name_and_not_blamed_on_the_export(
 @pytest.mark.parametrize(
     ("arguments", "settings", "error", "message"),
     [
-        (("ssim", "onnx"), {}, ExportError, "not learned"),
+        (("ssim", "onnx"), {}, ExportError, "not a learned"),
         (("lsim", "tflite"), {}, ExportError, "onnx, keras, safetensors"),
         (("lsim", "onnx"), {"size": 128}, ExportError, "any size"),
         (("nothing", "onnx"), {}, lsim.UnknownMetricError, "no metric named"),
@@ -370,7 +370,7 @@ def test_the_command_exports_and_says_how_well(
     assert code == 0, printed
     path = tmp_path / "new" / "lsim.weights.safetensors"
     assert str(path) in printed
-    assert "off by 0.0e+00 in embeddings and 0.0e+00 in distances" in printed
+    assert "difference 0.0e+00 in embeddings and 0.0e+00 in distances" in printed
     compared = json.loads(read_metadata(path)["agreement"])["frames"]
     assert {"random", "plume"} == {kind.split()[0] for kind in compared}
 

@@ -281,7 +281,7 @@ def test_the_command_verifies_sources(tmp_path: Path):
     code, text = run_lsim(*command, "--verify-sources")
     assert (code, text.splitlines()[-1]) == (
         0,
-        "nothing to do: 2 sequences are up to date, as their sources decode",
+        "nothing to do: 2 sequences are up to date, compared with their decoded sources",
     )
 
 

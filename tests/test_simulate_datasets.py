@@ -182,7 +182,7 @@ def test_the_command_simulates_says_how_hard_it_is_and_does_nothing_twice(tmp_pa
 def test_the_command_ends_with_3_where_families_are_of_no_use(tmp_path, faulty):
     code, printed = command(faulty, "--families", 12, "--size", 16, "--out", tmp_path)
     assert code == 3
-    assert "Unusable: not made" in printed
+    assert "unusable, not made" in printed
     assert "draws discarded: " in printed
 
 

@@ -71,8 +71,11 @@ class _SpectralMetric(Metric):
         parts = list(run(spectra, frames.split(1)))
         shells, coefficients, slopes = map(torch.cat, zip(*parts, strict=True))
         # Where values repeat, so do their errors, and the noise is less spread than white noise.
-        peaked = share_of_equals(frames.permute(0, 3, 1, 2)).sqrt()[:, None]
-        return Embedding({"shells": shells, "coefficients": coefficients, "slopes": slopes * peaked})
+        share = share_of_equals(frames.permute(0, 3, 1, 2))
+        limit = _slope_of_few(share, frames.shape[1] * frames.shape[2], self.options["floor"])
+        slopes[:, 3] = torch.minimum(slopes[:, 3], limit)
+        slopes = slopes * share.sqrt()[:, None]
+        return Embedding({"shells": shells, "coefficients": coefficients, "slopes": slopes})
 
     def embed_with_rest(self, frames: Tensor, rest: Tensor) -> Embedding:
         """Add frames, their rest and coefficients, to compare pairs by their difference's transform."""
@@ -243,6 +246,16 @@ def _slopes(
     first = (share * averaged * energy.detach() / square).sum((1, 2)).sqrt() * power / math.log(10)
     second = (share / square).sum((1, 2)).sqrt() * power / 2 / math.log(10)
     return first, second.sqrt()
+
+
+def _slope_of_few(share: Tensor, pixels: int, floor: float) -> Tensor:
+    """Bound the root of the second order of coefficients if the noise is in a part of them: (n,).
+
+    Noise that is not white is in one of ``1 / share`` coefficients, and as much stronger there: its energy is
+    that of the errors (Parseval). All of these may be at the floor.
+    """
+    second = (2 / (share * pixels)).sqrt() / floor**2 / 2 / math.log(10)
+    return second.sqrt()
 
 
 @functools.lru_cache(maxsize=16)

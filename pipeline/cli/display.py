@@ -157,10 +157,8 @@ def show_simulation(report: Any, hardness: dict[str, float], measured: int) -> N
             markup=False,
         )
     if report.unusable:
-        table = Table("family", "reason", title="Unusable: not made")
-        for number, reason in sorted(report.unusable.items()):
-            add_row(table, str(number), reason)
-        console.print(table)
+        unusable = sorted(report.unusable.items())
+        _list_reasons("unusable, not made", [(f"family {number}", reason) for number, reason in unusable])
     if report.conversion:
         show_quarantined(report.conversion.quarantined)
 
@@ -187,10 +185,20 @@ def show_quarantined(quarantined: list[Any]) -> None:
     """Show the sequences that could not be converted, with the reasons."""
     if not quarantined:
         return
-    table = Table("data set", "field", "sequence", "file", "reason", title="Quarantined: not converted")
-    for entry in quarantined:
-        add_row(table, entry.dataset, entry.field, entry.sequence, entry.file, entry.reason)
-    console.print(table)
+    _list_reasons(
+        "quarantined, not converted",
+        [
+            (f"{entry.dataset}/{entry.field} {entry.sequence}", f"{entry.file}: {entry.reason}")
+            for entry in quarantined
+        ],
+    )
+
+
+def _list_reasons(title: str, entries: Sequence[tuple[str, str]]) -> None:
+    """Print what failed, and why, on a line each: no width of the terminal shortens a file's name."""
+    console.print(f"{title}:", style="yellow", markup=False)
+    for place, reason in entries:
+        console.print(f"  {place}: {reason}", markup=False, soft_wrap=True)
 
 
 def show_distances(report: Any) -> None:
@@ -221,14 +229,15 @@ def show_distances(report: Any) -> None:
         _warn(f"left out: {name}: {reason}")
     _show_unresolved(report.unresolved)
     if report.failures:
-        table = Table("data set", "field", "sequence", "metrics", "reason", title="Not compared")
         by_reason: dict[tuple[str, ...], list[str]] = {}
         for entry in report.failures:
             key = (entry.dataset, entry.field, entry.sequence, entry.reason)
             by_reason.setdefault(key, []).append(entry.metric)
-        for (*where, reason), metrics in by_reason.items():
-            add_row(table, *where, ", ".join(metrics), reason)
-        console.print(table)
+        entries = [
+            (f"{dataset}/{field} {sequence}, {', '.join(metrics)}", reason)
+            for (dataset, field, sequence, reason), metrics in by_reason.items()
+        ]
+        _list_reasons("not compared", entries)
 
 
 def _show_weighted(metrics: Sequence[str]) -> None:
@@ -256,10 +265,8 @@ def show_matrix(report: MatrixReport) -> None:
         _warn(f"left out: {name}: {reason}")
     _show_unresolved(report.unresolved)
     if report.failures:
-        table = Table("group", "metric", "frames", "reason", title="Not compared")
-        for entry in report.failures:
-            add_row(table, entry.group, entry.metric, entry.what, entry.reason)
-        console.print(table)
+        entries = [(f"{entry.group} {entry.what}, {entry.metric}", entry.reason) for entry in report.failures]
+        _list_reasons("not compared", entries)
 
 
 def show_embeddings(report: EmbeddingsReport) -> None:
@@ -279,10 +286,11 @@ def show_embeddings(report: EmbeddingsReport) -> None:
     else:
         output.print(f"{report.metric} is not a Euclidean distance of its embeddings", markup=False)
     if report.failures:
-        table = Table("field", "sequence", "frames", "reason", title="Not embedded")
-        for entry in report.failures:
-            add_row(table, entry.field, entry.sequence, _shortened(entry.numbers), entry.reason)
-        console.print(table)
+        entries = [
+            (f"{entry.field} {entry.sequence}, frames {_shortened(entry.numbers)}", entry.reason)
+            for entry in report.failures
+        ]
+        _list_reasons("not embedded", entries)
 
 
 def _shortened(entries: Sequence[object]) -> str:
