@@ -100,6 +100,13 @@ class Promising(Energy):
         return Kept("by hand", 1e-5, 2e-6, 8, 2)
 
 
+class Unsure(Energy):
+    """Fails where it is asked how precise it was."""
+
+    def take_precision(self):
+        return {"bound": 1e-6}
+
+
 class Sequence(Energy):
     """Named as a variable of the store."""
 
@@ -364,14 +371,18 @@ def test_names_that_are_taken_and_classes_that_are_no_metrics_are_errors_before_
 
 def test_a_run_says_where_its_time_went_and_how_precise_its_metrics_were(tmp_path, imported):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(3))
-    compute(frames, tmp_path / "d.zarr", metrics=("l1", f"{imported}:Promising"), block=1)
+    compute(
+        frames, tmp_path / "d.zarr", metrics=("l1", f"{imported}:Promising", f"{imported}:Unsure"), block=1
+    )
     root = store.open_store(tmp_path / "d.zarr")
     (run,) = root.attrs["runs"]
     assert run["seconds_by_stage"].keys() == {"open", "read", "prepare", "metrics", "write"}
-    assert run["seconds_by_metric"].keys() == {"l1", "promising"}
+    assert run["seconds_by_metric"].keys() == {"l1", "promising", "unsure"}
     assert sum(run["seconds_by_stage"].values()) <= run["seconds"]
     kept = store.get_group(root, "A/density/provenance").attrs["precision"]
-    assert kept.keys() == {"l1", "promising"}
+    assert kept.keys() == {"l1", "promising", "unsure"}
+    assert re.match(r"not stated \(TypeError: .* found \{'bound': 1e-06\}", kept["unsure"]["method"])
+    assert (kept["unsure"]["promise"], kept["unsure"]["pairs"]) == (1, 0)
     assert 0 <= kept["l1"]["bound"] <= kept["l1"]["promise"]
     expected = {"method": "by hand", "promise": 1e-5, "bound": 2e-6, "pairs": 24, "recomputed": 6}
     assert expected.items() <= kept["promising"].items()

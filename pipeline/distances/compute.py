@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import operator
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from lsim.claims import OthersCode
 from lsim.metric import Metric
 from lsim.prepared import Prepared
 from lsim.preprocess import FramesError, Scope, finite_frames
@@ -28,14 +26,12 @@ from pipeline.metrics.pixel_weights import get_weighted
 from pipeline.metrics.resolution import resolution_of, to_text
 from pipeline.metrics.settings import is_directed
 from pipeline.stage import trials
-from pipeline.stage.provenance import add_precision
+from pipeline.stage.provenance import add_precision, take_precision
 from pipeline.stage.stopwatch import Stopwatch
 from pipeline.storage import schema, store
 from pipeline.storage.checked_frames import NOT_READ, read_sequence, why_not_read
 from pipeline.storage.schema import Pairs
 from pipeline.workers.worker_metrics import get_metric, still_wanted
-
-logger = logging.getLogger(__name__)
 
 TOO_LONG_TO_REPEAT_S = 30.0
 """A sequence that takes longer is timed once: it makes a block by itself, whatever was loaded meanwhile."""
@@ -162,7 +158,7 @@ def compute_block(block: Block) -> BlockResult:
                 f"{block.field.out}: block {block.start}:{block.stop} is not waited for any more"
             )
         _write(block, matrices)
-    precision = {metric.name: record for metric in metrics if (record := _take_precision(metric)) is not None}
+    precision = take_precision(metrics)
     finished = sum(matrix.final for by_row in matrices.values() for matrix in by_row.values())
     return BlockResult(finished, stages.seconds, by_metric.seconds, precision, metrics[0].device.type)
 
@@ -189,8 +185,7 @@ def seconds_per_sequence(block: Block) -> float:
     def measure() -> float:
         stages = Stopwatch()
         metrics, _ = _compute(block, stages, Stopwatch())
-        for metric in metrics:
-            _take_precision(metric)
+        take_precision(metrics)
         return stages.seconds["read"] + stages.seconds["prepare"] + stages.seconds["metrics"]
 
     first = measure()
@@ -369,22 +364,6 @@ def _why_incomparable(matrix: np.ndarray, frames: np.ndarray, metric: Metric, bl
         which = f"frames {', '.join(map(str, bad))} hold NaN or infinity"
         return f"{which}, and this metric takes no mask" if block.field.masking else which
     return f"the metric gave NaN for {missing} of {computed.size} distances of finite frames"
-
-
-def _take_precision(metric: Metric) -> Any:
-    """Take what a metric has counted of its precision since the last call; None of most metrics."""
-    take = getattr(metric, "take_precision", None)
-    if take is None:
-        return None
-    try:
-        with OthersCode(metric.name, "take_precision"):
-            record = take()
-        if record is not None and not {"pairs", "recomputed"} <= asdict(record).keys():
-            raise TypeError(f"expected a record as lsim.error_bounds.PairPrecision is, found {record!r}")
-        return record
-    except Exception as error:  # of a custom metric: its distances are no worse for it
-        logger.warning("%s: says nothing of its precision: %s: %s", metric.name, type(error).__name__, error)
-        return None
 
 
 # ---------------------------------------------------------------- writing

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lsim.claims import ClaimError, other_random_numbers
 from lsim.embedding import Embedding
-from lsim.error_bounds import PairPrecision, ReportsPrecision
+from lsim.error_bounds import PairPrecision
 from lsim.metric import Metric
 from lsim.prepared import Prepared
 from lsim.preprocess import FramesError, Scope
@@ -31,6 +31,7 @@ from pipeline.metrics.pixel_weights import FieldWeights, get_weighted
 from pipeline.metrics.resolution import count_unresolved
 from pipeline.metrics.settings import is_directed
 from pipeline.stage import trials
+from pipeline.stage.provenance import take_precision
 from pipeline.stage.stopwatch import Stopwatch
 from pipeline.storage import digests, schema, store
 from pipeline.storage.recorded import tile_identity, tile_texts
@@ -296,11 +297,7 @@ class _Square:
 
     def result(self) -> TileResult:
         """Sum up what is done."""
-        precision = {
-            name: record
-            for name, metric in self.metrics.items()
-            if isinstance(metric, ReportsPrecision) and (record := metric.take_precision()) is not None
-        }
+        precision = take_precision(self.metrics.values())
         return TileResult(
             self.done,
             self.errors,

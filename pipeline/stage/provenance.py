@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
+from lsim.claims import OthersCode
 from lsim.error_bounds import PairPrecision
 from lsim.metric import Metric
 from lsim.preprocess import Scope
@@ -80,6 +82,42 @@ def has_specification(group: store.Group) -> dict[str, bool]:
         name: digests.is_sealed(json.loads(str(texts[place]) or "{}"), group.path, name)
         for name, place in metric_places(group).items()
     }
+
+
+def take_precision(metrics: Iterable[Metric]) -> dict[str, PairPrecision]:
+    """Take what metrics have recorded of the precision of their sums since the last call. Runs on a worker.
+
+    Returns
+    -------
+    dict of str to PairPrecision
+        By name, of metrics that record it. Where a custom metric's ``take_precision`` fails, its record
+        promises nothing and says why: its distances are no worse for it.
+    """
+    records = {}
+    for metric in metrics:
+        take = getattr(metric, "take_precision", None)
+        if take is None:
+            continue
+        try:
+            with OthersCode(metric.name, "take_precision"):
+                record = take()
+            if record is not None:
+                records[metric.name] = _as_pair_precision(record)
+        except Exception as error:
+            reason = f"not stated ({type(error).__name__}: {error})".replace(" + ", " and ")
+            records[metric.name] = PairPrecision(reason, promise=1.0, bound=1.0, pairs=0)
+    return records
+
+
+def _as_pair_precision(record: Any) -> PairPrecision:
+    """Copy a record, which may be of a class of the metric's own."""
+    names = [entry.name for entry in fields(PairPrecision)]
+    if missing := [name for name in names if not hasattr(record, name)]:
+        raise TypeError(
+            f"expected a record as lsim.error_bounds.PairPrecision is, found {record!r} without "
+            f"{', '.join(missing)}"
+        )
+    return PairPrecision(**{name: getattr(record, name) for name in names})
 
 
 def add_precision(total: dict[str, PairPrecision], precision: Mapping[str, PairPrecision]) -> None:
