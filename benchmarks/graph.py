@@ -1,15 +1,15 @@
 """What 10⁵ blocks cost beyond their computing: the scheduler's time and memory, the first result, a resume.
 
-    python benchmarks/graph.py [--blocks 100000] [--workers 2] [--json]
+    python benchmarks/graph.py [--blocks 100000] [--computed 20000] [--workers 2] [--json]
 
 1. Tasks that do nothing, through the same submission as all stages, with the payload of a block of ten
    metrics: CPU time and growth of memory of driver and scheduler, with the scheduler in the driver's process
    (as on one machine) and in a process of its own (as on clusters). What memory they hold before is said
    beside it: most of it is torch, which the driver imports to check the metrics.
-2. A store of that many blocks, of one sequence each (2 frames of 8×8, the metric l2). Some are computed by
-   workers, for the time of the first result and the cost of a block with its reading and writing; the others
-   get the files that computing them would write (all sequences are the same, so all blocks are). Then a run
-   that finds nothing to do reads and compares all fingerprints, and lists all failures.
+2. A store of ``--computed`` blocks, of one sequence each (2 frames of 8×8, the metric l2), computed by workers:
+   CPU time of all processes a block, with its reading and writing, and files a block. Then a run that finds
+   nothing to do reads and compares all fingerprints, and lists all failures.
+3. The same in one process, whose operations on stores are counted: each is a request on an object store.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ import numpy as np
 import psutil
 from common import processor
 from distributed import Client
+from zarr.storage import LocalStore
 
 from pipeline.distances import Settings, compute_distances, list_failures
 from pipeline.distances.blocks import Block, FieldBlocks, FieldMetric
@@ -46,8 +48,6 @@ from pipeline.workers.worker_metrics import MetricRequest
 METRICS = ("l1", "l2", "psnr", "ssim", "ms-ssim", "gmsd", "vi", "lsim", "lpips-alex", "flow")
 KEY = "D/density"
 SETTINGS = Settings(metrics=("l2",), size=None, block=1)
-BY_WORKERS = 400
-"""Blocks of the store that workers compute."""
 
 
 class Watch:
@@ -163,58 +163,28 @@ def make_frames(path: Path, sequences: int) -> None:
             store.write_rows(array, start, values[start : start + rows])
 
 
-def copy_blocks(out: Path, sequences: int) -> None:
-    """Give every block the files of one that was computed: what computing them would write."""
-    folder = out / KEY
-    done = store.read(store.get_array(store.open_store(out), f"{KEY}/provenance/fingerprint"))
-    computed = int(np.flatnonzero(done[0] != "")[0])
-    for array, place in (
-        (folder / "l2", "c/{}/0/0"),
-        *((folder / schema.PROVENANCE / name, "c/0/{}") for name in ("failure", "content", "fingerprint")),
-    ):
-        if not (array / place.format(computed)).exists():
-            continue  # chunks of nothing but fill values have no file
-        found = (array / place.format(computed)).read_bytes()
-        for row in range(sequences):
-            target = array / place.format(row)
-            if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(found)
-
-
-class _EnoughError(Exception):
-    """Enough blocks were computed."""
+def count_files(folder: Path) -> int:
+    return sum(path.is_file() for path in folder.rglob("*"))
 
 
 def measure_store(folder: Path, blocks: int, workers: int) -> dict[str, Any]:
-    """A run on a new store until some blocks are done, and one on the finished store."""
+    """A run on a new store, and one on the finished store."""
     make_frames(folder / "frames.zarr", blocks)
-    out, found = folder / "distances.zarr", {}
-    times: list[float] = []
-
-    def until_enough(done: int, total: int) -> None:
-        if done:
-            times.append(time.perf_counter() - began)
-        if done >= min(BY_WORKERS, total):
-            raise _EnoughError
-
+    out, figures = folder / "distances.zarr", {}
+    cpu_before = cpu_of_children()
     with Cluster(Profile(workers=workers)) as cluster:
         cluster.client  # noqa: B018  workers are there when the time begins
-        began = time.perf_counter()
-        with contextlib.suppress(_EnoughError):
-            compute_distances(folder / "frames.zarr", out, SETTINGS, cluster=cluster, progress=until_enough)
-    found["new_store"] = {
-        "seconds_to_first_result": round(times[0], 2),
-        "blocks_computed": min(BY_WORKERS, blocks),
-        "ms_a_block": round(1e3 * (times[-1] - times[0]) / max(1, min(BY_WORKERS, blocks)), 2),
-    }
-    copy_blocks(out, blocks)
+        watch = Watch(os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True)))
+        report = compute_distances(folder / "frames.zarr", out, SETTINGS, cluster=cluster)
+        figures["new_store"] = watch.stop(blocks) | {
+            "blocks": report.blocks,
+            "files_a_block": round(count_files(out / KEY) / blocks, 2),
+        }
+    figures["new_store"]["cpu_seconds_of_workers"] = round(cpu_of_children() - cpu_before, 1)
     with Cluster(Profile(kind="none")) as cluster:
-        # The first run after one that was stopped records what that one did not.
-        compute_distances(folder / "frames.zarr", out, SETTINGS, cluster=cluster)
         watch = Watch(os.getpid())
         report = compute_distances(folder / "frames.zarr", out, SETTINGS, cluster=cluster)
-        found["resume"] = watch.stop(blocks)
+        figures["resume"] = watch.stop(blocks)
     if (report.blocks, report.up_to_date, report.failures) != (0, blocks, []):
         raise RuntimeError(f"the finished store is not up to date: {report}")
     for name, call in (
@@ -223,12 +193,41 @@ def measure_store(folder: Path, blocks: int, workers: int) -> dict[str, Any]:
     ):
         began = time.perf_counter()
         call()
-        found[f"{name}_seconds"] = round(time.perf_counter() - began, 2)
-    return found
+        figures[f"{name}_seconds"] = round(time.perf_counter() - began, 2)
+    return figures
 
 
-def measure(blocks: int, workers: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"blocks": blocks, "workers": workers}
+def cpu_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def count_operations(folder: Path, blocks: int) -> dict[str, float]:
+    """Count operations on stores, a block, of a run in this process."""
+    make_frames(folder / "frames.zarr", blocks)
+    counts: Counter[str] = Counter()
+    originals = {name: getattr(LocalStore, name) for name in ("get", "set", "exists", "delete")}
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return originals[name](*arguments, **options)
+
+        return call
+
+    try:
+        for name in originals:
+            setattr(LocalStore, name, counted(name))
+        with Cluster(Profile(kind="none")) as cluster:
+            compute_distances(folder / "frames.zarr", folder / "d.zarr", SETTINGS, cluster=cluster)
+    finally:
+        for name, original in originals.items():
+            setattr(LocalStore, name, original)
+    return {name: round(count / blocks, 2) for name, count in sorted(counts.items())}
+
+
+def measure(blocks: int, computed: int, workers: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"blocks": blocks, "computed": computed, "workers": workers}
     with Cluster(Profile(workers=workers)) as cluster:
         found["scheduler_in_the_driver"] = measure_submission(cluster.client, blocks)
     with (
@@ -237,7 +236,9 @@ def measure(blocks: int, workers: int) -> dict[str, Any]:
     ):
         found["scheduler_apart"] = measure_submission(cluster.client, blocks, pid)
     with tempfile.TemporaryDirectory() as folder:
-        found |= measure_store(Path(folder), blocks, workers)
+        found |= measure_store(Path(folder), computed, workers)
+    with tempfile.TemporaryDirectory() as folder:
+        found["operations_a_block"] = count_operations(Path(folder), min(1000, computed))
     found["driver_peak_MB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
     found["machine"] = {"processor": processor(), "cpu_count": os.cpu_count()}
     return found
@@ -246,10 +247,11 @@ def measure(blocks: int, workers: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--blocks", type=int, default=100_000)
+    parser.add_argument("--computed", type=int, default=20_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    found = measure(arguments.blocks, arguments.workers)
+    found = measure(arguments.blocks, arguments.computed, arguments.workers)
     if arguments.json:
         print(json.dumps(found, indent=2))
         return
