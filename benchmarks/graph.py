@@ -6,9 +6,9 @@
    metrics: CPU time and growth of memory of driver and scheduler, with the scheduler in the driver's process
    (as on one machine) and in a process of its own (as on clusters). What memory they hold before is said
    beside it: most of it is torch, which the driver imports to check the metrics.
-2. A store of ``--computed`` blocks, of one sequence each (2 frames of 8×8, the metric l2), computed by workers:
-   CPU time of all processes a block, with its reading and writing, and files a block. Then a run that finds
-   nothing to do reads and compares all fingerprints, and lists all failures.
+2. A store of ``--computed`` blocks, of one sequence each (2 frames of 8×8, the metric l2), computed by
+   workers: CPU time of all processes a block, with its reading and writing, and files a block. Then a run
+   that finds nothing to do reads and compares all fingerprints, and lists all failures.
 3. The same in one process, whose operations on stores are counted: each is a request on an object store.
 """
 

@@ -24,8 +24,7 @@ from lsim.testing import write_random_checkpoint
 from lsim.weights import load_checkpoint, save_checkpoint
 from pipeline.correlate import CorrelationError, correlate
 from pipeline.distances import compute_distances
-from pipeline.distances.blocks import Block, fingerprint
-from pipeline.distances.compute import compute_block, compute_blocks
+from pipeline.distances.blocks import fingerprint
 from pipeline.matrix import MatrixRequest, compute_matrix, mds
 from pipeline.matrix.neighbours import find_neighbours
 from pipeline.metrics import value_range
@@ -98,42 +97,33 @@ def test_blocks_are_chosen_by_what_a_sequence_takes_and_no_value_depends_on_them
     assert (again.up_to_date, again.blocks, again.sizes) == (20 * len(CLASSIC), 0, {})
 
 
-def test_blocks_that_an_earlier_attempt_finished_are_left_as_they_are(tmp_path, monkeypatch):
-    """Several blocks to a task: the one that a worker died with is computed again, not those before it."""
-    frames = write_archive(tmp_path / "frames.zarr", archive_of(6, frames=3, size=16))
-    given: list[tuple[Block, ...]] = []
-    monkeypatch.setattr("pipeline.distances._batches", lambda stale, pace: iter([tuple(stale[0].blocks())]))
-    monkeypatch.setattr("pipeline.distances.compute_blocks", lambda *blocks: given.append(blocks) or 1 / 0)
-    compute(frames, tmp_path / "d.zarr", block=1)
-    together = given[0]
-    assert [len(blocks) for blocks in given] == [6] + [1] * 6  # those of a task that failed, one by one
-    for block in together[:2]:
-        compute_block(block)
-    assert compute_blocks(*together).matrices == 12
-    chunks = [tmp_path / "d.zarr" / "A" / "density" / "l2" / "c" / str(k) / "0" / "0" for k in range(6)]
-    written = [chunk.stat().st_mtime_ns for chunk in chunks]
-    assert max(written[:2]) < min(written[2:])
-    before = matrices_of(tmp_path / "d.zarr")
-    compute_blocks(*together)
-    assert [chunk.stat().st_mtime_ns for chunk in chunks] == written
-    monkeypatch.undo()
-    compute(frames, tmp_path / "e.zarr", block=2)
-    np.testing.assert_array_equal(matrices_of(tmp_path / "e.zarr")["l2"], before["l2"])
+def test_an_interrupted_run_has_recorded_what_it_computed(tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(40, frames=3, size=16))
+
+    def interrupt(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with Cluster(Profile(kind="none")) as cluster, pytest.raises(KeyboardInterrupt):
+        compute_distances(frames, tmp_path / "d.zarr", QUICK, cluster=cluster, progress=interrupt)
+    report = compute(frames, tmp_path / "d.zarr")
+    assert report.computed > 0
+    assert report.up_to_date > 0
 
 
-def test_a_metric_that_raises_where_a_lost_worker_has_finished_leaves_no_fingerprint(tmp_path, monkeypatch):
-    frames = write_archive(tmp_path / "frames.zarr", archive_of(2, frames=3, size=16))
-    given: list[Block] = []
-    monkeypatch.setattr("pipeline.distances.compute_blocks", lambda *blocks: given.extend(blocks) or 1 / 0)
-    compute(frames, tmp_path / "d.zarr")
-    monkeypatch.undo()
-    compute_block(given[0])  # on the worker that was lost
-    monkeypatch.setattr(lsim.Metric, "all_pairs_with_rounding", lambda *arguments: 1 / 0)
-    compute_block(given[0])
-    monkeypatch.undo()
-    assert np.isnan(matrices_of(tmp_path / "d.zarr")["l2"]).all()
-    assert compute(frames, tmp_path / "d.zarr").computed == 4
+def test_records_that_were_not_written_yet_cost_a_computation(tmp_path, monkeypatch):
+    """As after a kill: values are there, and nothing says that they are done."""
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(4, frames=3, size=16))
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.stage.row_records.RowRecords.flush", lambda records: None)
+        compute(frames, tmp_path / "d.zarr")
     assert np.isfinite(matrices_of(tmp_path / "d.zarr")["l2"]).all()
+    report = compute(frames, tmp_path / "d.zarr")
+    assert (report.computed, report.up_to_date) == (8, 0)
+    compute(frames, tmp_path / "e.zarr")
+    np.testing.assert_array_equal(
+        matrices_of(tmp_path / "e.zarr")["l2"], matrices_of(tmp_path / "d.zarr")["l2"]
+    )
 
 
 def test_fingerprints_of_stores_of_before_still_hold():

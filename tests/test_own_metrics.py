@@ -376,7 +376,7 @@ def test_a_run_says_where_its_time_went_and_how_precise_its_metrics_were(tmp_pat
     )
     root = store.open_store(tmp_path / "d.zarr")
     (run,) = root.attrs["runs"]
-    assert run["seconds_by_stage"].keys() == {"open", "read", "prepare", "metrics", "write"}
+    assert run["seconds_by_stage"].keys() == {"load", "read", "prepare", "metrics", "write"}
     assert run["seconds_by_metric"].keys() == {"l1", "promising", "unsure"}
     assert sum(run["seconds_by_stage"].values()) <= run["seconds"]
     kept = store.get_group(root, "A/density/provenance").attrs["precision"]

@@ -21,16 +21,17 @@ from lsim.error_bounds import PairPrecision
 from lsim.metric import Metric
 from lsim.preprocess import Preprocessing, Scope
 from pipeline.distances.blocks import (
+    ROW_TEXTS,
     Block,
     FieldBlocks,
     FieldMetric,
     StaleRows,
     block_length,
     drop_other_frames,
+    failure_of,
     find_stale,
     forget_metrics,
     lay_out,
-    record_failure,
     write_parameter,
 )
 from pipeline.distances.compute import BlockResult, compute_blocks, seconds_per_sequence
@@ -43,12 +44,12 @@ from pipeline.metrics.value_range import dataset_range
 from pipeline.stage.bounded_map import run_bounded
 from pipeline.stage.provenance import (
     add_precision,
-    metric_places,
     record_precision,
     record_specifications,
     specification_of,
 )
 from pipeline.stage.results import open_results
+from pipeline.stage.row_records import RowRecords
 from pipeline.stage.run import MetricWorkers, Progress, run_blocks
 from pipeline.stage.stopwatch import rounded
 from pipeline.storage import schema, store
@@ -221,7 +222,7 @@ def compute_distances(
             group = _lay_out(results.root, source, plan, settings.scope, length)
             # With the scope "dataset", workers read the frames whose range isn't recorded yet.
             scopes = _find_scopes(group, plan, settings, cluster)
-            stale.append(_list_stale(group, plan, scopes, results.run))
+            stale.append(_list_stale(group, plan, scopes, results.run, length))
             _record_settings(group, plan, scopes, stale[-1].metrics)
         recorded_settings = settings.model_dump(include={"pairs", "scope", "compat", "mask", "pixel_weights"})
         attributes = carried(source) | {
@@ -355,16 +356,15 @@ def _find_scopes(group: store.Group, plan: _Field, settings: Settings, cluster: 
     return {metric.name: ranges[metric.preprocessing.mask] for metric in plan.metrics}
 
 
-def _list_stale(group: store.Group, plan: _Field, scopes: Mapping[str, Scope], run: str) -> StaleRows:
-    """List the rows that are out of date; they have no fingerprint any more."""
-    places = metric_places(group)
-    metrics = {
-        name: replace(metric, scope=scopes[name], place=places[name])
-        for name, metric in plan.blocks.metrics.items()
-    }
+def _list_stale(
+    group: store.Group, plan: _Field, scopes: Mapping[str, Scope], run: str, length: int
+) -> StaleRows:
+    """List the rows that are out of date, in blocks of ``length``; they have no fingerprint any more."""
+    metrics = {name: replace(metric, scope=scopes[name]) for name, metric in plan.blocks.metrics.items()}
     forget_metrics(group, set(weighted_otherwise(group, plan.origin)) - metrics.keys())
     identities = identify_rows(store.read(store.get_array(plan.origin, schema.SEQUENCE)), plan.parameter)
-    return find_stale(group, replace(plan.blocks, metrics=metrics, run=run), plan.contents, identities)
+    blocks = replace(plan.blocks, metrics=metrics, run=run)
+    return find_stale(group, blocks, plan.contents, identities, length)
 
 
 def _record_settings(
@@ -410,12 +410,15 @@ def _run(
     client = workers.start()
     pace = Pace(workers.threads)
     outcomes = run_blocks(client, compute_blocks, _batches(stale, pace), count, progress)
-    for batch, result, reason in outcomes:
-        if result is None:
-            record_failure(root, batch[0], reason)
-        else:
-            report.add(batch, result)
-            pace.note(batch[0].field.key, len(batch), sum(result.seconds_by_stage.values()))
+    with RowRecords(root, ROW_TEXTS) as records:
+        for batch, result, reason in outcomes:
+            key = batch[0].field.key
+            if result is None:
+                records.add(key, failure_of(batch[0], reason))
+            else:
+                records.add(key, result.records)
+                report.add(batch, result)
+                pace.note(key, len(batch), sum(result.seconds_by_stage.values()))
 
 
 def _describe_precision(record: PairPrecision, device: str) -> dict[str, Any]:

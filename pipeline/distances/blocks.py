@@ -19,6 +19,7 @@ import numpy as np
 from lsim.preprocess import Scope, scope_identity
 from pipeline.metrics.pixel_weights import FieldWeights
 from pipeline.stage.provenance import METRICS_PER_CHUNK, add_metrics, has_specification, metric_places
+from pipeline.stage.row_records import ROWS_PER_CHUNK, Records
 from pipeline.storage import digests, schema, store
 from pipeline.storage.recorded import bound_rows
 from pipeline.storage.schema import Pairs
@@ -27,9 +28,6 @@ from pipeline.workers.worker_metrics import MetricRequest
 Matrices: TypeAlias = Mapping[str, Mapping[int, np.ndarray]]
 """Matrices by metric and row."""
 
-Records: TypeAlias = Mapping[str, Mapping[int, dict[str, str]]]
-"""By metric and row, the texts that are recorded of a matrix, by name."""
-
 ROW_TEXTS = (schema.FAILURE, schema.CONTENT, schema.RESOLUTION, schema.DIGEST, schema.FINGERPRINT)
 """Texts that provenance has for every metric and sequence, in the order in which they are written: the
 fingerprint last. The digest covers all others, see :func:`add_digests`."""
@@ -37,8 +35,8 @@ fingerprint last. The digest covers all others, see :func:`add_digests`."""
 SATISFIED_BY: dict[Pairs, tuple[Pairs, ...]] = {"all": ("all",), "reference": ("reference", "all")}
 """Recorded pairs that will do for those asked for: all pairs hold the reference's too."""
 
-ROWS_PER_CHUNK = 4096
-"""Chunks of names and parameters, which the driver alone writes: 10⁵ sequences are a few files."""
+LABELS_PER_CHUNK = 4096
+"""Rows of a chunk of names and parameters."""
 
 ROWS_AT_ONCE = 4096
 """Rows whose texts are in memory at once while fingerprints are compared."""
@@ -54,14 +52,11 @@ class FieldMetric:
     specification_hash : str
         That of the metric with the field's weights of pixels.
     scope : scope
-    place : int
-        Index of the metric in provenance.
     """
 
     request: MetricRequest
     specification_hash: str
     scope: Scope
-    place: int = 0
 
 
 @dataclass(frozen=True)
@@ -214,8 +209,10 @@ def _hashed(content: str, suffix: str) -> str:
 # ---------------------------------------------------------------- records of a block
 
 
-def add_digests(block: Block, records: Records, matrices: Matrices) -> None:
-    """Add to the records of a block's rows their digests.
+def add_digests(
+    block: Block, records: Mapping[str, Mapping[int, dict[str, str]]], matrices: Matrices
+) -> Records:
+    """Add to the records of a block's rows their digests, and return them.
 
     Parameters
     ----------
@@ -231,42 +228,27 @@ def add_digests(block: Block, records: Records, matrices: Matrices) -> None:
             values = digests.hash_values(matrices[metric][row]) if done else ""
             identity = prefix + block.identities[row - block.start]
             record[schema.DIGEST] = digests.bind(identity, record, values)
+    return records
 
 
-def write_records(group: store.Group, block: Block, records: Records) -> None:
-    """Write records of rows, text by text in the order of :data:`ROW_TEXTS`; other texts stay.
-
-    A block's chunks hold all metrics and have one writer, the block's task.
-    """
-    provenance = store.get_group(group, schema.PROVENANCE)
-    names = {name for by_row in records.values() for record in by_row.values() for name in record}
-    for name in ROW_TEXTS:
-        if name not in names:
-            continue
-        array = store.get_array(provenance, name)
-        texts = store.read(array, (slice(None), slice(block.start, block.stop)))
-        for metric, by_row in records.items():
-            place = block.field.metrics[metric].place
-            for row, record in by_row.items():
-                texts[place, row - block.start] = record[name]
-        store.write_block(array, (0, block.start), texts)
-
-
-def record_failure(root: store.Group, block: Block, reason: str) -> None:
-    """Record why a block was given up; without fingerprints the next run computes it again."""
-    records: Records = {
+def failure_of(block: Block, reason: str) -> Records:
+    """Make the records of a block that was given up; without fingerprints the next run computes it again."""
+    records = {
         metric: {row: {schema.FAILURE: reason, schema.CONTENT: ""} for row in rows}
         for metric, rows in block.rows.items()
     }
-    add_digests(block, records, {})
-    write_records(store.get_group(root, block.field.key), block, records)
+    return add_digests(block, records, {})
 
 
 # ---------------------------------------------------------------- stale rows
 
 
 def find_stale(
-    group: store.Group, field: FieldBlocks, contents: Sequence[str], identities: Sequence[bytes]
+    group: store.Group,
+    field: FieldBlocks,
+    contents: Sequence[str],
+    identities: Sequence[bytes],
+    block: int,
 ) -> StaleRows:
     """Find the rows of a field that are out of date, and delete their fingerprints before anything changes.
 
@@ -284,6 +266,8 @@ def find_stale(
     identities : sequence of bytes
         What each row's digest is bound to, see :func:`pipeline.storage.digests.identify_rows`. A row whose
         record is another than was written with its fingerprint is out of date.
+    block : int
+        Sequences in a block.
     """
     provenance = store.get_group(group, schema.PROVENANCE)
     suffixes = {
@@ -292,12 +276,11 @@ def find_stale(
     }
     described = has_specification(group)
     arrays = {name: store.get_array(provenance, name) for name in ROW_TEXTS}
-    length = arrays[schema.FINGERPRINT].chunks[1]
+    places = metric_places(group)
     stale = {name: np.ones(len(contents), bool) for name in field.metrics}
     damaged = 0
-    at_once = max(1, ROWS_AT_ONCE // length) * length
-    for start in range(0, len(contents), at_once):
-        rows = slice(start, min(start + at_once, len(contents)))
+    for start in range(0, len(contents), ROWS_AT_ONCE):
+        rows = slice(start, min(start + ROWS_AT_ONCE, len(contents)))
         recorded = store.read(arrays[schema.FINGERPRINT], (slice(None), rows))
         if not (recorded != "").any():
             continue
@@ -305,15 +288,15 @@ def find_stale(
         resolved = np.where(texts[schema.RESOLUTION] != "", recorded, "")
         current = texts[schema.CONTENT] == np.array(contents[rows], dtype=object)[None]
         valid = np.where(current, resolved, "").astype(object)
-        for name, metric in field.metrics.items():
-            own = {text: column[metric.place] for text, column in texts.items()}
-            outdated = _differ(resolved[metric.place], contents[rows], suffixes[name])
+        for name in field.metrics:
+            own = {text: column[places[name]] for text, column in texts.items()}
+            outdated = _differ(resolved[places[name]], contents[rows], suffixes[name])
             unbound = ~bound_rows(group.path, name, identities[rows], own) | (not described[name])
             damaged += int((unbound & ~outdated).sum())
             stale[name][rows] = outdated | unbound
-            valid[metric.place, stale[name][rows]] = ""
+            valid[places[name], stale[name][rows]] = ""
         _write_changed(arrays[schema.FINGERPRINT], start, recorded, valid)
-    return StaleRows(field, stale, length, contents, identities, damaged)
+    return StaleRows(field, stale, block, contents, identities, damaged)
 
 
 def _differ(recorded: Iterable[str], contents: Sequence[str], suffixes: Sequence[str]) -> np.ndarray:
@@ -364,11 +347,9 @@ def drop_other_frames(root: store.Group, key: str, frames: int) -> None:
 
 
 def block_length(root: store.Group, key: str) -> int | None:
-    """Look up the sequences in a block of a field that exists: a chunk of the texts that its tasks write."""
-    for name in ROW_TEXTS:
-        if f"{key}/{schema.PROVENANCE}/{name}" in root:
-            return int(store.get_array(root, f"{key}/{schema.PROVENANCE}/{name}").chunks[1])
-    return None
+    """Look up the sequences in a block of a field that exists: a chunk of its distances."""
+    names = schema.metric_names(store.get_group(root, key).array_keys()) if key in root else []
+    return int(store.get_array(root, f"{key}/{names[0]}").chunks[0]) if names else None
 
 
 def lay_out(
@@ -400,7 +381,7 @@ def lay_out(
             group,
             schema.SEQUENCE,
             shape=sequences.shape,
-            chunks=(ROWS_PER_CHUNK,),
+            chunks=(LABELS_PER_CHUNK,),
             dims=(schema.SEQUENCE,),
             dtype=str,
         )
@@ -410,7 +391,7 @@ def lay_out(
             group,
             schema.PARAMETER,
             shape=parameter.shape,
-            chunks=(ROWS_PER_CHUNK, n),
+            chunks=(LABELS_PER_CHUNK, n),
             dims=schema.PARAMETER_DIMS,
             dtype="float64",
         )
@@ -426,7 +407,7 @@ def _lay_out_metrics(group: store.Group, metrics: Mapping[str, str], rows: int, 
     by_metric: dict[str, Any] = {"shape": (0,), "chunks": (METRICS_PER_CHUNK,), "dims": (schema.METRIC,)}
     by_row: dict[str, Any] = {
         "shape": (0, rows),
-        "chunks": (METRICS_PER_CHUNK, block),
+        "chunks": (METRICS_PER_CHUNK, ROWS_PER_CHUNK),
         "dims": schema.PROVENANCE_DIMS,
     }
     layouts = {schema.METRIC: by_metric, schema.SPECIFICATION: by_metric}

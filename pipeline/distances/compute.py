@@ -1,7 +1,7 @@
 """Compute blocks of distances on a worker: read, prepare once, run the metrics, write.
 
-A block is some sequences of one field. Distances are written first, then the fingerprints that say they are
-done (:mod:`pipeline.distances.blocks`). Only small counts go back through the scheduler.
+A block is some sequences of one field. A worker writes its distances. What is recorded of them, with the
+fingerprints that say they are done (:mod:`pipeline.distances.blocks`), goes to the driver, which writes it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ import torch
 from lsim.metric import Metric
 from lsim.prepared import Prepared
 from lsim.preprocess import FramesError, Scope, finite_frames
-from pipeline.distances.blocks import Block, add_digests, write_records
+from pipeline.distances.blocks import Block, add_digests
 from pipeline.metrics.pixel_weights import get_weighted
 from pipeline.metrics.resolution import resolution_of, to_text
 from pipeline.metrics.settings import is_directed
 from pipeline.stage import trials
 from pipeline.stage.provenance import add_precision, take_precision
+from pipeline.stage.row_records import Records
 from pipeline.stage.stopwatch import Stopwatch
 from pipeline.storage import schema, store
 from pipeline.storage.checked_frames import NOT_READ, read_sequence, why_not_read
 from pipeline.storage.schema import Pairs
-from pipeline.workers.worker_metrics import get_metric, still_wanted
+from pipeline.workers.worker_metrics import still_wanted
 
 TOO_LONG_TO_REPEAT_S = 30.0
 """A sequence that takes longer is timed once: it makes a block by itself, whatever was loaded meanwhile."""
@@ -46,13 +47,15 @@ class BlockResult:
     matrices : int
         Matrices that are done.
     seconds_by_stage : Counter
-        Seconds of ``open``, ``read``, ``prepare``, ``metrics``, ``write``: what the block waited for.
+        Seconds of ``load``, ``read``, ``prepare``, ``metrics``, ``write``: what the block waited for.
     seconds_by_metric : Counter
         ``metrics``, metric by metric; a family's embedding counts for the first of them.
     precision : dict
         By metric, how those with a promise of precision kept it.
     device : str
         Kind of device that computed.
+    records : dict
+        What is recorded of the matrices, by metric and row; the driver writes it.
     """
 
     matrices: int
@@ -60,6 +63,7 @@ class BlockResult:
     seconds_by_metric: Counter[str]
     precision: dict[str, Any]
     device: str
+    records: Records
 
     def __add__(self, other: BlockResult) -> BlockResult:
         """Combine the results of two blocks."""
@@ -71,6 +75,10 @@ class BlockResult:
             self.seconds_by_metric + other.seconds_by_metric,
             precision,
             self.device,
+            {
+                metric: {**self.records.get(metric, {}), **other.records.get(metric, {})}
+                for metric in {**self.records, **other.records}
+            },
         )
 
 
@@ -113,54 +121,35 @@ class _Matrix:
 
 
 def compute_blocks(*blocks: Block) -> BlockResult:
-    """Compute and write blocks of one field, each by itself. Runs on a worker.
-
-    Blocks that an earlier attempt has finished are left as they are: a worker that died costs one block.
-    """
-    done = [False] * len(blocks)
-    if _is_done(blocks[0]):
-        done = [_is_done(block) for block in blocks]
-    results = [
-        _finished_before(block) if is_done else compute_block(block)
-        for block, is_done in zip(blocks, done, strict=True)
-    ]
-    return functools.reduce(operator.add, results)
+    """Compute and write blocks of one field, each by itself. Runs on a worker."""
+    field = blocks[0].field
+    source = store.get_group(store.open_store(field.frames), field.key)
+    group = store.get_group(store.open_store(field.out, "r+"), field.key)
+    return functools.reduce(operator.add, [_compute_block(block, source, group) for block in blocks])
 
 
-def _is_done(block: Block) -> bool:
-    """Tell whether a block's fingerprints are those that computing it would write."""
-    provenance = store.get_group(store.open_store(block.field.out), f"{block.field.key}/{schema.PROVENANCE}")
-    rows = slice(block.start, block.stop)
-    recorded = store.read(store.get_array(provenance, schema.FINGERPRINT), (slice(None), rows))
-    return all(
-        recorded[block.field.metrics[name].place, row - block.start] == fingerprint
-        for name in block.rows
-        for row, fingerprint in block.fingerprints(name).items()
-    )
-
-
-def _finished_before(block: Block) -> BlockResult:
-    first = block.field.metrics[next(iter(block.rows))]
-    return BlockResult(block.matrices, Counter(), Counter(), {}, get_metric(first.request).device.type)
-
-
-def compute_block(block: Block) -> BlockResult:
-    """Compute and write one block. Runs on a worker.
+def _compute_block(block: Block, source: store.Group, group: store.Group) -> BlockResult:
+    """Compute and write one block.
 
     Frames are read a sequence at a time, so memory is that of one sequence whatever the block (of two, where
     a GPU computes one while the next is read).
     """
     stages, by_metric = Stopwatch(), Stopwatch()
-    metrics, matrices = _compute(block, stages, by_metric)
+    metrics, matrices = _compute(block, source, stages, by_metric)
     with stages("write"):
         if not still_wanted():  # the run is over, and the next may be writing
             raise store.StoreError(
                 f"{block.field.out}: block {block.start}:{block.stop} is not waited for any more"
             )
-        _write(block, matrices)
-    precision = take_precision(metrics)
-    finished = sum(matrix.final for by_row in matrices.values() for matrix in by_row.values())
-    return BlockResult(finished, stages.seconds, by_metric.seconds, precision, metrics[0].device.type)
+        records = _write(block, group, matrices)
+    return BlockResult(
+        sum(matrix.final for by_row in matrices.values() for matrix in by_row.values()),
+        stages.seconds,
+        by_metric.seconds,
+        take_precision(metrics),
+        metrics[0].device.type,
+        records,
+    )
 
 
 def seconds_per_sequence(block: Block) -> float:
@@ -184,7 +173,7 @@ def seconds_per_sequence(block: Block) -> float:
 
     def measure() -> float:
         stages = Stopwatch()
-        metrics, _ = _compute(block, stages, Stopwatch())
+        metrics, _ = _compute(block, source, stages, Stopwatch())
         take_precision(metrics)
         return stages.seconds["read"] + stages.seconds["prepare"] + stages.seconds["metrics"]
 
@@ -196,7 +185,7 @@ def seconds_per_sequence(block: Block) -> float:
 
 
 def _compute(
-    block: Block, stages: Stopwatch, by_metric: Stopwatch
+    block: Block, source: store.Group, stages: Stopwatch, by_metric: Stopwatch
 ) -> tuple[list[Metric], dict[str, dict[int, _Matrix]]]:
     """Read a block's sequences and compute what is stale of them; nothing is written.
 
@@ -206,8 +195,7 @@ def _compute(
     matrices : dict
         By metric and row.
     """
-    with stages("open"):
-        source = store.get_group(store.open_store(block.field.frames), block.field.key)
+    with stages("load"):
         metrics = [
             get_weighted(block.field.metrics[name].request, block.field.weights) for name in block.rows
         ]
@@ -369,11 +357,14 @@ def _why_incomparable(matrix: np.ndarray, frames: np.ndarray, metric: Metric, bl
 # ---------------------------------------------------------------- writing
 
 
-def _write(block: Block, matrices: Mapping[str, Mapping[int, _Matrix]]) -> None:
-    """Write a block's distances, then their records; the fingerprints last, as they say that all is there."""
-    group = store.get_group(store.open_store(block.field.out, "r+"), block.field.key)
+def _write(block: Block, group: store.Group, matrices: Mapping[str, Mapping[int, _Matrix]]) -> Records:
+    """Write a block's distances, and return what is to be recorded of them."""
     records: dict[str, dict[int, dict[str, str]]] = {}
+    values = {
+        name: {row: matrix.values for row, matrix in by_row.items()} for name, by_row in matrices.items()
+    }
     for name, by_row in matrices.items():
+        _write_values(group, name, block, values[name])
         fingerprints = block.fingerprints(name)
         records[name] = {
             row: {
@@ -384,20 +375,7 @@ def _write(block: Block, matrices: Mapping[str, Mapping[int, _Matrix]]) -> None:
             }
             for row, matrix in by_row.items()
         }
-    undone = {
-        name: {row: {schema.FINGERPRINT: ""} for row, matrix in by_row.items() if not matrix.final}
-        for name, by_row in matrices.items()
-    }
-    if any(undone.values()):
-        # An attempt on a lost worker may have finished these: its fingerprint must not stand for new values.
-        write_records(group, block, undone)
-    values = {
-        name: {row: matrix.values for row, matrix in by_row.items()} for name, by_row in matrices.items()
-    }
-    for name, by_row_values in values.items():
-        _write_values(group, name, block, by_row_values)
-    add_digests(block, records, values)
-    write_records(group, block, records)
+    return add_digests(block, records, values)
 
 
 def _write_values(group: store.Group, name: str, block: Block, values: Mapping[int, np.ndarray]) -> None:

@@ -23,7 +23,6 @@ import numpy as np
 import xarray as xr
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.storage import LocalStore
 
 from pipeline.storage import digests, locks, metadata, objects, schema
 from pipeline.storage.address import absolute, is_address
@@ -32,7 +31,6 @@ from pipeline.storage.chunks import check_fits, damage_named, write_nan_chunks
 from pipeline.storage.errors import NO_METADATA, StoreError
 from pipeline.storage.errors import DamagedError as DamagedError  # raised by read and others
 from pipeline.storage.errors import OversizedError as OversizedError  # raised by read and others
-from pipeline.storage.text_chunks import read_texts
 
 Group = zarr.Group
 Array = zarr.Array
@@ -316,34 +314,9 @@ def read(array: Array, region: Any = ...) -> np.ndarray:
         When the region is larger than the memory of this machine; nothing is allocated.
     """
     check_fits(array, region)
-    texts = _read_text_files(array, region)
-    if texts is not None:
-        return texts
     with damage_named(array, region):
         values = np.asarray(array[region])
     return values.astype(object) if values.dtype.kind == "T" else values
-
-
-def _read_text_files(array: Array, region: Any) -> np.ndarray | None:
-    """Read a region of texts in files, past Zarr; None where Zarr has to read it, or name the damage."""
-    parts = region if isinstance(region, tuple) else () if region is ... else (region,)
-    codecs = [codec.to_dict()["name"] for codec in array.metadata.codecs]  # type: ignore[union-attr]
-    if (
-        codecs not in (["vlen-utf8"], ["vlen-utf8", "crc32c"])
-        or not isinstance(array.store, LocalStore)
-        or not all(isinstance(part, slice) and part.step in (None, 1) for part in parts)
-    ):
-        return None
-    parts = (*parts, *[slice(None)] * (array.ndim - len(parts)))
-    ranges = [part.indices(length) for part, length in zip(parts, array.shape, strict=True)]
-    return read_texts(
-        array.store.root / array.path,
-        array.metadata.encode_chunk_key,
-        array.chunks,
-        [slice(start, max(start, stop)) for start, stop, _ in ranges],
-        checked=len(codecs) == 2,
-        fill=str(array.fill_value),
-    )
 
 
 def resize_rows(array: Array, length: int, *, axis: int = 0) -> None:
