@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 from distributed import Client, Future, KilledWorker, as_completed
 
+from pipeline.storage import locks
 from pipeline.workers import sigterm
 from pipeline.workers.pickled_task import EndedError, pack, run_guarded, run_packed
 from pipeline.workers.profiles import ClusterError
@@ -79,6 +80,8 @@ def run_bounded(
     ------
     ClusterError
         When the scheduler is lost.
+    pipeline.storage.locks.LockedError
+        When another run has taken over a store that this process writes.
     pipeline.workers.sigterm.Stopped
         When the process was asked to end, once running tasks have finished or their time is over.
     """
@@ -103,6 +106,7 @@ def reason_of(error: Exception) -> str:
 def _run_in_process(function: Callable[..., Any], tasks: Iterable[Task]) -> Iterator[Outcome]:
     with single_threaded():
         for task in tasks:
+            locks.check_all()
             if sigterm.requested():
                 raise sigterm.Stopped
             result, error = None, None
@@ -157,6 +161,7 @@ class _Flight:
         """Yield all outcomes, as they come."""
         pause, deadline = POLL_S[0], None
         while True:
+            locks.check_all()
             self._count_threads()
             if deadline is None and sigterm.requested():
                 self._cancel_waiting()

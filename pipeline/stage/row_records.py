@@ -1,4 +1,4 @@
-"""Write the texts that provenance has for every metric and row: by the driver alone, every few seconds.
+"""Write the texts that provenance has for every metric and row: by the driver alone, every two seconds.
 
 Workers write values, and send back what is recorded of them. A store of 10⁵ blocks thus has a few hundred
 files of texts rather than a few for each block. After a kill, what workers computed since the last writing is
@@ -21,7 +21,7 @@ Records: TypeAlias = Mapping[str, Mapping[int, Mapping[str, str]]]
 ROWS_PER_CHUNK = 512
 """Rows of a chunk of texts: it is written again at each flush until its last row is done."""
 
-FLUSH_S = 3.0
+FLUSH_S = 2.0
 """Seconds between two writings; a run that is killed loses what was computed since the last."""
 
 

@@ -3,8 +3,9 @@
 A folder is locked by the operating system, which releases it however the process ends. An address is locked
 by an object beside the store, ``<store>.lock``. A conditional write creates it, so that one of two runs gets
 it. Its owner renews it. A lock is stale, and taken over, when nobody has renewed it for :data:`STALE_S` by
-the clock of the object store, or when its owner was a process on this machine that has ended. An owner that
-has lost its lock, or could not renew it for that long, is stopped, and :func:`check` refuses its writes.
+the clock of the object store, or when its owner was a process on this machine that has ended. When an owner
+has lost its lock, or could not renew it for that long, :func:`check` refuses its writes, and
+:func:`check_all` ends its run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
 import threading
 import time
@@ -20,7 +20,6 @@ import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from pipeline.storage import objects
@@ -34,11 +33,8 @@ except ImportError:  # not on this platform: users there must not start two runs
 RENEW_S = 60.0
 STALE_S = 300.0
 """Several renewals, so that one that fails, or a machine that is slow for a while, loses no lock."""
-LOOK_S = 5.0
-"""Interval at which an owner checks whether it still holds its lock; a renewal may wait for minutes."""
-WAKE = getattr(signal, "SIGURG", None)
-"""The signal that stops an owner. A process that a script starts with ``&`` ignores SIGINT. A process without
-a handler ignores SIGURG, so child processes are safe."""
+RETRY_S = 5.0
+"""Interval of renewals after one that failed."""
 
 
 class LockedError(RuntimeError):
@@ -71,6 +67,17 @@ def check(address: str) -> None:
         raise LockedError(lock.reason_of_loss())
 
 
+def check_all() -> None:
+    """Check between two tasks that this process has lost none of its locks.
+
+    Raises
+    ------
+    LockedError
+    """
+    for address in list(_locks):
+        check(address)
+
+
 @contextlib.contextmanager
 def _folder_lock(path: str) -> Iterator[None]:
     """Lock a folder through the operating system; create it when absent."""
@@ -92,7 +99,7 @@ def _folder_lock(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _address_lock(address: str) -> Iterator[None]:
-    """Lock an address, renew the lock in a thread, and stop the main thread where the lock is lost."""
+    """Lock an address, and renew the lock in a thread."""
     name = split_bucket(address)[2]
     if not name:
         raise LockedError(f"{address}: a store needs a name in its bucket, as in {address}/frames.zarr")
@@ -100,19 +107,12 @@ def _address_lock(address: str) -> Iterator[None]:
     lock = _Lock(address, parent(address), f"{name.rpartition('/')[2]}.lock")
     lock.take()
     _locks[address] = lock
-    before = signal.signal(WAKE, _stop_owner) if WAKE is not None and lock.interrupts else None
     renewal = threading.Thread(target=lock.renew_until_ended, name="lock", daemon=True)
     renewal.start()
-    threading.Thread(target=lock.watch, name="lock watch", daemon=True).start()
     try:
         yield
-    except KeyboardInterrupt:
-        if not lock.is_lost():
-            raise
     finally:
         lock.ended.set()
-        if WAKE is not None and lock.interrupts:
-            signal.signal(WAKE, signal.SIG_DFL if before is None else before)
         if _locks.get(address) is lock:
             del _locks[address]
         if not lock.is_lost():  # else a renewal may be waiting for an answer for minutes
@@ -120,15 +120,6 @@ def _address_lock(address: str) -> Iterator[None]:
             lock.release()
     if lock.is_lost():
         raise LockedError(lock.reason_of_loss())
-
-
-def _stop_owner(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt in the main thread where a lock is lost.
-
-    Unlike _thread.interrupt_main, a signal interrupts calls that wait.
-    """
-    if any(lock.interrupts and not lock.ended.is_set() and lock.is_lost() for lock in _locks.values()):
-        raise KeyboardInterrupt
 
 
 class _Lock:
@@ -143,7 +134,6 @@ class _Lock:
         self.renewed = _clock()
         self.taken = False
         self.trouble = ""
-        self.interrupts = threading.current_thread() is threading.main_thread()
 
     def take(self) -> None:
         """Take the lock; raise :class:`LockedError` when another run holds it."""
@@ -164,19 +154,13 @@ class _Lock:
 
     def renew_until_ended(self) -> None:
         """Renew the lock until it is released or lost; runs in a thread."""
-        while not self.ended.wait(min(RENEW_S, LOOK_S) if self.trouble else RENEW_S) and not self.lost:
+        while not self.ended.wait(min(RENEW_S, RETRY_S) if self.trouble else RENEW_S) and not self.lost:
             try:
                 self._renew()
                 self.trouble = ""
             except (OSError, objects.ChangedError) as error:
                 # The next renewal shows whether the lock is still ours; meanwhile is_lost counts the time.
                 self.trouble = str(error)
-
-    def watch(self) -> None:
-        """Stop the run once the lock is lost, again and again if it catches that; runs in a thread."""
-        while not self.ended.wait(min(RENEW_S, LOOK_S)):
-            if self.is_lost() and WAKE is not None and self.interrupts:
-                signal.pthread_kill(threading.main_thread().ident or 0, WAKE)
 
     def is_lost(self) -> bool:
         """Tell whether another run has the lock, or may have taken it since it became stale."""
