@@ -14,6 +14,7 @@ from pipeline.cli.learning import export, simulate, train
 from pipeline.cli.matrix import embed, matrix, neighbours
 from pipeline.cli.metrics import fetch_weights, list_weights, metrics, verify_weights
 from pipeline.cli.results import correlate, report, verify
+from pipeline.cli.rollouts import compare, rank
 from pipeline.cli.run import run
 from pipeline.cli.sources import convert, fetch_catalog, list_catalogs, show_catalog, verify_catalog
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     help="Compute how far apart simulations are, with similarity metrics, over whole archives.",
 )
 COMMANDS = (
-    *(run, convert, distances, matrix, correlate, report, neighbours, embed, verify),
+    *(run, convert, distances, matrix, compare, rank, correlate, report, neighbours, embed, verify),
     *(simulate, train, export, metrics),
 )
 for command in COMMANDS:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from pipeline.matrix import MatrixReport
     from pipeline.matrix.embeddings import EmbeddingsReport
     from pipeline.matrix.neighbours import Neighbours
+    from pipeline.rollouts import RolloutsReport
+    from pipeline.rollouts.ranking import RankingReport
 
 
 class _SafeConsole(Console):
@@ -291,6 +293,59 @@ def show_embeddings(report: EmbeddingsReport) -> None:
             for entry in report.failures
         ]
         _list_reasons("not embedded", entries)
+
+
+def show_rollouts(report: RolloutsReport) -> None:
+    """Show how many rollouts were compared, and what could not be compared."""
+    if report.blocks:
+        output.print(
+            f"{report.computed} rollouts compared, times metrics, {report.up_to_date} up to date, in "
+            f"{report.seconds:.1f} s"
+        )
+    elif not report.failures:
+        output.print(f"nothing to do: {report.up_to_date} rollouts, times metrics, are up to date")
+    if report.unmatched:
+        entries = []
+        for entry in report.unmatched:
+            place = " ".join(part for part in (entry.model, entry.member, entry.sequence) if part)
+            entries.append((f"{entry.dataset}/{entry.field} {place}", entry.reason))
+        _list_reasons("without a partner", entries)
+    if report.failures:
+        by_reason: dict[tuple[str, str], list[str]] = {}
+        for failure in report.failures:
+            labels = (failure.model, failure.member, failure.sequence)
+            place = f"{failure.dataset}/{failure.field} {' '.join(part for part in labels if part)}"
+            by_reason.setdefault((place, failure.reason), []).append(failure.metric)
+        entries = [
+            (f"{place}, {', '.join(metrics)}", reason) for (place, reason), metrics in by_reason.items()
+        ]
+        _list_reasons("not compared, or in part", entries)
+
+
+def show_ranking(report: RankingReport) -> None:
+    """Show the errors of all models by field and metric, the best marked, and what could not be used."""
+    overall = report.errors[report.errors["frame"] == -1]
+    models = list(dict.fromkeys(overall["model"]))
+    table = Table("data set", "field", "metric", *map(escape, models), title="Mean error over time")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for labels, rows in overall.groupby(["dataset", "field", "metric"], sort=False):
+        dataset, field, metric = map(str, labels)
+        place = (dataset, field, metric)
+        best, equals = report.best.get(place), report.equals.get(place, [])
+        values = dict(zip(rows["model"], rows["value"], strict=True))
+        cells = []
+        for model in models:
+            mark = " *" if model == best else " ≈" if model in equals else ""
+            cells.append(f"{values.get(model, math.nan):.4g}{mark}")
+        add_row(table, *place, *cells)
+    output.print(table, soft_wrap=False)
+    output.print("* least error; ≈ cannot be told from it (95 %, all pairs of models at once)")
+    incomplete = overall.groupby("model")["incomplete"].max()
+    for model, count in incomplete[incomplete > 0].items():
+        _warn(f"{model}: {count} rollouts are incomplete, and have no mean over time")
+    for text in report.damaged:
+        _warn(f"left out, not as it was written: {text}")
 
 
 def _shortened(entries: Sequence[object]) -> str:

@@ -143,16 +143,21 @@ def decode_sequence(source: Decode, row: int, folder: str, form: FieldForm | Non
         digest = _hash_files(sequence) if source.hash_files else ""
         same_bytes = bool(digest) and digest == source.record.get("hash")
         if same_bytes and not source.verify and _same_but_time(source.record, look):
-            weights_hash = {name: source.record[name] for name in (schema.WEIGHTS,) if name in source.record}
-            record = {**look, "hash": digest, **weights_hash}
+            kept = (schema.WEIGHTS, schema.TIME)
+            record = {**look, "hash": digest} | {
+                name: source.record[name] for name in kept if name in source.record
+            }
             return Outcome(sequence.name, row, source.content, record, committed_before=True)
         frames, parameter, weights = read_checked(sequence, form)
+        time = sequence.read_time()
     except Exception as error:
         return Outcome(sequence.name, row, "", {**look, **_failure(error, sequence)})
     content = content_hash(frames, parameter)
     record = {**look, "hash": digest}
     if weights is not None:
         record[schema.WEIGHTS] = hash_weights(weights)
+    if time is not None:
+        record[schema.TIME] = [float(time[0]), float(time[-1])]
     same_content = content == source.content
     outcome = Outcome(sequence.name, row, content, record, frames.nbytes, committed_before=same_content)
     return Decoded(outcome, frames, parameter, weights)
@@ -251,6 +256,8 @@ def _without_mask(values: np.ndarray, label: str) -> np.ndarray:
 
 def _check_finite(sequence: LazySequence, frames: np.ndarray) -> None:
     """Refuse frames with NaN or infinity; with ``missing: keep`` only frames that hold nothing else."""
+    if sequence.missing == "frames":
+        return
     label = f"sequence {sequence.name}"
     for number, frame in enumerate(frames):
         finite = np.isfinite(frame)

@@ -40,7 +40,8 @@ user's cache. ``filter`` lists substrings of a sequence's name, dots included; a
 of them occurs in its name, and an empty filter selects all. ``fields`` selects fields of a source by name,
 or makes new ones of some channels: ``{velocity-x: {source: velocity, channel: 0}}``; metrics take frames of
 one, three or four channels. ``missing: keep`` converts frames with NaN or infinity as they are, for metrics
-that leave out missing pixels; by default (``quarantine``) their sequences are left out.
+that leave out missing pixels; by default (``quarantine``) their sequences are left out. ``missing: frames``
+also converts frames that hold nothing else, as models leave behind that have blown up.
 ``largest_sequence: 40 GB`` bounds the size of a decoded sequence, 16 GiB by default.
 Unknown keys are errors.
 """
@@ -71,8 +72,8 @@ from pipeline.resources import ResourceError, find_resource, shipped_names
 from pipeline.storage import limits
 from pipeline.storage.safe_names import group_fault, printable, shown
 
-Missing: TypeAlias = Literal["quarantine", "keep"]
-"""Treatment of sequences that hold NaN or infinity."""
+Missing: TypeAlias = Literal["quarantine", "keep", "frames"]
+"""Treatment of sequences that hold NaN or infinity; ``frames``: also whole frames of nothing else."""
 
 CONTAINERS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 """Endings of downloads that are unpacked."""

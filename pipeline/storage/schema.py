@@ -17,7 +17,8 @@ variable        dims                               dtype        meaning
                                                                 the source has none
 =============== ================================== ============ =========================================
 
-All sequences of a field have the same weights: ``weights`` in each ``source`` is their hash.
+All sequences of a field have the same weights: ``weights`` in each ``source`` is their hash. ``time`` in a
+``source`` is the parameter of the first and of the last frame, before it was scaled to [0, 1].
 
 The attribute ``quarantined`` of ``/<dataset>`` lists the sequences that could not be converted:
 ``[{"sequence": …, "field": …, "file": …, "reason": …}, …]``.
@@ -82,6 +83,24 @@ each part of a metric's embedding, (frame, …): ``features`` (frame, feature; f
 The attribute ``euclidean`` is true where the metric is the Euclidean distance of its features. The child
 group ``provenance`` has ``failure`` (frame; why it has no embedding), ``fingerprint`` and ``digest`` (block,
 of whole sequences).
+
+``rollouts.zarr``, the same groups: distances of models' rollouts to the trajectories of a reference, the
+reference first:
+
+=============== ================================== ============ =========================================
+variable        dims                               dtype        meaning
+=============== ================================== ============ =========================================
+one per metric  model, member, sequence, frame     float64      distances; NaN where not compared
+``model``       model                              str          names of the models
+``member``      model, member                      str          names of its members: training runs,
+                                                                samples; "" if it has one, or fewer
+``sequence``    sequence                           str          trajectories of the reference
+``time``        sequence, frame                    float64      times of the reference's frames
+=============== ================================== ============ =========================================
+
+and in ``provenance``: ``metric``, ``specification`` as in ``distances.zarr``; ``failure``, ``content``,
+``digest`` and ``fingerprint`` (metric, model, member, sequence). The root's attribute ``unmatched`` lists what
+could not be compared.
 """
 
 from __future__ import annotations
@@ -101,9 +120,12 @@ FRAMES_STORE = "frames"
 DISTANCES_STORE = "distances"
 MATRIX_STORE = "matrix"
 EMBEDDINGS_STORE = "embeddings"
+ROLLOUTS_STORE = "rollouts"
 TOGETHER = "together"
 """The group of matrices over several fields of an archive."""
 
+MODEL = "model"
+MEMBER = "member"
 SEQUENCE = "sequence"
 FRAME = "frame"
 FRAME_OTHER = "frame_other"
@@ -118,6 +140,7 @@ PARAMETER = "parameter"
 CONTENT = "content"
 SOURCE = "source"
 WEIGHTS = "weights"
+TIME = "time"
 QUARANTINED = "quarantined"
 
 PROVENANCE = "provenance"
@@ -130,6 +153,8 @@ UNRESOLVED = "unresolved"
 DIGEST = "digest"
 RANGES = "ranges"
 MASKED_RANGES = "masked_ranges"
+UNMATCHED = "unmatched"
+"""Attribute of a ``rollouts.zarr``: what could not be compared, with the reasons."""
 DIRECTED = "directed"
 """Attribute of an array of distances whose [i, j] and [j, i] may differ, and entry of its specification."""
 
@@ -138,6 +163,8 @@ PARAMETER_DIMS = (SEQUENCE, FRAME)
 WEIGHTS_DIMS = ("y", "x")
 DISTANCE_DIMS = (SEQUENCE, FRAME, FRAME_OTHER)
 PROVENANCE_DIMS = (METRIC, SEQUENCE)
+ROLLOUT_DIMS = (MODEL, MEMBER, SEQUENCE, FRAME)
+ROLLOUT_PROVENANCE_DIMS = (METRIC, MODEL, MEMBER, SEQUENCE)
 MATRIX_DIMS = (FRAME, FRAME_OTHER)
 FINGERPRINT_DIMS = (METRIC, TILE, TILE_OTHER)
 
@@ -153,8 +180,8 @@ CARRIED = frozenset({PARAMETER, SEQUENCE})
 CARRIED_BY_MATRIX = frozenset({FIELD, SEQUENCE, NUMBER, PARAMETER})
 """Variables of a ``matrix.zarr`` group that are not metrics."""
 
-RESERVED = CARRIED | CARRIED_BY_MATRIX | {FRAME, FRAME_OTHER, PROVENANCE}
-"""Names that no metric can have in a ``distances.zarr`` or a ``matrix.zarr``."""
+RESERVED = CARRIED | CARRIED_BY_MATRIX | {FRAME, FRAME_OTHER, PROVENANCE, MODEL, MEMBER, TIME}
+"""Names that no metric can have in a store of results."""
 
 
 Pairs: TypeAlias = Literal["all", "reference"]
@@ -300,7 +327,7 @@ ATTRIBUTES = frozenset(
         *("kind", "schema_version", "catalog", "title", "datasets", "pools", "runs", "versions"),
         *("convert_seconds", "frames", "unavailable", "scope", "plan", "role", "licence", "citation"),
         *("units", "groups", "precision", "metric", "specification", "euclidean", "feature_distance"),
-        *(QUARANTINED, RESOLUTION, RECORDED, DIRECTED),
+        *(QUARANTINED, RESOLUTION, RECORDED, DIRECTED, UNMATCHED),
     }
 )
 """Attributes of stores, groups and arrays that the stages write. Others are users' own, and not checked."""

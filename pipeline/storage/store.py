@@ -62,6 +62,11 @@ def open_store(path: str | os.PathLike[str], mode: Literal["r", "r+", "a"] = "r"
         raise metadata.unreadable_root(path, error) from error
 
 
+def open_node(path: str | os.PathLike[str]) -> Any:
+    """Open an array or a group of others, in either format of Zarr, to read it."""
+    return zarr.open(str(path), mode="r")
+
+
 def exists(path: str | os.PathLike[str]) -> bool:
     """Tell whether there is a store at a path or address."""
     return metadata.read_document(path) is not None

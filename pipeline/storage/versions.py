@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import platform
 
@@ -13,6 +14,11 @@ OPENCV = ("opencv-python-headless", "opencv-python")
 
 def versions() -> dict[str, str]:
     """Look up the versions of the packages that compute and store, of Python, and the kind of machine."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
     packages = {name: importlib.metadata.version(name) for name in RECORDED}
     for name in OPENCV:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -53,7 +53,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.sources.catalog import CatalogError, Dataset, FieldChoice
-from pipeline.sources.readers import lsim, stack, xarray
+from pipeline.sources.readers import arrays, lsim, stack, xarray
 from pipeline.sources.readers.base import (
     LEADS_OUT,
     BrokenSequence,
@@ -81,9 +81,14 @@ __all__ = [
 
 Reader = Callable[[Dataset, Path], Iterable[LazySequence]]
 
-READERS: dict[str, Reader] = {"lsim": lsim.read, "stack": stack.read, "xarray": xarray.read}
+READERS: dict[str, Reader] = {
+    "arrays": arrays.read,
+    "lsim": lsim.read,
+    "stack": stack.read,
+    "xarray": xarray.read,
+}
 
-VERSIONS: dict[str, str] = {module.__name__: module.VERSION for module in (lsim, stack, xarray)}
+VERSIONS: dict[str, str] = {module.__name__: module.VERSION for module in (arrays, lsim, stack, xarray)}
 """Versions of the shipped readers, by module."""
 
 
@@ -244,6 +249,10 @@ class ChannelsOf(LazySequence):
     def read_weights(self) -> np.ndarray | None:
         """Decode the weights of the other sequence, which hold for all channels."""
         return self.source.read_weights()
+
+    def read_time(self) -> np.ndarray | None:
+        """Decode the time of the other sequence."""
+        return self.source.read_time()
 
 
 def _choose_fields(sequences: list[LazySequence], entry: Dataset, label: str) -> list[LazySequence]:

@@ -180,7 +180,7 @@ class LazySequence(ABC):
         Everything else that influences :meth:`read`; after a change the sequence is decoded again.
     attributes : dict of JSON values
         Attributes for the field's ``frames``, such as ``units``.
-    missing : {"quarantine", "keep"}
+    missing : {"quarantine", "keep", "frames"}
         Whether frames may hold NaN and infinity, from the catalog; set after listing.
     most_bytes : int
         Bound on the decoded frames, from the catalog; set after listing.
@@ -226,6 +226,13 @@ class LazySequence(ABC):
         ------
         ReaderError
             When the sequence has weights that cannot be read.
+        """
+        return None
+
+    def read_time(self) -> np.ndarray | None:
+        """Decode the parameter as the source has it, before it is scaled to [0, 1]: (n,), or None if unknown.
+
+        Trajectories of different lengths are matched by it.
         """
         return None
 

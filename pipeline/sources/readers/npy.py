@@ -23,7 +23,7 @@ _ARRAYS = 10_000
 """Most arrays in an ``.npz`` file."""
 
 
-def load_npy(path: str, most: int) -> np.ndarray:
+def load_npy(path: str, most: int, *, mapped: bool = False) -> np.ndarray:
     """Load the array of an ``.npy`` file.
 
     Parameters
@@ -31,6 +31,8 @@ def load_npy(path: str, most: int) -> np.ndarray:
     path : str
     most : int
         Bound on the array in bytes.
+    mapped : bool, default False
+        Map the file into memory rather than read it.
 
     Raises
     ------
@@ -42,8 +44,16 @@ def load_npy(path: str, most: int) -> np.ndarray:
         size = os.fstat(file.fileno()).st_size - file.tell()
         if size < needed:
             raise ReaderError(f"the header claims {needed} bytes; the file has {size}", path)
+        if mapped:
+            return np.lib.format.open_memmap(path, mode="r")
         file.seek(0)
         return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def list_npz(path: str) -> list[str]:
+    """List the arrays of an ``.npz`` file."""
+    with open_zip(Path(path), _ARRAYS) as members:
+        return [name.removesuffix(".npy") for name in members.namelist() if name.endswith(".npy")]
 
 
 def load_npz(path: str, names: Sequence[str], most: int) -> list[np.ndarray]:

@@ -93,21 +93,13 @@ class StackSequence(LazySequence):
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Decode the stack and its parameter."""
-        path, key, parameter = self.files[0].path, self.settings["key"], self.settings["parameter"]
+        path, key = self.files[0].path, self.settings["key"]
         with decoding(path):
             if path.lower().endswith(".npy"):
                 frames = load_npy(path, self.most_bytes)
-                if isinstance(parameter, str):
-                    if len(self.files) < 2:
-                        raise ReaderError(
-                            f"no parameter: expected it in {Path(path).stem}.parameter{Path(path).suffix}",
-                            path,
-                        )
-                    parameter = load_npy(self.files[1].path, self.most_bytes)
-            elif isinstance(parameter, str):
-                frames, parameter = load_npz(path, [key, parameter], self.most_bytes)
             else:
                 (frames,) = load_npz(path, [key], self.most_bytes)
+        parameter = self.read_time()
         if frames.ndim not in (3, 4):
             raise ReaderError(
                 f"array of shape {frames.shape}; expected (frame, y, x) or (frame, y, x, channel), "
@@ -121,6 +113,20 @@ class StackSequence(LazySequence):
         if len(scaled) != len(frames):
             raise ReaderError(f"{len(frames)} frames, but {len(scaled)} values of the parameter", path)
         return with_channel(frames), scaled
+
+    def read_time(self) -> np.ndarray:
+        """Decode the parameter as it is stored."""
+        path, parameter = self.files[0].path, self.settings["parameter"]
+        with decoding(path):
+            if not isinstance(parameter, str):
+                return np.asarray(parameter, dtype=np.float64)
+            if not path.lower().endswith(".npy"):
+                return load_npz(path, [parameter], self.most_bytes)[0]
+            if len(self.files) < 2:
+                raise ReaderError(
+                    f"no parameter: expected it in {Path(path).stem}.parameter{Path(path).suffix}", path
+                )
+            return load_npy(self.files[1].path, self.most_bytes)
 
     def read_weights(self) -> np.ndarray | None:
         """Decode the array of weights."""

@@ -201,6 +201,12 @@ class LabelledSequence(LazySequence):
             values = values.T
         return np.broadcast_to(values, tuple(labelled[dim] for dim in over))
 
+    def read_time(self) -> np.ndarray | None:
+        """Decode the parameter as it is stored."""
+        path, options = self.files[0].path, self._options()
+        with decoding(path, "parameter "), _open(Path(path), options.group, options.engine) as dataset:
+            return self._parameter(dataset, options)
+
     def _options(self) -> XarrayOptions:
         return XarrayOptions.model_validate({k: v for k, v in self.settings.items() if k != _RULES})
 
@@ -220,7 +226,7 @@ class LabelledSequence(LazySequence):
         """Refuse missing values where the catalog doesn't take them, and frames that hold nothing else."""
         path = self.files[0].path
         what = f"sequence {self.name}: {self.variable}: {missing}"
-        if empty := missing.empty_frames():
+        if self.missing != "frames" and (empty := missing.empty_frames()):
             verb = "has" if len(empty) == 1 else "have"
             raise ReaderError(f"{what}; {list_frames(empty)} {verb} no finite value", path)
         if options.fill is None and self.missing == "quarantine":
@@ -235,7 +241,7 @@ class LabelledSequence(LazySequence):
     ) -> tuple[np.ndarray, MissingCount]:
         """Decode a variable at this index, after a check of its size and the size of its chunks."""
         path, along = self.files[0].path, options.dims.sequence
-        as_float = self.missing == "keep" or options.fill is not None
+        as_float = self.missing != "quarantine" or options.fill is not None
         coding, lengths = _coding_of(data, Path(path), options, as_float=as_float)
         if self.index is not None and along in data.dims:
             data = data.isel({along: self.index})

@@ -1,0 +1,294 @@
+"""rollouts.zarr → tables: the error of each model over time, which is best, and from when on it drifts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pipeline.rollouts.intervals import Bootstrap, Difference
+from pipeline.rollouts.results import FieldResults, read_results
+from pipeline.sources.local_folder import local_folder
+from pipeline.storage import metadata, schema, store
+from pipeline.storage.address import absolute
+from pipeline.storage.versions import versions
+
+ALL_FIELDS = "all"
+"""Name of the mean over the fields of a data set, where all of them have the same rollouts."""
+
+THRESHOLDS = {"correlation": 0.2}
+"""Distances beyond which a rollout is no longer valid, by metric: a correlation below 0.8."""
+
+
+class RankingError(ValueError):
+    """A store that has nothing to rank."""
+
+
+@dataclass
+class RankingReport:
+    """Summary of :func:`rank`.
+
+    Attributes
+    ----------
+    errors, differences, valid_times : DataFrame
+        As the tables that were written.
+    best : dict of (str, str, str) to str
+        By data set, field and metric the model with the least error.
+    equals : dict of (str, str, str) to list of str
+        By data set, field and metric, models that cannot be told from the best one.
+    damaged : list of str
+        Distances that are not those that were written; they are left out.
+    """
+
+    errors: pd.DataFrame
+    differences: pd.DataFrame
+    valid_times: pd.DataFrame
+    best: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    equals: dict[tuple[str, str, str], list[str]] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
+
+
+def rank(
+    rollouts: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    replicates: int = 2000,
+    seed: int = 0,
+    thresholds: Mapping[str, float] | None = None,
+) -> RankingReport:
+    """Rank the models of a ``rollouts.zarr``, and write tables.
+
+    Parameters
+    ----------
+    rollouts : path or address
+    out : path or address
+        Folder of ``errors.parquet``, ``differences.parquet``, ``valid_times.parquet`` and ``rollouts.json``.
+    replicates, seed : int
+        Of the bootstrap.
+    thresholds : mapping of str to float, optional
+        Distance by metric from which on a rollout is not valid any more. Default: :data:`THRESHOLDS`.
+
+    Returns
+    -------
+    RankingReport
+
+    Raises
+    ------
+    RankingError
+        When the store holds no rollouts.
+
+    Notes
+    -----
+    The error of a rollout is the mean of its distances over time. A rollout without all of its distances has
+    none: it is counted as incomplete, and its frames count where they are there. Intervals resample
+    sequences, and members within a model, on the same draws of sequences for all models; differences are
+    simultaneous over all pairs.
+    """
+    root = store.open_store(rollouts)
+    if root.attrs.get("kind") != schema.ROLLOUTS_STORE:
+        raise RankingError(f"{rollouts}: expected a rollouts.zarr, found a store of {root.attrs.get('kind')}")
+    metadata.check_documents(root)
+    thresholds = THRESHOLDS if thresholds is None else thresholds
+    report = RankingReport(pd.DataFrame(), pd.DataFrame(), pd.DataFrame())
+    errors: list[dict[str, Any]] = []
+    differences: list[dict[str, Any]] = []
+    valid: list[dict[str, Any]] = []
+    for place, table in _tables(root, report.damaged):
+        dataset, name, metric = place
+        means = {model: _means(values) for model, values in table.distances.items()}
+        bootstrap = Bootstrap(means, replicates, seed)
+        labels = {"dataset": dataset, "field": name, "metric": metric}
+        errors += [labels | row for row in _rows_of_errors(table, bootstrap, replicates, seed)]
+        pairs = bootstrap.differences()
+        differences += [labels | asdict(pair) for pair in pairs]
+        _choose_best(report, place, bootstrap, pairs)
+        if metric in thresholds:
+            rows = _rows_of_valid_times(table, thresholds[metric], replicates, seed)
+            valid += [labels | row for row in rows]
+    if not errors:
+        raise RankingError(f"{rollouts}: no distances to rank; 'lsim compare' computes them")
+    report.errors, report.differences = pd.DataFrame(errors), pd.DataFrame(differences)
+    report.valid_times = pd.DataFrame(valid)
+    _write(report, rollouts, out, replicates, seed, root)
+    return report
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Distances of all models by a metric, (member, sequence, frame) each, and the frames' times."""
+
+    distances: dict[str, np.ndarray]
+    times: np.ndarray
+
+
+def _tables(root: store.Group, damaged: list[str]) -> Iterator[tuple[tuple[str, str, str], _Table]]:
+    """Give the distances of every field and metric, and the means over fields of a data set."""
+    by_dataset: dict[str, list[str]] = {}
+    for key in store.field_keys(root, schema.MODEL):
+        by_dataset.setdefault(key.split("/")[0], []).append(key)
+    for dataset, keys in by_dataset.items():
+        fields = [read_results(root, key) for key in keys]
+        for results in fields:
+            damaged += _leave_out_damaged(results)
+        for results in fields:
+            for metric in results.distances:
+                yield (dataset, results.key.split("/")[1], metric), _table_of(results, metric)
+        if len(fields) > 1 and all(other.axes_equal(fields[0].axes) for other in fields[1:]):
+            for metric in fields[0].distances:
+                if all(metric in results.distances for results in fields):
+                    yield (dataset, ALL_FIELDS, metric), _mean_over_fields(fields, metric)
+
+
+def _leave_out_damaged(results: FieldResults) -> list[str]:
+    """Make distances NaN that are not those that were written with their record; say which."""
+    left_out = []
+    for metric, values in results.distances.items():
+        for place in np.ndindex(*values.shape[:3]):
+            model = results.axes.models[place[0]]
+            members = results.axes.members[model]
+            if place[1] >= len(members):
+                continue
+            if not results.texts[metric][schema.FINGERPRINT][place]:
+                values[place] = np.nan
+            elif not results.is_bound(metric, place):
+                values[place] = np.nan
+                labels = " ".join(part for part in (model, members[place[1]]) if part)
+                sequence = results.axes.sequences[place[2]]
+                left_out.append(f"{results.key}: {metric}, {labels} {sequence}")
+    return left_out
+
+
+def _table_of(results: FieldResults, metric: str) -> _Table:
+    values = results.distances[metric]
+    return _Table(
+        {
+            model: values[place, : len(results.axes.members[model])]
+            for place, model in enumerate(results.axes.models)
+        },
+        results.axes.times,
+    )
+
+
+def _mean_over_fields(fields: list[FieldResults], metric: str) -> _Table:
+    """Average over fields; a rollout lacks a distance where any field lacks it."""
+    tables = [_table_of(results, metric) for results in fields]
+    models = tables[0].distances
+    return _Table(
+        {model: np.mean([table.distances[model] for table in tables], axis=0) for model in models},
+        tables[0].times,
+    )
+
+
+def _means(distances: np.ndarray) -> np.ndarray:
+    """Average over time, (member, sequence); NaN where a frame is missing."""
+    return distances.mean(axis=2)
+
+
+def _rows_of_errors(
+    table: _Table, bootstrap: Bootstrap, replicates: int, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Make the rows of errors.parquet: each model over all times, and at each."""
+    for model, means in bootstrap.values.items():
+        yield {"model": model, "frame": -1, "time": np.nan} | _summary(bootstrap, model, means)
+    times = table.times.mean(axis=0)
+    for frame, time in enumerate(times.tolist()):
+        at_time = {model: distances[:, :, frame] for model, distances in table.distances.items()}
+        draws = Bootstrap(at_time, replicates, seed)
+        for model, values in at_time.items():
+            yield {"model": model, "frame": frame, "time": time} | _summary(draws, model, values)
+
+
+def _summary(bootstrap: Bootstrap, model: str, values: np.ndarray) -> dict[str, Any]:
+    present = np.isfinite(values)
+    interval = bootstrap.interval(model)
+    spread = float(np.std(values[present], ddof=1)) if present.sum() > 1 else np.nan
+    return {
+        "value": interval.value,
+        "low": interval.low,
+        "high": interval.high,
+        "std": spread,
+        "sequences": int(present.any(axis=0).sum()),
+        "members": int(present.any(axis=1).sum()),
+        "rollouts": int(present.sum()),
+        "incomplete": int((~present).sum()),
+    }
+
+
+def _choose_best(
+    report: RankingReport, place: tuple[str, str, str], bootstrap: Bootstrap, pairs: list[Difference]
+) -> None:
+    """Choose the model with the least error, and those that cannot be told from it."""
+    means = {model: bootstrap.mean(model) for model in bootstrap.values}
+    present = {model: mean for model, mean in means.items() if np.isfinite(mean)}
+    if not present:
+        return
+    best = min(present, key=lambda model: present[model])
+    report.best[place] = best
+    report.equals[place] = [
+        pair.other if pair.model == best else pair.model
+        for pair in pairs
+        if best in (pair.model, pair.other) and not pair.is_certain
+    ]
+
+
+def _rows_of_valid_times(
+    table: _Table, threshold: float, replicates: int, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Make the rows of valid_times.parquet: how long rollouts stay below a threshold.
+
+    The end of the trajectory is the time of a rollout that stays below it, counted as censored. A missing
+    distance counts as one beyond the threshold.
+    """
+    ends = table.times[:, -1] - table.times[:, 0]
+    valid, censored = {}, {}
+    for model, distances in table.distances.items():
+        present = np.isfinite(distances).any(axis=2)
+        beyond = ~(distances <= threshold)
+        first = np.argmax(beyond, axis=2)
+        stays = ~beyond.any(axis=2)
+        elapsed = table.times - table.times[:, :1]
+        times = np.take_along_axis(np.broadcast_to(elapsed, distances.shape), first[..., None], axis=2)[
+            ..., 0
+        ]
+        times = np.where(stays, ends, times)
+        valid[model] = np.where(present, times, np.nan)
+        censored[model] = int((stays & present).sum())
+    draws = Bootstrap(valid, replicates, seed)
+    for model, values in valid.items():
+        summary = _summary(draws, model, values)
+        del summary["incomplete"]
+        yield {"model": model, "threshold": threshold, "censored": censored[model]} | summary
+
+
+def _write(
+    report: RankingReport,
+    rollouts: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    replicates: int,
+    seed: int,
+    root: store.Group,
+) -> None:
+    """Write the tables, and what they were made from."""
+    summary = {
+        "rollouts": absolute(rollouts),
+        "replicates": replicates,
+        "seed": seed,
+        "versions": versions(),
+        "best": [
+            {"dataset": d, "field": f, "metric": m, "model": model, "equals": report.equals[d, f, m]}
+            for (d, f, m), model in report.best.items()
+        ],
+        "damaged": report.damaged,
+        schema.UNMATCHED: root.attrs.get(schema.UNMATCHED, []),
+    }
+    with local_folder(absolute(out)) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("errors", "differences", "valid_times"):
+            getattr(report, name).to_parquet(folder / f"{name}.parquet", index=False)
+        # Last: what the tables were made from.
+        (folder / "rollouts.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
