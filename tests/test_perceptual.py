@@ -234,20 +234,19 @@ def test_parity_of_vgg_with_the_published_package(shared: Path, monkeypatch: pyt
 # --- the contract -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["lpips-alex", "lpips-squeeze"])
-def test_contract(load: Load, name: str) -> None:
-    check_metric(load(name, size=32))
+def test_contract(load: Load) -> None:
+    check_metric(load("lpips-alex", size=32))
 
 
 def test_contract_of_vgg(load: Load) -> None:
     """On random frames alone: it is slow."""
-    metric, frames = load("lpips-vgg", size=32), example_frames(32)["random"]
+    metric, frames = load("lpips-vgg", size=20), example_frames(20)["random"]
     check_axioms(metric, frames)
     check_consistency(metric, frames)
     check_gradients(metric, frames)
 
 
-def test_contract_of_the_published_mode(load: Load) -> None:
+def test_contract_of_another_network_in_the_published_mode(load: Load) -> None:
     check_metric(load("lpips-squeeze", size=None, compat="published"), frame_size=40, seed=1)
 
 

@@ -66,17 +66,17 @@ def field(side: int = SIDE) -> np.ndarray:
 
 
 def sequences(change: str) -> np.ndarray:
-    """Eleven frames made of one by what the change says, none of them the same again."""
+    """Six frames made of one by what the change says, none of them the same again."""
     rng = np.random.default_rng(1)
-    base, steps = field(), range(11)
+    base, steps = field(), range(6)
     levels = np.floor(255 * (base - base.min()) / np.ptp(base))
 
     def relabelled(t: int) -> np.ndarray:
         return np.concatenate([[0], 1 + rng.permutation(254), [255]])[levels.astype(int)] if t else levels
 
     makers: dict[str, Callable[[int], np.ndarray]] = {
-        "offset": lambda t: base + 0.4137 * t,
-        "scale": lambda t: np.exp(-0.2 * t) * base,
+        "offset": lambda t: base + 0.8274 * t,
+        "scale": lambda t: np.exp(-0.4 * t) * base,
         "shift": lambda t: np.roll(base, (3 * t, 5 * t), (0, 1)),
         "half turn": lambda t: np.rot90(base, 2 * t),
         "quarter turn": lambda t: np.rot90(base, t),
@@ -91,18 +91,19 @@ def sequences(change: str) -> np.ndarray:
 @pytest.mark.parametrize("change", CHANGES)
 def test_metrics_are_blind_to_what_they_say_and_to_nothing_else(name: str, change: str) -> None:
     blind = change in load(name).info.blind_to
-    for dtype in (np.float64, np.float32):
+    ways = [(np.float64, "double"), (np.float32, "exact")]
+    # Where a distance is nothing but rounding, each input and arithmetic has a rounding of its own.
+    ways += [(np.float64, "exact"), (np.float32, "double")] if blind else []
+    for dtype, precision in ways:
         frames = sequences(change).astype(dtype)
         scope: Any = (0.0, float(frames.max())) if change == "scale" else "sequence"
-        for precision in ("exact", "double"):
-            metric = load(name, precision=precision)
-            distances, bounds = measured(metric, frames, scope)
-            if blind:
-                assert (distances <= bounds).all(), (dtype, precision, distances.max(), bounds.max())
-            elif name == "psnr":  # the logarithm of what may be nothing has no bound
-                assert np.isfinite(bounds).any()
-            else:
-                assert (distances > bounds).any()
+        distances, bounds = measured(load(name, precision=precision), frames, scope)
+        if blind:
+            assert (distances <= bounds).all(), (dtype, precision, distances.max(), bounds.max())
+        elif name == "psnr":  # the logarithm of what may be nothing has no bound
+            assert np.isfinite(bounds).any()
+        else:
+            assert (distances > bounds).any()
 
 
 @pytest.mark.parametrize("name", LARGE)

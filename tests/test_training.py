@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from lsim.training import (
     Augmentation,
     LayoutFolders,
     SequenceError,
+    TrainingResult,
     TrainingSequence,
     TrainingSettings,
     train,
@@ -238,10 +240,10 @@ def test_the_learning_rate_is_constant_or_falls_as_a_cosine(
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.Adam, "step", recorded)
-    train(Blobs(), replace(SMALL, schedule="constant", epochs=1), tmp_path / "constant")
+    train(Blobs(6), replace(SMALL, schedule="constant", epochs=1), tmp_path / "constant")
     assert set(rates) == {1e-4}
     rates.clear()
-    train(Blobs(), replace(SMALL, schedule="cosine"), tmp_path / "cosine")
+    train(Blobs(6), replace(SMALL, schedule="cosine"), tmp_path / "cosine")
     n = len(rates)
     assert n % 2 == 0
     assert rates[0] == 1e-4
@@ -252,8 +254,8 @@ def test_the_learning_rate_is_constant_or_falls_as_a_cosine(
 def test_the_correlation_is_over_pairs_with_the_reference_or_all(tmp_path: Path) -> None:
     settings = replace(SMALL, epochs=1, learning_rate=0.0, dropout=0.0)
     reference, everything = tmp_path / "reference", tmp_path / "all"
-    train(Blobs(frames=5), settings, reference)
-    train(Blobs(frames=5), replace(settings, correlated_pairs="all"), everything)
+    train(Blobs(6, frames=5), settings, reference)
+    train(Blobs(6, frames=5), replace(settings, correlated_pairs="all"), everything)
     np.testing.assert_allclose(losses(reference)[:, 1], losses(everything)[:, 1], rtol=1e-6)
     assert (abs(losses(reference)[:, 2] - losses(everything)[:, 2]) > 1e-4).all()
 
@@ -301,15 +303,32 @@ class StopAfterEpoch:
             raise KeyboardInterrupt
 
 
+@pytest.fixture(scope="module")
+def undisturbed_runs(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[float], tuple[Path, TrainingResult]]:
+    """Runs of `SMALL` that nothing stopped, by the weights' average."""
+
+    @functools.cache
+    def run(average: float) -> tuple[Path, TrainingResult]:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        return folder, train(Blobs(), replace(SMALL, average=average), folder)
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("interrupted", "average"),
     [({"stop_at_read": 25}, 0.0), ({"stop_at_read": 35}, 0.9), ({"progress": StopAfterEpoch(2)}, 0.9)],
 )
 def test_a_run_that_was_killed_goes_on_with_the_same_losses(
-    tmp_path: Path, interrupted: dict[str, Any], average: float
+    tmp_path: Path,
+    undisturbed_runs: Callable[[float], tuple[Path, TrainingResult]],
+    interrupted: dict[str, Any],
+    average: float,
 ) -> None:
     settings = replace(SMALL, average=average, checkpoint_minutes=0)
-    undisturbed = train(Blobs(), settings, tmp_path / "whole")
+    whole, undisturbed = undisturbed_runs(average)
     with pytest.raises(KeyboardInterrupt):
         train(
             Blobs(stop_at_read=interrupted.get("stop_at_read")),
@@ -320,32 +339,32 @@ def test_a_run_that_was_killed_goes_on_with_the_same_losses(
     before = len(torch.load(tmp_path / "cut" / STATE, weights_only=True)["losses"])
     assert 0 < before < undisturbed.steps
     resumed = train(Blobs(), settings, tmp_path / "cut")
-    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "cut"), losses(whole), rtol=1e-5)
     assert len(resumed.history) == settings.epochs
     assert resumed.best == pytest.approx(undisturbed.best, rel=1e-5)
-    for name, tensor in load_file(tmp_path / "whole" / WEIGHTS).items():
+    for name, tensor in load_file(whole / WEIGHTS).items():
         torch.testing.assert_close(load_file(tmp_path / "cut" / WEIGHTS)[name], tensor, rtol=1e-5, atol=1e-7)
 
 
 def test_a_run_that_is_out_of_time_goes_on(tmp_path: Path) -> None:
     settings = replace(SMALL, epochs=1)
-    first = train(Blobs(), settings, tmp_path / "cut", minutes=0, about={"simulated": "recipe 1"})
+    first = train(Blobs(6), settings, tmp_path / "cut", minutes=0, about={"simulated": "recipe 1"})
     assert (first.stopped, first.steps) == ("minutes", 1)
-    second = train(Blobs(), replace(settings, readers=3), tmp_path / "cut", about={"simulated": "recipe 2"})
+    second = train(Blobs(6), replace(settings, readers=3), tmp_path / "cut", about={"simulated": "recipe 2"})
     # The data are those that it was begun with; settings that may change are those of today.
     assert metadata(tmp_path / "cut" / WEIGHTS)["simulated"] == "recipe 1"
     assert json.loads((tmp_path / "cut" / "settings.json").read_text())["readers"] == 3
-    train(Blobs(), settings, tmp_path / "whole")
+    train(Blobs(6), settings, tmp_path / "whole")
     assert second.stopped == "epochs"
     np.testing.assert_allclose(losses(tmp_path / "cut"), losses(tmp_path / "whole"), rtol=1e-5)
 
 
 def test_a_run_goes_on_for_more_epochs_but_not_with_other_settings(tmp_path: Path) -> None:
-    first = train(Blobs(), replace(SMALL, epochs=1), tmp_path)
-    second = train(Blobs(), SMALL, tmp_path)
+    first = train(Blobs(6), replace(SMALL, epochs=1), tmp_path)
+    second = train(Blobs(6), SMALL, tmp_path)
     assert (first.epochs, second.epochs) == (1, 2)
     with pytest.raises(ValueError, match=r"learning_rate: 0\.0001 then, 0\.5 now"):
-        train(Blobs(), replace(SMALL, learning_rate=0.5), tmp_path)
+        train(Blobs(6), replace(SMALL, learning_rate=0.5), tmp_path)
     with pytest.raises(ValueError, match="training sequences then"):
         train(Blobs(20), SMALL, tmp_path)
 
@@ -364,12 +383,21 @@ def test_both_augmentation_forms_agree_where_nothing_is_random(tmp_path: Path) -
     plain = Augmentation(size=56, margin=1, flip=False, turn=False, shuffle_channels=False)
     settings = replace(SMALL, augmentation=plain, dropout=0.0, epochs=1)
     for form in ("sequence", "pair"):
-        train(Blobs(side=(56, 56)), replace(settings, augment=form), tmp_path / form)
+        train(Blobs(6, side=(56, 56)), replace(settings, augment=form), tmp_path / form)
     np.testing.assert_allclose(losses(tmp_path / "sequence"), losses(tmp_path / "pair"), rtol=1e-4)
 
 
-@pytest.mark.parametrize("trunk", ["lsim", "skip", "alex", "non-siamese"])
-@pytest.mark.parametrize("form", ["sequence", "pair"])
+@pytest.mark.parametrize(
+    ("form", "trunk"),
+    [
+        ("sequence", "lsim"),
+        ("sequence", "alex"),
+        ("sequence", "non-siamese"),
+        ("pair", "lsim"),
+        ("pair", "skip"),
+        ("pair", "non-siamese"),
+    ],
+)
 def test_every_trunk_trains(tmp_path: Path, trunk: Any, form: Any) -> None:
     precision: Any = "bfloat16" if form == "pair" else "float32"
     settings = replace(SMALL, trunk=trunk, augment=form, epochs=1, precision=precision)

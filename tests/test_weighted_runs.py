@@ -308,8 +308,11 @@ def replace_values(path: Path) -> None:
     store.write_rows(array, 0, store.read(array)[::-1])
 
 
-@pytest.mark.parametrize("mended_by", ["convert", "repair"])
-@pytest.mark.parametrize("damage", [flip, Path.unlink, replace_values])
+# Converting finds each kind of damage in a way of its own; a repair is told by the report.
+@pytest.mark.parametrize(
+    ("damage", "mended_by"),
+    [(flip, "convert"), (Path.unlink, "convert"), (replace_values, "convert"), (replace_values, "repair")],
+)
 def test_damaged_weights_are_found_by_readers_and_mended(
     source: Source, damage: Callable[[Path], None], mended_by: str
 ):
@@ -358,7 +361,7 @@ def test_a_worker_takes_no_other_weights_than_the_driver_meant(source: Source):
 # -- runs --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scope", ["none", "sequence", "pair", "dataset", (250.0, 310.0)])
+@pytest.mark.parametrize("scope", ["none", "sequence", "pair", "dataset"])
 def test_distances_are_those_of_the_library_and_of_xarray(source: Source, scope: Any):
     data = source.write()
     source.convert("cos(latitude)")
