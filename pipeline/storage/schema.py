@@ -99,8 +99,8 @@ one per metric  model, member, sequence, frame     float64      distances; NaN w
 =============== ================================== ============ =========================================
 
 and in ``provenance``: ``metric``, ``specification`` as in ``distances.zarr``; ``failure``, ``content``,
-``digest`` and ``fingerprint`` (metric, model, member, sequence). The root's attribute ``unmatched`` lists what
-could not be compared.
+``digest`` and ``fingerprint`` (metric, model, member, sequence). The root's attribute ``unmatched`` lists
+what could not be compared.
 """
 
 from __future__ import annotations
