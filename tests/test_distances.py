@@ -505,11 +505,11 @@ def test_relative_paths_hold_for_workers_in_another_folder(tmp_path, monkeypatch
 @pytest.mark.parametrize("change", ["removed", "reordered", "added"])
 def test_killed_at_any_write_of_an_alignment_the_next_run_is_right(tmp_path, monkeypatch, change):
     """Whatever the frames are then: those that were being aligned to, or the old ones again."""
-    old = archive_of(3, frames=3, size=8)["A/density"]  # blocks of two, and of one
+    old = archive_of(4, frames=3, size=8)["A/density"]
     new = {
-        "removed": {"s2": old["s2"]},
-        "reordered": {name: old[name] for name in ("s2", "s1", "s0")},
-        "added": archive_of(5, frames=3, size=8)["A/density"],
+        "removed": {name: old[name] for name in ("s3", "s1")},
+        "reordered": {name: old[name] for name in ("s3", "s1", "s0", "s2")},  # not its own inverse
+        "added": archive_of(7, frames=3, size=8)["A/density"],
     }[change]
     settings = QUICK.model_copy(update={"metrics": ("l2",)})
     expected = {}
