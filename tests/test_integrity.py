@@ -6,7 +6,6 @@ name. What stages read is read here as they do, without what they then compute.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import shutil
@@ -55,10 +54,9 @@ def distances_of(frames: Path, out: Path, **changes: Any) -> Any:
         return compute_distances(frames, out, SETTINGS.model_copy(update=changes), cluster=cluster)
 
 
-def matrix_of(frames: Path, out: Path, **changes: Any) -> Any:
-    settings = MATRIX.model_copy(update=changes)
+def matrix_of(frames: Path, out: Path) -> Any:
     with Cluster(Profile(kind="none")) as cluster:
-        return compute_matrix(frames, out, settings, MatrixRequest(tile=3), cluster=cluster)
+        return compute_matrix(frames, out, MATRIX, MatrixRequest(tile=3), cluster=cluster)
 
 
 def embeddings_of(frames: Path, out: Path) -> Any:
@@ -119,10 +117,8 @@ def flipped(data: bytes) -> bytes:
 def alterations(
     root: Path, below: Path, *, documents: bool
 ) -> Iterator[tuple[str, dict[Path, bytes | None]]]:
-    """Exchange each chunk, or document of metadata: a name, and what files hold then.
+    """Delete and flip each chunk, or document of metadata, and exchange it: a name, and what files hold then.
 
-    One of each array is deleted and another flipped: readers treat the chunks of an array alike. Of records,
-    a third is flipped: the checksum that tells is that of any chunk.
     Those below a folder, each with one of the whole store: in turn the next, often of the same array, and the
     one that is half of them on, of another field.
     """
@@ -132,20 +128,12 @@ def alterations(
         if not path.is_relative_to(below):
             continue
         data = content[path]
-        array = [other for other in files if _array_of(other) == _array_of(path)]
-        if path == array[0]:
-            yield f"delete {path.relative_to(root)}", {path: None}
-        if path == array[-1] and (documents or schema.PROVENANCE not in path.parts or k % 3 == 0):
-            yield f"flip {path.relative_to(root)}", {path: flipped(data)}
+        yield f"delete {path.relative_to(root)}", {path: None}
+        yield f"flip {path.relative_to(root)}", {path: flipped(data)}
         other = files[(k + (1 if k % 2 else len(files) // 2)) % len(files)]
         if content[other] != data:
             name = f"exchange {path.relative_to(root)} and {other.relative_to(root)}"
             yield name, {path: content[other], other: data}
-
-
-def _array_of(path: Path) -> Path:
-    """The folder of the array whose chunk this is, or the document itself."""
-    return next((folder.parent for folder in path.parents if folder.name == "c"), path)
 
 
 def altered(root: Path, below: Path | None = None, *, documents: bool = False) -> Iterator[str]:
@@ -420,8 +408,8 @@ def test_reasons_of_failures_that_are_not_what_was_written_are_not_listed(
 @pytest.mark.parametrize(
     ("make", "list_all"),
     [
-        (functools.partial(distances_of, metrics=("l2",)), list_failures),
-        (functools.partial(matrix_of, metrics=("l2",)), list_matrix_failures),
+        (distances_of, list_failures),
+        (matrix_of, list_matrix_failures),
         (embeddings_of, list_embedding_failures),
     ],
 )
