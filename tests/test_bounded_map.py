@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import dask
 import pytest
-from distributed import Client, KilledWorker, LocalCluster
+from distributed import Client, KilledWorker
 
 from pipeline.distances.blocks import Block, FieldBlocks
 from pipeline.matrix import embeddings
@@ -116,7 +115,17 @@ def test_no_tasks_are_no_trouble(client):
     assert list(run_bounded(None, double, [])) == []
 
 
-def test_the_window_follows_the_threads_that_join(monkeypatch):
+@pytest.fixture(scope="module")
+def growing() -> Iterator[Cluster]:
+    """A cluster that starts with one worker, in which a task that takes two of them along is given up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAULT_TOLERANCE["distributed"]["scheduler"], "allowed-failures", 1)
+        with Cluster(Profile(workers=1)) as cluster:
+            assert cluster.client is not None
+            yield cluster
+
+
+def test_the_window_follows_the_threads_that_join(growing, monkeypatch):
     monkeypatch.setattr(bounded_map, "IN_FLIGHT", 2)
     monkeypatch.setattr(bounded_map, "COUNT_THREADS_S", 0.1)
     stop = time.monotonic() + 60
@@ -128,25 +137,22 @@ def test_the_window_follows_the_threads_that_join(monkeypatch):
             taken += 1
             yield (0.05,)
 
-    with Cluster(Profile(workers=1)) as cluster:
-        for done, _ in enumerate(run_bounded(cluster.client, nap, tasks())):
-            windows.append(taken - done)
-            if done == 20:
-                cluster.client.cluster.scale(2)
-            if not joined and len(cluster.client.nthreads()) == 2:
-                joined, stop = done, time.monotonic() + 2
+    client = growing.client
+    for done, _ in enumerate(run_bounded(client, nap, tasks())):
+        windows.append(taken - done)
+        if done == 20:
+            client.cluster.scale(2)
+        if not joined and len(client.nthreads()) == 2:
+            joined, stop = done, time.monotonic() + 2
     assert joined, "no second worker in a minute"
     assert max(windows[:20]) <= 2 * bounded_map.IN_FLIGHT_PER_THREAD
     assert max(windows) > 1.5 * max(windows[:20])
 
 
-def test_a_task_that_kills_its_workers_is_handed_back_and_the_others_go_on(monkeypatch):
-    monkeypatch.setitem(FAULT_TOLERANCE["distributed"]["scheduler"], "allowed-failures", 1)
-    with Cluster(Profile(workers=1)) as cluster:
-        outcomes = {
-            number: error
-            for (number,), _, error in run_bounded(cluster.client, die, ((k,) for k in range(12)))
-        }
+def test_a_task_that_kills_its_workers_is_handed_back_and_the_others_go_on(growing):
+    outcomes = {
+        number: error for (number,), _, error in run_bounded(growing.client, die, ((k,) for k in range(12)))
+    }
     assert sorted(outcomes) == list(range(12))
     assert isinstance(outcomes.pop(5), KilledWorker)
     assert set(outcomes.values()) == {None}
@@ -160,19 +166,6 @@ def test_a_task_knows_when_nobody_waits_for_it_any_more(client, tmp_path):
     outcomes.close()
     wait_for(tmp_path / "given up")
     assert still_wanted()  # outside of a worker
-
-
-def test_a_run_without_workers_says_so_once_and_waits(monkeypatch, caplog):
-    monkeypatch.setattr(bounded_map, "NO_WORKERS_S", 0.2)
-    monkeypatch.setattr(bounded_map, "COUNT_THREADS_S", 0.05)
-    with (
-        LocalCluster(n_workers=0, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster,
-        cluster.get_client() as client,
-    ):
-        threading.Timer(1.5, cluster.scale, [1]).start()
-        assert [result for _, result, _ in run_bounded(client, double, [(4,)])] == [8]
-    (said,) = [record for record in caplog.records if "no worker for" in record.getMessage()]
-    assert "squeue or qstat" in said.getMessage()
 
 
 def test_a_task_that_runs_far_too_long_is_told_of_once(client, monkeypatch, caplog):
@@ -276,81 +269,74 @@ def test_a_result_that_is_lost_with_the_scheduler_is_an_error(client):
         flight._ask(lambda: bounded_map._outcome(future))
 
 
-@contextlib.contextmanager
-def scheduler_process(*arguments: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    """A scheduler in a process of its own, on loopback: the process and its address."""
-    command = ["scheduler", "--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "distributed.cli.dask_scheduler", *command[1:], *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            if "Scheduler at:" in line:
-                yield process, line.split()[-1]
-                break
-    finally:
-        process.kill()
-        process.wait()
+class Outside:
+    """A scheduler in a process of its own, on loopback, which has no worker until one is wanted."""
 
-
-def test_a_scheduler_that_dies_is_an_error_and_no_wait_without_end():
-    logged = logging.StreamHandler(io.StringIO())
-    logging.getLogger("distributed.client").addHandler(logged)
-    with scheduler_process() as (process, address):
-        worker = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "distributed.cli.dask_worker",
-                address,
-                "--no-nanny",
-                "--no-dashboard",
-            ]
+    def __init__(self) -> None:
+        self.worker: subprocess.Popen[bytes] | None = None
+        command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1"]
+        self.process = subprocess.Popen(
+            [*command, "--port", "0", "--dashboard-address", "127.0.0.1:0"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
-        try:
-            with Cluster(Profile(kind="address", address=address)) as cluster:
-                outcomes = run_bounded(cluster.client, nap, ((0.05,) for _ in range(10_000)))
-                next(outcomes)
-                process.send_signal(signal.SIGKILL)
-                began = time.monotonic()
-                with pytest.raises(ClusterError, match=r"lost the scheduler.*run the same command again"):
-                    for _ in outcomes:
-                        pass
-            assert time.monotonic() - began < 90
-            assert logged.stream.getvalue() == "", "said twice, with a traceback"
-        finally:
-            logging.getLogger("distributed.client").removeHandler(logged)
-            worker.kill()
-            worker.wait()
+        assert self.process.stdout is not None
+        self.address = next(line.split()[-1] for line in self.process.stdout if "Scheduler at:" in line)
+
+    def start_worker(self) -> None:
+        """Start the worker, unless it is there."""
+        if self.worker is None:
+            command = [sys.executable, "-m", "distributed.cli.dask_worker", self.address, "--nthreads", "1"]
+            search = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+            self.worker = subprocess.Popen(
+                [*command, "--no-nanny", "--no-dashboard"], env=os.environ | {"PYTHONPATH": search}
+            )
+
+    def end(self) -> None:
+        for process in filter(None, (self.process, self.worker)):
+            process.kill()
+            process.wait()
 
 
-def test_a_scheduler_needs_nothing_of_what_tasks_name():
-    """It imports what is submitted: one module, that imports nothing."""
-    with scheduler_process() as (_, address), Client(address) as client:
-        worker = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "distributed.cli.dask_worker",
-                address,
-                "--no-nanny",
-                "--no-dashboard",
-            ],
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
-        )
-        try:
-            client.wait_for_workers(1, timeout=60)
-            assert [result for _, result, _ in run_bounded(client, double, [(4,)])] == [8]
-            imported = client.run_on_scheduler(lambda: sorted(__import__("sys").modules))
-        finally:
-            worker.kill()
-            worker.wait()
+@pytest.fixture(scope="module")
+def outside() -> Iterator[Outside]:
+    made = Outside()
+    yield made
+    made.end()
+
+
+def test_a_run_without_workers_says_so_once_and_waits(outside, monkeypatch, caplog):
+    """The scheduler, for its part, needs nothing of what tasks name but one module, which imports nothing."""
+    monkeypatch.setattr(bounded_map, "NO_WORKERS_S", 0.2)
+    monkeypatch.setattr(bounded_map, "COUNT_THREADS_S", 0.05)
+    with Client(outside.address) as client:
+        threading.Timer(1.5, outside.start_worker).start()
+        assert [result for _, result, _ in run_bounded(client, double, [(4,)])] == [8]
+        imported = client.run_on_scheduler(lambda: sorted(__import__("sys").modules))
+    (said,) = [record for record in caplog.records if "no worker for" in record.getMessage()]
+    assert "squeue or qstat" in said.getMessage()
     assert pickled_task.__name__ in imported
     assert not {"torch", "zarr", "lsim", "test_bounded_map"} & set(imported)
+
+
+def test_a_scheduler_that_dies_is_an_error_and_no_wait_without_end(outside):
+    outside.start_worker()
+    logged = logging.StreamHandler(io.StringIO())
+    logging.getLogger("distributed.client").addHandler(logged)
+    try:
+        with Cluster(Profile(kind="address", address=outside.address)) as cluster:
+            outcomes = run_bounded(cluster.client, nap, ((0.05,) for _ in range(10_000)))
+            next(outcomes)
+            outside.process.send_signal(signal.SIGKILL)
+            began = time.monotonic()
+            with pytest.raises(ClusterError, match=r"lost the scheduler.*run the same command again"):
+                for _ in outcomes:
+                    pass
+        assert time.monotonic() - began < 90
+        assert logged.stream.getvalue() == "", "said twice, with a traceback"
+    finally:
+        logging.getLogger("distributed.client").removeHandler(logged)
 
 
 # ---------------------------------------------------------------- stopped by a batch system
@@ -392,8 +378,8 @@ def test_sigterm_does_not_wait_longer_than_the_grace_time(client, stop):
     threading.Timer(1.0, terminate_this_process).start()
     began = time.monotonic()
     with pytest.raises(sigterm.Stopped):
-        list(run_bounded(client, nap, [(40.0,)]))
-    assert time.monotonic() - began < 30
+        list(run_bounded(client, nap, [(20.0,)]))
+    assert time.monotonic() - began < 15
 
 
 def test_sigterm_in_this_process_ends_after_the_task_in_hand(stop):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,12 @@ def source() -> str:
 BREACHES = {name_of(cls): words for cls, (_, words) in (COMPARED | EMBEDDED).items()}
 
 
+def find_modules(folder: str) -> None:
+    """Have this process import modules from a folder."""
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
 @pytest.fixture(scope="module")
 def module(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("strangers")
@@ -209,11 +216,21 @@ def check(found: dict[str, np.ndarray], plain: dict[str, np.ndarray], reasons: d
     np.testing.assert_allclose(found["twice"], 4 * plain["l2"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["none", "local"])
-def test_in_a_run_each_breach_is_its_metrics_failure_and_nobody_elses(tmp_path, module, frames, kind):
-    with Cluster(Profile(kind=kind, **({"workers": 2} if kind == "local" else {}))) as cluster:
-        compute_distances(frames, tmp_path / "plain.zarr", settings(module, metrics=OURS), cluster=cluster)
-        report = compute_distances(frames, tmp_path / "d.zarr", settings(module), cluster=cluster)
+@pytest.fixture
+def alone() -> Iterator[Cluster]:
+    with Cluster(Profile(kind="none")) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("kind", ["alone", "two_workers"])
+def test_in_a_run_each_breach_is_its_metrics_failure_and_nobody_elses(
+    tmp_path, module, frames, request, kind
+):
+    cluster = request.getfixturevalue(kind)
+    if cluster.client is not None:  # its workers may have started before the module was there
+        cluster.client.run(find_modules, os.environ["PYTHONPATH"].split(os.pathsep)[0])
+    compute_distances(frames, tmp_path / "plain.zarr", settings(module, metrics=OURS), cluster=cluster)
+    report = compute_distances(frames, tmp_path / "d.zarr", settings(module), cluster=cluster)
     reasons: dict[str, set[str]] = {}
     for failure in report.failures:
         reasons.setdefault(failure.metric, set()).add(failure.reason)

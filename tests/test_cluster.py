@@ -50,30 +50,17 @@ def where_it_runs() -> int:
     return os.getpid()
 
 
-def test_each_worker_loads_each_metric_once_and_again_after_a_restart(tmp_path):
-    frames = write_archive(tmp_path / "frames.zarr", archive_of(12))
-    with Cluster(Profile(workers=1)) as cluster:
-        compute_distances(frames, tmp_path / "one.zarr", SETTINGS, cluster=cluster)
-        compute_distances(frames, tmp_path / "two.zarr", SETTINGS, cluster=cluster)
-        client = cluster.client
-        counts = client.run(load_counts)
-        assert list(counts.values()) == [{"l1": 1, "ssim": 1}]
-
-        (victim,) = client.run(where_it_runs).values()
-        os.kill(victim, signal.SIGKILL)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            alive = set(client.run(where_it_runs, on_error="ignore").values())
-            if alive and victim not in alive:
-                break
-            time.sleep(0.2)
-        compute_distances(frames, tmp_path / "three.zarr", SETTINGS, cluster=cluster)
-        assert list(client.run(load_counts).values()) == [{"l1": 1, "ssim": 1}]
+@pytest.fixture(scope="module")
+def local() -> Iterator[Cluster]:
+    """A running cluster of two processes."""
+    with Cluster(Profile(workers=2, environment={"COLOUR": "blue"})) as cluster:
+        assert cluster.client is not None
+        yield cluster
 
 
 @pytest.mark.parametrize("kind", ["none", "local"])
-def test_a_task_that_fails_is_handed_back_and_the_others_go_on(kind, two_workers):
-    client = None if kind == "none" else two_workers.client
+def test_a_task_that_fails_is_handed_back_and_the_others_go_on(kind, local):
+    client = None if kind == "none" else local.client
     outcomes = {
         task[0]: (result, error)
         for task, result, error in run_bounded(client, squared_or_fail, ((k,) for k in range(40)))
@@ -81,14 +68,6 @@ def test_a_task_that_fails_is_handed_back_and_the_others_go_on(kind, two_workers
     assert sorted(outcomes) == list(range(40))
     assert isinstance(outcomes[3][1], ValueError)
     assert all(result == k**2 for k, (result, _) in outcomes.items() if k != 3)
-
-
-@pytest.fixture(scope="module")
-def local() -> Iterator[Cluster]:
-    """A running cluster of two processes."""
-    with Cluster(Profile(workers=2, environment={"COLOUR": "blue"})) as cluster:
-        assert cluster.client is not None
-        yield cluster
 
 
 def test_nothing_listens_beyond_loopback(local):
@@ -128,21 +107,33 @@ def request_of(reference: str) -> MetricRequest:
     return request.for_metric(request.load("cpu"))
 
 
+SEARCH = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+"""Environment in which workers find the tests' modules."""
+
+
+@pytest.fixture(scope="module")
+def one_sound_worker() -> Iterator[LocalCluster]:
+    """A cluster of Dask's own with one worker, which others join and leave."""
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, env=SEARCH, dashboard_address=None, silence_logs=50
+    ) as cluster:
+        yield cluster
+
+
 @contextlib.contextmanager
-def one_sound_worker_and_hindered_ones(hindrance: str) -> Iterator[tuple[LocalCluster, Any]]:
-    """A cluster of one worker; those that are added by scale() have ``hindrance`` in their environment."""
-    search = {"PYTHONPATH": str(Path(__file__).parent)}
-    with (
-        LocalCluster(n_workers=1, env=search, dashboard_address=None, silence_logs=50) as cluster,
-        cluster.get_client() as client,
-    ):
-        cluster.new_spec["options"]["env"] = search | {hindrance: "1"}
-        yield cluster, client
+def joined_by_hindered_ones(sound: LocalCluster, hindrance: str) -> Iterator[tuple[LocalCluster, Any]]:
+    """Workers that are added by scale() have ``hindrance`` in their environment; they are gone after it."""
+    with sound.get_client() as client:
+        wait_until("the sound one", lambda: len(client.nthreads()) == 1)
+        sound.new_spec["options"]["env"] = SEARCH | {hindrance: "1"}
+        yield sound, client
+        sound.scale(1)
+        wait_until("the sound one", lambda: len(client.nthreads()) == 1)
 
 
-def test_a_worker_that_cannot_load_a_metric_leaves_also_when_it_joins_later():
+def test_a_worker_that_cannot_load_a_metric_leaves_also_when_it_joins_later(one_sound_worker):
     request = request_of("hindered:Unfit")
-    with one_sound_worker_and_hindered_ones("HINDERED_BROKEN") as (cluster, client):
+    with joined_by_hindered_ones(one_sound_worker, "HINDERED_BROKEN") as (cluster, client):
         (sound,) = client.nthreads()
         prewarm(client, [request])
         cluster.scale(2)
@@ -185,6 +176,25 @@ def slow_task(number: int, log: str) -> int:
     return number
 
 
+def test_each_worker_loads_each_metric_once_and_again_after_a_restart(local, tmp_path):
+    frames = write_archive(tmp_path / "frames.zarr", archive_of(12, frames=3, size=16))
+    client = local.client
+    compute_distances(frames, tmp_path / "one.zarr", SETTINGS, cluster=local)
+    compute_distances(frames, tmp_path / "two.zarr", SETTINGS, cluster=local)
+    assert list(client.run(load_counts).values()) == [{"l1": 1, "ssim": 1}] * 2
+
+    victim, other = client.run(where_it_runs).values()
+    os.kill(victim, signal.SIGKILL)
+
+    def has_another() -> bool:
+        alive = set(client.run(where_it_runs, on_error="ignore").values())
+        return len(alive) == 2 and other in alive and victim not in alive
+
+    wait_until("another worker", has_another)
+    compute_distances(frames, tmp_path / "three.zarr", SETTINGS, cluster=local)
+    assert list(client.run(load_counts).values()) == [{"l1": 1, "ssim": 1}] * 2
+
+
 def suspicions(dask_scheduler: Any) -> int:
     """How often the scheduler suspects a task of having killed its worker."""
     return sum(prefix.suspicious for prefix in dask_scheduler.task_prefixes.values())
@@ -213,38 +223,29 @@ def test_a_worker_that_is_told_to_go_finishes_its_task_and_hands_back_the_others
     assert sorted(begun) == sorted(ended) == [str(k) for k in range(6)], "a task was lost, or run again"
 
 
-def test_a_nanny_that_is_told_to_go_waits_for_its_worker(tmp_path):
+def test_a_nanny_that_is_told_to_go_waits_for_its_worker(one_sound_worker, tmp_path):
     log = tmp_path / "log"
     log.touch()
-    loopback = ("--dashboard-address", "127.0.0.1:0")
-    command = [sys.executable, "-m"]
-    search = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    with LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=None, silence_logs=40) as scheduler:
-        command += ["distributed.cli.dask_worker", scheduler.scheduler_address, *loopback, "--nthreads", "1"]
-        workers = [
-            subprocess.Popen(
-                [*command, "--name", name],
-                env=os.environ | {"PYTHONPATH": search},
-                stderr=subprocess.DEVNULL,
-            )
-            for name in ("a", "b")
-        ]
-        try:
-            address = Profile(kind="address", address=scheduler.scheduler_address, start_timeout=120)
-            with Cluster(address) as cluster:
-                client = cluster.client
-                client.wait_for_workers(2, timeout=120)
-                futures = client.map(slow_task, range(6), log=str(log), pure=False)
-                wait_until("two tasks", lambda: len(log.read_text().splitlines()) >= 2)
-                workers[0].terminate()
-                assert client.gather(futures) == list(range(6))
-                assert client.run_on_scheduler(suspicions) == 0
-                assert workers[0].wait(timeout=60) == 0
-        finally:
-            for worker in workers:
-                worker.terminate()
-            for worker in workers:
-                worker.wait(timeout=120)
+    scheduler = one_sound_worker.scheduler_address
+    command = [sys.executable, "-m", "distributed.cli.dask_worker", scheduler, "--nthreads", "1"]
+    nanny = subprocess.Popen(
+        [*command, "--name", "a", "--dashboard-address", "127.0.0.1:0"],
+        env=os.environ | SEARCH,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        with Cluster(Profile(kind="address", address=scheduler, start_timeout=120)) as cluster:
+            client = cluster.client
+            client.wait_for_workers(2, timeout=120)
+            futures = client.map(slow_task, range(6), log=str(log), pure=False)
+            wait_until("two tasks", lambda: len(log.read_text().splitlines()) >= 2)
+            nanny.terminate()
+            assert client.gather(futures) == list(range(6))
+            assert client.run_on_scheduler(suspicions) == 0
+            assert nanny.wait(timeout=60) == 0
+    finally:
+        nanny.terminate()
+        nanny.wait(timeout=120)
     lines = log.read_text().splitlines()
     ended = [line.split()[1] for line in lines if line.startswith("end")]
     assert sorted(ended) == [str(k) for k in range(6)]
@@ -662,11 +663,13 @@ def test_workers_are_for_clusters_that_are_started():
 # ---------------------------------------------------------------- lsim cluster check
 
 
-def test_check_measures_a_cluster_and_tells_what_a_run_would_take(tmp_path):
-    archive = write_archive(tmp_path / "frames.zarr", archive_of(30, frames=4))
-    code, text = run_lsim("cluster", "check", "local", archive, "--workers", "1", "--metrics", "l1,ssim")
+def test_check_measures_a_cluster_and_tells_what_a_run_would_take(local, tmp_path):
+    archive = write_archive(tmp_path / "frames.zarr", archive_of(30, frames=4, size=32))
+    address, count = local.client.scheduler.address, len(local.client.nthreads())
+    options = ("--metrics", "l1,ssim", "--folder", tmp_path)
+    code, text = run_lsim("cluster", "check", address, archive, *options)
     assert code == 0, text
-    assert "1 worker(s), 1 thread(s)" in text
+    assert f"{count} worker(s), {count} thread(s)" in text
     assert "distributed" in text
     assert "A/density: a sequence of 4 frames takes" in text
     assert "30 sequences in" in text
@@ -677,9 +680,9 @@ def test_check_wants_a_folder_that_all_workers_see():
         check_cluster(load_profile("slurm"))
 
 
-def test_a_worker_that_dies_of_loading_is_found_by_the_check():
+def test_a_worker_that_dies_of_loading_is_found_by_the_check(one_sound_worker):
     request = request_of("hindered:Fatal")
-    with one_sound_worker_and_hindered_ones("HINDERED_FATAL") as (cluster, client):
+    with joined_by_hindered_ones(one_sound_worker, "HINDERED_FATAL") as (cluster, client):
         cluster.scale(2)
         client.wait_for_workers(2, timeout=120)
         inspection = inspect_workers(client, [request])

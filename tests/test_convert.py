@@ -717,7 +717,7 @@ def test_killed_at_any_change_the_next_run_ends_as_if_undisturbed(archive: Archi
         count = crash_at(None)
         archive.convert(undisturbed)
         steps[stage] = count[0]
-        expected = check(undisturbed)
+        expected, held = check(undisturbed), contents(undisturbed)
         for last in range(count[0]):
             out = tmp_path / "crashed.zarr"
             shutil.rmtree(out, ignore_errors=True)
@@ -733,7 +733,7 @@ def test_killed_at_any_change_the_next_run_ends_as_if_undisturbed(archive: Archi
             report = archive.convert(out)
             again = archive.decoded()
             assert check(out) == expected, f"{stage}, killed at change {last}"
-            assert contents(out) == contents(undisturbed), f"{stage}, killed at change {last}"
+            assert contents(out) == held, f"{stage}, killed at change {last}"
             assert set(quarantined(report)) == ({"p3"} if stage == "first" else {"p7"})
             current = committed(out)
             assert not [n for n in again if n in done and done[n] == current.get(n)], "decoded twice"

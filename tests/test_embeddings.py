@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +33,20 @@ def here():
         yield cluster
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with frames and their embeddings, to be read alone."""
+    folder = tmp_path_factory.mktemp("made")
+    frames = write_archive(folder / "frames.zarr", archive_of(5) | archive_of(2, key="B/rgb", channels=3))
+    with Cluster(Profile(kind="none")) as cluster:
+        report = compute_embeddings(frames, folder / "embeddings.zarr", SETTINGS, cluster=cluster)
+    assert (report.computed, report.failures) == (35, [])
+    return folder
+
+
 @pytest.fixture
-def frames(tmp_path: Path) -> Path:
-    return write_archive(tmp_path / "frames.zarr", archive_of(5) | archive_of(2, key="B/rgb", channels=3))
+def frames(tmp_path: Path, made: Path) -> Path:
+    return shutil.copytree(made / "frames.zarr", tmp_path / "frames.zarr")
 
 
 def features(path: Path, key: str = "A/density") -> np.ndarray:
@@ -48,11 +60,8 @@ def all_frames(path: Path, key: str = "A/density") -> np.ndarray:
 
 
 @pytest.mark.parametrize("key", ["A/density", "B/rgb"])
-def test_their_euclidean_distance_is_the_metric(frames, tmp_path, here, key):
-    out = tmp_path / "embeddings.zarr"
-    report = compute_embeddings(frames, out, SETTINGS, cluster=here)
-    assert (report.computed, report.failures) == (35, [])
-    found = features(out, key)
+def test_their_euclidean_distance_is_the_metric(made, frames, key):
+    found = features(made / "embeddings.zarr", key)
     assert found.dtype == np.float32
     distances = squareform(pdist(found.astype(float)))
     wanted = lsim.load_metric("lsim-open", size=64).pairwise(all_frames(frames, key), scope="dataset")
@@ -67,18 +76,16 @@ def test_a_fixed_scope_is_taken_as_it_is(frames, tmp_path, here):
     np.testing.assert_allclose(distances, wanted, rtol=1e-6, atol=1e-12)
 
 
-def test_a_search_tree_finds_what_the_metric_finds(frames, tmp_path, here):
-    compute_embeddings(frames, tmp_path / "embeddings.zarr", SETTINGS, cluster=here)
-    found = features(tmp_path / "embeddings.zarr")
+def test_a_search_tree_finds_what_the_metric_finds(made, frames):
+    found = features(made / "embeddings.zarr")
     distances, nearest = cKDTree(found).query(found[7], k=4)
     row = lsim.load_metric("lsim-open", size=64).pairwise(all_frames(frames), scope="dataset")[7]
     assert nearest.tolist() == np.argsort(row)[:4].tolist()
     np.testing.assert_allclose(distances, np.sort(row)[:4], rtol=1e-6, atol=1e-12)
 
 
-def test_frames_are_named_and_the_store_says_what_it_holds(frames, tmp_path, here):
-    compute_embeddings(frames, tmp_path / "embeddings.zarr", SETTINGS, cluster=here)
-    tree = xr.open_datatree(tmp_path / "embeddings.zarr", engine="zarr")
+def test_frames_are_named_and_the_store_says_what_it_holds(made):
+    tree = xr.open_datatree(made / "embeddings.zarr", engine="zarr")
     assert tree.attrs["kind"] == "embeddings"
     group = tree["A/density"]
     assert group["features"].dims == ("frame", "feature")
@@ -94,22 +101,22 @@ def test_frames_are_named_and_the_store_says_what_it_holds(frames, tmp_path, her
 
 
 @pytest.mark.parametrize("block_bytes", [1, 4 * 12448 * 3, 4 * 12448 * 12])
-def test_bits_do_not_depend_on_blocks_or_workers(frames, tmp_path, here, monkeypatch, block_bytes):
-    compute_embeddings(frames, tmp_path / "whole.zarr", SETTINGS, cluster=here)
+def test_bits_do_not_depend_on_blocks_or_workers(made, frames, tmp_path, here, monkeypatch, block_bytes):
     monkeypatch.setattr(embeddings, "BLOCK_BYTES", block_bytes)
     report = compute_embeddings(frames, tmp_path / "parts.zarr", SETTINGS, cluster=here)
     assert report.blocks > 2
     for key in ("A/density", "B/rgb"):
-        assert np.array_equal(features(tmp_path / "whole.zarr", key), features(tmp_path / "parts.zarr", key))
+        assert np.array_equal(features(made / "embeddings.zarr", key), features(tmp_path / "parts.zarr", key))
 
 
-def test_workers_give_the_same_bits(frames, tmp_path, here, two_workers, monkeypatch):
+def test_workers_give_the_same_bits(made, frames, tmp_path, two_workers, monkeypatch):
     monkeypatch.setattr(embeddings, "BLOCK_BYTES", 4 * 20000 * 5)
-    compute_embeddings(frames, tmp_path / "here.zarr", SETTINGS, cluster=here)
     report = compute_embeddings(frames, tmp_path / "workers.zarr", SETTINGS, cluster=two_workers)
     assert report.cluster["workers"] == 2
     for key in ("A/density", "B/rgb"):
-        assert np.array_equal(features(tmp_path / "here.zarr", key), features(tmp_path / "workers.zarr", key))
+        assert np.array_equal(
+            features(made / "embeddings.zarr", key), features(tmp_path / "workers.zarr", key)
+        )
 
 
 @pytest.mark.parametrize(
@@ -258,9 +265,8 @@ def test_embeddings_of_other_frames_are_not_touched(frames, tmp_path, here):
     assert store.field_keys(store.open_store(out), schema.NUMBER) == ["A/density", "B/rgb"]
 
 
-def test_a_frame_at_which_the_metric_raises_costs_no_other(frames, tmp_path, here, monkeypatch):
-    out = tmp_path / "embeddings.zarr"
-    compute_embeddings(frames, tmp_path / "whole.zarr", SETTINGS, groups=["A/*"], cluster=here)
+def test_a_frame_at_which_the_metric_raises_costs_no_other(made, frames, tmp_path, here, monkeypatch):
+    out, whole = tmp_path / "embeddings.zarr", made / "embeddings.zarr"
     prepare, bad = lsim.Metric.prepare, all_frames(frames)[7]
 
     def raising(metric, some, *arguments, **options):
@@ -275,10 +281,10 @@ def test_a_frame_at_which_the_metric_raises_costs_no_other(frames, tmp_path, her
         assert (failure.sequence, failure.numbers) == ("s1", (2,))
         assert failure.reason == "ArithmeticError: not this one"
         assert np.isnan(features(out)[7]).all()
-        np.testing.assert_array_equal(*(np.delete(features(p), 7, 0) for p in (out, tmp_path / "whole.zarr")))
+        np.testing.assert_array_equal(*(np.delete(features(p), 7, 0) for p in (out, whole)))
     monkeypatch.undo()
     assert compute_embeddings(frames, out, SETTINGS, groups=["A/*"], cluster=here).failures == []
-    np.testing.assert_array_equal(features(out), features(tmp_path / "whole.zarr"))
+    np.testing.assert_array_equal(features(out), features(whole))
 
 
 def test_metrics_of_several_parts_keep_each(frames, tmp_path, here):

@@ -24,7 +24,7 @@ from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 
 METRICS = ("l2", "ssim", "vi")
-SEQUENCES = 60
+SEQUENCES = 40
 SIZE = 40
 SETTINGS = Settings(metrics=METRICS, size=SIZE, block=1)
 TOTAL = SEQUENCES * len(METRICS)
@@ -55,10 +55,10 @@ def go_on(frames: Path, out: Path) -> str:
     return text
 
 
-def start(frames: Path, out: Path) -> subprocess.Popen:
+def start(frames: Path, out: Path, workers: int = 2) -> subprocess.Popen:
     command = "from pipeline.cli import main; main()"
     return subprocess.Popen(
-        [sys.executable, "-c", command, *arguments(frames, out), "--workers", "2"],
+        [sys.executable, "-c", command, *arguments(frames, out), "--workers", str(workers)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -144,7 +144,7 @@ def test_worker_killed_in_mid_run(tmp_path, frames, undisturbed):
 
 def test_interrupt_stops_cleanly_and_says_how_to_go_on(tmp_path, frames, undisturbed):
     out = tmp_path / "d.zarr"
-    process = start(frames, out)
+    process = start(frames, out, workers=1)
     wait_until_some_are_done(out, process)
     os.killpg(process.pid, signal.SIGINT)
     text = process.communicate(timeout=120)[0]
