@@ -16,6 +16,11 @@ date, and nothing else. All of them, from source files to a page::
     pipeline.correlate("distances.zarr", "results")
     pipeline.write_report("results", matrix="matrix.zarr")
 
+Rollouts of models are compared with a reference by two stages::
+
+    pipeline.compare("reference.zarr", {"unet": "unet.zarr"}, "rollouts.zarr")
+    pipeline.rank("rollouts.zarr", "results")
+
 A module is imported when one of its names is first used: PyTorch and Dask take seconds.
 """
 
@@ -35,6 +40,8 @@ if TYPE_CHECKING:
     from pipeline.matrix.neighbours import find_neighbours
     from pipeline.metrics.settings import Settings
     from pipeline.report import write_matrix_report, write_report
+    from pipeline.rollouts import RolloutSettings, compare
+    from pipeline.rollouts.ranking import rank
     from pipeline.simulate import simulate
     from pipeline.sources.catalog import open_catalog
     from pipeline.sources.fetch import fetch
@@ -46,7 +53,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Cluster",
     "MatrixRequest",
+    "RolloutSettings",
     "Settings",
+    "compare",
     "compute_distances",
     "compute_embeddings",
     "compute_matrix",
@@ -57,6 +66,7 @@ __all__ = [
     "load_profile",
     "open_catalog",
     "open_workflow",
+    "rank",
     "run_workflow",
     "simulate",
     "verify",
@@ -67,7 +77,9 @@ __all__ = [
 _MODULES = {
     "Cluster": "workers.cluster",
     "MatrixRequest": "matrix",
+    "RolloutSettings": "rollouts",
     "Settings": "metrics.settings",
+    "compare": "rollouts",
     "compute_distances": "distances",
     "compute_embeddings": "matrix.embeddings",
     "compute_matrix": "matrix",
@@ -78,6 +90,7 @@ _MODULES = {
     "load_profile": "workers.profiles",
     "open_catalog": "sources.catalog",
     "open_workflow": "workflow",
+    "rank": "rollouts.ranking",
     "run_workflow": "workflow",
     "simulate": "simulate",
     "verify": "verify",

@@ -14,6 +14,7 @@ import pydantic
 from pipeline.convert import Progress, Quarantined, convert
 from pipeline.resources import read_yaml, validated
 from pipeline.rollouts import RolloutSettings, RolloutsReport, compare
+from pipeline.rollouts.ranking import RankingReport, rank
 from pipeline.sources.catalog import Catalog
 from pipeline.storage import metadata, schema, store
 from pipeline.storage.address import absolute, is_address, join
@@ -95,6 +96,49 @@ class ComparisonReport:
     def complete(self) -> bool:
         """True if everything was compared."""
         return not (self.quarantined or self.rollouts.failures or self.rollouts.unmatched)
+
+
+def is_comparison(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a file is a workflow that compares models: whether it has the section ``models``."""
+    file = Path(path)
+    content = read_yaml(file, LayoutError) if file.is_file() else None
+    return isinstance(content, dict) and "models" in content
+
+
+def run_comparison(
+    workflow: ComparisonWorkflow,
+    cluster: Cluster,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    progress: StageProgress,
+) -> tuple[ComparisonReport, RankingReport]:
+    """Run all stages of a comparison: conversion, rollouts, ranking; each computes what is out of date.
+
+    Parameters
+    ----------
+    workflow : ComparisonWorkflow
+    cluster : Cluster
+    out : path or address, optional
+        Folder of stores and results. Default: the workflow's.
+    progress : callable
+
+    Raises
+    ------
+    As :func:`compare_files` and :func:`pipeline.rollouts.ranking.rank` do.
+    """
+    folder = absolute(out if out is not None else workflow.out)
+    compared = compare_files(
+        workflow.reference,
+        workflow.models,
+        join(folder, "rollouts.zarr"),
+        workflow.rollouts,
+        cluster,
+        layout=workflow.layout,
+        progress=progress,
+    )
+    with progress("rank"):
+        ranking = rank(compared.store, join(folder, "results"))
+    return compared, ranking
 
 
 def open_layout(path: str | os.PathLike[str]) -> Layout:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +205,26 @@ def test_the_protocol_of_surrogates_is_that_of_its_paper(tmp_path, here):
             assert (row["rollouts"], row["incomplete"]) == ((12, 0) if model == "unet" else (11, 1))
 
 
+def test_a_workflow_of_models_runs_all_stages_and_again_nothing(tmp_path):
+    write_files(tmp_path)
+    workflow: dict[str, Any] = {
+        "reference": "reference.npz",
+        "models": {"unet": "unet.npy", "fno": ["fno.pt"]},
+        "out": str(tmp_path / "out"),
+        "layout": LAYOUT,
+        "rollouts": {"metrics": ["l2", "ssim"], "baselines": ["persistence"]},
+    }
+    (tmp_path / "models.yaml").write_text(yaml.safe_dump(workflow))
+    code, text = run_lsim("run", tmp_path / "models.yaml", "--cluster", "none")
+    assert code == 3, text
+    assert (tmp_path / "out" / "results" / "errors.parquet").exists()
+    code, text = run_lsim("run", tmp_path / "models.yaml", "--cluster", "none")
+    assert "rollouts compared" not in text, text
+    code, text = run_lsim("run", tmp_path / "models.yaml", "--metrics", "l1")
+    assert code == 2, text
+    assert "section rollouts" in text
+
+
 def three_channels(frames: np.ndarray) -> torch.Tensor:
     scaled = (frames - frames.min()) / (frames.max() - frames.min()) * 255
     return torch.from_numpy(scaled.astype(np.float32))[:, None].repeat(1, 3, 1, 1)
@@ -230,8 +252,6 @@ def compare_times(tmp_path: Path, cluster: Cluster, frames: slice, time: Any) ->
 
 
 def quietly(stage: str) -> Any:
-    import contextlib
-
     return contextlib.nullcontext(lambda done, total: None)
 
 
@@ -241,6 +261,52 @@ def test_frames_are_matched_by_time_and_those_without_partner_are_counted(tmp_pa
     assert (values[:, [1, 3, 5]] == 0).all(), "its frames are the reference's own, at their times"
     assert np.isnan(values[:, [0, 2, 4, 6, 7]]).all()
     assert {failure.reason for failure in report.failures} == {"5 of 8 frames have no partner at their time"}
+
+
+def test_files_in_the_form_of_the_well_and_netcdf_ensembles_are_read(tmp_path, here):
+    """Groups as https://github.com/PolymathicAI/the_well, docs/data_format.md, lists them."""
+    import h5py
+
+    reference = np.stack(list(trajectories(2, 5).values()))[..., 0]
+    with h5py.File(tmp_path / "reference.hdf5", "w") as file:
+        file["t0_fields/pressure"] = reference.swapaxes(2, 3)
+        file["dimensions/time"] = np.arange(5) * 0.25
+        file["dimensions/x"] = np.arange(SIZE, dtype=np.float32)
+    with h5py.File(tmp_path / "model.hdf5", "w") as file:
+        file["t0_fields/pressure"] = reference.swapaxes(2, 3)[:, 1:4] + 1
+        file["dimensions/time"] = np.arange(1, 4) * 0.25
+    arrays = {"pressure": "t0_fields/pressure"}
+    dims = ["sequence", "time", "x", "y"]
+    layout = Layout(reader="arrays", options={"arrays": arrays, "dims": dims, "time": "dimensions/time"})
+    compare_paths(tmp_path, "hdf5", here, layout)
+    values = values_of(tmp_path / "r.zarr", "l2", "m", key="data/pressure")
+    np.testing.assert_allclose(values[:, 1:4], 1, rtol=1e-6)
+    assert np.isnan(values[:, [0, 4]]).all()
+
+    for name, part, offset in (("reference", slice(None), 0), ("model", slice(1, 4), 1)):
+        dataset = xr.Dataset(
+            {"t850": (("member", "time", "latitude", "longitude"), reference[:, part] + offset)},
+            coords={"time": np.arange(5)[part] * 6.0, "member": ["a", "b"]},
+        )
+        dataset.to_netcdf(tmp_path / f"{name}.nc")
+    names = {"sequence": "member", "frame": "time", "y": "latitude", "x": "longitude"}
+    compare_paths(tmp_path, "nc", here, Layout(options={"dims": names, "parameter": "time"}, dataset="era5"))
+    values = values_of(tmp_path / "r.zarr", "l2", "m", key="era5/t850")
+    np.testing.assert_allclose(values[:, 1:4], 1, rtol=1e-6)
+
+
+def compare_paths(tmp_path: Path, ending: str, cluster: Cluster, layout: Layout) -> Any:
+    shutil.rmtree(tmp_path / "r.zarr", ignore_errors=True)
+    shutil.rmtree(tmp_path / "r-frames", ignore_errors=True)
+    return compare_files(
+        str(tmp_path / f"reference.{ending}"),
+        {"m": str(tmp_path / f"model.{ending}")},
+        tmp_path / "r.zarr",
+        RolloutSettings(metrics=("l2",)),
+        cluster,
+        layout=layout,
+        progress=quietly,
+    )
 
 
 def test_a_model_at_other_times_is_named(tmp_path, here):

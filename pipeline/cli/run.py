@@ -15,6 +15,8 @@ from pipeline.cli.display import (
     show_distances,
     show_matrix,
     show_quarantined,
+    show_ranking,
+    show_rollouts,
     stage,
 )
 from pipeline.cli.options import (
@@ -66,12 +68,16 @@ def run(
     workers: Workers = None,
 ) -> None:
     """Run all stages of a workflow, from source data to the report, where they are out of date."""
+    from pipeline.comparison import is_comparison
     from pipeline.metrics.settings import Settings
     from pipeline.resources import find_resource
     from pipeline.workers.cluster import Cluster
     from pipeline.workers.profiles import load_profile
     from pipeline.workflow import open_workflow, run_workflow
 
+    if is_comparison(workflow):
+        _run_comparison(workflow, out, (metrics, own, option, mask, precision, weights), cluster, workers)
+        return
     opened = open_workflow(workflow)
     defaults = opened.distances
     changes: dict[str, Any] = {
@@ -102,3 +108,25 @@ def run(
     show_damaged(report.correlation.damaged)
     output.print(f"report: {report.page}", markup=False)
     exit_unless(report.complete)
+
+
+def _run_comparison(
+    workflow: str, out: str | None, overridden: tuple[Any, ...], cluster: str, workers: int | None
+) -> None:
+    """Run a workflow that compares models with their reference."""
+    from pipeline.comparison import open_comparison, run_comparison
+    from pipeline.workers.cluster import Cluster
+    from pipeline.workers.profiles import load_profile
+
+    if any(overridden):
+        raise typer.BadParameter(
+            f"{workflow} compares models: set metrics and their options in its section rollouts"
+        )
+    opened = open_comparison(workflow)
+    make_importable(opened.rollouts.metrics, Path.cwd(), Path(workflow).parent)
+    with Cluster(load_profile(cluster, workers)) as pool:
+        compared, ranking = run_comparison(opened, pool, out=out, progress=stage(pool))
+    show_quarantined(compared.quarantined)
+    show_rollouts(compared.rollouts)
+    show_ranking(ranking)
+    exit_unless(compared.complete and not ranking.damaged)

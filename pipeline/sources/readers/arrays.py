@@ -1,20 +1,22 @@
 """Reader of arrays that hold many rollouts: the files that surrogate models write.
 
-The source is one file, or a folder of them: ``.npy``, ``.npz``, ``.pt`` (a tensor, or a dict of tensors) or a
-Zarr array. Each holds one array with the dims time, y and x, and perhaps channel, sequence, run and sample.
+The source is one file, or a folder of them: ``.npy``, ``.npz``, ``.pt`` (a tensor, or a dict of tensors),
+HDF5 or Zarr. Each holds an array with the dims time, y and x, and perhaps channel, sequence, run and sample.
 Each channel is a field, or as ``channels`` says. A sequence is named by its number or by ``sequences``; where
 there are runs or samples, or several files, before it stands the member that it is of, as in
 ``run0-sample2/00003``.
 
 Options
 -------
-``array`` : name of the array in an ``.npz`` file, a dict or a Zarr group; default: the only one.
+``array`` : name of the array in an ``.npz`` file, a dict, an HDF5 file or a Zarr group; default: the only
+    one.
+``arrays`` : mapping of field to the name of its array, instead: each field has its own, with the same dims.
 ``dims`` : list of dims in the array's order; default ``[sequence, time, channel, y, x]``, with run and sample
     before them where the array has more axes.
 ``channels`` : mapping of field to a channel's number, or to a list of them. Default: each channel is a field,
     ``channel0``, ``channel1``, …
 ``sequences`` : list of names. Default: numbers.
-``time`` : list of the frames' times, or ``{start, step}``. Default: 0, 1, 2, …
+``time`` : list of the frames' times, ``{start, step}``, or the name of an array in the file. Default: 0, 1, …
 ``mask`` : ``{file, array, dims}`` of obstacles, where frames are multiplied by 0 (elsewhere by 1). ``file``
     lies beside the source; dims are y and x, perhaps with sequence.
 """
@@ -47,7 +49,8 @@ from pipeline.storage.limits import LISTED_SEQUENCES
 
 VERSION = "1"
 """Increased when the same files are decoded to other frames or another parameter."""
-_ENDINGS = (".npy", ".npz", ".pt", ".zarr")
+_HDF5 = (".h5", ".hdf5", ".hdf")
+_ENDINGS = (".npy", ".npz", ".pt", ".zarr", *_HDF5)
 _MEMBERS = ("run", "sample")
 _DIMS = ("run", "sample", "sequence", "time", "channel", "y", "x")
 
@@ -77,10 +80,11 @@ class ArraysOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     array: str | None = None
+    arrays: dict[str, str] = {}
     dims: list[Literal["run", "sample", "sequence", "time", "channel", "y", "x"]] | None = None
     channels: dict[str, int | list[int]] = {}
     sequences: list[str] = []
-    time: list[float] | Times | None = None
+    time: list[float] | Times | str | None = None
     mask: MaskOptions | None = None
 
 
@@ -108,6 +112,7 @@ def read(entry: Dataset, folder: Path) -> list[LazySequence]:
 class Rollout(LazySequence):
     """One field of one rollout; ``index`` has its place along the dims run, sample and sequence."""
 
+    array: str | None
     index: dict[str, int]
     channels: tuple[int, ...]
 
@@ -115,8 +120,10 @@ class Rollout(LazySequence):
         """Take the rollout from the array, multiply it by the mask, and scale its time."""
         path, options = self.files[0].path, ArraysOptions.model_validate(self.settings["options"])
         with decoding(path):
-            array = _load(self.files[0], options.array, self.most_bytes)
+            array = _load(self.files[0], self.array, self.most_bytes)
             dims = _dims_of(array.shape, options, path)
+            sizes = [size for dim, size in zip(dims, array.shape, strict=True) if dim not in self.index]
+            check_size(sizes, array.dtype.itemsize, self.most_bytes, path, "rollout")
             frames = _take(array, dims, self.index, self.channels)
             if options.mask is not None:
                 frames = frames * self._mask(options.mask, frames)[..., None]
@@ -130,7 +137,7 @@ class Rollout(LazySequence):
         """Load the mask of this rollout, (y, x), in the dtype of the frames."""
         file = self.files[1]
         with decoding(file.path, "mask "):
-            array = _load(file, options.array, self.most_bytes)
+            array = np.asarray(_load(file, options.array, self.most_bytes))
             if array.ndim != len(options.dims):
                 raise ReaderError(f"mask of shape {array.shape}; expected the dims {options.dims}", file.path)
             if "sequence" in options.dims:
@@ -152,21 +159,27 @@ def _list_rollouts(path: Path, options: ArraysOptions, most: int, *, alone: bool
     files = [file]
     if options.mask is not None:
         files.append(SourceFile.of(path.parent / options.mask.file))
+    if options.arrays and (options.array or options.channels):
+        raise ReaderError("options arrays: leave out array and channels", str(path))
+    fields: dict[str, tuple[str | None, int | list[int]]] = {
+        field: (array, 0) for field, array in options.arrays.items()
+    }
     with decoding(str(path)):
-        shape = _load(file, options.array, most).shape
-    dims = _dims_of(shape, options, str(path))
-    sizes = dict(zip(dims, shape, strict=True))
-    times = _times(options, sizes["time"], str(path))
+        shape = _load(file, next(iter(options.arrays.values()), options.array), most).shape
+        dims = _dims_of(shape, options, str(path))
+        sizes = dict(zip(dims, shape, strict=True))
+        times = _times(options, sizes["time"], file, most)
     names = options.sequences or [f"{number:05d}" for number in range(sizes.get("sequence", 1))]
     if len(names) != sizes.get("sequence", 1):
         raise ReaderError(f"{len(names)} names for {sizes.get('sequence', 1)} sequences", str(path))
-    fields = options.channels or {f"channel{k}": k for k in range(sizes.get("channel", 1))}
+    channels = options.channels or {f"channel{k}": k for k in range(sizes.get("channel", 1))}
+    fields = fields or {field: (options.array, numbers) for field, numbers in channels.items()}
     along = [dim for dim in (*_MEMBERS, "sequence") if dim in sizes]
     places = list(itertools.product(*(range(sizes[dim]) for dim in along)))
     if len(places) * len(fields) > LISTED_SEQUENCES:
         raise ReaderError(f"{len(places)} rollouts; expected {LISTED_SEQUENCES} at most", str(path))
     rollouts: list[LazySequence] = []
-    for place, (field, channels) in itertools.product(places, fields.items()):
+    for place, (field, (array, numbers)) in itertools.product(places, fields.items()):
         index = dict(zip(along, place, strict=True))
         member = "-".join(f"{dim}{index[dim]}" for dim in _MEMBERS if dim in index)
         parts = (
@@ -177,20 +190,29 @@ def _list_rollouts(path: Path, options: ArraysOptions, most: int, *, alone: bool
                 name="/".join(["-".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts),
                 field=field,
                 files=tuple(files),
-                settings={"options": options.model_dump(), "time": times, "index": index, "field": channels},
+                settings={
+                    "options": options.model_dump(),
+                    "time": times,
+                    "index": index,
+                    "field": [array, numbers],
+                },
+                array=array,
                 index=index,
-                channels=(channels,) if isinstance(channels, int) else tuple(channels),
+                channels=(numbers,) if isinstance(numbers, int) else tuple(numbers),
             )
         )
     return rollouts
 
 
-def _times(options: ArraysOptions, count: int, path: str) -> list[float]:
+def _times(options: ArraysOptions, count: int, file: SourceFile, most: int) -> list[float]:
     if isinstance(options.time, Times):
         return [options.time.start + options.time.step * k for k in range(count)]
     times = [float(k) for k in range(count)] if options.time is None else options.time
+    if isinstance(times, str):
+        values = np.asarray(_load(file, times, most))
+        times = values.reshape(-1).astype(np.float64).tolist()
     if len(times) != count:
-        raise ReaderError(f"{len(times)} times for {count} frames", path)
+        raise ReaderError(f"{len(times)} times for {count} frames", file.path)
     return times
 
 
@@ -236,7 +258,7 @@ def _load(file: SourceFile, name: str | None, most: int) -> Any:
         return load_npz(path, names, most)[0]
     if ending == ".pt":
         return _load_tensor(path, name)
-    return _open_zarr(path, name, most)
+    return _open_hdf5(path, name) if ending in _HDF5 else _open_zarr(path, name)
 
 
 def _load_tensor(path: str, name: str | None) -> np.ndarray:
@@ -252,16 +274,34 @@ def _load_tensor(path: str, name: str | None) -> np.ndarray:
     return np.asarray(tensors[key].numpy())
 
 
-def _open_zarr(path: str, name: str | None, most: int) -> np.ndarray:
+def _open_hdf5(path: str, name: str | None) -> Any:
+    """Open an array of an HDF5 file, of which rollouts are read one by one."""
+    import h5py
+
+    file = h5py.File(path, "r")
+    arrays: list[str] = []
+    file.visititems(lambda member, node: arrays.append(member) if isinstance(node, h5py.Dataset) else None)
+    return file[_choose(name, arrays, path)]
+
+
+def _open_zarr(path: str, name: str | None) -> Any:
+    """Open an array of a Zarr store, of which rollouts are read one by one."""
     from pipeline.storage import store
 
     node = store.open_node(path)
-    if name is not None or not hasattr(node, "shape"):
-        names = [name] if name is not None else list(node.array_keys())
-        if len(names) != 1 or names[0] not in node:
-            raise ReaderError(
-                f"arrays: {', '.join(node.array_keys()) or 'none'}; options.array chooses one", path
-            )
-        node = node[names[0]]
-    check_size(node.shape, node.dtype.itemsize, most, path, "array")
-    return np.asarray(node[...])
+    if name is None and hasattr(node, "shape"):
+        return node
+    return (
+        node[name]
+        if name is not None and name in node
+        else node[_choose(name, list(node.array_keys()), path)]
+    )
+
+
+def _choose(name: str | None, arrays: Sequence[str], path: str) -> str:
+    """Choose an array by name, or the only one."""
+    if name in arrays:
+        return str(name)
+    if name is None and len(arrays) == 1:
+        return arrays[0]
+    raise ReaderError(f"arrays: {', '.join(arrays) or 'none'}; options.array chooses one", path)
