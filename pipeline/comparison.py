@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import pydantic
 
 from pipeline.convert import Progress, Quarantined, convert
+from pipeline.report import write_rollouts_report
 from pipeline.resources import read_yaml, validated
 from pipeline.rollouts import RolloutSettings, RolloutsReport, compare
 from pipeline.rollouts.ranking import RankingReport, rank
@@ -111,8 +112,8 @@ def run_comparison(
     *,
     out: str | os.PathLike[str] | None = None,
     progress: StageProgress,
-) -> tuple[ComparisonReport, RankingReport]:
-    """Run all stages of a comparison: conversion, rollouts, ranking; each computes what is out of date.
+) -> tuple[ComparisonReport, RankingReport, Path | str]:
+    """Run all stages of a comparison, from conversion to the page; each computes what is out of date.
 
     Parameters
     ----------
@@ -138,7 +139,9 @@ def run_comparison(
     )
     with progress("rank"):
         ranking = rank(compared.store, join(folder, "results"))
-    return compared, ranking
+    with progress("report"):
+        page = write_rollouts_report(join(folder, "results"), title=workflow.title or None)
+    return compared, ranking, page
 
 
 def open_layout(path: str | os.PathLike[str]) -> Layout:

@@ -58,7 +58,8 @@ def report(
     results: Annotated[
         str,
         typer.Argument(
-            help="Folder or address of the results of 'lsim correlate'; or a matrix.zarr, for its maps alone."
+            help="Folder or address of the results of 'lsim correlate'; folder of those of 'lsim rank'; or "
+            "a matrix.zarr, for its maps alone."
         ),
     ],
     out: Annotated[
@@ -67,10 +68,18 @@ def report(
     ] = None,
     matrix: Annotated[str | None, typer.Option(help="A matrix.zarr whose maps are added.")] = None,
 ) -> None:
-    """Write an HTML report of correlations, of a matrix of all frames, or of both."""
-    from pipeline.report import is_matrix, write_matrix_report, write_report
+    """Write an HTML report of correlations, of a matrix of all frames, of both, or of a ranking of models."""
+    from pipeline.report import (
+        is_matrix,
+        is_ranking,
+        write_matrix_report,
+        write_report,
+        write_rollouts_report,
+    )
 
-    if not is_matrix(results):
+    if matrix is None and is_ranking(results):
+        page = write_rollouts_report(results, out=out)
+    elif not is_matrix(results):
         page = write_report(results, out=out, matrix=matrix)
     elif matrix is None:
         page = write_matrix_report(results, out or "report")

@@ -125,8 +125,9 @@ def _run_comparison(
     opened = open_comparison(workflow)
     make_importable(opened.rollouts.metrics, Path.cwd(), Path(workflow).parent)
     with Cluster(load_profile(cluster, workers)) as pool:
-        compared, ranking = run_comparison(opened, pool, out=out, progress=stage(pool))
+        compared, ranking, page = run_comparison(opened, pool, out=out, progress=stage(pool))
     show_quarantined(compared.quarantined)
     show_rollouts(compared.rollouts)
     show_ranking(ranking)
+    output.print(f"report: {page}", markup=False)
     exit_unless(compared.complete and not ranking.damaged)

@@ -23,16 +23,26 @@ from pipeline.report.contents import gather
 from pipeline.report.markdown import write_markdown
 from pipeline.report.matrix import MatrixContents, gather_matrices, is_matrix
 from pipeline.report.reading import ReportError
+from pipeline.report.rollouts import gather_rollouts, is_ranking
 from pipeline.sources.local_folder import local_folder
 from pipeline.storage.address import absolute, is_address, join
 from pipeline.storage.csv_tables import write_csv
 
-__all__ = ["DamagedReportError", "ReportError", "is_matrix", "write_matrix_report", "write_report"]
+__all__ = [
+    "DamagedReportError",
+    "ReportError",
+    "is_matrix",
+    "is_ranking",
+    "write_matrix_report",
+    "write_report",
+    "write_rollouts_report",
+]
 
 NAMED = 5
 """Damaged distances that an error names; the page names all."""
 TITLE = "Which metric ranks simulations best?"
 MATRIX_TITLE = "What lies near what?"
+ROLLOUTS_TITLE = "How far is each model from the simulation?"
 MAP = "map"
 PAGE = "index.html"
 PICTURE = "overview.png"
@@ -147,6 +157,47 @@ def write_matrix_report(
         write_csv(matrices.table, folder / f"{MAP}.csv")
         _write_page(folder, page)
     _refuse_damaged(place, matrices.damaged)
+    return join(place, PAGE) if is_address(place) else Path(place, PAGE)
+
+
+def write_rollouts_report(
+    results: str | os.PathLike[str], *, out: str | os.PathLike[str] | None = None, title: str | None = None
+) -> Path | str:
+    """Write the page of models against their reference, from what ``lsim rank`` wrote.
+
+    Parameters
+    ----------
+    results : path or address
+        Folder that :func:`pipeline.rollouts.ranking.rank` wrote. Its record names the ``rollouts.zarr``, and
+        that the stores of frames, without which there are no pictures.
+    out : path or address, optional
+        Folder of the page, ``index.html``, and of the tables; default ``<results>/report``.
+    title : str, optional
+
+    Returns
+    -------
+    Path, or str for an address
+        The page.
+
+    Raises
+    ------
+    ReportError
+        When the results are not complete.
+    """
+    location = absolute(results)
+    place = join(location, "report") if out is None else absolute(out)
+    with local_folder(location) as folder:
+        contents = gather_rollouts(folder)
+        tables = {
+            name: pd.read_parquet(folder / f"{name}.parquet")
+            for name in ("errors", "differences", "valid_times")
+        }
+    page = _render("rollouts_page.html.jinja", heading=title or ROLLOUTS_TITLE, **vars(contents))
+    with local_folder(place) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, table in tables.items():
+            write_csv(table, folder / f"{name}.csv")
+        _write_page(folder, page)
     return join(place, PAGE) if is_address(place) else Path(place, PAGE)
 
 
