@@ -226,6 +226,7 @@ def _render(template: str, **values: Any) -> str:
         finalize=text.escape_controls,
     )
     environment.filters |= {"number": text.number, "range": text.number_range}
+    environment.filters |= {"significant": text.significant, "significant_range": text.significant_range}
     style = resources.files("pipeline.report").joinpath("style.css").read_text()
     return environment.get_template(template).render(style=style, **values)
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.report.pictures import MISSING, data_address, shrink
 from pipeline.report.reading import ReportError
-from pipeline.report.text import number
+from pipeline.report.text import significant
 from pipeline.rollouts import RolloutSettings, list_rollout_failures
 from pipeline.rollouts.matching import FieldRollouts, match_fields
 from pipeline.rollouts.results import read_results
@@ -276,8 +276,8 @@ class _Axis:
     def draw(self) -> str:
         lines = [
             f'<path class="axis" d="M{LEFT} 8V{HEIGHT}H{WIDTH}"/>',
-            f'<text x="{LEFT}" y="{HEIGHT + 14}">t = {number(self.first)}</text>',
-            f'<text x="{WIDTH}" y="{HEIGHT + 14}" text-anchor="end">{number(self.last)}</text>',
+            f'<text x="{LEFT}" y="{HEIGHT + 14}">t = {significant(self.first)}</text>',
+            f'<text x="{WIDTH}" y="{HEIGHT + 14}" text-anchor="end">{significant(self.last)}</text>',
         ]
         for tick in self.ticks():
             lines.append(
@@ -394,10 +394,10 @@ class _Stores:
             rows += _draw_model(
                 label, ours[numbers], [theirs[p] if p >= 0 else None for p in partners], limits
             )
-        low, high = map(number, limits)
+        low, high = map(significant, limits)
         group = store.get_group(store.open_store(reference.path), key)
         return {
-            "times": [f"t = {number(float(reference.times[0][k]))}" for k in numbers],
+            "times": [f"t = {significant(float(reference.times[0][k]))}" for k in numbers],
             "frames": rows,
             "frames_of": f"{key.split('/')[1]}, sequence {reference.names[0]}, from {low} to {high}",
             "units": str(store.get_array(group, schema.FRAMES).attrs.get("units", "")),
@@ -434,7 +434,7 @@ def _draw_model(
     return [
         FramesRow(label, ["" if frame is None else _thumb(frame, limits) for frame in theirs]),
         FramesRow(
-            f"{label} − reference, ±{number(largest)}",
+            f"{label} − reference, ±{significant(largest)}",
             ["" if change is None else _thumb(change, scale, "RdBu_r") for change in changes],
         ),
     ]

@@ -27,3 +27,17 @@ def number_range(low: float | None, high: float | None, digits: int = 2) -> str:
     if low is None or high is None or math.isnan(low) or math.isnan(high):
         return ""
     return f"{number(low, digits)} to {number(high, digits)}"
+
+
+def significant(value: float | None) -> str:
+    """Format a number of any size with three significant digits; a dash for none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.3g}".replace("-", "−")
+
+
+def significant_range(low: float | None, high: float | None) -> str:
+    """Format an interval of numbers of any size; empty where there is none."""
+    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+        return ""
+    return f"{significant(low)} to {significant(high)}"
