@@ -2,13 +2,13 @@
 
     python benchmarks/rollouts.py [--small] [--json]
 
-3 models × 3 runs × 5 samples, 4 sequences × 60 frames of 128×64, 3 fields (``--small``: fewer of each), in one
-process with one thread:
+3 models × 3 runs × 5 samples, 4 sequences × 60 frames of 128×64, 3 fields (``--small``: fewer of each), in
+one process with one thread:
 
 1. ``lsim compare`` by LSiM with the scope ``each``, against the evaluation pair by pair: the network in plain
    torch, two passes a pair, normalised as the protocol says, in batches. Some of its pairs are measured.
-2. ``lsim compare`` by ``l2`` on raw values: bytes of frames (of models and reference, once) by second, against
-   the bandwidth of a plain sum over an array that is larger than all caches.
+2. ``lsim compare`` by ``l2`` on raw values: bytes of frames (of models and reference, once) by second,
+   against the bandwidth of a plain sum over an array that is larger than all caches.
 3. Overhead: the seconds of ``lsim compare`` by LSiM and ``l2`` that no read and no metric took.
 """
 

@@ -22,6 +22,8 @@ from pipeline.rollouts import RolloutSettings, compare
 from pipeline.rollouts.intervals import Bootstrap
 from pipeline.rollouts.ranking import rank
 from pipeline.storage import store
+from pipeline.verify import verify
+from pipeline.verify.repair import repair
 from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 
@@ -444,6 +446,32 @@ def test_distances_that_were_exchanged_are_left_out_and_computed_again(tmp_path,
     assert report.errors.query("metric == 'l2'")["value"].isna().all()
     assert compare(stores["reference"], models, out, PIXELS, cluster=here).computed == 9
     xr.testing.assert_identical(results_of(out), expected)
+
+
+def test_each_damaged_chunk_is_found_and_mended(tmp_path, stores, here):
+    out = tmp_path / "r.zarr"
+    compare(stores["reference"], {"fno": stores["fno"]}, out, PIXELS, cluster=here)
+    assert verify(out).compared == 6
+    expected = results_of(out)
+    chunks = sorted(p for p in (out / KEY).rglob("*") if p.is_file() and p.name != "zarr.json")
+    names = [chunk.relative_to(out / KEY).as_posix() for chunk in chunks]
+    assert any("l2" in name for name in names)
+    for chunk, name in zip(chunks, names, strict=True):
+        content = chunk.read_bytes()
+        for damage in ("flipped", "deleted"):
+            if damage == "flipped":
+                chunk.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            elif chunk.exists():
+                chunk.unlink()
+            else:  # a chunk of nothing but empty texts, which need not be written again
+                assert name.startswith("member/")
+                continue
+            report = verify(out)
+            assert not report.whole, (name, damage)
+            repair(out, report)
+            compare(stores["reference"], {"fno": stores["fno"]}, out, PIXELS, cluster=here)
+            xr.testing.assert_identical(results_of(out), expected)
+            assert verify(out).whole, (name, damage)
 
 
 @pytest.mark.parametrize(

@@ -93,9 +93,7 @@ def report(
 def verify(
     path: Annotated[
         str,
-        typer.Argument(
-            metavar="STORE", help="The frames.zarr, distances.zarr, matrix.zarr or embeddings.zarr to check."
-        ),
+        typer.Argument(metavar="STORE", help="The frames.zarr, distances.zarr, matrix.zarr, ... to check."),
     ],
     should_repair: Annotated[
         bool,
@@ -117,6 +115,7 @@ def verify(
     if should_repair and not report.whole:
         count = repair(path, report)
         stages = {"frames": "convert", "distances": "distances", "matrix": "matrix", "embeddings": "embed"}
+        stages["rollouts"] = "compare"
         restored = sum(damage.chunk == DOCUMENT for damage in report.damages)
         actions = [f"{count} records removed"] if count else []
         actions += [f"metadata of {restored} groups and arrays written again"] if restored else []

@@ -14,6 +14,7 @@ import pandas as pd
 from pipeline.rollouts.intervals import Bootstrap, Difference
 from pipeline.rollouts.results import FieldResults, read_results
 from pipeline.sources.local_folder import local_folder
+from pipeline.stage.provenance import has_specification
 from pipeline.storage import metadata, schema, store
 from pipeline.storage.address import absolute
 from pipeline.storage.versions import versions
@@ -147,7 +148,12 @@ def _tables(root: store.Group, damaged: list[str]) -> Iterator[tuple[tuple[str, 
 def _leave_out_damaged(results: FieldResults) -> list[str]:
     """Make distances NaN that are not those that were written with their record; say which."""
     left_out = []
+    described = has_specification(store.get_group(results.root, results.key))
     for metric, values in results.distances.items():
+        if not described[metric]:
+            values[...] = np.nan
+            left_out.append(f"{results.key}: {metric}: its specification is not the one that was recorded")
+            continue
         for place in np.ndindex(*values.shape[:3]):
             model = results.axes.models[place[0]]
             members = results.axes.members[model]

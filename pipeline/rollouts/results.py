@@ -63,13 +63,13 @@ class Axes:
     @classmethod
     def joined(cls, stored: Axes | None, of_field: FieldRollouts, baselines: Sequence[str]) -> Axes:
         """Join stored models with those of a run; the trajectories are those of the reference."""
-        members = {} if stored is None else {model: list(names) for model, names in stored.members.items()}
-        found: dict[str, list[str]] = {}
+        # A model without a name has lost its label to a damaged disk.
+        earlier = {} if stored is None else stored.members
+        members = {model: list(names) for model, names in earlier.items() if model}
+        current: dict[str, set[str]] = {}
         for rollout in of_field.rollouts:
-            names = found.setdefault(rollout.model, [])
-            if rollout.member not in names:
-                names.append(rollout.member)
-        members |= {model: sorted(names, key=_member_order) for model, names in found.items()}
+            current.setdefault(rollout.model, set()).add(rollout.member)
+        members |= {model: sorted(names, key=_member_order) for model, names in current.items()}
         members |= {baseline: [""] for baseline in baselines}
         reference = of_field.reference
         return cls(list(members), members, reference.names, reference.times)
@@ -285,8 +285,8 @@ def read_results(root: store.Group, key: str) -> FieldResults:
     axes = Axes(list(members), members, [str(name) for name in sequences], times)
     results = FieldResults(root, key, axes)
     for metric, place in metric_places(group).items():
-        if metric not in group:
-            continue  # of a run that was killed while it laid out the store
+        if not metric or metric not in group:
+            continue  # a run was killed while it laid out the store, or the name is lost
         results.distances[metric] = store.read(store.get_array(group, metric))
         results.texts[metric] = {name: store.read(store.get_array(provenance, name), place) for name in TEXTS}
     return results

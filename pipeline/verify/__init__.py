@@ -46,6 +46,7 @@ from pipeline.verify.damage import (
     recorded_specification,
 )
 from pipeline.verify.embeddings import add_embeddings
+from pipeline.verify.rollouts import check_rollouts
 from pipeline.verify.tiles import add_tiles
 
 THREADS = 8
@@ -63,7 +64,7 @@ def verify(
     Parameters
     ----------
     path : str or path
-        A ``frames.zarr``, ``distances.zarr``, ``matrix.zarr`` or ``embeddings.zarr``. For other Zarr stores
+        A store of frames, distances, a matrix, embeddings or rollouts. For other Zarr stores
         only chunks are checked.
     threads : int
         Number of threads; each holds one sequence of frames, or one chunk, at a time.
@@ -98,6 +99,8 @@ def verify(
     checks = Checks()
     for group in _groups(root, metadata.listed_members(root)):
         _add_group(checks, group, report)
+        if report.kind == schema.ROLLOUTS_STORE and schema.MODEL in group.arrays:
+            checks.add(1, [partial(check_rollouts, root, group.name, report)])
         report.damages += _lost_fingerprints(root, group)
     for count, damages in enumerate(_in_threads(checks, threads), start=1):
         report.damages += damages
@@ -111,6 +114,7 @@ def _kind_of_fields(path: str | os.PathLike[str]) -> str | None:
     kinds = {
         f"{schema.PROVENANCE}/{schema.MISSING}": schema.MATRIX_STORE,
         schema.NUMBER: schema.EMBEDDINGS_STORE,
+        schema.MEMBER: schema.ROLLOUTS_STORE,
         f"{schema.PROVENANCE}/{schema.FINGERPRINT}": schema.DISTANCES_STORE,
         schema.FRAMES: schema.FRAMES_STORE,
     }

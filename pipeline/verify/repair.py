@@ -25,7 +25,7 @@ def repair(path: str | os.PathLike[str], report: VerifyReport) -> int:
     Parameters
     ----------
     path : str or path
-        A ``frames.zarr``, ``distances.zarr``, ``matrix.zarr`` or ``embeddings.zarr``.
+        A store of frames, distances, a matrix, embeddings or rollouts.
     report : VerifyReport
         Report of :func:`pipeline.verify.verify` on the store in its present state.
 
@@ -162,4 +162,6 @@ _FORGET = {
     schema.DISTANCES_STORE: _forget_distances,
     schema.MATRIX_STORE: _forget_tiles,
     schema.EMBEDDINGS_STORE: _forget_blocks,
+    # A rollout whose distances are not bound to their record is computed again anyway.
+    schema.ROLLOUTS_STORE: lambda group, damages: len(damages),
 }
