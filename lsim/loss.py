@@ -151,6 +151,7 @@ class SimulationLoss(nn.Module):
             return distances.mean() if self.reduction == "mean" else distances.sum()
 
     def extra_repr(self) -> str:
+        """Name the settings for the repr of the module."""
         return (
             f"{self.distance.name!r}, channels={self.channels!r}, normalisation={self.normalisation!r}, "
             f"differentiable_range={self.differentiable_range}, reduction={self.reduction!r}"

@@ -35,7 +35,7 @@ class PixelMeans(Metric):
 
     @property
     def axioms(self) -> frozenset[str]:
-        """Without the triangle inequality where every pair leaves out pixels of its own."""
+        """Axioms, without the triangle inequality where every pair leaves out pixels of its own."""
         return super().axioms - {"triangle"} if self.preprocessing.mask else super().axioms
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:

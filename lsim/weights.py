@@ -43,11 +43,11 @@ TORCHVISION = "https://download.pytorch.org/models"
 
 
 class WeightsError(RuntimeError):
-    """Weights are absent, damaged, or belong to another network."""
+    """Weights that are absent, damaged, or of another network."""
 
 
 class MissingWeightsError(WeightsError):
-    """Weights were not found; the message lists the folders searched and how to get them."""
+    """Weights that no folder holds; the message lists the folders searched and how to get them."""
 
 
 @dataclass(frozen=True)

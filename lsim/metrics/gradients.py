@@ -347,10 +347,10 @@ def similarity_deviation(i, j, out, x, y, stabiliser, masked):  # type: ignore[n
 
 @compiled(fastmath=FAST, error_model="numpy")
 def absolute_gradient(i, j, out, x, y, step, masked):  # type: ignore[no-untyped-def]
-    """out[p] += mean absolute gradient, over 255, of the difference of frames i[p] of x and j[p] of y.
+    """Add to out[p] the mean absolute gradient of the difference of frames i[p] and j[p], over 255.
 
-    Of frames (n, y, x·channel), neighbours along x being ``step`` apart. Differences that are NaN are left
-    out where ``masked``, else spoil it.
+    Frames of x and y are (n, y, x·channel), neighbours along x being ``step`` apart. Differences that are
+    NaN are left out where ``masked``, else spoil it.
     """
     rows, columns = x.shape[1:]
     row = np.empty(columns)
@@ -377,7 +377,7 @@ def absolute_gradient(i, j, out, x, y, step, masked):  # type: ignore[no-untyped
 
 @compiled(fastmath=FAST)
 def _absolute_differences(values, others):  # type: ignore[no-untyped-def]
-    """Σ |values − others| of those that aren't NaN, and their number."""
+    """Sum |values − others| over those that aren't NaN, and count them."""
     total = 0.0
     known = 0
     for k in range(values.shape[0]):

@@ -1,4 +1,4 @@
-"""What the values of one frame tell of another's: variation of information and mutual information.
+"""Information that the values of one frame hold on another's: its variation, and mutual information.
 
 All three metrics come from the joint histogram of two frames' 8-bit values, or of equal bins over each
 frame's own range, and its entropies, in bits:

@@ -358,7 +358,7 @@ def _project(mass, q, p, line):  # type: ignore[no-untyped-def]
 def moved_masses(  # type: ignore[no-untyped-def]
     i, j, out, x, x_rest, x_total, y, y_rest, y_total, vectors, weights
 ):
-    """out[p] += sliced W₁ of the masses i[p] of x and j[p] of y, each (n, channel, y, x), scaled to 1.
+    """Add to out[p] the sliced W₁ of the masses i[p] of x and j[p] of y, (n, channel, y, x), scaled to 1.
 
     What is accumulated is their difference: it is as small as the distance, and so is its rounding. With
     d = x − y and totals X and Y, x/X − y/Y = (d − (x + y) Σd / (X + Y)) (X + Y) / (2 X Y).
@@ -404,7 +404,7 @@ def _sum(values):  # type: ignore[no-untyped-def]
 
 
 def _mass_and_total(planes: Tensor) -> tuple[Tensor, Tensor]:
-    """Mass in every pixel of (n, channel, y, x), evenly spread where there is none; its sum (n, channel)."""
+    """Return the mass in every pixel, spread evenly where there is none, and its sum (n, channel)."""
     mass = planes.clamp(min=0)
     total = mass.sum((2, 3), keepdim=True)
     height, width = planes.shape[2:]

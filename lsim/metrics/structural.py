@@ -354,7 +354,7 @@ class MultiScaleSSIM(_Structural):
         return self._over_scales(functools.cache(mean) if self.preprocessing.mask else mean).mean(1)
 
     def _over_scales(self, mean: Callable[[int, bool], Tensor], coarsest: int = len(SCALES) - 1) -> Tensor:
-        """1 − Π max(1 − d, 0)^w of the mean differences d at the scales, ``mean(scale, luminance)``."""
+        """Combine the mean differences d at the scales, ``mean(scale, luminance)``: 1 − Π max(1 − d, 0)^w."""
         found = [mean(scale, False) for scale in range(coarsest)] + [mean(coarsest, True)]
         differences = torch.stack(found)
         missing = differences.isnan().any(0)
@@ -372,7 +372,7 @@ class MultiScaleSSIM(_Structural):
 
 
 def _mean_reciprocal(part: Tensor) -> Tensor:
-    """Mean of 1 / part, which is nowhere 0, over some windows of each frame: (n,) float64."""
+    """Average 1 / part, which is nowhere 0, over some windows of each frame: (n,) float64."""
     windows = part.flatten(1)
     step = windows.shape[1] // SAMPLES | 1  # odd, so that it walks through all columns
     return windows[:, ::step].double().reciprocal().nanmean(1)
@@ -388,7 +388,7 @@ def _channel_first(frames: Tensor) -> Tensor:
 
 
 def _halved(planes: Tensor) -> Tensor:
-    """Averages of 2×2 of (n, channel, y, x), an odd side beginning with a zero: float64."""
+    """Average 2×2 of (n, channel, y, x), an odd side beginning with a zero: float64."""
     if has_kernel(planes):
         return torch.from_numpy(np.stack(in_threads(averages, planes.numpy())))
     y, x = planes.shape[2:]
@@ -396,7 +396,7 @@ def _halved(planes: Tensor) -> Tensor:
 
 
 def _halved_with_rest(planes: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """Do as :func:`_halved` with pairs of doubles."""
+    """Average 2×2 of pairs of doubles as :func:`_halved` does."""
     y, x = planes.shape[2:]
     padded = [F.pad(part / 4, (x % 2, 0, y % 2, 0)) for part in (planes, rest)]
     corners = [(padded[0][:, :, r::2, k::2], padded[1][:, :, r::2, k::2]) for r in (0, 1) for k in (0, 1)]
@@ -405,7 +405,7 @@ def _halved_with_rest(planes: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _moments(planes: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-    """Mean and variance in the windows of (n, channel, y, x) float64: in torch, with gradients."""
+    """Compute mean and variance in the windows of (n, channel, y, x) float64: in torch, with gradients."""
     if window == "uniform":
         mean, square = (F.avg_pool2d(values, TAPS[window], 1) for values in (planes, planes.square()))
         return mean, SAMPLE * (square - mean.square()).clamp(min=0)

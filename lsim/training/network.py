@@ -288,10 +288,10 @@ class PairNetwork(nn.Module):
         return distances
 
     def clamp_weights(self) -> None:
-        """Do nothing: it has no channel weights."""
+        """Ignore the call: it has no channel weights."""
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Do nothing: it has no deviation maps."""
+        """Ignore the call: it has no deviation maps."""
 
     def checkpoint(self) -> Checkpoint:
         """Return the weights in the form that :func:`lsim.weights.save_checkpoint` expects."""

@@ -31,7 +31,7 @@ Couple: TypeAlias = tuple[str, str]
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are drawn: number of replicates (0 for no intervals) and seed."""
+    """Settings of the bootstrap: number of replicates (0 for no intervals) and seed."""
 
     replicates: int
     seed: int

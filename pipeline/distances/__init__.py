@@ -271,7 +271,7 @@ class _Field:
 
     @property
     def key(self) -> str:
-        """``<dataset>/<field>``."""
+        """Path of the field in the store, ``<dataset>/<field>``."""
         return self.blocks.key
 
 

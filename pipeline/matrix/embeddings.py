@@ -706,7 +706,7 @@ def _embedded(metric: Metric, frames: np.ndarray, scope: Scope) -> tuple[dict[st
 
 
 class _Writer:
-    """Write embeddings of a block in whole chunks, and hash them.
+    """Writer of embeddings of a block in whole chunks, which hashes them.
 
     Attributes
     ----------

@@ -65,6 +65,7 @@ class FamilyPlan:
     tasks : int
     embeddings : int
         Frames embedded in total, by all workers: ``factor`` times the number of frames.
+    factor : float
     process, cache, work : int
         Bytes of memory: of the process anyway, of embeddings that are kept, and of work in hand at most.
     memory : int

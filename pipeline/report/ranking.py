@@ -80,7 +80,7 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the two metrics are apart by the simultaneous interval of their difference.
+        """Verdict on whether the simultaneous interval of their difference separates the two metrics.
 
         The best was picked on the same sequences, out of all: the interval of one difference by itself would
         call the best of equals better than another far too often.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 class Stopwatch:
-    """Sum up seconds by what they were spent on.
+    """Stopwatch that sums up seconds by what they were spent on.
 
     Examples
     --------
@@ -25,6 +25,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def __call__(self, activity: str) -> Iterator[None]:
+        """Add the seconds of a block of code to those of an activity."""
         began = time.perf_counter()
         try:
             yield
