@@ -171,19 +171,19 @@ def compute_matrix(
     """
     matrix = matrix or MatrixRequest()
     if cluster is None:
-        with Cluster(shared_memory_profile(Profile())) as own:
+        with Cluster(shared_memory_profile(Profile())) as local_cluster:
             return compute_matrix(
                 frames,
                 out,
                 settings,
                 matrix,
-                cluster=own,
+                cluster=local_cluster,
                 progress=progress,
                 announce=announce,
                 plan_only=plan_only,
             )
     _check(settings)
-    began = time.perf_counter()
+    start = time.perf_counter()
     # Workers may run in another folder.
     frames_path, out_path = absolute(frames), absolute(out)
     choice = choose_metrics(settings)
@@ -211,9 +211,9 @@ def compute_matrix(
                 announce(describe_plan(plan))
     report.plans = list(plans.plans.values())
     if plan_only:
-        report.seconds = time.perf_counter() - began
+        report.seconds = time.perf_counter() - start
         return report
-    with open_results(out_path, schema.MATRIX_STORE, schema.NUMBER, source, besides=_BESIDES) as results:
+    with open_results(out_path, schema.MATRIX_STORE, schema.NUMBER, source, other_groups=_BESIDES) as results:
         stale = []
         for job in jobs:
             group = job.lay_out(results.root, plans.plans.get(job.key))
@@ -236,10 +236,10 @@ def compute_matrix(
         }
         if report.plans:
             attributes["plan"] = [describe_plan(plan) for plan in report.plans]
-        with results.recorded(began, recorded_settings, report.summarise, workers, attributes):
+        with results.recorded(start, recorded_settings, report.summarise, workers, attributes):
             _run(jobs, stale, plans, workers, results.run, report, progress)
     report.up_to_date = sum(tiles.fresh for tiles in stale)
-    report.seconds, report.cluster = time.perf_counter() - began, workers.description
+    report.seconds, report.cluster = time.perf_counter() - start, workers.description
     # The store records damaged frames, unless the tile of their block with itself was up to date.
     failures = list_matrix_failures(out_path)
     recorded = {(failure.group, failure.metric, failure.reason) for failure in failures}
@@ -259,15 +259,15 @@ class _Plans:
         self.memory = memory
         self.workers: Workers | None = None
         self.plans: dict[str, Plan] = {}
-        self.measured: dict[str, dict[str, Measured]] = {}
+        self.measurements: dict[str, dict[str, Measured]] = {}
 
     def make(self, jobs: Sequence[MatrixJob], workers: MetricWorkers) -> None:
         """Measure and plan matrices, on workers that are started for it."""
         for job in jobs:
             client = workers.start()
             self.workers = self.workers or find_workers(workers.cluster, self.memory)
-            self.measured[job.key] = job.measure(client)
-            self.plans[job.key] = job.plan(self.measured[job.key], self.workers)
+            self.measurements[job.key] = job.measure(client)
+            self.plans[job.key] = job.plan(self.measurements[job.key], self.workers)
 
 
 def list_matrix_failures(out: str | os.PathLike[str]) -> list[MatrixFailure]:
@@ -282,7 +282,7 @@ def list_matrix_failures(out: str | os.PathLike[str]) -> list[MatrixFailure]:
         labels = labels_of_blocks(group, sides(group)[0])
         for name, place in metric_places(group).items():
             tiles = failures_of_tiles(group, name, place, labels)
-            failures += [MatrixFailure(key, name, what, reason) for what, reason in tiles.damaged]
+            failures += [MatrixFailure(key, name, tile, reason) for tile, reason in tiles.damaged]
             failures += _failures_of_sequences(group, name, tiles.reasons)
             if tiles.missing:
                 reason = (
@@ -294,23 +294,23 @@ def list_matrix_failures(out: str | os.PathLike[str]) -> list[MatrixFailure]:
 
 def _failures_of_sequences(group: store.Group, metric: str, reasons: np.ndarray) -> list[MatrixFailure]:
     """Combine the frames of a sequence that have no distances for the same reason."""
-    failed = np.flatnonzero(reasons != "")
-    if not len(failed):
+    indices = np.flatnonzero(reasons != "")
+    if not len(indices):
         return []
     columns = (schema.FIELD, schema.SEQUENCE, schema.NUMBER)
     fields, sequences, numbers = (store.read(store.get_array(group, name)) for name in columns)
     by_sequence: dict[tuple[str, str], list[str]] = {}
-    for index in failed:
-        which = f"{fields[index]}/{sequences[index]}"
-        by_sequence.setdefault((which, str(reasons[index])), []).append(str(numbers[index]))
+    for index in indices:
+        sequence = f"{fields[index]}/{sequences[index]}"
+        by_sequence.setdefault((sequence, str(reasons[index])), []).append(str(numbers[index]))
     return [
-        MatrixFailure(group.path, metric, f"{which}: frame {_few(frames)}", reason)
-        for (which, reason), frames in by_sequence.items()
+        MatrixFailure(group.path, metric, f"{sequence}: frame {_few(frames)}", reason)
+        for (sequence, reason), frames in by_sequence.items()
     ]
 
 
-def _few(names: Sequence[str], shown: int = 12) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+def _few(names: Sequence[str], limit: int = 12) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 # ---------------------------------------------------------------- on the driver
@@ -366,7 +366,7 @@ def _run(
         task
         for job, tiles in zip(jobs, stale, strict=True)
         if tiles.families
-        for task in job.tasks(tiles, plans.measured[job.key], plans.workers, run)
+        for task in job.tasks(tiles, plans.measurements[job.key], plans.workers, run)
     )
     client = workers.start()
     try:

@@ -48,8 +48,8 @@ class FrameBlock:
     @cached_property
     def content(self) -> str:
         """Hash of the block's frames; it changes with frames that come before them, too."""
-        made_of = [(piece.content, piece.start, piece.stop) for piece in self.pieces]
-        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
+        inputs = [(piece.content, piece.start, piece.stop) for piece in self.pieces]
+        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class MatrixFrames:
 
     def blocks(self, length: int) -> list[FrameBlock]:
         """Cut all frames into blocks of ``length``; the last may be shorter."""
-        ends = np.cumsum([len(piece) for piece in self.sequences])
+        stops = np.cumsum([len(piece) for piece in self.sequences])
         labels = {
             schema.FIELD: self.field,
             schema.SEQUENCE: self.sequence,
@@ -94,10 +94,10 @@ class MatrixFrames:
         blocks = []
         for start in range(0, len(self), length):
             stop = min(start + length, len(self))
-            first, last = np.searchsorted(ends, start, "right"), np.searchsorted(ends, stop, "left")
+            first, last = np.searchsorted(stops, start, "right"), np.searchsorted(stops, stop, "left")
             pieces = []
             for index in range(first, last + 1):
-                whole, origin = self.sequences[index], int(ends[index]) - len(self.sequences[index])
+                whole, origin = self.sequences[index], int(stops[index]) - len(self.sequences[index])
                 begin, end = max(start - origin, 0), min(stop - origin, len(whole))
                 pieces.append(Piece(whole.key, whole.row, whole.content, begin, end))
             of_block = {name: column[start:stop] for name, column in labels.items()}
@@ -144,8 +144,8 @@ class Batch:
     damage: str = ""
 
 
-def read_block(source: store.Group, block: FrameBlock, together: int) -> Iterator[Batch]:
-    """Read the frames of a block in batches of at most ``together``, each of one field, and check sequences.
+def read_block(source: store.Group, block: FrameBlock, batch_size: int) -> Iterator[Batch]:
+    """Read the frames of a block in batches of ``batch_size`` at most, each of one field; check sequences.
 
     In memory are one sequence and one batch.
     """
@@ -165,11 +165,11 @@ def read_block(source: store.Group, block: FrameBlock, together: int) -> Iterato
                 start, pending = position, []
                 continue
             while len(frames):
-                taken = frames[: together - (position - start)]
-                pending.append(taken)
-                position += len(taken)
-                frames = frames[len(taken) :]
-                if position - start == together:
+                part = frames[: batch_size - (position - start)]
+                pending.append(part)
+                position += len(part)
+                frames = frames[len(part) :]
+                if position - start == batch_size:
                     yield Batch(start, position, np.concatenate(pending))
                     start, pending = position, []
         if start < position:

@@ -94,19 +94,19 @@ def run_blocks(
     """
     if progress is not None and count:
         progress(0, count)
-    done, failed = 0, list[tuple[Block, ...]]()
+    finished, failures = 0, list[tuple[Block, ...]]()
 
     def run_singly() -> Iterator[Any]:
-        if failed:
-            yield from run_bounded(client, function, ((block,) for batch in failed for block in batch))
+        if failures:
+            yield from run_bounded(client, function, ((block,) for batch in failures for block in batch))
 
     for batch, result, error in itertools.chain(run_bounded(client, function, batches), run_singly()):
         if error is not None and store.is_full_disk(error):
             raise error
         if error is not None and len(batch) > 1:
-            failed.append(batch)
+            failures.append(batch)
             continue
         yield batch, result, "" if error is None else reason_of(error)
-        done += len(batch)
+        finished += len(batch)
         if progress is not None:
-            progress(done, count)
+            progress(finished, count)

@@ -26,11 +26,11 @@ class Stopwatch:
     @contextlib.contextmanager
     def __call__(self, activity: str) -> Iterator[None]:
         """Add the seconds of a block of code to those of an activity."""
-        began = time.perf_counter()
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[activity] += time.perf_counter() - began  # type: ignore[assignment]
+            self.seconds[activity] += time.perf_counter() - start  # type: ignore[assignment]
 
 
 def rounded(seconds: Counter[str]) -> dict[str, float]:

@@ -257,8 +257,8 @@ def choose_device(device: str, number: int) -> str:
 def set_device(device: str) -> str:
     """Set the device on which this process loads metrics, and return the previous one."""
     global _device
-    before, _device = _device, device
-    return before
+    original, _device = _device, device
+    return original
 
 
 def _check_device(device: str) -> None:
