@@ -267,11 +267,11 @@ class MetricDefinition(ABC):
                 f"metric {self.name!r} resizes frames to {self.preprocessing.size}², and weights are those "
                 "of the frames' own pixels: load it with size=None"
             )
-        copied = copy.copy(self)
-        copied.pixel_weights = torch.from_numpy(scale_weights(weights))
+        clone = copy.copy(self)
+        clone.pixel_weights = torch.from_numpy(scale_weights(weights))
         # Once: specifications are often asked for, and hashing a million weights takes milliseconds.
-        copied._described_weights = describe_weights(weights)
-        return copied
+        clone._described_weights = describe_weights(weights)
+        return clone
 
     def _masked(self) -> Self:
         """Return the metric with single missing pixels left out."""

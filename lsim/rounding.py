@@ -120,7 +120,7 @@ def half_ulp_of(dtype: Any) -> float:
     return float(np.finfo(dtype).eps) / 2 if np.dtype(dtype).kind == "f" else 0.0
 
 
-def on(device: torch.device, bound: np.ndarray) -> Tensor:
+def move_bound(device: torch.device, bound: np.ndarray) -> Tensor:
     """Move a bound to a device, in the best precision that it has."""
     dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
     return torch.from_numpy(bound).to(device, dtype)
@@ -192,15 +192,15 @@ def share_of_equals(planes: Tensor) -> Tensor:
     """
     values = planes.detach().flatten(2)
     step = values.shape[2] // SAMPLES | 1  # odd, so that it walks through all columns
-    some = values[:, :, ::step].double().clamp(min=0).sort(2).values
-    count = some.shape[2]
-    ends = torch.ones_like(some, dtype=torch.bool)
-    ends[:, :, :-1] = some[:, :, 1:] != some[:, :, :-1]
-    place = torch.arange(count, device=some.device).expand(some.shape)
-    last = torch.where(ends, place, -1).cummax(2).values
-    before = torch.cat([torch.full_like(last[:, :, :1], -1), last[:, :, :-1]], 2)
-    runs = torch.where(ends, place - before, 0)
-    squares = some.square()
+    sample = values[:, :, ::step].double().clamp(min=0).sort(2).values
+    count = sample.shape[2]
+    is_last = torch.ones_like(sample, dtype=torch.bool)
+    is_last[:, :, :-1] = sample[:, :, 1:] != sample[:, :, :-1]
+    place = torch.arange(count, device=sample.device).expand(sample.shape)
+    last = torch.where(is_last, place, -1).cummax(2).values
+    previous_last = torch.cat([torch.full_like(last[:, :, :1], -1), last[:, :, :-1]], 2)
+    runs = torch.where(is_last, place - previous_last, 0)
+    squares = sample.square()
     total = squares.sum(2)
     # Pairs of different pixels of the sample, and each with itself.
     repeated = (runs * (runs - 1) * squares).sum(2) / max(count - 1, 1)

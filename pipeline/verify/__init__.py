@@ -122,8 +122,9 @@ def _kind_of_fields(path: str | os.PathLike[str]) -> str | None:
 class _Group:
     """A group of a store, with its arrays and those of its provenance.
 
-    ``faults`` has the reasons, by name, why an array or group cannot be opened. ``is_listed`` says whether there
-    is consolidated metadata. ``recorded`` has the number of fingerprints by metric when the last run ended.
+    ``faults`` has the reasons, by name, why an array or group cannot be opened. ``is_listed`` says whether
+    there is consolidated metadata. ``recorded`` has the number of fingerprints by metric when
+    the last run ended.
     """
 
     name: str
