@@ -329,6 +329,34 @@ def bootstrap_ranks(
 
 
 @numba.njit(nogil=True, cache=True)
+def _rank_levels(count: np.ndarray, total: float) -> tuple[np.ndarray, float, float]:
+    """Rank levels that occur ``count`` times; return mean ranks, the sum of their squares, and that of ties.
+
+    Ranks are centred: their mean over all pairs is (total + 1) / 2.
+    """
+    rank = np.empty(count.size)
+    start = 0.0
+    squares = 0.0
+    ties = 0.0
+    for level in range(count.size):
+        rank[level] = start + (count[level] - total) / 2
+        start += count[level]
+        squares += count[level] * rank[level] ** 2
+        ties += count[level] ** 2
+    return rank, squares, ties
+
+
+@numba.njit(nogil=True, cache=True)
+def _sum_below(tree: np.ndarray, level: int) -> float:
+    """Sum what a Fenwick tree holds below a level."""
+    total = 0.0
+    while level > 0:
+        total += tree[level]
+        level -= level & -level
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
 def _rank_statistics(
     weights: np.ndarray, unit: np.ndarray, ties_end: np.ndarray, y_level: np.ndarray, levels: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -342,16 +370,7 @@ def _rank_statistics(
         for p in range(unit.size):
             count[y_level[p]] += weight[unit[p]]
         total = count.sum()
-        # Mean ranks of the levels of y, centred: their mean over all pairs is (total + 1) / 2.
-        y_rank = np.empty(levels)
-        rank_start = 0.0
-        y_squares = 0.0
-        y_ties = 0.0
-        for level in range(levels):
-            y_rank[level] = rank_start + (count[level] - total) / 2
-            rank_start += count[level]
-            y_squares += count[level] * y_rank[level] ** 2
-            y_ties += count[level] ** 2
+        y_rank, y_squares, y_ties = _rank_levels(count, total)
 
         # Walk through the pairs in rising x. `tree` (Fenwick) counts the passed pairs by their level of y.
         tree = np.zeros(levels + 1)
@@ -369,16 +388,7 @@ def _rank_statistics(
                 if w == 0:
                     continue
                 level = y_level[p]
-                lower = 0.0
-                k = level
-                while k > 0:
-                    lower += tree[k]
-                    k -= k & -k
-                not_higher = 0.0
-                k = level + 1
-                while k > 0:
-                    not_higher += tree[k]
-                    k -= k & -k
+                lower, not_higher = _sum_below(tree, level), _sum_below(tree, level + 1)
                 concordance += w * (lower - (visits - not_higher))
                 tied += w
                 ranks += w * y_rank[level]

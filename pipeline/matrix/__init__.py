@@ -28,7 +28,7 @@ from pipeline.matrix.tiles import TileResult, TileTask, compute_tiles
 from pipeline.metrics.fields import checked_fields
 from pipeline.metrics.pixel_weights import metrics_by_field
 from pipeline.metrics.resolution import Unresolved, list_unresolved, record_resolution
-from pipeline.metrics.settings import Settings, choose_metrics
+from pipeline.metrics.settings import ChosenMetrics, Settings, choose_metrics
 from pipeline.stage.provenance import add_precision, metric_places, record_precision
 from pipeline.stage.results import open_results, refuse_others_results
 from pipeline.stage.run import MetricWorkers, Progress, run_blocks
@@ -186,15 +186,8 @@ def compute_matrix(
     start = time.perf_counter()
     # Workers may run in another folder.
     frames_path, out_path = absolute(frames), absolute(out)
-    choice = choose_metrics(settings)
     source = store.open_store(frames_path)
-    keys = checked_fields(source, frames_path, matrix.groups or None)
-    choice, by_field = metrics_by_field(choice, source, frames_path, keys, weighted=settings.pixel_weights)
-    context = Context(frames_path, out_path, settings, matrix, choice.requests)
-    jobs = [
-        MatrixJob(context, key, source, {name: by_field[name] for name in fields})
-        for key, fields in _matrices(keys, matrix)
-    ]
+    choice, jobs = _make_jobs(source, frames_path, out_path, settings, matrix)
     report = MatrixReport(
         frames=sum(len(job.frames) for job in jobs),
         unavailable=choice.unavailable,
@@ -214,20 +207,7 @@ def compute_matrix(
         report.seconds = time.perf_counter() - start
         return report
     with open_results(out_path, schema.MATRIX_STORE, schema.NUMBER, source, other_groups=_BESIDES) as results:
-        stale = []
-        for job in jobs:
-            group = job.lay_out(results.root, plans.plans.get(job.key))
-            # With the scope "dataset", workers read the frames whose range isn't recorded yet.
-            scopes = job.find_scopes(group, cluster)
-            stale.append(job.list_stale(group, scopes))
-            job.describe(group, stale[-1])
-        unplanned = [
-            job
-            for job, tiles in zip(jobs, stale, strict=True)
-            if tiles.families and job.key not in plans.plans
-        ]
-        # Only what was taken for up to date: a range changed between the first look and the lock.
-        plans.make(unplanned, workers)
+        stale = _lay_out(jobs, results.root, plans, workers)
         recorded_settings = settings.model_dump(include={"scope", "compat", "mask", "pixel_weights"})
         attributes: dict[str, Any] = carried(source) | {
             "frames": relative(frames_path, out_path),
@@ -240,14 +220,7 @@ def compute_matrix(
             _run(jobs, stale, plans, workers, results.run, report, progress)
     report.up_to_date = sum(tiles.fresh for tiles in stale)
     report.seconds, report.cluster = time.perf_counter() - start, workers.description
-    # The store records damaged frames, unless the tile of their block with itself was up to date.
-    failures = list_matrix_failures(out_path)
-    recorded = {(failure.group, failure.metric, failure.reason) for failure in failures}
-    report.failures = failures + [
-        failure
-        for failure in report.failures
-        if (failure.group, failure.metric, failure.reason) not in recorded
-    ]
+    report.failures = _add_recorded(report.failures, out_path)
     report.unresolved = list_unresolved(store.open_store(out_path))
     return report
 
@@ -332,6 +305,51 @@ def _matrices(keys: Sequence[str], matrix: MatrixRequest) -> list[tuple[str, lis
     if matrix.together is None:
         return [(key, [key]) for key in sorted(keys)]
     return [(f"{schema.TOGETHER}/{matrix.together}", sorted(keys))]
+
+
+def _make_jobs(
+    source: store.Group, frames: str, out: str, settings: Settings, matrix: MatrixRequest
+) -> tuple[ChosenMetrics, list[MatrixJob]]:
+    """Choose the metrics of a run, and make a job for each matrix that it is to write."""
+    choice = choose_metrics(settings)
+    keys = checked_fields(source, frames, matrix.groups or None)
+    choice, by_field = metrics_by_field(choice, source, frames, keys, weighted=settings.pixel_weights)
+    context = Context(frames, out, settings, matrix, choice.requests)
+    return choice, [
+        MatrixJob(context, key, source, {name: by_field[name] for name in fields})
+        for key, fields in _matrices(keys, matrix)
+    ]
+
+
+def _lay_out(
+    jobs: Sequence[MatrixJob], root: store.Group, plans: _Plans, workers: MetricWorkers
+) -> list[StaleTiles]:
+    """Bring the groups of the store into the shape of their frames, and list the stale tiles of each."""
+    stale = []
+    for job in jobs:
+        group = job.lay_out(root, plans.plans.get(job.key))
+        # With the scope "dataset", workers read the frames whose range isn't recorded yet.
+        scopes = job.find_scopes(group, workers.cluster)
+        stale.append(job.list_stale(group, scopes))
+        job.describe(group, stale[-1])
+    unplanned = [
+        job for job, tiles in zip(jobs, stale, strict=True) if tiles.families and job.key not in plans.plans
+    ]
+    # Only what was taken for up to date: a range changed between the first look and the lock.
+    plans.make(unplanned, workers)
+    return stale
+
+
+def _add_recorded(failures: Sequence[MatrixFailure], out: str) -> list[MatrixFailure]:
+    """Put the failures that a store records before those of a run that it doesn't record.
+
+    It records damaged frames, unless the tile of their block with itself was up to date.
+    """
+    recorded = list_matrix_failures(out)
+    labels = {(failure.group, failure.metric, failure.reason) for failure in recorded}
+    return recorded + [
+        failure for failure in failures if (failure.group, failure.metric, failure.reason) not in labels
+    ]
 
 
 _BESIDES = (f"{schema.TOGETHER}/*",)
