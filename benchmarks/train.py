@@ -87,25 +87,18 @@ def losses_of_forms(settings: TrainingSettings) -> dict[str, Callable[..., Tenso
     }
 
 
-def measure(repeats: int, threads: int, size: int, precision: Any) -> dict[str, Any]:
-    """All timings of one run, as JSON."""
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
-    source = OneSequence(make_sequence())
-    settings = TrainingSettings(
-        precision=precision, augmentation=Augmentation(size=size), validation_size=size, device="cpu"
-    )
-    network = make_network(settings).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    frames = make_example(source, 0, 0, settings).frames
-    network.calibrate([planes(frames, DEVICE)])
-    optimiser = torch.optim.Adam(network.parameters(), settings.learning_rate)
-
+def deviation_of_forms(network: Any, source: OneSequence, settings: TrainingSettings) -> float:
+    """Largest relative deviation of the forms' losses from one another, without randomness."""
     plain = Augmentation(size=SIDE, margin=1, flip=False, turn=False, shuffle_channels=False)
-    plain_losses = losses_of_forms(replace(settings, augmentation=plain, dropout=0.0, precision="float32"))
+    losses = losses_of_forms(replace(settings, augmentation=plain, dropout=0.0, precision="float32"))
     with torch.no_grad():
-        values = {form: float(loss(network, source, 0)) for form, loss in plain_losses.items()}
-    deviation = max(abs(value / values["pair"] - 1) for value in values.values())
+        values = {form: float(loss(network, source, 0)) for form, loss in losses.items()}
+    return max(abs(value / values["pair"] - 1) for value in values.values())
 
+
+def time_forms(network: Any, source: OneSequence, settings: TrainingSettings, repeats: int) -> Stopwatch:
+    """Time steps of all forms in turn, and the reading and augmenting in them."""
+    optimiser = torch.optim.Adam(network.parameters(), settings.learning_rate)
     forms = losses_of_forms(settings)
 
     def step(form: str, epoch: int) -> None:
@@ -122,6 +115,22 @@ def measure(repeats: int, threads: int, size: int, precision: Any) -> dict[str, 
             watch.time((form,), step, form, repeat)
             augment = "pair" if form == "pair" else "sequence"
             watch.time((form, "data"), make_example, source, 0, repeat, replace(settings, augment=augment))
+    return watch
+
+
+def measure(repeats: int, threads: int, size: int, precision: Any) -> dict[str, Any]:
+    """All timings of one run, as JSON."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    source = OneSequence(make_sequence())
+    settings = TrainingSettings(
+        precision=precision, augmentation=Augmentation(size=size), validation_size=size, device="cpu"
+    )
+    network = make_network(settings).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    frames = make_example(source, 0, 0, settings).frames
+    network.calibrate([planes(frames, DEVICE)])
+    deviation = deviation_of_forms(network, source, settings)
+    watch = time_forms(network, source, settings, repeats)
     rows = [
         {
             "form": form,
