@@ -21,7 +21,13 @@ from lsim.scope import Scope, find_extremes
 class ExactFrames(NamedTuple):
     """Frames as (values − offset) · factor, without any rounding.
 
-    ``limits`` are those of the integers that they came from, see :func:`~lsim.frames.integer_limits`.
+    Attributes
+    ----------
+    frames : ndarray or Tensor
+    limits : (float, float) or None
+        Those of the integers that the frames came from, see :func:`~lsim.frames.integer_limits`.
+    offset : int
+    factor : float
     """
 
     frames: Any

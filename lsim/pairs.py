@@ -53,8 +53,11 @@ ROWS_TOGETHER = 128
 class TileKernel:
     """A compiled sum over columns, for all rows of one matrix against all of another.
 
-    ``compiled(x, y, out, symmetric)`` writes the sum for (x[i], y[j]) to ``out[i, j]``; for i < j at least,
-    where ``symmetric``.
+    Attributes
+    ----------
+    compiled : callable
+        ``compiled(x, y, out, symmetric)`` writes the sum for (x[i], y[j]) to ``out[i, j]``; for i < j at
+        least, where ``symmetric``.
     """
 
     compiled: PairKernel

@@ -147,8 +147,13 @@ def apply(settings: Preprocessing, frames: Frames, scope: Scope) -> Frames:
 class Applied(NamedTuple):
     """Prepared frames with bounds on their rounding.
 
-    ``rest`` is what double precision has rounded off ``values`` in normalising them, in their shape; None in
-    single precision, and for values that are rounded down.
+    Attributes
+    ----------
+    values : ndarray or Tensor
+    rest : ndarray, Tensor or None
+        What double precision has rounded off ``values`` in normalising them, in their shape; None in single
+        precision, and for values that are rounded down.
+    rounding : FrameRounding
     """
 
     values: Any

@@ -144,7 +144,12 @@ class UnknownMetricError(KeyError):
 class ListedMetric:
     """A metric's name with its description.
 
-    ``unavailable`` is empty, or explains why it cannot be loaded, with the command that changes that.
+    Attributes
+    ----------
+    name : str
+    info : MetricInfo
+    unavailable : str
+        Empty, or the reason why it cannot be loaded, with the command that changes that.
     """
 
     name: str

@@ -42,10 +42,17 @@ OF_INPUT = 1
 class FrameRounding(NamedTuple):
     """Bounds on the error of each frame's values, in units of [0, 255]: (n,) float64 each.
 
-    ``prepared``: the rounding of preparing. ``stored``: the rounding of the source's floating dtype, which
-    counts for metrics that are blind to a change: a stored multiple of a field is not exactly a multiple.
-    ``prepared`` has two parts: ``relative``, a share of each value, and ``resized``, an error of any value.
-    ``with_rest``: ``prepared`` for metrics that also take the rest of values in double precision.
+    Attributes
+    ----------
+    prepared : ndarray
+        Rounding of preparing.
+    stored : ndarray
+        Rounding of the source's floating dtype, which counts for metrics that are blind to a change: a stored
+        multiple of a field is not exactly a multiple.
+    relative, resized : ndarray
+        The two parts of ``prepared``: a share of each value, and an error of any value.
+    with_rest : ndarray
+        ``prepared`` for metrics that also take the rest of values in double precision.
     """
 
     prepared: np.ndarray

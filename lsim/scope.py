@@ -95,9 +95,14 @@ def representable(*bounds: np.ndarray) -> bool:
 
 
 class Extremes(NamedTuple):
-    """Minimum and maximum of each frame but for NaN, (n, channel) float64; whether all is finite, (n,).
+    """Minimum and maximum of each frame but for NaN.
 
-    Without any value, infinity and −infinity.
+    Attributes
+    ----------
+    lo, hi : ndarray of shape (n, channel), float64
+        Without any value, infinity and −infinity.
+    finite : ndarray of shape (n,), bool
+        True where all values are finite.
     """
 
     lo: np.ndarray

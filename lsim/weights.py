@@ -631,7 +631,13 @@ def _fetch(published: Published, folder: Path) -> Path:
 class WeightsStatus:
     """State of one set of published weights on this machine.
 
-    ``state`` is ``"ok"``, ``"absent"`` or ``"damaged"``; ``detail`` is the path, the remedy or the fault.
+    Attributes
+    ----------
+    name : str
+    state : str
+        ``"ok"``, ``"absent"`` or ``"damaged"``.
+    detail : str
+        The path, the remedy or the fault.
     """
 
     name: str

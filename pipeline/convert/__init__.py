@@ -79,7 +79,15 @@ class Quarantined:
 class ConversionReport:
     """Changes that :func:`convert` made. Sequences are named ``<dataset>/<field>/<sequence>``.
 
-    ``bytes`` counts the decoded bytes of the converted sequences, ``seconds`` the wall time.
+    Attributes
+    ----------
+    converted, unchanged, removed : list of str
+        Names of sequences.
+    quarantined : list of Quarantined
+    seconds : float
+        Wall time.
+    bytes : int
+        Decoded bytes of the converted sequences.
     """
 
     converted: list[str] = field(default_factory=list)

@@ -95,7 +95,11 @@ class Archive:
 class Selection:
     """The fields that one block of table rows is computed from: a data set, one field of it, or a pool.
 
-    ``members`` are positions in :attr:`Archive.fields`.
+    Attributes
+    ----------
+    dataset, field : str
+    members : list of int
+        Positions in :attr:`Archive.fields`.
     """
 
     dataset: str

@@ -31,7 +31,14 @@ Couple: TypeAlias = tuple[str, str]
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Settings of the bootstrap: number of replicates (0 for no intervals) and seed."""
+    """Settings of the bootstrap.
+
+    Attributes
+    ----------
+    replicates : int
+        0 for no intervals.
+    seed : int
+    """
 
     replicates: int
     seed: int

@@ -34,7 +34,12 @@ class Piece:
 class FrameBlock:
     """Frames ``start:stop`` of an archive's order, as pieces of sequences.
 
-    ``labels`` is their :func:`pipeline.storage.digests.hash_labels`.
+    Attributes
+    ----------
+    start, stop : int
+    pieces : tuple of Piece
+    labels : bytes
+        :func:`pipeline.storage.digests.hash_labels` of the frames.
     """
 
     start: int
@@ -136,7 +141,15 @@ def list_frames(source: store.Group, keys: Sequence[str]) -> MatrixFrames:
 
 @dataclass(frozen=True)
 class Batch:
-    """Frames ``start:stop`` of a block; where they could not be read, ``damage`` says why."""
+    """Frames ``start:stop`` of a block.
+
+    Attributes
+    ----------
+    start, stop : int
+    frames : ndarray or None
+    damage : str
+        Why the frames could not be read; empty where they could.
+    """
 
     start: int
     stop: int

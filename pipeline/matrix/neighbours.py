@@ -36,8 +36,17 @@ class NeighboursError(ValueError):
 class Frame:
     """A frame of a matrix.
 
-    ``matrix`` is the group of the matrix, ``row`` the index of the frame's distances in it, and ``field`` the
-    frame's ``<dataset>/<field>``.
+    Attributes
+    ----------
+    matrix : str
+        Group of the matrix.
+    row : tuple of int
+        Index of the frame's distances in it.
+    field : str
+        ``<dataset>/<field>`` of the frame.
+    sequence : str
+    number : int
+    parameter : float
     """
 
     matrix: str

@@ -46,7 +46,17 @@ SHOWN_FIELDS = 3
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the main table: a set or a pool. ``role`` is the catalog's, such as test."""
+    """A column of the main table: a set or a pool.
+
+    Attributes
+    ----------
+    name : str
+    pool : bool
+    members : list of str
+    title : str
+    role : str
+        Role of the catalog, such as test.
+    """
 
     name: str
     pool: bool
@@ -82,7 +92,15 @@ class Card:
 class SetSection:
     """A set's section: an example of each field, and a card for each metric.
 
-    ``matrix_of`` names the sequence whose distance matrices are shown.
+    Attributes
+    ----------
+    name, title, role, citation, licence : str
+    sequences : int
+    fields : list of str
+    examples : list of Strip
+    matrix_of : str
+        Name of the sequence whose distance matrices are shown.
+    cards : list of Card
     """
 
     name: str

@@ -123,8 +123,27 @@ class Run:
 class MatrixContents:
     """Everything that the page shows of a ``matrix.zarr``, under the names that its template uses.
 
-    ``frames_by_name`` holds the frames with a picture, (y, x, channel), where they could be read; ``table``
-    has the position of each frame on each map.
+    Attributes
+    ----------
+    title : str
+    matrices : list of Matrix
+    not_illustrated : list of str
+    count : int
+    metrics : list of str
+    scope : str
+    weighted : list of str
+    failures : list of FailedFrames
+    unresolved : list of str
+    unavailable : dict of str to str
+    runs : list of Run
+    plans : list of str
+    specifications : dict of str to str
+    frames_by_name : dict of str to ndarray
+        The frames with a picture, (y, x, channel), where they could be read.
+    missing_frames : str
+    damaged : list of str
+    table : DataFrame
+        Position of each frame on each map.
     """
 
     title: str

@@ -17,8 +17,15 @@ Kind = Literal["sets", "fields"]
 class Cell:
     """One metric's value on one set, with its interval.
 
-    ``mark`` is "best", "even" (not told apart from the best) or empty; ``std`` is the standard deviation
-    beside a mean over sequences.
+    Attributes
+    ----------
+    metric : str
+    value, low, high : float
+    left_out : int
+    mark : str
+        "best", "even" (not told apart from the best) or empty.
+    std : float or None
+        Standard deviation beside a mean over sequences.
     """
 
     metric: str
@@ -45,7 +52,16 @@ class TableRow:
 
 @dataclass(frozen=True)
 class FurtherTable:
-    """The table of one statistic and protocol; ``kind`` says whether its columns are sets or fields."""
+    """The table of one statistic and protocol.
+
+    Attributes
+    ----------
+    protocol, statistic : str
+    kind : str
+        Kind of the columns: sets or fields.
+    columns : list of str
+    rows : list of TableRow
+    """
 
     protocol: str
     statistic: str

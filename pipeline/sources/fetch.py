@@ -199,8 +199,14 @@ def fetch(
 class Verified:
     """Result of :func:`verify` for one data set.
 
-    ``checksum`` is "ok", "differs", or "unchecked" where there is nothing to compare: data that isn't a
-    download, or a download unpacked by hand.
+    Attributes
+    ----------
+    dataset : str
+    present : bool
+    checksum : str
+        "ok", "differs", or "unchecked" where there is nothing to compare: data that isn't a download, or a
+        download unpacked by hand.
+    detail : str
     """
 
     dataset: str

@@ -242,9 +242,18 @@ def blocks(folder: str, name: str) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class Listed:
-    """A listed object: its name below an address, bytes, and seconds from 1970 to its writing.
+    """A listed object.
 
-    ``tag`` is the store's own mark of the content (ETag), and its version; empty where it has none.
+    Attributes
+    ----------
+    name : str
+        Name below an address.
+    size : int
+        Bytes.
+    time : float
+        Seconds from 1970 to its writing.
+    tag : str
+        The store's own mark of the content (ETag), and its version; empty where it has none.
     """
 
     name: str

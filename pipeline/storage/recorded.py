@@ -405,7 +405,11 @@ def failures_of_tiles(group: store.Group, metric: str, place: int, labels: Seque
 class BandRecord:
     """Records of a band of tiles (i, 0), (i, 1), …; below the diagonal, of their mirror image.
 
-    ``reasons`` says why each tile doesn't count by its record; empty where it does.
+    Attributes
+    ----------
+    digests : list of str
+    reasons : list of str
+        Why each tile doesn't count by its record; empty where it does.
     """
 
     digests: list[str]

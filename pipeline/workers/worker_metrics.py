@@ -40,8 +40,20 @@ Option: TypeAlias = bool | int | float | str | None
 class MetricRequest:
     """Arguments of :func:`lsim.load_metric` with which a worker loads the same metric as the driver.
 
-    ``name`` may be a reference, ``"module:Class"``. ``specification_hash`` is checked after loading: a worker
-    with other weights, another version or another source must not mix its distances with the others'.
+    Attributes
+    ----------
+    name : str
+        May be a reference, ``"module:Class"``.
+    weights : str or None
+    size : int or None
+    order : int
+    compat : str
+    mask, symmetrise : bool
+    precision : str
+    options : tuple of (str, Option)
+    specification_hash : str
+        Checked after loading: a worker with other weights, another version or another source must not mix its
+        distances with the others'.
     """
 
     name: str

@@ -43,7 +43,15 @@ _NAN = "stored as NaN"
 
 
 class Rule(NamedTuple):
-    """A rule by which values count as missing; ``value`` has the dtype of the compared values."""
+    """A rule by which values count as missing.
+
+    Attributes
+    ----------
+    cause : str
+    relation : str
+    value : scalar
+        In the dtype of the compared values.
+    """
 
     cause: str
     relation: Literal["equal", "below", "above", "all equal"]

@@ -133,7 +133,14 @@ def read(entry: Dataset, folder: Path) -> list[LazySequence]:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledSequence(LazySequence):
-    """One sequence of a variable; ``index`` along the dim sequence, None where there is no such dim."""
+    """One sequence of a variable.
+
+    Attributes
+    ----------
+    variable : str
+    index : int or None
+        Index along the dim sequence; None where there is no such dim.
+    """
 
     variable: str
     index: int | None
