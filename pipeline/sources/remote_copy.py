@@ -75,7 +75,7 @@ def find_copy(address: str, folder: Path) -> Path | None:
 
 def _note(folder: Path) -> Path:
     """Return the path of a copy's note, beside the copy: in it, it would be one of its files."""
-    return folder.with_name(f".{folder.name}.find_copy-from.json")
+    return folder.with_name(f".{folder.name}.brought-from.json")
 
 
 def _tags(note: Path) -> dict[str, str]:
