@@ -74,7 +74,7 @@ class CheckedMetric(MetricDefinition):
         return prepared.frames(
             quantised=self.quantised,
             one_channel=self.info.one_channel_suffices,
-            copy=self.of_others,
+            copied=self.of_others,
         )
 
     def _rest(self, prepared: Prepared) -> Tensor | None:

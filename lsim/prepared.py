@@ -78,13 +78,13 @@ class Prepared:
             return self.rounding
         return move_bound(self.values.device, of_mean_square(self.values, self.bounds))
 
-    def frames(self, *, quantised: bool, one_channel: bool, copy: bool = False) -> Tensor:
+    def frames(self, *, quantised: bool, one_channel: bool, copied: bool = False) -> Tensor:
         """Return the frames as a metric takes them: truncated or not, a single channel as one or as three.
 
-        ``copy`` frames are new memory, for code that may write into them.
+        ``copied`` frames are new memory, for code that may write into them.
         """
         values = self.truncated if quantised else self.values
-        if copy:
+        if copied:
             values = values.clone()
         if one_channel or values.shape[-1] != 1:
             return values

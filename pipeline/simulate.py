@@ -223,13 +223,13 @@ def make_family(folder: str, recipe: str, number: int, size: int, seed: int, for
     return None
 
 
-def measure_hardness(report: SimulationReport, limit: int = 100) -> tuple[dict[str, float], int]:
+def measure_hardness(report: SimulationReport, most: int = 100) -> tuple[dict[str, float], int]:
     """Measure how well the mean squared error ranks existing families, see :mod:`lsim.simulate.hardness`.
 
     Parameters
     ----------
     report : SimulationReport
-    limit : int, default 100
+    most : int, default 100
         Largest number of families to read.
 
     Returns
@@ -239,7 +239,7 @@ def measure_hardness(report: SimulationReport, limit: int = 100) -> tuple[dict[s
     families : int
         Number of families read.
     """
-    numbers = report.numbers[:limit]
+    numbers = report.numbers[:most]
     pools: dict[str, list[tuple[np.ndarray, float]]] = {
         name: [] for name in find_recipe(report.recipe).fields
     }

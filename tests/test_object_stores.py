@@ -213,7 +213,7 @@ def test_source_data_is_copied_from_an_address_and_converted(bucket, tmp_path, f
 
 
 def test_an_object_of_the_same_size_and_second_is_copied_again_where_its_tag_is_another(bucket, tmp_path):
-    folder, note = tmp_path / "in", tmp_path / ".in.find_copy-from.json"
+    folder, note = tmp_path / "in", tmp_path / ".in.brought-from.json"
     objects.write(f"{bucket}/in", "one", b"1")
     objects.write(f"{bucket}/in", "two", b"a")
     assert bring(f"{bucket}/in", folder)

@@ -156,7 +156,7 @@ def test_hardness_of_what_was_written_is_that_of_the_families(tmp_path, here, fo
     assert list(found) == ["phase", "velocity", "all"]
     for field, value in hardness(simulate_families("liquid", 2, 32)).items():
         assert found[field] == pytest.approx(value, abs=1e-9 if format == "npz" else 0.05)
-    assert measure_hardness(report, limit=1)[1] == 1
+    assert measure_hardness(report, most=1)[1] == 1
 
 
 def command(*arguments: object) -> tuple[int, str]:
