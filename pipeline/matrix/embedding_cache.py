@@ -236,7 +236,7 @@ class EmbeddingCache:
             block = compute()
         except BaseException:
             with self._condition:
-                entry.failed = True
+                entry.has_failed = True
                 self._entries.pop(key, None)
                 self._condition.notify_all()
             raise
@@ -247,16 +247,16 @@ class EmbeddingCache:
     def _wait_for(self, entry: _Entry) -> EmbeddedBlock | None:
         """Wait for a block; None when the thread that computed it failed, and it is to be tried again."""
         with self._condition:
-            self._condition.wait_for(lambda: entry.block is not None or entry.failed)
+            self._condition.wait_for(lambda: entry.block is not None or entry.has_failed)
             return entry.block
 
     def _release(self, entries: Mapping[Hashable, _Entry], claims: Sequence[Hashable]) -> None:
         with self._condition:
             for key, entry in entries.items():
                 entry.holders -= 1
-                if key in claims and entry.block is None and not entry.failed:
+                if key in claims and entry.block is None and not entry.has_failed:
                     # Claimed and never filled, as the block before it could not be computed.
-                    entry.failed = True
+                    entry.has_failed = True
                     del self._entries[key]
             self._condition.notify_all()
 
@@ -266,7 +266,7 @@ class _Entry:
     nbytes: int
     block: EmbeddedBlock | None = None
     holders: int = 0
-    failed: bool = False
+    has_failed: bool = False
 
 
 cache = EmbeddingCache()

@@ -347,9 +347,9 @@ def _in_common(fields: Mapping[str, FieldMetrics]) -> tuple[list[Metric], FieldW
         When the fields have other weights.
     """
     first = next(iter(fields.values()))
-    if rivals := [key for key, of_field in fields.items() if of_field.weights != first.weights]:
+    if odd_keys := [key for key, of_field in fields.items() if of_field.weights != first.weights]:
         raise ValueError(
-            f"{', '.join(rivals)} and {next(iter(fields))} have pixels of other weights, and frames of one "
+            f"{', '.join(odd_keys)} and {next(iter(fields))} have pixels of other weights, and frames of one "
             "matrix are compared with the same: choose --groups that agree, or leave out --pixel-weights"
         )
     return first.metrics, first.weights

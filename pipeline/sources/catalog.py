@@ -269,12 +269,13 @@ class Catalog(_Strict):
         """
         if names is None:
             return list(self.datasets)
-        valid = [entry.name for entry in self.datasets]
+        datasets = [entry.name for entry in self.datasets]
         selection: set[str] = set()
         for name in names:
-            if name not in valid and name not in self.pools:
+            if name not in datasets and name not in self.pools:
                 raise CatalogError(
-                    f"{self.file}: no dataset {name!r}{_did_you_mean(name, valid)}; known: {', '.join(valid)}"
+                    f"{self.file}: no dataset {name!r}{_did_you_mean(name, datasets)}; "
+                    f"known: {', '.join(datasets)}"
                 )
             selection.update(self.pools.get(name, [name]))
         return [entry for entry in self.datasets if entry.name in selection]

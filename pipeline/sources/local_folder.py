@@ -33,8 +33,8 @@ def local_folder(location: str) -> Iterator[Path]:
         files = sorted(
             (path for path in folder.iterdir() if path.is_file()), key=lambda p: p.stat().st_mtime_ns
         )
-        for obsolete in contents.keys() - {path.name for path in files}:
-            objects.delete(location, obsolete)
+        for old_name in contents.keys() - {path.name for path in files}:
+            objects.delete(location, old_name)
         for path in files:
             content = path.read_bytes()
             if contents.get(path.name) != content:

@@ -155,7 +155,7 @@ class _Flight:
         self.count_time = -COUNT_THREADS_S
         self.had_workers = time.monotonic()
         self.warned = False
-        self.lost = False
+        self.has_lost_scheduler = False
 
     def run(self) -> Iterator[Outcome]:
         """Yield all outcomes, as they come."""
@@ -187,7 +187,7 @@ class _Flight:
         self.waiting.clear()
         self.running.clear()
         self.completed.clear()
-        if futures and not self.lost:
+        if futures and not self.has_lost_scheduler:
             self._ask(lambda: self.client.cancel(futures))
 
     # ---------------------------------------------------------------- submitting
@@ -312,7 +312,7 @@ class _Flight:
             raise self._lost_scheduler() from error
 
     def _lost_scheduler(self) -> ClusterError:
-        self.lost = True
+        self.has_lost_scheduler = True
         return ClusterError(
             f"lost the scheduler at {self.address}: it has ended, or the network is down. What is finished "
             "is kept: run the same command again to go on"
