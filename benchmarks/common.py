@@ -26,9 +26,9 @@ def make_sequence(seed: int = 0) -> np.ndarray:
     for channel in range(3):
         for waves in (1, 2, 5, 9):
             phase, angle = rng.uniform(0, 2 * np.pi, 2)
-            along = waves * (x * math.cos(angle) + y * math.sin(angle))
+            wave_phase = waves * (x * math.cos(angle) + y * math.sin(angle))
             for k in range(FRAMES):
-                frames[k, ..., channel] += 700 / waves * np.sin(along + phase + 0.12 * k * waves)
+                frames[k, ..., channel] += 700 / waves * np.sin(wave_phase + phase + 0.12 * k * waves)
     return frames + rng.normal(0, 10, frames.shape).astype(np.float32)
 
 

@@ -45,10 +45,10 @@ def make_archive(folder: Path, sequences: int, size: int, kind: str) -> None:
     rng = np.random.default_rng(0)
     base = [gaussian_filter(rng.standard_normal((size, size, 3)), (6, 6, 0)) for _ in range(2)]
     for number in range(sequences):
-        one, other = np.roll(base[0], 7 * number, 0), np.roll(base[1], 5 * number, 1)
+        first, second = np.roll(base[0], 7 * number, 0), np.roll(base[1], 5 * number, 1)
         (folder / "data" / f"s{number}").mkdir(parents=True)
         for frame in range(FRAMES):
-            field = one + 0.1 * frame * other + 0.002 * rng.standard_normal(one.shape)
+            field = first + 0.1 * frame * second + 0.002 * rng.standard_normal(first.shape)
             path = folder / "data" / f"s{number}" / f"f{frame:02d}.{kind}"
             if kind == "png":
                 Image.fromarray(np.clip(127 + 600 * field, 0, 255).astype(np.uint8)).save(path)
@@ -81,9 +81,9 @@ def median_seconds(function: Callable[[Path], Any], folder: Path, repeats: int) 
     seconds = []
     for _ in range(repeats):
         out = folder / "out.zarr"
-        started = time.perf_counter()
+        start = time.perf_counter()
         function(out)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter() - start)
         shutil.rmtree(out)
     return statistics.median(seconds)
 
@@ -93,14 +93,14 @@ def measure(folder: Path, sequences: int, size: int, kind: str, workers: int, re
     make_archive(folder, sequences, size, kind)
     catalog = open_catalog(folder / "catalog.yaml")
     lazy = list_sequences(catalog.datasets[0], folder / "data")
-    started = time.perf_counter()
+    start = time.perf_counter()
     decoded = [sequence.read() for sequence in lazy]
-    decode = time.perf_counter() - started  # the files are in the page cache: they were just written
-    started = time.perf_counter()
-    for one, parameter in decoded:
-        content_hash(one, parameter)
-    hashing = time.perf_counter() - started
-    frames = np.stack([one for one, _ in decoded])
+    decode = time.perf_counter() - start  # the files are in the page cache: they were just written
+    start = time.perf_counter()
+    for block, parameter in decoded:
+        content_hash(block, parameter)
+    hashing = time.perf_counter() - start
+    frames = np.stack([block for block, _ in decoded])
     del decoded
     copy = median_seconds(lambda out: plain_copy(frames, out), folder, repeats)
     seconds = {
@@ -124,11 +124,11 @@ def measure(folder: Path, sequences: int, size: int, kind: str, workers: int, re
         seconds[f"convert, {workers} workers"] = median_seconds(
             lambda out: convert(catalog, out, cluster=SimpleNamespace(client=client)), folder, repeats
         )
-    started = time.perf_counter()
+    start = time.perf_counter()
     nothing = convert(catalog, folder / "warm.zarr")
     if nothing.changed:
         raise RuntimeError("the second conversion converted something")
-    seconds["nothing to do"] = time.perf_counter() - started
+    seconds["nothing to do"] = time.perf_counter() - start
     stored = sum(p.stat().st_size for p in (folder / "warm.zarr").rglob("*") if p.is_file())
     megabytes = frames.nbytes / 1e6
     return {

@@ -48,7 +48,7 @@ CASES = (
 
 def row(n: int, machine: Machine, count: int) -> list[str]:
     """One line of the table: ``n`` frames on ``count`` such workers."""
-    measured = Measured(
+    measurement = Measured(
         4 * VALUES,
         4 * 3 * 224 * 224,
         RAW_BYTES,
@@ -58,10 +58,10 @@ def row(n: int, machine: Machine, count: int) -> list[str]:
         PAIR_OPERATIONS / machine.products,
     )
     workers = Workers(count, 1, int(machine.memory), machine.device)
-    tile, side = choose_sides(n, [measured], workers, None)
+    tile, side = choose_sides(n, [measurement], workers, None)
     blocks = -(-n // tile)
-    every = np.triu(np.ones((blocks, blocks), bool))
-    plan = plan_family(["lsim"], [every], n, tile, side, measured, workers)
+    upper_triangle = np.triu(np.ones((blocks, blocks), bool))
+    plan = plan_family(["lsim"], [upper_triangle], n, tile, side, measurement, workers)
     hours = plan.seconds / 3600
     return [
         f"{n:,}",

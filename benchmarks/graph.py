@@ -55,10 +55,10 @@ class Watch:
 
     def __init__(self, *pids: int) -> None:
         self.processes = [psutil.Process(pid) for pid in pids]
-        self.before = self._memory()
-        self.peak = self.before
+        self.initial_bytes = self._memory()
+        self.peak = self.initial_bytes
         self.cpu = self._cpu()
-        self.began = time.perf_counter()
+        self.start = time.perf_counter()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -75,15 +75,15 @@ class Watch:
 
     def stop(self, blocks: int) -> dict[str, Any]:
         """Seconds, CPU milliseconds a block, and megabytes (10⁶ bytes)."""
-        seconds, cpu = time.perf_counter() - self.began, self._cpu() - self.cpu
+        seconds, cpu = time.perf_counter() - self.start, self._cpu() - self.cpu
         self._end.set()
         self._thread.join()
-        growth = [peak - before for peak, before in zip(self.peak, self.before, strict=True)]
+        growth = [peak - initial for peak, initial in zip(self.peak, self.initial_bytes, strict=True)]
         return {
             "seconds": round(seconds, 2),
             "ms_a_block": round(1e3 * seconds / blocks, 3),
             "cpu_ms_a_block": round(1e3 * cpu / blocks, 3),
-            "memory_before_MB": [round(held / 1e6) for held in self.before],
+            "memory_before_MB": [round(nbytes / 1e6) for nbytes in self.initial_bytes],
             "memory_growth_MB": round(sum(growth) / 1e6, 1),
         }
 
@@ -110,7 +110,7 @@ def measure_submission(client: Client, blocks: int, *pids: int) -> dict[str, Any
     for _, count, error in run_bounded(client, bool, nothing_tasks(blocks)):
         if error is not None or count != 1:
             raise RuntimeError(f"a task that does nothing failed: {error}")
-        first = first or time.perf_counter() - watch.began
+        first = first or time.perf_counter() - watch.start
     return watch.stop(blocks) | {"first_result_seconds": round(first, 3)}
 
 
@@ -191,9 +191,9 @@ def measure_store(folder: Path, blocks: int, workers: int) -> dict[str, Any]:
         ("list_failures", lambda: list_failures(out)),
         ("revision", lambda: store.revision(out, schema.FINGERPRINT)),
     ):
-        began = time.perf_counter()
+        start = time.perf_counter()
         call()
-        figures[f"{name}_seconds"] = round(time.perf_counter() - began, 2)
+        figures[f"{name}_seconds"] = round(time.perf_counter() - start, 2)
     return figures
 
 
@@ -208,7 +208,7 @@ def count_operations(folder: Path, blocks: int) -> dict[str, float]:
     counts: Counter[str] = Counter()
     originals = {name: getattr(LocalStore, name) for name in ("get", "set", "exists", "delete")}
 
-    def counted(name: str) -> Callable[..., Any]:
+    def counting(name: str) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
             counts[name] += 1
             return originals[name](*arguments, **options)
@@ -217,7 +217,7 @@ def count_operations(folder: Path, blocks: int) -> dict[str, float]:
 
     try:
         for name in originals:
-            setattr(LocalStore, name, counted(name))
+            setattr(LocalStore, name, counting(name))
         with Cluster(Profile(kind="none")) as cluster:
             compute_distances(folder / "frames.zarr", folder / "d.zarr", SETTINGS, cluster=cluster)
     finally:
@@ -226,22 +226,22 @@ def count_operations(folder: Path, blocks: int) -> dict[str, float]:
     return {name: round(count / blocks, 2) for name, count in sorted(counts.items())}
 
 
-def measure(blocks: int, computed: int, workers: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"blocks": blocks, "computed": computed, "workers": workers}
+def measure(blocks: int, computed_blocks: int, workers: int) -> dict[str, Any]:
+    result: dict[str, Any] = {"blocks": blocks, "computed": computed_blocks, "workers": workers}
     with Cluster(Profile(workers=workers)) as cluster:
-        found["scheduler_in_the_driver"] = measure_submission(cluster.client, blocks)
+        result["scheduler_in_the_driver"] = measure_submission(cluster.client, blocks)
     with (
         scheduler_apart(workers) as (address, pid),
         Cluster(Profile(kind="address", address=address)) as cluster,
     ):
-        found["scheduler_apart"] = measure_submission(cluster.client, blocks, pid)
+        result["scheduler_apart"] = measure_submission(cluster.client, blocks, pid)
     with tempfile.TemporaryDirectory() as folder:
-        found |= measure_store(Path(folder), computed, workers)
+        result |= measure_store(Path(folder), computed_blocks, workers)
     with tempfile.TemporaryDirectory() as folder:
-        found["operations_a_block"] = count_operations(Path(folder), min(1000, computed))
-    found["driver_peak_MB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
-    found["machine"] = {"processor": processor(), "cpu_count": os.cpu_count()}
-    return found
+        result["operations_a_block"] = count_operations(Path(folder), min(1000, computed_blocks))
+    result["driver_peak_MB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+    result["machine"] = {"processor": processor(), "cpu_count": os.cpu_count()}
+    return result
 
 
 def main() -> None:
@@ -251,13 +251,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    found = measure(arguments.blocks, arguments.computed, arguments.workers)
+    result = measure(arguments.blocks, arguments.computed, arguments.workers)
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(result, indent=2))
         return
-    for name, value in found.items():
+    for name, value in result.items():
         details = value if isinstance(value, dict) else {"": value}
-        print(f"{name}:", ", ".join(f"{key} {each}".strip() for key, each in details.items()))
+        print(f"{name}:", ", ".join(f"{key} {figure}".strip() for key, figure in details.items()))
 
 
 if __name__ == "__main__":

@@ -91,9 +91,9 @@ def make_distances(path: Path, sequences: int) -> tuple[Read, Read]:
     for place, metric in enumerate(METRICS):
         values = rng.random((sequences, FRAMES, FRAMES))
         arrays[metric] = (values, "float64", (TOGETHER, FRAMES, FRAMES), schema.DISTANCE_DIMS)
-        about = digests.identify(KEY, metric)
+        matrix_identity = digests.identify(KEY, metric)
         of_rows[schema.DIGEST][place] = [
-            digests.bind(about + identity, recorded, digests.hash_values(matrix))
+            digests.bind(matrix_identity + identity, recorded, digests.hash_values(matrix))
             for identity, matrix in zip(identities, values, strict=True)
         ]
     write(group, arrays)
@@ -108,8 +108,8 @@ def make_distances(path: Path, sequences: int) -> tuple[Read, Read]:
         return {metric: store.read(store.get_array(group, metric)) for metric in METRICS}
 
     def compared() -> None:
-        checked = check_rows(root, KEY, plainly())
-        if any(rows.any() for rows in checked.damaged.values()):
+        check = check_rows(root, KEY, plainly())
+        if any(rows.any() for rows in check.damaged.values()):
             raise RuntimeError("a sound store is taken for a damaged one")
 
     return plainly, compared
@@ -199,10 +199,10 @@ def make_embeddings(path: Path) -> tuple[Read, Read]:
             store.read(array, slice(block * ROWS, (block + 1) * ROWS))
 
     def compared() -> None:
-        checked = CheckedEmbeddings(root, KEY)
-        for block in range(checked.count):
-            checked.read(block)
-        if checked.left_out:
+        embeddings = CheckedEmbeddings(root, KEY)
+        for block in range(embeddings.count):
+            embeddings.read(block)
+        if embeddings.left_out:
             raise RuntimeError("a sound store is taken for a damaged one")
 
     return plainly, compared
@@ -225,11 +225,11 @@ def measure(folder: Path, sequences: int, repeats: int) -> dict[str, Any]:
     result: dict[str, Any] = {"sequences": sequences, "metrics": len(METRICS)}
     for name, (plainly, compared) in stores.items():
         turns = [(cpu_seconds(plainly), cpu_seconds(compared)) for _ in range(repeats)]
-        read, both = map(min, zip(*turns, strict=True))
+        read, total = map(min, zip(*turns, strict=True))
         result[name] = {
             "cpu_seconds_read": round(read, 4),
-            "cpu_seconds_read_and_compared": round(both, 4),
-            "share_of_reading": round(both / read - 1, 3),
+            "cpu_seconds_read_and_compared": round(total, 4),
+            "share_of_reading": round(total / read - 1, 3),
         }
     return result | {"machine": {"processor": processor(), "cpu_count": os.cpu_count()}}
 

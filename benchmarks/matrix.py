@@ -72,9 +72,9 @@ def waves(count: int, seed: int) -> np.ndarray:
     for channel in range(3):
         for number in (1, 2, 5):
             phase, angle = rng.uniform(0, 2 * np.pi, 2)
-            along = (number * (x * np.cos(angle) + y * np.sin(angle)) + phase).astype(np.float32)
+            wave_phase = (number * (x * np.cos(angle) + y * np.sin(angle)) + phase).astype(np.float32)
             for k in range(count):
-                frames[k, ..., channel] += np.sin(along + np.float32(0.1 * k * number)) / number
+                frames[k, ..., channel] += np.sin(wave_phase + np.float32(0.1 * k * number)) / number
     return frames + rng.normal(0, 0.02, frames.shape).astype(np.float32)
 
 
@@ -99,10 +99,10 @@ def make_store(path: Path, count: int) -> Path:
         schema.CONTENT: (np.array(contents, object), (schema.SEQUENCE,), str),
     }
     for name, (values, dims, dtype) in labels.items():
-        made = store.create_array(
+        stored_array = store.create_array(
             group, name, shape=values.shape, chunks=values.shape, dims=dims, dtype=dtype
         )
-        store.write_rows(made, 0, values)
+        store.write_rows(stored_array, 0, values)
     return path
 
 
@@ -118,11 +118,11 @@ def compute(frames: Path, out: Path, metric: str, threads: int, memory: int) -> 
     with Cluster(Profile(workers=1, threads=threads, device="cpu")) as cluster:
         client: Client | None = cluster.client  # its start isn't counted
         assert client is not None
-        began = time.perf_counter()
+        start = time.perf_counter()
         report = compute_matrix(
             frames, out, settings, MatrixRequest(memory=memory), cluster=cluster, announce=announced.append
         )
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         peak = max(client.run(peak_memory).values())
     return described(report, seconds, peak, threads, announced)
 
@@ -161,10 +161,10 @@ def fastest(call: Callable[[], Any], times: int, device: torch.device) -> float:
     """The shortest of some calls, in seconds."""
     best = np.inf
     for _ in range(times):
-        began = time.perf_counter()
+        start = time.perf_counter()
         call()
         wait_for(device)
-        best = min(best, time.perf_counter() - began)
+        best = min(best, time.perf_counter() - start)
     return best
 
 
@@ -172,10 +172,10 @@ def rate_of_products(rows: int, values: int, threads: int) -> float:
     """Operations a second of torch.mm in single precision: two blocks of embeddings, on so many threads."""
     rng = np.random.default_rng(0)
     x, y = (torch.from_numpy(rng.normal(size=(rows, values)).astype(np.float32)) for _ in range(2))
-    before = torch.get_num_threads()
+    thread_count = torch.get_num_threads()
     torch.set_num_threads(threads)
     seconds = fastest(lambda: torch.mm(x, y.T), 5, torch.device("cpu"))
-    torch.set_num_threads(before)
+    torch.set_num_threads(thread_count)
     return 2 * rows * rows * values / seconds
 
 
@@ -184,14 +184,14 @@ def pair_by_pair(name: str, threads: int) -> float:
     network = PairNetwork(find_weights(name), LsimTrunk)
     frames = waves(8, 0)[:, :224, :224] * 80 + 120
     pairs = [(i, j) for i in range(8) for j in range(i + 1, 8)][:SAMPLE_PAIRS]
-    before = torch.get_num_threads()
+    thread_count = torch.get_num_threads()
     torch.set_num_threads(threads)
     network(frames[0], frames[1])
-    began = time.perf_counter()
+    start = time.perf_counter()
     for i, j in pairs:
         network(frames[i], frames[j])
-    seconds = time.perf_counter() - began
-    torch.set_num_threads(before)
+    seconds = time.perf_counter() - start
+    torch.set_num_threads(thread_count)
     return seconds / len(pairs)
 
 
@@ -205,28 +205,28 @@ def on_gpu(name: str, count: int, device: torch.device) -> dict[str, Any]:
     def frames() -> Iterator[torch.Tensor]:
         for k in range(0, count, 64):
             values = torch.from_numpy(batches[k // 64 % 4][:, :224, :224]).to(device) * 80 + 120
-            moved = torch.roll(values, shifts=(k // 7 % 224, k // 3 % 224), dims=(1, 2))
-            yield moved + torch.randn(moved.shape, generator=noise, device=device)
+            shifted = torch.roll(values, shifts=(k // 7 % 224, k // 3 % 224), dims=(1, 2))
+            yield shifted + torch.randn(shifted.shape, generator=noise, device=device)
 
     with torch.no_grad():
         first = metric.embed(next(frames())).parts["features"]
         features = torch.empty(count, first.shape[1], device=device)
         wait_for(device)
-        began = time.perf_counter()
+        start = time.perf_counter()
         for k, batch in enumerate(frames()):
             features[64 * k : 64 * k + len(batch)] = metric.embed(batch).parts["features"]
         wait_for(device)
-        embed = time.perf_counter() - began
+        embed = time.perf_counter() - start
         tile = min(2048, count)
         blocks = [
             EmbeddedBlock(Embedding({"features": part}), np.ones(len(part), bool))
             for part in features.split(tile)
         ]
-        began = time.perf_counter()
-        for i, left in enumerate(blocks):
-            for right in blocks[i:]:
-                compare_blocks(metric, left, right)
-        tiles = time.perf_counter() - began
+        start = time.perf_counter()
+        for i, row_block in enumerate(blocks):
+            for column_block in blocks[i:]:
+                compare_blocks(metric, row_block, column_block)
+        tiles = time.perf_counter() - start
         operations = count * (count + tile) * features.shape[1]
         rates = {
             precision: 2 * tile * tile * features.shape[1] / fastest(call, 3, device)
@@ -252,12 +252,12 @@ def products(features: torch.Tensor) -> dict[str, Callable[[], Any]]:
 
     def tf32(enabled: bool) -> Callable[[], Any]:
         def run() -> torch.Tensor:
-            before = torch.backends.cuda.matmul.allow_tf32
+            allow_tf32 = torch.backends.cuda.matmul.allow_tf32
             torch.backends.cuda.matmul.allow_tf32 = enabled
             try:
                 return features @ features.T
             finally:
-                torch.backends.cuda.matmul.allow_tf32 = before
+                torch.backends.cuda.matmul.allow_tf32 = allow_tf32
 
         return run
 
@@ -272,20 +272,20 @@ def accuracy(features: torch.Tensor) -> dict[str, Any]:
     """
     exact = torch.stack([(features.double() - row.double()).square().sum(1).sqrt() for row in features])
     judged = exact > 1e-3 * exact[exact > 0].median()
-    found = {}
+    errors = {}
     for centred in (False, True):
         rows = features - features.mean(0) if centred else features
         for name, product in products(rows).items():
             xy = product().double()
             squares = rows.double().square().sum(1)
             distances = (squares[:, None] + squares - 2 * xy).clamp(min=0).sqrt()
-            off = ((distances - exact).abs() / exact)[judged].max().item()
-            found[f"{name}{', centred' if centred else ''}"] = off
+            error = ((distances - exact).abs() / exact)[judged].max().item()
+            errors[f"{name}{', centred' if centred else ''}"] = error
     whole = EmbeddedBlock(Embedding({"features": features}), np.ones(len(features), bool))
     metric = lsim.load_metric("lsim-open", device=features.device)
     ours = torch.from_numpy(compare_blocks(metric, whole, whole)).to(features.device).double()
-    found["lsim, as stored"] = ((ours - exact).abs() / exact)[judged].max().item()
-    return found
+    errors["lsim, as stored"] = ((ours - exact).abs() / exact)[judged].max().item()
+    return errors
 
 
 def main() -> int:
@@ -342,23 +342,23 @@ def on_cpu(name: str, counts: list[int], reported: int, threads: int, memory: in
             shortened(frames, part, count)
             growth.append(compute(part, Path(folder) / f"{count}-matrix.zarr", name, threads, memory))
             print(f"{count} frames: {growth[-1]['seconds']} s", file=sys.stderr)
-    chosen = next((one for one in growth if one["frames"] == reported), growth[-1])
+    largest = next((entry for entry in growth if entry["frames"] == reported), growth[-1])
     with torch.no_grad():
         values = metric.embed(torch.zeros(1, 224, 224, 3)).parts["features"].shape[1]
-    products = rate_of_products(chosen["tile"], values, threads)
-    rate = 2 * chosen["pairs"] * values / chosen["seconds_by_phase"]["compare"]
+    products = rate_of_products(largest["tile"], values, threads)
+    rate = 2 * largest["pairs"] * values / largest["seconds_by_phase"]["compare"]
     pair = pair_by_pair(name, threads)
     return {
         "values_a_frame": values,
         "growth": growth,
-        "reported": chosen,
+        "reported": largest,
         "rate_of_products": products,
         "rate_of_tiles": rate,
         "share": rate / products,
         "rows_at_once": ROWS_AT_ONCE,
         "seconds_a_pair_by_two_passes": pair,
-        "seconds_by_two_passes": pair * chosen["pairs"],
-        "ratio": pair * chosen["pairs"] / chosen["seconds"],
+        "seconds_by_two_passes": pair * largest["pairs"],
+        "ratio": pair * largest["pairs"] / largest["seconds"],
     }
 
 
@@ -384,19 +384,19 @@ def shortened(frames: Path, out: Path, count: int) -> None:
 
 def faults(record: dict[str, Any]) -> list[str]:
     """What falls short of what is expected."""
-    found = []
+    messages = []
     if "gpu" in record:
         best = max(record["gpu"]["share"][name] for name in ("tf32", "bfloat16"))
         if best < EXPECTED_SHARE["cuda"]:
-            found.append(f"share of products {best:.0%}, expected {EXPECTED_SHARE['cuda']:.0%}")
+            messages.append(f"share of products {best:.0%}, expected {EXPECTED_SHARE['cuda']:.0%}")
         if record["gpu"]["accuracy"]["lsim, as stored"] > PROMISE:
-            found.append(f"distances are off by more than {PROMISE:g}")
-        return found
+            messages.append(f"distances are off by more than {PROMISE:g}")
+        return messages
     if record["share"] < EXPECTED_SHARE["cpu"]:
-        found.append(f"share of products {record['share']:.0%}, expected {EXPECTED_SHARE['cpu']:.0%}")
+        messages.append(f"share of products {record['share']:.0%}, expected {EXPECTED_SHARE['cpu']:.0%}")
     if record["ratio"] < EXPECTED_RATIO:
-        found.append(f"{record['ratio']:.0f} times two passes a pair, expected {EXPECTED_RATIO:.0f}")
-    return found
+        messages.append(f"{record['ratio']:.0f} times two passes a pair, expected {EXPECTED_RATIO:.0f}")
+    return messages
 
 
 def show(record: dict[str, Any]) -> None:
@@ -408,12 +408,12 @@ def show(record: dict[str, Any]) -> None:
             f"{'frames':>7} {'seconds':>8} {'embed':>7} {'compare':>8} {'write':>6} {'µs/pair':>8} "
             f"{'ms/frame':>9} {'memory':>8}"
         )
-        for one in record["growth"]:
-            phases = [one["seconds_by_phase"][name] for name in ("embed", "compare", "write")]
+        for entry in record["growth"]:
+            phases = [entry["seconds_by_phase"][name] for name in ("embed", "compare", "write")]
             print(
-                f"{one['frames']:>7} {one['seconds']:>8.1f} {phases[0]:>7.1f} {phases[1]:>8.1f} "
-                f"{phases[2]:>6.1f} {one['microseconds_a_pair']:>8.2f} "
-                f"{one['milliseconds_a_frame']:>9.2f} {one['memory_peak'] / 1e9:>5.2f} GB"
+                f"{entry['frames']:>7} {entry['seconds']:>8.1f} {phases[0]:>7.1f} {phases[1]:>8.1f} "
+                f"{phases[2]:>6.1f} {entry['microseconds_a_pair']:>8.2f} "
+                f"{entry['milliseconds_a_frame']:>9.2f} {entry['memory_peak'] / 1e9:>5.2f} GB"
             )
         print(
             f"tile phase {record['rate_of_tiles'] / 1e9:.0f} GFLOP/s, {record['share']:.0%} of torch.mm's "

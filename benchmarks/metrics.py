@@ -97,9 +97,9 @@ def make_frames(n: int, channels: int, seed: int = 0) -> np.ndarray:
     for channel in range(channels):
         for waves in (1, 2, 5, 9):
             phase, angle = rng.uniform(0, 2 * np.pi, 2)
-            along = waves * (x * np.cos(angle) + y * np.sin(angle))
+            wave_phase = waves * (x * np.cos(angle) + y * np.sin(angle))
             for k in range(n):
-                frames[k, ..., channel] += 700 / waves * np.sin(along + phase + 1.3 * k / n * waves)
+                frames[k, ..., channel] += 700 / waves * np.sin(wave_phase + phase + 1.3 * k / n * waves)
     return frames + rng.normal(0, 10, frames.shape).astype(np.float32)
 
 
@@ -115,14 +115,14 @@ class Clock:
             return time.perf_counter()
         return time.process_time()
 
-    def fastest(self, call: Callable[[], Any], seconds: float, least: int = 2) -> float:
+    def fastest(self, call: Callable[[], Any], seconds: float, minimum: int = 2) -> float:
         """The shortest of as many calls as fit into so many seconds."""
         best, spent = np.inf, 0.0
-        while least > 0 or spent < seconds:
+        while minimum > 0 or spent < seconds:
             start = self()
             call()
-            took = self() - start
-            best, spent, least = min(best, took), spent + took, least - 1
+            duration = self() - start
+            best, spent, minimum = min(best, duration), spent + duration, minimum - 1
         return float(best)
 
 
@@ -159,31 +159,31 @@ def _weights(name: str, folder: Path) -> Path | None:
 
 def references(metrics: dict[str, Metric], folder: Path) -> dict[str, tuple[str, Reference]]:
     """By name, what each metric is compared with: whose it is, and the function."""
-    found = {name: BY_LIBRARY[name] for name in metrics if name in BY_LIBRARY}
+    functions = {name: BY_LIBRARY[name] for name in metrics if name in BY_LIBRARY}
     for name, metric in metrics.items():
         file = _weights(name, folder)
         if file is not None:
-            found[name] = ("two passes a pair", PairNetwork(file, LEARNED[name]))
-        elif name not in found:
-            found[name] = ("itself, pair by pair", one_pair_at_a_time(metric))
-    return found
+            functions[name] = ("two passes a pair", PairNetwork(file, LEARNED[name]))
+        elif name not in functions:
+            functions[name] = ("itself, pair by pair", one_pair_at_a_time(metric))
+    return functions
 
 
 def sample(reference: Reference, frames: np.ndarray, seconds: float) -> tuple[float, dict[Any, float]]:
     """Seconds a pair of the reference, and its distances, of as many pairs as fit into the time."""
     pairs = list(itertools.combinations(range(len(frames)), 2))
-    chosen = np.random.default_rng(1).permutation(len(pairs))
+    order = np.random.default_rng(1).permutation(len(pairs))
     reference(frames[0], frames[1])  # the first call fills caches
-    distances, took, spent = {}, [], 0.0
-    for index in chosen:
+    distances, durations, spent = {}, [], 0.0
+    for index in order:
         i, j = pairs[index]
         start = time.process_time()
         distances[i, j] = reference(frames[i], frames[j])
-        took.append(time.process_time() - start)
-        spent += took[-1]
-        if spent > seconds and len(took) >= 3:
+        durations.append(time.process_time() - start)
+        spent += durations[-1]
+        if spent > seconds and len(durations) >= 3:
             break
-    return float(np.median(took)), distances
+    return float(np.median(durations)), distances
 
 
 def flops_per_frame(metric: Metric, channels: int) -> int:
@@ -208,8 +208,8 @@ def least_seconds(metric: Metric, prepared: Prepared, limits: dict[str, float]) 
     network = flops_per_frame(metric, prepared.values.shape[-1])
     if network:
         with torch.no_grad():
-            one = Prepared(prepared.values[:1], prepared.comparable[:1])
-            embedded = metric.embed_prepared(one).parts
+            first_frame = Prepared(prepared.values[:1], prepared.comparable[:1])
+            embedded = metric.embed_prepared(first_frame).parts
         operations = n * network + pairs * 2 * sum(part[0].numel() for part in embedded.values())
     elif metric.name in PAIR_OPERATIONS:
         operations = pairs * PAIR_OPERATIONS[metric.name] * values
@@ -234,27 +234,29 @@ def measure_metric(
         return metric.all_pairs(Prepared(prepared.values, prepared.comparable))
 
     matrix = run()
-    took = clock.fastest(run, seconds)
+    duration = clock.fastest(run, seconds)
     frames = prepared.frames(quantised=metric.quantised, one_channel=channels != 1).cpu().numpy()
-    whose, function = reference
+    library, function = reference
     exact = frames.astype(np.float64)
     a_pair, distances = sample(function, exact, seconds)
     if metric.name in IN_SINGLE:
-        whose = f"{whose}, single precision"
+        library = f"{library}, single precision"
         a_pair, _ = sample(IN_SINGLE[metric.name], frames, seconds)
-    apart = {pair: abs(matrix[pair] - value) / max(abs(value), 1e-300) for pair, value in distances.items()}
-    least = least_seconds(metric, prepared, limits)
+    deviations = {
+        pair: abs(matrix[pair] - value) / max(abs(value), 1e-300) for pair, value in distances.items()
+    }
+    minimum = least_seconds(metric, prepared, limits)
     return {
         "metric": metric.name,
         "frames": n,
         "channels": channels,
-        "seconds": took,
-        "pairs_per_second": pairs / took,
-        "reference": whose,
+        "seconds": duration,
+        "pairs_per_second": pairs / duration,
+        "reference": library,
         "reference_pairs_per_second": 1 / a_pair,
-        "ratio": pairs * a_pair / took,
-        "share_of_limit": None if least is None else least / took,
-        "maximum_relative_deviation": max(apart.values()),
+        "ratio": pairs * a_pair / duration,
+        "share_of_limit": None if minimum is None else minimum / duration,
+        "maximum_relative_deviation": max(deviations.values()),
     }
 
 
@@ -266,14 +268,14 @@ def measure_network(
     flops = flops_per_frame(metric, prepared.values.shape[-1])
     with torch.no_grad():
         metric.embed(frames)
-        took = clock.fastest(lambda: metric.embed(frames), seconds)
-    rate = len(frames) * flops / took
+        duration = clock.fastest(lambda: metric.embed(frames), seconds)
+    rate = len(frames) * flops / duration
     return {
         "metric": metric.name,
         "frames": len(frames),
         "channels": prepared.values.shape[-1],
         "mflop_per_frame": flops / 1e6,
-        "milliseconds_per_frame": 1e3 * took / len(frames),
+        "milliseconds_per_frame": 1e3 * duration / len(frames),
         "gflops": rate / 1e9,
         "share_of_gemm": rate / gemm,
     }
@@ -285,23 +287,23 @@ def with_preprocessing(
     """From frames of 256²: the published way pair by pair, from a sample of its pairs, against ours."""
     frames = make_frames(n, 3)
     metric.pairwise(frames)
-    here = clock.fastest(lambda: metric.pairwise(frames), seconds)
+    metric_seconds = clock.fastest(lambda: metric.pairwise(frames), seconds)
     preparing = clock.fastest(lambda: metric.prepare(frames, "sequence"), seconds)
     pairs = np.array(list(itertools.combinations(range(n), 2)))
-    some = pairs[np.random.default_rng(2).permutation(len(pairs))[:20]]
+    subset = pairs[np.random.default_rng(2).permutation(len(pairs))[:20]]
     start = time.process_time()
-    stacks = transform(frames, some, SIZE)
+    stacks = transform(frames, subset, SIZE)
     for a, b in zip(*stacks, strict=True):
         reference(a, b)
-    there = (time.process_time() - start) / len(some) * len(pairs)
+    reference_seconds = (time.process_time() - start) / len(subset) * len(pairs)
     return {
         "metric": metric.name,
         "frames": n,
-        "seconds": here,
+        "seconds": metric_seconds,
         "preprocessing_milliseconds": 1e3 * preparing,
-        "reference_seconds": there,
-        "reference_pairs_sampled": len(some),
-        "ratio": there / here,
+        "reference_seconds": reference_seconds,
+        "reference_pairs_sampled": len(subset),
+        "ratio": reference_seconds / metric_seconds,
         "expected_ratio": EXPECTED_WITH_PREPROCESSING[n],
     }
 
@@ -381,8 +383,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             frames = make_frames(n, channels)
             for name, metric in metrics.items():
                 prepared = metric.prepare(frames, "sequence")
-                before = [r for r in rows if r["metric"] == name and r["channels"] == channels]
-                if before and (n * (n - 1) / 2) / before[0]["pairs_per_second"] > LONGEST:
+                baseline = [r for r in rows if r["metric"] == name and r["channels"] == channels]
+                if baseline and (n * (n - 1) / 2) / baseline[0]["pairs_per_second"] > LONGEST:
                     continue
                 rows.append(measure_metric(metric, compared[name], prepared, options.seconds, clock, limits))
                 print(f"{name} {n}×{channels}: {rows[-1]['ratio']:.1f}×", file=sys.stderr, flush=True)
@@ -435,22 +437,22 @@ def measure_overhead(metric: Metric, frames: np.ndarray, seconds: float, clock: 
     ]
     for call in calls:
         call()
-    rounds, begun = [], clock()
-    while len(rounds) < 15 or clock() - begun < seconds:
-        took = []
+    rounds, first_start = [], clock()
+    while len(rounds) < 15 or clock() - first_start < seconds:
+        durations = []
         for call in calls:
             prepared._embeddings.clear()  # what metrics of any kind share of the frames stays, as in a run
             start = clock()
             call()
-            took.append(clock() - start)
-        rounds.append(took)
-    taken = np.array(rounds)
-    checked, bounded = np.median(taken[:, 1:] / taken[:, :1], axis=0) - 1
+            durations.append(clock() - start)
+        rounds.append(durations)
+    round_seconds = np.array(rounds)
+    check_overhead, bound_overhead = np.median(round_seconds[:, 1:] / round_seconds[:, :1], axis=0) - 1
     return {
         "metric": metric.name,
-        "milliseconds": 1e3 * float(np.median(taken[:, 0])),
-        "checked": float(checked),
-        "bounded": float(bounded),
+        "milliseconds": 1e3 * float(np.median(round_seconds[:, 0])),
+        "checked": float(check_overhead),
+        "bounded": float(bound_overhead),
         "rounds": len(rounds),
     }
 
@@ -494,10 +496,10 @@ def table(result: dict[str, Any]) -> str:
         share = "" if row["share_of_limit"] is None else f"{row['share_of_limit']:.0%}"
         short = ""
         if row["channels"] == 3:
-            wanted = EXPECTED_RATIO.get(row["metric"], 0.0) if row["frames"] == 11 else 0.0
+            target_ratio = EXPECTED_RATIO.get(row["metric"], 0.0) if row["frames"] == 11 else 0.0
             share_wanted = EXPECTED_SHARE.get(row["metric"], 0.0) if row["frames"] == 128 else 0.0
-            if row["ratio"] < wanted:
-                short = f"  short of {wanted:.0f}"
+            if row["ratio"] < target_ratio:
+                short = f"  short of {target_ratio:.0f}"
             elif share_wanted and row["share_of_limit"] < share_wanted:
                 short = f"  short of {share_wanted:.0%}"
         lines.append(

@@ -74,49 +74,61 @@ def start_server(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
 
 def seconds_of(call: Callable[[], Any]) -> float:
     """Wall time of one call."""
-    began = time.perf_counter()
+    start = time.perf_counter()
     call()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def measure(sequences: int, size: int, workers: int, repeats: int) -> dict[str, Any]:
     """Seconds by stage and place, each repeat into new stores."""
-    seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name, Cluster(Profile(workers=workers)) as cluster:
         folder = Path(name)
         server, remote = start_server(folder)
         try:
             make_archive(folder, sequences, size, "npz")
-            for file in sorted((folder / "data").rglob("*.npz")):
-                objects.write(f"{remote}/data", str(file.relative_to(folder / "data")), file.read_bytes())
-            there = folder / "there.yaml"
-            there.write_text(
-                f"name: there\ndatasets:\n- {{name: D, source: {{path: {remote}/data}}, reader: lsim}}\n"
-            )
-            here = open_catalog(folder / "catalog.yaml")
-
-            def stages(place: str) -> dict[str, Callable[[], Any]]:
-                frames, out = f"{place}/frames.zarr", f"{place}/distances.zarr"
-                return {
-                    "convert": lambda: convert(here, frames, cluster=cluster),
-                    "distances": lambda: compute_distances(frames, out, SETTINGS, cluster=cluster),
-                    "nothing to do": lambda: compute_distances(frames, out, SETTINGS, cluster=cluster),
-                }
-
-            for stage in stages(str(folder / "warm")).values():
-                stage()
-            for repeat in range(repeats):
-                places = {"path": str(folder / f"{repeat}"), "address": f"{remote}/{repeat}"}
-                for kind in list(places)[:: 1 if repeat % 2 else -1]:
-                    for stage, call in stages(places[kind]).items():
-                        seconds.setdefault(f"{stage}, {kind}", []).append(seconds_of(call))
-                data = folder / f"data-{repeat}"
-                copy = seconds_of(lambda data=data: fetch(open_catalog(there), data_dir=data))
-                seconds.setdefault("copy, address", []).append(copy)
+            seconds = measure_stages(folder, remote, cluster, repeats)
         finally:
             server.terminate()
             server.wait()
-    return {stage: statistics.median(found) for stage, found in seconds.items()}
+    return {stage: statistics.median(values) for stage, values in seconds.items()}
+
+
+def measure_stages(folder: Path, remote: str, cluster: Cluster, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each repeat by stage and place, of the archive in a folder."""
+    remote_catalog = copy_archive(folder, remote)
+    local_catalog = open_catalog(folder / "catalog.yaml")
+
+    def stages(place: str) -> dict[str, Callable[[], Any]]:
+        frames, out = f"{place}/frames.zarr", f"{place}/distances.zarr"
+        return {
+            "convert": lambda: convert(local_catalog, frames, cluster=cluster),
+            "distances": lambda: compute_distances(frames, out, SETTINGS, cluster=cluster),
+            "nothing to do": lambda: compute_distances(frames, out, SETTINGS, cluster=cluster),
+        }
+
+    for stage in stages(str(folder / "warm")).values():
+        stage()
+    seconds: dict[str, list[float]] = {}
+    for repeat in range(repeats):
+        places = {"path": str(folder / f"{repeat}"), "address": f"{remote}/{repeat}"}
+        for kind in list(places)[:: 1 if repeat % 2 else -1]:
+            for stage, call in stages(places[kind]).items():
+                seconds.setdefault(f"{stage}, {kind}", []).append(seconds_of(call))
+        data = folder / f"data-{repeat}"
+        copy = seconds_of(lambda data=data: fetch(open_catalog(remote_catalog), data_dir=data))
+        seconds.setdefault("copy, address", []).append(copy)
+    return seconds
+
+
+def copy_archive(folder: Path, remote: str) -> Path:
+    """Copy the archive in a folder to an object store; return the path of a catalog of the copy."""
+    for file in sorted((folder / "data").rglob("*.npz")):
+        objects.write(f"{remote}/data", str(file.relative_to(folder / "data")), file.read_bytes())
+    catalog = folder / "there.yaml"
+    catalog.write_text(
+        f"name: there\ndatasets:\n- {{name: D, source: {{path: {remote}/data}}, reader: lsim}}\n"
+    )
+    return catalog
 
 
 def main() -> None:
@@ -139,7 +151,7 @@ def main() -> None:
         "megabytes": megabytes,
         "seconds": seconds,
         "megabytes_per_second": {
-            stage: megabytes / found for stage, found in seconds.items() if "nothing" not in stage
+            stage: megabytes / value for stage, value in seconds.items() if "nothing" not in stage
         },
         "versions": versions(),
     }
@@ -149,9 +161,9 @@ def main() -> None:
     print(
         f"{megabytes:.0f} MB in {arguments.sequences} sequences, {arguments.workers} workers, {processor()}"
     )
-    for stage, found in seconds.items():
-        rate = "" if "nothing" in stage else f"{megabytes / found:8.0f} MB/s"
-        print(f"  {stage:<24}{found:8.2f} s{rate}")
+    for stage, value in seconds.items():
+        rate = "" if "nothing" in stage else f"{megabytes / value:8.0f} MB/s"
+        print(f"  {stage:<24}{value:8.2f} s{rate}")
     print("  the object store is moto's server for tests on loopback, and the limit of what is at an address")
 
 

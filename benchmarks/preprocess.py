@@ -48,9 +48,9 @@ def make_sequence(seed: int = 0) -> np.ndarray:
     for channel in range(3):
         for waves in (1, 2, 5, 9):
             phase, angle = rng.uniform(0, 2 * np.pi, 2)
-            along = waves * (x * np.cos(angle) + y * np.sin(angle))
+            wave_phase = waves * (x * np.cos(angle) + y * np.sin(angle))
             for k in range(FRAMES):
-                frames[k, ..., channel] += np.sin(along + phase + 0.12 * k * waves) / waves
+                frames[k, ..., channel] += np.sin(wave_phase + phase + 0.12 * k * waves) / waves
     frames += rng.normal(0, 0.01, frames.shape)
     return 20 + 215 * (frames - frames.min()) / np.ptp(frames)
 
@@ -76,20 +76,20 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 def compare(frames: np.ndarray, order: int, repeats: int, device: torch.device) -> list[dict[str, Any]]:
     """Rows of the result for one source and order, in both modes."""
-    expected = by_scipy(frames, order)
+    reference = by_scipy(frames, order)
 
     def prepared(compat: Compat) -> torch.Tensor:
         return prepare(frames, Preprocessing(SIZE, order, compat), "sequence", device).values
 
     # The first call compiles kernels and fills caches.
-    deviation = {c: float(np.abs(prepared(c).cpu().numpy() - expected).max()) / 255 for c in MODES}
-    taken: dict[str, list[float]] = {name: [] for name in ("scipy", *MODES)}
+    deviation = {c: float(np.abs(prepared(c).cpu().numpy() - reference).max()) / 255 for c in MODES}
+    timings: dict[str, list[float]] = {name: [] for name in ("scipy", *MODES)}
     for repeat in range(repeats):
         for compat in MODES:
-            taken[compat].append(seconds(lambda c=compat: prepared(c), device))  # type: ignore[misc]
+            timings[compat].append(seconds(lambda c=compat: prepared(c), device))  # type: ignore[misc]
         if repeat % 3 == 0:  # it takes its time
-            taken["scipy"].append(seconds(lambda: by_scipy(frames, order), torch.device("cpu")))
-    best = {name: min(values) for name, values in taken.items()}
+            timings["scipy"].append(seconds(lambda: by_scipy(frames, order), torch.device("cpu")))
+    best = {name: min(values) for name, values in timings.items()}
     return [
         {
             "source": frames.dtype.name,
@@ -143,11 +143,11 @@ def table(result: dict[str, Any]) -> str:
         f"{'source':<8} {'order':>5} {'compat':<9} {'scipy':>9} {'here':>8} {'ratio':>6} {'deviation':>9}",
     ]
     for row in result["rows"]:
-        taken = row["seconds"]
-        over = "" if row["within_target"] else f"  over {1e3 * result['target_seconds']:.0f} ms"
+        seconds = row["seconds"]
+        suffix = "" if row["within_target"] else f"  over {1e3 * result['target_seconds']:.0f} ms"
         lines.append(
-            f"{row['source']:<8} {row['order']:>5} {row['compat']:<9} {1e3 * taken['baseline']:>6.0f} ms "
-            f"{1e3 * taken['here']:>5.1f} ms {row['ratio']:>6.1f} {row['maximum_deviation']:>9.1e}{over}"
+            f"{row['source']:<8} {row['order']:>5} {row['compat']:<9} {1e3 * seconds['baseline']:>6.0f} ms "
+            f"{1e3 * seconds['here']:>5.1f} ms {row['ratio']:>6.1f} {row['maximum_deviation']:>9.1e}{suffix}"
         )
     return "\n".join(lines)
 

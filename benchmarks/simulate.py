@@ -42,9 +42,9 @@ def seconds_a_family(
     seconds = []
     for repeat in range(repeats + 1):
         numbers = range(1 + repeat * families, 1 + (repeat + 1) * families)
-        started = clock()
+        start = clock()
         simulate_families(recipe, numbers, size, seed=1, device=device, batch=batch)
-        seconds.append((clock() - started) / families)
+        seconds.append((clock() - start) / families)
     return seconds[1:]
 
 

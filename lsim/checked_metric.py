@@ -63,11 +63,11 @@ class CheckedMetric(MetricDefinition):
 
     def _run_embed(self, frames: Tensor, rest: Tensor | None = None) -> Embedding:
         """Run :meth:`embed` and check the embedding; code of others gets frames of its own."""
-        before = versions([frames])
+        frame_versions = versions([frames])
         with self._guarded("embed"):
             embedding = self.embed(frames) if rest is None else self.embed_with_rest(frames, rest)
         self.claims.check_embedding(embedding, len(frames))
-        self.claims.check_unwritten(before, versions([frames]), "embed wrote into the frames")
+        self.claims.check_unwritten(frame_versions, versions([frames]), "embed wrote into the frames")
         return embedding
 
     def _frames(self, prepared: Prepared) -> Tensor:
@@ -109,11 +109,11 @@ class CheckedMetric(MetricDefinition):
 
     def _run_compare(self, a: Embedding, b: Embedding) -> Tensor:
         parts = [*a.parts.values(), *b.parts.values()]
-        before = versions(parts)
+        part_versions = versions(parts)
         with self._guarded("compare"):
             block = self.compare(a, b)
         self.claims.check_block(block, (len(a), len(b)))
-        self.claims.check_unwritten(before, versions(parts), "compare wrote into the embeddings")
+        self.claims.check_unwritten(part_versions, versions(parts), "compare wrote into the embeddings")
         return block if torch.is_grad_enabled() else block.detach()
 
     def distance_pairs(self, a: Embedding, b: Embedding) -> Tensor:
@@ -148,10 +148,10 @@ class CheckedMetric(MetricDefinition):
         """
         # A mean over some of the pixels, or by weight, may be larger than that over all.
         if prepared is not None and not self.preprocessing.mask and self.pixel_weights is None:
-            same = a is b
+            is_same = a is b
             mean = prepared.mean_rounding if self._rest(prepared) is None else None
             b = replace(b, mean_rounding=mean)
-            a = b if same else b[: len(a)]
+            a = b if is_same else b[: len(a)]
         with torch.no_grad(), self._guarded("rounding"):
             rounding = self._run_rounding(a, b, distances)
             if prepared is not None and type(self).rounding is MetricDefinition.rounding:
@@ -184,9 +184,9 @@ class CheckedMetric(MetricDefinition):
         error = size.to(frame)[:, None, None, None]
         frames = torch.cat([frame, frame + error * signs])
         embedding = self._embed_anew(Prepared(frames, prepared.comparable[first].repeat(2), prepared.masked))
-        itself, other = self.distance_block(embedding[slice(0, 1)], embedding)[0].double().tolist()
+        diagonal, single = self.distance_block(embedding[slice(0, 1)], embedding)[0].double().tolist()
         claimed = self.info.distance_to_itself
-        change = abs(other - (itself if math.isnan(claimed) else claimed))
+        change = abs(single - (diagonal if math.isnan(claimed) else claimed))
         return PROBES * change if math.isfinite(change) else 0.0
 
     # --- a trial ------------------------------------------------------------------------------------------
@@ -218,18 +218,18 @@ class CheckedMetric(MetricDefinition):
         claims = self.claims
         with torch.no_grad():
             frames = self._frames(few)
-            before = frames.clone()
+            original = frames.clone()
             embedding = self._run_embed(frames, self._rest(few))
-            if not torch.equal(frames.nan_to_num(), before.nan_to_num()):
+            if not torch.equal(frames.nan_to_num(), original.nan_to_num()):
                 claims.refuse(
                     "embed wrote into the frames that it was given; it has to work on a copy (clone)"
                 )
-            other = embedding.copy()
-            block = self.distance_block(embedding, other)
+            copy = embedding.copy()
+            block = self.distance_block(embedding, copy)
             with other_random_numbers():
-                again = self.distance_block(self._embed_anew(few), other)
+                repetition = self.distance_block(self._embed_anew(few), copy)
         single = block.dtype == torch.float32
-        first, second = (values.double().cpu().numpy() for values in (block, again))
+        first, second = (values.double().cpu().numpy() for values in (block, repetition))
         claims.check_repeated(first, second, "d", exact=self.device.type == "cpu")
         claims.check_distances(first, square=True, single=single)
         return first

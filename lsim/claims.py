@@ -154,25 +154,25 @@ class Claims:
     ) -> None:
         """Check the claims of :meth:`check_distances`, given the rounding of each distance."""
         if "non-negative" in self.axioms and values.size and not values.min() >= 0 and (values < 0).any():
-            self._check_sign(values, _allowed(values, single, rounding))
+            self._check_sign(values, _tolerance(values, single, rounding))
         if not square:
             return
         diagonal = values.diagonal()
         if diagonal.any():
-            allowed = _allowed(values, single, rounding)
-            self.check_itself(diagonal, np.broadcast_to(allowed, values.shape).diagonal())
+            tolerance = _tolerance(values, single, rounding)
+            self.check_itself(diagonal, np.broadcast_to(tolerance, values.shape).diagonal())
         if "symmetric" in self.axioms and not (values == values.T).all():
-            allowed = _allowed(values, single, rounding, relative=OF_THE_LARGEST)
-            self._check_symmetry(values, np.broadcast_to(allowed, values.shape))
+            tolerance = _tolerance(values, single, rounding, relative=OF_THE_LARGEST)
+            self._check_symmetry(values, np.broadcast_to(tolerance, values.shape))
 
-    def _check_sign(self, values: np.ndarray, allowed: np.ndarray | float) -> None:
-        if (below := values < -allowed).any():
+    def _check_sign(self, values: np.ndarray, tolerance: np.ndarray | float) -> None:
+        if (negative := values < -tolerance).any():
             self.refuse(
-                f"claims to be non-negative, and gave {values[below].min():.6g} as the least of "
-                f"{below.sum()} negative distances"
+                f"claims to be non-negative, and gave {values[negative].min():.6g} as the least of "
+                f"{negative.sum()} negative distances"
             )
 
-    def check_itself(self, diagonal: np.ndarray, allowed: np.ndarray | float) -> None:
+    def check_itself(self, diagonal: np.ndarray, tolerance: np.ndarray | float) -> None:
         """Check distances of frames to themselves; 0 and NaN count as not computed.
 
         Raises
@@ -182,40 +182,40 @@ class Claims:
         claimed = self.distance_to_itself
         if np.isnan(claimed):
             return
-        computed = ~(np.isnan(diagonal) | (diagonal == 0) | (diagonal == claimed))
+        is_computed = ~(np.isnan(diagonal) | (diagonal == 0) | (diagonal == claimed))
         with np.errstate(invalid="ignore"):
-            if (wrong := computed & ~(np.abs(diagonal - claimed) <= allowed)).any():
+            if (wrong := is_computed & ~(np.abs(diagonal - claimed) <= tolerance)).any():
                 k = int(np.argmax(wrong))
                 self.refuse(
                     f"claims a distance of {claimed:g} from any frame to itself, and gave {diagonal[k]:.6g} "
                     f"for frame {k}; where it isn't the same for all, distance_to_itself is NaN"
                 )
 
-    def _check_symmetry(self, values: np.ndarray, allowed: np.ndarray) -> None:
+    def _check_symmetry(self, values: np.ndarray, tolerance: np.ndarray) -> None:
         """Compare d(i, j) with d(j, i), if both were computed."""
         i, j = np.triu_indices(len(values), 1)
-        above, below = values[i, j], values[j, i]
-        if (np.isnan(below) | (below == 0)).all():
+        upper, lower = values[i, j], values[j, i]
+        if (np.isnan(lower) | (lower == 0)).all():
             return
         with np.errstate(invalid="ignore"):
-            largest = np.maximum(np.abs(above), np.abs(below))
-            alike = (above == below) | (np.abs(above - below) <= RTOL * largest + allowed[i, j])
-        different = ~(alike | (np.isnan(above) & np.isnan(below)))
+            largest = np.maximum(np.abs(upper), np.abs(lower))
+            alike = (upper == lower) | (np.abs(upper - lower) <= RTOL * largest + tolerance[i, j])
+        different = ~(alike | (np.isnan(upper) & np.isnan(lower)))
         if different.any():
             k = int(np.argmax(different))
             self.refuse(
-                f"claims to be symmetric, and gave d({i[k]}, {j[k]}) = {above[k]:.6g} but "
-                f"d({j[k]}, {i[k]}) = {below[k]:.6g}; one that isn't leaves 'symmetric' out of its axioms"
+                f"claims to be symmetric, and gave d({i[k]}, {j[k]}) = {upper[k]:.6g} but "
+                f"d({j[k]}, {i[k]}) = {lower[k]:.6g}; one that isn't leaves 'symmetric' out of its axioms"
             )
 
-    def check_unwritten(self, before: Iterable[int], after: Iterable[int], breach: str) -> None:
+    def check_unwritten(self, old_versions: Iterable[int], new_versions: Iterable[int], breach: str) -> None:
         """Check that nothing was written into tensors: their :func:`versions` are the same.
 
         Raises
         ------
         ClaimError
         """
-        if [*before] != [*after]:
+        if [*old_versions] != [*new_versions]:
             self.refuse(f"{breach} that it was given; it has to work on a copy (clone)")
 
     def check_repeated(self, first: np.ndarray, second: np.ndarray, name: str, *, exact: bool) -> None:
@@ -237,7 +237,7 @@ class Claims:
         )
 
 
-def _allowed(
+def _tolerance(
     values: np.ndarray, single: bool, rounding: np.ndarray | float, relative: float = RTOL
 ) -> np.ndarray | float:
     """Bound the error of distances that are claimed to be zero: relative to the largest, plus rounding."""
@@ -293,7 +293,7 @@ class OthersCode:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        changed = _put_back(_OF_THREAD, self._of_thread) + _process.leave()
+        names = _restore(_OF_THREAD, self._of_thread) + _process.leave()
         interrupted = self._own_handler and _stop_watching()
         if error is not None and (signalled := _raised_by_a_signal(error)) is not None:
             if signalled is error:
@@ -308,8 +308,8 @@ class OthersCode:
             raise MetricError(
                 f"metric {self.name!r}: {self.action} raised {text}, as if to end the process"
             ) from error
-        if changed:
-            breach = f"metric {self.name!r}: {self.action} changed {' and '.join(changed)} for all others"
+        if names:
+            breach = f"metric {self.name!r}: {self.action} changed {' and '.join(names)} for all others"
             if self.on_change == "raise":
                 raise ClaimError(f"{breach}; put back what it was, or leave it alone")
             warnings.warn(f"{breach}; it was put back", stacklevel=3)
@@ -347,16 +347,16 @@ _OF_PROCESS = (
 )
 
 
-def _put_back(settings: Iterable[_Setting], before: list[Any]) -> list[str]:
+def _restore(settings: Iterable[_Setting], values: list[Any]) -> list[str]:
     """Restore settings that differ, and return their names."""
-    changed = []
-    for setting, value in zip(settings, before, strict=True):
+    names = []
+    for setting, value in zip(settings, values, strict=True):
         if not setting.name:
             setting.put(value)
         elif setting.get() != value:
             setting.put(value)
-            changed.append(setting.name)
-    return changed
+            names.append(setting.name)
+    return names
 
 
 class _Process:
@@ -366,12 +366,12 @@ class _Process:
         self.guard = threading.Lock()
         self.inside = 0
         self.names: set[str] = set()
-        self.before: list[Any] = []
+        self.originals: list[Any] = []
 
     def enter(self, name: str) -> None:
         with self.guard:
             if self.inside == 0:
-                self.before = [setting.get() for setting in _OF_PROCESS]
+                self.originals = [setting.get() for setting in _OF_PROCESS]
                 self.names = set()
             self.inside += 1
             self.names.add(name)
@@ -382,8 +382,8 @@ class _Process:
             self.inside -= 1
             if self.inside:
                 return []
-            changed = _put_back(_OF_PROCESS, self.before)
-            return changed if len(self.names) == 1 else []
+            names = _restore(_OF_PROCESS, self.originals)
+            return names if len(self.names) == 1 else []
 
 
 _process = _Process()
@@ -393,14 +393,14 @@ _process = _Process()
 def other_random_numbers() -> Iterator[None]:
     """Advance the shared generators of random numbers, and restore them at the end."""
     generators = [setting for setting in _OF_PROCESS if not setting.name]
-    before = [setting.get() for setting in generators]
+    states = [setting.get() for setting in generators]
     random.random()
     np.random.random()
     torch.rand(1)
     try:
         yield
     finally:
-        _put_back(generators, before)
+        _restore(generators, states)
 
 
 # ---------------------------------------------------------------- signals
@@ -453,9 +453,9 @@ def _raised_by_a_signal(error: BaseException) -> BaseException | None:
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """Iterate over an error and its causes and contexts."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
+    visited: set[int] = set()
+    while error is not None and id(error) not in visited:
+        visited.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
 

@@ -85,8 +85,8 @@ def rest_of_normalised(values: Any, frames: Any, lo: Any, hi: Any, full: float) 
     shifted, shifted_rest = sum_of(frames, -lo)
     spread, spread_rest = sum_of(hi, -lo)
     scaled, scaled_rest = product_of(shifted, full)
-    back, back_rest = product_of(values, spread)
-    difference = (scaled - back) + (scaled_rest - back_rest)
+    product, product_rest = product_of(values, spread)
+    difference = (scaled - product) + (scaled_rest - product_rest)
     return (difference + (full * shifted_rest - values * spread_rest)) / spread
 
 

@@ -13,9 +13,14 @@ from torch import Tensor
 class Embedding:
     """A metric's state per frame: named tensors that share their first axis, one entry a frame.
 
-    ``rounding`` and ``stored`` (n,) bound the error of the values of each embedded frame, see
-    :class:`lsim.prepared.Prepared`; None if unknown. ``mean_rounding`` is the root mean square of that error
-    over a frame, if bounds are asked for.
+    Attributes
+    ----------
+    parts : dict of str to Tensor
+    rounding, stored : Tensor of shape (n,), or None
+        Bounds on the error of the values of each embedded frame, see :class:`lsim.prepared.Prepared`; None if
+        unknown.
+    mean_rounding : Tensor of shape (n,), or None
+        Root mean square of that error over a frame, if bounds are asked for.
 
     Examples
     --------

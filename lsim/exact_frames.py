@@ -21,7 +21,13 @@ from lsim.scope import Scope, find_extremes
 class ExactFrames(NamedTuple):
     """Frames as (values − offset) · factor, without any rounding.
 
-    ``limits`` are those of the integers that they came from, see :func:`~lsim.frames.integer_limits`.
+    Attributes
+    ----------
+    frames : ndarray or Tensor
+    limits : (float, float) or None
+        Those of the integers that the frames came from, see :func:`~lsim.frames.integer_limits`.
+    offset : int
+    factor : float
     """
 
     frames: Any
@@ -75,15 +81,15 @@ def _shift(settings: Preprocessing, frames: Any, limits: tuple[float, float]) ->
     published = settings.compat == "published" and settings.size is not None
     if published and any(count_beyond(n, settings.size or n) for n in frames.shape[1:3]):
         return ExactFrames(frames, limits)  # the rim of zeros then sets the range
-    moved: Any
+    shifted: Any
     if isinstance(frames, np.ndarray):
         # Modulo 2⁶⁴, which the differences don't exceed.
-        moved = (frames.astype(np.uint64) - np.uint64(lowest % 2**64)).astype(np.float64)
+        shifted = (frames.astype(np.uint64) - np.uint64(lowest % 2**64)).astype(np.float64)
     else:
         smallest = torch.tensor([lowest], dtype=frames.dtype, device=frames.device)
-        moved = _signed(frames) - _signed(smallest)
-        moved = torch.where(moved < 0, moved.double() + 2.0**64, moved.double())
-    return ExactFrames(moved, (float(int(limits[0]) - lowest), float(int(limits[1]) - lowest)), lowest)
+        shifted = _signed(frames) - _signed(smallest)
+        shifted = torch.where(shifted < 0, shifted.double() + 2.0**64, shifted.double())
+    return ExactFrames(shifted, (float(int(limits[0]) - lowest), float(int(limits[1]) - lowest)), lowest)
 
 
 def _integer_extremes(frames: Any) -> tuple[int, int]:
@@ -91,8 +97,8 @@ def _integer_extremes(frames: Any) -> tuple[int, int]:
     if isinstance(frames, np.ndarray):
         return int(frames.min()), int(frames.max())
     shift = 2**63 if frames.dtype == torch.uint64 else 0
-    ordered = _signed(frames)
-    return int(ordered.min().item()) + shift, int(ordered.max().item()) + shift
+    signed = _signed(frames)
+    return int(signed.min().item()) + shift, int(signed.max().item()) + shift
 
 
 def _signed(frames: Tensor) -> Tensor:

@@ -186,14 +186,14 @@ def loadable(frames: Frames) -> Frames:
         return frames.float() if frames.dtype == torch.float16 else frames
     if frames.dtype == np.bool_:
         frames = frames.view(np.uint8)
-    own = frames.dtype.newbyteorder("=")
+    native = frames.dtype.newbyteorder("=")
     kind: dict[Any, Any] = {
-        np.dtype(np.uint8): own,
-        np.dtype(np.float32): own,
+        np.dtype(np.uint8): native,
+        np.dtype(np.float32): native,
         np.dtype(np.float16): np.float32,
     }
     # Writable, as well: kernels would be compiled once more for arrays that aren't.
-    return np.require(frames, kind.get(own, np.float64), ["C", "W"])
+    return np.require(frames, kind.get(native, np.float64), ["C", "W"])
 
 
 def integer_limits(frames: Frames) -> tuple[float, float] | None:

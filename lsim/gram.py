@@ -78,10 +78,10 @@ def squared_differences_in_torch(
             bound = _bound_of_product(sums[part], squares_x[part], squares_y, x.shape[1], half_ulp(x.dtype))
             if symmetric:
                 bound = bound.triu(1 + start)
-            again = bound > promise
-            accepted = bound[bound <= promise]
-            worst = max(worst, accepted.max().item() if len(accepted) else 0.0)
-            i, j = again.nonzero(as_tuple=True)
+            inexact = bound > promise
+            bounds = bound[bound <= promise]
+            worst = max(worst, bounds.max().item() if len(bounds) else 0.0)
+            i, j = inexact.nonzero(as_tuple=True)
             sums[part][i, j] = _directly_in_torch(x, y, i + start, j)
             recomputed += len(i)
     if recomputed:
@@ -109,21 +109,23 @@ def _centred_products(x: Tensor, y: Tensor, *, centred: bool) -> tuple[Tensor, T
             centre = _mean_row(x, y, columns) if centred else None
             for i in range(0, len(x), ROWS_OF_PRODUCT):
                 rows = slice(i, i + ROWS_OF_PRODUCT)
-                left = _in_chunks(x[rows, columns], centre)
-                squares_x[rows] += left.double().square().sum((0, 2))
+                row_chunks = _in_chunks(x[rows, columns], centre)
+                squares_x[rows] += row_chunks.double().square().sum((0, 2))
                 for j in range(i if symmetric else 0, len(y), ROWS_OF_PRODUCT):
-                    others = slice(j, j + ROWS_OF_PRODUCT)
-                    right = _in_chunks(y[others, columns], centre)
+                    other_rows = slice(j, j + ROWS_OF_PRODUCT)
+                    column_chunks = _in_chunks(y[other_rows, columns], centre)
                     if i == 0:
-                        squares_y[others] += right.double().square().sum((0, 2))
-                    products[rows, others] += torch.bmm(left, right.mT).sum(0, dtype=torch.float64)
+                        squares_y[other_rows] += column_chunks.double().square().sum((0, 2))
+                    products[rows, other_rows] += torch.bmm(row_chunks, column_chunks.mT).sum(
+                        0, dtype=torch.float64
+                    )
     return squares_x, squares_y, products
 
 
 def _mean_row(x: Tensor, y: Tensor, columns: slice) -> Tensor:
     """Average some rows, in double. The choice of rows affects rounding alone."""
-    some = torch.cat([x[:ROWS_OF_PRODUCT, columns], y[:ROWS_OF_PRODUCT, columns]])
-    return some.double().nanmean(0).nan_to_num()
+    sample = torch.cat([x[:ROWS_OF_PRODUCT, columns], y[:ROWS_OF_PRODUCT, columns]])
+    return sample.double().nanmean(0).nan_to_num()
 
 
 def _in_chunks(values: Tensor, centre: Tensor | None) -> Tensor:
@@ -150,7 +152,7 @@ def _directly_in_torch(x: Tensor, y: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """Compute Σ_k (x[i[p], k] − y[j[p], k])² of pairs, added up in double: (len(i),)."""
     step = max(1, VALUES_TOGETHER // max(x.shape[1], 1))
     parts = zip(i.split(step), j.split(step), strict=True)
-    return torch.cat([(x[left] - y[right]).double().square().sum(1) for left, right in parts])
+    return torch.cat([(x[rows] - y[others_rows]).double().square().sum(1) for rows, others_rows in parts])
 
 
 def known_in_both(x: Tensor, y: Tensor) -> Tensor:
@@ -165,8 +167,8 @@ def known_in_both(x: Tensor, y: Tensor) -> Tensor:
     for start in range(0, x.shape[1], CHUNK * CHUNKS_TOGETHER):
         columns = slice(start, start + CHUNK * CHUNKS_TOGETHER)
         # Zeros and ones: exact in any precision that a program may have set for products.
-        left = _is_known(x[:, columns])
-        counts += left @ (left if x is y else _is_known(y[:, columns])).T
+        indicator = _is_known(x[:, columns])
+        counts += indicator @ (indicator if x is y else _is_known(y[:, columns])).T
     return counts
 
 

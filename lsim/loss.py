@@ -92,12 +92,14 @@ class SimulationLoss(nn.Module):
             raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
         if isinstance(metric, Metric) and weights is not None:
             raise ValueError(f"metric {metric.name!r} is already loaded, got weights={os.fspath(weights)!r}")
-        loaded = metric if isinstance(metric, Metric) else load_metric(metric, weights, "cpu", size=None)
-        if not loaded.info.differentiable:
-            raise ValueError(f"metric {loaded.name!r} has no gradients to train with")
-        if loaded.quantised:
+        metric_object = (
+            metric if isinstance(metric, Metric) else load_metric(metric, weights, "cpu", size=None)
+        )
+        if not metric_object.info.differentiable:
+            raise ValueError(f"metric {metric_object.name!r} has no gradients to train with")
+        if metric_object.quantised:
             raise ValueError(
-                f"metric {loaded.name!r} truncates to 8 bit, so its gradients are 0; load it with "
+                f"metric {metric_object.name!r} truncates to 8 bit, so its gradients are 0; load it with "
                 "compat='default'"
             )
         self.channels = channels
@@ -107,7 +109,7 @@ class SimulationLoss(nn.Module):
         self._warned = False
         self._range_known = False
         self.distance: FrozenNetwork | PlainDistance = (
-            FrozenNetwork(loaded) if isinstance(loaded, LSiM) else PlainDistance(loaded)
+            FrozenNetwork(metric_object) if isinstance(metric_object, LSiM) else PlainDistance(metric_object)
         )
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -151,6 +153,7 @@ class SimulationLoss(nn.Module):
             return distances.mean() if self.reduction == "mean" else distances.sum()
 
     def extra_repr(self) -> str:
+        """Name the settings for the repr of the module."""
         return (
             f"{self.distance.name!r}, channels={self.channels!r}, normalisation={self.normalisation!r}, "
             f"differentiable_range={self.differentiable_range}, reduction={self.reduction!r}"
@@ -228,8 +231,8 @@ class SimulationLoss(nn.Module):
         rest = [low - near for low, near in zip(lows, nearest, strict=True)]
         # Halves have the same quotients, and don't overflow.
         spread = [high / 2 - low / 2 for low, high in zip(lows, highs, strict=True)]
-        near, beyond, half = (frames.new_tensor(part)[:, None, None] for part in (nearest, rest, spread))
-        return 255 * (((frames / 2 - near / 2) - beyond / 2) / half)
+        near, remainder, half = (frames.new_tensor(part)[:, None, None] for part in (nearest, rest, spread))
+        return 255 * (((frames / 2 - near / 2) - remainder / 2) / half)
 
 
 class FrozenNetwork(nn.Module):

@@ -147,19 +147,21 @@ class Metric(CheckedMetric):
             return metric.distance(mask_frames(first, mask), mask_frames(second, mask), scope)
         if scope == "pair":
             pairs = zip(first, second, strict=True)
-            return np.concatenate([self.distance(left[None], right[None], "batch") for left, right in pairs])
+            return np.concatenate(
+                [self.distance(frame_a[None], frame_b[None], "batch") for frame_a, frame_b in pairs]
+            )
         prepared = self.prepare(
             np.concatenate([first, second]), scope, resized=not self._follows_8bit_publication
         )
         with torch.no_grad():
             embedding = self._with_rounding(self._embed_anew(prepared), prepared)
-            left, right = embedding[slice(0, len(first))], embedding[slice(len(first), None)]
+            frame_a, frame_b = embedding[slice(0, len(first))], embedding[slice(len(first), None)]
             if self.device.type == "cpu":
                 values = torch.cat(
-                    [self.distance_block(x, y).reshape(1) for x, y in zip(left, right, strict=True)]
+                    [self.distance_block(x, y).reshape(1) for x, y in zip(frame_a, frame_b, strict=True)]
                 )
             else:  # pair by pair would launch as many kernels
-                values = self.distance_pairs(left, right)
+                values = self.distance_pairs(frame_a, frame_b)
         single = values.dtype == torch.float32
         distances = values.detach().double().cpu().numpy()
         comparable = prepared.comparable
@@ -319,8 +321,8 @@ class Metric(CheckedMetric):
         self.claims.check_distances(matrix, square=True, single=single, rounding=bounds)
         if "symmetric" in self.axioms and not (matrix == matrix.T).all():
             # To the last bit: some devices add d(i, j) and d(j, i) in another order.
-            below = np.tril_indices(len(matrix), -1)
-            matrix[below] = matrix.T[below]
+            lower_triangle = np.tril_indices(len(matrix), -1)
+            matrix[lower_triangle] = matrix.T[lower_triangle]
         itself = np.where(prepared.comparable, self._to_itself(matrix.diagonal()), np.nan)
         np.fill_diagonal(matrix, itself)
         return matrix, bounds
@@ -382,10 +384,10 @@ class Metric(CheckedMetric):
             row[:1] = self._to_itself(row[:1])
         return row, bounds
 
-    def _to_itself(self, computed: np.ndarray) -> np.ndarray:
+    def _to_itself(self, diagonal: np.ndarray) -> np.ndarray:
         """Replace computed distances of frames to themselves by the claimed value, if there is one."""
         claimed = self.info.distance_to_itself
-        return computed.copy() if np.isnan(claimed) else np.full_like(computed, claimed)
+        return diagonal.copy() if np.isnan(claimed) else np.full_like(diagonal, claimed)
 
 
 def _as_batch(array: ArrayLike, name: str) -> np.ndarray:

@@ -188,7 +188,7 @@ class MetricDefinition(ABC):
 
     @property
     def axioms(self) -> frozenset[str]:
-        """:attr:`MetricInfo.axioms`, and symmetry if the metric is :meth:`symmetrised`."""
+        """Axioms of :attr:`MetricInfo.axioms`, and symmetry if the metric is :meth:`symmetrised`."""
         return self.info.axioms | {"symmetric"} if self._symmetrised else self.info.axioms
 
     @property
@@ -207,7 +207,7 @@ class MetricDefinition(ABC):
 
     @property
     def family(self) -> Hashable:
-        """:attr:`shared_as` with the package and its very :meth:`embed`, the key that a run shares under.
+        """Key that a run shares under: :attr:`shared_as` with the package and its very :meth:`embed`.
 
         A derived class with an ``embed`` of its own shares nothing, whatever name it inherits, and no
         package gets embeddings that another package's metrics use.
@@ -267,11 +267,11 @@ class MetricDefinition(ABC):
                 f"metric {self.name!r} resizes frames to {self.preprocessing.size}², and weights are those "
                 "of the frames' own pixels: load it with size=None"
             )
-        copied = copy.copy(self)
-        copied.pixel_weights = torch.from_numpy(scale_weights(weights))
+        clone = copy.copy(self)
+        clone.pixel_weights = torch.from_numpy(scale_weights(weights))
         # Once: specifications are often asked for, and hashing a million weights takes milliseconds.
-        copied._described_weights = describe_weights(weights)
-        return copied
+        clone._described_weights = describe_weights(weights)
+        return clone
 
     def _masked(self) -> Self:
         """Return the metric with single missing pixels left out."""

@@ -15,7 +15,7 @@ import torch
 
 _guard = threading.Lock()
 _inside = 0
-_before: list[Any] = []
+_original: list[Any] = []
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def ieee_convolutions() -> Iterator[None]:
     TF32, torch's default for convolutions on GPUs, is wrong by 11 % on nearly equal frames. The setting
     belongs to the whole process: it is restored when the last of several threads leaves.
     """
-    global _inside, _before
+    global _inside, _original
     if torch.compiler.is_compiling():
         # A graph drops the settings and cannot hold locks; on GPUs, networks stay out of graphs.
         yield
@@ -37,9 +37,9 @@ def ieee_convolutions() -> Iterator[None]:
     ]
     with _guard:
         if _inside == 0:
-            _before = [getattr(where, name) for where, name, _ in settings]
-            for where, name, exact in settings:
-                setattr(where, name, exact)
+            _original = [getattr(owner, name) for owner, name, _ in settings]
+            for owner, name, exact in settings:
+                setattr(owner, name, exact)
         _inside += 1
     try:
         yield
@@ -47,8 +47,8 @@ def ieee_convolutions() -> Iterator[None]:
         with _guard:
             _inside -= 1
             if _inside == 0:
-                for (where, name, _), value in zip(settings, _before, strict=True):
-                    setattr(where, name, value)
+                for (owner, name, _), value in zip(settings, _original, strict=True):
+                    setattr(owner, name, value)
 
 
 _multiplying = threading.Lock()

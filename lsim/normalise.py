@@ -77,9 +77,9 @@ def normalise(
 def _normalise_tensor(
     frames: Tensor, lo: np.ndarray, divisor: np.ndarray, constant: np.ndarray, floor: bool
 ) -> Tensor:
-    low, by, flat = (torch.tensor(values, device=frames.device) for values in (lo, divisor, constant))
+    low, scale, flat = (torch.tensor(values, device=frames.device) for values in (lo, divisor, constant))
     exact = frames.to(low.dtype)
-    out = torch.where(flat, exact - exact, (exact - low).div_(by).mul_(255))  # NaN stays NaN in both
+    out = torch.where(flat, exact - exact, (exact - low).div_(scale).mul_(255))  # NaN stays NaN in both
     return out.floor_() if floor else out
 
 

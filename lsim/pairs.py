@@ -53,22 +53,25 @@ ROWS_TOGETHER = 128
 class TileKernel:
     """A compiled sum over columns, for all rows of one matrix against all of another.
 
-    ``compiled(x, y, out, symmetric)`` writes the sum for (x[i], y[j]) to ``out[i, j]``; for i < j at least,
-    where ``symmetric``.
+    Attributes
+    ----------
+    compiled : callable
+        ``compiled(x, y, out, symmetric)`` writes the sum for (x[i], y[j]) to ``out[i, j]``; for i < j at
+        least, where ``symmetric``.
     """
 
     compiled: PairKernel
 
 
 @compiled(fastmath=FAST)
-def _term(a, b, squared, known):  # type: ignore[no-untyped-def]
+def _term(a, b, squared, skip_nan):  # type: ignore[no-untyped-def]
     difference = a - b
-    if known and difference != difference:
+    if skip_nan and difference != difference:
         return type(difference)(0)
     return difference * difference if squared else abs(difference)
 
 
-def _sum_over_columns(*, squared: bool, known: bool = False) -> TileKernel:
+def _sum_over_columns(*, squared: bool, skip_nan: bool = False) -> TileKernel:
     """Compile the sum of absolute or squared differences over columns, over all or those without NaN.
 
     Tiles at the edges are padded to whole ones by repeating a row: other instructions could round
@@ -83,17 +86,17 @@ def _sum_over_columns(*, squared: bool, known: bool = False) -> TileKernel:
         zero = x.dtype.type(0)
         n = x.shape[0]
         m = y.shape[0]
-        copied = max(n, m) >= COPIED_FROM
-        left = _aligned(n, block, x) if copied else x
-        right = left if symmetric else (_aligned(m, block, y) if copied else y)
+        is_copy = max(n, m) >= COPIED_FROM
+        left = _aligned(n, block, x) if is_copy else x
+        right = left if symmetric else (_aligned(m, block, y) if is_copy else y)
         sums = np.zeros((n + TILE, m + TILE))
         for start in range(0, x.shape[1], block):
             width = min(block, x.shape[1] - start)
-            if copied:
+            if is_copy:
                 _copy_columns(x, start, width, left)
                 if not symmetric:
                     _copy_columns(y, start, width, right)
-            first = 0 if copied else start
+            first = 0 if is_copy else start
             last = first + width
             for i in range(0, n, TILE):
                 x0 = left[i, first:last]
@@ -110,22 +113,22 @@ def _sum_over_columns(*, squared: bool, known: bool = False) -> TileKernel:
                     s20 = s21 = s22 = s23 = zero
                     s30 = s31 = s32 = s33 = zero
                     for k in range(width):
-                        s00 += _term(x0[k], y0[k], squared, known)
-                        s01 += _term(x0[k], y1[k], squared, known)
-                        s02 += _term(x0[k], y2[k], squared, known)
-                        s03 += _term(x0[k], y3[k], squared, known)
-                        s10 += _term(x1[k], y0[k], squared, known)
-                        s11 += _term(x1[k], y1[k], squared, known)
-                        s12 += _term(x1[k], y2[k], squared, known)
-                        s13 += _term(x1[k], y3[k], squared, known)
-                        s20 += _term(x2[k], y0[k], squared, known)
-                        s21 += _term(x2[k], y1[k], squared, known)
-                        s22 += _term(x2[k], y2[k], squared, known)
-                        s23 += _term(x2[k], y3[k], squared, known)
-                        s30 += _term(x3[k], y0[k], squared, known)
-                        s31 += _term(x3[k], y1[k], squared, known)
-                        s32 += _term(x3[k], y2[k], squared, known)
-                        s33 += _term(x3[k], y3[k], squared, known)
+                        s00 += _term(x0[k], y0[k], squared, skip_nan)
+                        s01 += _term(x0[k], y1[k], squared, skip_nan)
+                        s02 += _term(x0[k], y2[k], squared, skip_nan)
+                        s03 += _term(x0[k], y3[k], squared, skip_nan)
+                        s10 += _term(x1[k], y0[k], squared, skip_nan)
+                        s11 += _term(x1[k], y1[k], squared, skip_nan)
+                        s12 += _term(x1[k], y2[k], squared, skip_nan)
+                        s13 += _term(x1[k], y3[k], squared, skip_nan)
+                        s20 += _term(x2[k], y0[k], squared, skip_nan)
+                        s21 += _term(x2[k], y1[k], squared, skip_nan)
+                        s22 += _term(x2[k], y2[k], squared, skip_nan)
+                        s23 += _term(x2[k], y3[k], squared, skip_nan)
+                        s30 += _term(x3[k], y0[k], squared, skip_nan)
+                        s31 += _term(x3[k], y1[k], squared, skip_nan)
+                        s32 += _term(x3[k], y2[k], squared, skip_nan)
+                        s33 += _term(x3[k], y3[k], squared, skip_nan)
                     tile = sums[i : i + TILE, j : j + TILE]
                     tile[0, 0] += s00
                     tile[0, 1] += s01
@@ -172,10 +175,10 @@ squared_differences = _sum_over_columns(squared=True)
 absolute_differences = _sum_over_columns(squared=False)
 """Kernel of Σ_k |x[i, k] − y[j, k]|."""
 
-known_squared_differences = _sum_over_columns(squared=True, known=True)
+known_squared_differences = _sum_over_columns(squared=True, skip_nan=True)
 """Kernel of Σ_k (x[i, k] − y[j, k])² over those k where neither is NaN."""
 
-known_absolute_differences = _sum_over_columns(squared=False, known=True)
+known_absolute_differences = _sum_over_columns(squared=False, skip_nan=True)
 """Kernel of Σ_k |x[i, k] − y[j, k]| over those k where neither is NaN."""
 
 
@@ -275,21 +278,21 @@ def is_plain(*tensors: Tensor) -> bool:
 
 def carries_gradients(*tensors: Tensor) -> bool:
     """Tell whether results must be differentiable, or traced, so that nothing may be written in place."""
-    needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return needed or not is_plain(*tensors)
+    has_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return has_gradients or not is_plain(*tensors)
 
 
 def rows_in_torch(
-    paired: Callable[[Any, Any], Tensor], a: Any, b: Any, *, together: int | None = None
+    paired: Callable[[Any, Any], Tensor], a: Any, b: Any, *, batch_size: int | None = None
 ) -> Tensor:
     """Compute the (len(a), len(b)) block of distances row by row, from an elementwise formula in torch.
 
-    For devices without a compiled kernel. Memory is that of ``together`` pairs of a row: by default as many
+    For devices without a compiled kernel. Memory is that of ``batch_size`` pairs of a row: by default as many
     as have :data:`~lsim.gram.VALUES_TOGETHER` values.
     """
-    if together is None:
-        together = VALUES_TOGETHER // max(sum(part.shape[1:].numel() for part in b.parts.values()), 1)
-    step = max(together, 1)
+    if batch_size is None:
+        batch_size = VALUES_TOGETHER // max(sum(part.shape[1:].numel() for part in b.parts.values()), 1)
+    step = max(batch_size, 1)
     parts = [b[k : k + step] for k in range(0, len(b), step)] or [b]
     return torch.stack([torch.cat([paired(a[k : k + 1], part) for part in parts]) for k in range(len(a))])
 

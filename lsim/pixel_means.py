@@ -35,7 +35,7 @@ class PixelMeans(Metric):
 
     @property
     def axioms(self) -> frozenset[str]:
-        """Without the triangle inequality where every pair leaves out pixels of its own."""
+        """Axioms, without the triangle inequality where every pair leaves out pixels of its own."""
         return super().axioms - {"triangle"} if self.preprocessing.mask else super().axioms
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
@@ -59,17 +59,17 @@ class PixelMeans(Metric):
         return weights if present is None else torch.where(present, weights, 0)
 
 
-def in_rows(counted: Tensor | None) -> Tensor | None:
+def in_rows(weights: Tensor | None) -> Tensor | None:
     """Flatten pixels and channels that count: (pair, pixel, channel) → (pair, value)."""
-    return None if counted is None else counted.flatten(1)
+    return None if weights is None else weights.flatten(1)
 
 
-def where_counted(values: Tensor, counted: Tensor | None) -> Tensor:
+def where_counted(values: Tensor, weights: Tensor | None) -> Tensor:
     """Put 0 for values that don't count; their gradients are 0, too."""
-    return values if counted is None else torch.where(counted.bool(), values, 0)
+    return values if weights is None else torch.where(weights.bool(), values, 0)
 
 
-def is_weighted(counted: Tensor | None) -> TypeGuard[Tensor]:
+def is_weighted(weights: Tensor | None) -> TypeGuard[Tensor]:
     """Tell whether pixels have weights.
 
     Examples
@@ -77,15 +77,15 @@ def is_weighted(counted: Tensor | None) -> TypeGuard[Tensor]:
     >>> is_weighted(None), is_weighted(torch.tensor([True])), is_weighted(torch.tensor([0.5]))
     (False, False, True)
     """
-    return counted is not None and counted.dtype != torch.bool
+    return weights is not None and weights.dtype != torch.bool
 
 
-def sum_of(values: Tensor, counted: Tensor | None) -> Tensor:
+def sum_of(values: Tensor, weights: Tensor | None) -> Tensor:
     """Add up values, which are 0 where they don't count, by weight: (pair, 1, …)."""
-    return (values * counted if is_weighted(counted) else values).sum(1, True)
+    return (values * weights if is_weighted(weights) else values).sum(1, True)
 
 
-def mean_of(values: Tensor, counted: Tensor | None) -> Tensor:
+def mean_of(values: Tensor, weights: Tensor | None) -> Tensor:
     """Average values, which are 0 where they don't count, by weight: (pair, 1, …).
 
     Examples
@@ -94,6 +94,6 @@ def mean_of(values: Tensor, counted: Tensor | None) -> Tensor:
     >>> mean_of(values, torch.tensor([[True, False, True]])), mean_of(values, torch.tensor([[1.0, 0.0, 2.0]]))
     (tensor([[2.5000]]), tensor([[3.]]))
     """
-    if counted is None:
+    if weights is None:
         return values.mean(1, keepdim=True)
-    return sum_of(values, counted) / counted.sum(1, True)
+    return sum_of(values, weights) / weights.sum(1, True)

@@ -23,7 +23,7 @@ from lsim.preprocess import (
     drop_alpha,
     truncate_to_8bit,
 )
-from lsim.rounding import FrameRounding, of_mean_square, on
+from lsim.rounding import FrameRounding, move_bound, of_mean_square
 
 
 @dataclass(eq=False)
@@ -76,7 +76,7 @@ class Prepared:
         """Bound on the root mean square of a frame's errors, ``rounding`` being the largest: (n,) float64."""
         if self.bounds is None:
             return self.rounding
-        return on(self.values.device, of_mean_square(self.values, self.bounds))
+        return move_bound(self.values.device, of_mean_square(self.values, self.bounds))
 
     def frames(self, *, quantised: bool, one_channel: bool, copied: bool = False) -> Tensor:
         """Return the frames as a metric takes them: truncated or not, a single channel as one or as three.
@@ -162,7 +162,7 @@ def _as_prepared(applied: Applied, settings: Preprocessing, device: torch.device
     comparable = decisive.isfinite().flatten(1).any(1).cpu().numpy()
     bounds = applied.rounding
     prepared, stored, with_rest = (
-        on(values.device, bound) for bound in (bounds.prepared, bounds.stored, bounds.with_rest)
+        move_bound(values.device, bound) for bound in (bounds.prepared, bounds.stored, bounds.with_rest)
     )
     return Prepared(
         values,
@@ -178,7 +178,7 @@ def _as_prepared(applied: Applied, settings: Preprocessing, device: torch.device
 
 def move_to(frames: np.ndarray, device: torch.device) -> Tensor:
     """Move frames (n, y, x, channel) to a device, in their own dtype and without alpha."""
-    own = drop_alpha(frames)
-    tensor = torch.from_numpy(np.require(own, own.dtype.newbyteorder("="), ["C", "W"]))
+    opaque = drop_alpha(frames)
+    tensor = torch.from_numpy(np.require(opaque, opaque.dtype.newbyteorder("="), ["C", "W"]))
     # From pinned memory the copy is faster and does not block this thread.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -147,8 +147,13 @@ def apply(settings: Preprocessing, frames: Frames, scope: Scope) -> Frames:
 class Applied(NamedTuple):
     """Prepared frames with bounds on their rounding.
 
-    ``rest`` is what double precision has rounded off ``values`` in normalising them, in their shape; None in
-    single precision, and for values that are rounded down.
+    Attributes
+    ----------
+    values : ndarray or Tensor
+    rest : ndarray, Tensor or None
+        What double precision has rounded off ``values`` in normalising them, in their shape; None in single
+        precision, and for values that are rounded down.
+    rounding : FrameRounding
     """
 
     values: Any
@@ -296,18 +301,18 @@ class _Resized(NamedTuple):
 def _resize_exact(settings: Preprocessing, exact: ExactFrames) -> _Resized:
     """Resize frames to their final size, in the precision in which they are normalised."""
     limits = exact.limits
-    loaded = loadable(exact.frames)
+    values = loadable(exact.frames)
     if settings.precision == "double":
-        loaded = loaded.double() if isinstance(loaded, Tensor) else loaded.astype(np.float64, copy=False)
-    extremes = find_extremes(loaded)
+        values = values.double() if isinstance(values, Tensor) else values.astype(np.float64, copy=False)
+    extremes = find_extremes(values)
     complete = extremes.finite
     if settings.mask and not complete.all():
-        loaded = missing_as_nan(loaded)
-        extremes = find_extremes(loaded)
+        values = missing_as_nan(values)
+        extremes = find_extremes(values)
     if settings.size is not None:
         zero_rim = settings.compat == "published"
-        loaded = _resize(loaded, settings.size, settings.order, zero_rim, limits, extremes)
-    return _Resized(loaded, complete, extremes)
+        values = _resize(values, settings.size, settings.order, zero_rim, limits, extremes)
+    return _Resized(values, complete, extremes)
 
 
 def _three_channels(frames: np.ndarray) -> np.ndarray:
@@ -350,8 +355,8 @@ def resize(frames: np.ndarray, size: int, order: int = 0, *, zero_rim: bool = Fa
     if order == 0:
         # In its own dtype: double precision doesn't hold all 64-bit integers.
         return resample(np.ascontiguousarray(frames), size, 0, zero_rim=zero_rim)
-    loaded = loadable(frames)
-    resized = _resize(loaded, size, order, zero_rim, integer_limits(frames), find_extremes(loaded))
+    array = loadable(frames)
+    resized = _resize(array, size, order, zero_rim, integer_limits(frames), find_extremes(array))
     return resized.astype(frames.dtype, copy=False)
 
 

@@ -144,7 +144,12 @@ class UnknownMetricError(KeyError):
 class ListedMetric:
     """A metric's name with its description.
 
-    ``unavailable`` is empty, or explains why it cannot be loaded, with the command that changes that.
+    Attributes
+    ----------
+    name : str
+    info : MetricInfo
+    unavailable : str
+        Empty, or the reason why it cannot be loaded, with the command that changes that.
     """
 
     name: str
@@ -205,7 +210,7 @@ def _imported(reference: str) -> type[Metric]:
     return cls
 
 
-def _loaded(
+def _load(
     cls: type[Metric],
     name: str,
     preprocessing: Preprocessing,
@@ -216,11 +221,11 @@ def _loaded(
     """Load a metric and check that its ``__init__`` has set what every metric has."""
     with OthersCode(name, "loading it", on_change="warn"):
         metric = cls.load(name, preprocessing, device, *weights, **options)
-    for attribute, expected in (("name", name), ("preprocessing", preprocessing), ("device", device)):
+    for attribute, value in (("name", name), ("preprocessing", preprocessing), ("device", device)):
         actual = getattr(metric, attribute, None)
-        if actual != expected:
+        if actual != value:
             raise MetricError(
-                f"metric {name!r}: loading it gave {attribute} = {actual!r}, expected {expected!r}: __init__ "
+                f"metric {name!r}: loading it gave {attribute} = {actual!r}, expected {value!r}: __init__ "
                 "has to call super().__init__(name, preprocessing, device)"
             )
     return metric
@@ -235,9 +240,9 @@ def _check_class(cls: Any, reference: str) -> type[Metric]:
         missing.append("info, an lsim.MetricInfo")
     if missing:
         raise UnknownMetricError(f"{reference!r} is incomplete: missing {', '.join(missing)}")
-    if unknown := sorted(map(str, set(cls.info.axioms) - AXIOMS)):
+    if unknown_axioms := sorted(map(str, set(cls.info.axioms) - AXIOMS)):
         raise UnknownMetricError(
-            f"{reference!r} claims {', '.join(unknown)}; the axioms are {', '.join(sorted(AXIOMS))}"
+            f"{reference!r} claims {', '.join(unknown_axioms)}; the axioms are {', '.join(sorted(AXIOMS))}"
         )
     if not cls.info.lower_is_more_similar:
         raise UnknownMetricError(
@@ -384,14 +389,14 @@ def load_metric(
         raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
     if precision == "ranking":
         options["precision"] = precision
-    if unknown := sorted(options.keys() - set(cls.option_names())):
-        known = ", ".join(cls.option_names()) or "none"
-        raise ValueError(f"metric {name!r} has no option {', '.join(unknown)}; it has: {known}")
+    if unknown_options := sorted(options.keys() - set(cls.option_names())):
+        names = ", ".join(cls.option_names()) or "none"
+        raise ValueError(f"metric {name!r} has no option {', '.join(unknown_options)}; it has: {names}")
     if precision == "double" or cls.needs_double(options):
         preprocessing = Preprocessing(size, order, compat, mask, "double")
     else:
         preprocessing = Preprocessing(size, order, compat, mask)
-    metric = _loaded(cls, metric_name(name), preprocessing, resolve_device(device), weights, **options)
+    metric = _load(cls, metric_name(name), preprocessing, resolve_device(device), weights, **options)
     if preprocessing.size is not None:
         metric.check_size(preprocessing.size, preprocessing.size)
     if ":" in name:

@@ -42,10 +42,17 @@ OF_INPUT = 1
 class FrameRounding(NamedTuple):
     """Bounds on the error of each frame's values, in units of [0, 255]: (n,) float64 each.
 
-    ``prepared``: the rounding of preparing. ``stored``: the rounding of the source's floating dtype, which
-    counts for metrics that are blind to a change: a stored multiple of a field is not exactly a multiple.
-    ``prepared`` has two parts: ``relative``, a share of each value, and ``resized``, an error of any value.
-    ``with_rest``: ``prepared`` for metrics that also take the rest of values in double precision.
+    Attributes
+    ----------
+    prepared : ndarray
+        Rounding of preparing.
+    stored : ndarray
+        Rounding of the source's floating dtype, which counts for metrics that are blind to a change: a stored
+        multiple of a field is not exactly a multiple.
+    relative, resized : ndarray
+        The two parts of ``prepared``: a share of each value, and an error of any value.
+    with_rest : ndarray
+        ``prepared`` for metrics that also take the rest of values in double precision.
     """
 
     prepared: np.ndarray
@@ -120,7 +127,7 @@ def half_ulp_of(dtype: Any) -> float:
     return float(np.finfo(dtype).eps) / 2 if np.dtype(dtype).kind == "f" else 0.0
 
 
-def on(device: torch.device, bound: np.ndarray) -> Tensor:
+def move_bound(device: torch.device, bound: np.ndarray) -> Tensor:
     """Move a bound to a device, in the best precision that it has."""
     dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
     return torch.from_numpy(bound).to(device, dtype)
@@ -192,15 +199,15 @@ def share_of_equals(planes: Tensor) -> Tensor:
     """
     values = planes.detach().flatten(2)
     step = values.shape[2] // SAMPLES | 1  # odd, so that it walks through all columns
-    some = values[:, :, ::step].double().clamp(min=0).sort(2).values
-    count = some.shape[2]
-    ends = torch.ones_like(some, dtype=torch.bool)
-    ends[:, :, :-1] = some[:, :, 1:] != some[:, :, :-1]
-    place = torch.arange(count, device=some.device).expand(some.shape)
-    last = torch.where(ends, place, -1).cummax(2).values
-    before = torch.cat([torch.full_like(last[:, :, :1], -1), last[:, :, :-1]], 2)
-    runs = torch.where(ends, place - before, 0)
-    squares = some.square()
+    sample = values[:, :, ::step].double().clamp(min=0).sort(2).values
+    count = sample.shape[2]
+    is_last = torch.ones_like(sample, dtype=torch.bool)
+    is_last[:, :, :-1] = sample[:, :, 1:] != sample[:, :, :-1]
+    place = torch.arange(count, device=sample.device).expand(sample.shape)
+    last = torch.where(is_last, place, -1).cummax(2).values
+    previous_last = torch.cat([torch.full_like(last[:, :, :1], -1), last[:, :, :-1]], 2)
+    runs = torch.where(is_last, place - previous_last, 0)
+    squares = sample.square()
     total = squares.sum(2)
     # Pairs of different pixels of the sample, and each with itself.
     repeated = (runs * (runs - 1) * squares).sum(2) / max(count - 1, 1)

@@ -41,8 +41,8 @@ def value_range(
     >>> value_range(np.array([[[[1.0], [5.0]]], [[[3.0], [np.nan]]]]))
     (array([1.]), array([5.]))
     """
-    loaded = loadable(unmasked(frames))
-    return range_over(loaded, scope, None if masked else find_extremes(loaded).finite)
+    array = loadable(unmasked(frames))
+    return range_over(array, scope, None if masked else find_extremes(array).finite)
 
 
 def range_over(frames: Frames, scope: str, complete: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -50,9 +50,9 @@ def range_over(frames: Frames, scope: str, complete: np.ndarray | None) -> tuple
     if not isinstance(scope, str) or scope not in SCOPES:
         raise ValueError(f"scope must be one of {SCOPES} or (lo, hi), got {scope!r}")
     extremes = find_extremes(frames)
-    counted = slice(None) if complete is None else complete
-    lo = extremes.lo[counted].min(axis=0, initial=np.inf)
-    hi = extremes.hi[counted].max(axis=0, initial=-np.inf)
+    selection = slice(None) if complete is None else complete
+    lo = extremes.lo[selection].min(axis=0, initial=np.inf)
+    hi = extremes.hi[selection].max(axis=0, initial=-np.inf)
     return np.where(lo <= hi, lo, np.nan), np.where(lo <= hi, hi, np.nan)
 
 
@@ -95,9 +95,14 @@ def representable(*bounds: np.ndarray) -> bool:
 
 
 class Extremes(NamedTuple):
-    """Minimum and maximum of each frame but for NaN, (n, channel) float64; whether all is finite, (n,).
+    """Minimum and maximum of each frame but for NaN.
 
-    Without any value, infinity and −infinity.
+    Attributes
+    ----------
+    lo, hi : ndarray of shape (n, channel), float64
+        Without any value, infinity and −infinity.
+    finite : ndarray of shape (n,), bool
+        True where all values are finite.
     """
 
     lo: np.ndarray

@@ -177,43 +177,43 @@ def check_axioms(metric: Metric, frames: np.ndarray, kind: str = "given") -> Non
         When frames hold NaN, infinity or masked values.
     """
     frames = _finite(frames)
-    before = frames.copy()
+    original = frames.copy()
     matrix = metric.pairwise(frames)
     to_itself = metric.distance(frames, frames)
-    backwards = metric.distance(frames[::-1], frames)
-    forwards = metric.distance(frames, frames[::-1])
-    where = f"metric {metric.name!r}, {kind} frames"
+    reverse = metric.distance(frames[::-1], frames)
+    direct = metric.distance(frames, frames[::-1])
+    label = f"metric {metric.name!r}, {kind} frames"
     n = len(frames)
     itself = np.full(n, metric.info.distance_to_itself)
 
-    _require(np.array_equal(before, frames), f"{where}: the frames passed were changed")
+    _require(np.array_equal(original, frames), f"{label}: the frames passed were changed")
     _require(
         matrix.shape == (n, n) and matrix.dtype == np.float64,
-        f"{where}: pairwise gives {matrix.shape} {matrix.dtype}, expected {(n, n)} float64",
+        f"{label}: pairwise gives {matrix.shape} {matrix.dtype}, expected {(n, n)} float64",
     )
     _require(
         to_itself.shape == (n,) and to_itself.dtype == np.float64,
-        f"{where}: distance gives {to_itself.shape} {to_itself.dtype}, expected {(n,)} float64",
+        f"{label}: distance gives {to_itself.shape} {to_itself.dtype}, expected {(n,)} float64",
     )
-    _require(not np.isnan(matrix).any(), f"{where}: NaN among the distances of finite frames:\n{matrix}")
+    _require(not np.isnan(matrix).any(), f"{label}: NaN among the distances of finite frames:\n{matrix}")
     _require(
         bool(np.isnan(itself).all() or (matrix.diagonal() == itself).all()),
-        f"{where}: the diagonal is {matrix.diagonal()}, expected distance_to_itself = {itself}",
+        f"{label}: the diagonal is {matrix.diagonal()}, expected distance_to_itself = {itself}",
     )
-    _agree(to_itself, matrix.diagonal(), f"{where}: distance of frames to themselves", atol=ATOL)
+    _agree(to_itself, matrix.diagonal(), f"{label}: distance of frames to themselves", atol=ATOL)
     if "non-negative" in metric.axioms:
-        _require(bool((matrix >= 0).all()), f"{where}: claims non-negative, found {matrix.min()}")
+        _require(bool((matrix >= 0).all()), f"{label}: claims non-negative, found {matrix.min()}")
     if "symmetric" in metric.axioms:
-        _require(bool((matrix == matrix.T).all()), f"{where}: claims symmetric, found\n{matrix}")
-        _agree(forwards, backwards, f"{where}: claims symmetric; d(a, b) against d(b, a)", atol=ATOL)
+        _require(bool((matrix == matrix.T).all()), f"{label}: claims symmetric, found\n{matrix}")
+        _agree(direct, reverse, f"{label}: claims symmetric; d(a, b) against d(b, a)", atol=ATOL)
     if "zero-on-itself" in metric.axioms:
-        _agree(to_itself, np.zeros(n), f"{where}: claims zero on itself", atol=ATOL)
+        _agree(to_itself, np.zeros(n), f"{label}: claims zero on itself", atol=ATOL)
     if "triangle" in metric.axioms:
         for i, j, k in itertools.permutations(range(n), 3):
             detour = matrix[i, j] + matrix[j, k]
             _require(
                 matrix[i, k] <= detour * (1 + RTOL) + ATOL,
-                f"{where}: claims the triangle inequality, but d({i}, {k}) = {matrix[i, k]!r} > {detour!r} "
+                f"{label}: claims the triangle inequality, but d({i}, {k}) = {matrix[i, k]!r} > {detour!r} "
                 f"= d({i}, {j}) + d({j}, {k})",
             )
 
@@ -241,10 +241,10 @@ def check_features(metric: Metric, frames: np.ndarray, kind: str = "given") -> N
         features = metric.embed_prepared(metric.prepare(frames, "sequence")).parts["features"].double().cpu()
     squared = (features[:, None] - features[None]).square().flatten(2).sum(2).numpy()
     distances = squared if metric.info.feature_distance == "squared euclidean" else np.sqrt(squared)
-    where = (
+    label = (
         f"metric {metric.name!r}, {kind} frames: the {metric.info.feature_distance} distance of its features"
     )
-    _agree(distances, metric.pairwise(frames), where, atol=ATOL)
+    _agree(distances, metric.pairwise(frames), label, atol=ATOL)
 
 
 def check_consistency(metric: Metric, frames: np.ndarray, kind: str = "given") -> None:
@@ -266,34 +266,34 @@ def check_consistency(metric: Metric, frames: np.ndarray, kind: str = "given") -
         When frames hold NaN, infinity or masked values.
     """
     frames = _finite(frames)
-    where = f"metric {metric.name!r}, {kind} frames"
+    label = f"metric {metric.name!r}, {kind} frames"
     first, second = np.triu_indices(len(frames), 1)
     lo, hi = value_range(frames)
     matrix = metric.pairwise(frames)
     flat = matrix[first, second]
 
     batch = metric.distance(frames[first], frames[second], scope=(lo, hi))
-    _agree(batch, flat, f"{where}: distance against pairwise")
+    _agree(batch, flat, f"{label}: distance against pairwise")
     single = [
         metric.distance(frames[i], frames[j], scope=(lo, hi)) for i, j in zip(first, second, strict=True)
     ]
-    _agree(np.concatenate(single), batch, f"{where}: distance one pair at a time against a batch of pairs")
+    _agree(np.concatenate(single), batch, f"{label}: distance one pair at a time against a batch of pairs")
 
     alone = metric.pairwise(frames[:3], scope="pair")
     pairs = [(0, 1), (0, 2), (1, 2)]
-    apart = np.array([metric.distance(frames[i], frames[j])[0] for i, j in pairs])
-    together = np.array([alone[pair] for pair in pairs])
-    _agree(together, apart, f"{where}: pairwise(scope='pair') against distance")
+    singles = np.array([metric.distance(frames[i], frames[j])[0] for i, j in pairs])
+    by_pairwise = np.array([alone[pair] for pair in pairs])
+    _agree(by_pairwise, singles, f"{label}: pairwise(scope='pair') against distance")
 
     prepared = metric.prepare(frames, "sequence")
-    _agree(metric.all_pairs(prepared), matrix, f"{where}: all_pairs(prepare(…)) against pairwise")
+    _agree(metric.all_pairs(prepared), matrix, f"{label}: all_pairs(prepare(…)) against pairwise")
     row = metric.from_reference(prepared)
-    _agree(row, matrix[0], f"{where}: from_reference against row 0 of all_pairs")
+    _agree(row, matrix[0], f"{label}: from_reference against row 0 of all_pairs")
 
     planes = _planes(prepared.values)
     with torch.no_grad():
-        called = metric(planes[first], planes[second]).double().cpu().numpy()
-    _agree(called, flat, f"{where}: metric(reference, other) on prepared tensors against pairwise")
+        by_call = metric(planes[first], planes[second]).double().cpu().numpy()
+    _agree(by_call, flat, f"{label}: metric(reference, other) on prepared tensors against pairwise")
 
     with torch.no_grad():
         embedding = metric.embed(
@@ -302,7 +302,7 @@ def check_consistency(metric: Metric, frames: np.ndarray, kind: str = "given") -
         block = metric.compare(embedding[slice(0, 2)], embedding)
     _require(
         tuple(block.shape) == (2, len(frames)),
-        f"{where}: compare gives a block of {tuple(block.shape)}, expected {(2, len(frames))}",
+        f"{label}: compare gives a block of {tuple(block.shape)}, expected {(2, len(frames))}",
     )
 
 
@@ -324,23 +324,23 @@ def check_missing_values(metric: Metric, frames: np.ndarray) -> None:
     """
     frames = _finite(frames)
     rest = [k for k in range(len(frames)) if k != 1]
-    expected = metric.pairwise(frames[rest])
+    intact = metric.pairwise(frames[rest])
     for value in (np.nan, np.inf, -np.inf):
         damaged = frames.copy()
         damaged[1, frames.shape[1] // 3, frames.shape[2] // 3, -1] = value
-        where = f"metric {metric.name!r}, {value} in one pixel of frame 1 of {len(frames)}"
+        label = f"metric {metric.name!r}, {value} in one pixel of frame 1 of {len(frames)}"
         matrix = metric.pairwise(damaged)
         _require(
             bool(np.isnan(matrix[1]).all() and np.isnan(matrix[:, 1]).all()),
-            f"{where}: expected NaN in its row and column, found {matrix[1]} and {matrix[:, 1]}",
+            f"{label}: expected NaN in its row and column, found {matrix[1]} and {matrix[:, 1]}",
         )
-        _agree(matrix[np.ix_(rest, rest)], expected, f"{where}: distances among the other frames")
+        _agree(matrix[np.ix_(rest, rest)], intact, f"{label}: distances among the other frames")
         row = metric.from_reference(metric.prepare(damaged, "sequence"))
-        _agree(row, matrix[0], f"{where}: from_reference against row 0 of pairwise")
+        _agree(row, matrix[0], f"{label}: from_reference against row 0 of pairwise")
         pairs = metric.distance(damaged[[0, 1, 2]], damaged[[2, 0, 1]])
         _require(
             np.isnan(pairs).tolist() == [False, True, True],
-            f"{where}: distances of pairs (0, 2), (1, 0), (2, 1) are {pairs}; expected NaN in the last two",
+            f"{label}: distances of pairs (0, 2), (1, 0), (2, 1) are {pairs}; expected NaN in the last two",
         )
 
 
@@ -364,38 +364,38 @@ def check_mask(metric: Metric, frames: np.ndarray) -> None:
         When frames hold NaN, infinity or masked values.
     """
     frames = _finite(frames)
-    where = f"metric {metric.name!r}, with a mask"
+    label = f"metric {metric.name!r}, with a mask"
     if not metric.info.takes_mask:
         try:
             metric.pairwise(frames, mask="nan")
         except ValueError:
             return
-        raise AssertionError(f"{where}: claims to accept none, but computes a distance")
+        raise AssertionError(f"{label}: claims to accept none, but computes a distance")
     valid = np.ones(frames.shape[:3], bool)
-    _agree(metric.pairwise(frames, mask=valid), metric.pairwise(frames), f"{where} of nothing")
+    _agree(metric.pairwise(frames, mask=valid), metric.pairwise(frames), f"{label} of nothing")
     _, y, x, _ = frames.shape
     valid[:, y // 4 : y // 3, x // 5 : x // 4] = False
     valid[1, :2, :3] = False
     masked = metric.pairwise(frames, mask=valid)
-    apart = ~np.eye(len(masked), dtype=bool)
-    _require(bool(np.isfinite(masked[apart]).all()), f"{where}: not finite:\n{masked}")
+    off_diagonal = ~np.eye(len(masked), dtype=bool)
+    _require(bool(np.isfinite(masked[off_diagonal]).all()), f"{label}: not finite:\n{masked}")
     # Change frames under the mask only, by enough to change a maximum over the frame, too.
-    changed = np.where(valid[..., None], frames, frames.max() * 3 + 7)
+    variant = np.where(valid[..., None], frames, frames.max() * 3 + 7)
     _require(
-        not np.allclose(masked, metric.pairwise(changed), rtol=RTOL, atol=0),
-        f"{where}: does not change the distances",
+        not np.allclose(masked, metric.pairwise(variant), rtol=RTOL, atol=0),
+        f"{label}: does not change the distances",
     )
-    _agree(metric.pairwise(changed, mask=valid), masked, f"{where}: depends on values under it")
+    _agree(metric.pairwise(variant, mask=valid), masked, f"{label}: depends on values under it")
     with_nan = np.where(valid[..., None], frames, np.nan)
-    _agree(metric.pairwise(with_nan, mask="nan"), masked, f"{where}: NaN against a mask array")
+    _agree(metric.pairwise(with_nan, mask="nan"), masked, f"{label}: NaN against a mask array")
     lo, hi = value_range(with_nan, masked=True)
     pairs = metric.distance(with_nan[[0, 1]], with_nan[[1, 2]], (lo, hi), mask="nan")
-    _agree(pairs, masked[[0, 1], [1, 2]], f"{where}: distance against pairwise")
+    _agree(pairs, masked[[0, 1], [1, 2]], f"{label}: distance against pairwise")
     valid[2] = False
     nothing = metric.pairwise(frames, mask=valid)
     _require(
         bool(np.isnan(nothing[2]).all() and np.isfinite(nothing[0, 1])),
-        f"{where}: frame 2 has no pixel left, expected NaN in its row alone, found\n{nothing}",
+        f"{label}: frame 2 has no pixel left, expected NaN in its row alone, found\n{nothing}",
     )
 
 
@@ -419,44 +419,44 @@ def check_gradients(metric: Metric, frames: np.ndarray) -> None:
     """
     frames = _finite(frames)
     planes = _planes(metric.prepare(frames, "sequence").values)
-    where = f"metric {metric.name!r}"
+    label = f"metric {metric.name!r}"
     # Without a certain distance of equal frames, these are no minimum.
     no_minimum = bool(np.isnan(metric.info.distance_to_itself))
     # The last pair has equal frames, and must not spoil the gradients of the batch.
     reference = planes[[0, 0, 1]].clone().requires_grad_()
-    other = planes[[1, 2, 1]].clone().requires_grad_()
-    distances = metric(reference, other)
-    _require(tuple(distances.shape) == (3,), f"{where}: gives {tuple(distances.shape)} for 3 pairs")
+    partners = planes[[1, 2, 1]].clone().requires_grad_()
+    distances = metric(reference, partners)
+    _require(tuple(distances.shape) == (3,), f"{label}: gives {tuple(distances.shape)} for 3 pairs")
     _require(
-        distances.requires_grad or metric.quantised, f"{where}: claims gradients, but its distances have none"
+        distances.requires_grad or metric.quantised, f"{label}: claims gradients, but its distances have none"
     )
     with torch.no_grad():
-        plain = metric(reference, other)
+        plain = metric(reference, partners)
     _agree(
         distances.detach().double().cpu().numpy()[:2],
         plain.double().cpu().numpy()[:2],
-        f"{where}: values with gradients against values without",
+        f"{label}: values with gradients against values without",
     )
-    gradients = torch.autograd.grad(distances[torch.isfinite(distances)].sum(), (reference, other))
+    gradients = torch.autograd.grad(distances[torch.isfinite(distances)].sum(), (reference, partners))
     for argument, gradient in zip(("reference", "other"), gradients, strict=True):
-        _require(bool(torch.isfinite(gradient).all()), f"{where}: gradient of {argument} is not finite")
+        _require(bool(torch.isfinite(gradient).all()), f"{label}: gradient of {argument} is not finite")
         largest = gradient.abs().amax(dim=(1, 2, 3)).tolist()
         _require(
             largest[2] == 0 or no_minimum,
-            f"{where}: gradient of {argument} at equal frames is up to {largest[2]}, expected 0",
+            f"{label}: gradient of {argument} at equal frames is up to {largest[2]}, expected 0",
         )
         unsaturated = [
             size for size, at in zip(largest[:2], plain[:2], strict=True) if at < metric.info.saturates_at
         ]
         _require(
             metric.quantised or (bool(unsaturated) and min(unsaturated) > 0),
-            f"{where}: gradient of {argument} vanishes for frames that differ: {largest[:2]}",
+            f"{label}: gradient of {argument} vanishes for frames that differ: {largest[:2]}",
         )
     equal = planes[:1].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(metric(equal, planes[:1]).sum(), equal)
     _require(
         bool((gradient == 0).all()) or no_minimum,
-        f"{where}: gradient at equal frames is {gradient.abs().max().item()} at most, expected 0",
+        f"{label}: gradient at equal frames is {gradient.abs().max().item()} at most, expected 0",
     )
 
 
@@ -515,11 +515,13 @@ def _planes(values: Tensor) -> Tensor:
     return values.permute(0, 3, 1, 2)
 
 
-def _agree(actual: np.ndarray, expected: np.ndarray, subject: str, atol: float = 0.0) -> None:
+def _agree(actual: np.ndarray, reference: np.ndarray, subject: str, atol: float = 0.0) -> None:
     """Require equal values within :data:`RTOL`; equal infinities and NaN in the same places agree."""
-    if actual.shape == expected.shape and np.allclose(actual, expected, rtol=RTOL, atol=atol, equal_nan=True):
+    if actual.shape == reference.shape and np.allclose(
+        actual, reference, rtol=RTOL, atol=atol, equal_nan=True
+    ):
         return
-    raise AssertionError(f"{subject}: found\n{actual!r}\nexpected\n{expected!r}")
+    raise AssertionError(f"{subject}: found\n{actual!r}\nexpected\n{reference!r}")
 
 
 def _require(holds: bool, message: str) -> None:

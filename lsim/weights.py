@@ -43,11 +43,11 @@ TORCHVISION = "https://download.pytorch.org/models"
 
 
 class WeightsError(RuntimeError):
-    """Weights are absent, damaged, or belong to another network."""
+    """Weights that are absent, damaged, or of another network."""
 
 
 class MissingWeightsError(WeightsError):
-    """Weights were not found; the message lists the folders searched and how to get them."""
+    """Weights that no folder holds; the message lists the folders searched and how to get them."""
 
 
 @dataclass(frozen=True)
@@ -308,8 +308,8 @@ def why_missing(name: str, weights: str | os.PathLike[str] | None = None) -> str
 
 def search_folders() -> list[Path]:
     """List the folders searched for weights, in order: ``$LSIM_WEIGHTS``, the user cache, the package."""
-    named = [Path(p).expanduser() for p in os.environ.get("LSIM_WEIGHTS", "").split(os.pathsep) if p]
-    return [*named, cache_folder(), Path(__file__).parent / "shipped_weights"]
+    folders = [Path(p).expanduser() for p in os.environ.get("LSIM_WEIGHTS", "").split(os.pathsep) if p]
+    return [*folders, cache_folder(), Path(__file__).parent / "shipped_weights"]
 
 
 def verified_bytes(path: Path) -> tuple[bytes, str]:
@@ -440,14 +440,16 @@ def load_checkpoint(path: Path, trunk_class: type[Trunk]) -> Checkpoint:
             )
     state = raw["stateDict"]
     with torch.device("meta"):
-        expected = trunk_class().state_dict()
+        model_state = trunk_class().state_dict()
     trunk = {}
     for layer, key in trunk_class.CHECKPOINT_KEYS.items():
         for kind in ("weight", "bias"):
             name = f"{key}.{kind}"
-            trunk[f"{layer}.{kind}"] = _checked(state, name, tuple(expected[f"{layer}.{kind}"].shape), path)
+            trunk[f"{layer}.{kind}"] = _checked_tensor(
+                state, name, tuple(model_state[f"{layer}.{kind}"].shape), path
+            )
     channel_weights = [
-        _checked(state, f"lin{k}.1.weight", (1, channels, 1, 1), path).reshape(-1)
+        _checked_tensor(state, f"lin{k}.1.weight", (1, channels, 1, 1), path).reshape(-1)
         for k, channels in enumerate(trunk_class.CHANNELS)
     ]
     maps = len(trunk_class.CHANNELS)
@@ -497,7 +499,7 @@ def load_perceptual(head: Path, backbone: Path, trunk_class: type[ImageTrunk]) -
     """
     state, head_sha256 = _read_state(head)
     channel_weights = [
-        _checked(state, f"lin{k}.model.1.weight", (1, channels, 1, 1), head).reshape(-1)
+        _checked_tensor(state, f"lin{k}.model.1.weight", (1, channels, 1, 1), head).reshape(-1)
         for k, channels in enumerate(trunk_class.CHANNELS)
     ]
     lowest = min(weights.min().item() for weights in channel_weights)
@@ -508,10 +510,10 @@ def load_perceptual(head: Path, backbone: Path, trunk_class: type[ImageTrunk]) -
         )
     state, backbone_sha256 = _read_state(backbone)
     with torch.device("meta"):
-        expected = trunk_class().state_dict()
+        model_state = trunk_class().state_dict()
     trunk = {
-        f"{layer}.{kind}": _checked(
-            state, f"{key}.{kind}", tuple(expected[f"{layer}.{kind}"].shape), backbone
+        f"{layer}.{kind}": _checked_tensor(
+            state, f"{key}.{kind}", tuple(model_state[f"{layer}.{kind}"].shape), backbone
         )
         for layer, key in trunk_class.CHECKPOINT_KEYS.items()
         for kind in ("weight", "bias")
@@ -555,12 +557,13 @@ def _load_safetensors(path: Path, content: bytes, sha256: str, trunk_class: type
         )
     tensors = safetensors.torch.load(content)
     with torch.device("meta"):
-        expected = trunk_class().state_dict()
+        model_state = trunk_class().state_dict()
     trunk = {
-        name: _checked(tensors, f"trunk.{name}", tuple(value.shape), path) for name, value in expected.items()
+        name: _checked_tensor(tensors, f"trunk.{name}", tuple(value.shape), path)
+        for name, value in model_state.items()
     }
     channel_weights = [
-        _checked(tensors, f"channel_weights.{k}", (channels,), path)
+        _checked_tensor(tensors, f"channel_weights.{k}", (channels,), path)
         for k, channels in enumerate(trunk_class.CHANNELS)
     ]
     maps = [tensors.get(f"deviation_squares.{k}") for k in range(len(channel_weights))]
@@ -575,14 +578,14 @@ def _checked_maps(
     if any(not isinstance(m2, Tensor) or m2.ndim != 2 for m2 in squares):
         shapes = [tuple(getattr(m2, "shape", ())) for m2 in squares]
         raise WeightsError(f"{path}: maps of squared deviations have shapes {shapes}; expected (y, x)")
-    checked = [m2.float() for m2 in squares]
+    maps = [m2.float() for m2 in squares]
     usable = [count for count in counts if isinstance(count, int) and count > 1]
-    if len(usable) != len(squares) or not all(bool((m2 >= 0).all()) for m2 in checked):
+    if len(usable) != len(squares) or not all(bool((m2 >= 0).all()) for m2 in maps):
         raise WeightsError(
             f"{path}: expected counts above 1 and sums of squares, found counts {list(counts)} and squares "
-            f"from {[float(m2.min()) for m2 in checked]}"
+            f"from {[float(m2.min()) for m2 in maps]}"
         )
-    return checked, usable
+    return maps, usable
 
 
 def fetch_weights(name: str, folder: Path | None = None) -> Path:
@@ -628,7 +631,13 @@ def _fetch(published: Published, folder: Path) -> Path:
 class WeightsStatus:
     """State of one set of published weights on this machine.
 
-    ``state`` is ``"ok"``, ``"absent"`` or ``"damaged"``; ``detail`` is the path, the remedy or the fault.
+    Attributes
+    ----------
+    name : str
+    state : str
+        ``"ok"``, ``"absent"`` or ``"damaged"``.
+    detail : str
+        The path, the remedy or the fault.
     """
 
     name: str
@@ -643,8 +652,8 @@ def weights_status() -> list[WeightsStatus]:
         try:
             path = find_weights(name)
         except MissingWeightsError:
-            how = "comes with the package" if name in SHIPPED else _how_to_fetch(name)
-            statuses.append(WeightsStatus(name, "absent", how))
+            remedy = "comes with the package" if name in SHIPPED else _how_to_fetch(name)
+            statuses.append(WeightsStatus(name, "absent", remedy))
             continue
         try:
             verified_sha256(path, perceptual=True)
@@ -655,7 +664,7 @@ def weights_status() -> list[WeightsStatus]:
     return statuses
 
 
-def _checked(state: Mapping[str, Tensor], name: str, shape: tuple[int, ...], path: Path) -> Tensor:
+def _checked_tensor(state: Mapping[str, Tensor], name: str, shape: tuple[int, ...], path: Path) -> Tensor:
     if not isinstance(state.get(name), Tensor):
         raise WeightsError(f"{path}: no tensor {name!r}; found {', '.join(sorted(map(str, state)))}")
     if tuple(state[name].shape) != shape:

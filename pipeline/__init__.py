@@ -101,7 +101,7 @@ _MODULES = {
 
 
 class _Package(ModuleType):
-    """Look up public names in their modules, and import these when they are first needed.
+    """Module that looks up public names in their modules, and imports these when they are first needed.
 
     Some stages have the name of their folder: as an attribute, ``pipeline.convert`` is always the function.
     """

@@ -91,21 +91,28 @@ class Distances:
             coordinates, and frames whose dtype, size or number of channels the metric doesn't support. All
             are raised before anything is computed.
         """
-        other = f"{dim}_other"
+        column_dim = f"{dim}_other"
         array = _masked(self._array, mask)
         frame = _frame_dims(array, dim, spatial, channel)
-        if other in array.dims:
+        if column_dim in array.dims:
             raise ValueError(
-                f"the array already has a dimension {other!r}, the second one of the result: rename it"
+                f"the array already has a dimension {column_dim!r}, the second one of the result: rename it"
             )
         if scope not in ("sequence", "pair", "none") and not _is_range(scope):
             raise ValueError(f"scope must be 'sequence', 'pair', 'none' or (lo, hi), found {scope!r}")
         pixels, file = _pixel_weights(array, frame, weights)
-        loaded, request = _request(metric, mask is not None, settings | file, scope)
-        loaded = loaded if pixels is None else loaded.weighted(pixels)
+        metric_object, request = _request(metric, mask is not None, settings | file, scope)
+        metric_object = metric_object if pixels is None else metric_object.weighted(pixels)
         core = (dim, *frame)
         count = array.sizes[dim]
-        _check_frames(loaded, self._array, dim, frame, scope, resized=loaded.preprocessing.size is not None)
+        _check_frames(
+            metric_object,
+            self._array,
+            dim,
+            frame,
+            scope,
+            resized=metric_object.preprocessing.size is not None,
+        )
         matrix: xr.DataArray = xr.apply_ufunc(
             functools.partial(
                 _pairwise,
@@ -117,17 +124,17 @@ class Distances:
             ),
             _in_one_chunk(array, core),
             input_core_dims=[core],
-            output_core_dims=[(dim, other)],
+            output_core_dims=[(dim, column_dim)],
             dask="parallelized",
             output_dtypes=[np.float64],
-            dask_gufunc_kwargs={"output_sizes": {dim: count, other: count}},
+            dask_gufunc_kwargs={"output_sizes": {dim: count, column_dim: count}},
         )
         # Only coordinates along the frames alone: others have dimensions that the result lacks.
-        along = {name: c for name, c in array.coords.items() if c.dims == (dim,)}
+        frame_coords = {name: c for name, c in array.coords.items() if c.dims == (dim,)}
         matrix = matrix.assign_coords(
-            {f"{name}_other": (other, c.values, c.attrs) for name, c in along.items()}
+            {f"{name}_other": (column_dim, c.values, c.attrs) for name, c in frame_coords.items()}
         )
-        return _with_attributes(matrix, loaded, scope, self._array, reference=str(dim))
+        return _with_attributes(matrix, metric_object, scope, self._array, reference=str(dim))
 
     def distance(
         self,
@@ -181,14 +188,14 @@ class Distances:
                 f"the reference has no dimension {missing[0]!r}; it has {tuple(references.dims)}"
             )
         pixels, file = _pixel_weights(frames, frame, weights)
-        loaded, request = _request(metric, mask is not None, settings | file, scope)
-        loaded = loaded if pixels is None else loaded.weighted(pixels)
-        preprocessing = loaded.preprocessing
+        metric_object, request = _request(metric, mask is not None, settings | file, scope)
+        metric_object = metric_object if pixels is None else metric_object.weighted(pixels)
+        preprocessing = metric_object.preprocessing
         # As published, metrics on 8 bit don't resize frames.
-        keeps_size = loaded.published_on_8bit and preprocessing.compat == "published"
+        keeps_size = metric_object.published_on_8bit and preprocessing.compat == "published"
         resized = preprocessing.size is not None and not keeps_size
         for array in (self._array, reference):
-            _check_frames(loaded, array, dim, frame, scope or "batch", resized=resized)
+            _check_frames(metric_object, array, dim, frame, scope or "batch", resized=resized)
         distances: xr.DataArray = xr.apply_ufunc(
             functools.partial(
                 _distance,
@@ -207,7 +214,7 @@ class Distances:
             output_dtypes=[np.float64],
         )
         name = "an array without a name" if reference.name is None else str(reference.name)
-        return _with_attributes(distances, loaded, scope, self._array, reference=name)
+        return _with_attributes(distances, metric_object, scope, self._array, reference=name)
 
 
 # ---------------------------------------------------------------- tasks
@@ -300,12 +307,12 @@ def _frame_dims(
         raise ValueError(
             f"a frame has two dimensions, found {tuple(spatial)} in an array with {tuple(array.dims)}"
         )
-    named = [*([] if dim is None else [dim]), *spatial, *([] if channel is None else [channel])]
-    if missing := [name for name in named if name not in array.dims]:
+    names = [*([] if dim is None else [dim]), *spatial, *([] if channel is None else [channel])]
+    if missing := [name for name in names if name not in array.dims]:
         raise ValueError(f"no dimension {missing[0]!r}; the array has {tuple(array.dims)}")
-    if len(set(named)) < len(named):
-        raise ValueError(f"frames, y, x and channels need a dimension each, found {tuple(named)}")
-    return tuple(named if dim is None else named[1:])
+    if len(set(names)) < len(names):
+        raise ValueError(f"frames, y, x and channels need a dimension each, found {tuple(names)}")
+    return tuple(names if dim is None else names[1:])
 
 
 def _check_frames(
@@ -340,8 +347,8 @@ def _check_units(array: xr.DataArray, reference: xr.DataArray) -> None:
         )
 
 
-def _last_two(dims: Sequence[Hashable], *excluded: Hashable | None) -> list[Hashable]:
-    return [name for name in dims if name not in excluded][-2:]
+def _last_two(dims: Sequence[Hashable], *exclusions: Hashable | None) -> list[Hashable]:
+    return [name for name in dims if name not in exclusions][-2:]
 
 
 def _masked(array: xr.DataArray, mask: Mask) -> xr.DataArray:

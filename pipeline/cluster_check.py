@@ -193,7 +193,7 @@ def check_cluster(
     if frames is not None:
         checked_fields(store.open_store(absolute(frames)), frames)
     with pool as cluster:
-        expected, start_s = _await_workers(cluster, profile)
+        worker_count, start_s = _await_workers(cluster, profile)
         inspection = inspect_workers(cluster.client, list(selection.requests.values()))
         description = cluster.describe()
         warnings, estimates = list(inspection.warnings), []
@@ -208,7 +208,7 @@ def check_cluster(
     return ClusterFindings(
         cluster=description,
         workers=inspection.workers,
-        expected=expected,
+        expected=worker_count,
         start_s=start_s,
         errors=inspection.errors,
         warnings=warnings,
@@ -220,13 +220,13 @@ def check_cluster(
 
 def _await_workers(cluster: Cluster, profile: Profile) -> tuple[int, float]:
     """Wait for the workers that a profile requests; return their number and the seconds."""
-    began = time.perf_counter()
-    client, expected = cluster.client, 1
+    start = time.perf_counter()
+    client, count = cluster.client, 1
     if client is not None:
-        expected = profile.asked_for.minimum
+        count = profile.asked_for.minimum
         with contextlib.suppress(TimeoutError):  # the workers that have started are inspected
-            client.wait_for_workers(expected, timeout=profile.wait_s)
-    return expected, time.perf_counter() - began
+            client.wait_for_workers(count, timeout=profile.wait_s)
+    return count, time.perf_counter() - start
 
 
 # ---------------------------------------------------------------- workers
@@ -246,11 +246,11 @@ def inspect_workers(client: Any, requests: list[MetricRequest]) -> Inspection:
     ClusterError
         When a worker cannot import this package.
     """
-    own = versions()
+    driver_versions = versions()
     if client is None:
         load_s, device = timed_load(requests)
         return Inspection(
-            [WorkerFindings("this process", "", platform.node(), 1, device, own, load_s)], [], []
+            [WorkerFindings("this process", "", platform.node(), 1, device, driver_versions, load_s)], [], []
         )
     info = client.scheduler_info(n_workers=-1)["workers"]
     versions_of = client.run(versions, on_error="return")
@@ -280,7 +280,7 @@ def inspect_workers(client: Any, requests: list[MetricRequest]) -> Inspection:
                 load_s=load_s,
             )
         )
-        errors, warnings = compare_versions(own, versions_of[address])
+        errors, warnings = compare_versions(driver_versions, versions_of[address])
         inspection.errors.extend(f"worker {name}: {line}" for line in errors)
         inspection.warnings.extend(f"worker {name}: {line}" for line in warnings)
     return inspection
@@ -304,19 +304,19 @@ def _find_fault(client: Any, future: Any, address: str) -> str:
 
 def timed_load(requests: list[MetricRequest]) -> tuple[float, str]:
     """Load metrics into this worker's memory; return the seconds and the device. Runs on a worker."""
-    began = time.perf_counter()
+    start = time.perf_counter()
     metrics = [get_metric(request) for request in requests]
     device = metrics[0].device if metrics else torch.device("cpu")
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return time.perf_counter() - began, f"{device} ({kind})"
+    return time.perf_counter() - start, f"{device} ({kind})"
 
 
-def compare_versions(own: Mapping[str, str], other: Mapping[str, str]) -> tuple[list[str], list[str]]:
+def compare_versions(driver: Mapping[str, str], worker: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Compare the versions of two processes.
 
     Parameters
     ----------
-    own, other : dict of str to str
+    driver, worker : dict of str to str
         Versions of this process and of a worker, see :func:`pipeline.storage.versions.versions`.
 
     Returns
@@ -325,8 +325,8 @@ def compare_versions(own: Mapping[str, str], other: Mapping[str, str]) -> tuple[
         Differences that would make a run fail, and others.
     """
     errors, warnings = [], []
-    for name in sorted(own.keys() | other.keys()):
-        mine, theirs = own.get(name, "none"), other.get(name, "none")
+    for name in sorted(driver.keys() | worker.keys()):
+        mine, theirs = driver.get(name, "none"), worker.get(name, "none")
         if mine == theirs:
             continue
         text = f"{name} {theirs}, here {mine}"
@@ -386,8 +386,8 @@ def _measure(
     ]
 
     runs: Any = store.open_store(out).attrs["runs"]
-    measured, frames = sample.parameter.shape
-    sequence_s = sum(runs[-1]["seconds_by_stage"].values()) / measured
+    sequence_count, frames = sample.parameter.shape
+    sequence_s = sum(runs[-1]["seconds_by_stage"].values()) / sequence_count
     block = block_size(max(sequence_s, 1e-6), sample.total, threads, frames).sequences
     estimate = FieldEstimate(
         key=key,

@@ -157,12 +157,12 @@ def simulate(
     if missing:
         tasks = [(str(report.folder), recipe, number, size, seed, files) for number in missing]
         client = cluster.client  # starts the workers
-        started = time.perf_counter()
-        report.unusable = _make_families(client, tasks, progress or (lambda done, total: None))
-        report.seconds = time.perf_counter() - started
+        start = time.perf_counter()
+        report.unusable = _make_families(client, tasks, progress or (lambda count, total: None))
+        report.seconds = time.perf_counter() - start
         report.made = sorted(set(missing) - report.unusable.keys())
     report.discarded = _discarded(report)
-    report.others, report.unlike = _others(report, size, seed, files)
+    report.others, report.unlike = _list_extra_folders(report, size, seed, files)
     if format == "zarr":
         report.conversion = _update_store(report, place, families, cluster)
     if report.conversion is not None:
@@ -270,7 +270,9 @@ def _discarded(report: SimulationReport) -> dict[str, int]:
     return dict(total)
 
 
-def _others(report: SimulationReport, size: int, seed: int, format: Format) -> tuple[list[str], list[str]]:
+def _list_extra_folders(
+    report: SimulationReport, size: int, seed: int, format: Format
+) -> tuple[list[str], list[str]]:
     """List folders that were not requested, and those among them with other settings."""
     recipe = find_recipe(report.recipe)
     requested = {
@@ -280,7 +282,7 @@ def _others(report: SimulationReport, size: int, seed: int, format: Format) -> t
     }
     entries = report.folder.iterdir() if report.folder.is_dir() else ()
     # Hidden folders are being written, and no reader takes them.
-    others = sorted(
+    extra_folders = sorted(
         entry
         for entry in entries
         if entry.is_dir() and entry.name not in requested and not entry.name.startswith(".")
@@ -291,7 +293,7 @@ def _others(report: SimulationReport, size: int, seed: int, format: Format) -> t
         made_with = record["settings"] if record is not None else {}
         return bool(made_with) and made_with == settings(recipe, made_with["number"], size, seed, format)
 
-    return [path.name for path in others], [path.name for path in others if not is_alike(path)]
+    return [path.name for path in extra_folders], [path.name for path in extra_folders if not is_alike(path)]
 
 
 def _catalog(report: SimulationReport) -> Catalog:

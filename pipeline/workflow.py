@@ -212,7 +212,9 @@ def run_workflow(
             verify_sources=verify_sources,
         )
     with progress("distances") as show:
-        computed = compute_distances(frames, distances, workflow.distances, cluster=cluster, progress=show)
+        distances_report = compute_distances(
+            frames, distances, workflow.distances, cluster=cluster, progress=show
+        )
     stores = {"frames": frames, "distances": distances, "results": results}
     matrix_report = None
     if workflow.matrix is not None:
@@ -237,4 +239,4 @@ def run_workflow(
         )
     with progress("report"):
         page = write_report(results, title=workflow.title or None, matrix=stores.get("matrix"))
-    return WorkflowReport(conversion, computed, correlation, page, stores, matrix_report)
+    return WorkflowReport(conversion, distances_report, correlation, page, stores, matrix_report)

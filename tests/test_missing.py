@@ -115,7 +115,9 @@ def test_fields_made_of_channels_keep_missing_values_too_and_a_parameter_never(t
 
 
 def test_an_unknown_choice_names_file_and_key(tmp_path):
-    with pytest.raises(CatalogError, match=r"catalog\.yaml: datasets.*missing.*'quarantine' or 'keep'"):
+    with pytest.raises(
+        CatalogError, match=r"catalog\.yaml: datasets.*missing.*'quarantine', 'keep' or 'frames'"
+    ):
         Stacks(tmp_path, s=spoilt()).convert("ignore")
 
 

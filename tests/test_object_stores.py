@@ -43,7 +43,7 @@ from pipeline.simulate import simulate
 from pipeline.sources.catalog import MissingDataError, open_catalog
 from pipeline.sources.fetch import fetch
 from pipeline.sources.local_folder import local_folder
-from pipeline.sources.remote_copy import bring, brought
+from pipeline.sources.remote_copy import bring, find_copy
 from pipeline.stage.bounded_map import run_bounded
 from pipeline.storage import locks, object_errors, objects, schema, store
 from pipeline.storage.address import AddressError, absolute
@@ -220,10 +220,10 @@ def test_source_data_is_copied_from_an_address_and_converted(bucket, tmp_path, f
     report = convert(catalog, out)
     assert (len(report.removed), len(report.unchanged)) == (1, 2)
     copy = tmp_path / "data" / "mine" / "Waves"
-    assert brought(f"{bucket}/archive/waves", copy) == copy
+    assert find_copy(f"{bucket}/archive/waves", copy) == copy
     objects.write(f"{bucket}/one", "run.nc", b"not read here")
     assert bring(f"{bucket}/one/run.nc", tmp_path / "one")
-    assert brought(f"{bucket}/one/run.nc", tmp_path / "one") == tmp_path / "one" / "run.nc"
+    assert find_copy(f"{bucket}/one/run.nc", tmp_path / "one") == tmp_path / "one" / "run.nc"
     with pytest.raises(FileExistsError, match="no copy of"):
         bring(f"{bucket}/one", families)
     with pytest.raises(objects.ObjectStoreError, match="nothing here"):
@@ -236,7 +236,7 @@ def test_an_object_of_the_same_size_and_second_is_copied_again_where_its_tag_is_
     objects.write(f"{bucket}/in", "two", b"a")
     assert bring(f"{bucket}/in", folder)
     objects.write(f"{bucket}/in", "one", b"2")
-    for one in objects.listed(f"{bucket}/in"):
+    for one in objects.list_objects(f"{bucket}/in"):
         os.utime(folder / one.name, (one.time, one.time))
     assert bring(f"{bucket}/in", folder)
     assert files_of(folder) == {"one": b"2", "two": b"a"}
@@ -651,7 +651,7 @@ def test_of_what_a_server_answers_only_status_and_code_are_shown(refusing):
 
     attempts = (
         lambda: objects.read(address, "x"),
-        lambda: objects.listed(address),
+        lambda: objects.list_objects(address),
         lambda: list(objects.names(address)),
         lambda: asyncio.run(listing(remote.list())),
         lambda: asyncio.run(listing(remote.list_prefix("a"))),

@@ -307,7 +307,7 @@ def test_rows_in_torch_a_few_at_a_time(rng: np.random.Generator, monkeypatch: py
         return (a.parts["x"] - b.parts["x"]).square().sum(1)
 
     a, b = Embedding({"x": x}), Embedding({"x": y})
-    assert torch.equal(rows_in_torch(paired, a, b, together=3), rows_in_torch(paired, a, b))
+    assert torch.equal(rows_in_torch(paired, a, b, batch_size=3), rows_in_torch(paired, a, b))
     assert sizes == [3, 3, 1] * 3 + [7] * 3
     sizes.clear()
     monkeypatch.setattr(pairs, "VALUES_TOGETHER", 8 * 2)

@@ -44,13 +44,13 @@ def test_a_size_that_was_not_measured_says_nothing_of_seconds():
 
 def test_quick_blocks_go_together_once_it_is_known_that_they_are_quick():
     pace = Pace(threads=2)
-    assert pace.blocks_per_task("A/density", left=1000) == 1
+    assert pace.blocks_per_task("A/density", remaining=1000) == 1
     pace.note("A/density", blocks=4, seconds=0.2)
-    together = pace.blocks_per_task("A/density", left=1000)
+    together = pace.blocks_per_task("A/density", remaining=1000)
     assert SHORTEST_S <= together * 0.05 <= 5
-    assert pace.blocks_per_task("A/density", left=12) == 10
-    assert pace.blocks_per_task("B/pressure", left=1000) == 1
+    assert pace.blocks_per_task("A/density", remaining=12) == 10
+    assert pace.blocks_per_task("B/pressure", remaining=1000) == 1
     pace.note("B/pressure", blocks=1, seconds=0.7)
-    assert pace.blocks_per_task("B/pressure", left=1000) == 1
+    assert pace.blocks_per_task("B/pressure", remaining=1000) == 1
     pace.note("C/all-done", blocks=3, seconds=0.0)
-    assert pace.blocks_per_task("C/all-done", left=100_000) == MOST_BLOCKS
+    assert pace.blocks_per_task("C/all-done", remaining=100_000) == MOST_BLOCKS

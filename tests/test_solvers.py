@@ -411,7 +411,7 @@ def test_projection_leaves_no_divergence_and_no_flow_through_walls(open_top):
 
 def test_weight_on_a_fluid_under_an_open_top_makes_hydrostatic_pressure_and_no_flow():
     box = fluid.Box(32, True, np.dtype(np.float64))
-    u, v = box.still(1)
+    u, v = box.velocity_at_rest(1)
     v += 0.3
     u, v, potential = box.project(u, v)
     assert np.abs(u).max() < 1e-13
@@ -423,7 +423,7 @@ def test_nothing_flows_through_an_obstacle_and_divergence_stays_near_it():
     box = fluid.Box(64, True, np.dtype(np.float64))
     blocked = fluid.disc(box, np.array([0.5]), np.array([0.4]), np.array([0.12])) > 0.5
     # A smooth stream upwards, as buoyancy makes one.
-    u, v = box.still(1)
+    u, v = box.velocity_at_rest(1)
     v += np.exp(-((box.x - 0.4) ** 2) / 0.02)
     before = np.abs(box.divergence(*box._project_once(u.copy(), v.copy())[:2])).max()
     u, v, _ = box.project(u, v, blocked)

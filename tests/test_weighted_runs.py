@@ -27,7 +27,7 @@ from pipeline.correlate import correlate
 from pipeline.distances import DistancesReport, compute_distances
 from pipeline.matrix import MatrixReport, MatrixRequest, compute_matrix
 from pipeline.matrix.embeddings import compute_embeddings
-from pipeline.metrics.pixel_weights import FieldWeights, _held, get_weighted
+from pipeline.metrics.pixel_weights import FieldWeights, _cached_metric, get_weighted
 from pipeline.metrics.settings import Settings, choose_metrics
 from pipeline.report import write_report
 from pipeline.sources.catalog import open_catalog
@@ -352,7 +352,7 @@ def test_a_worker_takes_no_other_weights_than_the_driver_meant(source: Source):
     request = choose_metrics(WEIGHTED).requests["l1"]
     named = FieldWeights(str(source.frames), "E/t2m", digest)
     assert get_weighted(request, named) is get_weighted(request, FieldWeights("elsewhere", "E/t2m", digest))
-    _held.cache_clear()
+    _cached_metric.cache_clear()
     replace_values(source.frames / "E" / "t2m" / "weights" / "c" / "0" / "0")
     with pytest.raises(store.DamagedError, match="weights are not those that were converted"):
         get_weighted(request, named)

@@ -122,8 +122,8 @@ def export_metric(
     # Files are moved into place only once they agree.
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as temporary:
         agreement = write(metric, Path(temporary), compared)
-        written = sorted(Path(temporary).iterdir())
-        return Exported([path.replace(folder / path.name) for path in written], agreement)
+        files = sorted(Path(temporary).iterdir())
+        return Exported([path.replace(folder / path.name) for path in files], agreement)
 
 
 def write_safetensors(metric: LSiM, folder: Path, compared: Sequence[Case], origin: Path) -> Agreement:

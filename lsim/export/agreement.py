@@ -114,7 +114,7 @@ def cases(
         if len(sequence) < 2:
             raise FramesError(f"expected at least two {kind} frames to compare on, found {len(sequence)}")
         # The nearest pair, one between, and the farthest.
-        others = sorted({1, len(sequence) // 2, len(sequence) - 1})
+        indices = sorted({1, len(sequence) // 2, len(sequence) - 1})
         for y, x in dict.fromkeys(sizes):
             prepared = preprocess(sequence, size=max(y, x), order=1)[:, :y, :x]
             finite = finite_frames(prepared)
@@ -123,7 +123,7 @@ def cases(
                     f"expected finite {kind} frames to compare on, found NaN, infinity or masked values in "
                     f"frame {np.argmin(finite)}"
                 )
-            compared.append(Case(kind, prepared[[0] * len(others)], prepared[others]))
+            compared.append(Case(kind, prepared[[0] * len(indices)], prepared[indices]))
     return compared
 
 
@@ -141,13 +141,13 @@ def compare(metric: LSiM, compared: Sequence[Case], embed: Embed, distance: Dist
     """
     worst = dict.fromkeys(("embedding", "distance", "distance_of_embeddings"), 0.0)
 
-    def check(function: str, case: Case, expected: np.ndarray, actual: np.ndarray) -> None:
-        if actual.shape != expected.shape:
+    def check(function: str, case: Case, reference: np.ndarray, actual: np.ndarray) -> None:
+        if actual.shape != reference.shape:
             raise ExportError(
                 f"exported {function} of {case} frames by {by}: shape {actual.shape}, expected "
-                f"{expected.shape}"
+                f"{reference.shape}"
             )
-        size, difference = length(expected), length(actual - expected)
+        size, difference = length(reference), length(actual - reference)
         # Relative to 0, no difference is 0 and any other infinite.
         with np.errstate(divide="ignore"):
             quotient = np.divide(difference, size, out=np.zeros_like(difference), where=difference != 0)
@@ -166,8 +166,8 @@ def compare(metric: LSiM, compared: Sequence[Case], embed: Embed, distance: Dist
         with torch.no_grad():
             a, b = (metric.embed(torch.from_numpy(frames)) for frames in (case.reference, case.other))
             distances = metric.paired(a, b).numpy()
-        expected = [part.parts["features"].double().numpy() for part in (a, b)]
-        sizes = np.maximum(*map(length, expected))
+        features = [part.parts["features"].double().numpy() for part in (a, b)]
+        sizes = np.maximum(*map(length, features))
         near = (distances > 0) & (distances < NEARLY_EQUAL * sizes)
         if near.any():
             pair = near.argmax()
@@ -177,10 +177,10 @@ def compare(metric: LSiM, compared: Sequence[Case], embed: Embed, distance: Dist
                 f"{NEARLY_EQUAL}; pass frames that are equal or differ more"
             )
         embeddings = [embed(frames).astype(np.float64) for frames in (case.reference, case.other)]
-        for z, embedding in zip(expected, embeddings, strict=True):
+        for z, embedding in zip(features, embeddings, strict=True):
             check("embedding", case, z, embedding)
-        between = np.linalg.norm(embeddings[0] - embeddings[1], axis=1)
-        check("distance_of_embeddings", case, distances, between)
+        norms = np.linalg.norm(embeddings[0] - embeddings[1], axis=1)
+        check("distance_of_embeddings", case, distances, norms)
         check("distance", case, distances, distance(case.reference, case.other).astype(np.float64))
     return Agreement(**worst, tolerance=TOLERANCE, frames=list(map(str, compared)), by=by)
 

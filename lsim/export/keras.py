@@ -67,8 +67,8 @@ def write_keras(metric: LSiM, folder: Path, compared: Sequence[Case], size: int)
         def distances(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
             return _run(read["distance"], [reference, other])
 
-        by = f"keras {keras.__version__} on {keras.backend.backend()}"
-        agreement = compare(metric, compared, embed, distances, by)
+        runtime = f"keras {keras.__version__} on {keras.backend.backend()}"
+        agreement = compare(metric, compared, embed, distances, runtime)
     for path in paths.values():
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr(FACTS, json.dumps(facts(metric, agreement), ensure_ascii=False, indent=1))

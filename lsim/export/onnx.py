@@ -54,8 +54,8 @@ def write_onnx(metric: LSiM, folder: Path, compared: Sequence[Case]) -> Agreemen
         (values,) = sessions["distance"].run(None, inputs)
         return np.asarray(values)
 
-    by = f"onnxruntime {onnxruntime.__version__}"
-    agreement = compare(metric, compared, embed, distances, by)
+    runtime = f"onnxruntime {onnxruntime.__version__}"
+    agreement = compare(metric, compared, embed, distances, runtime)
     metadata = facts(metric, agreement)
     for function, model in models.items():
         model.doc_string = f"{function} of frames (n, 3, y, x) in [0, 255]: {metric.info.title}"
@@ -118,13 +118,13 @@ def _distance_model(embedding: onnx.ModelProto) -> onnx.ModelProto:
     model = onnx.ModelProto()
     model.CopyFrom(embedding)
     graph = model.graph
-    before = [
+    prologue_nodes = [
         helper.make_node("Concat", ["reference", "other"], ["frames"], axis=0),
         helper.make_node("Shape", ["reference"], ["n"], start=0, end=1),
         helper.make_node("Shape", ["other"], ["m"], start=0, end=1),
         helper.make_node("Concat", ["n", "m"], ["n_and_m"], axis=0),
     ]
-    after = [
+    epilogue_nodes = [
         helper.make_node("Split", ["embedding", "n_and_m"], ["z_reference", "z_other"], axis=0),
         helper.make_node("Sub", ["z_reference", "z_other"], ["difference"]),
         helper.make_node("Cast", ["difference"], ["difference_double"], to=TensorProto.DOUBLE),
@@ -133,9 +133,9 @@ def _distance_model(embedding: onnx.ModelProto) -> onnx.ModelProto:
         helper.make_node("Sqrt", ["squared_distance"], ["distance_double"]),
         helper.make_node("Cast", ["distance_double"], ["distance"], to=TensorProto.FLOAT),
     ]
-    for number, node in enumerate([*before, *after]):
+    for number, node in enumerate([*prologue_nodes, *epilogue_nodes]):
         node.name = f"distance_{number}"
-    nodes = [*before, *graph.node, *after]
+    nodes = [*prologue_nodes, *graph.node, *epilogue_nodes]
     del graph.node[:], graph.input[:], graph.output[:]
     graph.node.extend(nodes)
     graph.initializer.append(helper.make_tensor("length_axis", TensorProto.INT64, [1], [1]))

@@ -91,9 +91,9 @@ class MaxError(PixelMeans):
         )
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        difference, counted = _errors(self, a, b)
+        difference, weights = _errors(self, a, b)
         largest = difference.abs().flatten(1).amax(1) / FULL_SCALE
-        return largest if counted is None else torch.where(counted.flatten(1).any(1), largest, math.nan)
+        return largest if weights is None else torch.where(weights.flatten(1).any(1), largest, math.nan)
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
         """Bound a norm of the difference: by the largest error of a value, and by the rounding of the sum."""
@@ -133,15 +133,15 @@ class NMAE(PixelMeans):
         return sums / (_sums_of_magnitudes(a)[:, None] + EPSILON * FULL_SCALE * columns)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        difference, counted = _errors(self, a, b)
-        error = mean_of(difference.abs().flatten(1), in_rows(counted))[:, 0] / FULL_SCALE
+        difference, weights = _errors(self, a, b)
+        error = mean_of(difference.abs().flatten(1), in_rows(weights))[:, 0] / FULL_SCALE
         return error / self._divisor_paired(a, b)
 
     def _divisor_paired(self, a: Embedding, b: Embedding) -> Tensor:
         """Add 1e-7 to the mean magnitude of the reference on [0, 1], over pixels that count: (len(b),)."""
-        counted = in_rows(self.find_counted(a, b))
+        weights = in_rows(self.find_counted(a, b))
         reference = a.parts["values"].flatten(1).double().abs().expand(len(b), -1)
-        return mean_of(where_counted(reference, counted), counted)[:, 0] / FULL_SCALE + EPSILON
+        return mean_of(where_counted(reference, weights), weights)[:, 0] / FULL_SCALE + EPSILON
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
         """Bound a norm over another norm."""
@@ -191,8 +191,10 @@ class ConservedError(PixelMeans):
         x = _sizes(a, partly)
         y = x if a is b else _sizes(b, partly)
         terms = CONFIDENCE * math.sqrt(a.parts["values"].shape[1]) + 4
-        own = terms * HALF_ULP_OF_DOUBLE * (x[:, None] + y) / FULL_SCALE
-        return of_difference(a, b, stored=True, mean=True) + of_sum(distances, torch.float64) + own
+        rounding_of_sums = terms * HALF_ULP_OF_DOUBLE * (x[:, None] + y) / FULL_SCALE
+        return (
+            of_difference(a, b, stored=True, mean=True) + of_sum(distances, torch.float64) + rounding_of_sums
+        )
 
 
 class BoundaryError(PixelMeans):
@@ -236,8 +238,8 @@ class BoundaryError(PixelMeans):
         return sums / (x.shape[2] ** 0.5 * x.shape[1] * FULL_SCALE)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        difference, counted = _errors(self, a, b)
-        return safe_sqrt(mean_of(difference.square(), counted)[:, 0]).mean(1) / FULL_SCALE
+        difference, weights = _errors(self, a, b)
+        return safe_sqrt(mean_of(difference.square(), weights)[:, 0]).mean(1) / FULL_SCALE
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
         """Bound by the largest error of a value, since the rim may have the largest ones."""
@@ -246,9 +248,9 @@ class BoundaryError(PixelMeans):
 
 def _errors(metric: PixelMeans, a: Embedding, b: Embedding) -> tuple[Tensor, Tensor | None]:
     """Subtract pairs in double, with 0 for pixels that don't count, and find those that do."""
-    counted = metric.find_counted(a, b)
+    weights = metric.find_counted(a, b)
     difference = a.parts["values"].double() - b.parts["values"].double()
-    return where_counted(difference, counted), counted
+    return where_counted(difference, weights), weights
 
 
 def _sizes(embedding: Embedding, masked: bool) -> Tensor:

@@ -88,7 +88,7 @@ class OpticalFlow(Metric):
 
     @property
     def quantised(self) -> bool:
-        """Always true: OpenCV takes 8-bit grey values."""
+        """True, since OpenCV takes 8-bit grey values."""
         return True
 
     def embed(self, frames: Tensor) -> Embedding:

@@ -119,14 +119,14 @@ class GMSD(Metric):
         value, remainder = (part.permute(0, 3, 1, 2).contiguous() for part in (frames, rest))
         missing = value.isnan()
         pair = torch.where(missing, 0, value), torch.where(missing, 0, remainder)
-        along = torch.stack([torch.stack(part, 1) for part in self._gradients_with_rest(pair)], 1)
-        return Embedding(self.embed(frames).parts | {"gradient": along})
+        gradient = torch.stack([torch.stack(part, 1) for part in self._gradients_with_rest(pair)], 1)
+        return Embedding(self.embed(frames).parts | {"gradient": gradient})
 
     def _gradients_with_rest(self, planes: Pair) -> tuple[Pair, Pair]:
         """Compute three times Prewitt's gradients along x and y, of pairs of doubles (n, channel, y, x)."""
         if self._downsample:
-            even = [_even(part) for part in planes]
-            corners = [[part[:, :, r::2, k::2] / 4 for part in even] for r in (0, 1) for k in (0, 1)]
+            padded_planes = [_pad_to_even(part) for part in planes]
+            corners = [[part[:, :, r::2, k::2] / 4 for part in padded_planes] for r in (0, 1) for k in (0, 1)]
             planes = functools.reduce(add, [(value, rest) for value, rest in corners])
         padded = [F.pad(part, (1, 1, 1, 1)) for part in planes]
         y, x = (length - 2 for length in padded[0].shape[2:])
@@ -144,7 +144,7 @@ class GMSD(Metric):
 
     def _magnitude(self, planes: Tensor) -> Tensor:
         if self._downsample:
-            planes = F.avg_pool2d(_even(planes), 2)
+            planes = F.avg_pool2d(_pad_to_even(planes), 2)
         planes = F.pad(planes, (1, 1, 1, 1))
         columns = planes[:, :, :-2] + planes[:, :, 1:-1] + planes[:, :, 2:]
         rows = planes[..., :-2] + planes[..., 1:-1] + planes[..., 2:]
@@ -154,7 +154,7 @@ class GMSD(Metric):
     def _touched(self, missing: Tensor) -> Tensor:
         """Tell where a missing pixel enters a magnitude."""
         if self._downsample:
-            missing = F.max_pool2d(_even(missing), 2)
+            missing = F.max_pool2d(_pad_to_even(missing), 2)
         return F.max_pool2d(missing, 3, 1, 1) > 0
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
@@ -274,7 +274,7 @@ def _difference_of_magnitudes(a: Embedding, b: Embedding) -> Tensor:
     return (squares / torch.where(total > 0, total, 1)).flatten(2)
 
 
-def _even(planes: Tensor) -> Tensor:
+def _pad_to_even(planes: Tensor) -> Tensor:
     """Append a row and a column of zeros where their number is odd."""
     return F.pad(planes, (0, planes.shape[3] % 2, 0, planes.shape[2] % 2))
 
@@ -288,26 +288,26 @@ def gradient_magnitude(planes, step):  # type: ignore[no-untyped-def]
     channels, rows, columns = planes.shape
     height, width = -(-rows // step), -(-columns // step)
     out = np.empty((channels, height, width))
-    around = np.zeros((height + 2, width + 2))
+    padded = np.zeros((height + 2, width + 2))
     for c in range(channels):
-        around[1:-1, 1:-1] = 0
+        padded[1:-1, 1:-1] = 0
         for r in range(rows):
-            into = around[1 + r // step, 1:]
+            into = padded[1 + r // step, 1:]
             row = planes[c, r]
             for start in range(step):
-                every = row[start::step]
-                for k in range(every.shape[0]):
-                    into[k] += every[k]
+                strided = row[start::step]
+                for k in range(strided.shape[0]):
+                    into[k] += strided[k]
         for r in range(height):
-            above, centre, below = around[r], around[r + 1], around[r + 2]
+            above, centre, below = padded[r], padded[r + 1], padded[r + 2]
             for k in range(width):
                 left = above[k] + centre[k] + below[k]
                 right = above[k + 2] + centre[k + 2] + below[k + 2]
                 top = above[k] + above[k + 1] + above[k + 2]
                 bottom = below[k] + below[k + 1] + below[k + 2]
                 square = (right - left) * (right - left) + (bottom - top) * (bottom - top)
-                known = centre[k + 1] == centre[k + 1]
-                out[c, r, k] = np.sqrt(square) / (3 * step * step) if known else np.nan
+                valid = centre[k + 1] == centre[k + 1]
+                out[c, r, k] = np.sqrt(square) / (3 * step * step) if valid else np.nan
     return out
 
 
@@ -319,7 +319,7 @@ def similarity_deviation(i, j, out, x, y, stabiliser, masked):  # type: ignore[n
     the distance is NaN.
     """
     channels, pixels = x.shape[1:]
-    apart = np.empty(pixels)
+    dissimilarity = np.empty(pixels)
     for p in range(i.shape[0]):
         for c in range(channels):
             a = x[i[p], c]
@@ -331,14 +331,14 @@ def similarity_deviation(i, j, out, x, y, stabiliser, masked):  # type: ignore[n
                 square = difference * difference
                 # Not a² + b²: one of the two would be rounded before the other is added, d(a, b) ≠ d(b, a).
                 value = square / (square + (2 * a[k] * b[k] + stabiliser))
-                apart[k] = value
-                known = value == value
-                total += value if known else 0.0
-                present += known
+                dissimilarity[k] = value
+                valid = value == value
+                total += value if valid else 0.0
+                present += valid
             mean = total / present
             squares = 0.0
             for k in range(pixels):
-                deviation = apart[k] - mean
+                deviation = dissimilarity[k] - mean
                 square = deviation * deviation
                 squares += square if square == square else 0.0
             complete = masked or present == pixels
@@ -347,14 +347,14 @@ def similarity_deviation(i, j, out, x, y, stabiliser, masked):  # type: ignore[n
 
 @compiled(fastmath=FAST, error_model="numpy")
 def absolute_gradient(i, j, out, x, y, step, masked):  # type: ignore[no-untyped-def]
-    """out[p] += mean absolute gradient, over 255, of the difference of frames i[p] of x and j[p] of y.
+    """Add to out[p] the mean absolute gradient of the difference of frames i[p] and j[p], over 255.
 
-    Of frames (n, y, x·channel), neighbours along x being ``step`` apart. Differences that are NaN are left
-    out where ``masked``, else spoil it.
+    Frames of x and y are (n, y, x·channel), neighbours along x being ``step`` apart. Differences that are
+    NaN are left out where ``masked``, else spoil it.
     """
     rows, columns = x.shape[1:]
     row = np.empty(columns)
-    above = np.empty(columns)
+    previous_row = np.empty(columns)
     for p in range(i.shape[0]):
         total = 0.0
         present = 0
@@ -363,25 +363,25 @@ def absolute_gradient(i, j, out, x, y, step, masked):  # type: ignore[no-untyped
             b = y[j[p], r]
             for k in range(columns):
                 row[k] = np.float64(a[k]) - np.float64(b[k])
-            found, known = _absolute_differences(row[step:], row)
-            total += found
-            present += known
+            part, count = _absolute_differences(row[step:], row)
+            total += part
+            present += count
             if r > 0:
-                found, known = _absolute_differences(row, above)
-                total += found
-                present += known
-            row, above = above, row
+                part, count = _absolute_differences(row, previous_row)
+                total += part
+                present += count
+            row, previous_row = previous_row, row
         complete = masked or present == rows * (columns - step) + (rows - 1) * columns
         out[p] += total / (present * FULL_SCALE) if complete else np.nan
 
 
 @compiled(fastmath=FAST)
-def _absolute_differences(values, others):  # type: ignore[no-untyped-def]
-    """Σ |values − others| of those that aren't NaN, and their number."""
+def _absolute_differences(values, neighbours):  # type: ignore[no-untyped-def]
+    """Sum |values − others| over those that aren't NaN, and count them."""
     total = 0.0
-    known = 0
+    count = 0
     for k in range(values.shape[0]):
-        step = abs(values[k] - others[k])
+        step = abs(values[k] - neighbours[k])
         total += step if step == step else 0.0
-        known += step == step
-    return total, known
+        count += step == step
+    return total, count

@@ -1,4 +1,4 @@
-"""What the values of one frame tell of another's: variation of information and mutual information.
+"""Information that the values of one frame hold on another's: its variation, and mutual information.
 
 All three metrics come from the joint histogram of two frames' 8-bit values, or of equal bins over each
 frame's own range, and its entropies, in bits:
@@ -100,7 +100,7 @@ class _JointHistogram(Metric):
             )
         else:
             values = flat.to(torch.uint8)
-            counts = _counted(values.long(), LEVELS)
+            counts = _histogram(values.long(), LEVELS)
             # A sum of values in [0, 255] is finite exactly if all of them are.
             finite = flat.sum(1).isfinite()
         logs = _count_logs(flat.shape[1], flat.device)
@@ -227,7 +227,7 @@ def _binned(row: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np.bool
     return values, np.bincount(values, minlength=LEVELS), finite
 
 
-def _counted(cells: Tensor, size: int) -> Tensor:
+def _histogram(cells: Tensor, size: int) -> Tensor:
     """Count how often each of 0 … size − 1 occurs in each row: (n, size)."""
     rows = torch.arange(len(cells), device=cells.device)[:, None]
     return torch.bincount((cells + size * rows).flatten(), minlength=size * len(cells)).view(-1, size)
@@ -262,7 +262,7 @@ def _conditional_paired(a: Embedding, b: Embedding) -> Tensor:
     x = a.parts["values"].expand(n, pixels)
     chunk = max(1, AT_ONCE // (pixels + LEVELS**2))
     joint = [
-        logs[-1] - logs[_counted(left.long() * LEVELS + right, LEVELS**2)].sum(1)
+        logs[-1] - logs[_histogram(left.long() * LEVELS + right, LEVELS**2)].sum(1)
         for left, right in zip(x.split(chunk), b.parts["values"].split(chunk), strict=True)
     ]
     conditional = (2 * torch.cat(joint) - a.parts["entropy"] - b.parts["entropy"]).double()
@@ -293,15 +293,15 @@ def _count_logs(pixels: int, device: torch.device) -> Tensor:
 def levels(frame):  # type: ignore[no-untyped-def]
     """Truncate a frame (pixels,) float32 to 8 bit, count levels (256,), and tell whether all are finite."""
     values = np.empty(frame.size, np.uint8)
-    known = True
+    finite = True
     for k in range(frame.size):
-        known &= not np.isnan(frame[k])
-        values[k] = np.uint8(frame[k]) if known else 0
+        finite &= not np.isnan(frame[k])
+        values[k] = np.uint8(frame[k]) if finite else 0
     # Four tables, since neighbours are often equal, and an increment waits for the last one's store.
     counts = np.zeros((4, LEVELS), np.int64)
     for k in range(frame.size):
         counts[k & 3, values[k]] += 1
-    return values, counts.sum(axis=0), known
+    return values, counts.sum(axis=0), finite
 
 
 @compiled(fastmath=FAST)
@@ -319,8 +319,8 @@ def conditional_entropies(i, j, out, x, x_entropy, y, y_entropy, count_logs, cou
     while p < i.shape[0]:
         a = x[i[p]]
         b = y[j[p]]
-        together = p + 1 < i.shape[0] and i[p + 1] == i[p]
-        if together:
+        is_double = p + 1 < i.shape[0] and i[p + 1] == i[p]
+        if is_double:
             c = y[j[p + 1]]
             for k in range(pixels):
                 row = np.int64(a[k]) << 8
@@ -333,7 +333,7 @@ def conditional_entropies(i, j, out, x, x_entropy, y, y_entropy, count_logs, cou
                 first[(np.int64(a[k]) << 8) | np.int64(b[k])] += counter[0]
         joint = whole - _sum_and_clear(first, count_logs)
         out[p] += 2 * joint - x_entropy[i[p]] - y_entropy[j[p]]
-        p += 2 if together else 1
+        p += 2 if is_double else 1
 
 
 @compiled(fastmath=FAST)

@@ -402,13 +402,15 @@ def load_non_siamese(path: Path) -> tuple[dict[str, Tensor], str]:
         raise WeightsError(f"{path}: weights of the trunk {trunk!r}, expected those of 'non-siamese'")
     tensors = safetensors.torch.load(content)
     with torch.device("meta"):
-        expected = {f"trunk.{name}": tuple(value.shape) for name, value in NonSiamese().state_dict().items()}
+        model_shapes = {
+            f"trunk.{name}": tuple(value.shape) for name, value in NonSiamese().state_dict().items()
+        }
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-    if shapes != expected:
+    if shapes != model_shapes:
         wrong = ", ".join(
             f"{name} {shapes.get(name, 'missing')}"
-            for name in sorted(expected | shapes)
-            if shapes.get(name) != expected.get(name)
+            for name in sorted(model_shapes | shapes)
+            if shapes.get(name) != model_shapes.get(name)
         )
         raise WeightsError(f"{path}: not the tensors of a non-siamese network: {wrong}")
     return {name.removeprefix("trunk."): value.float() for name, value in tensors.items()}, sha256

@@ -176,15 +176,15 @@ class SlicedWasserstein(Metric):
         like the root of the sum of their squares.
         """
         x, y = (self._moved_share(side) for side in (a, b))
-        moved = x[:, None] + y
+        share = x[:, None] + y
         if "mass" in a.parts:
             # The correction for unequal totals is rounded in proportion to their difference.
             first, second = a.parts["total"][:, None], b.parts["total"]
             surplus = ((first - second).abs() / (first + second)).mean(2)
-            moved = moved + 2.0**-46 * surplus
+            share = share + 2.0**-46 * surplus
         else:
-            moved = moved + 2.0**-48
-        return moved.clamp(max=1) + of_sum(distances, torch.float64)
+            share = share + 2.0**-48
+        return share.clamp(max=1) + of_sum(distances, torch.float64)
 
     def _moved_share(self, embedding: Embedding) -> Tensor:
         """Bound the share of each frame's mass that errors of its values move: (n,)."""
@@ -244,7 +244,7 @@ def sorted_values(values):  # type: ignore[no-untyped-def]
     """
     sign, digit = np.uint32(1 << 31), np.uint32(2047)
     keys = np.empty(values.shape[0], np.uint32)
-    ordered = np.empty_like(keys)
+    keys_out = np.empty_like(keys)
     counts = np.zeros((3, 2048), np.uint32)
     bits = values.view(np.uint32)
     for k in range(bits.shape[0]):
@@ -257,9 +257,9 @@ def sorted_values(values):  # type: ignore[no-untyped-def]
         following = np.cumsum(counts[d]) - counts[d]
         for k in range(keys.shape[0]):
             at = keys[k] >> np.uint32(11 * d) & digit
-            ordered[following[at]] = keys[k]
+            keys_out[following[at]] = keys[k]
             following[at] += 1
-        keys, ordered = ordered, keys
+        keys, keys_out = keys_out, keys
     for k in range(keys.shape[0]):
         keys[k] = keys[k] & ~sign if keys[k] & sign else ~keys[k]
     return keys.view(np.float32)
@@ -294,8 +294,8 @@ def directions_and_weights(count: int) -> tuple[np.ndarray, np.ndarray]:
     )[:count]
     vectors = np.array(sorted(shortest, key=lambda vector: math.atan2(vector[1], vector[0])))
     angles = np.arctan2(vectors[:, 1], vectors[:, 0])
-    around = np.concatenate([angles[-1:] - np.pi, angles, angles[:1] + np.pi])
-    return vectors, (around[2:] - around[:-2]) / (2 * np.pi)
+    circle = np.concatenate([angles[-1:] - np.pi, angles, angles[:1] + np.pi])
+    return vectors, (circle[2:] - circle[:-2]) / (2 * np.pi)
 
 
 @compiled()  # fast mathematics would not divide exactly
@@ -358,33 +358,33 @@ def _project(mass, q, p, line):  # type: ignore[no-untyped-def]
 def moved_masses(  # type: ignore[no-untyped-def]
     i, j, out, x, x_rest, x_total, y, y_rest, y_total, vectors, weights
 ):
-    """out[p] += sliced W₁ of the masses i[p] of x and j[p] of y, each (n, channel, y, x), scaled to 1.
+    """Add to out[p] the sliced W₁ of the masses i[p] of x and j[p] of y, (n, channel, y, x), scaled to 1.
 
     What is accumulated is their difference: it is as small as the distance, and so is its rounding. With
     d = x − y and totals X and Y, x/X − y/Y = (d − (x + y) Σd / (X + Y)) (X + Y) / (2 X Y).
     """
     channels, height, width = x.shape[1:]
     line = np.empty(np.abs(vectors).sum(axis=1).max() * max(height, width))
-    moved = np.empty((height, width))
+    difference = np.empty((height, width))
     for p in range(i.shape[0]):
         for c in range(channels):
             surplus = 0.0
             for r in range(height):
                 for k in range(width):
                     rest = x_rest[i[p], c, r, k] - y_rest[j[p], c, r, k]
-                    moved[r, k] = (x[i[p], c, r, k] - y[j[p], c, r, k]) + rest
-                surplus += _sum(moved[r])
+                    difference[r, k] = (x[i[p], c, r, k] - y[j[p], c, r, k]) + rest
+                surplus += _sum(difference[r])
             first, second = x_total[i[p], c], y_total[j[p], c]
             surplus /= first + second
             scaled = (first + second) / (2 * first * second)
             for r in range(height):
                 for k in range(width):
-                    moved[r, k] -= surplus * (x[i[p], c, r, k] + y[j[p], c, r, k])
+                    difference[r, k] -= surplus * (x[i[p], c, r, k] + y[j[p], c, r, k])
             for d in range(vectors.shape[0]):
                 q, step = vectors[d]
                 positions = q * (width - 1) + abs(step) * (height - 1)
                 line[: positions + 1] = 0
-                _project(moved, q, step, line)
+                _project(difference, q, step, line)
                 scale = weights[d] / (math.sqrt(q * q + step * step) * max(height, width) * channels)
                 scale *= scaled
                 sum_so_far = 0.0
@@ -404,7 +404,7 @@ def _sum(values):  # type: ignore[no-untyped-def]
 
 
 def _mass_and_total(planes: Tensor) -> tuple[Tensor, Tensor]:
-    """Mass in every pixel of (n, channel, y, x), evenly spread where there is none; its sum (n, channel)."""
+    """Return the mass in every pixel, spread evenly where there is none, and its sum (n, channel)."""
     mass = planes.clamp(min=0)
     total = mass.sum((2, 3), keepdim=True)
     height, width = planes.shape[2:]

@@ -92,9 +92,9 @@ class L1(_PixelMetric):
         return sums / ((known_in_both(x, y) if masked else x.shape[1]) * FULL_SCALE)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        counted = in_rows(self.find_counted(a, b))
-        difference = where_counted(_rows(a) - _rows(b), counted)
-        return mean_of(difference.abs().double(), counted)[:, 0] / FULL_SCALE
+        weights = in_rows(self.find_counted(a, b))
+        difference = where_counted(_rows(a) - _rows(b), weights)
+        return mean_of(difference.abs().double(), weights)[:, 0] / FULL_SCALE
 
 
 class _OfSquares(_PixelMetric):
@@ -145,9 +145,9 @@ class _OfSquares(_PixelMetric):
         return sums / (known_in_both(x, y) * FULL_SCALE**2), record
 
     def _mean_squared_paired(self, a: Embedding, b: Embedding) -> Tensor:
-        counted = in_rows(self.find_counted(a, b))
-        difference = where_counted(_rows(a) - _rows(b), counted)
-        return mean_of(difference.square().double(), counted)[:, 0] / FULL_SCALE**2
+        weights = in_rows(self.find_counted(a, b))
+        difference = where_counted(_rows(a) - _rows(b), weights)
+        return mean_of(difference.square().double(), weights)[:, 0] / FULL_SCALE**2
 
 
 class L2(_OfSquares):
@@ -232,13 +232,13 @@ class NRMSE(RMSE):
         return error / self._divisor(a, b).sqrt() + of_sum(distances, a.parts["values"].dtype)
 
     def _divisor_paired(self, a: Embedding, b: Embedding) -> Tensor:
-        counted = in_rows(self.find_counted(a, b))
+        weights = in_rows(self.find_counted(a, b))
         values = _rows(a).expand(len(b), -1).double()
-        centred = _centred(values, counted) if self.centred else where_counted(values, counted)
-        count = values.shape[1] if counted is None else counted.sum(1)
+        centred = _centred(values, weights) if self.centred else where_counted(values, weights)
+        count = values.shape[1] if weights is None else weights.sum(1)
         if self.centred:
-            count = _degrees_of_freedom(count, counted)
-        return sum_of(centred.square(), counted)[:, 0] / count / FULL_SCALE**2 + EPSILON
+            count = _degrees_of_freedom(count, weights)
+        return sum_of(centred.square(), weights)[:, 0] / count / FULL_SCALE**2 + EPSILON
 
 
 class VRMSE(NRMSE):
@@ -287,9 +287,9 @@ class PSNR(_OfSquares):
         """Bound a logarithm: infinite where the root of the mean square may be 0."""
         root = 10 ** (distances / 20)
         error = of_difference(a, b, mean=True) + of_sum(root, a.parts["values"].dtype)
-        lost = torch.where(root > error, -20 * torch.log10(1 - error / root), math.inf)
+        decibels = torch.where(root > error, -20 * torch.log10(1 - error / root), math.inf)
         # Without an error, no difference means equal frames.
-        return torch.where(error == 0, 0, lost) + 2.0**-50 * distances.abs().nan_to_num(posinf=0)
+        return torch.where(error == 0, 0, decibels) + 2.0**-50 * distances.abs().nan_to_num(posinf=0)
 
 
 class Cosine(_PixelMetric):
@@ -354,9 +354,9 @@ class Cosine(_PixelMetric):
                 operations=2 * u.shape[1],
             )
         else:
-            together = max(1, VALUES_TOGETHER // u.shape[1])
+            batch_size = max(1, VALUES_TOGETHER // u.shape[1])
             squared = rows_in_torch(
-                lambda left, right: (left - right).square().sum(1), u, v, together=together
+                lambda left, right: (left - right).square().sum(1), u, v, batch_size=batch_size
             )
         flat = self._is_flat(b, v)
         return _from_units(squared, (flat if u is v else self._is_flat(a, u))[:, None], flat)
@@ -416,20 +416,20 @@ class Cosine(_PixelMetric):
         return _powers_of_pairs(a, b, self.centred).sqrt()
 
     def _masked_lengths_paired(self, a: Embedding, b: Embedding) -> Tensor:
-        counted = in_rows(self.find_counted(a, b))
+        weights = in_rows(self.find_counted(a, b))
         values = _rows(a).expand(len(b), -1).double()
-        centred = _centred(values, counted) if self.centred else where_counted(values, counted)
-        return mean_of(centred.square(), counted)[:, 0].sqrt()
+        centred = _centred(values, weights) if self.centred else where_counted(values, weights)
+        return mean_of(centred.square(), weights)[:, 0].sqrt()
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        counted = in_rows(self.find_counted(a, b))
+        weights = in_rows(self.find_counted(a, b))
         x, y = torch.broadcast_tensors(_rows(a), _rows(b))
-        u, v = _units(x, counted, self.centred), _units(y, counted, self.centred)
+        u, v = _units(x, weights, self.centred), _units(y, weights, self.centred)
         squared = (u - v).square().sum(1)
-        if counted is None:
+        if weights is None:
             return _from_units(squared, self._is_flat(a, u), self._is_flat(b, v))
         distances = _from_units(squared, _is_zero(u), _is_zero(v))
-        return torch.where(counted.bool().any(1), distances, math.nan)
+        return torch.where(weights.bool().any(1), distances, math.nan)
 
 
 class Correlation(Cosine):
@@ -465,22 +465,22 @@ def _row_pair(a: Embedding, b: Embedding) -> tuple[Tensor, Tensor]:
     return x, x if a is b else _rows(b)
 
 
-def _centred(values: Tensor, counted: Tensor | None) -> Tensor:
+def _centred(values: Tensor, weights: Tensor | None) -> Tensor:
     """Subtract from values the mean of those that count."""
-    if is_weighted(counted):
+    if is_weighted(weights):
         # A weighted mean of equal values is not quite their value; the mean of zeros is 0.
-        smallest = torch.where(counted.bool(), values, math.inf).amin(1, keepdim=True)
+        smallest = torch.where(weights.bool(), values, math.inf).amin(1, keepdim=True)
         values = values - smallest.detach()
-    values = where_counted(values, counted)
-    return where_counted(values - mean_of(values, counted), counted)
+    values = where_counted(values, weights)
+    return where_counted(values - mean_of(values, weights), weights)
 
 
-def _units(values: Tensor, counted: Tensor | None, centred: bool) -> Tensor:
+def _units(values: Tensor, weights: Tensor | None, centred: bool) -> Tensor:
     """Scale rows to the length 1 in double, but for rows of length 0: (rows, columns)."""
     values = values.double()
-    values = _centred(values, counted) if centred else where_counted(values, counted)
-    if is_weighted(counted):
-        values = values * counted.sqrt()
+    values = _centred(values, weights) if centred else where_counted(values, weights)
+    if is_weighted(weights):
+        values = values * weights.sqrt()
     squares = values.square().sum(1, keepdim=True)
     flat = squares == 0
     return torch.where(flat, 0, values / torch.where(flat, 1, squares).sqrt())
@@ -520,22 +520,22 @@ def _is_zero(units: Tensor) -> Tensor:
 
 def _from_units(squared: Tensor, left_is_flat: Tensor, right_is_flat: Tensor) -> Tensor:
     """Compute ½ |u − v|²; 1 if only one of the two has no direction, 0 if neither has one."""
-    same = (left_is_flat & right_is_flat & ~squared.isnan()) | (squared < ROUNDING_OF_UNITS)
-    distances = torch.where(same, 0, squared / 2)
+    is_zero = (left_is_flat & right_is_flat & ~squared.isnan()) | (squared < ROUNDING_OF_UNITS)
+    distances = torch.where(is_zero, 0, squared / 2)
     return torch.where((left_is_flat ^ right_is_flat) & ~squared.isnan(), 1, distances)
 
 
-def _degrees_of_freedom(count: Any, counted: Tensor | None = None) -> Any:
+def _degrees_of_freedom(count: Any, weights: Tensor | None = None) -> Any:
     """Return the divisor of a sum of squares about the mean of ``count`` values: one less.
 
     With weights, Σ w − Σ w² / Σ w: unbiased for weights of any scale, as GSL's ``gsl_stats_wvariance``.
     """
     if not isinstance(count, Tensor):
         return max(count - 1, 1)
-    if counted is None or not is_weighted(counted):
+    if weights is None or not is_weighted(weights):
         return (count - 1).clamp(min=1)
-    weighted = count - counted.square().sum(1) / count
-    return torch.where(counted.bool().sum(1) > 1, weighted, count)
+    weighted = count - weights.square().sum(1) / count
+    return torch.where(weights.bool().sum(1) > 1, weighted, count)
 
 
 @compiled(fastmath=WITH_DIVISION, error_model="numpy")
@@ -544,9 +544,9 @@ def _known_mean(a, b):  # type: ignore[no-untyped-def]
     total = 0.0
     count = 0
     for k in range(a.shape[0]):
-        known = a[k] == a[k] and b[k] == b[k]
-        total += np.float64(a[k]) if known else 0.0
-        count += known
+        valid = a[k] == a[k] and b[k] == b[k]
+        total += np.float64(a[k]) if valid else 0.0
+        count += valid
     return total / count, count
 
 
@@ -555,9 +555,9 @@ def _known_power(a, b, mean):  # type: ignore[no-untyped-def]
     """Add up squares of a − mean where neither a nor b is NaN."""
     squares = 0.0
     for k in range(a.shape[0]):
-        known = a[k] == a[k] and b[k] == b[k]
+        valid = a[k] == a[k] and b[k] == b[k]
         deviation = np.float64(a[k]) - mean
-        squares += deviation * deviation if known else 0.0
+        squares += deviation * deviation if valid else 0.0
     return squares
 
 
@@ -592,9 +592,9 @@ def _known_angles(i, j, out, x, y, centred):  # type: ignore[no-untyped-def]
             squares = 0.0
             scale_a, scale_b = 1 / length_a, 1 / length_b
             for k in range(a.shape[0]):
-                known = a[k] == a[k] and b[k] == b[k]
+                valid = a[k] == a[k] and b[k] == b[k]
                 difference = (a[k] - mean_a) * scale_a - (b[k] - mean_b) * scale_b
-                squares += difference * difference if known else 0.0
+                squares += difference * difference if valid else 0.0
             out[p] = squares / 2 if squares >= ROUNDING_OF_UNITS else 0.0
 
 
@@ -635,8 +635,8 @@ def _powers(values: Tensor, centred: bool) -> Tensor:
         rows = [_centred(row.double(), None) if centred else row.double() for row in values.split(1)]
         count = _degrees_of_freedom(values.shape[1]) if centred else values.shape[1]
         return torch.cat([row.square().sum(1) for row in rows]) / count
-    every, powers = np.arange(len(values)), np.zeros(len(values))
-    _known_powers(every, every, powers, values.numpy(), values.numpy(), centred)
+    indices, powers = np.arange(len(values)), np.zeros(len(values))
+    _known_powers(indices, indices, powers, values.numpy(), values.numpy(), centred)
     return torch.from_numpy(powers)
 
 
@@ -681,4 +681,4 @@ def _shared(
 
 def _block_in_torch(paired: Callable[[Embedding, Embedding], Tensor], a: Embedding, b: Embedding) -> Tensor:
     """Compute a block of distances without kernels, in bounded memory."""
-    return rows_in_torch(paired, a, b, together=max(1, VALUES_TOGETHER // _rows(a).shape[1]))
+    return rows_in_torch(paired, a, b, batch_size=max(1, VALUES_TOGETHER // _rows(a).shape[1]))

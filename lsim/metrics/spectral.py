@@ -100,16 +100,16 @@ class _SpectralMetric(Metric):
         """Bound the effect of noise in a pair's difference on the compared part: (len(a), len(b))."""
         size = rows_in_torch(_root_mean_square_difference, a, b)
         noise = WHITE * (of_difference(a, b) + TRANSFORM * size)
-        which = ("shells", "coefficients").index(self._part)
-        x, y = (side.parts["slopes"].unflatten(1, (2, 2))[:, which] for side in (a, b))
+        part_index = ("shells", "coefficients").index(self._part)
+        x, y = (side.parts["slopes"].unflatten(1, (2, 2))[:, part_index] for side in (a, b))
         first, second = x[:, None, 0] + y[:, 0], x[:, None, 1].square() + y[:, 1].square()
         # The coefficients' own rounding meets that of the difference in the second order.
         return noise * (first + second * (noise + WHITE * TRANSFORM))
 
     def _error(self, embedding: Embedding) -> Tensor:
         """Bound the effect of errors of values on the compared part of a frame: (n,)."""
-        which = ("shells", "coefficients").index(self._part)
-        slopes = embedding.parts["slopes"].unflatten(1, (2, 2))[:, which]
+        part_index = ("shells", "coefficients").index(self._part)
+        slopes = embedding.parts["slopes"].unflatten(1, (2, 2))[:, part_index]
         error = of_each(embedding, mean=True) / FULL_SCALE
         noise = WHITE * (error + TRANSFORM)
         logarithm = LOGARITHM * abs(math.log10(self.options["floor"]))
@@ -278,8 +278,8 @@ def _half_plane(y: int, x: int, device: torch.device) -> tuple[Tensor, Tensor, T
     shell = np.rint(np.hypot(ky, kx)).astype(np.int64).ravel()
     column = np.broadcast_to(np.arange(kx.size), (y, kx.size))
     # A column stands for its mirror image too, but for the first, and the last of an even length.
-    twice = (column > 0) & (2 * column != x)
-    multiplicity = np.where(twice, 2.0, 1.0).ravel()
+    has_mirror = (column > 0) & (2 * column != x)
+    multiplicity = np.where(has_mirror, 2.0, 1.0).ravel()
     rows = [np.flatnonzero(shell == k) for k in range(side // 2 + 1)]
     members = np.zeros((len(rows), max(map(len, rows))), np.int64)
     share = np.zeros(members.shape)

@@ -317,11 +317,11 @@ class MultiScaleSSIM(_Structural):
     def embed_with_rest(self, frames: Tensor, rest: Tensor) -> Embedding:
         """Halve frames with their rest."""
         parts = self.embed(frames).parts
-        planes, left = _channel_first(frames), _channel_first(rest)
-        parts["rest0"] = left
+        planes, remainder = _channel_first(frames), _channel_first(rest)
+        parts["rest0"] = remainder
         for scale in range(1, len(SCALES)):
-            planes, left = _halved_with_rest(planes, left)
-            parts |= {f"frames{scale}": planes, f"rest{scale}": left}
+            planes, remainder = _halved_with_rest(planes, remainder)
+            parts |= {f"frames{scale}": planes, f"rest{scale}": remainder}
         return Embedding(parts)
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
@@ -329,7 +329,7 @@ class MultiScaleSSIM(_Structural):
 
         An error that is the same in a whole region passes averages, but has no contrast.
         """
-        lost = -torch.log1p(-distances.clamp(0, 1 - 1e-9))
+        logarithm = -torch.log1p(-distances.clamp(0, 1 - 1e-9))
         last = len(SCALES) - 1
         bound = of_sum(distances, a.parts["contrast0"].dtype)
         for scale, weight in enumerate(SCALES):
@@ -337,7 +337,7 @@ class MultiScaleSSIM(_Structural):
             error = share * self._error(a, b, f"contrast{scale}")
             if scale == last:
                 error = error + self._error(a, b, f"luminance{scale}")
-            bound = bound + weight * _of_squares((lost / weight).clamp(max=1), error)
+            bound = bound + weight * _of_squares((logarithm / weight).clamp(max=1), error)
         # The derivative of a power below 1, where little is left of it.
         return (bound / (1 - distances).clamp(min=0.05)).clamp(max=1)
 
@@ -354,9 +354,9 @@ class MultiScaleSSIM(_Structural):
         return self._over_scales(functools.cache(mean) if self.preprocessing.mask else mean).mean(1)
 
     def _over_scales(self, mean: Callable[[int, bool], Tensor], coarsest: int = len(SCALES) - 1) -> Tensor:
-        """1 − Π max(1 − d, 0)^w of the mean differences d at the scales, ``mean(scale, luminance)``."""
-        found = [mean(scale, False) for scale in range(coarsest)] + [mean(coarsest, True)]
-        differences = torch.stack(found)
+        """Combine the mean differences d at the scales, ``mean(scale, luminance)``: 1 − Π max(1 − d, 0)^w."""
+        terms = [mean(scale, False) for scale in range(coarsest)] + [mean(coarsest, True)]
+        differences = torch.stack(terms)
         missing = differences.isnan().any(0)
         # Infinity and NaN are kept out of the sums, so that they stay out of gradients.
         opposite = differences >= 1
@@ -372,7 +372,7 @@ class MultiScaleSSIM(_Structural):
 
 
 def _mean_reciprocal(part: Tensor) -> Tensor:
-    """Mean of 1 / part, which is nowhere 0, over some windows of each frame: (n,) float64."""
+    """Average 1 / part, which is nowhere 0, over some windows of each frame: (n,) float64."""
     windows = part.flatten(1)
     step = windows.shape[1] // SAMPLES | 1  # odd, so that it walks through all columns
     return windows[:, ::step].double().reciprocal().nanmean(1)
@@ -388,7 +388,7 @@ def _channel_first(frames: Tensor) -> Tensor:
 
 
 def _halved(planes: Tensor) -> Tensor:
-    """Averages of 2×2 of (n, channel, y, x), an odd side beginning with a zero: float64."""
+    """Average 2×2 of (n, channel, y, x), an odd side beginning with a zero: float64."""
     if has_kernel(planes):
         return torch.from_numpy(np.stack(in_threads(averages, planes.numpy())))
     y, x = planes.shape[2:]
@@ -396,16 +396,16 @@ def _halved(planes: Tensor) -> Tensor:
 
 
 def _halved_with_rest(planes: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """Do as :func:`_halved` with pairs of doubles."""
+    """Average 2×2 of pairs of doubles as :func:`_halved` does."""
     y, x = planes.shape[2:]
     padded = [F.pad(part / 4, (x % 2, 0, y % 2, 0)) for part in (planes, rest)]
     corners = [(padded[0][:, :, r::2, k::2], padded[1][:, :, r::2, k::2]) for r in (0, 1) for k in (0, 1)]
-    halved, left = functools.reduce(add, corners)
-    return halved.contiguous(), left.contiguous()
+    halved, remainder = functools.reduce(add, corners)
+    return halved.contiguous(), remainder.contiguous()
 
 
 def _moments(planes: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-    """Mean and variance in the windows of (n, channel, y, x) float64: in torch, with gradients."""
+    """Compute mean and variance in the windows of (n, channel, y, x) float64: in torch, with gradients."""
     if window == "uniform":
         mean, square = (F.avg_pool2d(values, TAPS[window], 1) for values in (planes, planes.square()))
         return mean, SAMPLE * (square - mean.square()).clamp(min=0)
@@ -542,21 +542,21 @@ def _uniform_columns(plane, r, sums, squares):  # type: ignore[no-untyped-def]
         first = plane[r, k] + plane[r + 1, k]
         second = plane[r + 2, k] + plane[r + 3, k]
         third = plane[r + 4, k] + plane[r + 5, k]
-        within = plane[r, k] - plane[r + 1, k]
-        square = within * within
-        within = plane[r + 2, k] - plane[r + 3, k]
-        square += within * within
-        within = plane[r + 4, k] - plane[r + 5, k]
-        square = (square + within * within) * _HALF
+        step = plane[r, k] - plane[r + 1, k]
+        square = step * step
+        step = plane[r + 2, k] - plane[r + 3, k]
+        square += step * step
+        step = plane[r + 4, k] - plane[r + 5, k]
+        square = (square + step * step) * _HALF
         total = first + second
-        apart = first - second
-        square += apart * apart * _QUARTER
-        apart = total - _TWO * third
+        difference = first - second
+        square += difference * difference * _QUARTER
+        difference = total - _TWO * third
         total += third
-        square += apart * apart * _TWELFTH
-        apart = total - _SIX * plane[r + 6, k]
+        square += difference * difference * _TWELFTH
+        difference = total - _SIX * plane[r + 6, k]
         sums[k] = total + plane[r + 6, k]
-        squares[k] = square + apart * apart * _42ND
+        squares[k] = square + difference * difference * _42ND
 
 
 @_compiled
@@ -566,20 +566,20 @@ def _uniform_windows(sums, squares, mean, variance):  # type: ignore[no-untyped-
         first = sums[k] + sums[k + 1]
         second = sums[k + 2] + sums[k + 3]
         third = sums[k + 4] + sums[k + 5]
-        within = sums[k] - sums[k + 1]
-        between = within * within
-        within = sums[k + 2] - sums[k + 3]
-        between += within * within
-        within = sums[k + 4] - sums[k + 5]
-        square = (between + within * within) * _14TH
+        step = sums[k] - sums[k + 1]
+        steps = step * step
+        step = sums[k + 2] - sums[k + 3]
+        steps += step * step
+        step = sums[k + 4] - sums[k + 5]
+        square = (steps + step * step) * _14TH
         total = first + second
-        apart = first - second
-        square += apart * apart * _28TH
-        apart = total - _TWO * third
+        difference = first - second
+        square += difference * difference * _28TH
+        difference = total - _TWO * third
         total += third
-        square += apart * apart * _84TH
-        apart = total - _SIX * sums[k + 6]
-        square += apart * apart * _294TH
+        square += difference * difference * _84TH
+        difference = total - _SIX * sums[k + 6]
+        square += difference * difference * _294TH
         for q in range(7):
             square += squares[k + q]
         mean[k] = (total + sums[k + 6]) * _49TH
@@ -594,16 +594,16 @@ def _gaussian_columns(plane, r, mean, variance):  # type: ignore[no-untyped-def]
     and the squares of these to (s² + t²) / 2.
     """
     for k in range(mean.shape[0]):
-        twice = plane[r + 5, k] + plane[r + 5, k]
-        s, t = plane[r + 4, k] + plane[r + 6, k] - twice, plane[r + 4, k] - plane[r + 6, k]
+        double = plane[r + 5, k] + plane[r + 5, k]
+        s, t = plane[r + 4, k] + plane[r + 6, k] - double, plane[r + 4, k] - plane[r + 6, k]
         offset, square = _W1 * s, _H1 * (s * s + t * t)
-        s, t = plane[r + 3, k] + plane[r + 7, k] - twice, plane[r + 3, k] - plane[r + 7, k]
+        s, t = plane[r + 3, k] + plane[r + 7, k] - double, plane[r + 3, k] - plane[r + 7, k]
         offset, square = offset + _W2 * s, square + _H2 * (s * s + t * t)
-        s, t = plane[r + 2, k] + plane[r + 8, k] - twice, plane[r + 2, k] - plane[r + 8, k]
+        s, t = plane[r + 2, k] + plane[r + 8, k] - double, plane[r + 2, k] - plane[r + 8, k]
         offset, square = offset + _W3 * s, square + _H3 * (s * s + t * t)
-        s, t = plane[r + 1, k] + plane[r + 9, k] - twice, plane[r + 1, k] - plane[r + 9, k]
+        s, t = plane[r + 1, k] + plane[r + 9, k] - double, plane[r + 1, k] - plane[r + 9, k]
         offset, square = offset + _W4 * s, square + _H4 * (s * s + t * t)
-        s, t = plane[r, k] + plane[r + 10, k] - twice, plane[r, k] - plane[r + 10, k]
+        s, t = plane[r, k] + plane[r + 10, k] - double, plane[r, k] - plane[r + 10, k]
         offset, square = offset + _W5 * s, square + _H5 * (s * s + t * t)
         mean[k] = plane[r + 5, k] + offset
         variance[k] = square - offset * offset
@@ -613,16 +613,16 @@ def _gaussian_columns(plane, r, mean, variance):  # type: ignore[no-untyped-def]
 def _gaussian_windows(m, v, mean, variance):  # type: ignore[no-untyped-def]
     """Merge eleven columns likewise, and add the variance within each."""
     for k in range(mean.shape[0]):
-        twice = m[k + 5] + m[k + 5]
-        s, t = m[k + 4] + m[k + 6] - twice, m[k + 4] - m[k + 6]
+        double = m[k + 5] + m[k + 5]
+        s, t = m[k + 4] + m[k + 6] - double, m[k + 4] - m[k + 6]
         offset, square = _W1 * s, _H1 * (s * s + t * t) + _W1 * (v[k + 4] + v[k + 6])
-        s, t = m[k + 3] + m[k + 7] - twice, m[k + 3] - m[k + 7]
+        s, t = m[k + 3] + m[k + 7] - double, m[k + 3] - m[k + 7]
         offset, square = offset + _W2 * s, square + _H2 * (s * s + t * t) + _W2 * (v[k + 3] + v[k + 7])
-        s, t = m[k + 2] + m[k + 8] - twice, m[k + 2] - m[k + 8]
+        s, t = m[k + 2] + m[k + 8] - double, m[k + 2] - m[k + 8]
         offset, square = offset + _W3 * s, square + _H3 * (s * s + t * t) + _W3 * (v[k + 2] + v[k + 8])
-        s, t = m[k + 1] + m[k + 9] - twice, m[k + 1] - m[k + 9]
+        s, t = m[k + 1] + m[k + 9] - double, m[k + 1] - m[k + 9]
         offset, square = offset + _W4 * s, square + _H4 * (s * s + t * t) + _W4 * (v[k + 1] + v[k + 9])
-        s, t = m[k] + m[k + 10] - twice, m[k] - m[k + 10]
+        s, t = m[k] + m[k + 10] - double, m[k] - m[k + 10]
         offset, square = offset + _W5 * s, square + _H5 * (s * s + t * t) + _W5 * (v[k] + v[k + 10])
         mean[k] = m[k + 5] + offset
         variance[k] = square + _W0 * v[k + 5] - offset * offset
@@ -639,8 +639,8 @@ def _gaussian_windows_in_double(plane, r, mean, variance):  # type: ignore[no-un
         square = 0.0
         for q in range(11):
             for p in range(11):
-                apart = plane[r + q, k + p] - average
-                square += _BELL[abs(q - 5)] * _BELL[abs(p - 5)] * apart * apart
+                deviation = plane[r + q, k + p] - average
+                square += _BELL[abs(q - 5)] * _BELL[abs(p - 5)] * deviation * deviation
         mean[k] = average
         variance[k] = square
 
@@ -657,8 +657,8 @@ def _uniform_windows_in_double(plane, r, mean, variance):  # type: ignore[no-unt
         square = 0.0
         for q in range(7):
             for p in range(7):
-                apart = plane[r + q, k + p] - average
-                square += apart * apart
+                deviation = plane[r + q, k + p] - average
+                square += deviation * deviation
         mean[k] = average
         variance[k] = square / 48
 

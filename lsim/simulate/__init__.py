@@ -83,7 +83,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 class UnknownRecipeError(KeyError):
-    """There is no recipe of this name; the message suggests similar ones."""
+    """Name of no recipe; the message suggests similar ones."""
 
     def __str__(self) -> str:
         return str(self.args[0])

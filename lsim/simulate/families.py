@@ -150,8 +150,8 @@ def draw_family(recipe: Recipe, number: int, seed: int, attempt: int = 0) -> _Dr
     reference = recipe.draw(generator)
     varied = sorted(recipe.variations)[generator.integers(len(recipe.variations))]
     variation = recipe.variations[varied]
-    upwards = not variation.both_ways or generator.uniform() < 0.5
-    step = variation.step if upwards else -variation.step
+    is_upward = not variation.both_ways or generator.uniform() < 0.5
+    step = variation.step if is_upward else -variation.step
     if variation.relative:
         step *= abs(float(reference[varied]))
     frames = {name: np.repeat(value[None], FRAMES, axis=0) for name, value in reference.items()}
@@ -217,9 +217,9 @@ def _record(draw: _Draw, seed: int, discarded: Counter[str]) -> FamilyRecord:
 @contextlib.contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
     """Set torch's number of threads within a context; small transforms are slower on several."""
-    before = torch.get_num_threads()
+    thread_count = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(thread_count)

@@ -70,7 +70,7 @@ class Box:
         centres = ((k + 0.5) / n).astype(dtype)
         self.y, self.x = centres[:, None], centres[None, :]
 
-    def still(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    def velocity_at_rest(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the velocity (u, v) of a fluid at rest."""
         n = self.n
         return np.zeros((rows, n, n + 1), self.dtype), np.zeros((rows, n + 1, n), self.dtype)
@@ -176,8 +176,8 @@ def as_fields(
 ) -> dict[str, Tensor]:
     """Convert scalars to images (…, 1) and the velocity to images (…, x y 0), with y downwards."""
     images = {name: as_images(values, size)[..., None] for name, values in scalars.items()}
-    along = [as_images(component, size) for component in box.centred(u, v)]
-    images["velocity"] = np.stack([*along, np.zeros_like(along[0])], axis=-1)
+    components = [as_images(component, size) for component in box.centred(u, v)]
+    images["velocity"] = np.stack([*components, np.zeros_like(components[0])], axis=-1)
     return {name: torch.from_numpy(np.ascontiguousarray(image)) for name, image in images.items()}
 
 
@@ -260,8 +260,8 @@ def _maccormack(field, u, v, cells, offset_y, offset_x):  # type: ignore[no-unty
         for i in range(rows):
             for j in range(columns):
                 y, x = _trace(u[b], v[b], i + offset_y, j + offset_x, -cells)
-                back = _sample(forward, y - offset_y, x - offset_x)[0]
-                corrected = forward[i, j] + half * (field[b, i, j] - back)
+                backward = _sample(forward, y - offset_y, x - offset_x)[0]
+                corrected = forward[i, j] + half * (field[b, i, j] - backward)
                 out[b, i, j] = min(max(corrected, low[i, j]), high[i, j])
     return out
 

@@ -60,10 +60,10 @@ class PeriodicGrid:
         points = torch.arange(size, dtype=exact) / size
         both_signs = 2 * math.pi * torch.fft.fftfreq(size, 1 / size, dtype=exact)
         one_sign = 2 * math.pi * torch.fft.rfftfreq(size, 1 / size, dtype=exact)
-        wavenumbers = [_along(one_sign if axis == -1 else both_signs, axis) for axis in self._axes]
+        wavenumbers = [_reshape_along(one_sign if axis == -1 else both_signs, axis) for axis in self._axes]
         nyquist = math.pi * size
 
-        self.coordinates = tuple(_along(points, axis).to(device, dtype) for axis in self._axes)
+        self.coordinates = tuple(_reshape_along(points, axis).to(device, dtype) for axis in self._axes)
         self.wavenumbers = tuple(k.to(device, dtype) for k in wavenumbers)
         self.laplacian = -sum((k * k for k in wavenumbers), torch.zeros((), dtype=exact)).to(device, dtype)
         inside = torch.ones((), dtype=torch.bool)
@@ -153,7 +153,7 @@ def pad(spectrum: Tensor, grid: PeriodicGrid) -> Tensor:
     return out * (m / n) ** 2
 
 
-def _along(values: Tensor, axis: int) -> Tensor:
+def _reshape_along(values: Tensor, axis: int) -> Tensor:
     """Reshape (n,) to broadcast along ``axis`` (−1: (n,), −2: (n, 1), …)."""
     return values.reshape(-1, *(1,) * (-axis - 1))
 

@@ -58,10 +58,10 @@ def frame_names(recipe: Recipe, format: Format) -> list[str]:
     return [f"{recipe.folder}{index:02d}.{format}" for index in range(FRAMES)]
 
 
-def is_complete(folder: Path, expected: dict[str, Any]) -> bool:
-    """Return True if a folder has the ``expected`` :func:`settings`, and every file its full length."""
+def is_complete(folder: Path, settings: dict[str, Any]) -> bool:
+    """Return True if a folder has the ``settings`` :func:`settings`, and every file its full length."""
     record = read_record(folder)
-    if record is None or record.get("settings") != expected:
+    if record is None or record.get("settings") != settings:
         return False
     files: dict[str, int] = record["bytes"]
     return all(_length(folder / name) == length for name, length in files.items())
@@ -100,18 +100,18 @@ def write_family(
             "move it away or choose another output folder"
         )
     partial = folder.with_name(f".{folder.name}.partial")
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    for leftover in (partial, replaced):
+    old_folder = folder.with_name(f".{folder.name}.replaced")
+    for leftover in (partial, old_folder):
         if leftover.exists():
             shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     try:
         _write_files(partial, recipe, frames, record, settings)
         if folder.exists():
-            folder.rename(replaced)
+            folder.rename(old_folder)
         partial.rename(folder)
     finally:
-        for leftover in (partial, replaced):
+        for leftover in (partial, old_folder):
             if leftover.exists():
                 shutil.rmtree(leftover)
 

@@ -84,7 +84,7 @@ def solve(
     g_x, g_y, noise = (p[name][:, None, None] for name in ("gravity_x", "gravity_y", "noise"))
 
     dt = DURATION / STEPS
-    u, v = box.still(rows)
+    u, v = box.velocity_at_rest(rows)
     amount = phase.sum(axis=(1, 2), dtype=np.float64)
     for _ in range(STEPS):
         phase = sharpen(box.advect_scalar(phase, u, v, dt))
@@ -152,18 +152,18 @@ def sharpen(phase):  # type: ignore[no-untyped-def]
                 if j + 1 < m:  # flux through the face to the right, between (i, j) and (i, j + 1)
                     slope = right - c[i, j]
                     up_r, down_r = c[min(i + 1, n - 1), j + 1], c[max(i - 1, 0), j + 1]
-                    across = kind(0.25) * (up + up_r - down - down_r)
+                    tangential = kind(0.25) * (up + up_r - down - down_r)
                     mean = kind(0.5) * (right + c[i, j])
-                    normal = slope / np.sqrt(slope * slope + across * across + tiny)
+                    normal = slope / np.sqrt(slope * slope + tangential * tangential + tiny)
                     flux = step * (epsilon * slope - mean * (kind(1) - mean) * normal)
                     out[b, i, j] += flux
                     out[b, i, j + 1] -= flux
                 if i + 1 < n:
                     slope = up - c[i, j]
                     right_u, left_u = c[i + 1, min(j + 1, m - 1)], c[i + 1, max(j - 1, 0)]
-                    across = kind(0.25) * (right + right_u - left - left_u)
+                    tangential = kind(0.25) * (right + right_u - left - left_u)
                     mean = kind(0.5) * (up + c[i, j])
-                    normal = slope / np.sqrt(slope * slope + across * across + tiny)
+                    normal = slope / np.sqrt(slope * slope + tangential * tangential + tiny)
                     flux = step * (epsilon * slope - mean * (kind(1) - mean) * normal)
                     out[b, i, j] += flux
                     out[b, i + 1, j] -= flux

@@ -74,7 +74,7 @@ def solve(
     b_x, b_y, wind, noise = (p[name][:, None, None] for name in ("buoyancy_x", "buoyancy_y", "wind", "noise"))
 
     dt = DURATION / STEPS
-    u, v = box.still(rows)
+    u, v = box.velocity_at_rest(rows)
     density = np.zeros((rows, box.n, box.n), precision)
     potential = density
     for _ in range(STEPS):

@@ -148,7 +148,7 @@ def select_evenly(source: SequenceSource, maximum: int | None) -> SequenceSource
     return Subset(source, [k * count // maximum for k in range(maximum)])
 
 
-def select_usable(source: SequenceSource, skipped: SkippedSequences) -> SequenceSource:
+def select_usable(source: SequenceSource, omissions: SkippedSequences) -> SequenceSource:
     """Select the sequences that can be learned from, and skip the others.
 
     Raises
@@ -161,7 +161,7 @@ def select_usable(source: SequenceSource, skipped: SkippedSequences) -> Sequence
         try:
             read_checked(source, index)
         except SequenceError as error:
-            skipped.add(name, str(error))
+            omissions.add(name, str(error))
         else:
             usable.append(index)
     if not usable:
@@ -173,7 +173,7 @@ def calibration_frames(
     source: SequenceSource,
     settings: TrainingSettings,
     device: torch.device,
-    skipped: SkippedSequences,
+    omissions: SkippedSequences,
 ) -> Iterator[Tensor]:
     """Yield the frames of each sequence once, augmented as in training: (n, 3, size, size)."""
     augment = settings.augmentation
@@ -182,6 +182,6 @@ def calibration_frames(
         try:
             frames = read_checked(source, index).frames
         except SequenceError as error:
-            skipped.add(name, str(error))
+            omissions.add(name, str(error))
             continue
         yield planes(augment.scale(augment.vary(frames, rng)), device)

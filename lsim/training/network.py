@@ -78,16 +78,16 @@ class DistanceNetwork(nn.Module):
                     {name: published[published_name] for name, published_name in published_names.items()}
                 )
                 return
-        loaded = load_checkpoint(path, type(self.trunk))
-        self.trunk.load_state_dict(dict(loaded.trunk))
+        checkpoint = load_checkpoint(path, type(self.trunk))
+        self.trunk.load_state_dict(dict(checkpoint.trunk))
         with torch.no_grad():
-            for parameter, weight in zip(self.channel_weights, loaded.channel_weights, strict=True):
+            for parameter, weight in zip(self.channel_weights, checkpoint.channel_weights, strict=True):
                 parameter.copy_(weight)
-        for k, squares in enumerate(loaded.deviation_squares):
+        for k, squares in enumerate(checkpoint.deviation_squares):
             shape = self.get_buffer(f"deviation_squares_{k}").shape
             # Maps of a run at another frame size are resized, as by the metric.
             self.get_buffer(f"deviation_squares_{k}").copy_(resized_map(squares, tuple(shape)))
-        self.counts = loaded.counts[0]
+        self.counts = checkpoint.counts[0]
 
     def features(self, frames: Tensor) -> list[Tensor]:
         """Compute feature maps (n, y', x', channel) of frames (n, 3, y, x) in [0, 255]."""
@@ -288,10 +288,10 @@ class PairNetwork(nn.Module):
         return distances
 
     def clamp_weights(self) -> None:
-        """Do nothing: it has no channel weights."""
+        """Ignore the call: it has no channel weights."""
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Do nothing: it has no deviation maps."""
+        """Ignore the call: it has no deviation maps."""
 
     def checkpoint(self) -> Checkpoint:
         """Return the weights in the form that :func:`lsim.weights.save_checkpoint` expects."""

@@ -116,7 +116,7 @@ def save_state(folder: Path, state: RunState) -> None:
 
 
 def load_state(
-    folder: Path, description: RunDescription, about: Mapping[str, str], device: torch.device
+    folder: Path, description: RunDescription, origin: Mapping[str, str], device: torch.device
 ) -> RunState | None:
     """Load the state of a stopped run, or None where there is none.
 
@@ -125,8 +125,8 @@ def load_state(
     folder : Path
     description : RunDescription
         Expected identity of the run.
-    about : mapping of str to str
-        Replacement for the ``about`` of states of earlier versions, which lack it.
+    origin : mapping of str to str
+        Replacement for the ``origin`` of states of earlier versions, which lack it.
     device : torch.device
 
     Raises
@@ -140,7 +140,7 @@ def load_state(
     stored: dict[str, Any] = torch.load(path, weights_only=True, map_location=device)
     _check_same_run(path, stored["described"], description)
     names = [entry.name for entry in fields(RunProgress)]
-    progress = {"about": dict(about)} | {name: stored[name] for name in names if name in stored}
+    progress = {"about": dict(origin)} | {name: stored[name] for name in names if name in stored}
     return RunState(
         RunProgress(**progress),
         description,
@@ -152,11 +152,11 @@ def load_state(
 
 
 def _check_same_run(path: Path, stored: RunDescription, description: RunDescription) -> None:
-    before, current = stored["settings"], json.loads(json.dumps(description["settings"]))
+    old, current = stored["settings"], json.loads(json.dumps(description["settings"]))
     differences = [
-        f"{key}: {before.get(key)!r} then, {value!r} now"
+        f"{key}: {old.get(key)!r} then, {value!r} now"
         for key, value in current.items()
-        if key not in MAY_CHANGE and before.get(key) != value
+        if key not in MAY_CHANGE and old.get(key) != value
     ]
     for side, names_before, names_now in (
         ("training", stored["training"], description["training"]),
@@ -172,7 +172,7 @@ def _check_same_run(path: Path, stored: RunDescription, description: RunDescript
 
 
 def describe_origin(
-    settings: TrainingSettings, step: int, names: Sequence[str], skipped: Iterable[str]
+    settings: TrainingSettings, step: int, names: Sequence[str], omissions: Iterable[str]
 ) -> dict[str, str]:
     """Describe in the metadata of weights how they were trained."""
     datasets = Counter(name.split("/")[0] for name in names)
@@ -180,7 +180,7 @@ def describe_origin(
         "trained_by": f"lsim train, lsim {version('lsim')}, torch {torch.__version__}",
         "settings": json.dumps(asdict(settings)),
         "sequences": json.dumps(datasets),
-        "skipped": json.dumps(sorted(skipped)),
+        "skipped": json.dumps(sorted(omissions)),
         "steps": str(step),
     }
 

@@ -113,8 +113,8 @@ class TrainingSettings:
         """Reject values that are out of range or contradict each other."""
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
-                allowed = ", ".join(map(repr, get_args(hint)))
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+                choices = ", ".join(map(repr, get_args(hint)))
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         for name, minimum in (
             ("epochs", 1),
             ("batch", 1),

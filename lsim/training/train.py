@@ -182,14 +182,14 @@ class Run:
         self._summary_writer = find_summary_writer() if settings.tensorboard and processes.is_first else None
         self.training, held_out = hold_out(source, settings.held_out)
         self.names = list(self.training.names)
-        self.skipped = SkippedSequences(settings.bad_sequences, len(self.names) + len(held_out.names))
+        self.omissions = SkippedSequences(settings.bad_sequences, len(self.names) + len(held_out.names))
         validation = select_evenly(held_out, settings.validation_sequences)
         self.description: RunDescription = {
             "settings": asdict(settings),
             "training": self.names,
             "validation": list(validation.names),
         }
-        self.validation = select_usable(validation, self.skipped)
+        self.validation = select_usable(validation, self.omissions)
         self.steps_per_epoch = math.ceil(len(self.names) / settings.batch)
         self.last_step = settings.epochs * self.steps_per_epoch
         torch.manual_seed(settings.seed)  # of the first weights
@@ -212,19 +212,19 @@ class Run:
 
     # ---- begin or resume
 
-    def begin(self, about: Mapping[str, str]) -> None:
+    def begin(self, origin: Mapping[str, str]) -> None:
         """Calibrate the network, and record it and its validation before the first step.
 
         Parameters
         ----------
-        about : mapping of str to str
+        origin : mapping of str to str
             Additions to the metadata of the weights.
         """
         device, settings = self.processes.device, self.settings
         if not self.network.counts:  # initial weights bring their deviation maps
             calibration = select_evenly(self.training, settings.calibration_sequences)
-            self.network.calibrate(calibration_frames(calibration, settings, device, self.skipped))
-        self.state = RunProgress(about=dict(about))
+            self.network.calibrate(calibration_frames(calibration, settings, device, self.omissions))
+        self.state = RunProgress(about=dict(origin))
         if self.processes.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._save_weights(UNTRAINED, self.network)
@@ -235,12 +235,12 @@ class Run:
             )
         self._open(None)
 
-    def resume(self, about: Mapping[str, str]) -> bool:
+    def resume(self, origin: Mapping[str, str]) -> bool:
         """Continue from ``state.pt``; return False where there is none.
 
         Parameters
         ----------
-        about : mapping of str to str
+        origin : mapping of str to str
             Additions to the metadata of the weights, if the state has none.
 
         Raises
@@ -248,14 +248,14 @@ class Run:
         ValueError
             When the folder holds a run with other settings or sequences.
         """
-        saved = load_state(self.folder, self.description, about, self.processes.device)
-        if saved is None:
+        stored = load_state(self.folder, self.description, origin, self.processes.device)
+        if stored is None:
             return False
-        self.state = saved.progress
-        self.skipped.reasons.update(saved.skipped)
-        self.network.load_state_dict(saved.network)
-        self.optimiser.load_state_dict(saved.optimiser)
-        self._open(saved.average)
+        self.state = stored.progress
+        self.omissions.reasons.update(stored.skipped)
+        self.network.load_state_dict(stored.network)
+        self.optimiser.load_state_dict(stored.optimiser)
+        self._open(stored.average)
         return True
 
     def _open(self, average: dict[str, Any] | None) -> None:
@@ -284,15 +284,15 @@ class Run:
         deadline : float
             In the time of :func:`time.monotonic`.
         """
-        stopped = "epochs"
+        reason = "epochs"
         self._last_save = time.monotonic()
         while self.state.step < self.last_step:
             if self._is_patience_exhausted():
-                stopped = "patience"
+                reason = "patience"
                 break
             out_of_time = self.train_epoch(deadline)
             if out_of_time and self.state.step < self.last_step:
-                stopped = "minutes"
+                reason = "minutes"
                 break
         if self.log is not None:
             self.log.close()
@@ -302,8 +302,8 @@ class Run:
             steps=self.state.step,
             best=self.state.best,
             history=self.state.history,
-            stopped=stopped,
-            skipped=self.skipped.reasons,
+            stopped=reason,
+            skipped=self.omissions.reasons,
         )
 
     def _is_patience_exhausted(self) -> bool:
@@ -321,7 +321,7 @@ class Run:
         bool
             True if the deadline came first, or with the last step.
         """
-        started, out_of_time = time.monotonic(), False
+        start, out_of_time = time.monotonic(), False
         epoch, position = divmod(self.state.step, self.steps_per_epoch)
         order = np.random.default_rng((self.settings.seed, 1, epoch)).permutation(len(self.names))
         batches = np.split(order, range(self.settings.batch, len(order), self.settings.batch))[position:]
@@ -336,7 +336,7 @@ class Run:
             if out_of_time:
                 break
         if self.state.step % self.steps_per_epoch == 0 and self.processes.is_first:
-            self.end_epoch(epoch + 1, started)
+            self.end_epoch(epoch + 1, start)
         self.save()
         return out_of_time
 
@@ -395,16 +395,16 @@ class Run:
             if isinstance(error, SequenceError)
         }
         for name, reason in self.processes.merge(unusable).items():
-            self.skipped.add(name, reason)
+            self.omissions.add(name, reason)
 
-    def end_epoch(self, epoch: int, started: float) -> None:
+    def end_epoch(self, epoch: int, start: float) -> None:
         """Validate, add a row to the history, and save the weights if they are the best.
 
         Parameters
         ----------
         epoch : int
             Number of the epoch, from 1.
-        started : float
+        start : float
             Its start in the time of :func:`time.monotonic`.
         """
         state = self.state
@@ -414,7 +414,7 @@ class Run:
         row |= dict(zip(TERMS, means.tolist(), strict=True))
         row |= validate(self.result_network, self.validation, self.settings, self.processes.device)
         row |= {"untrained": state.untrained["spearman"], "l2": state.l2["spearman"]}
-        row["seconds"] = time.monotonic() - started
+        row["seconds"] = time.monotonic() - start
         state.history.append(row)
         self.announce(f"epoch {epoch}: {_format_row(row)}")
         self._log("validation", row)
@@ -434,17 +434,17 @@ class Run:
         state = RunState(
             progress=self.state,
             description=self.description,
-            skipped=self.skipped.reasons,
+            skipped=self.omissions.reasons,
             network=self.network.state_dict(),
             optimiser=self.optimiser.state_dict(),
             average=average,
         )
         save_state(self.folder, state)
 
-    def _save_weights(self, file: str, network: Network, **measured: str) -> None:
+    def _save_weights(self, file: str, network: Network, **extra: str) -> None:
         """Write weights with their origin and further metadata."""
-        origin = describe_origin(self.settings, self.state.step, self.names, self.skipped.reasons)
-        metadata = {**self.state.about, **origin, **measured}
+        origin = describe_origin(self.settings, self.state.step, self.names, self.omissions.reasons)
+        metadata = {**self.state.about, **origin, **extra}
         save_checkpoint(self.folder / file, network.checkpoint(), self.settings.trunk, metadata)
 
     def _log(self, group: str, values: Mapping[str, float]) -> None:

@@ -38,7 +38,7 @@ def check(
         ),
     ] = None,
     metrics: Metrics = "all",
-    own: OwnMetrics = None,
+    references: OwnMetrics = None,
     option: Options = None,
     weights: WeightsOption = None,
     workers: Workers = None,
@@ -47,7 +47,7 @@ def check(
     from pipeline.cluster_check import check_cluster
     from pipeline.workers.profiles import load_profile
 
-    settings = read_settings(metric_names(metrics, own), option, weights)
+    settings = read_settings(metric_names(metrics, references), option, weights)
     report = check_cluster(load_profile(profile, workers), settings, folder=folder, frames=frames)
     show_cluster(report)
     if report.errors:

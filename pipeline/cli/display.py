@@ -104,9 +104,9 @@ def stage(cluster: Any) -> Callable[[str], contextlib.AbstractContextManager[Cal
         with Progress(*columns, console=console) as bars:
             bar = bars.add_task(title, total=None, dashboard="")
 
-            def show(done: int, total: int) -> None:
+            def show(count: int, total: int) -> None:
                 dashboard = getattr(cluster, "dashboard", None) or ""
-                bars.update(bar, completed=done, total=total, dashboard=dashboard)
+                bars.update(bar, completed=count, total=total, dashboard=dashboard)
 
             yield show
             # A stage without steps ends with a full bar, too.
@@ -126,8 +126,8 @@ def _warn(text: str) -> None:
     console.print(text, style="yellow", markup=False, soft_wrap=True)
 
 
-def show_simulation(report: Any, hardness: dict[str, float], measured: int) -> None:
-    """Show the numbers of simulated and discarded families, and their hardness over ``measured`` families."""
+def show_simulation(report: Any, hardness: dict[str, float], sample_size: int) -> None:
+    """Show the numbers of simulated and discarded families, and their hardness over a sample."""
     if report.made:
         rate = 60 * len(report.made) / max(report.seconds, 1e-9)
         output.print(
@@ -136,15 +136,15 @@ def show_simulation(report: Any, hardness: dict[str, float], measured: int) -> N
             markup=False,
         )
     elif not report.unusable:
-        written = report.conversion is not None and report.conversion.changed
-        state = "no families to make" if written else "nothing to do"
+        is_written = report.conversion is not None and report.conversion.changed
+        state = "no families to make" if is_written else "nothing to do"
         output.print(f"{state}: {len(report.present)} families are there", markup=False)
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(report.discarded.items()))
     output.print(f"draws discarded: {reasons or 'none'}", markup=False)
     if hardness:
         figures = ", ".join(f"{name} {value:.2f}" for name, value in hardness.items())
         output.print(
-            f"hardness (Spearman correlation of the mean squared error, {measured} families): {figures}",
+            f"hardness (Spearman correlation of the mean squared error, {sample_size} families): {figures}",
             markup=False,
         )
     if report.others:
@@ -215,9 +215,11 @@ def show_distances(report: Any) -> None:
         output.print(f"nothing to do: {report.up_to_date} distance matrices are up to date")
     if report.sizes:
         lengths = {str(size.sequences) for size in report.sizes.values()}
-        measured = [size.seconds for size in report.sizes.values() if size.seconds is not None]
-        took = f", {max(measured):.2g} s each at most, as measured on one sequence" if measured else ""
-        console.print(f"sequences per block of new fields: {' or '.join(sorted(lengths, key=int))}{took}")
+        block_seconds = [size.seconds for size in report.sizes.values() if size.seconds is not None]
+        duration = (
+            f", {max(block_seconds):.2g} s each at most, as measured on one sequence" if block_seconds else ""
+        )
+        console.print(f"sequences per block of new fields: {' or '.join(sorted(lengths, key=int))}{duration}")
     if report.symmetrised:
         console.print(
             f"not symmetric, stored as ½ (d(a, b) + d(b, a)): {', '.join(report.symmetrised)}", markup=False
@@ -350,8 +352,8 @@ def show_ranking(report: RankingReport) -> None:
 
 def _shortened(entries: Sequence[object]) -> str:
     """List the first few entries, and count the others."""
-    more = f" and {len(entries) - SHOWN} more" if len(entries) > SHOWN else ""
-    return ", ".join(map(str, entries[:SHOWN])) + more
+    suffix = f" and {len(entries) - SHOWN} more" if len(entries) > SHOWN else ""
+    return ", ".join(map(str, entries[:SHOWN])) + suffix
 
 
 def show_neighbours(neighbours: Neighbours, *, as_json: bool) -> None:
@@ -428,14 +430,14 @@ def _without_nan(value: Any) -> Any:
 
 def show_verified(report: Any) -> None:
     """Show how much of a store was checked, and each damage with its chunk."""
-    counted = {"frames": "sequences", "distances": "matrices", "matrix": "tiles"}.get(report.kind, "records")
+    unit = {"frames": "sequences", "distances": "matrices", "matrix": "tiles"}.get(report.kind, "records")
     state = "whole" if report.whole else f"{len(report.damages)} damaged"
-    output.print(f"{report.kind}: {report.chunks} chunks read, {report.compared} {counted} compared: {state}")
+    output.print(f"{report.kind}: {report.chunks} chunks read, {report.compared} {unit} compared: {state}")
     if report.unfinished:
-        console.print(f"{report.unfinished} {counted} are missing: a run was stopped, or left them out")
+        console.print(f"{report.unfinished} {unit} are missing: a run was stopped, or left them out")
     for damage in report.damages:
-        where = "/".join(filter(None, (damage.group, damage.array, damage.chunk)))
-        output.print(f"damaged: {where} ({damage.what}): {damage.reason}", style="red", markup=False)
+        location = "/".join(filter(None, (damage.group, damage.array, damage.chunk)))
+        output.print(f"damaged: {location} ({damage.what}): {damage.reason}", style="red", markup=False)
 
 
 def show_damaged(damaged: Sequence[str]) -> None:
@@ -443,8 +445,10 @@ def show_damaged(damaged: Sequence[str]) -> None:
     for text in damaged[:SHOWN]:
         console.print(f"left out: {text}", style="red", markup=False, soft_wrap=True)
     if damaged:
-        more = f"{len(damaged) - SHOWN} more are left out; " if len(damaged) > SHOWN else ""
-        console.print(f"{more}'lsim verify' lists all; 'lsim verify --repair' lets the next run replace them")
+        remainder = f"{len(damaged) - SHOWN} more are left out; " if len(damaged) > SHOWN else ""
+        console.print(
+            f"{remainder}'lsim verify' lists all; 'lsim verify --repair' lets the next run replace them"
+        )
 
 
 def show_correlations(report: CorrelationReport) -> None:
@@ -479,9 +483,9 @@ def show_cluster(report: Any) -> None:
         add_row(table, worker.name, worker.host, str(worker.threads), worker.device, f"{worker.load_s:.1f} s")
     output.print(table)
     tls = {True: "TLS", False: "no TLS", None: "no processes of its own"}[report.cluster.get("tls")]
-    expected = f" of {report.expected} requested" if len(report.workers) < report.expected else ""
+    request = f" of {report.expected} requested" if len(report.workers) < report.expected else ""
     output.print(
-        f"{len(report.workers)} worker(s){expected}, {report.threads} thread(s), "
+        f"{len(report.workers)} worker(s){request}, {report.threads} thread(s), "
         f"after {report.start_s:.1f} s; {tls}",
         markup=False,
     )
@@ -490,8 +494,8 @@ def show_cluster(report: Any) -> None:
         versions = ", ".join(f"{name} {version}" for name, version in worker.versions.items())
         by_versions.setdefault(versions, []).append(worker.name)
     for versions, names in by_versions.items():
-        which = "all workers" if len(by_versions) == 1 else f"workers {', '.join(names)}"
-        output.print(f"{which}: {versions}", markup=False)
+        label = "all workers" if len(by_versions) == 1 else f"workers {', '.join(names)}"
+        output.print(f"{label}: {versions}", markup=False)
     for line in report.warnings:
         _warn(f"differs: {line}")
     for line in report.errors:

@@ -37,7 +37,7 @@ def distances(
     ],
     out: Annotated[str, typer.Option(help="Store to create or update; a path or an s3:// or gs:// address.")],
     metrics: Metrics = "all",
-    own: OwnMetrics = None,
+    references: OwnMetrics = None,
     option: Options = None,
     mask: MaskOption = None,
     precision: PrecisionOption = None,
@@ -83,7 +83,7 @@ def distances(
         "pixel_weights": pixel_weights,
     }
     stage_settings |= parse_mask_and_precision(mask, precision)
-    settings = read_settings(metric_names(metrics, own), option, weights, stage_settings)
+    settings = read_settings(metric_names(metrics, references), option, weights, stage_settings)
     with Cluster(load_profile(cluster, workers)) as pool, stage(pool)("distances") as show:
         report = compute_distances(frames, out, settings, cluster=pool, progress=show)
     show_distances(report)

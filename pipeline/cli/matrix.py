@@ -50,7 +50,7 @@ def matrix(
     ],
     out: Annotated[str, typer.Option(help="Store to create or update; a path or an s3:// or gs:// address.")],
     metrics: Metrics = "all",
-    own: OwnMetrics = None,
+    references: OwnMetrics = None,
     option: Options = None,
     mask: MaskOption = None,
     precision: PrecisionOption = None,
@@ -96,7 +96,7 @@ def matrix(
         "pixel_weights": pixel_weights,
     }
     stage_settings |= parse_mask_and_precision(mask, precision)
-    settings = read_settings(metric_names(metrics, own), option, weights, stage_settings)
+    settings = read_settings(metric_names(metrics, references), option, weights, stage_settings)
     request = _matrix_request(groups, together, tile, memory)
     profile = shared_memory_profile(load_profile(cluster, workers))
     with Cluster(profile) as pool, stage(pool)("matrix") as show:

@@ -154,15 +154,15 @@ def split_list(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
-def metric_names(names: Any, own: list[str] | None = None) -> Any:
+def metric_names(names: Any, references: list[str] | None = None) -> Any:
     """Read names of metrics, or ``"all"``, and add references to custom metrics."""
     if isinstance(names, str) and names != "all":
         names = split_list(names)
-    if not own:
+    if not references:
         return names if names == "all" else tuple(names)
-    if wrong := [name for name in own if ":" not in name]:
+    if wrong := [name for name in references if ":" not in name]:
         raise typer.BadParameter(f"--metric {wrong[0]!r}: expected MODULE:CLASS; give names to --metrics")
-    return (*(["all"] if names == "all" else names), *own)
+    return (*(["all"] if names == "all" else names), *references)
 
 
 def make_importable(metrics: Any, *folders: Path) -> None:

@@ -134,15 +134,15 @@ def _explain(error: Exception) -> int | None:
         return int(error.exit_code)
     if isinstance(error, pydantic.ValidationError):
         for fault in error.errors():
-            where = ".".join(map(str, fault["loc"]))
+            location = ".".join(map(str, fault["loc"]))
             console.print(
-                f"error: {where}: {fault['msg']}, got {fault['input']!r}", style="red", markup=False
+                f"error: {location}: {fault['msg']}, got {fault['input']!r}", style="red", markup=False
             )
         return 2
     # Errors of catalogs, schemas, correlations and workflows are kinds of ValueError.
-    expected = (UnknownMetricError, WeightsError, ClusterError, ConversionError, ResourceError, StoreError)
+    user_errors = (UnknownMetricError, WeightsError, ClusterError, ConversionError, ResourceError, StoreError)
     kinds = (ExportError, SimulationError, UnknownRecipeError, ValueError, OSError, MemoryError)
-    if isinstance(error, (*expected, *kinds)):
+    if isinstance(error, (*user_errors, *kinds)):
         text = str(error) or "out of memory" if isinstance(error, MemoryError) else str(error)
         console.print(f"error: {text or type(error).__name__}", style="red", markup=False, soft_wrap=True)
         return 1

@@ -119,9 +119,9 @@ def verify(
         restored = sum(damage.chunk == DOCUMENT for damage in report.damages)
         actions = [f"{count} records removed"] if count else []
         actions += [f"metadata of {restored} groups and arrays written again"] if restored else []
-        again = (
+        advice = (
             "lsim verify --repair" if any(map(is_of_root, report.damages)) else f"lsim {stages[report.kind]}"
         )
-        output.print(f"{'; '.join(actions) or 'nothing to remove'}: run '{again}' again", markup=False)
+        output.print(f"{'; '.join(actions) or 'nothing to remove'}: run '{advice}' again", markup=False)
     if not report.whole:
         raise typer.Exit(1)

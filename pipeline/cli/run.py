@@ -56,7 +56,7 @@ def run(
         str | None,
         typer.Option(help="Names of metrics, separated by commas, or 'all'. Default: as in the workflow."),
     ] = None,
-    own: OwnMetrics = None,
+    references: OwnMetrics = None,
     option: Options = None,
     mask: MaskOption = None,
     precision: PrecisionOption = None,
@@ -76,14 +76,15 @@ def run(
     from pipeline.workflow import open_workflow, run_workflow
 
     if is_comparison(workflow):
-        _run_comparison(workflow, out, (metrics, own, option, mask, precision, weights), cluster, workers)
+        overridden = (metrics, references, option, mask, precision, weights)
+        _run_comparison(workflow, out, overridden, cluster, workers)
         return
-    opened = open_workflow(workflow)
-    defaults = opened.distances
+    definition = open_workflow(workflow)
+    defaults = definition.distances
     changes: dict[str, Any] = {
         "strict": strict or defaults.strict,
         "weights": defaults.weights | parse_weights(weights),
-        "metrics": metric_names(defaults.metrics if metrics is None else metrics, own),
+        "metrics": metric_names(defaults.metrics if metrics is None else metrics, references),
         "options": parse_options(option, defaults.options),
         "pixel_weights": pixel_weights or defaults.pixel_weights,
     }
@@ -92,7 +93,7 @@ def run(
     make_importable(settings.metrics, Path.cwd(), find_resource("workflows", workflow).parent)
     with Cluster(load_profile(cluster, workers)) as pool:
         report = run_workflow(
-            opened.model_copy(update={"distances": settings}),
+            definition.model_copy(update={"distances": settings}),
             pool,
             out=out,
             data_dir=data_dir,

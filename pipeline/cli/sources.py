@@ -84,17 +84,17 @@ def show_catalog(
     from pipeline.sources.catalog import open_catalog
     from pipeline.sources.fetch import locate
 
-    opened = open_catalog(catalog)
-    output.print(opened.title or opened.name, style="bold", markup=False)
-    for label, text in (("licence", opened.licence), ("doi", opened.doi), ("citation", opened.citation)):
+    entries = open_catalog(catalog)
+    output.print(entries.title or entries.name, style="bold", markup=False)
+    for label, text in (("licence", entries.licence), ("doi", entries.doi), ("citation", entries.citation)):
         if text:
             output.print(f"{label}: {text}", markup=False)
     table = Table("data set", "title", "role", "reader", "folder")
-    for entry in opened.datasets:
-        folder = locate(opened, entry, data_dir)
+    for entry in entries.datasets:
+        folder = locate(entries, entry, data_dir)
         add_row(table, entry.name, entry.title, entry.role, entry.reader, str(folder) if folder else "absent")
     output.print(table)
-    for pool, members in opened.pools.items():
+    for pool, members in entries.pools.items():
         output.print(f"pool {pool}: {', '.join(members)}", markup=False)
 
 

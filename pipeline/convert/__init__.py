@@ -79,7 +79,15 @@ class Quarantined:
 class ConversionReport:
     """Changes that :func:`convert` made. Sequences are named ``<dataset>/<field>/<sequence>``.
 
-    ``bytes`` counts the decoded bytes of the converted sequences, ``seconds`` the wall time.
+    Attributes
+    ----------
+    converted, unchanged, removed : list of str
+        Names of sequences.
+    quarantined : list of Quarantined
+    seconds : float
+        Wall time.
+    bytes : int
+        Decoded bytes of the converted sequences.
     """
 
     converted: list[str] = field(default_factory=list)
@@ -141,7 +149,7 @@ def convert(
     ConversionError
         When ``out`` is a Zarr store of another kind or version.
     """
-    started = time.perf_counter()
+    start = time.perf_counter()
     path = absolute(out)
     entries = catalog.select(datasets)
     # List all sources first: an error in one of them leaves the store as it is.
@@ -161,10 +169,10 @@ def convert(
             store.remove_partials(path)
             _bring_up_to_date(path, root, plans, attributes, connect, progress)
             if any(plan.outcomes for plan in plans) or "convert_seconds" not in root.attrs:
-                seconds = time.perf_counter() - started
+                seconds = time.perf_counter() - start
                 store.set_attributes(root, {"convert_seconds": seconds, "versions": versions()})
             store.consolidate(path)
-    return _report(plans, time.perf_counter() - started)
+    return _report(plans, time.perf_counter() - start)
 
 
 def _open(path: str) -> store.Group:
@@ -209,9 +217,9 @@ def _bring_up_to_date(
     for key, values in attributes.items():
         _update(root, key, values)
     for plan in plans:
-        if changed := _new_attributes(root, plan):
+        if new_attributes := _new_attributes(root, plan):
             frames = store.get_array(store.get_group(root, plan.key), schema.FRAMES)
-            frames.update_attributes(changed)
+            frames.update_attributes(new_attributes)
 
 
 def _report(plans: Sequence[FieldPlan], seconds: float) -> ConversionReport:
@@ -253,21 +261,21 @@ def _quarantined(plans: Sequence[FieldPlan]) -> list[dict[str, Any]]:
 def _attributes(root: store.Group, catalog: Catalog, entries: Sequence[Dataset]) -> dict[str, dict[str, Any]]:
     """Make the attributes of each group that follow from the catalog; "" is the root."""
     # Pools of other catalogs' data sets stay; this catalog's own are replaced.
-    own = {entry.name for entry in catalog.datasets}
+    names = {entry.name for entry in catalog.datasets}
     earlier: Any = root.attrs.get("pools", {})
-    pools = {pool: members for pool, members in earlier.items() if not own.intersection(members)}
+    pools = {pool: members for pool, members in earlier.items() if not names.intersection(members)}
     stored: Any = root.attrs.get("datasets", [])
     present = {*stored, *(entry.name for entry in entries)}
-    ordered = [entry.name for entry in catalog.datasets if entry.name in present]
-    about = {
+    dataset_order = [entry.name for entry in catalog.datasets if entry.name in present]
+    descriptions = {
         "schema_version": schema.SCHEMA_VERSION,
         "catalog": catalog.name,
         "title": catalog.title,
         # Tables have their columns in this order.
-        "datasets": [*ordered, *(name for name in stored if name not in ordered)],
+        "datasets": [*dataset_order, *(name for name in stored if name not in dataset_order)],
         "pools": {**pools, **catalog.pools},
     }
-    attributes = {"": about}
+    attributes = {"": descriptions}
     for entry in entries:
         attributes[entry.name] = {
             "title": entry.title,

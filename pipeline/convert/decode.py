@@ -21,9 +21,17 @@ REASON_CHARACTERS = 2000
 
 @dataclass(frozen=True)
 class Decode:
-    """A row to decode; ``record`` and ``content`` are what the store has of it now, if anything.
+    """A row to decode.
 
-    With ``hash_files``, files with the recorded bytes aren't decoded, unless ``verify`` is set.
+    Attributes
+    ----------
+    sequence : LazySequence
+    record, content : dict, str
+        What the store has of the row now, if anything.
+    hash_files : bool
+        Don't decode files with the recorded bytes.
+    verify : bool
+        Decode them all the same.
     """
 
     sequence: LazySequence
@@ -52,7 +60,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class FieldForm:
-    """Properties that all sequences of a field share; ``weights`` is the hash of its weights of pixels."""
+    """Properties that all sequences of a field share.
+
+    Attributes
+    ----------
+    shape : tuple of int
+    dtype : dtype
+    weights : str
+        Hash of the field's weights of pixels.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype

@@ -41,16 +41,16 @@ def decode_fields(
 
     A field of which no sequence is good any more is made anew: all its sequences are decoded once more.
     """
-    progress = progress or (lambda done, total: None)
-    total, done = sum(len(plan.sources) for plan in plans), 0
+    progress = progress or (lambda count, total: None)
+    total, count = sum(len(plan.sources) for plan in plans), 0
     by_key = {plan.key: plan for plan in plans}
     progress(0, total)
     pending = [plan for plan in plans if plan.has_work]
     while pending:
         for key, outcomes in _run_round(path, root, pending, connect):
             by_key[key].outcomes.update((outcome.sequence, outcome) for outcome in outcomes)
-            done += len(outcomes)
-            progress(min(done, total), total)
+            count += len(outcomes)
+            progress(min(count, total), total)
         pending = [plan for plan in pending if plan.exists and plan.is_lost]
         for plan in pending:
             total += len(plan.sequences)

@@ -25,7 +25,11 @@ from pipeline.storage.checked_frames import hash_weights, is_bound, stored_weigh
 class Index:
     """Columns of a field that are small enough to be read whole.
 
-    ``ragged`` tells that a run was killed while it changed the lengths of the field's arrays.
+    Attributes
+    ----------
+    names, content, source : list of str
+    ragged : bool
+        True if a run was killed while it changed the lengths of the field's arrays.
     """
 
     names: list[str]

@@ -115,14 +115,16 @@ def convert_shard(task: ShardTask, decoded: Mapping[int, Decoded] | None = None)
     arrays = {name: store.get_array(group, name) for name in COLUMNS}
     frames = arrays[schema.FRAMES]
     span = slice(task.start, task.start + len(task.rows))
-    before = {name: store.read(array, span) for name, array in arrays.items() if name != schema.FRAMES}
+    stored_columns = {
+        name: store.read(array, span) for name, array in arrays.items() if name != schema.FRAMES
+    }
     rows = _Rows(
-        columns={name: values.copy() for name, values in before.items()},
+        columns={name: values.copy() for name, values in stored_columns.items()},
         shape=(len(task.rows), *frames.shape[1:]),
         dtype=frames.dtype,
     )
     outcomes = _assemble(task, rows, arrays, FieldForm.of(group), decoded or {})
-    _commit(task.start, rows, arrays, before)
+    _commit(task.start, rows, arrays, stored_columns)
     return outcomes
 
 
@@ -146,11 +148,11 @@ def _assemble(
 
 
 def _commit(
-    start: int, rows: _Rows, arrays: Mapping[str, store.Array], before: Mapping[str, np.ndarray]
+    start: int, rows: _Rows, arrays: Mapping[str, store.Array], stored_columns: Mapping[str, np.ndarray]
 ) -> None:
     """Write the rows of a shard; at no moment is a row committed whose record belongs to other frames."""
     # 1. Rows that change count as uncommitted before any of their values is overwritten.
-    content = before[schema.CONTENT].copy()
+    content = stored_columns[schema.CONTENT].copy()
     if any(content[rows.uncommitted] != ""):
         content[rows.uncommitted] = ""
         store.write_rows(arrays[schema.CONTENT], start, content)
@@ -161,7 +163,7 @@ def _commit(
         store.write_rows(arrays[schema.FRAMES], start, rows.frames)
     # 3. `content` comes last: it commits the others.
     for name in (schema.PARAMETER, schema.SEQUENCE, schema.SOURCE, schema.CONTENT):
-        if rows.uncommitted or not np.array_equal(rows.columns[name], before[name]):
+        if rows.uncommitted or not np.array_equal(rows.columns[name], stored_columns[name]):
             store.write_rows(arrays[name], start, rows.columns[name])
 
 

@@ -108,10 +108,10 @@ def correlate(
 def _check_settings(protocol: Protocol | Sequence[Protocol], replicates: int) -> list[str]:
     """Return the protocols as a list without duplicates; raise where a setting is invalid."""
     protocols = [protocol] if isinstance(protocol, str) else list(dict.fromkeys(protocol))
-    unknown = [name for name in protocols if name not in statistics.PAIRS]
-    if unknown or not protocols:
+    unknown_names = [name for name in protocols if name not in statistics.PAIRS]
+    if unknown_names or not protocols:
         raise CorrelationError(
-            f"unknown protocol {', '.join(map(repr, unknown)) or '(none)'}; "
+            f"unknown protocol {', '.join(map(repr, unknown_names)) or '(none)'}; "
             f"expected one or more of {', '.join(statistics.PAIRS)}"
         )
     if replicates < 0:
@@ -123,7 +123,7 @@ def _correlate(
     distances: str, location: str, out: Path, protocols: list[str], bootstrap: Bootstrap
 ) -> CorrelationReport:
     """Write the results into the folder ``out``, which is that at ``location`` or a copy of it."""
-    started, begin = datetime.now(UTC), time.perf_counter()
+    start_time, begin = datetime.now(UTC), time.perf_counter()
     archive = read_archive(distances)
     if "all-pairs" in protocols and not archive.holds_all_pairs:
         raise CorrelationError(
@@ -157,7 +157,7 @@ def _correlate(
         "metrics": archive.metrics,
         "notes": notes + remarks,
         "revision": store.revision(distances, schema.FINGERPRINT),
-        "started": started.isoformat(timespec="seconds"),
+        "started": start_time.isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - begin, 3),
         "versions": versions(),
     }
@@ -171,12 +171,12 @@ def _compute_tables(
     """Evaluate all metrics on all selections under each protocol; return tables and remarks."""
     correlations: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
-    left_out: list[dict[str, Any]] = []
+    omissions: list[dict[str, Any]] = []
     remarks: list[str] = []
     for name in protocols:
         # Fields are judged once, and shared by the selections that pool them.
         judged = [judge(field, name, archive.metrics) for field in archive.fields]
-        left_out += [row | {"protocol": name} for field in judged for row in field.left_out]
+        omissions += [row | {"protocol": name} for field in judged for row in field.left_out]
         for selection in selections:
             labels = {"dataset": selection.dataset, "field": selection.field, "protocol": name}
             members = [judged[k] for k in selection.members]
@@ -187,6 +187,6 @@ def _compute_tables(
     tables = Tables(
         correlations=pd.DataFrame(correlations, columns=CORRELATION_COLUMNS),
         differences=pd.DataFrame(differences, columns=DIFFERENCE_COLUMNS),
-        left_out=pd.DataFrame(left_out, columns=LEFT_OUT_COLUMNS),
+        left_out=pd.DataFrame(omissions, columns=LEFT_OUT_COLUMNS),
     )
     return tables, remarks

@@ -72,8 +72,8 @@ class Archive:
     @property
     def holds_all_pairs(self) -> bool:
         """True where a pair without the reference was compared, and where no such pair can exist."""
-        beyond = [matrices[:, 1:, 1:] for field in self.fields for matrices in field.matrices.values()]
-        off_diagonal = [values[:, ~np.eye(values.shape[1], dtype=bool)] for values in beyond]
+        blocks = [matrices[:, 1:, 1:] for field in self.fields for matrices in field.matrices.values()]
+        off_diagonal = [values[:, ~np.eye(values.shape[1], dtype=bool)] for values in blocks]
         return all(values.size == 0 for values in off_diagonal) or any(
             np.isfinite(values).any() for values in off_diagonal
         )
@@ -95,7 +95,11 @@ class Archive:
 class Selection:
     """The fields that one block of table rows is computed from: a data set, one field of it, or a pool.
 
-    ``members`` are positions in :attr:`Archive.fields`.
+    Attributes
+    ----------
+    dataset, field : str
+    members : list of int
+        Positions in :attr:`Archive.fields`.
     """
 
     dataset: str
@@ -158,35 +162,35 @@ def _read_field(root: store.Group, path: str, key: str) -> tuple[Field, list[str
     """Read one group; return also the names of its damaged distances."""
     group = store.load_dataset(path, key)
     names = schema.metric_names(map(str, group.variables))
-    checked = check_rows(root, key, {name: group[name].values for name in names})
-    for name, rows in checked.damaged.items():
+    check = check_rows(root, key, {name: group[name].values for name in names})
+    for name, rows in check.damaged.items():
         if name in names:
             group[name].values[rows] = np.nan
     schema.validate_distances(group, f"{path}/{key}")
 
     dataset, name = key.split("/")
     sequences = [str(sequence) for sequence in group[schema.SEQUENCE].values]
-    resolutions = {metric: list(map(from_text, texts)) for metric, texts in checked.resolutions.items()}
+    resolutions = {metric: list(map(from_text, texts)) for metric, texts in check.resolutions.items()}
     field = Field(
         dataset=dataset,
         field=name,
         sequences=sequences,
         parameter=group[schema.PARAMETER].values,
         matrices={metric: group[metric].values for metric in names},
-        problems=_add_unrecorded(checked.problems, resolutions),
+        problems=_add_unrecorded(check.problems, resolutions),
         resolutions=resolutions,
     )
-    return field, checked.list_damaged(key, sequences)
+    return field, check.list_damaged(key, sequences)
 
 
 def _add_unrecorded(
     problems: Mapping[str, Sequence[str]], resolutions: Mapping[str, Sequence[Resolution | None]]
 ) -> dict[str, list[str]]:
     """Add to the problems those of distances whose rounding is not recorded, though others' is."""
-    unknown = "what rounding did to it is not recorded; run distances again"
+    remark = "what rounding did to it is not recorded; run distances again"
     return {
         metric: [
-            reason or ("" if resolution is not None else unknown)
+            reason or ("" if resolution is not None else remark)
             for reason, resolution in zip(reasons, resolutions[metric], strict=True)
         ]
         if metric in resolutions

@@ -31,7 +31,14 @@ Couple: TypeAlias = tuple[str, str]
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are drawn: number of replicates (0 for no intervals) and seed."""
+    """Settings of the bootstrap.
+
+    Attributes
+    ----------
+    replicates : int
+        0 for no intervals.
+    seed : int
+    """
 
     replicates: int
     seed: int
@@ -78,18 +85,18 @@ def evaluate(
     for metric in metrics:
         metrics_on.setdefault(usable[metric], []).append(metric)
     for sequences, pairs in couples_on.items():
-        needed = metrics_on.setdefault(sequences, [])
-        needed += dict.fromkeys(name for pair in pairs for name in pair if name not in needed)
+        names = metrics_on.setdefault(sequences, [])
+        names += dict.fromkeys(name for pair in pairs for name in pair if name not in names)
     evaluated = {
-        sequences: _evaluate_set(members, sequences, needed, bootstrap)
-        for sequences, needed in metrics_on.items()
+        sequences: _evaluate_set(members, sequences, names, bootstrap)
+        for sequences, names in metrics_on.items()
     }
 
     count = sum(len(member.units) for member in members)
     rows = [
         row
         for metric in metrics
-        for row in _metric_rows(evaluated[usable[metric]], metric, left_out=count - len(usable[metric]))
+        for row in _metric_rows(evaluated[usable[metric]], metric, omissions=count - len(usable[metric]))
     ]
     place = {couple: k for k, couple in enumerate(couples)}
     differences = [row for name in COMPARED for row in _compare(evaluated, couples_on, name)]
@@ -148,10 +155,10 @@ class EvaluatedSet:
     def compare(self, couples: Sequence[Couple], statistic: str) -> statistics.Comparisons:
         """Subtract the second metric's figures of each couple from the first's."""
         firsts, seconds = ([self.figures[couple[k]] for couple in couples] for k in (0, 1))
-        both = list(zip(firsts, seconds, strict=True))
+        metric_pairs = list(zip(firsts, seconds, strict=True))
         return statistics.Comparisons(
-            np.array([a.values[statistic] - b.values[statistic] for a, b in both]),
-            np.stack([a.replicates[statistic] - b.replicates[statistic] for a, b in both]),
+            np.array([a.values[statistic] - b.values[statistic] for a, b in metric_pairs]),
+            np.stack([a.replicates[statistic] - b.replicates[statistic] for a, b in metric_pairs]),
             self.strata,
         )
 
@@ -161,15 +168,17 @@ def _evaluate_set(
 ) -> EvaluatedSet:
     """Evaluate metrics on one set of sequences, all on the same draws."""
     pool = _Pool.of(members, sequences)
-    enough = pool.strata.size >= statistics.MINIMUM_UNITS
-    weights = statistics.draw_weights(pool.strata, bootstrap.replicates if enough else 0, bootstrap.seed)
+    has_interval = pool.strata.size >= statistics.MINIMUM_UNITS
+    weights = statistics.draw_weights(
+        pool.strata, bootstrap.replicates if has_interval else 0, bootstrap.seed
+    )
     samples = [pool.sample(metric) for metric in metrics]
     # The kernel of the ranks lets go of the interpreter.
     with ThreadPoolExecutor(max_workers=min(len(metrics), os.cpu_count() or 1)) as threads:
         replicates = list(threads.map(_resample, samples, [weights] * len(samples)))
     figures = {
-        metric: Figures(_values(sample), drawn, sample.sequence_unit.size, sample.predictions.size)
-        for metric, sample, drawn in zip(metrics, samples, replicates, strict=True)
+        metric: Figures(_values(sample), draws, sample.sequence_unit.size, sample.predictions.size)
+        for metric, sample, draws in zip(metrics, samples, replicates, strict=True)
     }
     return EvaluatedSet(figures, pool.strata)
 
@@ -206,9 +215,9 @@ class _Pool:
         mask[list(sequences)] = True
         masks = np.split(mask, np.cumsum(sizes)[:-1])
         names, lengths = [], []
-        for member, selected in zip(members, masks, strict=True):
-            names += np.array(member.units)[selected].tolist()
-            lengths += [member.targets.shape[1]] * int(selected.sum())
+        for member, usable in zip(members, masks, strict=True):
+            names += np.array(member.units)[usable].tolist()
+            lengths += [member.targets.shape[1]] * int(usable.sum())
         units, sequence_unit = np.unique(np.array(names, dtype=str), return_inverse=True)
         strata = np.unique([name.split("/")[0] for name in units], return_inverse=True)[1]
         return cls(
@@ -266,7 +275,7 @@ def _resample(sample: _Sample, weights: np.ndarray) -> dict[str, np.ndarray]:
 # -- Rows and remarks ---------------------------------------------------------------------------------
 
 
-def _metric_rows(evaluated: EvaluatedSet, metric: str, left_out: int) -> list[dict[str, Any]]:
+def _metric_rows(evaluated: EvaluatedSet, metric: str, omissions: int) -> list[dict[str, Any]]:
     """Write one metric's rows of the table of correlations, one for each statistic."""
     figures = evaluated.figures[metric]
     rows = []
@@ -275,7 +284,7 @@ def _metric_rows(evaluated: EvaluatedSet, metric: str, left_out: int) -> list[di
         low, high = statistics.interval(figures.replicates[name], value, LEVEL)
         rows.append(
             {"metric": metric, "statistic": name, "value": value, "low": low, "high": high}
-            | {"sequences": figures.sequences, "pairs": figures.pairs, "left_out": left_out}
+            | {"sequences": figures.sequences, "pairs": figures.pairs, "left_out": omissions}
         )
     return rows
 
@@ -311,10 +320,10 @@ def _remarks(
     for sequences, figures in evaluated.items():
         owners = [metric for metric in usable if usable[metric] == sequences]
         if owners and not figures.has_enough_units:
-            which = "" if len(owners) == len(usable) else f" for {', '.join(owners)}"
+            suffix = "" if len(owners) == len(usable) else f" for {', '.join(owners)}"
             count = figures.strata.size
             remarks.append(
-                f"no intervals{which}: {count} independent "
+                f"no intervals{suffix}: {count} independent "
                 f"sequence{'s' * (count != 1)}, and at least {statistics.MINIMUM_UNITS} are needed"
             )
     if families > 1:

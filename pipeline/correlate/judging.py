@@ -50,14 +50,14 @@ def judge(field: Field, protocol: str, metrics: Iterable[str]) -> JudgedField:
     """Scale the distances of a field's usable sequences, and correlate each sequence by itself."""
     pairs = statistics.PAIRS[protocol](field.parameter.shape[1])
     targets = statistics.ground_truth(field.parameter, pairs)
-    predictions, coefficients, usable, left_out = {}, {}, {}, []
+    predictions, coefficients, usable, omissions = {}, {}, {}, []
     for metric in metrics:
         if metric in field.matrices:
             distances = statistics.select_pairs(field.matrices[metric], pairs)
         else:
             distances = np.full(targets.shape, np.nan)
         reasons = _reasons(field, metric, distances, protocol)
-        left_out += [
+        omissions += [
             {"dataset": field.dataset, "field": field.field, "sequence": sequence}
             | {"metric": metric, "reason": reason}
             for sequence, reason in zip(field.sequences, reasons, strict=True)
@@ -79,7 +79,7 @@ def judge(field: Field, protocol: str, metrics: Iterable[str]) -> JudgedField:
         predictions=predictions,
         coefficients=coefficients,
         usable=usable,
-        left_out=left_out,
+        left_out=omissions,
     )
 
 

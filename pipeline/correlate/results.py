@@ -126,8 +126,8 @@ def read_valid_record(out: Path, identity: dict[str, Any]) -> dict[str, Any] | N
     if not isinstance(record, dict) or record.get("identity") != identity or not is_sealed(record):
         return None
     is_intact = all(
-        (out / name).exists() and _hash_file(out / name) == expected
-        for name, expected in record["outputs"].items()
+        (out / name).exists() and _hash_file(out / name) == digest
+        for name, digest in record["outputs"].items()
     )
     return record if is_intact else None
 

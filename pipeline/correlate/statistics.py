@@ -44,8 +44,8 @@ def reference_pairs(frames: int) -> Pairs:
     -------
     tuple of two ndarrays of shape (pair,)
     """
-    other = np.arange(1, frames)
-    return np.zeros_like(other), other
+    columns = np.arange(1, frames)
+    return np.zeros_like(columns), columns
 
 
 def all_pairs(frames: int) -> Pairs:
@@ -245,8 +245,8 @@ def collapse_strata(strata: np.ndarray) -> np.ndarray:
     small = sizes < MINIMUM_UNITS
     if small.any() and not small.all() and sizes[small].sum() < MINIMUM_UNITS:
         small[np.flatnonzero(~small)[np.argmin(sizes[~small])]] = True
-    merged = np.where(np.isin(strata, labels[small]), labels[small][0], strata) if small.any() else strata
-    return np.unique(merged, return_inverse=True)[1]
+    collapsed = np.where(np.isin(strata, labels[small]), labels[small][0], strata) if small.any() else strata
+    return np.unique(collapsed, return_inverse=True)[1]
 
 
 def draw_weights(strata: np.ndarray, replicates: int, seed: int) -> np.ndarray:
@@ -329,6 +329,34 @@ def bootstrap_ranks(
 
 
 @numba.njit(nogil=True, cache=True)
+def _rank_levels(count: np.ndarray, total: float) -> tuple[np.ndarray, float, float]:
+    """Rank levels that occur ``count`` times; return mean ranks, the sum of their squares, and that of ties.
+
+    Ranks are centred: their mean over all pairs is (total + 1) / 2.
+    """
+    rank = np.empty(count.size)
+    start = 0.0
+    squares = 0.0
+    ties = 0.0
+    for level in range(count.size):
+        rank[level] = start + (count[level] - total) / 2
+        start += count[level]
+        squares += count[level] * rank[level] ** 2
+        ties += count[level] ** 2
+    return rank, squares, ties
+
+
+@numba.njit(nogil=True, cache=True)
+def _sum_below(tree: np.ndarray, level: int) -> float:
+    """Sum what a Fenwick tree holds below a level."""
+    total = 0.0
+    while level > 0:
+        total += tree[level]
+        level -= level & -level
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
 def _rank_statistics(
     weights: np.ndarray, unit: np.ndarray, ties_end: np.ndarray, y_level: np.ndarray, levels: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -342,20 +370,11 @@ def _rank_statistics(
         for p in range(unit.size):
             count[y_level[p]] += weight[unit[p]]
         total = count.sum()
-        # Mean ranks of the levels of y, centred: their mean over all pairs is (total + 1) / 2.
-        y_rank = np.empty(levels)
-        below = 0.0
-        y_squares = 0.0
-        y_ties = 0.0
-        for level in range(levels):
-            y_rank[level] = below + (count[level] - total) / 2
-            below += count[level]
-            y_squares += count[level] * y_rank[level] ** 2
-            y_ties += count[level] ** 2
+        y_rank, y_squares, y_ties = _rank_levels(count, total)
 
         # Walk through the pairs in rising x. `tree` (Fenwick) counts the passed pairs by their level of y.
         tree = np.zeros(levels + 1)
-        passed = 0.0
+        visits = 0.0
         x_squares = 0.0
         x_ties = 0.0
         product = 0.0
@@ -369,17 +388,8 @@ def _rank_statistics(
                 if w == 0:
                     continue
                 level = y_level[p]
-                lower = 0.0
-                k = level
-                while k > 0:
-                    lower += tree[k]
-                    k -= k & -k
-                not_higher = 0.0
-                k = level + 1
-                while k > 0:
-                    not_higher += tree[k]
-                    k -= k & -k
-                concordance += w * (lower - (passed - not_higher))
+                lower, not_higher = _sum_below(tree, level), _sum_below(tree, level + 1)
+                concordance += w * (lower - (visits - not_higher))
                 tied += w
                 ranks += w * y_rank[level]
             for p in range(start, end):
@@ -390,11 +400,11 @@ def _rank_statistics(
                 while k <= levels:
                     tree[k] += w
                     k += k & -k
-            x_rank = passed + (tied - total) / 2
+            x_rank = visits + (tied - total) / 2
             x_squares += tied * x_rank**2
             x_ties += tied**2
             product += x_rank * ranks
-            passed += tied
+            visits += tied
             start = end
 
         if x_squares > 0 and y_squares > 0:
@@ -524,9 +534,9 @@ def _is_finite(family: Comparisons) -> np.ndarray:
     return np.isfinite(family.differences) & np.isfinite(family.replicates).all(axis=1)
 
 
-def _within_family(family: Comparisons, selected: np.ndarray, level: float) -> np.ndarray:
+def _within_family(family: Comparisons, mask: np.ndarray, level: float) -> np.ndarray:
     """Compute the simultaneous intervals of the selected comparisons of one family."""
-    differences, replicates = family.differences[selected], family.replicates[selected]
+    differences, replicates = family.differences[mask], family.replicates[mask]
     units = family.strata.size
     freedom = max(units - np.unique(family.strata).size, 1)
     errors = np.maximum(replicates.std(axis=1), SMALLEST_SPREAD)

@@ -193,10 +193,10 @@ def compute_distances(
         When ``frames`` is no store.
     """
     if cluster is None:
-        with Cluster(Profile()) as own:
-            return compute_distances(frames, out, settings, cluster=own, progress=progress)
+        with Cluster(Profile()) as local_cluster:
+            return compute_distances(frames, out, settings, cluster=local_cluster, progress=progress)
     settings = settings or Settings()
-    began = time.perf_counter()
+    start = time.perf_counter()
     # Workers may run in another folder.
     frames_path, out_path = absolute(frames), absolute(out)
     choice = choose_metrics(settings)
@@ -229,11 +229,11 @@ def compute_distances(
             "frames": relative(frames_path, out_path),
             "unavailable": choice.unavailable,
         }
-        with results.recorded(began, recorded_settings, report.summarise, workers, attributes):
+        with results.recorded(start, recorded_settings, report.summarise, workers, attributes):
             _run(stale, workers, results.root, report, progress)
     report.up_to_date = sum(rows.fresh for rows in stale)
     report.unrecorded = sum(rows.damaged for rows in stale)
-    report.seconds, report.cluster = time.perf_counter() - began, workers.description
+    report.seconds, report.cluster = time.perf_counter() - start, workers.description
     report.failures = list_failures(out_path)
     report.unresolved = list_unresolved(store.open_store(out_path))
     return report
@@ -271,7 +271,7 @@ class _Field:
 
     @property
     def key(self) -> str:
-        """``<dataset>/<field>``."""
+        """Path of the field in the store, ``<dataset>/<field>``."""
         return self.blocks.key
 
 
@@ -409,8 +409,10 @@ def _run(
         return
     client = workers.start()
     pace = Pace(workers.threads)
-    outcomes = run_blocks(client, compute_blocks, _batches(stale, pace), count, progress)
-    with RowRecords(root, ROW_TEXTS) as records:
+    with (
+        RowRecords(root, ROW_TEXTS) as records,
+        run_blocks(client, compute_blocks, _batches(stale, pace), count, progress) as outcomes,
+    ):
         for batch, result, reason in outcomes:
             key = batch[0].field.key
             if result is None:

@@ -224,8 +224,8 @@ def add_digests(
     for metric, by_row in records.items():
         prefix = digests.identify(block.field.key, metric)
         for row, record in by_row.items():
-            done = record.get(schema.FINGERPRINT, "") != ""
-            values = digests.hash_values(matrices[metric][row]) if done else ""
+            finished = record.get(schema.FINGERPRINT, "") != ""
+            values = digests.hash_values(matrices[metric][row]) if finished else ""
             identity = prefix + block.identities[row - block.start]
             record[schema.DIGEST] = digests.bind(identity, record, values)
     return records
@@ -289,9 +289,9 @@ def find_stale(
         current = texts[schema.CONTENT] == np.array(contents[rows], dtype=object)[None]
         valid = np.where(current, resolved, "").astype(object)
         for name in field.metrics:
-            own = {text: column[places[name]] for text, column in texts.items()}
+            metric_texts = {text: column[places[name]] for text, column in texts.items()}
             outdated = _differ(resolved[places[name]], contents[rows], suffixes[name])
-            unbound = ~bound_rows(group.path, name, identities[rows], own) | (not described[name])
+            unbound = ~bound_rows(group.path, name, identities[rows], metric_texts) | (not described[name])
             damaged += int((unbound & ~outdated).sum())
             stale[name][rows] = outdated | unbound
             valid[places[name], stale[name][rows]] = ""
@@ -320,17 +320,17 @@ def forget_metrics(group: store.Group, names: Collection[str]) -> None:
     places = [place for name, place in metric_places(group).items() if name in names]
     if places:
         array = store.get_array(store.get_group(group, schema.PROVENANCE), schema.FINGERPRINT)
-        before = store.read(array)
-        after = before.copy()
-        after[places] = ""
-        _write_changed(array, 0, before, after)
+        stored = store.read(array)
+        values = stored.copy()
+        values[places] = ""
+        _write_changed(array, 0, stored, values)
 
 
 def _write_changed(array: store.Array, start: int, old: np.ndarray, new: np.ndarray) -> None:
     """Write those chunks along the second axis that have changed, neighbours at once."""
     length = array.chunks[1]
-    changed = np.unique(np.flatnonzero((old != new).any(axis=0)) // length)
-    for run in np.split(changed, np.flatnonzero(np.diff(changed) > 1) + 1):
+    blocks = np.unique(np.flatnonzero((old != new).any(axis=0)) // length)
+    for run in np.split(blocks, np.flatnonzero(np.diff(blocks) > 1) + 1):
         if len(run):
             first, stop = int(run[0]) * length, (int(run[-1]) + 1) * length
             store.write_block(array, (0, start + first), new[:, first:stop])
@@ -454,15 +454,15 @@ def _align_rows(group: store.Group, sequences: list[str]) -> None:
         return
     row_of = {name: row for row, name in enumerate(old) if name}
     origin = np.array([row_of.get(name, -1) for name in sequences], dtype=int)
-    moved = origin != np.arange(len(sequences))
+    is_new_place = origin != np.arange(len(sequences))
 
     # What an interrupted alignment cut off already is missing here, and counts as never computed.
     aligned = {name: _rearranged(store.read(array), origin, "", axis=1) for name, array in texts.items()}
     fingerprints = texts[schema.FINGERPRINT]
     store.resize_rows(fingerprints, len(sequences), axis=1)
-    unmoved = np.where(moved, "", aligned[schema.FINGERPRINT]).astype(object)
+    unmoved = np.where(is_new_place, "", aligned[schema.FINGERPRINT]).astype(object)
     _write_changed(fingerprints, 0, store.read(fingerprints), unmoved)
-    rearranged = (origin[moved] >= 0).any()
+    rearranged = (origin[is_new_place] >= 0).any()
     for array in matrices:
         values = _rearranged(store.read(array), origin, np.nan, axis=0) if rearranged else None
         store.resize_rows(array, len(sequences))
@@ -482,7 +482,7 @@ def _align_rows(group: store.Group, sequences: list[str]) -> None:
 def _rearranged(values: np.ndarray, origin: np.ndarray, missing: Any, axis: int) -> np.ndarray:
     """Put row ``origin[k]`` along ``axis`` at k, ``missing`` where that is absent or −1."""
     present = (origin >= 0) & (origin < values.shape[axis])
-    moved = np.moveaxis(values, axis, 0)
-    out = np.full((len(origin), *moved.shape[1:]), missing, dtype=values.dtype)
-    out[present] = moved[origin[present]]
+    rows_first = np.moveaxis(values, axis, 0)
+    out = np.full((len(origin), *rows_first.shape[1:]), missing, dtype=values.dtype)
+    out[present] = rows_first[origin[present]]
     return np.moveaxis(out, 0, axis)

@@ -293,9 +293,9 @@ def _tried_distances(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute distances, twice for the first frames that this process gives a metric in a run."""
     run, pairs = block.field.run, block.field.pairs
-    due = trials.is_due(run, metric)
+    is_due = trials.is_due(run, metric)
     values, rounding = _distances(metric, sequence, scope, pairs)
-    if due and (np.isfinite(values) & ~np.eye(len(values), dtype=bool)).any():
+    if is_due and (np.isfinite(values) & ~np.eye(len(values), dtype=bool)).any():
         fresh = sequence.anew()
         prepared = fresh.for_metric(metric, "sequence" if scope == "pair" else scope)
         trials.try_distances(
@@ -334,24 +334,26 @@ def _distances(
 
 def _why_incomparable(matrix: np.ndarray, frames: np.ndarray, metric: Metric, block: Block) -> str:
     """Explain why distances that were asked for are NaN or infinite; empty when none is."""
-    computed = matrix if block.field.pairs == "all" else matrix[0]
-    missing = int(np.isnan(computed).sum())
+    distances = matrix if block.field.pairs == "all" else matrix[0]
+    missing = int(np.isnan(distances).sum())
     # Minus infinity is no fault of a metric that says so: so far are equal frames by a negated ratio.
     itself = metric.info.distance_to_itself
-    if not missing and (infinite := int((np.isinf(computed) & (computed != itself)).sum())):
+    if not missing and (infinite := int((np.isinf(distances) & (distances != itself)).sum())):
         scope = block.field.metrics[metric.name].scope
-        where = f", whose values may be far from the scope {scope}" if isinstance(scope, tuple) else ""
-        return f"the metric gave infinity for {infinite} of {computed.size} distances of finite frames{where}"
+        suffix = f", whose values may be far from the scope {scope}" if isinstance(scope, tuple) else ""
+        return (
+            f"the metric gave infinity for {infinite} of {distances.size} distances of finite frames{suffix}"
+        )
     if not missing:
         return ""
     if metric.preprocessing.mask:
         missing_pixels = "of frames with missing pixels, which may have none in common"
-        which = "of finite frames" if finite_frames(frames).all() else missing_pixels
-        return f"the metric gave NaN for {missing} of {computed.size} distances {which}"
+        subject = "of finite frames" if finite_frames(frames).all() else missing_pixels
+        return f"the metric gave NaN for {missing} of {distances.size} distances {subject}"
     if len(bad := np.flatnonzero(~finite_frames(frames))):
-        which = f"frames {', '.join(map(str, bad))} hold NaN or infinity"
-        return f"{which}, and this metric takes no mask" if block.field.masking else which
-    return f"the metric gave NaN for {missing} of {computed.size} distances of finite frames"
+        subject = f"frames {', '.join(map(str, bad))} hold NaN or infinity"
+        return f"{subject}, and this metric takes no mask" if block.field.masking else subject
+    return f"the metric gave NaN for {missing} of {distances.size} distances of finite frames"
 
 
 # ---------------------------------------------------------------- writing
@@ -389,6 +391,6 @@ def _write_values(group: store.Group, name: str, block: Block, values: Mapping[i
         for row, matrix in values.items():
             whole[row - block.start] = matrix
     store.write_rows(array, block.start, whole)
-    written = store.read(array, slice(block.start, block.stop))
-    if not np.array_equal(written, whole, equal_nan=True):
+    stored = store.read(array, slice(block.start, block.stop))
+    if not np.array_equal(stored, whole, equal_nan=True):
         raise store.StoreError(f"{array.store_path}: block {block.start}:{block.stop} reads back differently")

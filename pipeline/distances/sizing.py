@@ -53,16 +53,16 @@ def block_size(seconds: float, sequences: int, threads: int, frames: int) -> Blo
     frames : int
         Frames of a sequence.
     """
-    enough = SHORTEST_S / seconds
+    target = SHORTEST_S / seconds
     share = sequences / (TASKS_PER_THREAD * threads)
-    most = min(
+    limit = min(
         TARGET_S / seconds,
-        max(share, enough),
+        max(share, target),
         sequences,
         MOST_SEQUENCES,
         MATRIX_BYTES / (8 * frames**2),
     )
-    return BlockSize(1 << max(0, int(most).bit_length() - 1), seconds)
+    return BlockSize(1 << max(0, int(limit).bit_length() - 1), seconds)
 
 
 @dataclass
@@ -82,10 +82,16 @@ class Pace:
         """Choose how many of the remaining blocks of a field a task computes; one before any is done."""
         if not self.blocks.get(key):
             return 1
-        each = max(self.seconds[key] / self.blocks[key], 1e-6)
-        if each >= SHORTEST_S:
+        block_seconds = max(self.seconds[key] / self.blocks[key], 1e-6)
+        if block_seconds >= SHORTEST_S:
             return 1
         share = remaining / (TASKS_PER_THREAD * self.threads)
         return max(
-            1, min(int(TARGET_S / 2 / each), int(max(share, SHORTEST_S / each)), MOST_BLOCKS, remaining)
+            1,
+            min(
+                int(TARGET_S / 2 / block_seconds),
+                int(max(share, SHORTEST_S / block_seconds)),
+                MOST_BLOCKS,
+                remaining,
+            ),
         )

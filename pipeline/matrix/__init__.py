@@ -28,7 +28,7 @@ from pipeline.matrix.tiles import TileResult, TileTask, compute_tiles
 from pipeline.metrics.fields import checked_fields
 from pipeline.metrics.pixel_weights import metrics_by_field
 from pipeline.metrics.resolution import Unresolved, list_unresolved, record_resolution
-from pipeline.metrics.settings import Settings, choose_metrics
+from pipeline.metrics.settings import ChosenMetrics, Settings, choose_metrics
 from pipeline.stage.provenance import add_precision, metric_places, record_precision
 from pipeline.stage.results import open_results, refuse_others_results
 from pipeline.stage.run import MetricWorkers, Progress, run_blocks
@@ -171,30 +171,23 @@ def compute_matrix(
     """
     matrix = matrix or MatrixRequest()
     if cluster is None:
-        with Cluster(shared_memory_profile(Profile())) as own:
+        with Cluster(shared_memory_profile(Profile())) as local_cluster:
             return compute_matrix(
                 frames,
                 out,
                 settings,
                 matrix,
-                cluster=own,
+                cluster=local_cluster,
                 progress=progress,
                 announce=announce,
                 plan_only=plan_only,
             )
     _check(settings)
-    began = time.perf_counter()
+    start = time.perf_counter()
     # Workers may run in another folder.
     frames_path, out_path = absolute(frames), absolute(out)
-    choice = choose_metrics(settings)
     source = store.open_store(frames_path)
-    keys = checked_fields(source, frames_path, matrix.groups or None)
-    choice, by_field = metrics_by_field(choice, source, frames_path, keys, weighted=settings.pixel_weights)
-    context = Context(frames_path, out_path, settings, matrix, choice.requests)
-    jobs = [
-        MatrixJob(context, key, source, {name: by_field[name] for name in fields})
-        for key, fields in _matrices(keys, matrix)
-    ]
+    choice, jobs = _make_jobs(source, frames_path, out_path, settings, matrix)
     report = MatrixReport(
         frames=sum(len(job.frames) for job in jobs),
         unavailable=choice.unavailable,
@@ -211,23 +204,10 @@ def compute_matrix(
                 announce(describe_plan(plan))
     report.plans = list(plans.plans.values())
     if plan_only:
-        report.seconds = time.perf_counter() - began
+        report.seconds = time.perf_counter() - start
         return report
-    with open_results(out_path, schema.MATRIX_STORE, schema.NUMBER, source, besides=_BESIDES) as results:
-        stale = []
-        for job in jobs:
-            group = job.lay_out(results.root, plans.plans.get(job.key))
-            # With the scope "dataset", workers read the frames whose range isn't recorded yet.
-            scopes = job.find_scopes(group, cluster)
-            stale.append(job.list_stale(group, scopes))
-            job.describe(group, stale[-1])
-        unplanned = [
-            job
-            for job, tiles in zip(jobs, stale, strict=True)
-            if tiles.families and job.key not in plans.plans
-        ]
-        # Only what was taken for up to date: a range changed between the first look and the lock.
-        plans.make(unplanned, workers)
+    with open_results(out_path, schema.MATRIX_STORE, schema.NUMBER, source, other_groups=_BESIDES) as results:
+        stale = _lay_out(jobs, results.root, plans, workers)
         recorded_settings = settings.model_dump(include={"scope", "compat", "mask", "pixel_weights"})
         attributes: dict[str, Any] = carried(source) | {
             "frames": relative(frames_path, out_path),
@@ -236,18 +216,11 @@ def compute_matrix(
         }
         if report.plans:
             attributes["plan"] = [describe_plan(plan) for plan in report.plans]
-        with results.recorded(began, recorded_settings, report.summarise, workers, attributes):
+        with results.recorded(start, recorded_settings, report.summarise, workers, attributes):
             _run(jobs, stale, plans, workers, results.run, report, progress)
     report.up_to_date = sum(tiles.fresh for tiles in stale)
-    report.seconds, report.cluster = time.perf_counter() - began, workers.description
-    # The store records damaged frames, unless the tile of their block with itself was up to date.
-    failures = list_matrix_failures(out_path)
-    recorded = {(failure.group, failure.metric, failure.reason) for failure in failures}
-    report.failures = failures + [
-        failure
-        for failure in report.failures
-        if (failure.group, failure.metric, failure.reason) not in recorded
-    ]
+    report.seconds, report.cluster = time.perf_counter() - start, workers.description
+    report.failures = _add_recorded(report.failures, out_path)
     report.unresolved = list_unresolved(store.open_store(out_path))
     return report
 
@@ -259,15 +232,15 @@ class _Plans:
         self.memory = memory
         self.workers: Workers | None = None
         self.plans: dict[str, Plan] = {}
-        self.measured: dict[str, dict[str, Measured]] = {}
+        self.measurements: dict[str, dict[str, Measured]] = {}
 
     def make(self, jobs: Sequence[MatrixJob], workers: MetricWorkers) -> None:
         """Measure and plan matrices, on workers that are started for it."""
         for job in jobs:
             client = workers.start()
             self.workers = self.workers or find_workers(workers.cluster, self.memory)
-            self.measured[job.key] = job.measure(client)
-            self.plans[job.key] = job.plan(self.measured[job.key], self.workers)
+            self.measurements[job.key] = job.measure(client)
+            self.plans[job.key] = job.plan(self.measurements[job.key], self.workers)
 
 
 def list_matrix_failures(out: str | os.PathLike[str]) -> list[MatrixFailure]:
@@ -282,7 +255,7 @@ def list_matrix_failures(out: str | os.PathLike[str]) -> list[MatrixFailure]:
         labels = labels_of_blocks(group, sides(group)[0])
         for name, place in metric_places(group).items():
             tiles = failures_of_tiles(group, name, place, labels)
-            failures += [MatrixFailure(key, name, what, reason) for what, reason in tiles.damaged]
+            failures += [MatrixFailure(key, name, tile, reason) for tile, reason in tiles.damaged]
             failures += _failures_of_sequences(group, name, tiles.reasons)
             if tiles.missing:
                 reason = (
@@ -294,23 +267,23 @@ def list_matrix_failures(out: str | os.PathLike[str]) -> list[MatrixFailure]:
 
 def _failures_of_sequences(group: store.Group, metric: str, reasons: np.ndarray) -> list[MatrixFailure]:
     """Combine the frames of a sequence that have no distances for the same reason."""
-    failed = np.flatnonzero(reasons != "")
-    if not len(failed):
+    indices = np.flatnonzero(reasons != "")
+    if not len(indices):
         return []
     columns = (schema.FIELD, schema.SEQUENCE, schema.NUMBER)
     fields, sequences, numbers = (store.read(store.get_array(group, name)) for name in columns)
     by_sequence: dict[tuple[str, str], list[str]] = {}
-    for index in failed:
-        which = f"{fields[index]}/{sequences[index]}"
-        by_sequence.setdefault((which, str(reasons[index])), []).append(str(numbers[index]))
+    for index in indices:
+        sequence = f"{fields[index]}/{sequences[index]}"
+        by_sequence.setdefault((sequence, str(reasons[index])), []).append(str(numbers[index]))
     return [
-        MatrixFailure(group.path, metric, f"{which}: frame {_few(frames)}", reason)
-        for (which, reason), frames in by_sequence.items()
+        MatrixFailure(group.path, metric, f"{sequence}: frame {_few(frames)}", reason)
+        for (sequence, reason), frames in by_sequence.items()
     ]
 
 
-def _few(names: Sequence[str], shown: int = 12) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+def _few(names: Sequence[str], limit: int = 12) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 # ---------------------------------------------------------------- on the driver
@@ -332,6 +305,51 @@ def _matrices(keys: Sequence[str], matrix: MatrixRequest) -> list[tuple[str, lis
     if matrix.together is None:
         return [(key, [key]) for key in sorted(keys)]
     return [(f"{schema.TOGETHER}/{matrix.together}", sorted(keys))]
+
+
+def _make_jobs(
+    source: store.Group, frames: str, out: str, settings: Settings, matrix: MatrixRequest
+) -> tuple[ChosenMetrics, list[MatrixJob]]:
+    """Choose the metrics of a run, and make a job for each matrix that it is to write."""
+    choice = choose_metrics(settings)
+    keys = checked_fields(source, frames, matrix.groups or None)
+    choice, by_field = metrics_by_field(choice, source, frames, keys, weighted=settings.pixel_weights)
+    context = Context(frames, out, settings, matrix, choice.requests)
+    return choice, [
+        MatrixJob(context, key, source, {name: by_field[name] for name in fields})
+        for key, fields in _matrices(keys, matrix)
+    ]
+
+
+def _lay_out(
+    jobs: Sequence[MatrixJob], root: store.Group, plans: _Plans, workers: MetricWorkers
+) -> list[StaleTiles]:
+    """Bring the groups of the store into the shape of their frames, and list the stale tiles of each."""
+    stale = []
+    for job in jobs:
+        group = job.lay_out(root, plans.plans.get(job.key))
+        # With the scope "dataset", workers read the frames whose range isn't recorded yet.
+        scopes = job.find_scopes(group, workers.cluster)
+        stale.append(job.list_stale(group, scopes))
+        job.describe(group, stale[-1])
+    unplanned = [
+        job for job, tiles in zip(jobs, stale, strict=True) if tiles.families and job.key not in plans.plans
+    ]
+    # Only what was taken for up to date: a range changed between the first look and the lock.
+    plans.make(unplanned, workers)
+    return stale
+
+
+def _add_recorded(failures: Sequence[MatrixFailure], out: str) -> list[MatrixFailure]:
+    """Put the failures that a store records before those of a run that it doesn't record.
+
+    It records damaged frames, unless the tile of their block with itself was up to date.
+    """
+    recorded = list_matrix_failures(out)
+    labels = {(failure.group, failure.metric, failure.reason) for failure in recorded}
+    return recorded + [
+        failure for failure in failures if (failure.group, failure.metric, failure.reason) not in labels
+    ]
 
 
 _BESIDES = (f"{schema.TOGETHER}/*",)
@@ -366,15 +384,17 @@ def _run(
         task
         for job, tiles in zip(jobs, stale, strict=True)
         if tiles.families
-        for task in job.tasks(tiles, plans.measured[job.key], plans.workers, run)
+        for task in job.tasks(tiles, plans.measurements[job.key], plans.workers, run)
     )
     client = workers.start()
     try:
-        for (task,), result, reason in run_blocks(client, compute_tiles, tasks, count, progress):
-            if result is not None:
-                report.add(task, result)
-                continue
-            report.failures += [MatrixFailure(task.key, name, _tiles_of(task), reason) for name in task.tiles]
+        with run_blocks(client, compute_tiles, tasks, count, progress) as outcomes:
+            for (task,), result, reason in outcomes:
+                if result is not None:
+                    report.add(task, result)
+                    continue
+                where = _tiles_of(task)
+                report.failures += [MatrixFailure(task.key, name, where, reason) for name in task.tiles]
     finally:
         _free_embeddings(client)
 

@@ -148,7 +148,7 @@ class EmbeddingCache:
 
     def __init__(self) -> None:
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
-        self._changed = threading.Condition()
+        self._condition = threading.Condition()
 
     @property
     def nbytes(self) -> int:
@@ -157,7 +157,7 @@ class EmbeddingCache:
 
     def clear(self) -> None:
         """Drop all blocks that no thread holds."""
-        with self._changed:
+        with self._condition:
             for key in [key for key, entry in self._entries.items() if not entry.holders]:
                 del self._entries[key]
 
@@ -182,50 +182,52 @@ class EmbeddingCache:
             When there isn't room for these alone.
         """
         if sum(nbytes for nbytes, _ in blocks.values()) > room:
-            needed = sum(nbytes for nbytes, _ in blocks.values())
-            raise MemoryError(f"{len(blocks)} blocks of frames need {needed} bytes, and there are {room}")
+            nbytes_of_blocks = sum(nbytes for nbytes, _ in blocks.values())
+            raise MemoryError(
+                f"{len(blocks)} blocks of frames need {nbytes_of_blocks} bytes, and there are {room}"
+            )
         while True:
-            entries, own = self._claim(blocks, room)
+            entries, claims = self._claim(blocks, room)
             try:
-                for key in own:
+                for key in claims:
                     self._fill(key, entries[key], blocks[key][1])
-                held = [self._wait_for(entry) for entry in entries.values()]
-                if all(block is not None for block in held):
-                    yield [block for block in held if block is not None]
+                results = [self._wait_for(entry) for entry in entries.values()]
+                if all(block is not None for block in results):
+                    yield [block for block in results if block is not None]
                     return
             finally:
-                self._release(entries, own)
+                self._release(entries, claims)
 
     def _claim(
         self, blocks: Mapping[Hashable, tuple[int, Callable[[], EmbeddedBlock]]], room: int
     ) -> tuple[dict[Hashable, _Entry], list[Hashable]]:
         """Hold entries for all keys; give them, and the keys of those that the caller has to fill."""
-        with self._changed:
+        with self._condition:
             while not self._make_room(blocks, room):
-                self._changed.wait()
-            own = [key for key in blocks if key not in self._entries]
-            for key in own:
+                self._condition.wait()
+            claims = [key for key in blocks if key not in self._entries]
+            for key in claims:
                 self._entries[key] = _Entry(blocks[key][0])
             for key in blocks:
                 self._entries.move_to_end(key)
                 self._entries[key].holders += 1
-            return {key: self._entries[key] for key in blocks}, own
+            return {key: self._entries[key] for key in blocks}, claims
 
     def _make_room(
         self, blocks: Mapping[Hashable, tuple[int, Callable[[], EmbeddedBlock]]], room: int
     ) -> bool:
         """Drop blocks until the missing ones fit; where they can't yet, drop none and return False."""
-        needed = self.nbytes + sum(size for key, (size, _) in blocks.items() if key not in self._entries)
+        demand = self.nbytes + sum(size for key, (size, _) in blocks.items() if key not in self._entries)
         idle = [key for key, entry in self._entries.items() if not entry.holders and key not in blocks]
-        dropped = []
+        victims = []
         for key in idle:
-            if needed <= room:
+            if demand <= room:
                 break
-            needed -= self._entries[key].nbytes
-            dropped.append(key)
-        if needed > room:
+            demand -= self._entries[key].nbytes
+            victims.append(key)
+        if demand > room:
             return False
-        for key in dropped:
+        for key in victims:
             del self._entries[key]
         return True
 
@@ -233,30 +235,30 @@ class EmbeddingCache:
         try:
             block = compute()
         except BaseException:
-            with self._changed:
-                entry.failed = True
+            with self._condition:
+                entry.has_failed = True
                 self._entries.pop(key, None)
-                self._changed.notify_all()
+                self._condition.notify_all()
             raise
-        with self._changed:
+        with self._condition:
             entry.block, entry.nbytes = block, block.nbytes
-            self._changed.notify_all()
+            self._condition.notify_all()
 
     def _wait_for(self, entry: _Entry) -> EmbeddedBlock | None:
         """Wait for a block; None when the thread that computed it failed, and it is to be tried again."""
-        with self._changed:
-            self._changed.wait_for(lambda: entry.block is not None or entry.failed)
+        with self._condition:
+            self._condition.wait_for(lambda: entry.block is not None or entry.has_failed)
             return entry.block
 
-    def _release(self, entries: Mapping[Hashable, _Entry], own: Sequence[Hashable]) -> None:
-        with self._changed:
+    def _release(self, entries: Mapping[Hashable, _Entry], claims: Sequence[Hashable]) -> None:
+        with self._condition:
             for key, entry in entries.items():
                 entry.holders -= 1
-                if key in own and entry.block is None and not entry.failed:
+                if key in claims and entry.block is None and not entry.has_failed:
                     # Claimed and never filled, as the block before it could not be computed.
-                    entry.failed = True
+                    entry.has_failed = True
                     del self._entries[key]
-            self._changed.notify_all()
+            self._condition.notify_all()
 
 
 @dataclass(eq=False)
@@ -264,7 +266,7 @@ class _Entry:
     nbytes: int
     block: EmbeddedBlock | None = None
     holders: int = 0
-    failed: bool = False
+    has_failed: bool = False
 
 
 cache = EmbeddingCache()

@@ -183,12 +183,12 @@ class Block:
     @property
     def fingerprint(self) -> str:
         """Hash of all that determines the values."""
-        made_of = {
+        inputs = {
             "contents": self.contents,
             "specification": self.field.specification_hash,
             "scope": scope_identity(self.field.scope),
         }
-        return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def compute_embeddings(
@@ -235,9 +235,11 @@ def compute_embeddings(
     while they are written and read back; or one frame's, where that is more.
     """
     if cluster is None:
-        with Cluster(Profile()) as own:
-            return compute_embeddings(frames, out, settings, groups=groups, cluster=own, progress=progress)
-    began = time.perf_counter()
+        with Cluster(Profile()) as local_cluster:
+            return compute_embeddings(
+                frames, out, settings, groups=groups, cluster=local_cluster, progress=progress
+            )
+    start = time.perf_counter()
     _check_scope(settings.scope)
     metric, request = _one_metric(settings)
     # Workers may run in another folder.
@@ -281,9 +283,9 @@ def compute_embeddings(
             report.up_to_date += fresh
             report.unrecorded += damaged
             _describe(group, origin, metric, scope)
-        with results.recorded(began, {"scope": settings.scope}, report.summarise, workers, attributes):
+        with results.recorded(start, {"scope": settings.scope}, report.summarise, workers, attributes):
             _run(stale, workers, results.root, report, progress)
-    report.seconds, report.cluster = time.perf_counter() - began, workers.description
+    report.seconds, report.cluster = time.perf_counter() - start, workers.description
     report.failures = list_embedding_failures(out_path)
     return report
 
@@ -297,16 +299,16 @@ def list_embedding_failures(out: str | os.PathLike[str]) -> list[EmbeddingFailur
     root = store.open_store(out)
     failures: list[EmbeddingFailure] = []
     for key in store.field_keys(root, schema.NUMBER):
-        checked = CheckedEmbeddings(root, key)
-        reasons = checked.failures.copy()
-        for block in range(checked.count):
-            if checked.is_damaged(block):
-                reasons[checked.rows(block)] = OTHER_EMBEDDING_RECORD
-            elif not checked.is_bound(block):
-                reasons[checked.rows(block)] = ""  # of a run that was stopped
+        embeddings = CheckedEmbeddings(root, key)
+        reasons = embeddings.failures.copy()
+        for block in range(embeddings.count):
+            if embeddings.is_damaged(block):
+                reasons[embeddings.rows(block)] = OTHER_EMBEDDING_RECORD
+            elif not embeddings.is_bound(block):
+                reasons[embeddings.rows(block)] = ""  # of a run that was stopped
         by_reason: dict[tuple[str, str], list[int]] = {}
         for row in np.flatnonzero(reasons != ""):
-            sequence, number = (checked.labels[name][row] for name in (schema.SEQUENCE, schema.NUMBER))
+            sequence, number = (embeddings.labels[name][row] for name in (schema.SEQUENCE, schema.NUMBER))
             by_reason.setdefault((str(sequence), str(reasons[row])), []).append(int(number))
         failures += [
             EmbeddingFailure(key, sequence, tuple(numbers), reason)
@@ -340,14 +342,14 @@ def load_embeddings(path: str | os.PathLike[str], key: str) -> tuple[xr.Dataset,
     """
     root = store.open_store(path)
     metadata.check_documents(root)
-    checked = CheckedEmbeddings(root, key)
-    blocks = [checked.read(block) for block in range(checked.count)]
-    variables: dict[str, Any] = {name: (schema.FRAME, column) for name, column in checked.labels.items()}
-    for name, array in checked.parts.items():
+    embeddings = CheckedEmbeddings(root, key)
+    blocks = [embeddings.read(block) for block in range(embeddings.count)]
+    variables: dict[str, Any] = {name: (schema.FRAME, column) for name, column in embeddings.labels.items()}
+    for name, array in embeddings.parts.items():
         values = [block[name] for block in blocks]
         dims = (schema.FRAME, *_dims(name, array.shape[1:]))
         variables[name] = (dims, np.concatenate(values) if values else np.empty(array.shape, array.dtype))
-    return xr.Dataset(variables, attrs=dict(store.get_group(root, key).attrs)), list(checked.left_out)
+    return xr.Dataset(variables, attrs=dict(store.get_group(root, key).attrs)), list(embeddings.left_out)
 
 
 # ---------------------------------------------------------------- on the driver
@@ -414,10 +416,10 @@ def _lay_out(
     dtype_of_parts = "float64" if metric.preprocessing.precision == "double" else "float32"
     count, n = store.get_array(origin, schema.FRAMES).shape[:2]
     values = sum(map(math.prod, shapes.values()))
-    sequences, together = _block_of(n, np.dtype(dtype_of_parts).itemsize * values)
+    sequences, rows_per_chunk = _block_of(n, np.dtype(dtype_of_parts).itemsize * values)
     rows, blocks = count * n, -(-count // sequences)
     layout: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...], Any]] = {
-        name: ((rows, *shape), (together, *shape), (schema.FRAME, *_dims(name, shape)), dtype_of_parts)
+        name: ((rows, *shape), (rows_per_chunk, *shape), (schema.FRAME, *_dims(name, shape)), dtype_of_parts)
         for name, shape in shapes.items()
     }
     for name, dtype in COLUMNS.items():
@@ -494,9 +496,9 @@ def _list_stale(
         block = Block(field, index, tuple(contents[first : first + field.sequences]))
         labels = digests.hash_labels({name: column[block.rows] for name, column in columns.items()})
         block = replace(block, identity=block_identity(field.key, metric, index, labels))
-        expected = block.fingerprint
-        texts = block_texts(expected, parts, reasons[block.rows])
-        is_recorded = fingerprints[index] == expected
+        fingerprint = block.fingerprint
+        texts = block_texts(fingerprint, parts, reasons[block.rows])
+        is_recorded = fingerprints[index] == fingerprint
         if is_recorded and digests.binds(str(recorded_digests[index]), block.identity, texts):
             fresh += len(block.contents) * field.n
             continue
@@ -546,14 +548,15 @@ def _run(
     if not blocks:
         return
     batches = ((block,) for block in blocks)
-    for (block,), frames, reason in run_blocks(workers.start(), embed_block, batches, len(blocks), progress):
-        if frames is None:
-            group = store.get_group(root, block.field.key)
-            frames_of_block = len(block.contents) * block.field.n
-            _write_record(group, block, _parts_of(group), [reason] * frames_of_block)
-        else:
-            report.blocks += 1
-            report.computed += frames
+    with run_blocks(workers.start(), embed_block, batches, len(blocks), progress) as outcomes:
+        for (block,), frames, reason in outcomes:
+            if frames is None:
+                group = store.get_group(root, block.field.key)
+                frames_of_block = len(block.contents) * block.field.n
+                _write_record(group, block, _parts_of(group), [reason] * frames_of_block)
+            else:
+                report.blocks += 1
+                report.computed += frames
 
 
 # ---------------------------------------------------------------- on a worker
@@ -618,9 +621,9 @@ def _embed(origin: store.Group, metric: Metric, block: Block, writer: _Writer) -
             continue
         for first in range(0, field.n, step):
             chunk = frames[first : first + step]
-            due = trials.is_due(field.run, metric)
+            is_due = trials.is_due(field.run, metric)
             part = _embed_or_explain(metric, chunk, field.scope, writer)
-            if due and part.final and "" in part.reasons:
+            if is_due and part.final and "" in part.reasons:
                 _try_metric(metric, chunk, block, part.values)
             yield part
 
@@ -680,10 +683,10 @@ def _try_metric(metric: Metric, frames: np.ndarray, block: Block, values: dict[s
     """
     with trials.trial(block.field.run, metric) as copy:
         with other_random_numbers():
-            again, _ = _embedded(copy, frames, block.field.scope)
+            repetition, _ = _embedded(copy, frames, block.field.scope)
         for name, part in values.items():
             exact = metric.device.type == "cpu"
-            copy.claims.check_repeated(part, again[name], f"embedding {name!r}", exact=exact)
+            copy.claims.check_repeated(part, repetition[name], f"embedding {name!r}", exact=exact)
 
 
 def _embedded(metric: Metric, frames: np.ndarray, scope: Scope) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -706,7 +709,7 @@ def _embedded(metric: Metric, frames: np.ndarray, scope: Scope) -> tuple[dict[st
 
 
 class _Writer:
-    """Write embeddings of a block in whole chunks, and hash them.
+    """Writer of embeddings of a block in whole chunks, which hashes them.
 
     Attributes
     ----------

@@ -34,7 +34,12 @@ class Piece:
 class FrameBlock:
     """Frames ``start:stop`` of an archive's order, as pieces of sequences.
 
-    ``labels`` is their :func:`pipeline.storage.digests.hash_labels`.
+    Attributes
+    ----------
+    start, stop : int
+    pieces : tuple of Piece
+    labels : bytes
+        :func:`pipeline.storage.digests.hash_labels` of the frames.
     """
 
     start: int
@@ -48,8 +53,8 @@ class FrameBlock:
     @cached_property
     def content(self) -> str:
         """Hash of the block's frames; it changes with frames that come before them, too."""
-        made_of = [(piece.content, piece.start, piece.stop) for piece in self.pieces]
-        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
+        inputs = [(piece.content, piece.start, piece.stop) for piece in self.pieces]
+        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class MatrixFrames:
 
     def blocks(self, length: int) -> list[FrameBlock]:
         """Cut all frames into blocks of ``length``; the last may be shorter."""
-        ends = np.cumsum([len(piece) for piece in self.sequences])
+        stops = np.cumsum([len(piece) for piece in self.sequences])
         labels = {
             schema.FIELD: self.field,
             schema.SEQUENCE: self.sequence,
@@ -94,10 +99,10 @@ class MatrixFrames:
         blocks = []
         for start in range(0, len(self), length):
             stop = min(start + length, len(self))
-            first, last = np.searchsorted(ends, start, "right"), np.searchsorted(ends, stop, "left")
+            first, last = np.searchsorted(stops, start, "right"), np.searchsorted(stops, stop, "left")
             pieces = []
             for index in range(first, last + 1):
-                whole, origin = self.sequences[index], int(ends[index]) - len(self.sequences[index])
+                whole, origin = self.sequences[index], int(stops[index]) - len(self.sequences[index])
                 begin, end = max(start - origin, 0), min(stop - origin, len(whole))
                 pieces.append(Piece(whole.key, whole.row, whole.content, begin, end))
             of_block = {name: column[start:stop] for name, column in labels.items()}
@@ -136,7 +141,15 @@ def list_frames(source: store.Group, keys: Sequence[str]) -> MatrixFrames:
 
 @dataclass(frozen=True)
 class Batch:
-    """Frames ``start:stop`` of a block; where they could not be read, ``damage`` says why."""
+    """Frames ``start:stop`` of a block.
+
+    Attributes
+    ----------
+    start, stop : int
+    frames : ndarray or None
+    damage : str
+        Why the frames could not be read; empty where they could.
+    """
 
     start: int
     stop: int
@@ -144,8 +157,8 @@ class Batch:
     damage: str = ""
 
 
-def read_block(source: store.Group, block: FrameBlock, together: int) -> Iterator[Batch]:
-    """Read the frames of a block in batches of at most ``together``, each of one field, and check sequences.
+def read_block(source: store.Group, block: FrameBlock, batch_size: int) -> Iterator[Batch]:
+    """Read the frames of a block in batches of ``batch_size`` at most, each of one field; check sequences.
 
     In memory are one sequence and one batch.
     """
@@ -165,11 +178,11 @@ def read_block(source: store.Group, block: FrameBlock, together: int) -> Iterato
                 start, pending = position, []
                 continue
             while len(frames):
-                taken = frames[: together - (position - start)]
-                pending.append(taken)
-                position += len(taken)
-                frames = frames[len(taken) :]
-                if position - start == together:
+                part = frames[: batch_size - (position - start)]
+                pending.append(part)
+                position += len(part)
+                frames = frames[len(part) :]
+                if position - start == batch_size:
                     yield Batch(start, position, np.concatenate(pending))
                     start, pending = position, []
         if start < position:

@@ -160,7 +160,7 @@ class MatrixJob:
         """Measure on a worker what each family takes; by the name of the family's first metric."""
         return {family[0].name: self._measure(family, client) for family in self.families()}
 
-    def plan(self, measured: Mapping[str, Measured], workers: Workers) -> Plan:
+    def plan(self, measurements: Mapping[str, Measured], workers: Workers) -> Plan:
         """Plan the matrix.
 
         Raises
@@ -172,7 +172,9 @@ class MatrixJob:
         """
         context, group = self.context, self._group()
         if group is None:
-            tile, side = choose_sides(len(self.frames), list(measured.values()), workers, context.matrix.tile)
+            tile, side = choose_sides(
+                len(self.frames), list(measurements.values()), workers, context.matrix.tile
+            )
         else:
             tile, side = sides(group)
             if context.matrix.tile not in (None, tile):
@@ -188,7 +190,7 @@ class MatrixJob:
                 len(self.frames),
                 tile,
                 side,
-                measured[family[0].name],
+                measurements[family[0].name],
                 workers,
             )
             for family in self.families()
@@ -232,12 +234,12 @@ class MatrixJob:
             )
             for metric in self.metrics
         }
-        others = {
+        other_specifications = {
             name
             for key in self.fields
             for name in weighted_otherwise(group, store.get_group(self._source, key))
         }
-        invalidate(group, blocks, tables, others - tables.keys())
+        invalidate(group, blocks, tables, other_specifications - tables.keys())
         families = [
             family for family in self.families() if any(tables[metric.name].any() for metric in family)
         ]
@@ -257,17 +259,17 @@ class MatrixJob:
         )
 
     def tasks(
-        self, stale: StaleTiles, measured: Mapping[str, Measured], workers: Workers, run: str
+        self, stale: StaleTiles, measurements: Mapping[str, Measured], workers: Workers, run: str
     ) -> Iterator[tuple[TileTask]]:
         """Make the tasks as they are asked for: together they would take more than their tiles."""
         context = self.context
         for family in stale.families:
-            takes = measured[family[0].name]
-            room = room_for(takes, workers, len(stale.blocks[0]))
+            measurement = measurements[family[0].name]
+            room = room_for(measurement, workers, len(stale.blocks[0]))
             for square in stale.squares(family):
                 tiles = {metric.name: stale.tiles(metric.name, square) for metric in family}
                 tiles = {name: of_metric for name, of_metric in tiles.items() if of_metric}
-                needed = sorted(
+                block_indices = sorted(
                     {index for of_metric in tiles.values() for tile in of_metric for index in tile}
                 )
                 task = TileTask(
@@ -277,9 +279,9 @@ class MatrixJob:
                     tuple(context.requests[name] for name in tiles),
                     {name: stale.places[name] for name in tiles},
                     tiles,
-                    {index: stale.blocks[index] for index in needed},
+                    {index: stale.blocks[index] for index in block_indices},
                     stale.scopes[family[0].name],
-                    takes.frame_bytes,
+                    measurement.frame_bytes,
                     room,
                     run,
                     self.weights,
@@ -330,10 +332,10 @@ class MatrixJob:
             self.context.settings.scope == "none",
             self.weights,
         )
-        ((_, measured, error),) = run_bounded(client, measure, [task])
+        ((_, measurement, error),) = run_bounded(client, measure, [task])
         if error is not None:
             raise error
-        return measured
+        return measurement
 
 
 def _in_common(fields: Mapping[str, FieldMetrics]) -> tuple[list[Metric], FieldWeights | None]:
@@ -345,9 +347,9 @@ def _in_common(fields: Mapping[str, FieldMetrics]) -> tuple[list[Metric], FieldW
         When the fields have other weights.
     """
     first = next(iter(fields.values()))
-    if others := [key for key, of_field in fields.items() if of_field.weights != first.weights]:
+    if odd_keys := [key for key, of_field in fields.items() if of_field.weights != first.weights]:
         raise ValueError(
-            f"{', '.join(others)} and {next(iter(fields))} have pixels of other weights, and frames of one "
+            f"{', '.join(odd_keys)} and {next(iter(fields))} have pixels of other weights, and frames of one "
             "matrix are compared with the same: choose --groups that agree, or leave out --pixel-weights"
         )
     return first.metrics, first.weights

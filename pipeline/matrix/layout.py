@@ -41,9 +41,9 @@ def tile_fingerprint(rows: str, columns: str, specification_hash: str, scope: Sc
     specification_hash : str
     scope : (lo, hi)
     """
-    made_of = {"rows": rows, "columns": columns, "specification": specification_hash}
-    made_of["scope"] = scope_identity(scope)
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
+    inputs = {"rows": rows, "columns": columns, "specification": specification_hash}
+    inputs["scope"] = scope_identity(scope)
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def lay_out(
@@ -108,10 +108,10 @@ def _forget_tiles_beyond(group: store.Group, count: int) -> None:
     places = metric_places(group).values()
     for name, empty in OF_TILES.items():
         if name in provenance and (array := store.get_array(provenance, name)).shape[1] > count:
-            beyond = np.ones(array.shape[1:], bool)
-            beyond[:count, :count] = False
+            surplus = np.ones(array.shape[1:], bool)
+            surplus[:count, :count] = False
             for place in places:
-                _clear(array, place, beyond, empty)
+                _clear(array, place, surplus, empty)
 
 
 def _forget_unresolved_tiles(group: store.Group) -> None:
@@ -203,11 +203,11 @@ def stale_tiles(
     )
     for i, j in np.argwhere(stale[: len(recorded), : len(recorded)]):
         rows, columns = blocks[i], blocks[j]
-        expected = tile_fingerprint(rows.content, columns.content, specification_hash, scope)
-        if recorded[i, j] == expected:
+        fingerprint = tile_fingerprint(rows.content, columns.content, specification_hash, scope)
+        if recorded[i, j] == fingerprint:
             reasons = failures[rows.start : rows.stop].tolist() if i == j else ()
             identity = tile_identity(group.path, name, (int(i), int(j)), rows.labels, columns.labels)
-            texts = tile_texts(expected, int(missing[i, j]), int(unresolved[i, j]), reasons)
+            texts = tile_texts(fingerprint, int(missing[i, j]), int(unresolved[i, j]), reasons)
             stale[i, j] = not digests.binds(str(of_tiles[i, j]), identity, texts)
     return stale
 
@@ -228,21 +228,23 @@ def invalidate(
     contents = np.array([block.content for block in blocks], object)
     labels = labels_of_blocks(group, len(blocks[0])) if blocks else []
     relabelled = np.array([block.labels != label for block, label in zip(blocks, labels, strict=True)], bool)
-    changed = (store.read(array) != contents) | relabelled
+    has_new_content = (store.read(array) != contents) | relabelled
     for name, place in metric_places(group).items():
-        gone = stale[name] if name in stale else changed[:, None] | changed | (name in outdated)
+        is_obsolete = (
+            stale[name] if name in stale else has_new_content[:, None] | has_new_content | (name in outdated)
+        )
         for record, empty in OF_TILES.items():
-            _clear(store.get_array(provenance, record), place, gone, empty)
+            _clear(store.get_array(provenance, record), place, is_obsolete, empty)
         # Reasons come with the tile of a block with itself.
-        of_frames = np.repeat(np.diagonal(gone), [len(block) for block in blocks])
+        of_frames = np.repeat(np.diagonal(is_obsolete), [len(block) for block in blocks])
         _clear(store.get_array(provenance, schema.FAILURE), place, of_frames, "")
     if (store.read(array) != contents).any():
         store.write_rows(array, 0, contents)
 
 
-def _clear(array: store.Array, place: int, where: np.ndarray, empty: str | int) -> None:
+def _clear(array: store.Array, place: int, mask: np.ndarray, empty: str | int) -> None:
     """Empty a metric's records at some places, where any isn't empty."""
     values = store.read(array, place)
-    if (values[where] != empty).any():
-        values[where] = empty
+    if (values[mask] != empty).any():
+        values[mask] = empty
         store.write_block(array, (place, *(0 for _ in values.shape)), values[None])

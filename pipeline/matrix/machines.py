@@ -34,9 +34,13 @@ def find_workers(cluster: Cluster, memory: int | None) -> Workers:
     """Count the workers of a cluster and the memory that each may take."""
     client = cluster.client
     if client is None:
-        own = device_of_worker()
-        available = int(SHARE_OF_GPU * own.free) if own.kind != "cpu" else _share_of_this_machine(1)
-        return Workers(1, 1, memory or available, own.kind)
+        driver_device = device_of_worker()
+        available = (
+            int(SHARE_OF_GPU * driver_device.free)
+            if driver_device.kind != "cpu"
+            else _share_of_this_machine(1)
+        )
+        return Workers(1, 1, memory or available, driver_device.kind)
     information = client.scheduler_info(n_workers=-1)["workers"]
     # Workers of batch jobs come one after the other: the plan is for all of them.
     count = max(len(information), cluster.profile.asked_for.maximum)

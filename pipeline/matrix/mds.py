@@ -79,8 +79,8 @@ def classical_map(distances: np.ndarray) -> FrameMap:
     _check_sign(matrix)
     positions, explained = _axes(_inner_products(matrix**2))
     stress = _stress(positions, positions, matrix)
-    everywhere, left_out = _on_all_frames(len(distances), comparable, positions)
-    return FrameMap(everywhere, explained, stress, left_out, np.array([], dtype=int))
+    everywhere, omissions = _on_all_frames(len(distances), comparable, positions)
+    return FrameMap(everywhere, explained, stress, omissions, np.array([], dtype=int))
 
 
 def landmark_map(to_landmarks: np.ndarray, landmarks: np.ndarray) -> FrameMap:
@@ -113,18 +113,18 @@ def landmark_map(to_landmarks: np.ndarray, landmarks: np.ndarray) -> FrameMap:
     rows = rows[:, comparable]
     _check_sign(rows)
     squares = rows**2
-    between = squares[:, np.searchsorted(comparable, landmarks)]
-    landmark_positions, explained = _axes(_inner_products(between))
+    landmark_squares = squares[:, np.searchsorted(comparable, landmarks)]
+    landmark_positions, explained = _axes(_inner_products(landmark_squares))
     # x = −½ L⁺ (δ² − mean δ²) with L⁺ = Vᵀ/√λ. Positions are V √λ, so L⁺ is their transpose over λ.
     eigenvalues = (landmark_positions**2).sum(axis=0)
     inverse = np.divide(
         landmark_positions, eigenvalues, out=np.zeros_like(landmark_positions), where=eigenvalues > 0
     )
-    means = between.mean(axis=1, keepdims=True) if len(rows) else np.zeros((0, 1))
+    means = landmark_squares.mean(axis=1, keepdims=True) if len(rows) else np.zeros((0, 1))
     positions = -0.5 * (squares - means).T @ inverse
     stress = _stress(landmark_positions, positions, rows)
-    everywhere, left_out = _on_all_frames(frames, comparable, positions)
-    return FrameMap(everywhere, explained, stress, left_out, landmarks)
+    everywhere, omissions = _on_all_frames(frames, comparable, positions)
+    return FrameMap(everywhere, explained, stress, omissions, landmarks)
 
 
 def choose_landmarks(
@@ -184,12 +184,12 @@ def spread(positions: np.ndarray, count: int) -> list[int]:
     if not len(frames):
         return []
     points = positions[frames]
-    selected = [int(np.argmin((points**2).sum(axis=1)))]
-    nearest = ((points - points[selected[0]]) ** 2).sum(axis=1)
-    while len(selected) < min(count, len(points)) and nearest.max() > 0:
-        selected.append(int(np.argmax(nearest)))
-        nearest = np.minimum(nearest, ((points - points[selected[-1]]) ** 2).sum(axis=1))
-    return [int(frames[k]) for k in selected]
+    landmarks = [int(np.argmin((points**2).sum(axis=1)))]
+    nearest = ((points - points[landmarks[0]]) ** 2).sum(axis=1)
+    while len(landmarks) < min(count, len(points)) and nearest.max() > 0:
+        landmarks.append(int(np.argmax(nearest)))
+        nearest = np.minimum(nearest, ((points - points[landmarks[-1]]) ** 2).sum(axis=1))
+    return [int(frames[k]) for k in landmarks]
 
 
 def _with_nan(distances: np.ndarray) -> np.ndarray:

@@ -113,7 +113,7 @@ def measure(
         embedded = embed_block(source, block, metrics[0], scope)
         if embedded.embedding is None or embedded.undone:
             continue
-        began = time.perf_counter()
+        start = time.perf_counter()
         embedded = embed_block(source, block, metrics[0], scope)
         break
     else:
@@ -126,10 +126,10 @@ def measure(
             raise
         except Exception as error:
             return Measured(0, 0, 0, sequence_bytes, process, 0.0, 0.0, fault=_describe(metrics[0], error))
-        began = time.perf_counter()
+        start = time.perf_counter()
         embedded = _embedded(metrics[0], values, scope)
     _wait_for(metrics[0])
-    embed_seconds = (time.perf_counter() - began) / len(values)
+    embed_seconds = (time.perf_counter() - start) / len(values)
     pair_seconds, faults = 0.0, []
     for metric in metrics:
         try:
@@ -176,8 +176,8 @@ def _seconds_of_pair(metric: Metric, embedded: EmbeddedBlock, n: int) -> float:
     There are as many pairs as take long enough to be timed (some metrics take milliseconds a pair), and no
     more than ``n`` frames have.
     """
-    most = min(ROWS_AT_ONCE if metric.device.type == "cpu" else 1024, max(n, SIDE_TO_BEGIN_WITH))
-    side = min(SIDE_TO_BEGIN_WITH, most)
+    limit = min(ROWS_AT_ONCE if metric.device.type == "cpu" else 1024, max(n, SIDE_TO_BEGIN_WITH))
+    side = min(SIDE_TO_BEGIN_WITH, limit)
     assert embedded.embedding is not None
     while True:
         times = -(-side // len(embedded.comparable))
@@ -188,14 +188,14 @@ def _seconds_of_pair(metric: Metric, embedded: EmbeddedBlock, n: int) -> float:
         seconds = math.inf
         for _ in range(2):
             a, b = Embedding(dict(parts)), Embedding(dict(parts))
-            began = time.perf_counter()
+            start = time.perf_counter()
             with torch.no_grad():
                 metric.distance_block(a, b)
             _wait_for(metric)
-            seconds = min(seconds, time.perf_counter() - began)
-        if side == most or seconds > LONG_ENOUGH_S:
+            seconds = min(seconds, time.perf_counter() - start)
+        if side == limit or seconds > LONG_ENOUGH_S:
             return seconds / side**2
-        side = min(2 * side, most)
+        side = min(2 * side, limit)
 
 
 def _wait_for(metric: Metric) -> None:

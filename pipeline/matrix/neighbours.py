@@ -36,8 +36,17 @@ class NeighboursError(ValueError):
 class Frame:
     """A frame of a matrix.
 
-    ``matrix`` is the group of the matrix, ``row`` the index of the frame's distances in it, and ``field`` the
-    frame's ``<dataset>/<field>``.
+    Attributes
+    ----------
+    matrix : str
+        Group of the matrix.
+    row : tuple of int
+        Index of the frame's distances in it.
+    field : str
+        ``<dataset>/<field>`` of the frame.
+    sequence : str
+    number : int
+    parameter : float
     """
 
     matrix: str
@@ -99,9 +108,9 @@ class Neighbours:
 class _CheckedSequence:
     """Matrix of a sequence in a ``distances.zarr``; NaN if it was ignored for the reasons in ``left_out``."""
 
-    def __init__(self, values: np.ndarray, left_out: list[str]) -> None:
+    def __init__(self, values: np.ndarray, omissions: list[str]) -> None:
         self._values = values
-        self.left_out = dict.fromkeys(left_out)
+        self.left_out = dict.fromkeys(omissions)
         self.length = len(values)
 
     def row(self, index: int, columns: slice) -> np.ndarray:
@@ -177,9 +186,9 @@ def neighbours_of(
 ) -> Neighbours:
     """Find the nearest frames of a frame that :func:`find_frame` returned; see :func:`find_neighbours`."""
     group = store.get_group(root, frame.matrix)
-    excluded = (frame.field, frame.sequence) if other_sequences else None
+    own_sequence = (frame.field, frame.sequence) if other_sequences else None
     matrices = _checked_matrices(root, group, frame)
-    columns, compared, missing = _nearest_columns(matrices[metric], group, frame.row[-1], k, excluded)
+    columns, compared, missing = _nearest_columns(matrices[metric], group, frame.row[-1], k, own_sequence)
     nearest = [
         Neighbour(
             _frame(group, frame.matrix, (*frame.row[:-1], column)),
@@ -188,9 +197,9 @@ def neighbours_of(
         for column in columns
     ]
     unresolved = _unresolved_near(group, frame.row, columns, metric)
-    left_out = [text for matrix in matrices.values() for text in matrix.left_out]
+    omissions = [text for matrix in matrices.values() for text in matrix.left_out]
     directed = [name for name in matrices if store.get_array(group, name).attrs.get(schema.DIRECTED)]
-    return Neighbours(frame, metric, nearest, compared, missing, unresolved, left_out, directed)
+    return Neighbours(frame, metric, nearest, compared, missing, unresolved, omissions, directed)
 
 
 def _checked_matrices(root: store.Group, group: store.Group, frame: Frame) -> dict[str, _Matrix]:
@@ -203,11 +212,11 @@ def _checked_matrices(root: store.Group, group: store.Group, frame: Frame) -> di
         return {name: CheckedMatrix(root, key, name, labels) for name in names}
     row = slice(frame.row[0], frame.row[0] + 1)
     values = {name: store.read(store.get_array(group, name), row) for name in names}
-    checked = check_rows(root, key, values, row)
+    check = check_rows(root, key, values, row)
     matrices: dict[str, _Matrix] = {}
     for name, matrix in values.items():
-        reason = checked.problems.get(name, [""])[0]
-        if checked.counts(name, 0):
+        reason = check.problems.get(name, [""])[0]
+        if check.counts(name, 0):
             matrices[name] = _CheckedSequence(matrix[0], [])
         else:
             text = f"{key}: {name}, sequence {frame.sequence}: {reason}"
@@ -235,7 +244,7 @@ def find_frame(path: str | os.PathLike[str], name: str, matrix: str | None = Non
                 tails.append((full, key, row))
     matches = exact or tails
     if not matches:
-        raise NeighboursError(_unknown(path, root, keys, name))
+        raise NeighboursError(_explain_unknown(path, root, keys, name))
     if len(matches) == 1:
         _, key, row = matches[0]
         return _frame(store.get_group(root, key), key, row)
@@ -273,12 +282,12 @@ def frame_name(field: str, sequence: str, number: int) -> str:
 
 
 def _nearest_columns(
-    matrix: _Matrix, group: store.Group, row: int, k: int, excluded: tuple[str, str] | None
+    matrix: _Matrix, group: store.Group, row: int, k: int, own_sequence: tuple[str, str] | None
 ) -> tuple[list[int], int, int]:
     """Find the ``k`` columns of a row with the smallest distances, nearest first.
 
     Returns the columns, the number of compared columns, and the number of these without a distance. The frame
-    itself, and frames of the field and sequence ``excluded``, are not compared.
+    itself, and frames of the field and sequence ``own_sequence``, are not compared.
     """
     length = matrix.length
     tile = matrix.tile if isinstance(matrix, CheckedMatrix) else length
@@ -290,8 +299,8 @@ def _nearest_columns(
         values = matrix.row(row, part).astype(np.float64)
         indices = np.arange(part.start, part.stop)
         is_other = indices != row
-        if excluded is not None:
-            is_other &= ~_is_in_sequence(group, part, *excluded)
+        if own_sequence is not None:
+            is_other &= ~_is_in_sequence(group, part, *own_sequence)
         values, indices = values[is_other], indices[is_other]
         valid = ~np.isnan(values)
         compared += len(values)
@@ -393,7 +402,7 @@ def _is_in_sequence(group: store.Group, part: slice, field: str, sequence: str) 
     return (fields == field) & (sequences == sequence)
 
 
-def _unknown(path: str | os.PathLike[str], root: store.Group, keys: Sequence[str], name: str) -> str:
+def _explain_unknown(path: str | os.PathLike[str], root: store.Group, keys: Sequence[str], name: str) -> str:
     """Write the message for an unknown name, with the sequence's frames or similar names."""
     stem, colon, number = name.rpartition(":")
     stem = stem if colon and number.isdigit() else name
@@ -433,5 +442,5 @@ def _choose_metric(path: str | os.PathLike[str], key: str, names: Sequence[str],
 
 def _shortened(names: Sequence[str]) -> str:
     """List the first few names, and count the others."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    suffix = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + suffix

@@ -65,6 +65,7 @@ class FamilyPlan:
     tasks : int
     embeddings : int
         Frames embedded in total, by all workers: ``factor`` times the number of frames.
+    factor : float
     process, cache, work : int
         Bytes of memory: of the process anyway, of embeddings that are kept, and of work in hand at most.
     memory : int
@@ -109,7 +110,9 @@ class Plan:
         return sum(family.seconds for family in self.families)
 
 
-def choose_sides(n: int, measured: Sequence[Measured], workers: Workers, tile: int | None) -> tuple[int, int]:
+def choose_sides(
+    n: int, measurements: Sequence[Measured], workers: Workers, tile: int | None
+) -> tuple[int, int]:
     """Choose the frames on a side of a tile, and the tiles on a side of a task.
 
     Memory holds a block of frames for each thread, and one more that they share. Tasks are so large that they
@@ -122,18 +125,23 @@ def choose_sides(n: int, measured: Sequence[Measured], workers: Workers, tile: i
     """
     fits = [tile] if tile is not None else _tiles(n, workers.device)
     for length in fits:
-        rooms = [room_for(one, workers, length) // (one.frame_bytes * length or 1) for one in measured]
+        rooms = [
+            room_for(measurement, workers, length) // (measurement.frame_bytes * length or 1)
+            for measurement in measurements
+        ]
         if min(rooms) >= workers.threads + 1:
             break
     else:
-        worst = max(measured, key=lambda family: work_bytes(family, workers, fits[-1]) + family.frame_bytes)
+        worst = max(
+            measurements, key=lambda family: work_bytes(family, workers, fits[-1]) + family.frame_bytes
+        )
         raise PlanError(_does_not_fit(worst, workers, fits[-1]))
-    pair_seconds = max(max(one.pair_seconds for one in measured), 1e-12)
+    pair_seconds = max(max(measurement.pair_seconds for measurement in measurements), 1e-12)
     blocks = -(-n // length)
     by_room = min(rooms) // (workers.threads + 1)
     by_time = int(math.sqrt(TASK_SECONDS / pair_seconds)) // length
-    enough = math.sqrt(2 * TASKS_PER_THREAD * workers.workers * workers.threads)
-    return length, max(1, min(by_room, by_time, math.ceil(blocks / enough)))
+    task_target = math.sqrt(2 * TASKS_PER_THREAD * workers.workers * workers.threads)
+    return length, max(1, min(by_room, by_time, math.ceil(blocks / task_target)))
 
 
 def _tiles(n: int, device: str) -> list[int]:
@@ -146,32 +154,32 @@ def _tiles(n: int, device: str) -> list[int]:
     return [best >> k for k in range(best.bit_length()) if best >> k >= SMALLEST_TILE]
 
 
-def work_bytes(measured: Measured, workers: Workers, tile: int) -> int:
+def work_bytes(measurement: Measured, workers: Workers, tile: int) -> int:
     """Compute the bytes that a worker has in hand at most, besides the embeddings that it keeps."""
     batch = FRAMES_TOGETHER.get(workers.device, 32)
-    reading = 2 * measured.sequence_bytes + batch * measured.raw_bytes
-    embedding = batch * (2 * measured.raw_bytes + 6 * measured.prepared_bytes + measured.frame_bytes)
+    reading = 2 * measurement.sequence_bytes + batch * measurement.raw_bytes
+    embedding = batch * (2 * measurement.raw_bytes + 6 * measurement.prepared_bytes + measurement.frame_bytes)
     if workers.device == "cpu":
         # Both sides in double, where metrics take them so, and the tile.
-        copied = 4 * min(ROWS_AT_ONCE, tile) * measured.frame_bytes if measured.copies else 0
-        comparing = copied + 24 * tile**2
+        copy_bytes = 4 * min(ROWS_AT_ONCE, tile) * measurement.frame_bytes if measurement.copies else 0
+        comparing = copy_bytes + 24 * tile**2
         return workers.threads * (reading + max(embedding, comparing))
     return workers.threads * (embedding + 32 * tile**2) + GPU_WORKSPACE
 
 
-def room_for(measured: Measured, workers: Workers, tile: int) -> int:
+def room_for(measurement: Measured, workers: Workers, tile: int) -> int:
     """Compute the bytes of embeddings that a worker may keep; below 0 where there is no room at all."""
-    return workers.memory - measured.process_bytes - work_bytes(measured, workers, tile)
+    return workers.memory - measurement.process_bytes - work_bytes(measurement, workers, tile)
 
 
-def _does_not_fit(measured: Measured, workers: Workers, tile: int) -> str:
-    block = measured.frame_bytes * tile
-    needed = measured.process_bytes + work_bytes(measured, workers, tile) + (workers.threads + 1) * block
+def _does_not_fit(cost: Measured, workers: Workers, tile: int) -> str:
+    block = cost.frame_bytes * tile
+    demand = cost.process_bytes + work_bytes(cost, workers, tile) + (workers.threads + 1) * block
     return (
         f"a worker has {readable(workers.memory)} of memory, and with tiles of {tile} frames a side needs "
-        f"{readable(needed)}: {readable(measured.process_bytes)} for the process, "
-        f"{readable(work_bytes(measured, workers, tile))} for what is in hand, and {workers.threads + 1} "
-        f"blocks of {readable(block)} ({tile} embeddings of {readable(measured.frame_bytes)}); give it more "
+        f"{readable(demand)}: {readable(cost.process_bytes)} for the process, "
+        f"{readable(work_bytes(cost, workers, tile))} for what is in hand, and {workers.threads + 1} "
+        f"blocks of {readable(block)} ({tile} embeddings of {readable(cost.frame_bytes)}); give it more "
         "(--memory), smaller tiles (--tile), fewer threads, or smaller frames (--size)"
     )
 
@@ -182,14 +190,14 @@ def plan_family(
     n: int,
     tile: int,
     side: int,
-    measured: Measured,
+    measurement: Measured,
     workers: Workers,
 ) -> FamilyPlan:
     """Plan one family of metrics; ``stale`` has the tiles of each that are out of date."""
-    room = room_for(measured, workers, tile)
-    block = measured.frame_bytes * tile
+    room = room_for(measurement, workers, tile)
+    block = measurement.frame_bytes * tile
     if room < 2 * block:
-        raise PlanError(_does_not_fit(measured, workers, tile))
+        raise PlanError(_does_not_fit(measurement, workers, tile))
     count = len(stale[0])
     any_stale = np.logical_or.reduce(stale)
     squares = list(order_squares(any_stale, side))
@@ -202,7 +210,7 @@ def plan_family(
     values = sum(int(of_tile[table | table.T].sum()) for table in stale)
     whole = count * (count + 1) // 2 * len(stale)
     tiles = sum(int(table.sum()) for table in stale)
-    seconds = frames * measured.embed_seconds + pairs / len(stale) * measured.pair_seconds
+    seconds = frames * measurement.embed_seconds + pairs / len(stale) * measurement.pair_seconds
     seconds += 4 * values / WRITE_RATE
     return FamilyPlan(
         tuple(metrics),
@@ -211,13 +219,13 @@ def plan_family(
         len(squares),
         frames,
         frames / max(int(lengths[any_stale.any(0) | any_stale.any(1)].sum()), 1),
-        measured.process_bytes,
-        min(room, n * measured.frame_bytes),
-        work_bytes(measured, workers, tile),
+        measurement.process_bytes,
+        min(room, n * measurement.frame_bytes),
+        work_bytes(measurement, workers, tile),
         workers.memory,
         4 * values,
         seconds / (workers.workers * workers.threads),
-        measured.fault,
+        measurement.fault,
     )
 
 
@@ -296,8 +304,8 @@ def describe_plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def in_time(seconds: float) -> str:

@@ -136,7 +136,7 @@ class _Record:
     arrays: dict[str, store.Array] = field(init=False)
     origin: Tile = field(init=False)
     part: tuple[slice, ...] = field(init=False)
-    done: dict[Tile, dict[str, str | int]] = field(default_factory=dict)
+    records: dict[Tile, dict[str, str | int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         provenance = store.get_group(self.group, schema.PROVENANCE)
@@ -148,7 +148,7 @@ class _Record:
 
     def write(self, tile: Tile, fingerprint: str, digest: str, missing: int = 0, unresolved: int = 0) -> None:
         """Record a tile, its fingerprint last; an empty one says that it is not done."""
-        self.done[tile[0] - self.origin[0], tile[1] - self.origin[1]] = {
+        self.records[tile[0] - self.origin[0], tile[1] - self.origin[1]] = {
             schema.FINGERPRINT: fingerprint,
             schema.DIGEST: digest,
             schema.MISSING: missing,
@@ -158,7 +158,7 @@ class _Record:
             # What another attempt has done is read. All that this one has done is written again, as the other
             # may have read before and written since.
             values = store.read(self.arrays[name], (self.place, *self.part))
-            for at, records in self.done.items():
+            for at, records in self.records.items():
                 values[at] = records[name]
             store.write_block(self.arrays[name], (self.place, *self.origin), values[None])
 
@@ -201,10 +201,10 @@ class _Tile:
 
     def missing(self, rows: EmbeddedBlock, columns: EmbeddedBlock) -> int:
         """Count NaN among frames that can be compared."""
-        both = rows.comparable[:, None] & columns.comparable
-        missing = int((np.isnan(self.values) & both).sum())
+        mask = rows.comparable[:, None] & columns.comparable
+        missing = int((np.isnan(self.values) & mask).sum())
         if self.mirrored is not None:
-            missing += int((np.isnan(self.mirrored) & both.T).sum())
+            missing += int((np.isnan(self.mirrored) & mask.T).sum())
         return missing
 
 
@@ -223,7 +223,7 @@ class _Square:
         }
         self.stopwatch = Stopwatch()
         self.errors: dict[str, str] = {}
-        self.done = self.undone = self.embedded = 0
+        self.tile_count = self.undone = self.embedded = 0
 
     @contextlib.contextmanager
     def hold(self, tile: Tile) -> Iterator[tuple[EmbeddedBlock, EmbeddedBlock]]:
@@ -236,8 +236,8 @@ class _Square:
             blocks[key] = (len(block) * self.task.frame_bytes, functools.partial(self._embed, block))
         with contextlib.ExitStack() as stack:
             with self.stopwatch("embed"):
-                held = stack.enter_context(cache.hold(blocks, self.task.room))
-            yield held[0], held[-1]
+                embedded_blocks = stack.enter_context(cache.hold(blocks, self.task.room))
+            yield embedded_blocks[0], embedded_blocks[-1]
 
     def _embed(self, block: FrameBlock) -> EmbeddedBlock:
         self.embedded += len(block)
@@ -247,11 +247,11 @@ class _Square:
         """Compare two blocks by a metric, and try the metric where that is due."""
         metric, (i, j) = self.metrics[name], tile
         with self.stopwatch("compare"):
-            due = trials.is_due(self.task.run, metric)
+            is_due = trials.is_due(self.task.run, metric)
             values = compare_blocks(metric, rows, columns)
             two_ways = i != j and is_directed(metric)
             mirrored = compare_blocks(metric, columns, rows) if two_ways else None
-            if due:
+            if is_due:
                 _try_metric(metric, self.task, self.source, self.task.blocks[i], rows)
             unresolved = unresolved_pairs(metric, rows, columns, values)
             if mirrored is not None:
@@ -278,17 +278,17 @@ class _Square:
                 self.note_undone(name, reason)
                 return
             missing = compared.missing(rows, columns)
-            made_of = tile_fingerprint(
+            fingerprint = tile_fingerprint(
                 self.task.blocks[i].content,
                 self.task.blocks[j].content,
                 self.metrics[name].specification_hash,
                 self.task.scope,
             )
-            texts = tile_texts(made_of, missing, compared.unresolved, reasons)
+            texts = tile_texts(fingerprint, missing, compared.unresolved, reasons)
             digest = _digest(self.task, name, tile, compared.arrays, texts)
             _check_wanted(self.task, tile)
-            self.records[name].write(tile, made_of, digest, missing, compared.unresolved)
-            self.done += 1
+            self.records[name].write(tile, fingerprint, digest, missing, compared.unresolved)
+            self.tile_count += 1
 
     def note_undone(self, name: str, reason: str) -> None:
         """Count a tile that the next run tries again."""
@@ -299,7 +299,7 @@ class _Square:
         """Sum up what is done."""
         precision = take_precision(self.metrics.values())
         return TileResult(
-            self.done,
+            self.tile_count,
             self.errors,
             self.undone,
             self.embedded,
@@ -354,21 +354,23 @@ def compare_blocks(metric: Metric, rows: EmbeddedBlock, columns: EmbeddedBlock) 
         with torch.no_grad():
             for start in range(0, n, at_once):
                 # New ones each time: what comparisons derive from an embedding stays with it.
-                left = _part(metric, rows.embedding, start, at_once)
-                for other in range(start if symmetric else 0, m, at_once):
-                    same = diagonal and start == other
-                    right = left if same else _part(metric, columns.embedding, other, at_once)
-                    part = metric.distance_block(left, right)
+                row_part = _part(metric, rows.embedding, start, at_once)
+                for column in range(start if symmetric else 0, m, at_once):
+                    is_diagonal = diagonal and start == column
+                    column_part = (
+                        row_part if is_diagonal else _part(metric, columns.embedding, column, at_once)
+                    )
+                    part = metric.distance_block(row_part, column_part)
                     single = part.dtype == torch.float32
-                    values[start : start + at_once, other : other + at_once] = part.double().cpu().numpy()
+                    values[start : start + at_once, column : column + at_once] = part.double().cpu().numpy()
     values[~rows.comparable] = np.nan
     values[:, ~columns.comparable] = np.nan
     # What lies below the diagonal squares of a tile of its own isn't computed.
-    computed = np.where(np.isnan(values), values.T, values) if symmetric else values
-    metric.claims.check_distances(computed, square=diagonal, single=single)
+    mirrored = np.where(np.isnan(values), values.T, values) if symmetric else values
+    metric.claims.check_distances(mirrored, square=diagonal, single=single)
     if symmetric:
-        below = np.tril_indices(n, -1)
-        values[below] = values.T[below]
+        lower_triangle = np.tril_indices(n, -1)
+        values[lower_triangle] = values.T[lower_triangle]
         np.fill_diagonal(values, np.where(rows.comparable, 0, np.nan))
     elif diagonal and not np.isnan(itself := metric.info.distance_to_itself):
         np.fill_diagonal(values, np.where(rows.comparable, itself, np.nan))
@@ -400,14 +402,18 @@ def _try_metric(
     frames = next(read_block(source, block, FRAMES_TOGETHER.get(metric.device.type, 32))).frames
     if frames is None:
         return
-    with trials.trial(task.run, metric) as tried, torch.no_grad():
-        part, again = _embed_again(tried, frames, task.scope, np.flatnonzero(rows.comparable[: len(frames)]))
-        if again is not None:
-            _check_again(tried, again, {name: values[part] for name, values in rows.embedding.parts.items()})
+    with trials.trial(task.run, metric) as copy, torch.no_grad():
+        part, repetition = _embed_again(
+            copy, frames, task.scope, np.flatnonzero(rows.comparable[: len(frames)])
+        )
+        if repetition is not None:
+            _check_again(
+                copy, repetition, {name: values[part] for name, values in rows.embedding.parts.items()}
+            )
 
 
 def _embed_again(
-    tried: Metric, frames: np.ndarray, scope: Scope, comparable: np.ndarray
+    metric: Metric, frames: np.ndarray, scope: Scope, comparable: np.ndarray
 ) -> tuple[slice, tuple[Prepared, Embedding] | None]:
     """Embed frames once more; where that raises, warn and embed the first that can be compared.
 
@@ -415,7 +421,7 @@ def _embed_again(
     were prepared and embedded as; None where there is none to try.
     """
     try:
-        return slice(0, len(frames)), _prepared_and_embedded(tried, frames, scope)
+        return slice(0, len(frames)), _prepared_and_embedded(metric, frames, scope)
     except (FramesError, ClaimError):
         raise
     except Exception as error:  # the block was embedded one by one, too
@@ -424,40 +430,40 @@ def _embed_again(
         part = slice(comparable[0], comparable[0] + 1)
         logger.warning(
             "%s: %d frames at once failed (%s: %s), so the metric is tried on one of them",
-            tried.name,
+            metric.name,
             len(frames),
             type(error).__name__,
             error,
         )
-        return part, _prepared_and_embedded(tried, frames[part], scope)
+        return part, _prepared_and_embedded(metric, frames[part], scope)
 
 
 def _prepared_and_embedded(
-    tried: Metric, frames: np.ndarray, scope: Scope
+    metric: Metric, frames: np.ndarray, scope: Scope
 ) -> tuple[Prepared, Embedding] | None:
-    prepared = tried.prepare(frames, scope)
+    prepared = metric.prepare(frames, scope)
     if not prepared.comparable.any():
         return None
     with other_random_numbers():
-        return prepared, tried.embed_prepared(prepared)
+        return prepared, metric.embed_prepared(prepared)
 
 
-def _check_again(tried: Metric, again: tuple[Prepared, Embedding], before: Mapping[str, Tensor]) -> None:
-    """Compare embeddings of frames with those of ``before``, and distances of a few with those alone."""
-    prepared, embedding = again
-    places = torch.from_numpy(np.flatnonzero(prepared.comparable)).to(tried.device)
-    exact = tried.device.type == "cpu"
-    for name, part in before.items():
+def _check_again(metric: Metric, repetition: tuple[Prepared, Embedding], parts: Mapping[str, Tensor]) -> None:
+    """Compare embeddings of frames with those of ``parts``, and distances of a few with those alone."""
+    prepared, embedding = repetition
+    places = torch.from_numpy(np.flatnonzero(prepared.comparable)).to(metric.device)
+    exact = metric.device.type == "cpu"
+    for name, part in parts.items():
         first, second = (
             trials.as_array(values[places.to(values.device)]) for values in (part, embedding.parts[name])
         )
-        tried.claims.check_repeated(first, second, f"embedding {name!r}", exact=exact)
-    alone = tried.check_claims(prepared)
+        metric.claims.check_repeated(first, second, f"embedding {name!r}", exact=exact)
+    alone = metric.check_claims(prepared)
     few = Embedding(
         {name: part[places[: len(alone)].to(part.device)] for name, part in embedding.parts.items()}
     )
-    amid_others = tried.distance_block(few, few.copy()).double().cpu().numpy()
-    tried.claims.check_repeated(amid_others, alone, "amid other frames, and then alone, d", exact=False)
+    amid_others = metric.distance_block(few, few.copy()).double().cpu().numpy()
+    metric.claims.check_repeated(amid_others, alone, "amid other frames, and then alone, d", exact=False)
 
 
 def unresolved_pairs(metric: Metric, rows: EmbeddedBlock, columns: EmbeddedBlock, values: np.ndarray) -> int:
@@ -470,21 +476,21 @@ def unresolved_pairs(metric: Metric, rows: EmbeddedBlock, columns: EmbeddedBlock
     if rows.embedding is None or columns.embedding is None:
         return 0
     n, m = values.shape
-    counted = np.ones((n, m), bool)
+    mask = np.ones((n, m), bool)
     if rows is columns:
-        counted = ~np.eye(n, dtype=bool) if is_directed(metric) else np.triu(counted, 1)
+        mask = ~np.eye(n, dtype=bool) if is_directed(metric) else np.triu(mask, 1)
     at_once = ROWS_AT_ONCE if metric.device.type == "cpu" else max(n, m)
     unresolved = 0
     with torch.no_grad():
-        for start, other in itertools.product(range(0, n, at_once), range(0, m, at_once)):
-            place = np.s_[start : start + at_once, other : other + at_once]
-            if not counted[place].any():
+        for start, column in itertools.product(range(0, n, at_once), range(0, m, at_once)):
+            place = np.s_[start : start + at_once, column : column + at_once]
+            if not mask[place].any():
                 continue
-            left = _part(metric, rows.embedding, start, at_once)
-            right = _part(metric, columns.embedding, other, at_once)
+            row_part = _part(metric, rows.embedding, start, at_once)
+            column_part = _part(metric, columns.embedding, column, at_once)
             part = torch.from_numpy(values[place]).to(metric.device).double()
-            rounding = metric.bound_rounding(left, right, part)
-            unresolved += count_unresolved(values[place][counted[place]], rounding[counted[place]])
+            rounding = metric.bound_rounding(row_part, column_part, part)
+            unresolved += count_unresolved(values[place][mask[place]], rounding[mask[place]])
     return unresolved
 
 
@@ -511,11 +517,11 @@ def _write_tile(
     ``mirrored`` has the values of a directed metric at the mirror image; None for a symmetric metric.
     """
     array = store.get_array(group, name)
-    start, other = (task.blocks[index].start for index in tile)
-    store.write_block(array, (start, other), values)
-    if start != other:
+    start, column = (task.blocks[index].start for index in tile)
+    store.write_block(array, (start, column), values)
+    if start != column:
         store.write_block(
-            array, (other, start), np.ascontiguousarray(values.T if mirrored is None else mirrored)
+            array, (column, start), np.ascontiguousarray(values.T if mirrored is None else mirrored)
         )
         return
     failure = store.get_array(store.get_group(group, schema.PROVENANCE), schema.FAILURE)

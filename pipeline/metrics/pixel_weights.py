@@ -91,22 +91,22 @@ def metrics_by_field(
         )
     fields: dict[str, FieldMetrics] = {}
     by_digest: dict[str, list[Metric]] = {}
-    refused: dict[str, str] = {}
+    refusals: dict[str, str] = {}
     for key, weights in arrays.items():
         assert weights is not None
         digest = hash_weights(weights)
         if digest not in by_digest:
             by_digest[digest], reasons = _weighted(selection, weights, key)
-            refused |= reasons
+            refusals |= reasons
         fields[key] = FieldMetrics(by_digest[digest], FieldWeights(frames, key, digest))
     # A run has the same metrics for all fields: one that a field refuses is left out of all.
-    usable = [metric for metric in selection.metrics if metric.name not in refused]
+    usable = [metric for metric in selection.metrics if metric.name not in refusals]
     names = {metric.name for metric in usable}
     remaining = replace(
         selection,
         metrics=usable,
         requests={name: request for name, request in selection.requests.items() if name in names},
-        unavailable=selection.unavailable | refused,
+        unavailable=selection.unavailable | refusals,
     )
     return remaining, {
         key: replace(field, metrics=[metric for metric in field.metrics if metric.name in names])
@@ -116,15 +116,15 @@ def metrics_by_field(
 
 def _weighted(selection: ChosenMetrics, weights: np.ndarray, key: str) -> tuple[list[Metric], dict[str, str]]:
     """Weight the metrics that take these weights, and explain by name why others don't."""
-    metrics, refused = [], {}
+    metrics, refusals = [], {}
     for metric in selection.metrics:
         try:
             metrics.append(metric.weighted(weights))
         except ValueError as error:
-            if metric.name in selection.needed:
+            if metric.name in selection.required:
                 raise ValueError(f"{key}: {error}") from error
-            refused[metric.name] = f"{key}: {error}"
-    return metrics, refused
+            refusals[metric.name] = f"{key}: {error}"
+    return metrics, refusals
 
 
 def get_weighted(request: MetricRequest, weights: FieldWeights | None) -> Metric:
@@ -141,14 +141,14 @@ def get_weighted(request: MetricRequest, weights: FieldWeights | None) -> Metric
     if weights is None:
         return metric
     with _lock:
-        return _held(request, str(metric.device), weights)
+        return _cached_metric(request, str(metric.device), weights)
 
 
 _lock = threading.Lock()
 
 
 @functools.lru_cache(HELD)
-def _held(request: MetricRequest, device: str, weights: FieldWeights) -> Metric:
+def _cached_metric(request: MetricRequest, device: str, weights: FieldWeights) -> Metric:
     group = store.get_group(store.open_store(weights.frames), weights.key)
     values = read_weights(group, weights.digest)
     assert values is not None  # read_weights has compared their hash

@@ -114,10 +114,10 @@ def resolution_of(
     precision : {"single", "double"}
         Precision in which frames were prepared.
     """
-    above = np.triu_indices(len(matrix), 1)
+    upper_triangle = np.triu_indices(len(matrix), 1)
     kinds: dict[Pairs, tuple[np.ndarray, np.ndarray]] = {
         "reference": (matrix[0, 1:], rounding[0, 1:]),
-        "all": (matrix[above], rounding[above]),
+        "all": (matrix[upper_triangle], rounding[upper_triangle]),
     }
     distances, bounds = kinds[pairs]
     # Of a directed matrix both directions count.

@@ -108,14 +108,14 @@ class ChosenMetrics:
         Requests, by name, with which workers load the same metrics.
     unavailable : dict of str to str
         Reasons, by name, for metrics of ``"all"`` that are left out.
-    needed : frozenset of str
+    required : frozenset of str
         Names of metrics that must not be left out.
     """
 
     metrics: list[Metric]
     requests: dict[str, MetricRequest]
     unavailable: dict[str, str]
-    needed: frozenset[str] = frozenset()
+    required: frozenset[str] = frozenset()
 
 
 def choose_metrics(settings: Settings) -> ChosenMetrics:
@@ -143,13 +143,13 @@ def choose_metrics(settings: Settings) -> ChosenMetrics:
     weights = settings.weights
     entries = ["all"] if settings.metrics == "all" else settings.metrics
     by_name = [name for name in (*entries, *weights) if name != "all"]
-    listed = [name for entry in entries for name in (list_metrics() if entry == "all" else [entry])]
-    names = list(dict.fromkeys([*listed, *weights]))
+    metric_list = [name for entry in entries for name in (list_metrics() if entry == "all" else [entry])]
+    names = list(dict.fromkeys([*metric_list, *weights]))
     _check_names(names)
     _check_options(settings, names)
     unavailable = {name: reason for name in names if (reason := why_unavailable(name, weights.get(name)))}
-    needed = names if settings.strict else by_name
-    if faults := [name for name in needed if name in unavailable]:
+    required_names = names if settings.strict else by_name
+    if faults := [name for name in required_names if name in unavailable]:
         raise UnavailableMetricError(
             "; ".join(f"metric {name!r} is not available: {unavailable[name]}" for name in faults)
         )
@@ -159,31 +159,31 @@ def choose_metrics(settings: Settings) -> ChosenMetrics:
         if name in unavailable:
             continue
         request = _request(name, settings)
-        loaded = _load(name, request, settings, needed=name in needed)
-        if isinstance(loaded, str):
-            unavailable[name] = loaded
+        metric_or_reason = _load(name, request, settings, required=name in required_names)
+        if isinstance(metric_or_reason, str):
+            unavailable[name] = metric_or_reason
         else:
-            metrics.append(loaded)
-            requests[loaded.name] = request.for_metric(loaded)
-    return ChosenMetrics(metrics, requests, unavailable, frozenset(map(metric_name, needed)))
+            metrics.append(metric_or_reason)
+            requests[metric_or_reason.name] = request.for_metric(metric_or_reason)
+    return ChosenMetrics(metrics, requests, unavailable, frozenset(map(metric_name, required_names)))
 
 
-def _load(name: str, request: MetricRequest, settings: Settings, *, needed: bool) -> Metric | str:
-    """Load a metric, or return the reason to leave it out; if it is ``needed``, raise an error instead."""
+def _load(name: str, request: MetricRequest, settings: Settings, *, required: bool) -> Metric | str:
+    """Load a metric, or return the reason to leave it out; if it is ``required``, raise an error instead."""
     try:
         metric = request.load("cpu")
     except (FramesError, PrecisionError) as error:
-        if needed:
+        if required:
             raise
         return str(error)
     except Exception as error:
         # Within "all", a faulty metric of another package must not stop the run. An error of a metric of
         # ours, or of one with options, is an error of the settings.
-        if needed or name in METRICS or name in settings.options:
+        if required or name in METRICS or name in settings.options:
             raise
         return f"{type(error).__name__}: {error}"
     reason = metric.why_not_scope(settings.scope) or _why_not_weighted(metric, settings)
-    if reason and needed:
+    if reason and required:
         raise ValueError(reason)
     return reason or metric
 
@@ -220,20 +220,20 @@ def _check_names(references: Sequence[str]) -> None:
         )
     for name in names:
         if names.count(name) > 1:
-            which = " and ".join(repr(text) for text in references if metric_name(text) == name)
-            raise ValueError(f"{which} would both be called {name!r}: rename one of them")
+            spellings = " and ".join(repr(text) for text in references if metric_name(text) == name)
+            raise ValueError(f"{spellings} would both be called {name!r}: rename one of them")
 
 
-def _check_options(settings: Settings, selected: Sequence[str]) -> None:
+def _check_options(settings: Settings, metrics: Sequence[str]) -> None:
     """Refuse options of unknown metrics, and unknown options; also of metrics that are not selected."""
-    references = {metric_name(name): name for name in (*list_metrics(), *selected)}
+    references = {metric_name(name): name for name in (*list_metrics(), *metrics)}
     for name, options in settings.options.items():
         if name not in references:
             raise ValueError(f"options for {name!r}, which is no metric; there are {', '.join(references)}")
         names = _class_of(references[name], settings).option_names()
-        if unknown := sorted(options.keys() - set(names)):
+        if extra := sorted(options.keys() - set(names)):
             raise ValueError(
-                f"metric {name!r} has no option {', '.join(unknown)}; it has: {', '.join(names) or 'none'}"
+                f"metric {name!r} has no option {', '.join(extra)}; it has: {', '.join(names) or 'none'}"
             )
 
 

@@ -57,7 +57,7 @@ def dataset_range(
     missing = [
         (frames, key, row, preprocessing, content) for key, row, content in sequences if content not in ranges
     ]
-    saved = time.monotonic()
+    record_time = time.monotonic()
     try:
         for task, result, error in run_bounded(cluster.client if missing else None, sequence_range, missing):
             if isinstance(error, FramesError):
@@ -67,9 +67,9 @@ def dataset_range(
             if error is not None:
                 raise error
             ranges[task[-1]] = result
-            if time.monotonic() - saved > SAVED_EVERY_S:
+            if time.monotonic() - record_time > SAVED_EVERY_S:
                 _record(provenance, preprocessing, ranges)
-                saved = time.monotonic()
+                record_time = time.monotonic()
     finally:
         # Also when the run is stopped: reading all frames may have taken hours.
         if missing:

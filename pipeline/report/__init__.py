@@ -204,9 +204,9 @@ def write_rollouts_report(
 def _refuse_damaged(place: str, damaged: list[str]) -> None:
     """Raise :class:`DamagedReportError` where the page leaves out damaged distances."""
     if damaged:
-        more = f"; and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
+        suffix = f"; and {len(damaged) - NAMED} more" if len(damaged) > NAMED else ""
         raise DamagedReportError(
-            f"{join(place, PAGE)} is written without what is damaged: {'; '.join(damaged[:NAMED])}{more}; "
+            f"{join(place, PAGE)} is written without what is damaged: {'; '.join(damaged[:NAMED])}{suffix}; "
             "'lsim verify' lists all damage in a store"
         )
 

@@ -46,7 +46,17 @@ SHOWN_FIELDS = 3
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the main table: a set or a pool. ``role`` is the catalog's, such as test."""
+    """A column of the main table: a set or a pool.
+
+    Attributes
+    ----------
+    name : str
+    pool : bool
+    members : list of str
+    title : str
+    role : str
+        Role of the catalog, such as test.
+    """
 
     name: str
     pool: bool
@@ -82,7 +92,15 @@ class Card:
 class SetSection:
     """A set's section: an example of each field, and a card for each metric.
 
-    ``matrix_of`` names the sequence whose distance matrices are shown.
+    Attributes
+    ----------
+    name, title, role, citation, licence : str
+    sequences : int
+    fields : list of str
+    examples : list of Strip
+    matrix_of : str
+        Name of the sequence whose distance matrices are shown.
+    cards : list of Card
     """
 
     name: str
@@ -145,7 +163,7 @@ class Contents:
     ----------
     title, catalog : str
         Of the archive.
-    made : str
+    date : str
         When the correlations were computed.
     protocol, statistic : str
         What metrics are ranked by.
@@ -176,7 +194,7 @@ class Contents:
 
     title: str
     catalog: str
-    made: str
+    date: str
     protocol: str
     protocols: list[str]
     statistic: str
@@ -208,12 +226,12 @@ def gather(results: str, folder: Path, protocol: str | None, statistic: str) -> 
     record = read_record(results, folder)
     correlations = pd.read_parquet(folder / "correlations.parquet")
     differences = pd.read_parquet(folder / "differences.parquet")
-    left_out = read_csv(folder / "left_out.csv")
+    omissions = read_csv(folder / "left_out.csv")
     protocol = _choose_protocol(record, protocol)
     if statistic not in statistics.POOLED:
         raise ReportError(f"unknown statistic {statistic!r}; expected one of {', '.join(statistics.POOLED)}")
     stores = open_stores(results, record)
-    fields, damaged = read_fields(stores, record["metrics"], protocol, left_out)
+    fields, damaged = read_fields(stores, record["metrics"], protocol, omissions)
 
     # Rank by one protocol and statistic. The best metric on the headline's data leads everywhere.
     names, pools = record["columns"], record["pools"]
@@ -227,7 +245,7 @@ def gather(results: str, folder: Path, protocol: str | None, statistic: str) -> 
     return Contents(
         title=_root_attribute(stores, "title"),
         catalog=_root_attribute(stores, "catalog"),
-        made=record["started"][:16].replace("T", " ") + " UTC",
+        date=record["started"][:16].replace("T", " ") + " UTC",
         protocol=protocol,
         protocols=record["identity"]["protocols"],
         statistic=statistic,
@@ -241,7 +259,7 @@ def gather(results: str, folder: Path, protocol: str | None, statistic: str) -> 
         not_illustrated=datasets[ILLUSTRATED:],
         worst=_find_worst(fields, headline, metrics, stores.frames),
         further=make_further_tables(correlations, metrics, protocol, statistic),
-        left_out=_condense(left_out),
+        left_out=_condense(omissions),
         quarantined=quarantined,
         unavailable={str(metric): str(reason) for metric, reason in unavailable.items()},
         notes=[
@@ -256,7 +274,7 @@ def gather(results: str, folder: Path, protocol: str | None, statistic: str) -> 
             "correlations": correlations,
             "differences": differences,
             "sequences": _tabulate_sequences(fields, protocol),
-            "left_out": left_out,
+            "left_out": omissions,
             "quarantined": pd.DataFrame(
                 [vars(entry) for entry in quarantined],
                 columns=["dataset", "field", "sequence", "file", "reason"],
@@ -279,21 +297,24 @@ def _root_attribute(stores: Stores, name: str) -> str:
 
 
 def _make_column(name: str, pools: dict[str, list[str]], stores: Stores) -> Column:
-    about, frames_about = stores.about.get(name, {}), stores.frames_about.get(name, {})
+    attributes, frames_attributes = (
+        stores.dataset_attributes.get(name, {}),
+        stores.frames_dataset_attributes.get(name, {}),
+    )
     return Column(
         name=name,
         pool=name in pools,
         members=pools.get(name, []),
-        title=about.get("title") or frames_about.get("title") or "",
-        role=about.get("role") or frames_about.get("role") or "",
+        title=attributes.get("title") or frames_attributes.get("title") or "",
+        role=attributes.get("role") or frames_attributes.get("role") or "",
     )
 
 
 def _list_quarantined(stores: Stores) -> list[Quarantined]:
     return [
         Quarantined(dataset, entry["field"], entry["sequence"], entry["file"], entry["reason"])
-        for dataset, about in (stores.frames_about or stores.about).items()
-        for entry in about.get(schema.QUARANTINED, [])
+        for dataset, attributes in (stores.frames_dataset_attributes or stores.dataset_attributes).items()
+        for entry in attributes.get(schema.QUARANTINED, [])
     ]
 
 
@@ -304,23 +325,25 @@ def _make_section(
     name: str, main: pd.DataFrame, fields: list[Field], stores: Stores, metrics: Sequence[str]
 ) -> SetSection:
     """Make a set's section: an example of each field, and each metric's curve and matrix."""
-    own = [field for field in fields if field.dataset == name]
+    set_fields = [field for field in fields if field.dataset == name]
     ranking = rank_metrics(main, name, metrics)
     # The example of a field is the sequence in the middle of how well the set's best metric ranks them.
-    shown = [(field, _typical_row(field, ranking[0])) for field in own if field.sequences][:SHOWN_FIELDS]
-    first = shown[0] if shown else None
+    examples = [(field, _typical_row(field, ranking[0])) for field in set_fields if field.sequences][
+        :SHOWN_FIELDS
+    ]
+    first = examples[0] if examples else None
     rows = {row["metric"]: row for row in records(main[(main.dataset == name) & (main.field == "all")])}
-    cards = [_make_card(rows[metric], own, first) for metric in ranking]
-    about = {**stores.about.get(name, {}), **stores.frames_about.get(name, {})}
+    cards = [_make_card(rows[metric], set_fields, first) for metric in ranking]
+    attributes = {**stores.dataset_attributes.get(name, {}), **stores.frames_dataset_attributes.get(name, {})}
     return SetSection(
         name=name,
-        title=about.get("title") or "",
-        role=about.get("role") or "",
-        citation=about.get("citation") or "",
-        licence=about.get("licence") or "",
-        sequences=sum(len(field.sequences) for field in own),
-        fields=[field.field for field in own],
-        examples=[read_strip(stores.frames, field.key, field.sequences[row]) for field, row in shown],
+        title=attributes.get("title") or "",
+        role=attributes.get("role") or "",
+        citation=attributes.get("citation") or "",
+        licence=attributes.get("licence") or "",
+        sequences=sum(len(field.sequences) for field in set_fields),
+        fields=[field.field for field in set_fields],
+        examples=[read_strip(stores.frames, field.key, field.sequences[row]) for field, row in examples],
         matrix_of=first[0].sequences[first[1]] if first is not None else "",
         cards=cards,
     )
@@ -389,11 +412,11 @@ def _tabulate_sequences(fields: list[Field], protocol: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _condense(left_out: pd.DataFrame) -> list[LeftOut]:
+def _condense(omissions: pd.DataFrame) -> list[LeftOut]:
     """Combine the metrics and protocols that leave out a sequence for the same reason."""
     keys = ["dataset", "field", "sequence", "reason"]
     entries = []
-    for _, group in left_out.groupby(keys, sort=False):
+    for _, group in omissions.groupby(keys, sort=False):
         first = group.iloc[0]
         metrics, protocols = list(dict.fromkeys(group.metric)), list(dict.fromkeys(group.protocol))
         entries.append(LeftOut(first.dataset, first.field, first.sequence, first.reason, metrics, protocols))

@@ -116,7 +116,7 @@ class MatrixPictures:
         The metric of the large map, the first that has one; empty where none has.
     main : MapPicture or None
         The large map.
-    says : str
+    caption : str
         How much of the distances it shows.
     frame_map : FrameMap or None
         The positions that it shows.
@@ -131,7 +131,7 @@ class MatrixPictures:
 
     metric: str
     main: MapPicture | None
-    says: str
+    caption: str
     frame_map: FrameMap | None
     by_fields: FieldsPicture | None
     small: list[SmallMap]
@@ -169,10 +169,10 @@ def _draw_matrix(matrix: Matrix, thumbs: dict[str, str]) -> MatrixPictures:
     return MatrixPictures(
         metric=leading.metric if leading is not None else "",
         main=main,
-        says=say_how_much(frame_map) if frame_map is not None else "",
+        caption=say_how_much(frame_map) if frame_map is not None else "",
         frame_map=frame_map,
         by_fields=by_fields,
-        small=[_draw_small_map(matrix, other) for other in matrix.maps if other is not leading],
+        small=[_draw_small_map(matrix, small_map) for small_map in matrix.maps if small_map is not leading],
         marked=[_label(frame, thumbs) for frame in marked_frames(matrix)],
         nearest=[_label_nearest(neighbours, thumbs) for neighbours in matrix.nearest],
     )
@@ -396,6 +396,6 @@ def _points(x: np.ndarray, y: np.ndarray, frames: np.ndarray) -> list[str]:
     return [f"{a:.1f} {b:.1f}" for a, b in zip(x[frames].tolist(), y[frames].tolist(), strict=True)]
 
 
-def _dots(x: np.ndarray, y: np.ndarray, selected: np.ndarray) -> str:
+def _dots(x: np.ndarray, y: np.ndarray, mask: np.ndarray) -> str:
     """Write dots as lines of no length, whose round caps are drawn."""
-    return "".join(f"M{point}h0" for point in _points(x, y, np.flatnonzero(selected)))
+    return "".join(f"M{point}h0" for point in _points(x, y, np.flatnonzero(mask)))

@@ -123,8 +123,27 @@ class Run:
 class MatrixContents:
     """Everything that the page shows of a ``matrix.zarr``, under the names that its template uses.
 
-    ``frames_by_name`` holds the frames with a picture, (y, x, channel), where they could be read; ``table``
-    has the position of each frame on each map.
+    Attributes
+    ----------
+    title : str
+    matrices : list of Matrix
+    not_illustrated : list of str
+    count : int
+    metrics : list of str
+    scope : str
+    weighted : list of str
+    failures : list of FailedFrames
+    unresolved : list of str
+    unavailable : dict of str to str
+    runs : list of Run
+    plans : list of str
+    specifications : dict of str to str
+    frames_by_name : dict of str to ndarray
+        The frames with a picture, (y, x, channel), where they could be read.
+    missing_frames : str
+    damaged : list of str
+    table : DataFrame
+        Position of each frame on each map.
     """
 
     title: str
@@ -218,19 +237,19 @@ def _gather_matrix(root: store.Group, key: str) -> Matrix:
     """Read one matrix: labels of the frames on its map, maps, and nearest frames of a few references."""
     group = store.get_group(root, key)
     count = store.get_array(group, schema.NUMBER).shape[0]
-    shown = _choose_frames(group, count)
+    frame_indices = _choose_frames(group, count)
     fields, sequences, numbers, parameter = (
-        _read_at(store.get_array(group, name), shown)
+        _read_at(store.get_array(group, name), frame_indices)
         for name in (schema.FIELD, schema.SEQUENCE, schema.NUMBER, schema.PARAMETER)
     )
     names = _leading_first(metrics_of(group))
     labels = labels_of_blocks(group, store.get_array(group, names[0]).chunks[0]) if names else []
-    checked = [CheckedMatrix(root, key, name, labels) for name in names]
-    for metric_matrix in checked:
+    matrices = [CheckedMatrix(root, key, name, labels) for name in names]
+    for metric_matrix in matrices:
         metric_matrix.check_records()
 
     # The first metric that has a map marks frames and gives the nearest.
-    maps = [_make_map(metric_matrix, shown) for metric_matrix in checked[: 1 + SMALL_MAPS]]
+    maps = [_make_map(metric_matrix, frame_indices) for metric_matrix in matrices[: 1 + SMALL_MAPS]]
     marked, leading = [], None
     for metric_map in maps:
         if metric_map.frame_map is not None:
@@ -249,10 +268,10 @@ def _gather_matrix(root: store.Group, key: str) -> Matrix:
         marked=marked,
         nearest=[],
         left_out=[],
-        directed=[metric_matrix.metric for metric_matrix in checked if metric_matrix.directed],
+        directed=[metric_matrix.metric for metric_matrix in matrices if metric_matrix.directed],
     )
-    nearest = list(_find_nearest(root, matrix, shown, leading)) if leading is not None else []
-    damage = [text for metric_matrix in checked for text in metric_matrix.left_out]
+    nearest = list(_find_nearest(root, matrix, frame_indices, leading)) if leading is not None else []
+    damage = [text for metric_matrix in matrices for text in metric_matrix.left_out]
     damage += [text for neighbours in nearest for text in neighbours.left_out]
     return replace(matrix, nearest=nearest, left_out=list(dict.fromkeys(damage)))
 
@@ -321,31 +340,33 @@ def _read_row_at(matrix: CheckedMatrix, row: int, positions: np.ndarray) -> np.n
 # -- Maps ---------------------------------------------------------------------------------------------
 
 
-def _make_map(matrix: CheckedMatrix, shown: np.ndarray) -> MetricMap:
+def _make_map(matrix: CheckedMatrix, frame_indices: np.ndarray) -> MetricMap:
     """Map the frames shown by all distances between them, or by those to landmarks, where frames are many.
 
     A map has one distance for a pair: for a metric that isn't symmetric, the mean of both directions.
     """
 
     def row(k: int) -> np.ndarray:
-        return _read_row_at(matrix, int(shown[k]), shown)
+        return _read_row_at(matrix, int(frame_indices[k]), frame_indices)
 
     metric = matrix.metric
     try:
-        if len(shown) <= mds.CLASSICAL_UP_TO and len(shown) == matrix.length:
+        if len(frame_indices) <= mds.CLASSICAL_UP_TO and len(frame_indices) == matrix.length:
             distances = matrix.whole().astype(np.float64)
             frame_map = mds.classical_map((distances + distances.T) / 2 if matrix.directed else distances)
         else:
-            landmarks, rows = mds.choose_landmarks(row, len(shown))
+            landmarks, rows = mds.choose_landmarks(row, len(frame_indices))
             frame_map = mds.landmark_map(rows, landmarks)
     except ValueError as error:
         return MetricMap(metric, None, str(error))
-    if len(frame_map.left_out) == len(shown):
+    if len(frame_map.left_out) == len(frame_indices):
         return MetricMap(metric, None, "no frame has distances")
     return MetricMap(metric, frame_map, "")
 
 
-def _find_nearest(root: store.Group, matrix: Matrix, shown: np.ndarray, metric: str) -> Iterator[Neighbours]:
+def _find_nearest(
+    root: store.Group, matrix: Matrix, frame_indices: np.ndarray, metric: str
+) -> Iterator[Neighbours]:
     """Find the nearest frames of the references of marked sequences, as far as other sequences have any."""
     references = {
         (matrix.fields[k], matrix.sequences[k]): k for k in np.flatnonzero(matrix.numbers == 0)[::-1].tolist()
@@ -353,7 +374,7 @@ def _find_nearest(root: store.Group, matrix: Matrix, shown: np.ndarray, metric: 
     marked = dict.fromkeys((matrix.fields[k], matrix.sequences[k]) for k in matrix.marked)
     positions = [references[sequence] for sequence in marked if sequence in references]
     for k in positions[:REFERENCES]:
-        reference = _frame(matrix, k, int(shown[k]))
+        reference = _frame(matrix, k, int(frame_indices[k]))
         neighbours = neighbours_of(root, reference, NEAREST, metric, other_sequences=True)
         if neighbours.nearest:
             yield neighbours
@@ -435,14 +456,14 @@ def _list_failures(key: str, group: store.Group) -> list[FailedFrames]:
     numbers_by_metric: dict[tuple[str, str, str], dict[str, list[int]]] = {}
     for place, metric in enumerate(metrics):
         texts = store.read(store.get_array(provenance, schema.FAILURE), place)
-        failed = np.flatnonzero(texts != "")
-        if not len(failed):
+        indices = np.flatnonzero(texts != "")
+        if not len(indices):
             continue
         fields, sequences, numbers = (
             store.read(store.get_array(group, name))
             for name in (schema.FIELD, schema.SEQUENCE, schema.NUMBER)
         )
-        for k in failed.tolist():
+        for k in indices.tolist():
             cause = (str(fields[k]), str(sequences[k]), str(texts[k]))
             numbers_by_metric.setdefault(cause, {}).setdefault(metric, []).append(int(numbers[k]))
     return [

@@ -285,9 +285,9 @@ def curve(metric: str, dataset: str, curves: list[tuple[np.ndarray, np.ndarray]]
     )
 
     def points(x: np.ndarray, y: np.ndarray) -> str:
-        across = PAD + (WIDTH - 2 * PAD) * x / largest
-        down = HEIGHT - PAD - (HEIGHT - 2 * PAD) * y
-        return " ".join(f"{a:.4g},{b:.4g}" for a, b in zip(across, down, strict=True))
+        x_pixels = PAD + (WIDTH - 2 * PAD) * x / largest
+        y_pixels = HEIGHT - PAD - (HEIGHT - 2 * PAD) * y
+        return " ".join(f"{a:.4g},{b:.4g}" for a, b in zip(x_pixels, y_pixels, strict=True))
 
     band = points(np.append(grid, grid[::-1]), np.append(low, high[::-1]))
     return Markup(

@@ -32,7 +32,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How results were made.
+    """Provenance of results.
 
     Attributes
     ----------

@@ -17,8 +17,15 @@ Kind = Literal["sets", "fields"]
 class Cell:
     """One metric's value on one set, with its interval.
 
-    ``mark`` is "best", "even" (not told apart from the best) or empty; ``std`` is the standard deviation
-    beside a mean over sequences.
+    Attributes
+    ----------
+    metric : str
+    value, low, high : float
+    left_out : int
+    mark : str
+        "best", "even" (not told apart from the best) or empty.
+    std : float or None
+        Standard deviation beside a mean over sequences.
     """
 
     metric: str
@@ -45,7 +52,16 @@ class TableRow:
 
 @dataclass(frozen=True)
 class FurtherTable:
-    """The table of one statistic and protocol; ``kind`` says whether its columns are sets or fields."""
+    """The table of one statistic and protocol.
+
+    Attributes
+    ----------
+    protocol, statistic : str
+    kind : str
+        Kind of the columns: sets or fields.
+    columns : list of str
+    rows : list of TableRow
+    """
 
     protocol: str
     statistic: str
@@ -80,7 +96,7 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the two metrics are apart by the simultaneous interval of their difference.
+        """Verdict on whether the simultaneous interval of their difference separates the two metrics.
 
         The best was picked on the same sequences, out of all: the interval of one difference by itself would
         call the best of equals better than another far too often.
@@ -110,7 +126,7 @@ class Headline:
     metric : str or None
         The best metric; None where no metric has a value.
     value, low, high : float
-    against : list of Comparison
+    rivals : list of Comparison
         All other ranked metrics, from better to worse.
     """
 
@@ -124,17 +140,17 @@ class Headline:
     value: float
     low: float
     high: float
-    against: list[Comparison]
+    rivals: list[Comparison]
 
     @property
     def runner_up(self) -> Comparison | None:
         """The second best metric."""
-        return self.against[0] if self.against else None
+        return self.rivals[0] if self.rivals else None
 
     @property
-    def even(self) -> list[str]:
+    def peers(self) -> list[str]:
         """Metrics that cannot be told apart from the best."""
-        return [other.metric for other in self.against if other.verdict == "even"]
+        return [comparison.metric for comparison in self.rivals if comparison.verdict == "even"]
 
 
 def rank_metrics(main: pd.DataFrame, dataset: str, metrics: Sequence[str]) -> list[str]:
@@ -163,11 +179,11 @@ def make_headline(
     dataset = first_pool or max(names, key=lambda name: int(sequences[name]))
     of_dataset = pooled[pooled.dataset == dataset]
     ranks = records(of_dataset.dropna(subset=["value"]).sort_values("value", ascending=False))
-    against = []
+    rivals = []
     if ranks:
         values = {row["metric"]: row["value"] for row in ranks}
         by_metric = _compare_with_best(differences, dataset, ranks[0]["metric"], values)
-        against = [by_metric[row["metric"]] for row in ranks[1:]]
+        rivals = [by_metric[row["metric"]] for row in ranks[1:]]
     best = Cell.of(ranks[0]) if ranks else None
     simultaneous = differences[differences.dataset == dataset]["low_simultaneous"]
     return Headline(
@@ -181,7 +197,7 @@ def make_headline(
         value=best.value if best is not None else math.nan,
         low=best.low if best is not None else math.nan,
         high=best.high if best is not None else math.nan,
-        against=against,
+        rivals=rivals,
     )
 
 
@@ -189,11 +205,11 @@ def _compare_with_best(
     differences: pd.DataFrame, dataset: str, best: str, values: Mapping[str, float]
 ) -> dict[str, Comparison]:
     """Compare the best metric of a set with each other one that has a value."""
-    against = {}
+    comparisons = {}
     for row in records(differences[differences.dataset == dataset]):
         a, b = row["metric"], row["metric_other"]
         if a == best and b in values:
-            against[b] = Comparison(
+            comparisons[b] = Comparison(
                 metric=b,
                 value=values[b],
                 difference=row["difference"],
@@ -204,7 +220,7 @@ def _compare_with_best(
             )
         elif b == best and a in values:
             # The table has the difference the other way round.
-            against[a] = Comparison(
+            comparisons[a] = Comparison(
                 metric=a,
                 value=values[a],
                 difference=-row["difference"],
@@ -213,7 +229,7 @@ def _compare_with_best(
                 low_simultaneous=-row["high_simultaneous"],
                 high_simultaneous=-row["low_simultaneous"],
             )
-    return against
+    return comparisons
 
 
 def make_rows(
@@ -226,11 +242,11 @@ def make_rows(
         if not values:
             continue
         best = max(values, key=lambda m: values[m])
-        against = _compare_with_best(differences, name, best, values)
+        comparisons = _compare_with_best(differences, name, best, values)
         for metric, value in values.items():
             if value == values[best]:
                 cells[metric, name] = replace(cells[metric, name], mark="best")
-            elif metric in against and against[metric].verdict == "even":
+            elif metric in comparisons and comparisons[metric].verdict == "even":
                 cells[metric, name] = replace(cells[metric, name], mark="even")
     return [TableRow(metric, [cells[metric, name] for name in names]) for metric in metrics]
 
@@ -247,11 +263,11 @@ def make_further_tables(
         "sets": correlations[correlations.field == "all"],
         "fields": correlations[correlations.field != "all"],
     }
-    for kind, selected in by_kind.items():
-        for pair in dict.fromkeys(zip(selected.protocol, selected.statistic, strict=True)):
+    for kind, table in by_kind.items():
+        for pair in dict.fromkeys(zip(table.protocol, table.statistic, strict=True)):
             is_main = kind == "sets" and pair == (protocol, statistic)
             if not is_main and not pair[1].endswith("Std"):
-                tables.append(_make_further_table(selected, metrics, pair, kind))
+                tables.append(_make_further_table(table, metrics, pair, kind))
     return tables
 
 

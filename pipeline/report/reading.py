@@ -39,24 +39,24 @@ class Stores:
         Of the distances.
     attributes : dict
         Root attributes of the distances.
-    about : dict of str to dict
+    dataset_attributes : dict of str to dict
         Attributes of each data set's group in the distances.
     frames : str or None
         Path or address.
     missing_frames : str
         Why there are no pictures of frames; empty where there are.
-    frames_attributes, frames_about : dict
+    frames_attributes, frames_dataset_attributes : dict
         The same of the frames; empty without frames.
     """
 
     distances: str
     root: store.Group
     attributes: dict[str, Any]
-    about: dict[str, dict[str, Any]]
+    dataset_attributes: dict[str, dict[str, Any]]
     frames: str | None
     missing_frames: str
     frames_attributes: dict[str, Any]
-    frames_about: dict[str, dict[str, Any]]
+    frames_dataset_attributes: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -107,20 +107,20 @@ def read_record(results: str, folder: Path) -> dict[str, Any]:
     ReportError
         When there is no record, or it or a file beside it differs from what correlate wrote.
     """
-    again = f"run 'lsim correlate DISTANCES --out {results}'"
+    advice = f"run 'lsim correlate DISTANCES --out {results}'"
     try:
         record: dict[str, Any] = json.loads((folder / "correlations.json").read_text())
     except FileNotFoundError as error:
-        raise ReportError(f"{results}: no correlations.json here; {again} first") from error
+        raise ReportError(f"{results}: no correlations.json here; {advice} first") from error
     except ValueError as error:
-        raise ReportError(f"{results}: correlations.json cannot be read ({error}); {again} again") from error
+        raise ReportError(f"{results}: correlations.json cannot be read ({error}); {advice} again") from error
     if not isinstance(record, dict) or not is_sealed(record):
-        raise ReportError(f"{results}: correlations.json is not as correlate wrote it; {again} again")
-    for name, expected in record["outputs"].items():
+        raise ReportError(f"{results}: correlations.json is not as correlate wrote it; {advice} again")
+    for name, digest in record["outputs"].items():
         file = folder / name
-        if not file.exists() or xxhash.xxh3_128_hexdigest(file.read_bytes()) != expected:
+        if not file.exists() or xxhash.xxh3_128_hexdigest(file.read_bytes()) != digest:
             state = "not as correlate wrote it" if file.exists() else "missing"
-            raise ReportError(f"{results}: {name} is {state}; {again} again")
+            raise ReportError(f"{results}: {name} is {state}; {advice} again")
     return record
 
 
@@ -146,11 +146,11 @@ def open_stores(results: str, record: dict[str, Any]) -> Stores:
         distances=distances,
         root=root,
         attributes=attributes,
-        about=_attributes_by_dataset(distances),
+        dataset_attributes=_attributes_by_dataset(distances),
         frames=frames,
         missing_frames=missing_frames,
         frames_attributes=dict(store.open_store(frames).attrs) if frames else {},
-        frames_about=_attributes_by_dataset(frames) if frames else {},
+        frames_dataset_attributes=_attributes_by_dataset(frames) if frames else {},
     )
 
 
@@ -177,46 +177,46 @@ def _attributes_by_dataset(path: str) -> dict[str, dict[str, Any]]:
 
 
 def read_fields(
-    stores: Stores, metrics: list[str], protocol: str, left_out: pd.DataFrame
+    stores: Stores, metrics: list[str], protocol: str, omissions: pd.DataFrame
 ) -> tuple[list[Field], list[str]]:
     """Read what is drawn of each field, and name its damaged distances, which are left out."""
-    of_protocol = left_out[left_out.protocol == protocol]
+    of_protocol = omissions[omissions.protocol == protocol]
     columns = (of_protocol.dataset, of_protocol.field, of_protocol.sequence, of_protocol.metric)
-    excluded = set(zip(*columns, strict=True))
+    exclusions = set(zip(*columns, strict=True))
     fields, damaged = [], []
     for key in store.field_keys(stores.root, schema.PARAMETER):
-        field, damage = _read_field(stores, key, metrics, protocol, excluded)
+        field, damage = _read_field(stores, key, metrics, protocol, exclusions)
         fields.append(field)
         damaged += damage
     return fields, damaged
 
 
 def _read_field(
-    stores: Stores, key: str, metrics: list[str], protocol: str, excluded: set[tuple[str, str, str, str]]
+    stores: Stores, key: str, metrics: list[str], protocol: str, exclusions: set[tuple[str, str, str, str]]
 ) -> tuple[Field, list[str]]:
-    """Read one field; ``excluded`` holds (dataset, field, sequence, metric) that figures leave out."""
+    """Read one field; ``exclusions`` holds (dataset, field, sequence, metric) that figures leave out."""
     group = store.load_dataset(stores.distances, key)
     dataset, name = key.split("/")
     sequences = [str(sequence) for sequence in group[schema.SEQUENCE].values]
     pairs = statistics.PAIRS[protocol](group.sizes[schema.FRAME])
     targets = statistics.ground_truth(group[schema.PARAMETER].values, pairs)
     matrices = {metric: group[metric].values for metric in metrics if metric in group}
-    checked = check_rows(stores.root, key, matrices)
+    check = check_rows(stores.root, key, matrices)
     predictions, ranked = {}, {}
     for metric, values in matrices.items():
         usable = np.array(
-            [(dataset, name, sequence, metric) not in excluded for sequence in sequences], dtype=bool
+            [(dataset, name, sequence, metric) not in exclusions for sequence in sequences], dtype=bool
         )
-        if metric in checked.damaged:
-            values[checked.damaged[metric]] = np.nan
-            usable &= ~checked.damaged[metric]
+        if metric in check.damaged:
+            values[check.damaged[metric]] = np.nan
+            usable &= ~check.damaged[metric]
         scaled = np.full(targets.shape, np.nan)
         if usable.any():
             scaled[usable] = statistics.scale(statistics.select_pairs(values[usable], pairs))
         predictions[metric] = scaled
         ranked[metric] = statistics.sequence_correlations(scaled, targets, "spearman")
     field = Field(key, dataset, name, sequences, targets, predictions, ranked, matrices)
-    return field, checked.list_damaged(key, sequences)
+    return field, check.list_damaged(key, sequences)
 
 
 def read_strip(frames: str | None, key: str, sequence: str) -> Strip:

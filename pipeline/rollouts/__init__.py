@@ -375,13 +375,13 @@ def _run(
     by_key = {entry.results.key: entry for entry in stale}
     batches = (batch for entry in stale for batch in entry.blocks())
     try:
-        for (block,), result, reason in run_blocks(client, compute_block, batches, count, progress):
-            entry = by_key[block.key]
-            report.blocks += 1
-            outcome = result if result is not None else _given_up(block, reason)
-            report.seconds_by_activity.update(outcome.seconds)
-            for rollout in outcome.rollouts:
-                report.computed += _put(entry, block, rollout)
+        with run_blocks(client, compute_block, batches, count, progress) as outcomes:
+            for (block,), result, reason in outcomes:
+                report.blocks += 1
+                of_block = result if result is not None else _given_up(block, reason)
+                report.seconds_by_activity.update(of_block.seconds)
+                for rollout in of_block.rollouts:
+                    report.computed += _put(by_key[block.key], block, rollout)
     finally:
         for entry in stale:
             entry.results.flush()

@@ -70,7 +70,7 @@ from pydantic import (
 
 from pipeline.resources import ResourceError, find_resource, shipped_names
 from pipeline.storage import limits
-from pipeline.storage.safe_names import group_fault, printable, shown
+from pipeline.storage.safe_names import group_fault, printable, short_name
 
 Missing: TypeAlias = Literal["quarantine", "keep", "frames"]
 """Treatment of sequences that hold NaN or infinity; ``frames``: also whole frames of nothing else."""
@@ -234,21 +234,23 @@ class Catalog(_Strict):
         if _group_name(self.name) == DOWNLOADS:
             raise ValueError(f"name {DOWNLOADS!r} is that of the folder of downloads")
         names = [entry.name for entry in self.datasets]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"datasets named twice: {', '.join(twice)}")
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        if duplicates:
+            raise ValueError(f"datasets named twice: {', '.join(duplicates)}")
         spelling: dict[str, str] = {}
         for name in names:
-            other = spelling.setdefault(name.casefold(), name)
-            if other != name:
+            first = spelling.setdefault(name.casefold(), name)
+            if first != name:
                 raise ValueError(
-                    f"datasets {other!r} and {name!r} differ only in case; on a file system that ignores "
+                    f"datasets {first!r} and {name!r} differ only in case; on a file system that ignores "
                     "case they would be one group"
                 )
         for pool, members in self.pools.items():
-            unknown = [member for member in members if member not in names]
-            if unknown:
-                raise ValueError(f"pools.{pool}: no dataset {', '.join(unknown)}; known: {', '.join(names)}")
+            unknown_members = [member for member in members if member not in names]
+            if unknown_members:
+                raise ValueError(
+                    f"pools.{pool}: no dataset {', '.join(unknown_members)}; known: {', '.join(names)}"
+                )
             if pool in names:
                 raise ValueError(f"pools.{pool}: a dataset has this name too")
         return self
@@ -268,15 +270,16 @@ class Catalog(_Strict):
         """
         if names is None:
             return list(self.datasets)
-        known = [entry.name for entry in self.datasets]
-        selected: set[str] = set()
+        datasets = [entry.name for entry in self.datasets]
+        selection: set[str] = set()
         for name in names:
-            if name not in known and name not in self.pools:
+            if name not in datasets and name not in self.pools:
                 raise CatalogError(
-                    f"{self.file}: no dataset {name!r}{_did_you_mean(name, known)}; known: {', '.join(known)}"
+                    f"{self.file}: no dataset {name!r}{_did_you_mean(name, datasets)}; "
+                    f"known: {', '.join(datasets)}"
                 )
-            selected.update(self.pools.get(name, [name]))
-        return [entry for entry in self.datasets if entry.name in selected]
+            selection.update(self.pools.get(name, [name]))
+        return [entry for entry in self.datasets if entry.name in selection]
 
 
 def list_catalogs() -> list[str]:
@@ -320,8 +323,8 @@ def reader_options(model: type[Options], entry: Dataset) -> Options:
     try:
         return model.model_validate(entry.options)
     except ValidationError as error:
-        where = f"dataset {entry.name}, options of reader {entry.reader!r}"
-        raise CatalogError(_explain(where, error, entry.options, model)) from error
+        context = f"dataset {entry.name}, options of reader {entry.reader!r}"
+        raise CatalogError(_explain(context, error, entry.options, model)) from error
 
 
 def stem_of_download(name: str) -> str:
@@ -339,7 +342,9 @@ def _check_download_name(name: str) -> None:
         or stem_of_download(name) in ("", DOWNLOADS)
         or len(name.encode()) > 200
     ):
-        raise ValueError(f"download {shown(name)!r}: expected the plain name of a file (file states another)")
+        raise ValueError(
+            f"download {short_name(name)!r}: expected the plain name of a file (file states another)"
+        )
 
 
 def _group_name(name: str) -> str:
@@ -348,30 +353,30 @@ def _group_name(name: str) -> str:
     return name
 
 
-def _did_you_mean(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
+def _did_you_mean(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
-def _explain(where: str, error: ValidationError, document: Any, model: type[BaseModel] = Catalog) -> str:
+def _explain(context: str, error: ValidationError, document: Any, model: type[BaseModel] = Catalog) -> str:
     """Write one line for each problem: the file, the key as the user wrote it, and the fault."""
     lines = []
     problems = error.errors()
     for problem in problems:
         stem = problem["loc"][:-1]
         if problem["type"].endswith("_type") and any(
-            len(other["loc"]) > len(stem) + 1 and other["loc"][: len(stem)] == stem for other in problems
+            len(rival["loc"]) > len(stem) + 1 and rival["loc"][: len(stem)] == stem for rival in problems
         ):
             continue  # another member of a union fits better and has its own problem
         location = _written_location(problem["loc"], document)
         if problem["type"] == "extra_forbidden":
-            known = sorted(_known_keys(model, problem["loc"]))
-            text = f"unknown key{_did_you_mean(str(problem['loc'][-1]), known)}; known: {', '.join(known)}"
+            keys = sorted(_known_keys(model, problem["loc"]))
+            text = f"unknown key{_did_you_mean(str(problem['loc'][-1]), keys)}; known: {', '.join(keys)}"
         elif problem["type"] == "missing":
             text = "this key is missing"
         else:
             text = problem["msg"].removeprefix("Value error, ")
-        lines.append(f"{where}: {location}: {text}" if location else f"{where}: {text}")
+        lines.append(f"{context}: {location}: {text}" if location else f"{context}: {text}")
     return "\n".join(lines)
 
 

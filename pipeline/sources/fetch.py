@@ -26,7 +26,7 @@ from pipeline.sources.catalog import (
     list_catalogs,
     stem_of_download,
 )
-from pipeline.sources.remote_copy import bring, brought
+from pipeline.sources.remote_copy import bring, find_copy
 from pipeline.sources.unpack import UnpackError, unpack
 from pipeline.storage import limits
 from pipeline.storage.address import absolute, is_address, join
@@ -55,7 +55,7 @@ def locate(catalog: Catalog, entry: Dataset, data_dir: str | os.PathLike[str] | 
     source = entry.source
     root = data_root(data_dir)
     if (address := _address(source)) is not None:
-        return brought(address, root / catalog.name / entry.name)
+        return find_copy(address, root / catalog.name / entry.name)
     if source.path is not None:
         path = _path(catalog, source)
         return path.resolve() if path.exists() else None
@@ -199,8 +199,14 @@ def fetch(
 class Verified:
     """Result of :func:`verify` for one data set.
 
-    ``checksum`` is "ok", "differs", or "unchecked" where there is nothing to compare: data that isn't a
-    download, or a download unpacked by hand.
+    Attributes
+    ----------
+    dataset : str
+    present : bool
+    checksum : str
+        "ok", "differs", or "unchecked" where there is nothing to compare: data that isn't a download, or a
+        download unpacked by hand.
+    detail : str
     """
 
     dataset: str
@@ -231,11 +237,11 @@ def verify(
         checksum: Literal["ok", "differs", "unchecked"] = "unchecked"
         detail = str(folder) if folder is not None else how_to_get(catalog, entry, data_dir)
         archive = root / DOWNLOADS / entry.source.download_name
-        expected = None
+        recorded_checksum = None
         if entry.source.url is not None and archive.is_file():
-            expected = _expected_checksum(entry, root, download=False)
-        if expected is not None:
-            algorithm, digest = expected.split(":")
+            recorded_checksum = _expected_checksum(entry, root, download=False)
+        if recorded_checksum is not None:
+            algorithm, digest = recorded_checksum.split(":")
             own_digest = hash_download(archive, algorithm)
             checksum = "ok" if own_digest == digest.lower() else "differs"
             if checksum == "differs":
@@ -256,13 +262,13 @@ def _hash_file(file: Path, algorithm: str) -> str:
 def _download(entry: Dataset, root: Path) -> None:
     """Download and unpack the source of a data set."""
     source = entry.source
-    expected = _expected_checksum(entry, root, download=True)
+    checksum = _expected_checksum(entry, root, download=True)
     size = limits.DOWNLOAD_BYTES if source.size is None else limits.parse_size(source.size)
     archive = _retrieve(
         f"dataset {entry.name}",
         source.url or "",
         root / DOWNLOADS / source.download_name,
-        expected,
+        checksum,
         int(size * limits.DOWNLOAD_SLACK),
     )
     target = _unpacked_folder(root, source)
@@ -274,11 +280,11 @@ def _download(entry: Dataset, root: Path) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=root))
     try:
         if source.download_name.endswith(CONTAINERS):
-            most = None if source.unpacked is None else limits.parse_size(source.unpacked)
-            unpack(archive, partial, most_bytes=most, most_members=source.members)
+            limit = None if source.unpacked is None else limits.parse_size(source.unpacked)
+            unpack(archive, partial, most_bytes=limit, most_members=source.members)
         else:
             shutil.copy2(archive, partial / source.download_name)
-        (partial / _UNPACKED_FROM).write_text(json.dumps({"url": source.url, "checksum": expected}))
+        (partial / _UNPACKED_FROM).write_text(json.dumps({"url": source.url, "checksum": checksum}))
         if target.exists():
             shutil.rmtree(target)
         partial.chmod(0o755)
@@ -289,13 +295,13 @@ def _download(entry: Dataset, root: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _retrieve(label: str, url: str, path: Path, checksum: str | None, most: int) -> Path:
-    """Download at most ``most`` bytes to ``path``, unless it has that checksum already."""
+def _retrieve(label: str, url: str, path: Path, checksum: str | None, limit: int) -> Path:
+    """Download at most ``limit`` bytes to ``path``, unless it has that checksum already."""
     import pooch
 
     def download(url: str, output_file: str, _: Any) -> None:
         with open(output_file, "wb") as file:
-            pooch.downloaders.choose_downloader(url)(url, _Counted(file, most), None)
+            pooch.downloaders.choose_downloader(url)(url, _Counted(file, limit), None)
 
     try:
         return Path(
@@ -310,15 +316,15 @@ def _retrieve(label: str, url: str, path: Path, checksum: str | None, most: int)
 class _Counted:
     """A file that refuses to grow beyond ``most`` bytes, whatever size a server states."""
 
-    def __init__(self, file: IO[bytes], most: int) -> None:
-        self._file, self._most, self._written = file, most, 0
+    def __init__(self, file: IO[bytes], limit: int) -> None:
+        self._file, self._limit, self._nbytes = file, limit, 0
 
     def write(self, data: bytes) -> int:
-        self._written += len(data)
-        if self._written > self._most:
+        self._nbytes += len(data)
+        if self._nbytes > self._limit:
             raise CatalogError(
-                f"more than {limits.readable(self._most)} were sent; if this is right, state the size in the "
-                "catalog"
+                f"more than {limits.readable(self._limit)} were sent; if this is right, state the size in "
+                "the catalog"
             )
         return self._file.write(data)
 

@@ -23,19 +23,19 @@ def local_folder(location: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="lsim-") as name:
         folder = Path(name)
-        before = {}
+        contents = {}
         for object_name in objects.names(location):
             content = None if "/" in object_name else objects.read(location, object_name)
             if content is not None:
                 (folder / object_name).write_bytes(content)
-                before[object_name] = content
+                contents[object_name] = content
         yield folder
         files = sorted(
             (path for path in folder.iterdir() if path.is_file()), key=lambda p: p.stat().st_mtime_ns
         )
-        for deleted in before.keys() - {path.name for path in files}:
-            objects.delete(location, deleted)
+        for old_name in contents.keys() - {path.name for path in files}:
+            objects.delete(location, old_name)
         for path in files:
             content = path.read_bytes()
-            if before.get(path.name) != content:
+            if contents.get(path.name) != content:
                 objects.write(location, path.name, content)

@@ -1,4 +1,4 @@
-"""Source data from an object store: a lasting copy on this machine, brought up to date object by object."""
+"""Source data from an object store: a lasting copy on this machine, find_copy up to date object by object."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def bring(address: str, folder: Path) -> bool:
     pipeline.storage.objects.ObjectStoreError
         When there is no object at the address, or an object's name leads out of the folder.
     FileExistsError
-        When the folder holds files that no copy brought.
+        When the folder holds files that no copy find_copy.
     """
-    source, entries, file = address, objects.listed(address), ""
+    source, entries, file = address, objects.list_objects(address), ""
     if not entries and (single := objects.look(address)) is not None:
         source, entries, file = parent(address), [single], single.name
     if not entries:
@@ -46,9 +46,9 @@ def bring(address: str, folder: Path) -> bool:
     missing = [entry for entry in entries if not _is_current(folder / entry.name, entry, tags)]
     if not note.exists() and folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty, and no copy of {address}: move it elsewhere")
-    deleted = {path for path in folder.rglob("*") if path.is_file()} - {folder / e.name for e in entries}
+    obsolete = {path for path in folder.rglob("*") if path.is_file()} - {folder / e.name for e in entries}
     complete = {"from": address, "file": file, "tags": {entry.name: entry.tag for entry in entries}}
-    if not missing and not deleted and brought(address, folder) is not None:
+    if not missing and not obsolete and find_copy(address, folder) is not None:
         if tags != complete["tags"]:  # an earlier version's note, or a store that has changed its tags
             note.write_text(json.dumps(complete))
         return False
@@ -57,7 +57,7 @@ def bring(address: str, folder: Path) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     current = {entry.name: tags.get(entry.name, "") for entry in entries if entry not in missing}
     note.write_text(json.dumps({"copy": "not complete", "tags": current}))
-    for path in deleted:
+    for path in obsolete:
         _delete(path, folder)
     with ThreadPoolExecutor(DOWNLOADS) as threads:
         for _ in threads.map(lambda entry: _download(source, entry, folder / entry.name), missing):
@@ -66,7 +66,7 @@ def bring(address: str, folder: Path) -> bool:
     return True
 
 
-def brought(address: str, folder: Path) -> Path | None:
+def find_copy(address: str, folder: Path) -> Path | None:
     """Find the copy that :func:`bring` made, a folder or a file; None where it isn't complete."""
     note = _note(folder)
     content = json.loads(note.read_text()) if note.is_file() else {}
@@ -95,9 +95,9 @@ def _is_current(path: Path, entry: objects.Listed, tags: dict[str, str]) -> bool
 def _delete(path: Path, folder: Path) -> None:
     """Delete a file of a copy, and folders that it leaves empty: an object store has no empty folders."""
     path.unlink()
-    for above in path.relative_to(folder).parents[:-1]:
-        if not any((folder / above).iterdir()):
-            (folder / above).rmdir()
+    for directory in path.relative_to(folder).parents[:-1]:
+        if not any((folder / directory).iterdir()):
+            (folder / directory).rmdir()
 
 
 def _download(source: str, entry: objects.Listed, path: Path) -> None:

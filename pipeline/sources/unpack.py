@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from pipeline.storage.limits import MEMBERS, UNPACKED_BYTES, UNPACKED_RATIO, readable
-from pipeline.storage.safe_names import printable, shown
+from pipeline.storage.safe_names import printable, short_name
 
 DEPTH = 64
 """Deepest nesting of folders."""
@@ -93,7 +93,7 @@ def unpack(
     if most_members is None:
         most_members = MEMBERS
     read = _zip_members if archive.name.endswith(".zip") else _tar_members
-    written = 0
+    nbytes = 0
     try:
         for count, member in enumerate(read(archive, most_bytes, most_members), start=1):
             if count > most_members:
@@ -104,12 +104,12 @@ def unpack(
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             with member.open() as stream, path.open("xb") as file:
-                written += _copy(stream, file, most_bytes - written)
-            if written > most_bytes:
+                nbytes += _copy(stream, file, most_bytes - nbytes)
+            if nbytes > most_bytes:
                 raise UnpackError(_too_much(archive, most_bytes))
     except (FileExistsError, NotADirectoryError) as error:
         raise UnpackError(
-            f"{archive}: two members are called {shown(member.name)!r}, or one lies in the other"
+            f"{archive}: two members are called {short_name(member.name)!r}, or one lies in the other"
         ) from error
     except UnpackError:
         raise
@@ -119,12 +119,12 @@ def unpack(
         raise UnpackError(f"{archive}: cannot be unpacked: {type(error).__name__}: {error}") from error
 
 
-def _copy(stream: IO[bytes], file: IO[bytes], most: int) -> int:
-    """Copy bytes until there are more than ``most``; return the number of bytes read."""
+def _copy(stream: IO[bytes], file: IO[bytes], limit: int) -> int:
+    """Copy bytes until there are more than ``limit``; return the number of bytes read."""
     count = 0
     while piece := stream.read(_PIECE):
         count += len(piece)
-        if count > most:
+        if count > limit:
             break
         file.write(piece)
     return count
@@ -134,20 +134,21 @@ def _relative(name: str, archive: Path) -> PurePosixPath:
     """Return the path of a member within the folder, or refuse its name."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or (path.parts and path.parts[0].endswith(":")):
-        raise UnpackError(f"{archive}: {shown(name)!r} would be written outside of the folder")
+        raise UnpackError(f"{archive}: {short_name(name)!r} would be written outside of the folder")
     if printable(name, keep="") != name:
-        raise UnpackError(f"{archive}: {shown(name)!r}: control characters in a name")
+        raise UnpackError(f"{archive}: {short_name(name)!r}: control characters in a name")
     if len(path.parts) > DEPTH or any(len(part.encode()) > 255 for part in path.parts):
         raise UnpackError(
-            f"{archive}: {shown(name)!r}: expected names of 255 bytes at most, {DEPTH} within one another"
+            f"{archive}: {short_name(name)!r}: expected names of 255 bytes at most, "
+            f"{DEPTH} within one another"
         )
     return path
 
 
-def _too_much(archive: Path, most: int) -> str:
+def _too_much(archive: Path, limit: int) -> str:
     """Write the error of an archive that holds too many bytes."""
     return (
-        f"{archive} ({readable(archive.stat().st_size)}) holds more than {readable(most)}, which may be a "
+        f"{archive} ({readable(archive.stat().st_size)}) holds more than {readable(limit)}, which may be a "
         "decompression bomb; a catalog that expects more states it as unpacked: SIZE"
     )
 
@@ -183,21 +184,21 @@ class _Directory(io.BufferedReader):
 
     def __init__(self, archive: Path, most_members: int, hint: str) -> None:
         super().__init__(io.FileIO(archive))
-        self._archive, self._most, self._hint = archive, most_members, hint
+        self._archive, self._limit, self._hint = archive, most_members, hint
         self.is_listed = False
 
     def read(self, size: int | None = -1, /) -> bytes:
         if self.is_listed or size is None or size < 0:  # to the end: zipfile looks there for a comment
             return super().read(size)
-        most = _HEADER_BYTES + _ENTRY_BYTES * self._most
-        if size > most:
+        limit = _HEADER_BYTES + _ENTRY_BYTES * self._limit
+        if size > limit:
             raise UnpackError(
-                f"{self._archive}: a directory of {size} bytes; expected {most} at most for {self._most} "
+                f"{self._archive}: a directory of {size} bytes; expected {limit} at most for {self._limit} "
                 f"members{self._hint}"
             )
         data = super().read(size)
-        if data.count(_ENTRY) > self._most:
-            raise UnpackError(f"{self._archive}: more than {self._most} members{self._hint}")
+        if data.count(_ENTRY) > self._limit:
+            raise UnpackError(f"{self._archive}: more than {self._limit} members{self._hint}")
         return data
 
 
@@ -208,7 +209,8 @@ def _zip_members(archive: Path, _: int, most_members: int) -> Iterator[_Member]:
             kind = stat.S_IFMT(member.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise UnpackError(
-                    f"{archive}: {shown(member.filename)!r} is a link or a device, and would lead outside"
+                    f"{archive}: {short_name(member.filename)!r} is a link or a device, "
+                    "and would lead outside"
                 )
             name = member.filename.replace("\\", "/")
             yield _Member(name, None if name.endswith("/") else partial(members.open, member))
@@ -237,18 +239,18 @@ def _check_tar_member(archive: Path, member: tarfile.TarInfo, global_headers: Ma
             f"{archive}: global headers of more than {_HEADERS_PER_MEMBER} characters, which each member gets"
         )
     if not member.isreg() and not member.isdir():
-        target = f" to {shown(member.linkname)!r}" if member.linkname else ""
+        target = f" to {short_name(member.linkname)!r}" if member.linkname else ""
         raise UnpackError(
-            f"{archive}: {shown(member.name)!r} is a link or a device{target}, and would lead outside"
+            f"{archive}: {short_name(member.name)!r} is a link or a device{target}, and would lead outside"
         )
 
 
 class _Bounded:
     """A tar archive's stream that bounds the headers of each member, and the whole."""
 
-    def __init__(self, stream: Any, archive: Path, most: int) -> None:
+    def __init__(self, stream: Any, archive: Path, limit: int) -> None:
         self._stream, self._archive = stream, archive
-        self._most = most + _HEADER_BYTES
+        self._limit = limit + _HEADER_BYTES
         self._in_headers, self._headers = True, 0
 
     def begin_headers(self) -> None:
@@ -258,7 +260,7 @@ class _Bounded:
     def end_headers(self) -> None:
         """Count the following bytes as data of a member whose headers are read."""
         self._in_headers = False
-        self._most += _HEADERS_PER_MEMBER
+        self._limit += _HEADERS_PER_MEMBER
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= _HEADER_BYTES:
@@ -285,5 +287,5 @@ class _Bounded:
         return place
 
     def _check(self, position: int) -> None:
-        if position > self._most:
-            raise UnpackError(_too_much(self._archive, self._most))
+        if position > self._limit:
+            raise UnpackError(_too_much(self._archive, self._limit))

@@ -124,7 +124,7 @@ class _Attempt:
     """A task in flight."""
 
     task: Task
-    began: float = 0.0
+    start: float = 0.0
     reported: bool = False
 
     @property
@@ -152,10 +152,10 @@ class _Flight:
         self.running: dict[Future, _Attempt] = {}
         self.seconds: deque[float] = deque(maxlen=1000)
         self.threads = 0
-        self.counted = -COUNT_THREADS_S
+        self.count_time = -COUNT_THREADS_S
         self.had_workers = time.monotonic()
         self.warned = False
-        self.lost = False
+        self.has_lost_scheduler = False
 
     def run(self) -> Iterator[Outcome]:
         """Yield all outcomes, as they come."""
@@ -187,7 +187,7 @@ class _Flight:
         self.waiting.clear()
         self.running.clear()
         self.completed.clear()
-        if futures and not self.lost:
+        if futures and not self.has_lost_scheduler:
             self._ask(lambda: self.client.cancel(futures))
 
     # ---------------------------------------------------------------- submitting
@@ -210,26 +210,26 @@ class _Flight:
         return self._ask(lambda: self.client.map(run_packed, packed, key=name, pure=False, retries=RETRIES))
 
     def _note_starts(self) -> None:
-        now = time.monotonic()
+        time_s = time.monotonic()
         for future in list(itertools.islice(self.waiting, max(0, self.threads - len(self.running)))):
             self.running[future] = self.waiting.pop(future)
-            self.running[future].began = now
+            self.running[future].start = time_s
 
     def _count_threads(self) -> None:
         """Adapt the window to workers that have joined or left; warn when there has long been none."""
-        if time.monotonic() - self.counted < COUNT_THREADS_S:
+        if time.monotonic() - self.count_time < COUNT_THREADS_S:
             return
         self.threads = sum(self._ask(self.client.nthreads).values())
-        self.counted = time.monotonic()
+        self.count_time = time.monotonic()
         if self.threads:
-            self.had_workers = self.counted
-        elif not self.warned and self.counted - self.had_workers > NO_WORKERS_S:
+            self.had_workers = self.count_time
+        elif not self.warned and self.count_time - self.had_workers > NO_WORKERS_S:
             self.warned = True
             logger.warning(
                 "no worker for %.3g min: waiting for one. Jobs may be queued, or have ended before their "
                 "worker joined, and those are not replaced: see squeue or qstat; if none is there, stop this "
                 "command",
-                (self.counted - self.had_workers) / 60,
+                (self.count_time - self.had_workers) / 60,
             )
         self._note_starts()
 
@@ -237,11 +237,11 @@ class _Flight:
         """Warn once of each task that has run far too long; nothing ends it, as it may be right."""
         median = statistics.median(self.seconds) if self.seconds else None
         limit = max(HUNG_SECONDS, HUNG_FACTOR * (HUNG_SECONDS if median is None else median))
-        now = time.monotonic()
+        time_s = time.monotonic()
         late = [
             (future, attempt)
             for future, attempt in self.running.items()
-            if not attempt.reported and now - attempt.began > limit
+            if not attempt.reported and time_s - attempt.start > limit
         ]
         if not late:
             return
@@ -254,7 +254,7 @@ class _Flight:
                     "%s: has run for %.0f s on worker %s%s, and may hang; it is waited for. What is finished "
                     "is kept if you end this command (Ctrl-C or SIGTERM)",
                     attempt.label,
-                    now - attempt.began,
+                    time_s - attempt.start,
                     " and on worker ".join(workers),
                     "" if median is None else f", where others take {median:.2g} s",
                 )
@@ -288,7 +288,7 @@ class _Flight:
                 continue
             if future in self.running:
                 attempt = self.running.pop(future)
-                self.seconds.append(time.monotonic() - attempt.began)
+                self.seconds.append(time.monotonic() - attempt.start)
             else:
                 attempt = self.waiting.pop(future)
             outcomes.append((attempt.task, *outcome))
@@ -312,7 +312,7 @@ class _Flight:
             raise self._lost_scheduler() from error
 
     def _lost_scheduler(self) -> ClusterError:
-        self.lost = True
+        self.has_lost_scheduler = True
         return ClusterError(
             f"lost the scheduler at {self.address}: it has ended, or the network is down. What is finished "
             "is kept: run the same command again to go on"

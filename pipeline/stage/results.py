@@ -35,7 +35,7 @@ class Results:
     @contextlib.contextmanager
     def recorded(
         self,
-        began: float,
+        start: float,
         settings: Mapping[str, Any],
         summarise: Callable[[store.Group], Mapping[str, Any]],
         workers: MetricWorkers,
@@ -47,7 +47,7 @@ class Results:
 
         Parameters
         ----------
-        began : float
+        start : float
             When the run began, by :func:`time.perf_counter`.
         settings : mapping
             Settings of the run.
@@ -64,7 +64,7 @@ class Results:
         finally:
             summary = dict(summarise(self.root))
             if summary:
-                summary = run | summary | {"seconds": round(time.perf_counter() - began, 3)}
+                summary = run | summary | {"seconds": round(time.perf_counter() - start, 3)}
             record_fingerprints(self.root)
             record_run(self.root, summary | workers.description if summary else None, **attributes)
             store.consolidate(self.path)
@@ -77,7 +77,7 @@ def open_results(
     variable: str,
     source: store.Group,
     *,
-    besides: Sequence[str] = (),
+    other_groups: Sequence[str] = (),
     check: Callable[[store.Group], None] = lambda root: None,
 ) -> Iterator[Results]:
     """Lock a store of results, created when absent, and delete results of fields that are gone.
@@ -91,7 +91,7 @@ def open_results(
         Array that every field of the store has.
     source : Group
         Root of the ``frames.zarr``.
-    besides : sequence of str
+    other_groups : sequence of str
         Patterns of groups that are no field's, and stay.
     check : callable
         Called with the root before anything is changed; it raises for a store that must stay as it is.
@@ -106,14 +106,14 @@ def open_results(
     with store.locked(path):
         root = store.open_output(path, kind)
         check(root)
-        refuse_others_results(root, variable, source, besides)
+        refuse_others_results(root, variable, source, other_groups)
         store.drop_consolidated(path)
-        _drop_vanished(root, variable, source, besides)
+        _drop_vanished(root, variable, source, other_groups)
         yield Results(path, root)
 
 
 def refuse_others_results(
-    root: store.Group, variable: str, source: store.Group, besides: Sequence[str] = ()
+    root: store.Group, variable: str, source: store.Group, other_groups: Sequence[str] = ()
 ) -> None:
     """Refuse a store of results none of whose fields the frames have.
 
@@ -126,15 +126,17 @@ def refuse_others_results(
     ------
     pipeline.storage.store.StoreError
     """
-    keys, expected = _keys_of_fields(root, variable, besides), store.field_keys(source, schema.FRAMES)
-    if keys and not set(keys) & set(expected):
+    keys, source_keys = _keys_of_fields(root, variable, other_groups), store.field_keys(source, schema.FRAMES)
+    if keys and not set(keys) & set(source_keys):
         raise store.StoreError(
-            f"{root.store_path} holds results of {', '.join(keys)}, and none of {', '.join(expected)}: "
+            f"{root.store_path} holds results of {', '.join(keys)}, and none of {', '.join(source_keys)}: "
             "choose another path"
         )
 
 
-def _drop_vanished(root: store.Group, variable: str, source: store.Group, besides: Sequence[str]) -> None:
+def _drop_vanished(
+    root: store.Group, variable: str, source: store.Group, other_groups: Sequence[str]
+) -> None:
     """Delete results of fields that the frames no longer have.
 
     Only consolidated metadata counts: while frames are converted there is none, and nothing is deleted.
@@ -142,11 +144,11 @@ def _drop_vanished(root: store.Group, variable: str, source: store.Group, beside
     members = metadata.listed_members(source)
     if members is None:
         return
-    for key in _keys_of_fields(root, variable, besides):
+    for key in _keys_of_fields(root, variable, other_groups):
         if f"{key}/{schema.FRAMES}" not in members:
             store.delete(root, key)
 
 
-def _keys_of_fields(root: store.Group, variable: str, besides: Sequence[str]) -> list[str]:
+def _keys_of_fields(root: store.Group, variable: str, other_groups: Sequence[str]) -> list[str]:
     keys = store.field_keys(root, variable)
-    return [key for key in keys if not any(fnmatch.fnmatchcase(key, pattern) for pattern in besides)]
+    return [key for key in keys if not any(fnmatch.fnmatchcase(key, pattern) for pattern in other_groups)]

@@ -48,14 +48,14 @@ def in_batch_or_alone(
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-    failed = False
+    has_failed = False
     for k in range(len(frames)):
         try:
             result: Result | str = call(frames[k : k + 1])
         except Exception as error:
-            result, failed = f"{type(error).__name__}: {error}", True
+            result, has_failed = f"{type(error).__name__}: {error}", True
         yield k, result
-    if not failed:
+    if not has_failed:
         logger.warning(
             "%s: %d frames at once failed (%s), and went well one by one", metric, len(frames), reason
         )

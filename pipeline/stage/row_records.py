@@ -40,7 +40,7 @@ class RowRecords:
         self._root = root
         self._names = tuple(names)
         self._pending: dict[str, dict[str, dict[int, Mapping[str, str]]]] = {}
-        self._written = time.monotonic()
+        self._flush_time = time.monotonic()
 
     def __enter__(self) -> RowRecords:
         return self
@@ -62,7 +62,7 @@ class RowRecords:
         pending = self._pending.setdefault(key, {})
         for metric, by_row in records.items():
             pending.setdefault(metric, {}).update(by_row)
-        if time.monotonic() - self._written > FLUSH_S:
+        if time.monotonic() - self._flush_time > FLUSH_S:
             self.flush()
 
     def flush(self) -> None:
@@ -70,7 +70,7 @@ class RowRecords:
         for key, records in self._pending.items():
             self._write(key, records)
         self._pending.clear()
-        self._written = time.monotonic()
+        self._flush_time = time.monotonic()
 
     def _write(self, key: str, records: Records) -> None:
         """Write records of a field, chunk by chunk and text by text; other texts stay."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeAlias, TypeVar
 
 from distributed import Client
@@ -61,8 +62,8 @@ def run_blocks(
     batches: Iterable[tuple[Block, ...]],
     count: int,
     progress: Progress | None = None,
-) -> Iterator[tuple[tuple[Block, ...], Result | None, str]]:
-    """Compute blocks, and yield what comes of them.
+) -> contextlib.closing[Generator[tuple[tuple[Block, ...], Result | None, str], None, None]]:
+    """Make a context of an iterator that computes blocks; leaving it early cancels the others.
 
     Parameters
     ----------
@@ -77,9 +78,9 @@ def run_blocks(
         Number of blocks in all batches.
     progress : callable, optional
 
-    Yields
-    ------
-    batch, result, reason : tuple
+    Returns
+    -------
+    context of an iterator of (batch, result, reason)
         ``result`` is None where the block failed every time, and ``reason`` says why. The block's task is
         over then, and nobody else writes what belongs to it.
 
@@ -92,21 +93,32 @@ def run_blocks(
     pipeline.workers.sigterm.Stopped
         When the process was asked to end.
     """
+    return contextlib.closing(_outcomes(client, function, batches, count, progress))
+
+
+def _outcomes(
+    client: Client | None,
+    function: Callable[..., Result],
+    batches: Iterable[tuple[Block, ...]],
+    count: int,
+    progress: Progress | None,
+) -> Generator[tuple[tuple[Block, ...], Result | None, str], None, None]:
+    """Yield the outcomes of :func:`run_blocks`."""
     if progress is not None and count:
         progress(0, count)
-    done, failed = 0, list[tuple[Block, ...]]()
+    finished, failures = 0, list[tuple[Block, ...]]()
 
     def run_singly() -> Iterator[Any]:
-        if failed:
-            yield from run_bounded(client, function, ((block,) for batch in failed for block in batch))
+        if failures:
+            yield from run_bounded(client, function, ((block,) for batch in failures for block in batch))
 
     for batch, result, error in itertools.chain(run_bounded(client, function, batches), run_singly()):
         if error is not None and store.is_full_disk(error):
             raise error
         if error is not None and len(batch) > 1:
-            failed.append(batch)
+            failures.append(batch)
             continue
         yield batch, result, "" if error is None else reason_of(error)
-        done += len(batch)
+        finished += len(batch)
         if progress is not None:
-            progress(done, count)
+            progress(finished, count)

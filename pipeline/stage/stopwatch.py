@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 class Stopwatch:
-    """Sum up seconds by what they were spent on.
+    """Stopwatch that sums up seconds by what they were spent on.
 
     Examples
     --------
@@ -25,11 +25,12 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def __call__(self, activity: str) -> Iterator[None]:
-        began = time.perf_counter()
+        """Add the seconds of a block of code to those of an activity."""
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[activity] += time.perf_counter() - began  # type: ignore[assignment]
+            self.seconds[activity] += time.perf_counter() - start  # type: ignore[assignment]
 
 
 def rounded(seconds: Counter[str]) -> dict[str, float]:

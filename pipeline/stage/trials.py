@@ -64,7 +64,7 @@ def try_distances(
     metric: Metric,
     prepared: Prepared,
     distances: np.ndarray,
-    again: Callable[[Metric], np.ndarray],
+    recompute: Callable[[Metric], np.ndarray],
 ) -> None:
     """Try a metric on frames whose distances it has just computed.
 
@@ -76,7 +76,7 @@ def try_distances(
     prepared : Prepared
         The frames.
     distances : ndarray, float64
-    again : callable
+    recompute : callable
         Computes the distances anew by the metric that it is given.
 
     Raises
@@ -84,8 +84,8 @@ def try_distances(
     lsim.ClaimError
         When it fails.
     """
-    with trial(run, metric) as tried:
+    with trial(run, metric) as copy:
         with other_random_numbers():
-            second = again(tried)
-        tried.claims.check_repeated(distances, second, "distance", exact=metric.device.type == "cpu")
-        tried.check_claims(prepared)
+            second = recompute(copy)
+        copy.claims.check_repeated(distances, second, "distance", exact=metric.device.type == "cpu")
+        copy.check_claims(prepared)

@@ -53,7 +53,7 @@ def absolute(location: str | os.PathLike[str]) -> str:
         raise AddressError(
             f"{scheme}://…: expected an address that begins with s3://, gs:// or file://, or a path"
         )
-    return f"{scheme}://{_checked(scheme, rest)}"
+    return f"{scheme}://{_validate(scheme, rest)}"
 
 
 def _local(text: str) -> str:
@@ -71,7 +71,7 @@ def _local(text: str) -> str:
     return os.path.abspath(unquote(parts.path))
 
 
-def _checked(scheme: str, rest: str) -> str:
+def _validate(scheme: str, rest: str) -> str:
     """Check ``bucket/key``; the error doesn't repeat it, as it may hold a secret."""
     if re.search(r"[@?#]", rest) or ":" in rest.partition("/")[0]:
         raise AddressError(
@@ -95,8 +95,8 @@ def join(location: str, *names: str) -> str:
 def parent(address: str) -> str:
     """Return the address one level up; a bucket is its own parent."""
     scheme, bucket, name = split_bucket(address)
-    above = name.rpartition("/")[0]
-    return f"{scheme}://{bucket}/{above}" if above else f"{scheme}://{bucket}"
+    folder = name.rpartition("/")[0]
+    return f"{scheme}://{bucket}/{folder}" if folder else f"{scheme}://{bucket}"
 
 
 def split_bucket(address: str) -> tuple[str, str, str]:
@@ -117,12 +117,12 @@ def relative(location: str, start: str) -> str:
     return os.path.relpath(Path(location).resolve(), Path(start).resolve())
 
 
-def resolve(named: str, start: str) -> str:
+def resolve(name_from_start: str, start: str) -> str:
     """Return the location that :func:`relative` named as seen from ``start``."""
-    if is_address(named) or os.path.isabs(named):
-        return absolute(named)
+    if is_address(name_from_start) or os.path.isabs(name_from_start):
+        return absolute(name_from_start)
     if not is_address(start):
-        return os.path.normpath(Path(start).resolve() / named)
+        return os.path.normpath(Path(start).resolve() / name_from_start)
     scheme, bucket, name = split_bucket(start)
-    inside = posixpath.normpath(f"/{name}/{named}").lstrip("/")
+    inside = posixpath.normpath(f"/{name}/{name_from_start}").lstrip("/")
     return absolute(f"{scheme}://{bucket}/{inside}")

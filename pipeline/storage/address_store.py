@@ -29,13 +29,13 @@ class _AddressStore(ObjectStore[Any]):
     def __str__(self) -> str:
         return self._address
 
-    async def get(self, *arguments: Any, **named: Any) -> Any:
+    async def get(self, *arguments: Any, **keywords: Any) -> Any:
         with objects.in_one_line(self._address):
-            return await super().get(*arguments, **named)
+            return await super().get(*arguments, **keywords)
 
-    async def get_partial_values(self, *arguments: Any, **named: Any) -> Any:
+    async def get_partial_values(self, *arguments: Any, **keywords: Any) -> Any:
         with objects.in_one_line(self._address):
-            return await super().get_partial_values(*arguments, **named)
+            return await super().get_partial_values(*arguments, **keywords)
 
     async def exists(self, key: str) -> bool:
         with objects.in_one_line(self._address):

@@ -56,14 +56,14 @@ def stored_weights(group: store.Group) -> np.ndarray | None:
     return store.read(store.get_array(group, schema.WEIGHTS))
 
 
-def read_weights(group: store.Group, expected: str | None = None) -> np.ndarray | None:
+def read_weights(group: store.Group, source_digest: str | None = None) -> np.ndarray | None:
     """Read a field's weights of pixels and check them.
 
     Parameters
     ----------
     group : Group
         A field of ``frames.zarr``.
-    expected : str, optional
+    source_digest : str, optional
         Their hash. Default: the hash that conversion recorded with every sequence; a store that was made by
         others records none.
 
@@ -82,7 +82,7 @@ def read_weights(group: store.Group, expected: str | None = None) -> np.ndarray 
     weights = stored_weights(group)
     digest = "" if weights is None else hash_weights(weights)
     recorded = {digest} if schema.SOURCE not in group else recorded_weights(group) or {digest}
-    if {digest} != (recorded if expected is None else {expected}):
+    if {digest} != (recorded if source_digest is None else {source_digest}):
         raise store.DamagedError(
             str(group.store_path), f"{weights_fault(digest)}; 'lsim convert' makes the field anew"
         )
@@ -179,10 +179,10 @@ def check_bound(group: store.Group) -> None:
     """Raise :class:`~pipeline.storage.store.DamagedError` if :func:`unbound_rows` lists any sequences."""
     if rows := unbound_rows(group):
         names = store.read(store.get_array(group, schema.SEQUENCE))
-        named = ", ".join(str(names[row]) or f"row {row}" for row in rows[:5])
-        more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+        labels = ", ".join(str(names[row]) or f"row {row}" for row in rows[:5])
+        suffix = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
         raise store.DamagedError(
             str(group.store_path),
-            f"name, source and content of sequences {named}{more} are not those of one conversion: "
+            f"name, source and content of sequences {labels}{suffix} are not those of one conversion: "
             "convert again",
         )

@@ -107,10 +107,10 @@ def damaged_chunks(array: zarr.Array, region: Any = ...) -> list[DamagedChunk]:
     return damaged
 
 
-def describe_damage(damaged: Sequence[DamagedChunk], most: int = 3) -> str:
+def describe_damage(damaged: Sequence[DamagedChunk], limit: int = 3) -> str:
     """Describe damaged chunks in one line, the first few by name."""
-    text = "; ".join(f"chunk {c.key} (from {c.start}) is damaged: {c.reason}" for c in damaged[:most])
-    return text + (f"; and {len(damaged) - most} more" if len(damaged) > most else "")
+    text = "; ".join(f"chunk {c.key} (from {c.start}) is damaged: {c.reason}" for c in damaged[:limit])
+    return text + (f"; and {len(damaged) - limit} more" if len(damaged) > limit else "")
 
 
 @contextlib.contextmanager
@@ -141,11 +141,11 @@ def check_fits(array: zarr.Array, region: Any = ...) -> None:
         for part, length in zip((*parts, *[slice(None)] * array.ndim), array.shape, strict=False)
     ]
     memory = limits.memory_bytes()
-    for what, counts in (("values of shape", shape), ("a chunk of shape", array.chunks)):
+    for subject, counts in (("values of shape", shape), ("a chunk of shape", array.chunks)):
         nbytes = limits.array_bytes(counts, array.dtype.itemsize)
         if nbytes > memory:
             raise OversizedError(
                 str(array.store_path),
-                f"{what} {tuple(counts)} would take {limits.readable(nbytes)}; this machine has "
+                f"{subject} {tuple(counts)} would take {limits.readable(nbytes)}; this machine has "
                 f"{limits.readable(memory)} of memory",
             )

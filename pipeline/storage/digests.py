@@ -42,9 +42,9 @@ def hash_values(values: np.ndarray) -> str:
 
 def hash_each(values: np.ndarray) -> list[str]:
     """Hash each row of an array, along its first axis, as :func:`hash_values` does."""
-    together, size = bytes_of(values), values[:1].nbytes
+    content, size = bytes_of(values), values[:1].nbytes
     hexdigest = xxhash.xxh3_64_hexdigest
-    return [hexdigest(together[start : start + size]) for start in range(0, size * len(values), size or 1)]
+    return [hexdigest(content[start : start + size]) for start in range(0, size * len(values), size or 1)]
 
 
 def bytes_of(values: np.ndarray) -> memoryview:

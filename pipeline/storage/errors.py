@@ -10,20 +10,20 @@ class StoreError(RuntimeError):
 class DamagedError(StoreError):
     """Values in a store that differ from those written; ``damage`` names them without their folder."""
 
-    def __init__(self, where: str, damage: str) -> None:
-        super().__init__(where, damage)
+    def __init__(self, location: str, damage: str) -> None:
+        super().__init__(location, damage)
         self.damage = damage
 
     def __str__(self) -> str:
-        where, damage = self.args
-        return f"{where}: {damage}; 'lsim verify' lists all damage in a store"
+        location, damage = self.args
+        return f"{location}: {damage}; 'lsim verify' lists all damage in a store"
 
 
 class OversizedError(StoreError):
     """An array that claims more than this machine's memory; ``claim`` says how much, without its folder."""
 
-    def __init__(self, where: str, claim: str) -> None:
-        super().__init__(where, claim)
+    def __init__(self, location: str, claim: str) -> None:
+        super().__init__(location, claim)
         self.claim = claim
 
     def __str__(self) -> str:

@@ -116,14 +116,14 @@ def _process_limits() -> dict[str, int]:
 
 def headroom_bytes() -> int | None:
     """Compute the memory left under this process's limits (``ulimit -v``, ``-d``); None without any."""
-    now = psutil.Process().memory_info()
-    return min((limit - getattr(now, name) for name, limit in _process_limits().items()), default=None)
+    memory = psutil.Process().memory_info()
+    return min((limit - getattr(memory, name) for name, limit in _process_limits().items()), default=None)
 
 
 @functools.cache
 def memory_bytes() -> int:
     """Return the memory that this process may use: the machine's, or a lower limit of group or process."""
     bounds = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")] if hasattr(os, "sysconf") else []
-    if (allowed := control_group_bytes()) is not None:
-        bounds.append(allowed)
+    if (limit := control_group_bytes()) is not None:
+        bounds.append(limit)
     return min([*bounds, *_process_limits().values()], default=2**63)

@@ -112,7 +112,7 @@ def _address_lock(address: str) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.ended.set()
+        lock.end_event.set()
         if _locks.get(address) is lock:
             del _locks[address]
         if not lock.is_lost():  # else a renewal may be waiting for an answer for minutes
@@ -127,12 +127,12 @@ class _Lock:
 
     def __init__(self, address: str, folder: str, name: str) -> None:
         self.address, self.folder, self.name = address, folder, name
-        self.owner = {**_process(), "since": _now(), "id": uuid.uuid4().hex}
+        self.owner = {**_process(), "since": _timestamp(), "id": uuid.uuid4().hex}
         self.version: dict[str, Any] | None = None
-        self.ended = threading.Event()
+        self.end_event = threading.Event()
         self.lost = False
         self.renewed = _clock()
-        self.taken = False
+        self.is_taken = False
         self.trouble = ""
 
     def take(self) -> None:
@@ -154,7 +154,7 @@ class _Lock:
 
     def renew_until_ended(self) -> None:
         """Renew the lock until it is released or lost; runs in a thread."""
-        while not self.ended.wait(min(RENEW_S, RETRY_S) if self.trouble else RENEW_S) and not self.lost:
+        while not self.end_event.wait(min(RENEW_S, RETRY_S) if self.trouble else RENEW_S) and not self.lost:
             try:
                 self._renew()
                 self.trouble = ""
@@ -164,13 +164,13 @@ class _Lock:
 
     def is_lost(self) -> bool:
         """Tell whether another run has the lock, or may have taken it since it became stale."""
-        if not self.lost and not self.ended.is_set() and _clock() - self.renewed > STALE_S:
+        if not self.lost and not self.end_event.is_set() and _clock() - self.renewed > STALE_S:
             self.lost = os.getpid() == self.owner["pid"]  # a forked child renews no lock
         return self.lost
 
     def reason_of_loss(self) -> str:
         """Say why the run that held the lock ends."""
-        if self.taken:
+        if self.is_taken:
             return f"{self.address}: another run took it over while this one held it: run the command again"
         return (
             f"{self.address}: its lock could not be renewed for {STALE_S / 60:.0f} minutes, so another run "
@@ -184,7 +184,7 @@ class _Lock:
         except objects.ChangedError:
             content, self.version = objects.read_with_tag(self.folder, self.name)
             if _read_owner(content).get("id") != self.owner["id"]:
-                self.taken = self.lost = True
+                self.is_taken = self.lost = True
             else:  # it was written, and the answer was lost
                 self._write(self.version)
 
@@ -196,9 +196,9 @@ class _Lock:
 
     def _write(self, version: dict[str, Any] | None) -> None:
         """Write the owner's record if the object still has this version; None: if there is no object."""
-        text, began = json.dumps(self.owner | {"renewed": _now()}), _clock()
+        text, write_time = json.dumps(self.owner | {"renewed": _timestamp()}), _clock()
         self.version = objects.write_if(self.folder, self.name, text.encode(), version=version)
-        self.renewed = began  # other runs count from its arrival, which is later
+        self.renewed = write_time  # other runs count from its arrival, which is later
 
     def _is_abandoned(self, owner: dict[str, Any]) -> bool:
         """Tell whether a lock's owner has ended, or hasn't renewed it for :data:`STALE_S`."""
@@ -253,5 +253,5 @@ def _clock() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
-def _now() -> str:
+def _timestamp() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -64,9 +64,9 @@ def _document_of_root(root: zarr.Group) -> dict[str, Any]:
 def seal_of_root(document: Mapping[str, Any]) -> dict[str, Any]:
     """Add to the root's document, as an attribute, the digest of its attributes and consolidated metadata."""
     attributes = document.get("attributes", {})
-    listed = (document.get("consolidated_metadata") or {}).get("metadata", {})
-    of_members = {path: _without_members(member) for path, member in listed.items()}
-    digest = digests.hash_document([_own(attributes), of_members])
+    documents = (document.get("consolidated_metadata") or {}).get("metadata", {})
+    of_members = {path: _without_members(member) for path, member in documents.items()}
+    digest = digests.hash_document([_leave_out_users(attributes), of_members])
     return {**document, "attributes": {**attributes, "digest": digest}}
 
 
@@ -79,9 +79,9 @@ def root_fault(root: zarr.Group) -> str:
     document = _document_of_root(root)
     attributes = document.get("attributes", {})
     if "digest" not in attributes:
-        ended = document.get("consolidated_metadata") is not None
+        is_consolidated = document.get("consolidated_metadata") is not None
         ours = not attributes.keys().isdisjoint(("kind", "schema_version"))
-        return NO_DIGEST if ended and ours else ""
+        return NO_DIGEST if is_consolidated and ours else ""
     if seal_of_root(document) == document:
         return ""
     return "attributes, or consolidated metadata, that are not those that were written with it"
@@ -101,14 +101,14 @@ def listed_members(root: zarr.Group) -> dict[str, Any] | None:
 
 
 def members(
-    group: zarr.Group, listed: Mapping[str, Any] | None
+    group: zarr.Group, documents: Mapping[str, Any] | None
 ) -> tuple[dict[str, zarr.Array], dict[str, zarr.Group], dict[str, str]]:
     """Open all arrays and groups in a group.
 
     Parameters
     ----------
     group : Group
-    listed : mapping or None
+    documents : mapping or None
         See :func:`listed_members`; without it nothing tells which members are lost.
 
     Returns
@@ -123,19 +123,21 @@ def members(
         return [name async for name in group.store.list_dir(group.path)]
 
     prefix = f"{group.path}/" if group.path else ""
-    inside = (path.removeprefix(prefix) for path in listed or () if path.startswith(prefix))
-    expected = {name for name in inside if "/" not in name}
+    inside = (path.removeprefix(prefix) for path in documents or () if path.startswith(prefix))
+    child_names = {name for name in inside if "/" not in name}
     arrays, groups, faults = {}, {}, {}
-    for name in sorted({*sync(names()), *expected} - {DOCUMENT}):
+    for name in sorted({*sync(names()), *child_names} - {DOCUMENT}):
         try:
             member = group[name]
         except NO_METADATA as error:
             if sync(group.store.exists(f"{prefix}{name}/{DOCUMENT}")):
                 faults[name] = _unreadable(error)
-            elif name in expected:
+            elif name in child_names:
                 faults[name] = "missing"
             continue
-        if name in expected and _document_of(member) != _without_members((listed or {})[f"{prefix}{name}"]):
+        if name in child_names and _document_of(member) != _without_members(
+            (documents or {})[f"{prefix}{name}"]
+        ):
             faults[name] = "other metadata than the consolidated metadata of the root has"
         elif isinstance(member, zarr.Array):
             arrays[name] = write_nan_chunks(member)
@@ -155,18 +157,18 @@ def check_documents(root: zarr.Group, *, itself: bool = True) -> None:
     """
     if itself and (fault := root_fault(root)):
         raise DamagedError(str(root.store_path), f"{DOCUMENT}: {fault}")
-    listed = listed_members(root)
+    documents = listed_members(root)
 
     def visit(group: zarr.Group) -> Iterator[str]:
-        _, groups, faults = members(group, listed)
+        _, groups, faults = members(group, documents)
         for name, reason in faults.items():
             yield f"{group.path}/{name}/{DOCUMENT}: {reason}".lstrip("/")
         for child in groups.values():
             yield from visit(child)
 
     if faults := list(visit(root)):
-        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise DamagedError(str(root.store_path), "; ".join(faults[:3]) + more)
+        suffix = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise DamagedError(str(root.store_path), "; ".join(faults[:3]) + suffix)
 
 
 def raise_unreadable(group: zarr.Group, path: str, error: Exception) -> None:
@@ -195,10 +197,10 @@ def _document_of(member: zarr.Array | zarr.Group) -> dict[str, Any]:
 def _without_members(document: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out of a document the attributes of users, and the list of members."""
     rest = {name: value for name, value in document.items() if name != "consolidated_metadata"}
-    return rest | {"attributes": _own(document.get("attributes", {}))}
+    return rest | {"attributes": _leave_out_users(document.get("attributes", {}))}
 
 
-def _own(attributes: Mapping[str, Any]) -> dict[str, Any]:
+def _leave_out_users(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Select the attributes that the stages write; users may add others to a finished store."""
     return {name: value for name, value in attributes.items() if name in schema.ATTRIBUTES}
 
@@ -232,12 +234,12 @@ def restore_document(root: zarr.Group, path: str) -> None:
     StoreError
         When there is no consolidated metadata, or the document isn't listed there.
     """
-    listed = listed_members(root)
-    if listed is None or path not in listed:
+    documents = listed_members(root)
+    if documents is None or path not in documents:
         raise StoreError(
             f"{root.store_path}: {path}/{DOCUMENT} is listed nowhere else, and cannot be restored"
         )
     # A listed group has an empty list of members besides.
-    document = {name: value for name, value in listed[path].items() if name != "consolidated_metadata"}
+    document = {name: value for name, value in documents[path].items() if name != "consolidated_metadata"}
     data = default_buffer_prototype().buffer.from_bytes(json.dumps(document, indent=2).encode())
     sync(root.store.set(f"{path}/{DOCUMENT}", data))

@@ -83,14 +83,14 @@ def _is_elsewhere(text: str) -> bool:
 def _explain_setting(text: str) -> str:
     """Name the environment variable whose value obstore can't use."""
     kind = re.search(r"as (boolean|Duration|\w*size)\b", text)
-    expected = f", where a {kind[1].lower()} is expected" if kind else ""
+    suffix = f", where a {kind[1].lower()} is expected" if kind else ""
     value = re.search(r'"([^"]*)"', text)
     names = [
         name
         for name in sorted(os.environ)
         if value and os.environ[name] == value[1] and name.startswith(tuple(PREFIXES.values()))
     ]
-    return f"{' or '.join(names) or 'a variable AWS_… or GOOGLE_…'} has a value that can't be used{expected}"
+    return f"{' or '.join(names) or 'a variable AWS_… or GOOGLE_…'} has a value that can't be used{suffix}"
 
 
 def fault_of_environment(settings: Mapping[str, str]) -> str:

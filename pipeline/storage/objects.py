@@ -67,8 +67,8 @@ def _connection(address: str) -> _Connection:
     prefix = PREFIXES[split_bucket(address)[0]]
     # The environment as it is now: credentials may be renewed while a process lives. Empty means unset.
     with _environment:
-        now = {name: value for name, value in os.environ.items() if name.startswith(prefix) and value}
-    return _connect(address, tuple(sorted(now.items())))
+        variables = {name: value for name, value in os.environ.items() if name.startswith(prefix) and value}
+    return _connect(address, tuple(sorted(variables.items())))
 
 
 @lru_cache(maxsize=64)
@@ -82,15 +82,19 @@ def _connect(address: str, environment: tuple[tuple[str, str], ...]) -> _Connect
     if fault := object_errors.fault_of_environment(dict(environment)):
         raise ObjectStoreError(f"{address}: {fault}")
     opener = store.S3Store if scheme == "s3" else store.GCSStore
-    first: Any = {"max_retries": FIRST_RETRIES, "retry_timeout": timedelta(seconds=FIRST_PATIENCE_S)}
+    brief_retries: Any = {"max_retries": FIRST_RETRIES, "retry_timeout": timedelta(seconds=FIRST_PATIENCE_S)}
     # By default ten retries are over in seconds: pauses are random, and rarely grow.
     backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 3}
-    later: Any = {"max_retries": 10_000, "retry_timeout": timedelta(seconds=PATIENCE_S), "backoff": backoff}
+    patient_retries: Any = {
+        "max_retries": 10_000,
+        "retry_timeout": timedelta(seconds=PATIENCE_S),
+        "backoff": backoff,
+    }
     with in_one_line(address):
         with _without_empty(PREFIXES[scheme]):
-            brief = opener(bucket, prefix=name or None, retry_config=first)
-            patient = opener(bucket, prefix=name or None, retry_config=later)
-            whole_bucket = opener(bucket, retry_config=first)
+            brief = opener(bucket, prefix=name or None, retry_config=brief_retries)
+            patient = opener(bucket, prefix=name or None, retry_config=patient_retries)
+            whole_bucket = opener(bucket, retry_config=brief_retries)
         # The first request: it fails where the store, the bucket or the credentials are wrong.
         next(iter(obstore.list(whole_bucket, prefix=name or None, chunk_size=1)), None)
         return _Connection(patient, brief)
@@ -218,10 +222,10 @@ def age_s(folder: str, name: str, probe: str) -> float:
     with in_one_line(folder):
         obstore.put(store, probe, b"")
         try:
-            now, then = (obstore.head(store, path)["last_modified"] for path in (probe, name))
+            probe_time, write_time = (obstore.head(store, path)["last_modified"] for path in (probe, name))
         finally:
             obstore.delete(store, probe)
-    return float((now - then).total_seconds())
+    return float((probe_time - write_time).total_seconds())
 
 
 def blocks(folder: str, name: str) -> Iterator[bytes]:
@@ -238,9 +242,18 @@ def blocks(folder: str, name: str) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class Listed:
-    """A listed object: its name below an address, bytes, and seconds from 1970 to its writing.
+    """A listed object.
 
-    ``tag`` is the store's own mark of the content (ETag), and its version; empty where it has none.
+    Attributes
+    ----------
+    name : str
+        Name below an address.
+    size : int
+        Bytes.
+    time : float
+        Seconds from 1970 to its writing.
+    tag : str
+        The store's own mark of the content (ETag), and its version; empty where it has none.
     """
 
     name: str
@@ -249,13 +262,13 @@ class Listed:
     tag: str = ""
 
 
-def listed(folder: str) -> list[Listed]:
+def list_objects(folder: str) -> list[Listed]:
     """List all objects below an address, by name; without the empty ones that consoles make for folders."""
     import obstore
 
     with in_one_line(folder):
-        entries = [_listed(meta) for page in obstore.list(connect(folder)) for meta in page]
-    folders = {str(above) for entry in entries for above in PurePosixPath(entry.name).parents}
+        entries = [_describe_object(meta) for page in obstore.list(connect(folder)) for meta in page]
+    folders = {str(folder_path) for entry in entries for folder_path in PurePosixPath(entry.name).parents}
     return sorted(
         (
             entry
@@ -284,8 +297,8 @@ async def names_directly_below(store: Any, prefix: str) -> list[str]:
     listing = await obstore.list_with_delimiter_async(store, prefix=prefix)
     folder = prefix.strip("/")
     paths = [*listing["common_prefixes"], *(meta["path"] for meta in listing["objects"])]
-    below = [path.removeprefix(f"{folder}/") if folder else path for path in paths if path != folder]
-    return [name for name in below if name]
+    names = [path.removeprefix(f"{folder}/") if folder else path for path in paths if path != folder]
+    return [name for name in names if name]
 
 
 def look(address: str) -> Listed | None:
@@ -295,7 +308,7 @@ def look(address: str) -> Listed | None:
     name = split_bucket(address)[2].rpartition("/")[2]
     try:
         with in_one_line(address):
-            return _listed(obstore.head(connect(parent(address)), name))
+            return _describe_object(obstore.head(connect(parent(address)), name))
     except FileNotFoundError:
         return None
 
@@ -311,6 +324,6 @@ def _is_object(folder: str, name: str) -> bool:
         return False
 
 
-def _listed(meta: Any) -> Listed:
+def _describe_object(meta: Any) -> Listed:
     tag = " ".join(str(meta[part]) for part in ("e_tag", "version") if meta.get(part))
     return Listed(str(meta["path"]), int(meta["size"]), meta["last_modified"].timestamp(), tag)

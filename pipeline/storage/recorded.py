@@ -57,11 +57,11 @@ def bound_rows(
     -------
     ndarray of shape (sequence,), bool
     """
-    about = digests.identify(key, metric)
+    matrix_identity = digests.identify(key, metric)
     recorded = texts[schema.DIGEST].tolist()
     columns = {name: column.tolist() for name, column in texts.items() if name != schema.DIGEST}
-    own = [about + identity for identity in identities]
-    hashes = digests.bind_each(own, columns, [digest[digests.HALF :] for digest in recorded])
+    row_identities = [matrix_identity + identity for identity in identities]
+    hashes = digests.bind_each(row_identities, columns, [digest[digests.HALF :] for digest in recorded])
     return np.array(
         [digest[: digests.HALF] == record for digest, record in zip(recorded, hashes, strict=True)],
         dtype=bool,
@@ -79,7 +79,7 @@ class CheckedRows:
         recorded.
     damaged : dict of str to ndarray of bool
         True for each matrix that differs from what was written.
-    done : dict of str to ndarray of bool
+    finished : dict of str to ndarray of bool
         True for each matrix that has a fingerprint.
     resolutions : dict of str to list of str
         Record of rounding; missing in stores that have none.
@@ -87,12 +87,14 @@ class CheckedRows:
 
     problems: dict[str, list[str]] = field(default_factory=dict)
     damaged: dict[str, np.ndarray] = field(default_factory=dict)
-    done: dict[str, np.ndarray] = field(default_factory=dict)
+    finished: dict[str, np.ndarray] = field(default_factory=dict)
     resolutions: dict[str, list[str]] = field(default_factory=dict)
 
     def counts(self, metric: str, row: int) -> bool:
         """Tell whether a matrix is as it was written, though some of its distances may be missing."""
-        return metric not in self.problems or bool(self.done[metric][row] and not self.damaged[metric][row])
+        return metric not in self.problems or bool(
+            self.finished[metric][row] and not self.damaged[metric][row]
+        )
 
     def list_damaged(self, key: str, sequences: Sequence[str]) -> list[str]:
         """Name each matrix that is damaged."""
@@ -124,8 +126,8 @@ def check_rows(
     if schema.PROVENANCE not in group:
         of_others = root.attrs.get("kind") is None
         problems = {} if of_others else {metric: [NOT_RECORDED] * count for metric in matrices}
-        every, none = np.ones(count, bool), np.zeros(count, bool)
-        return CheckedRows(problems, dict.fromkeys(problems, every), dict.fromkeys(problems, none))
+        all_rows, no_rows = np.ones(count, bool), np.zeros(count, bool)
+        return CheckedRows(problems, dict.fromkeys(problems, all_rows), dict.fromkeys(problems, no_rows))
     provenance = store.get_group(group, schema.PROVENANCE)
     metrics = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
     specifications = store.read(store.get_array(provenance, schema.SPECIFICATION)).tolist()
@@ -149,7 +151,7 @@ def check_rows(
     for metric in matrices.keys() - check.problems.keys():
         check.problems[metric] = [NOT_RECORDED] * count
         check.damaged[metric] = np.ones(count, bool)
-        check.done[metric] = np.zeros(count, bool)
+        check.finished[metric] = np.zeros(count, bool)
     return check
 
 
@@ -179,14 +181,14 @@ def _judge(
     values: np.ndarray | None,
 ) -> None:
     """Find out why each of a metric's matrices doesn't count, and add it to the check."""
-    done = texts[schema.FINGERPRINT] != ""
+    finished = texts[schema.FINGERPRINT] != ""
     problems: list[str] = []
-    damaged = np.zeros(len(done), bool)
+    damaged = np.zeros(len(finished), bool)
     hashes = [] if values is None else digests.hash_each(values)
     failures = texts[schema.FAILURE].tolist()
     for row, digest in enumerate(texts[schema.DIGEST].tolist()):
         reason = failures[row]
-        if not done[row]:
+        if not finished[row]:
             # A matrix that isn't computed may have a reason of an earlier run.
             problems.append(reason if bound[row] and reason else NOT_COMPUTED)
             continue
@@ -201,7 +203,7 @@ def _judge(
             continue
         problems.append(reason)
         damaged[row] = True
-    check.problems[metric], check.damaged[metric], check.done[metric] = problems, damaged, done
+    check.problems[metric], check.damaged[metric], check.finished[metric] = problems, damaged, finished
 
 
 def _name_missing_chunks(check: CheckedRows, array: store.Array, first: int) -> None:
@@ -248,11 +250,11 @@ def failures_of_rows(root: store.Group, key: str) -> list[tuple[str, str, str]]:
 
 def _reasons_of_rows(texts: Mapping[str, np.ndarray], bound: np.ndarray) -> Iterator[tuple[int, str]]:
     """Yield the rows of a metric that failed, or have a damaged record, with the reason."""
-    done = texts[schema.FINGERPRINT] != ""
+    finished = texts[schema.FINGERPRINT] != ""
     for row in np.flatnonzero(bound & (texts[schema.FAILURE] != "") | ~bound).tolist():
         if bound[row]:
             yield row, str(texts[schema.FAILURE][row])
-        elif done[row] or digests.is_of_no_values(str(texts[schema.DIGEST][row])):
+        elif finished[row] or digests.is_of_no_values(str(texts[schema.DIGEST][row])):
             # Any other row was up to date once, and its record is obsolete.
             yield row, OTHER_RECORD
 
@@ -384,7 +386,7 @@ def failures_of_tiles(group: store.Group, metric: str, place: int, labels: Seque
     missing, unresolved, fingerprints, recorded = (
         store.read(store.get_array(provenance, name), place) for name in (*TILE_RECORDS, schema.DIGEST)
     )
-    known, damaged, count = np.full(reasons.shape, "", dtype=object), [], 0
+    frame_reasons, damaged, count = np.full(reasons.shape, "", dtype=object), [], 0
     for i, j in itertools.combinations_with_replacement(range(len(labels)), 2):
         digest, fingerprint = str(recorded[i, j]), str(fingerprints[i, j])
         rows = slice(i * tile, (i + 1) * tile)
@@ -393,17 +395,21 @@ def failures_of_tiles(group: store.Group, metric: str, place: int, labels: Seque
         if digests.binds(digest, tile_identity(group.path, metric, (i, j), labels[i], labels[j]), texts):
             count += int(missing[i, j])
             if i == j:
-                known[rows] = reasons[rows]
+                frame_reasons[rows] = reasons[rows]
         elif fingerprint or digest:
             damaged.append((f"tile {i}, {j}", OTHER_RECORD))
-    return TileFailures(damaged, known, count)
+    return TileFailures(damaged, frame_reasons, count)
 
 
 @dataclass(frozen=True)
 class BandRecord:
     """Records of a band of tiles (i, 0), (i, 1), …; below the diagonal, of their mirror image.
 
-    ``reasons`` says why each tile doesn't count by its record; empty where it does.
+    Attributes
+    ----------
+    digests : list of str
+    reasons : list of str
+        Why each tile doesn't count by its record; empty where it does.
     """
 
     digests: list[str]
@@ -475,9 +481,9 @@ class CheckedMatrix:
             return values
         i, place = divmod(index, self.tile)
         first, stop = columns.start // self.tile, -(-columns.stop // self.tile)
-        back = np.concatenate([self.band(j, i, i + 1)[:, place] for j in range(first, stop)])
+        column_values = np.concatenate([self.band(j, i, i + 1)[:, place] for j in range(first, stop)])
         start = first * self.tile
-        return (values + back[columns.start - start : columns.stop - start]) / 2
+        return (values + column_values[columns.start - start : columns.stop - start]) / 2
 
     def value(self, index: int, column: int) -> float:
         """Read one distance."""
@@ -566,11 +572,11 @@ class CheckedMatrix:
         if len(self._labels) <= TILES_AT_ONCE:
             if name not in self._of_tiles:
                 self._of_tiles[name] = store.read(array, place)[0]
-            across, down = self._of_tiles[name][i], self._of_tiles[name][:, i]
+            row, column = self._of_tiles[name][i], self._of_tiles[name][:, i]
         else:
-            across = store.read(array, (place, band, slice(None)))[0, 0]
-            down = store.read(array, (place, slice(None), band))[0, :, 0]
-        values: Any = np.where(np.arange(len(across)) < i, down, across)
+            row = store.read(array, (place, band, slice(None)))[0, 0]
+            column = store.read(array, (place, slice(None), band))[0, :, 0]
+        values: Any = np.where(np.arange(len(row)) < i, column, row)
         return np.asarray(values)
 
 
@@ -691,8 +697,8 @@ class CheckedEmbeddings:
             recorded = digest[place * digests.HALF : (place + 1) * digests.HALF]
             if not reason and digests.hash_values(values[name]) != recorded:
                 missing = chunks.missing_chunks(array, rows)
-                gone = f"damaged embeddings: chunk {', '.join(missing)} of {name} is missing"
-                reason = gone if missing else OTHER_EMBEDDINGS
+                loss = f"damaged embeddings: chunk {', '.join(missing)} of {name} is missing"
+                reason = loss if missing else OTHER_EMBEDDINGS
         if reason:
             self.left_out[f"{self.key}: block {block}, frames {rows.start} to {rows.stop - 1}: {reason}"] = (
                 None

@@ -15,8 +15,8 @@ CARRIED = ("catalog", "title", "datasets", "pools")
 
 def begin_run(**settings: Any) -> dict[str, Any]:
     """Begin the record of a run: its time, settings, and the versions that compute."""
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"started": started, **settings, "versions": versions()}
+    start_time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"started": start_time, **settings, "versions": versions()}
 
 
 def record_run(root: store.Group, run: Mapping[str, Any] | None, **attributes: Any) -> None:

@@ -29,9 +29,9 @@ _HIDDEN = re.compile(
 def group_fault(name: str) -> str:
     """Say why a data set or field can't have this name, which becomes a group and a folder; else empty."""
     if not _GROUP.fullmatch(name):
-        return f"{shown(name)!r}: expected letters, digits, '.', '_' and '-', beginning with no sign"
+        return f"{short_name(name)!r}: expected letters, digits, '.', '_' and '-', beginning with no sign"
     if len(name) > GROUP_CHARACTERS:
-        return f"{shown(name)!r}: {len(name)} characters; expected {GROUP_CHARACTERS} at most"
+        return f"{short_name(name)!r}: {len(name)} characters; expected {GROUP_CHARACTERS} at most"
     if name.lower().endswith(_OURS):
         return f"{name!r}: a store keeps files of its own under names that end in {', '.join(_OURS)}"
     return ""
@@ -53,7 +53,7 @@ def printable(text: str, keep: str = "\n\t") -> str:
     )
 
 
-def shown(name: str) -> str:
+def short_name(name: str) -> str:
     """Make a name safe to show: write out control characters, and cut a long name, with a hash of all."""
     safe = printable(name, keep="")
     if len(safe) <= SHOWN_CHARACTERS:

@@ -111,7 +111,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import xarray as xr
 
-from pipeline.storage.safe_names import sequence_fault, shown
+from pipeline.storage.safe_names import sequence_fault, short_name
 
 SCHEMA_VERSION = 1
 """Root attribute ``schema_version`` of both stores; the attribute ``kind`` tells them apart."""
@@ -202,39 +202,39 @@ def matrix_metric_names(variables: Iterable[str]) -> list[str]:
     return sorted(str(name) for name in variables if str(name) not in CARRIED_BY_MATRIX)
 
 
-def validate_parameter(parameter: np.ndarray, where: str) -> None:
+def validate_parameter(parameter: np.ndarray, label: str) -> None:
     """Raise :class:`SchemaError` unless every row of ``parameter`` rises strictly within [0, 1].
 
     Parameters
     ----------
     parameter : ndarray of shape (sequence, frame), float64
-    where : str
+    label : str
         Label for the error.
     """
     if not np.isfinite(parameter).all():
-        raise SchemaError(f"{where}: parameter holds NaN or infinity; expected finite values in [0, 1]")
+        raise SchemaError(f"{label}: parameter holds NaN or infinity; expected finite values in [0, 1]")
     if parameter.size and (parameter.min() < 0 or parameter.max() > 1):
         raise SchemaError(
-            f"{where}: parameter spans [{parameter.min():g}, {parameter.max():g}]; expected within [0, 1]"
+            f"{label}: parameter spans [{parameter.min():g}, {parameter.max():g}]; expected within [0, 1]"
         )
     falling = np.flatnonzero((np.diff(parameter, axis=1) <= 0).any(axis=1))
     if falling.size:
-        raise SchemaError(f"{where}: parameter of row {falling[0]} does not rise: {parameter[falling[0]]}")
+        raise SchemaError(f"{label}: parameter of row {falling[0]} does not rise: {parameter[falling[0]]}")
 
 
-def validate_frames(group: xr.Dataset, where: str) -> None:
+def validate_frames(group: xr.Dataset, label: str) -> None:
     """Raise :class:`SchemaError` unless ``group`` is a valid field of ``frames.zarr``."""
-    _expect_variable(group, FRAMES, FRAMES_DIMS, FRAME_DTYPES, where)
-    _expect_variable(group, PARAMETER, PARAMETER_DIMS, ("float64",), where)
+    _expect_variable(group, FRAMES, FRAMES_DIMS, FRAME_DTYPES, label)
+    _expect_variable(group, PARAMETER, PARAMETER_DIMS, ("float64",), label)
     for name in (SEQUENCE, CONTENT):
-        _expect_variable(group, name, (SEQUENCE,), None, where)
-    _expect_unique_sequences(group, where)
-    validate_parameter(group[PARAMETER].values, where)
+        _expect_variable(group, name, (SEQUENCE,), None, label)
+    _expect_unique_sequences(group, label)
+    validate_parameter(group[PARAMETER].values, label)
     if WEIGHTS in group.variables:
-        _expect_variable(group, WEIGHTS, WEIGHTS_DIMS, ("float64",), where)
+        _expect_variable(group, WEIGHTS, WEIGHTS_DIMS, ("float64",), label)
 
 
-def validate_weights(weights: np.ndarray, shape: tuple[int, ...], where: str) -> None:
+def validate_weights(weights: np.ndarray, shape: tuple[int, ...], label: str) -> None:
     """Raise :class:`SchemaError` unless these are valid weights of a field's pixels.
 
     Parameters
@@ -242,81 +242,81 @@ def validate_weights(weights: np.ndarray, shape: tuple[int, ...], where: str) ->
     weights : ndarray of shape (y, x), float64
     shape : tuple of int
         (y, x) of the field's frames.
-    where : str
+    label : str
         Label for the error.
     """
     if weights.shape != shape:
-        raise SchemaError(f"{where}: {WEIGHTS} have shape {weights.shape}; expected {shape}, as frames have")
+        raise SchemaError(f"{label}: {WEIGHTS} have shape {weights.shape}; expected {shape}, as frames have")
     if not (np.isfinite(weights) & (weights >= 0)).all() or not (weights > 0).any():
-        raise SchemaError(f"{where}: {WEIGHTS} must be finite and 0 or more, with some above 0")
+        raise SchemaError(f"{label}: {WEIGHTS} must be finite and 0 or more, with some above 0")
 
 
-def validate_distances(group: xr.Dataset, where: str) -> None:
+def validate_distances(group: xr.Dataset, label: str) -> None:
     """Raise :class:`SchemaError` unless ``group`` is a valid field of ``distances.zarr``.
 
     Names, dims and dtypes are checked, and that each matrix is symmetric with a zero diagonal, except
     directed ones.
     """
-    _expect_variable(group, PARAMETER, PARAMETER_DIMS, ("float64",), where)
-    _expect_unique_sequences(group, where)
+    _expect_variable(group, PARAMETER, PARAMETER_DIMS, ("float64",), label)
+    _expect_unique_sequences(group, label)
     for name in metric_names(map(str, group.variables)):
-        _expect_variable(group, name, DISTANCE_DIMS, ("float32", "float64"), where)
+        _expect_variable(group, name, DISTANCE_DIMS, ("float32", "float64"), label)
         if group[name].attrs.get(DIRECTED):
             continue
         matrices = group[name].values
         if not np.array_equal(matrices, matrices.swapaxes(1, 2), equal_nan=True):
-            raise SchemaError(f"{where}: {name} is not symmetric")
+            raise SchemaError(f"{label}: {name} is not symmetric")
         diagonal = np.diagonal(matrices, axis1=1, axis2=2)
         if np.any((diagonal != 0) & ~np.isnan(diagonal)):
-            raise SchemaError(f"{where}: {name} has values other than 0 on the diagonal")
+            raise SchemaError(f"{label}: {name} has values other than 0 on the diagonal")
 
 
-def validate_matrix(group: xr.Dataset, where: str) -> None:
+def validate_matrix(group: xr.Dataset, label: str) -> None:
     """Raise :class:`SchemaError` unless ``group`` is a valid group of ``matrix.zarr``.
 
     Names, dims and dtypes are checked, and that each matrix is symmetric with a zero diagonal, except
     directed ones. Two bands of a matrix are in memory at a time.
     """
     for name, dtypes in ((FIELD, None), (SEQUENCE, None), (NUMBER, ("int32",)), (PARAMETER, ("float64",))):
-        _expect_variable(group, name, (FRAME,), dtypes, where)
+        _expect_variable(group, name, (FRAME,), dtypes, label)
     n = group.sizes[FRAME]
     for name in matrix_metric_names(map(str, group.variables)):
-        _expect_variable(group, name, MATRIX_DIMS, ("float32",), where)
+        _expect_variable(group, name, MATRIX_DIMS, ("float32",), label)
         if group.sizes[FRAME_OTHER] != n:
-            raise SchemaError(f"{where}: {name} has shape {group[name].shape}; expected {(n, n)}")
+            raise SchemaError(f"{label}: {name} has shape {group[name].shape}; expected {(n, n)}")
         if group[name].attrs.get(DIRECTED):
             continue
         for start in range(0, n, VALIDATED_TOGETHER):
             part = slice(start, start + VALIDATED_TOGETHER)
             rows, columns = group[name][part].values, group[name][:, part].values
             if not np.array_equal(rows, columns.T, equal_nan=True):
-                raise SchemaError(f"{where}: {name} is not symmetric, in rows from {start} on")
+                raise SchemaError(f"{label}: {name} is not symmetric, in rows from {start} on")
             diagonal = np.diagonal(rows, start)
             if np.any((diagonal != 0) & ~np.isnan(diagonal)):
-                raise SchemaError(f"{where}: {name} has values other than 0 on the diagonal")
+                raise SchemaError(f"{label}: {name} has values other than 0 on the diagonal")
 
 
 def _expect_variable(
-    group: xr.Dataset, name: str, dims: tuple[str, ...], dtypes: tuple[str, ...] | None, where: str
+    group: xr.Dataset, name: str, dims: tuple[str, ...], dtypes: tuple[str, ...] | None, label: str
 ) -> None:
     if name not in group.variables:
-        raise SchemaError(f"{where}: no variable {name!r}; found {sorted(map(str, group.variables))}")
+        raise SchemaError(f"{label}: no variable {name!r}; found {sorted(map(str, group.variables))}")
     variable: Any = group.variables[name]
     if variable.dims != dims:
-        raise SchemaError(f"{where}: {name} has dims {variable.dims}; expected {dims}")
+        raise SchemaError(f"{label}: {name} has dims {variable.dims}; expected {dims}")
     if dtypes is not None and variable.dtype.name not in dtypes:
-        raise SchemaError(f"{where}: {name} is {variable.dtype.name}; expected one of {', '.join(dtypes)}")
+        raise SchemaError(f"{label}: {name} is {variable.dtype.name}; expected one of {', '.join(dtypes)}")
 
 
-def _expect_unique_sequences(group: xr.Dataset, where: str) -> None:
+def _expect_unique_sequences(group: xr.Dataset, label: str) -> None:
     if SEQUENCE not in group.variables:
-        raise SchemaError(f"{where}: no variable {SEQUENCE!r}; found {sorted(map(str, group.variables))}")
+        raise SchemaError(f"{label}: no variable {SEQUENCE!r}; found {sorted(map(str, group.variables))}")
     names, counts = np.unique(group[SEQUENCE].values.astype(object), return_counts=True)
     for name in map(str, names):
         if fault := sequence_fault(name):
-            raise SchemaError(f"{where}: sequence {shown(name)!r}: {fault}")
+            raise SchemaError(f"{label}: sequence {short_name(name)!r}: {fault}")
     if (counts > 1).any():
-        raise SchemaError(f"{where}: sequence {names[counts > 1][0]!r} stands twice")
+        raise SchemaError(f"{label}: sequence {names[counts > 1][0]!r} stands twice")
 
 
 RECORDED = "recorded"

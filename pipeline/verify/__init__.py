@@ -126,31 +126,32 @@ def _kind_of_fields(path: str | os.PathLike[str]) -> str | None:
 class _Group:
     """A group of a store, with its arrays and those of its provenance.
 
-    ``faults`` has the reasons, by name, why an array or group cannot be opened. ``listed`` says whether there
-    is consolidated metadata. ``recorded`` has the number of fingerprints by metric when the last run ended.
+    ``faults`` has the reasons, by name, why an array or group cannot be opened. ``is_listed`` says whether
+    there is consolidated metadata. ``recorded`` has the number of fingerprints by metric when
+    the last run ended.
     """
 
     name: str
     arrays: dict[str, store.Array]
     faults: dict[str, str]
-    listed: bool
+    is_listed: bool
     attributes: Mapping[str, Any]
     recorded: Mapping[str, int] = field(default_factory=dict)
 
 
-def _groups(group: store.Group, listed: Mapping[str, Any] | None) -> Iterator[_Group]:
+def _groups(group: store.Group, documents: Mapping[str, Any] | None) -> Iterator[_Group]:
     """Yield each group of a store; a group of provenance belongs to its parent."""
-    arrays, children, faults = metadata.members(group, listed)
+    arrays, children, faults = metadata.members(group, documents)
     recorded: Any = {}
     if arrays and schema.PROVENANCE in children:
         provenance = children.pop(schema.PROVENANCE)
-        records, _, record_faults = metadata.members(provenance, listed)
-        recorded = provenance.attrs.get(schema.RECORDED, {}) if listed is not None else {}
+        records, _, record_faults = metadata.members(provenance, documents)
+        recorded = provenance.attrs.get(schema.RECORDED, {}) if documents is not None else {}
         arrays |= {f"{_PREFIX}{name}": array for name, array in records.items()}
         faults |= {f"{_PREFIX}{name}": reason for name, reason in record_faults.items()}
-    yield _Group(group.path, arrays, faults, listed is not None, dict(group.attrs), recorded)
+    yield _Group(group.path, arrays, faults, documents is not None, dict(group.attrs), recorded)
     for child in children.values():
-        yield from _groups(child, listed)
+        yield from _groups(child, documents)
 
 
 _PREFIX = f"{schema.PROVENANCE}/"
@@ -252,7 +253,7 @@ def _add_frames(checks: Checks, group: _Group, report: VerifyReport) -> None:
     report.compared += len(converted)
     if nameless := tuple(row for row in converted if not sequences[row]):
         report.damages.append(Damage(name, schema.SEQUENCE, "", "names of sequences", "missing", nameless))
-    if group.listed:  # an unfinished run has written names of sequences that are not converted yet
+    if group.is_listed:  # an unfinished run has written names of sequences that are not converted yet
         report.damages += lost_chunks(name, group.arrays[schema.CONTENT], sequences != "")
     for row in converted if schema.SOURCE in columns else ():
         record = (str(sequences[row]), str(contents[row]), str(columns[schema.SOURCE][row]))
@@ -278,11 +279,11 @@ def _check_weights(
     group: _Group, recorded: set[str] | None, rows: tuple[int, ...], report: VerifyReport
 ) -> list[Damage]:
     """Compare a field's pixel weights with their hash, which the record of each sequence contains."""
-    array, what = group.arrays.get(schema.WEIGHTS), "weights of all sequences"
+    array, content = group.arrays.get(schema.WEIGHTS), "weights of all sequences"
     if array is None:
         if schema.WEIGHTS in group.faults or not (recorded or set()) - {""}:
             return []  # lost metadata is reported by itself
-        return [Damage(group.name, schema.WEIGHTS, "", what, weights_fault(""), rows)]
+        return [Damage(group.name, schema.WEIGHTS, "", content, weights_fault(""), rows)]
     chunks.check_fits(array)
     report.chunks += chunks.chunk_count(array)
     try:
@@ -290,14 +291,20 @@ def _check_weights(
     except store.DamagedError:
         damaged = chunks.damaged_chunks(array)
         return [
-            Damage(group.name, schema.WEIGHTS, c.key, what, c.reason, rows, unreadable=True) for c in damaged
+            Damage(group.name, schema.WEIGHTS, c.key, content, c.reason, rows, unreadable=True)
+            for c in damaged
         ]
     if not recorded or recorded == {digest}:
         return []
     missing = ", ".join(chunks.missing_chunks(array))
     return [
         Damage(
-            group.name, schema.WEIGHTS, missing, what, "missing" if missing else weights_fault(digest), rows
+            group.name,
+            schema.WEIGHTS,
+            missing,
+            content,
+            "missing" if missing else weights_fault(digest),
+            rows,
         )
     ]
 
@@ -320,9 +327,9 @@ def _check_sequence(
     if digest == content:
         return []
     missing = chunks.missing_chunks(frames, row)
-    lost = [Damage(group, schema.FRAMES, key, f"sequence {name}", "missing", (row,)) for key in missing]
+    losses = [Damage(group, schema.FRAMES, key, f"sequence {name}", "missing", (row,)) for key in missing]
     reason = f"not as converted: expected {content} as the hash of frames and parameter, found {digest}"
-    return lost or [Damage(group, schema.FRAMES, "", f"sequence {name}", reason, (row,))]
+    return losses or [Damage(group, schema.FRAMES, "", f"sequence {name}", reason, (row,))]
 
 
 # ---------------------------------------------------------------- distances
@@ -460,8 +467,8 @@ def _lost_metrics(group: _Group, texts: Mapping[str, np.ndarray]) -> Iterator[Da
             reason = "the name of a metric is lost"
             yield Damage(group.name, f"{_PREFIX}{schema.METRIC}", "", "all metrics", reason)
         elif finished and metric not in group.arrays:
-            reason, what = group.faults.get(metric, "missing"), f"all {len(finished)} matrices"
-            yield Damage(group.name, metric, metadata.DOCUMENT, what, reason, finished, metric)
+            reason, content = group.faults.get(metric, "missing"), f"all {len(finished)} matrices"
+            yield Damage(group.name, metric, metadata.DOCUMENT, content, reason, finished, metric)
 
 
 def _chunks_of(group: str, array: store.Array, recorded: _Recorded) -> Iterator[Check]:
@@ -485,8 +492,8 @@ def _check_matrices(
 
     def damage(rows: Sequence[int], chunk: str, reason: str, *, unreadable: bool = False) -> Damage:
         names = ", ".join(recorded.sequences[row] for row in rows)
-        what = f"sequence {names}" if names else "no finished sequence"
-        return Damage(group, metric, chunk, what, reason, tuple(rows), metric, unreadable)
+        content = f"sequence {names}" if names else "no finished sequence"
+        return Damage(group, metric, chunk, content, reason, tuple(rows), metric, unreadable)
 
     try:
         values = store.read(array, slice(rows.start, rows.stop))
@@ -499,8 +506,8 @@ def _check_matrices(
     if not finished:
         return []
     # If all rows failed, for recorded reasons, a chunk that is all NaN may never have been written.
-    failed = all(recorded.failures[row] for row in finished)
-    if not failed and np.isnan(values).all() and chunks.missing_chunks(array, rows.start):
+    all_failed = all(recorded.failures[row] for row in finished)
+    if not all_failed and np.isnan(values).all() and chunks.missing_chunks(array, rows.start):
         return [damage(finished, key, "missing")]
     reasons = {row: _fault(values[row - rows.start], row, recorded) for row in finished}
     return [damage([row], key, reason) for row, reason in reasons.items() if reason]
@@ -525,5 +532,5 @@ def _fault(matrix: np.ndarray, row: int, recorded: _Recorded) -> str:
             return "NaN, and no failure is recorded"
         if not directed and np.diagonal(matrix).any():
             return "values other than zero on the diagonal"
-    same = recorded.digests is None or binds_values(recorded.digests[row], matrix)
-    return "" if same else "its distances are not those that were computed"
+    is_bound = recorded.digests is None or binds_values(recorded.digests[row], matrix)
+    return "" if is_bound else "its distances are not those that were computed"

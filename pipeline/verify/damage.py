@@ -127,9 +127,11 @@ def read_column(group: str, array: store.Array, report: VerifyReport, prefix: st
             chunk = chunks.read_chunk(array, start)
             values[tuple(slice(a, a + n) for a, n in zip(start, chunk.shape, strict=True))] = chunk
     for entry in damaged:
-        rows, what = _rows_of(array, entry.start)
+        rows, content = _rows_of(array, entry.start)
         report.damages.append(
-            Damage(group, f"{prefix}{array.basename}", entry.key, what, entry.reason, rows, unreadable=True)
+            Damage(
+                group, f"{prefix}{array.basename}", entry.key, content, entry.reason, rows, unreadable=True
+            )
         )
     return values
 
@@ -147,11 +149,11 @@ def is_of_root(damage: Damage) -> bool:
 def lost_chunks(group: str, array: store.Array, finished: np.ndarray) -> Iterator[Damage]:
     """Find missing chunks of a small array with rows that are ``finished``, and so had been written."""
     for start in chunks.chunk_starts(array):
-        rows, what = _rows_of(array, start)
+        rows, content = _rows_of(array, start)
         if finished[slice(rows[0], rows[-1] + 1)].any():
             region = tuple(slice(a, a + 1) for a in start)
             for key in chunks.missing_chunks(array, region):
-                yield Damage(group, array.basename, key, what, "missing", rows)
+                yield Damage(group, array.basename, key, content, "missing", rows)
 
 
 def _rows_of(array: store.Array, first: tuple[int, ...]) -> tuple[tuple[int, ...], str]:

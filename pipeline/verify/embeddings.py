@@ -32,7 +32,7 @@ class _Block:
     failures: list[str]
 
     @property
-    def what(self) -> str:
+    def label(self) -> str:
         """Text that names the block and its frames."""
         return f"block {self.number}, frames {self.rows.start} to {self.rows.stop - 1}"
 
@@ -64,7 +64,7 @@ def add_embeddings(
         Receives the number of chunks, and damage of the records.
     """
     prefix = f"{schema.PROVENANCE}/"
-    before = len(report.damages)
+    damage_count = len(report.damages)
     labels = {column: read_column(name, arrays[column], report) for column in LABELS}
     records = {
         column.removeprefix(prefix): read_column(name, array, report, prefix)
@@ -82,7 +82,7 @@ def add_embeddings(
             for key in chunks.missing_chunks(arrays[column])
         ]
     # The next run writes the names again, and compares them with the digests of all blocks.
-    nameless = any(damage.array in LABELS for damage in report.damages[before:])
+    nameless = any(damage.array in LABELS for damage in report.damages[damage_count:])
     parts = {column: arrays[column] for column in sorted(arrays) if _is_part(column)}
     report.chunks += sum(map(chunks.chunk_count, parts.values()))
     report.compared += int((fingerprints != "").sum())
@@ -119,7 +119,7 @@ def _check(block: _Block, parts: Mapping[str, store.Array]) -> list[Damage]:
                 hasher.update(bytes_of(store.read(array, rows)))
         except store.DamagedError:
             damages += [
-                Damage(block.group, name, chunk.key, block.what, chunk.reason, number, unreadable=True)
+                Damage(block.group, name, chunk.key, block.label, chunk.reason, number, unreadable=True)
                 for chunk in chunks.damaged_chunks(array, block.rows)
             ]
         hashes[name] = hasher.hexdigest()
@@ -127,12 +127,12 @@ def _check(block: _Block, parts: Mapping[str, store.Array]) -> list[Damage]:
         return damages
     if not block.is_bound(parts) and (block.fingerprint or is_of_no_values(block.digest)):
         reason = "its record, with the names of its frames, is not the one that was written with it"
-        return [Damage(block.group, _DIGEST, "", block.what, reason, number)]
+        return [Damage(block.group, _DIGEST, "", block.label, reason, number)]
     for place, (name, value) in enumerate(hashes.items(), start=1):
         if block.fingerprint and value != block.digest[place * HALF : (place + 1) * HALF]:
             missing = chunks.missing_chunks(parts[name], block.rows)
             reason = "missing" if missing else "its embeddings are not those that were computed"
-            damages.append(Damage(block.group, name, ", ".join(missing), block.what, reason, number))
+            damages.append(Damage(block.group, name, ", ".join(missing), block.label, reason, number))
     return damages
 
 

@@ -106,21 +106,21 @@ def _forget_distances(group: store.Group, damages: list[Damage]) -> int:
     provenance = store.get_group(group, schema.PROVENANCE)
     names = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
     array = store.get_array(provenance, schema.FINGERPRINT)
-    before = store.read(array)
-    after = before.copy()
+    stored = store.read(array)
+    values = stored.copy()
     for damage in damages:
         if damage.array == _FINGERPRINT and not damage.rows:
             continue  # it is gone already
         if damage.metric in names:
-            after[names.index(damage.metric), list(damage.rows)] = ""
+            values[names.index(damage.metric), list(damage.rows)] = ""
         elif damage.array in (schema.PARAMETER, f"{schema.PROVENANCE}/{schema.FAILURE}", *_RANGES):
             continue  # every run writes the parameter; a digest reveals a lost failure
         elif damage.array.startswith(schema.PROVENANCE) and not damage.rows:
-            after[...] = ""
+            values[...] = ""
         elif damage.rows:
-            after[:, list(damage.rows)] = ""
-    store.write_rows(array, 0, after)
-    return int(np.sum(before != after))
+            values[:, list(damage.rows)] = ""
+    store.write_rows(array, 0, values)
+    return int(np.sum(stored != values))
 
 
 def _forget_tiles(group: store.Group, damages: list[Damage]) -> int:
@@ -128,29 +128,29 @@ def _forget_tiles(group: store.Group, damages: list[Damage]) -> int:
     provenance = store.get_group(group, schema.PROVENANCE)
     names = [str(name) for name in store.read(store.get_array(provenance, schema.METRIC))]
     array = store.get_array(provenance, schema.FINGERPRINT)
-    before = store.read(array)
-    after = before.copy()
+    stored = store.read(array)
+    values = stored.copy()
     for damage in damages:
         if damage.array == _FINGERPRINT and not damage.unreadable:
             continue  # it is gone already
         if damage.metric in names:
-            after[(names.index(damage.metric), *damage.rows)] = ""
+            values[(names.index(damage.metric), *damage.rows)] = ""
         elif damage.array.startswith(schema.PROVENANCE) and damage.array not in _RANGES:
-            after[...] = ""
-    store.write_block(array, (0, 0, 0), after)
-    return int(np.sum(before != after))
+            values[...] = ""
+    store.write_block(array, (0, 0, 0), values)
+    return int(np.sum(stored != values))
 
 
 def _forget_blocks(group: store.Group, damages: list[Damage]) -> int:
     """Remove the fingerprints of damaged blocks of embeddings."""
     array = store.get_array(store.get_group(group, schema.PROVENANCE), schema.FINGERPRINT)
-    before = store.read(array)
-    after = before.copy()
+    stored = store.read(array)
+    values = stored.copy()
     for damage in damages:
         if damage.array not in LABELS:  # every run writes labels
-            after[list(damage.rows)] = ""
-    store.write_rows(array, 0, after)
-    return int(np.sum(before != after))
+            values[list(damage.rows)] = ""
+    store.write_rows(array, 0, values)
+    return int(np.sum(stored != values))
 
 
 _FINGERPRINT = f"{schema.PROVENANCE}/{schema.FINGERPRINT}"

@@ -245,16 +245,16 @@ def _fault(images: list[np.ndarray], place: tuple[int, int], tile: int, recorded
     if not directed and not np.array_equal(images[0], images[-1].T, equal_nan=True):
         return "not symmetric: it differs from its mirror image"
     rows, columns = (recorded.comparable[k * tile : (k + 1) * tile] for k in (i, j))
-    both = rows[:, None] & columns
-    missing = int((np.isnan(images[0]) & both).sum())
+    mask = rows[:, None] & columns
+    missing = int((np.isnan(images[0]) & mask).sum())
     if directed and i != j:
-        missing += int((np.isnan(images[-1]) & both.T).sum())
+        missing += int((np.isnan(images[-1]) & mask.T).sum())
     if missing != recorded.missing[i, j]:
         return f"NaN for {missing} distances of comparable frames, {recorded.missing[i, j]} are recorded"
     if i == j and not directed and np.diagonal(images[0])[rows].any():
         return "values other than zero on the diagonal"
     digest = "" if recorded.digests is None else str(recorded.digests[i, j])
-    same = recorded.digests is None or (
+    is_bound = recorded.digests is None or (
         binds_values(digest, images[0]) and (i == j or binds_mirror_image(digest, images[-1]))
     )
-    return "" if same else "its distances are not those that were computed"
+    return "" if is_bound else "its distances are not those that were computed"

@@ -109,13 +109,13 @@ def _connect(profile: Profile) -> Iterator[Client]:
 @contextlib.contextmanager
 def _environment_as_before() -> Iterator[None]:
     """Restore environment variables that Dask changes for its workers, such as ``OMP_NUM_THREADS``."""
-    before = dict(os.environ)
+    original = dict(os.environ)
     try:
         yield
     finally:
-        for name in os.environ.keys() - before.keys():
+        for name in os.environ.keys() - original.keys():
             del os.environ[name]
-        os.environ.update(before)
+        os.environ.update(original)
 
 
 def _silence_client() -> contextlib.AbstractContextManager[None]:
@@ -143,9 +143,9 @@ def _set_up(client: Client, profile: Profile) -> None:
     try:
         client.wait_for_workers(1, timeout=profile.wait_s)
     except TimeoutError as error:
-        where = f"the scheduler at {profile.address}" if profile.address else f"the cluster {profile.kind!r}"
+        label = f"the scheduler at {profile.address}" if profile.address else f"the cluster {profile.kind!r}"
         raise ClusterError(
-            f"{where} has had no workers for {profile.wait_s:g} s, the start_timeout of the profile"
+            f"{label} has had no workers for {profile.wait_s:g} s, the start_timeout of the profile"
         ) from error
 
 

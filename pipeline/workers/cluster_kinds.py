@@ -199,10 +199,10 @@ def _check_kubernetes(profile: Profile) -> None:
             "dask-kubernetes cannot give its scheduler certificates: set tls: false, and isolate the "
             "namespace with a network policy"
         )
-    ignored = profile.model_fields_set & {"threads", "memory_limit", "resources", "environment"}
-    if ignored and "custom_cluster_spec" in profile.options:
+    unused_keys = profile.model_fields_set & {"threads", "memory_limit", "resources", "environment"}
+    if unused_keys and "custom_cluster_spec" in profile.options:
         raise ClusterError(
-            f"{', '.join(sorted(ignored))}: cannot be combined with options.custom_cluster_spec, which "
+            f"{', '.join(sorted(unused_keys))}: cannot be combined with options.custom_cluster_spec, which "
             "describes the workers"
         )
 
@@ -624,11 +624,11 @@ def lifetime(profile: Profile) -> tuple[float, float]:
     seconds = profile.lifetime or latest - stagger
     reserve = f"a grace of {profile.grace:g} s, a stagger of {stagger:g} s and {STARTUP_S} s to start"
     if latest - stagger <= stagger:
-        where = "walltime" if profile.walltime else "walltime of Dask's configuration"
+        setting = "walltime" if profile.walltime else "walltime of Dask's configuration"
         # The stagger is reserved twice. By default it is 1/20 of the walltime, at most 300 s.
-        needed = profile.grace + STARTUP_S
-        needed = needed + 2 * stagger if profile.lifetime_stagger else min(needed / 0.9, needed + 600)
-        raise ClusterError(f"{where}: expected more than {needed:.0f} s, for {reserve}; found {limit:g} s")
+        minimum = profile.grace + STARTUP_S
+        minimum = minimum + 2 * stagger if profile.lifetime_stagger else min(minimum / 0.9, minimum + 600)
+        raise ClusterError(f"{setting}: expected more than {minimum:.0f} s, for {reserve}; found {limit:g} s")
     if not stagger < seconds <= latest - stagger:
         raise ClusterError(
             f"lifetime: expected more than {stagger:g} s and at most {latest - stagger:g} s, for {reserve} "

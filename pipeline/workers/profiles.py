@@ -401,7 +401,7 @@ def _fault(fault: Any) -> str:
     section, *keys = (str(part) for part in fault["loc"]) if fault["loc"] else ("",)
     if section == "workers":
         keys = keys[1:]  # pydantic puts "number" or "range" first
-    where = ".".join((section, *keys)).removesuffix(".[key]")
+    location = ".".join((section, *keys)).removesuffix(".[key]")
     text = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         models: dict[str, Any] = {"workers": WorkerRange, "security": SecurityFiles}
@@ -412,7 +412,7 @@ def _fault(fault: Any) -> str:
         text = "missing"
     elif fault["type"] != "value_error":
         text = _EXPECTED.get(fault["type"], text.replace("Input should be", "expected", 1))
-        if where == "workers":
+        if location == "workers":
             text = "expected a whole number from 1, or a range as in {minimum: 1, maximum: 64}"
         text += f", found {_as_yaml(fault['input'])}"
-    return f"{where}: {text}" if where else text
+    return f"{location}: {text}" if location else text

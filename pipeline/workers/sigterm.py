@@ -67,7 +67,7 @@ def restoring_handler() -> Iterator[Callable[[], None]]:
     may run has to raise the signal again afterwards.
     """
     global _state
-    before, _state = _state, _State()
+    original, _state = _state, _State()
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM) if in_main_thread else None
     try:
@@ -76,7 +76,7 @@ def restoring_handler() -> Iterator[Callable[[], None]]:
         if in_main_thread:
             # None stands for a handler that isn't Python's: it cannot be set again.
             signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
-        _state = before
+        _state = original
 
 
 def allow_grace(seconds: float) -> float:
@@ -84,8 +84,8 @@ def allow_grace(seconds: float) -> float:
 
     ``$LSIM_GRACE`` takes precedence.
     """
-    before, _state.grace = _state.grace, seconds
-    return before
+    original, _state.grace = _state.grace, seconds
+    return original
 
 
 def grace() -> float:

@@ -52,8 +52,8 @@ def wants_tls(profile: Profile) -> bool:
         return profile.address.startswith("tls://")
     if profile.tls is not None:
         return profile.tls
-    beyond = profile.host is not None and not is_loopback(profile.host)
-    return profile.security is not None or profile.kind in ACROSS_HOSTS or beyond
+    is_remote = profile.host is not None and not is_loopback(profile.host)
+    return profile.security is not None or profile.kind in ACROSS_HOSTS or is_remote
 
 
 def warn_if_open(profile: Profile) -> None:
@@ -64,9 +64,9 @@ def warn_if_open(profile: Profile) -> None:
     if profile.address is not None:
         host = profile.address.removeprefix("tcp://").rpartition(":")[0]
     if profile.kind in ACROSS_HOSTS or (host is not None and not is_loopback(host)):
-        where = profile.address or f"a cluster of kind {profile.kind!r} with tls: false"
+        label = profile.address or f"a cluster of kind {profile.kind!r} with tls: false"
         warnings.warn(
-            f"{where} has no TLS: anybody who reaches its ports can run code as you",
+            f"{label} has no TLS: anybody who reaches its ports can run code as you",
             UnencryptedClusterWarning,
             stacklevel=3,
         )
@@ -148,12 +148,12 @@ def _readable(role: str, name: str) -> str:
 
 
 @contextlib.contextmanager
-def _naming_file(role: str, path: str, expected: str) -> Iterator[None]:
+def _naming_file(role: str, path: str, content: str) -> Iterator[None]:
     """Turn errors of OpenSSL into one that names the file and what was expected in it."""
     try:
         yield
     except (OSError, ValueError) as error:
-        raise ClusterError(f"security.{role}: expected {expected}, found {path} ({error})") from error
+        raise ClusterError(f"security.{role}: expected {content}, found {path} ({error})") from error
 
 
 def write_temporary(folder: Path) -> SecurityFiles:
@@ -191,15 +191,15 @@ def _temporary() -> Security:
         ) from error
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "lsim-cluster")])
-    now = datetime.datetime.now(datetime.UTC)
+    start = datetime.datetime.now(datetime.UTC)
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - CLOCKS_DIFFER)
-        .not_valid_after(now + VALID)
+        .not_valid_before(start - CLOCKS_DIFFER)
+        .not_valid_after(start + VALID)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
         .public_bytes(serialization.Encoding.PEM)

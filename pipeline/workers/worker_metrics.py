@@ -40,8 +40,20 @@ Option: TypeAlias = bool | int | float | str | None
 class MetricRequest:
     """Arguments of :func:`lsim.load_metric` with which a worker loads the same metric as the driver.
 
-    ``name`` may be a reference, ``"module:Class"``. ``specification_hash`` is checked after loading: a worker
-    with other weights, another version or another source must not mix its distances with the others'.
+    Attributes
+    ----------
+    name : str
+        May be a reference, ``"module:Class"``.
+    weights : str or None
+    size : int or None
+    order : int
+    compat : str
+    mask, symmetrise : bool
+    precision : str
+    options : tuple of (str, Option)
+    specification_hash : str
+        Checked after loading: a worker with other weights, another version or another source must not mix its
+        distances with the others'.
     """
 
     name: str
@@ -257,8 +269,8 @@ def choose_device(device: str, number: int) -> str:
 def set_device(device: str) -> str:
     """Set the device on which this process loads metrics, and return the previous one."""
     global _device
-    before, _device = _device, device
-    return before
+    original, _device = _device, device
+    return original
 
 
 def _check_device(device: str) -> None:

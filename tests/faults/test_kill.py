@@ -56,7 +56,9 @@ def go_on(frames: Path, out: Path) -> str:
 
 
 def start(frames: Path, out: Path, workers: int = 2) -> subprocess.Popen:
-    command = "from pipeline.cli import main; main()"
+    # Records are written often, so that some are there long before the run is over.
+    command = "from pipeline.stage import row_records; row_records.FLUSH_S = 0.1"
+    command = f"{command}; from pipeline.cli import main; main()"
     return subprocess.Popen(
         [sys.executable, "-c", command, *arguments(frames, out), "--workers", str(workers)],
         stdout=subprocess.PIPE,

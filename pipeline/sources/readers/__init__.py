@@ -65,7 +65,7 @@ from pipeline.sources.readers.base import (
     natural_key,
 )
 from pipeline.sources.readers.code_hash import hash_code
-from pipeline.storage.safe_names import group_fault, sequence_fault, shown
+from pipeline.storage.safe_names import group_fault, sequence_fault, short_name
 
 __all__ = [
     "READERS",
@@ -106,10 +106,10 @@ def find_reader(name: str) -> Reader:
     if name in offered:
         reader: Reader = offered[name].load()
         return reader
-    known = sorted({*READERS, *offered})
-    near = difflib.get_close_matches(name, known, n=1)
+    names = sorted({*READERS, *offered})
+    near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise CatalogError(f"no reader {name!r}; {hint}known: {', '.join(known)}")
+    raise CatalogError(f"no reader {name!r}; {hint}known: {', '.join(names)}")
 
 
 def list_sequences(entry: Dataset, folder: Path) -> list[LazySequence]:
@@ -127,20 +127,20 @@ def list_sequences(entry: Dataset, folder: Path) -> list[LazySequence]:
     label = f"dataset {entry.name} ({folder})"
     reader = find_reader(entry.reader)
     try:
-        selected = [s for s in reader(entry, folder) if entry.selects(s.name)]
-        code = _code_of(entry.reader, reader, selected)
-        listed = [
+        selection = [s for s in reader(entry, folder) if entry.selects(s.name)]
+        code = _code_of(entry.reader, reader, selection)
+        sequences = [
             replace(s, missing=entry.missing, most_bytes=entry.sequence_bytes, code=code)
-            for s in _quarantine_unsafe(selected, folder)
+            for s in _quarantine_unsafe(selection, folder)
         ]
     except ReaderError as error:
         raise CatalogError(f"dataset {entry.name}, reader {entry.reader!r}: {error}") from error
     except OSError as error:
         raise CatalogError(f"{label}: {error}") from error
-    if not listed:
-        named = f" whose name holds one of {', '.join(entry.filter)}" if entry.filter else ""
-        raise CatalogError(f"{label}: reader {entry.reader!r} found no sequences{named}")
-    chosen_fields = _choose_fields(listed, entry, label)
+    if not sequences:
+        condition = f" whose name holds one of {', '.join(entry.filter)}" if entry.filter else ""
+        raise CatalogError(f"{label}: reader {entry.reader!r} found no sequences{condition}")
+    chosen_fields = _choose_fields(sequences, entry, label)
     chosen_fields.sort(key=lambda s: (s.field, natural_key(s.name)))
     result = [
         _only_one(list(members), entry, folder)
@@ -148,10 +148,10 @@ def list_sequences(entry: Dataset, folder: Path) -> list[LazySequence]:
     ]
     spelling: dict[str, str] = {}
     for field in sorted({s.field for s in result}):
-        other = spelling.setdefault(field.casefold(), field)
-        if other != field:
+        first = spelling.setdefault(field.casefold(), field)
+        if first != field:
             raise CatalogError(
-                f"{label}: fields {other!r} and {field!r} differ only in case; on a file system that "
+                f"{label}: fields {first!r} and {field!r} differ only in case; on a file system that "
                 "ignores case they would be one group"
             )
         if fault := group_fault(field):
@@ -180,11 +180,11 @@ def _only_one(members: list[LazySequence], entry: Dataset, folder: Path) -> Lazy
     paths = [_file_of(s) for s in members]
     top = folder if folder.is_dir() else folder.parent
     # Relative, so that the reason stays the same when an archive is moved.
-    counts = Counter(shown(os.path.relpath(path, top)) if path else "no file" for path in sorted(paths))
-    named = [path if count == 1 else f"{path} ({count} times)" for path, count in counts.items()]
-    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+    counts = Counter(short_name(os.path.relpath(path, top)) if path else "no file" for path in sorted(paths))
+    names = [path if count == 1 else f"{path} ({count} times)" for path, count in counts.items()]
+    tail = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     reason = (
-        f"{len(members)} sequences of one name: {', '.join(named[:MOST_NAMED])}{more}. None is read; rename "
+        f"{len(members)} sequences of one name: {', '.join(names[:MOST_NAMED])}{tail}. None is read; rename "
         "or remove all but one"
     )
     broken = BrokenSequence.of(first.name, first.field, min(paths), ReaderError(reason, min(paths)))
@@ -224,7 +224,7 @@ def _quarantine_unsafe(sequences: Iterable[LazySequence], folder: Path) -> list[
         if reason:
             file = outside or (sequence.files[0].path if sequence.files else "")
             sequence = BrokenSequence.of(
-                shown(sequence.name), sequence.field, file, ReaderError(reason, file)
+                short_name(sequence.name), sequence.field, file, ReaderError(reason, file)
             )
         result.append(sequence)
     return result

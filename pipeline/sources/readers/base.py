@@ -43,7 +43,7 @@ class TooLargeError(ReaderError):
 
 
 def check_size(
-    shape: Iterable[int], itemsize: int, most: int, path: str, what: str, rule: str = SEQUENCE_RULE
+    shape: Iterable[int], itemsize: int, limit: int, path: str, subject: str, rule: str = SEQUENCE_RULE
 ) -> int:
     """Compute the size of an array in bytes, and refuse one that is too large, before it is allocated.
 
@@ -52,28 +52,28 @@ def check_size(
     shape : iterable of int
     itemsize : int
         Bytes of one value.
-    most : int
+    limit : int
         Bound in bytes, such as a sequence's ``most_bytes``.
-    path, what, rule : str
+    path, subject, rule : str
         For the error; ``rule`` explains the bound, in place of ``{}``.
 
     Raises
     ------
     TooLargeError
-        When the size exceeds ``most``, or the memory of this machine.
+        When the size exceeds ``limit``, or the memory of this machine.
     """
     shape = tuple(shape)
     nbytes, memory = limits.array_bytes(shape, itemsize), limits.memory_bytes()
-    if nbytes <= min(most, memory):
+    if nbytes <= min(limit, memory):
         return nbytes
     bound = f"this machine has {limits.readable(memory)} of memory"
-    if most < memory:
-        bound = rule.format(limits.readable(most))
-    raise TooLargeError(f"{what} of shape {shape} would take {limits.readable(nbytes)}; {bound}", path)
+    if limit < memory:
+        bound = rule.format(limits.readable(limit))
+    raise TooLargeError(f"{subject} of shape {shape} would take {limits.readable(nbytes)}; {bound}", path)
 
 
 @contextlib.contextmanager
-def decoding(path: str, what: str = "") -> Iterator[None]:
+def decoding(path: str, subject: str = "") -> Iterator[None]:
     """Turn errors of libraries for a damaged file into :class:`ReaderError`; errors of the disk pass."""
     try:
         yield
@@ -82,11 +82,11 @@ def decoding(path: str, what: str = "") -> Iterator[None]:
     except OSError as error:
         if error.errno is not None:  # a fault of the disk, not of the file
             raise
-        raise ReaderError(f"{what}cannot be decoded: {error}", path) from error
+        raise ReaderError(f"{subject}cannot be decoded: {error}", path) from error
     except (ValueError, SyntaxError, EOFError, KeyError, RuntimeError, OverflowError) as error:
-        raise ReaderError(f"{what}cannot be decoded: {error}", path) from error
+        raise ReaderError(f"{subject}cannot be decoded: {error}", path) from error
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
-        raise ReaderError(f"{what}cannot be decoded: {error}", path) from error
+        raise ReaderError(f"{subject}cannot be decoded: {error}", path) from error
 
 
 LEADS_OUT = "a link that leads out of the data set's folder, and is not followed"
@@ -128,7 +128,7 @@ class SourceFile(NamedTuple):
         """
         if os.path.isdir(path):
             return cls._of_folder(os.fspath(path))
-        return cls.seen(os.fspath(path), os.stat(path))
+        return cls.from_stat(os.fspath(path), os.stat(path))
 
     @classmethod
     def _of_folder(cls, folder: str) -> SourceFile:
@@ -149,7 +149,7 @@ class SourceFile(NamedTuple):
         return cls(folder, size, mtime, digest.hexdigest())
 
     @classmethod
-    def seen(cls, path: str, look: os.stat_result) -> SourceFile:
+    def from_stat(cls, path: str, look: os.stat_result) -> SourceFile:
         """Make a SourceFile from a file's status."""
         if not stat.S_ISREG(look.st_mode):
             raise ReaderError("a pipe or a device, and no file", path)
@@ -322,13 +322,13 @@ def scale_parameter(values: np.ndarray, name: str) -> np.ndarray:
     if values.ndim != 1 or values.size < 2:
         raise ReaderError(f"sequence {name}: parameter of shape {values.shape}; expected (n,) with n >= 2")
     if not np.isfinite(values).all():
-        raise ReaderError(f"sequence {name}: parameter is not finite: {_listed(values)}")
+        raise ReaderError(f"sequence {name}: parameter is not finite: {_format_values(values)}")
     if not (np.diff(values) > 0).all():
-        raise ReaderError(f"sequence {name}: parameter does not rise: {_listed(values)}")
+        raise ReaderError(f"sequence {name}: parameter does not rise: {_format_values(values)}")
     return (values - values[0]) / (values[-1] - values[0])
 
 
-def checked_weights(weights: np.ndarray, frames: np.ndarray, what: str, path: str) -> np.ndarray:
+def checked_weights(weights: np.ndarray, frames: np.ndarray, name: str, path: str) -> np.ndarray:
     """Check the weights of a sequence's pixels.
 
     Parameters
@@ -336,7 +336,7 @@ def checked_weights(weights: np.ndarray, frames: np.ndarray, what: str, path: st
     weights : ndarray of shape (y, x)
         Numbers. They may be NaN or infinite at pixels that are missing in all frames.
     frames : ndarray of shape (n, y, x, channel)
-    what, path : str
+    name, path : str
         Label of the weights, and their file, for errors.
 
     Returns
@@ -352,7 +352,7 @@ def checked_weights(weights: np.ndarray, frames: np.ndarray, what: str, path: st
     """
     if weights.dtype.kind not in "biuf" or weights.shape != frames.shape[1:3]:
         raise ReaderError(
-            f"{what}: {weights.dtype} of shape {weights.shape}; expected real numbers of the shape (y, x) of "
+            f"{name}: {weights.dtype} of shape {weights.shape}; expected real numbers of the shape (y, x) of "
             f"the frames, {frames.shape[1:3]}",
             path,
         )
@@ -360,24 +360,24 @@ def checked_weights(weights: np.ndarray, frames: np.ndarray, what: str, path: st
     finite = np.isfinite(values)
     if negative := int((values < 0).sum()):
         raise ReaderError(
-            f"{what}: {negative} of {values.size} are negative, down to {np.nanmin(values):g}; expected 0 or "
+            f"{name}: {negative} of {values.size} are negative, down to {np.nanmin(values):g}; expected 0 or "
             "more, such as areas of cells",
             path,
         )
-    used = np.ones(values.shape, dtype=bool)
+    has_values = np.ones(values.shape, dtype=bool)
     if frames.dtype.kind == "f":
-        used = np.any([np.isfinite(frame).all(axis=-1) for frame in frames], axis=0)
-    if (lost := used & ~finite).any():
-        y, x = np.argwhere(lost)[0]
+        has_values = np.any([np.isfinite(frame).all(axis=-1) for frame in frames], axis=0)
+    if (faulty := has_values & ~finite).any():
+        y, x = np.argwhere(faulty)[0]
         raise ReaderError(
-            f"{what}: {int(lost.sum())} of {values.size} are missing or not finite where frames have values, "
-            f"the first at y {y}, x {x}; expected a number there: 0 for pixels that should not count",
+            f"{name}: {int(faulty.sum())} of {values.size} are missing or not finite where frames have "
+            f"values, the first at y {y}, x {x}; expected a number there: 0 for pixels that should not count",
             path,
         )
     values[~finite] = 0
-    if not (values[used] > 0).any():
+    if not (values[has_values] > 0).any():
         raise ReaderError(
-            f"{what}: all are 0 where frames have values; expected some above 0, or leave the option out",
+            f"{name}: all are 0 where frames have values; expected some above 0, or leave the option out",
             path,
         )
     return values
@@ -395,5 +395,5 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
     return sorted(visible, key=lambda entry: natural_key(entry.name))
 
 
-def _listed(values: np.ndarray) -> str:
+def _format_values(values: np.ndarray) -> str:
     return ", ".join(f"{value:g}" for value in values)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
-def hash_code(label: str, definitions: Iterable[Callable[..., Any]], more: str = "") -> str:
+def hash_code(label: str, definitions: Iterable[Callable[..., Any]], extra: str = "") -> str:
     """Hash the files of the modules that define functions and classes.
 
     Parameters
@@ -20,7 +20,7 @@ def hash_code(label: str, definitions: Iterable[Callable[..., Any]], more: str =
     label : str
         Whose code it is, for the warning.
     definitions : iterable of callable
-    more : str, optional
+    extra : str, optional
         Text to hash as well.
 
     Returns
@@ -40,7 +40,7 @@ def hash_code(label: str, definitions: Iterable[Callable[..., Any]], more: str =
                 stacklevel=2,
             )
             return f"unknown:{uuid.uuid4()}"
-    text = "\n".join([more, *(f"{module} {digest}" for module, digest in sorted(digests.items()))])
+    text = "\n".join([extra, *(f"{module} {digest}" for module, digest in sorted(digests.items()))])
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 

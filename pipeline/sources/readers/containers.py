@@ -72,9 +72,9 @@ def _check_hdf5(file: Any, path: str) -> None:
             files = ", ".join(repr(raw) for raw, _, _ in dataset.external[:3])
             return ReaderError(f"{name!r} has its values in other files ({files}), which are not read", path)
         if dataset.is_virtual:
-            others = sorted({source.file_name for source in dataset.virtual_sources()} - {"."})[:3]
-            if others:
-                files = ", ".join(map(repr, others))
+            file_names = sorted({source.file_name for source in dataset.virtual_sources()} - {"."})[:3]
+            if file_names:
+                files = ", ".join(map(repr, file_names))
                 return ReaderError(f"{name!r} is made of other files ({files}), which are not read", path)
         if dataset.shape is None:  # it has no values at all
             return None
@@ -116,8 +116,8 @@ def _check_document(file: str, coordinates: _Coordinates) -> None:
             raise ReaderError("values are pickled programs (codec 'pickle') and not loaded", file)
         shape, dtype = node.get("shape"), node.get("data_type", node.get("dtype"))
         if isinstance(shape, list) and all(isinstance(length, int) for length in shape) and dtype is not None:
-            counted = coordinates if node is document else copies
-            counted.add(shape, *_value(dtype), file, "a variable")
+            total = coordinates if node is document else copies
+            total.add(shape, *_value(dtype), file, "a variable")
 
 
 class _Coordinates:
@@ -126,7 +126,7 @@ class _Coordinates:
     def __init__(self) -> None:
         self._nbytes = 0
 
-    def add(self, shape: Iterable[int], itemsize: int, kind: str, path: str, what: str) -> None:
+    def add(self, shape: Iterable[int], itemsize: int, kind: str, path: str, subject: str) -> None:
         """Count a variable, and refuse it if it is too large; ``kind`` is NumPy's, S for text."""
         shape = list(shape)
         if len(shape) == 2 and (itemsize, kind) == (1, "S"):  # xarray joins characters to texts
@@ -135,18 +135,18 @@ class _Coordinates:
             return
         rule = "a variable of one dimension may take {}"
         # A negative length is an error elsewhere; here it must not make room for others.
-        self._nbytes += max(0, check_size(shape, itemsize, COORDINATE_BYTES, path, what, rule))
+        self._nbytes += max(0, check_size(shape, itemsize, COORDINATE_BYTES, path, subject, rule))
         if itemsize > COORDINATE_VALUE_BYTES:
             raise TooLargeError(
-                f"{what}: values of {readable(itemsize)} each; expected {COORDINATE_VALUE_BYTES} bytes at "
+                f"{subject}: values of {readable(itemsize)} each; expected {COORDINATE_VALUE_BYTES} bytes at "
                 "most in a variable of one dimension",
                 path,
             )
-        most = min(COORDINATE_BYTES, memory_bytes())
-        if self._nbytes > most:
+        limit = min(COORDINATE_BYTES, memory_bytes())
+        if self._nbytes > limit:
             raise TooLargeError(
-                f"variables of one dimension would take {readable(self._nbytes)} together, with {what}; they "
-                f"may take {readable(most)}",
+                f"variables of one dimension would take {readable(self._nbytes)} together, with {subject}; "
+                f"they may take {readable(limit)}",
                 path,
             )
 
@@ -158,11 +158,11 @@ def _value(dtype: Any) -> tuple[int, str]:
     configuration. An unknown type has at most as many bytes as the number in its name.
     """
     if isinstance(dtype, dict):
-        about = dtype.get("configuration")
-        about = about if isinstance(about, dict) else {}
-        if isinstance(length := about.get("length_bytes"), int):
+        configuration = dtype.get("configuration")
+        configuration = configuration if isinstance(configuration, dict) else {}
+        if isinstance(length := configuration.get("length_bytes"), int):
             return length, "S"
-        return _value(about["fields"]) if "fields" in about else _value(dtype.get("name"))
+        return _value(configuration["fields"]) if "fields" in configuration else _value(dtype.get("name"))
     if isinstance(dtype, list):
         return sum(map(_field_bytes, dtype)), "V"
     name = str(dtype).removeprefix("numpy.")

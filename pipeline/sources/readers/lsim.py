@@ -78,7 +78,7 @@ def read(entry: Dataset, folder: Path) -> list[LazySequence]:
     for name, frames in files.items():
         counts[fields[name]][len(frames)] += 1
 
-    def expected(field: str) -> int:
+    def frames_of(field: str) -> int:
         return options.frames or max(counts[field], key=lambda count: (counts[field][count], count))
 
     return broken + [
@@ -87,7 +87,7 @@ def read(entry: Dataset, folder: Path) -> list[LazySequence]:
             field=fields[name],
             files=frames,
             folder=str(folder / name),
-            settings={"frames": expected(fields[name]), "digits": options.digits, "key": options.key},
+            settings={"frames": frames_of(fields[name]), "digits": options.digits, "key": options.key},
         )
         for name, frames in files.items()
     ]
@@ -108,7 +108,7 @@ def _frames_in(folder: str, endings: tuple[str, ...]) -> tuple[SourceFile, ...]:
         name = file.name.lower()
         # A link to nothing isn't a folder: it counts as a frame, and its stat raises the reason.
         if name.endswith(endings) and name not in ("ref.png", "ref.npz") and not file.is_dir():
-            frames.append(SourceFile.seen(file.path, file.stat()))
+            frames.append(SourceFile.from_stat(file.path, file.stat()))
     return tuple(frames)
 
 
@@ -126,12 +126,12 @@ class ImageSequence(LazySequence):
             )
         numbers = [self._number(file.path) for file in self.files]
         if len(set(numbers)) < len(numbers):
-            twice = next(n for n in numbers if numbers.count(n) > 1)
-            names = [os.path.basename(f.path) for f, n in zip(self.files, numbers, strict=True) if n == twice]
+            value = next(n for n in numbers if numbers.count(n) > 1)
+            names = [os.path.basename(f.path) for f, n in zip(self.files, numbers, strict=True) if n == value]
             raise ReaderError(
-                f"sequence {self.name}: parameter does not rise: {' and '.join(names)} both stand at {twice} "
+                f"sequence {self.name}: parameter does not rise: {' and '.join(names)} both stand at {value} "
                 f"(by the last {self.settings['digits']} digits, options.digits)",
-                self.files[numbers.index(twice)].path,
+                self.files[numbers.index(value)].path,
             )
         if len(numbers) != self.settings["frames"]:
             raise ReaderError(
@@ -187,15 +187,15 @@ def _read_png(path: str) -> np.ndarray:
 
     try:
         # No other format under that name: Pillow hands some to other programs.
-        opened = Image.open(path, formats=("PNG",))
+        file = Image.open(path, formats=("PNG",))
     except Image.DecompressionBombError as error:
         raise ReaderError(f"{error} Store larger frames as NPZ", path) from error
-    with opened as image:
-        most = Image.MAX_IMAGE_PIXELS
-        if most is not None and image.width * image.height > most:
+    with file as image:
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and image.width * image.height > limit:
             raise ReaderError(
                 f"an image of {image.width} × {image.height} pixels, which may be a decompression bomb; "
-                f"expected {most} pixels at most. Store larger frames as NPZ",
+                f"expected {limit} pixels at most. Store larger frames as NPZ",
                 path,
             )
         raw_mode = str(image.tile[0][3]) if image.tile else ""

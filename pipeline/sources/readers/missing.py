@@ -43,7 +43,15 @@ _NAN = "stored as NaN"
 
 
 class Rule(NamedTuple):
-    """A rule by which values count as missing; ``value`` has the dtype of the compared values."""
+    """A rule by which values count as missing.
+
+    Attributes
+    ----------
+    cause : str
+    relation : str
+    value : scalar
+        In the dtype of the compared values.
+    """
 
     cause: str
     relation: Literal["equal", "below", "above", "all equal"]
@@ -125,13 +133,13 @@ class Coding:
 
     def masks(self, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """Yield each cause with the values that it alone, or first, makes missing."""
-        counted = np.zeros(values.shape, dtype=bool)
+        union = np.zeros(values.shape, dtype=bool)
         for rule in self.rules:
-            mask = rule.mask(values) & ~counted
-            counted |= mask
+            mask = rule.mask(values) & ~union
+            union |= mask
             yield rule.cause, mask
         if values.dtype.kind == "f":
-            yield _NAN, np.isnan(values) & ~counted
+            yield _NAN, np.isnan(values) & ~union
 
     def unpack(self, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
         """Apply scale and offset in the given dtype."""
@@ -186,7 +194,7 @@ class MissingCount:
 
 
 def decode(
-    raw: np.ndarray, coding: Coding, written: Sequence[int | None] = ()
+    raw: np.ndarray, coding: Coding, extents: Sequence[int | None] = ()
 ) -> tuple[np.ndarray, MissingCount]:
     """Decode an array frame by frame; missing values become NaN.
 
@@ -195,7 +203,7 @@ def decode(
     raw : ndarray of shape (n, ...)
         The stored values.
     coding : Coding
-    written : sequence of int or None, optional
+    extents : sequence of int or None, optional
         For each axis, its length in storage where that is less than the array's: what lies beyond was never
         written.
 
@@ -216,7 +224,7 @@ def decode(
     values = raw.astype(raw.dtype.newbyteorder("="), copy=False)
     if values.dtype != coding.stored:
         values = values.view(coding.stored)
-    invalid = _find_missing(values, coding, written, missing)
+    invalid = _find_missing(values, coding, extents, missing)
     dtype = coding.decoded if invalid is None else _float_of(coding.decoded)
     if dtype == values.dtype and coding.scale is None and coding.offset is None:
         result = values if invalid is None else values.copy()
@@ -232,13 +240,13 @@ def decode(
 
 
 def _find_missing(
-    values: np.ndarray, coding: Coding, written: Sequence[int | None], missing: MissingCount
+    values: np.ndarray, coding: Coding, extents: Sequence[int | None], missing: MissingCount
 ) -> np.ndarray | None:
     """Mark missing values and count them; None where there are none. One frame's masks at a time."""
     invalid = None
     for number in range(len(values)):
         frame = values[number, ...] if values.ndim > 1 else values[number : number + 1]
-        mask = _unwritten(frame.shape, number, written, values.ndim)
+        mask = _unwritten(frame.shape, number, extents, values.ndim)
         missing.add(_UNWRITTEN, number, int(mask.sum()))
         for cause, marked in coding.masks(frame):
             marked &= ~mask
@@ -253,10 +261,10 @@ def _find_missing(
     return invalid
 
 
-def _unwritten(shape: tuple[int, ...], number: int, written: Sequence[int | None], ndim: int) -> np.ndarray:
+def _unwritten(shape: tuple[int, ...], number: int, extents: Sequence[int | None], ndim: int) -> np.ndarray:
     """Mark the values beyond the written part of one frame."""
     mask = np.zeros(shape, dtype=bool)
-    for axis, length in enumerate(written):
+    for axis, length in enumerate(extents):
         if length is None:
             continue
         if axis == 0:
@@ -270,12 +278,12 @@ def _check_exact(values: np.ndarray, invalid: np.ndarray | None) -> None:
     """Refuse 64-bit integers that floating point would round."""
     if values.dtype.itemsize < 8:
         return
-    beyond = (values > _EXACT_INTEGERS) | (values < -_EXACT_INTEGERS if values.dtype.kind == "i" else False)
+    large = (values > _EXACT_INTEGERS) | (values < -_EXACT_INTEGERS if values.dtype.kind == "i" else False)
     if invalid is not None:
-        beyond &= ~invalid
-    if np.any(beyond):
+        large &= ~invalid
+    if np.any(large):
         raise ReaderError(
-            f"64-bit integers beyond 2^53, such as {values[beyond].flat[0]}, that must become floating point "
+            f"64-bit integers beyond 2^53, such as {values[large].flat[0]}, that must become floating point "
             "(they are packed, or values among them may be missing) would be rounded; subtract an offset and "
             "store them again"
         )
@@ -431,6 +439,6 @@ def list_frames(numbers: Iterable[int]) -> str:
         else:
             ranges.append([number, number])
     words = [str(first) if first == last else f"{first}-{last}" for first, last in ranges[:_LISTED_RANGES]]
-    more = " and more" if len(ranges) > _LISTED_RANGES else ""
+    suffix = " and more" if len(ranges) > _LISTED_RANGES else ""
     single = len(ranges) == 1 and ranges[0][0] == ranges[0][1]
-    return f"frame{'' if single else 's'} {', '.join(words)}{more}"
+    return f"frame{'' if single else 's'} {', '.join(words)}{suffix}"

@@ -23,13 +23,13 @@ _ARRAYS = 10_000
 """Most arrays in an ``.npz`` file."""
 
 
-def load_npy(path: str, most: int, *, mapped: bool = False) -> np.ndarray:
+def load_npy(path: str, limit: int, *, mapped: bool = False) -> np.ndarray:
     """Load the array of an ``.npy`` file.
 
     Parameters
     ----------
     path : str
-    most : int
+    limit : int
         Bound on the array in bytes.
     mapped : bool, default False
         Map the file into memory rather than read it.
@@ -37,13 +37,13 @@ def load_npy(path: str, most: int, *, mapped: bool = False) -> np.ndarray:
     Raises
     ------
     ReaderError
-        When it holds Python objects, or claims more than ``most`` or than the file has.
+        When it holds Python objects, or claims more than ``limit`` or than the file has.
     """
     with open(path, "rb") as file:
-        needed = _look(file, path, "array", most)
+        nbytes = _look(file, path, "array", limit)
         size = os.fstat(file.fileno()).st_size - file.tell()
-        if size < needed:
-            raise ReaderError(f"the header claims {needed} bytes; the file has {size}", path)
+        if size < nbytes:
+            raise ReaderError(f"the header claims {nbytes} bytes; the file has {size}", path)
         if mapped:
             return np.lib.format.open_memmap(path, mode="r")
         file.seek(0)
@@ -56,20 +56,20 @@ def list_npz(path: str) -> list[str]:
         return [name.removesuffix(".npy") for name in members.namelist() if name.endswith(".npy")]
 
 
-def load_npz(path: str, names: Sequence[str], most: int) -> list[np.ndarray]:
+def load_npz(path: str, names: Sequence[str], limit: int) -> list[np.ndarray]:
     """Load some arrays of an ``.npz`` file.
 
     Parameters
     ----------
     path : str
     names : sequence of str
-    most : int
+    limit : int
         Bound on each array in bytes.
 
     Raises
     ------
     ReaderError
-        When one isn't there, holds Python objects, or claims more than ``most``.
+        When one isn't there, holds Python objects, or claims more than ``limit``.
     UnpackError
         When the file holds more than 10,000 arrays.
     """
@@ -80,16 +80,16 @@ def load_npz(path: str, names: Sequence[str], most: int) -> list[np.ndarray]:
             if name not in present:
                 raise ReaderError(f"no array {name!r}; found {', '.join(present) or 'none'}", path)
             with members.open(f"{name}.npy") as stream:
-                _look(stream, path, f"array {name!r}", most)
+                _look(stream, path, f"array {name!r}", limit)
             with members.open(f"{name}.npy") as stream:
                 arrays.append(np.lib.format.read_array(stream, allow_pickle=False))
     return arrays
 
 
-def _look(file: IO[bytes], path: str, what: str, most: int) -> int:
+def _look(file: IO[bytes], path: str, subject: str, limit: int) -> int:
     """Parse the header of an array, and refuse one that can't be loaded; return the array's bytes."""
     if not file.peek(len(_MAGIC)).startswith(_MAGIC):  # type: ignore[attr-defined]
-        raise ReaderError(f"{what}: not a NumPy file; a pickle is a program, and not loaded", path)
+        raise ReaderError(f"{subject}: not a NumPy file; a pickle is a program, and not loaded", path)
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
@@ -97,13 +97,13 @@ def _look(file: IO[bytes], path: str, what: str, most: int) -> int:
         length = int.from_bytes(file.peek(4)[:4], "little")  # type: ignore[attr-defined]
         if length > _HEADER_BYTES:
             raise ReaderError(
-                f"{what}: a header that claims {length} bytes; expected {_HEADER_BYTES} at most", path
+                f"{subject}: a header that claims {length} bytes; expected {_HEADER_BYTES} at most", path
             )
         shape, _, dtype = np.lib.format.read_array_header_2_0(file)
     else:
-        raise ReaderError(f"{what}: version {version} of the format, which is for records", path)
+        raise ReaderError(f"{subject}: version {version} of the format, which is for records", path)
     if dtype.hasobject:
-        raise ReaderError(f"{what} holds Python objects, which are pickled programs and not loaded", path)
+        raise ReaderError(f"{subject} holds Python objects, which are pickled programs and not loaded", path)
     if min(shape, default=0) < 0:
-        raise ReaderError(f"{what}: the header claims the shape {shape}", path)
-    return check_size(shape, dtype.itemsize, most, path, what)
+        raise ReaderError(f"{subject}: the header claims the shape {shape}", path)
+    return check_size(shape, dtype.itemsize, limit, path, subject)

@@ -133,7 +133,14 @@ def read(entry: Dataset, folder: Path) -> list[LazySequence]:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledSequence(LazySequence):
-    """One sequence of a variable; ``index`` along the dim sequence, None where there is no such dim."""
+    """One sequence of a variable.
+
+    Attributes
+    ----------
+    variable : str
+    index : int or None
+        Index along the dim sequence; None where there is no such dim.
+    """
 
     variable: str
     index: int | None
@@ -186,7 +193,7 @@ class LabelledSequence(LazySequence):
                 )
             values, _ = self._values(data, options, None)
             labelled = {str(dim): length for dim, length in dataset[self.variable].sizes.items()}
-            over = [dims.y, dims.x]
+            spatial_dims = [dims.y, dims.x]
             units = _units_of_angle(data)
         try:
             if cosine:
@@ -199,7 +206,7 @@ class LabelledSequence(LazySequence):
             values = values[:, None]
         elif data.dims == (dims.x, dims.y):
             values = values.T
-        return np.broadcast_to(values, tuple(labelled[dim] for dim in over))
+        return np.broadcast_to(values, tuple(labelled[dim] for dim in spatial_dims))
 
     def read_time(self) -> np.ndarray | None:
         """Decode the parameter as it is stored."""
@@ -225,13 +232,13 @@ class LabelledSequence(LazySequence):
     def _check_missing(self, missing: MissingCount, options: XarrayOptions) -> None:
         """Refuse missing values where the catalog doesn't take them, and frames that hold nothing else."""
         path = self.files[0].path
-        what = f"sequence {self.name}: {self.variable}: {missing}"
+        message = f"sequence {self.name}: {self.variable}: {missing}"
         if self.missing != "frames" and (empty := missing.empty_frames()):
             verb = "has" if len(empty) == 1 else "have"
-            raise ReaderError(f"{what}; {list_frames(empty)} {verb} no finite value", path)
+            raise ReaderError(f"{message}; {list_frames(empty)} {verb} no finite value", path)
         if options.fill is None and self.missing == "quarantine":
             raise ReaderError(
-                f"{what}; expected none (missing: keep stores them as NaN, and --mask nan leaves their "
+                f"{message}; expected none (missing: keep stores them as NaN, and --mask nan leaves their "
                 "pixels out of distances; options.fill states a number for them, which then counts as data)",
                 path,
             )
@@ -240,12 +247,12 @@ class LabelledSequence(LazySequence):
         self, data: xr.DataArray, options: XarrayOptions, order: list[str] | None
     ) -> tuple[np.ndarray, MissingCount]:
         """Decode a variable at this index, after a check of its size and the size of its chunks."""
-        path, along = self.files[0].path, options.dims.sequence
+        path, sequence_dim = self.files[0].path, options.dims.sequence
         as_float = self.missing != "quarantine" or options.fill is not None
         coding, lengths = _coding_of(data, Path(path), options, as_float=as_float)
-        if self.index is not None and along in data.dims:
-            data = data.isel({along: self.index})
-            if self.index >= lengths.pop(along, self.index + 1):
+        if self.index is not None and sequence_dim in data.dims:
+            data = data.isel({sequence_dim: self.index})
+            if self.index >= lengths.pop(sequence_dim, self.index + 1):
                 lengths = {str(data.dims[0]): 0}
         for shape in (data.shape, data.encoding.get("chunksizes"), data.encoding.get("chunks")):
             if shape is not None:
@@ -326,7 +333,7 @@ def _open(path: Path, group: str | None, engine: str | None) -> Iterator[xr.Data
     # Undecoded times: the parameter is scaled anyway, and a calendar or unit that has no date can be read.
     # Undecoded values: xarray takes other values for missing than CF says, see
     # pipeline.sources.readers.missing.
-    how: dict[str, Any] = {"decode_times": False, "mask_and_scale": False}
+    open_options: dict[str, Any] = {"decode_times": False, "mask_and_scale": False}
     source: Any = path
     if engine == "zarr" or (engine is None and path.is_dir()):
         # Zarr's fill value as the mask in either format, so that xarray doesn't decode _FillValue, which
@@ -336,9 +343,9 @@ def _open(path: Path, group: str | None, engine: str | None) -> Iterator[xr.Data
         )
     else:
         import_filters(path, group)
-        how |= {"engine": engine, "group": group}
+        open_options |= {"engine": engine, "group": group}
     try:
-        with xr.open_dataset(source, **how) as dataset:
+        with xr.open_dataset(source, **open_options) as dataset:
             yield dataset
     except ReaderError:
         raise
@@ -359,8 +366,8 @@ def _is_source(path: Path) -> bool:
 def _first_field(sequences: list[LazySequence], entry: Dataset) -> str:
     """Find the first field that the catalog selects: in another, a broken file would go unnoticed."""
     choices = entry.fields if isinstance(entry.fields, dict) else {}
-    taken = {choice.source or name for name, choice in choices.items()} | set(entry.fields)
-    return next((s.field for s in sequences if s.field in taken), sequences[0].field)
+    used_names = {choice.source or name for name, choice in choices.items()} | set(entry.fields)
+    return next((s.field for s in sequences if s.field in used_names), sequences[0].field)
 
 
 def _is_zarr(path: Path) -> bool:
@@ -374,9 +381,9 @@ def _names(dataset: xr.Dataset) -> str:
 def _variables(dataset: xr.Dataset, options: XarrayOptions, path: Path) -> Mapping[str, str]:
     """Map fields to variables; a named variable that isn't there, or has other dims, is an error."""
     dims = options.dims
-    needed = {dims.frame, dims.y, dims.x}
-    allowed = needed | {dims.sequence, dims.channel}
-    candidates = [str(name) for name, v in dataset.data_vars.items() if needed <= set(v.dims)]
+    required_dims = {dims.frame, dims.y, dims.x}
+    valid_dims = required_dims | {dims.sequence, dims.channel}
+    candidates = [str(name) for name, v in dataset.data_vars.items() if required_dims <= set(v.dims)]
     variables = options.variables or candidates
     fields = variables if isinstance(variables, dict) else {name: name for name in variables}
     if not options.variables and (fault := next(filter(None, map(group_fault, fields)), "")):
@@ -385,7 +392,7 @@ def _variables(dataset: xr.Dataset, options: XarrayOptions, path: Path) -> Mappi
         if name not in dataset.data_vars:
             raise ReaderError(f"no variable {name!r}; found {_names(dataset)}", str(path))
         own_dims = dataset[name].dims
-        if not needed <= set(own_dims) <= allowed:
+        if not required_dims <= set(own_dims) <= valid_dims:
             raise ReaderError(
                 f"variable {name!r} has dims {own_dims}; expected {dims.frame}, {dims.y}, {dims.x} and "
                 f"perhaps {dims.sequence}, {dims.channel} (options.dims maps them)",
@@ -407,20 +414,20 @@ def _sequences_of(
     dataset: xr.Dataset, field: str, variable: str, file: SourceFile, options: XarrayOptions, *, alone: bool
 ) -> list[LazySequence]:
     """List the sequences of a variable; ``alone`` tells that no other file is read."""
-    along = options.dims.sequence
+    sequence_dim = options.dims.sequence
     stem = Path(file.path).stem
     indices: list[int | None] = [None]
     names = [stem]
-    if along in dataset[variable].dims:
-        count = dataset.sizes[along]
+    if sequence_dim in dataset[variable].dims:
+        count = dataset.sizes[sequence_dim]
         if count > LISTED_SEQUENCES:
             raise ReaderError(f"{count} sequences; expected {LISTED_SEQUENCES} at most", file.path)
         indices = list(range(count))
         labels: Iterable[str] = (f"{number:05d}" for number in range(count))
-        if along in dataset.coords:
-            coding, _ = _coding_of(dataset[along], Path(file.path), options, as_float=False)
+        if sequence_dim in dataset.coords:
+            coding, _ = _coding_of(dataset[sequence_dim], Path(file.path), options, as_float=False)
             # One by one: NumPy can't cast its own variable-length strings to fixed ones.
-            labels = map(str, decode(dataset[along].values, coding)[0])
+            labels = map(str, decode(dataset[sequence_dim].values, coding)[0])
         names = [label if alone else f"{stem}/{label}" for label in labels]
     units = dataset[variable].attrs.get("units")
     settings = options.model_dump()
