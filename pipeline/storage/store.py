@@ -23,6 +23,7 @@ import numpy as np
 import xarray as xr
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.storage import WrapperStore
 
 from pipeline.storage import digests, locks, metadata, objects, schema
 from pipeline.storage.address import absolute, is_address
@@ -402,12 +403,25 @@ def specifications(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str
 
 def consolidate(path: str | os.PathLike[str]) -> None:
     """Write consolidated metadata, so that xarray opens the store in one read."""
+    held = _HeldDocument(open_store(path, "r+").store)
     with warnings.catch_warnings():
         # Readers that don't know consolidated metadata read the arrays' own.
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
-        zarr.consolidate_metadata(zarr_store(path), zarr_format=3)
-    document = json.loads(metadata.read_document(path) or b"{}")
-    metadata.write_document(path, metadata.seal_of_root(document))
+        zarr.consolidate_metadata(held, zarr_format=3)
+    # In one write: a disk that fills up between two would leave metadata without its digest.
+    metadata.write_document(path, metadata.seal_of_root(json.loads(held.document)))
+
+
+class _HeldDocument(WrapperStore[Any]):
+    """A store that holds what is written to its root's document, and writes nothing."""
+
+    document = b"{}"
+
+    async def set(self, key: str, value: Any) -> None:
+        """Hold the root's document."""
+        if key != metadata.DOCUMENT:
+            raise StoreError(f"{key}: expected the root's document alone to be written")
+        self.document = value.to_bytes()
 
 
 def is_consolidated(path: str | os.PathLike[str]) -> bool:
