@@ -17,7 +17,7 @@ import zarr
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
-from pipeline.storage import digests, objects, schema
+from pipeline.storage import digests, locks, objects, schema
 from pipeline.storage.address import absolute, is_address
 from pipeline.storage.chunks import write_nan_chunks
 from pipeline.storage.errors import NO_METADATA, DamagedError, StoreError
@@ -43,9 +43,16 @@ def read_document(path: str | os.PathLike[str]) -> bytes | None:
 
 
 def write_document(path: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
-    """Replace the root's metadata document, whole or not at all."""
+    """Replace the root's metadata document, whole or not at all.
+
+    Raises
+    ------
+    pipeline.storage.locks.LockedError
+        When this process has lost its lock on the store.
+    """
     location, data = absolute(path), json.dumps(document, indent=2).encode()
     if is_address(location):
+        locks.check(location)
         objects.write(location, DOCUMENT, data)
         return
     file = Path(location) / DOCUMENT
