@@ -274,6 +274,24 @@ def test_in_a_matrix_too(tmp_path, module, frames):
     check(found, plain, reasons)
 
 
+def test_infinite_distances_are_missing_ones_in_a_matrix(tmp_path, frames, monkeypatch):
+    (tmp_path / "far_of_others.py").write_text(
+        HONEST
+        + "\n\nclass Far(Honest):\n    def compare(self, a, b):\n        values = super().compare(a, b)\n"
+        + "        return torch.where(values > 100, torch.inf, values)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = settings("far_of_others", metrics=("far_of_others:Far",), scope=(-2, 2))
+    with Cluster(Profile(kind="none")) as cluster:
+        report = compute_matrix(frames, tmp_path / "m.zarr", own, cluster=cluster)
+    (failure,) = report.failures
+    assert "NaN or infinity for" in failure.reason
+    stored = store.get_array(store.open_store(tmp_path / "m.zarr"), "A/density/far")[:]
+    assert not np.isinf(stored).any()
+    assert np.isnan(stored).any()
+    assert np.isfinite(stored).any()
+
+
 def test_embeddings_that_are_others_each_time_are_not_kept(tmp_path, module, frames):
     with Cluster(Profile(kind="none")) as cluster:
         own = settings(module, metrics=(f"{module}:Noisy",), scope=(-2, 2))
