@@ -188,3 +188,15 @@ def test_losses_and_calls_on_tensors_refuse_what_is_masked_and_say_so(rng: np.ra
             for pair in ((array, tensor), (tensor, array), (masked, tensor), (tensor, masked)):
                 with pytest.raises(ValueError, match=r"expected plain tensors .*, found Masked"):
                     call(*pair)
+
+
+def test_masked_entries_of_a_mask_leave_their_pixels_out() -> None:
+    rng = np.random.default_rng(3)
+    a, b = rng.random((2, 12, 12))
+    present = np.ones((12, 12), bool)
+    present[2:5, 3:9] = False
+    metric = lsim.load_metric("l2", size=None)
+    unsure = np.ma.masked_array(np.ones((12, 12), bool), mask=~present)
+    expected = metric.distance(a, b, mask=present)
+    np.testing.assert_array_equal(metric.distance(a, b, mask=unsure), expected)
+    assert metric.distance(a, b) != expected
