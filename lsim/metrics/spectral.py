@@ -70,11 +70,6 @@ class _SpectralMetric(Metric):
         run = in_threads if has_kernel(frames) else map
         parts = list(run(spectra, frames.split(1)))
         shells, coefficients, slopes = map(torch.cat, zip(*parts, strict=True))
-        # Where values repeat, so do their errors, and the noise is less spread than white noise.
-        share = share_of_equals(frames.permute(0, 3, 1, 2))
-        limit = _slope_of_few(share, frames.shape[1] * frames.shape[2], self.options["floor"])
-        slopes[:, 3] = torch.minimum(slopes[:, 3], limit)
-        slopes = slopes * share.sqrt()[:, None]
         return Embedding({"shells": shells, "coefficients": coefficients, "slopes": slopes})
 
     def embed_with_rest(self, frames: Tensor, rest: Tensor) -> Embedding:
@@ -231,31 +226,40 @@ def _log_spectra(frames: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
     log_amplitudes = torch.log10(energy + floor**2) * (multiplicity / (4 * channels * y * x)).sqrt()
     # In the mean of a shell, the noise of its members averages out.
     averaged = 1 / (share > 0).sum(-1)
+    # Where values repeat, so do their errors: noise that is not white is in 1 / repeated of the coefficients,
+    # and stronger there, since its energy is that of the errors (Parseval).
+    repeated = share_of_equals(frames.permute(0, 3, 1, 2))
+    few = math.ceil(channels / float(repeated.min()))
     slopes = [
         *_slopes(shells, 2, 1 / (channels * shells.shape[-1]), averaged, floor),
-        *_slopes(energy, 1, multiplicity / (channels * y * x), 1.0, floor),
+        *_slopes(energy, 1, multiplicity / (channels * y * x), 1.0, floor, few),
     ]
-    return log_shells.flatten(1), log_amplitudes.flatten(1), torch.stack(slopes, 1)
+    return log_shells.flatten(1), log_amplitudes.flatten(1), torch.stack(slopes, 1) * repeated.sqrt()[:, None]
 
 
 def _slopes(
-    energy: Tensor, power: int, share: Tensor | float, averaged: Tensor | float, floor: float
+    energy: Tensor,
+    power: int,
+    share: Tensor | float,
+    averaged: Tensor | float,
+    floor: float,
+    few: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute how noise moves log₁₀ (energy + floor²) · power / 2: first order, root of the second, (n,)."""
-    square = (energy.detach() + floor**2).square()
-    first = (share * averaged * energy.detach() / square).sum((1, 2)).sqrt() * power / math.log(10)
-    second = (share / square).sum((1, 2)).sqrt() * power / 2 / math.log(10)
-    return first, second.sqrt()
+    """Compute how noise moves log₁₀ (energy + floor²) · power / 2: first order, root of the second, (n,).
 
-
-def _slope_of_few(share: Tensor, pixels: int, floor: float) -> Tensor:
-    """Bound the root of the second order of coefficients if the noise is in a part of them: (n,).
-
-    Noise that is not white is in one of ``1 / share`` coefficients, and as much stronger there: its energy is
-    that of the errors (Parseval). All of these may be at the floor.
+    With ``few``, the noise is in so many of the coefficients: those that it moves most.
     """
-    second = (2 / (share * pixels)).sqrt() / floor**2 / 2 / math.log(10)
-    return second.sqrt()
+    square = (energy.detach() + floor**2).square()
+    first = _sum_of_largest((share * averaged * energy.detach() / square).flatten(1), few)
+    second = _sum_of_largest((share / square).flatten(1), few)
+    return first.sqrt() * power / math.log(10), (second.sqrt() * power / 2 / math.log(10)).sqrt()
+
+
+def _sum_of_largest(values: Tensor, count: int | None) -> Tensor:
+    """Add up the largest values of each row, or all."""
+    if count is None or count >= values.shape[1]:
+        return values.sum(1)
+    return values.topk(count, dim=1, sorted=False).values.sum(1)
 
 
 @functools.lru_cache(maxsize=16)
