@@ -33,7 +33,7 @@ class LayoutError(ValueError):
 
 
 class Layout(pydantic.BaseModel):
-    """How files of a reference and of models are read.
+    """Options by which readers open the files of a reference and of models.
 
     Attributes
     ----------

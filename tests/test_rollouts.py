@@ -18,6 +18,7 @@ from matrices import smooth_sequence, write_archive
 
 import lsim
 from pipeline.comparison import Layout, compare_files
+from pipeline.report import write_rollouts_report
 from pipeline.rollouts import RolloutSettings, compare
 from pipeline.rollouts.intervals import Bootstrap
 from pipeline.rollouts.ranking import rank
@@ -472,6 +473,21 @@ def test_each_damaged_chunk_is_found_and_mended(tmp_path, stores, here):
             compare(stores["reference"], {"fno": stores["fno"]}, out, PIXELS, cluster=here)
             xr.testing.assert_identical(results_of(out), expected)
             assert verify(out).whole, (name, damage)
+
+
+def test_a_page_without_its_stores_says_so(tmp_path, stores, here):
+    out = tmp_path / "r.zarr"
+    compare(stores["reference"], {"fno": stores["fno"]}, out, PIXELS, cluster=here)
+    rank(out, tmp_path / "results", replicates=50)
+    page = Path(write_rollouts_report(tmp_path / "results"))
+    assert "Everything was compared" in page.read_text()
+    assert page.read_text().count("data:image/png") == 3 * 4
+    shutil.rmtree(stores["fno"])
+    assert "No pictures: " in Path(write_rollouts_report(tmp_path / "results")).read_text()
+    shutil.rmtree(out)
+    html = Path(write_rollouts_report(tmp_path / "results")).read_text()
+    assert "missing distances cannot be listed" in html
+    assert "Everything was compared" not in html
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,10 @@ def report(
 def verify(
     path: Annotated[
         str,
-        typer.Argument(metavar="STORE", help="The frames.zarr, distances.zarr, matrix.zarr, ... to check."),
+        typer.Argument(
+            metavar="STORE",
+            help="The store to check: of frames, distances, a matrix, embeddings or rollouts.",
+        ),
     ],
     should_repair: Annotated[
         bool,

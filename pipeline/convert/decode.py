@@ -159,9 +159,9 @@ def decode_sequence(source: Decode, row: int, folder: str, form: FieldForm | Non
         digest = _hash_files(sequence) if source.hash_files else ""
         same_bytes = bool(digest) and digest == source.record.get("hash")
         if same_bytes and not source.verify and _same_but_time(source.record, look):
-            kept = (schema.WEIGHTS, schema.TIME)
+            contents = (schema.WEIGHTS, schema.TIME)
             record = {**look, "hash": digest} | {
-                name: source.record[name] for name in kept if name in source.record
+                name: source.record[name] for name in contents if name in source.record
             }
             return Outcome(sequence.name, row, source.content, record, committed_before=True)
         frames, parameter, weights = read_checked(sequence, form)

@@ -183,6 +183,8 @@ def write_rollouts_report(
     ------
     ReportError
         When the results are not complete.
+    DamagedReportError
+        After the page is written, when the ranking leaves out distances that differ from what was written.
     """
     location = absolute(results)
     place = join(location, "report") if out is None else absolute(out)
@@ -198,6 +200,7 @@ def write_rollouts_report(
         for name, table in tables.items():
             write_csv(table, folder / f"{name}.csv")
         _write_page(folder, page)
+    _refuse_damaged(place, contents.damaged)
     return join(place, PAGE) if is_address(place) else Path(place, PAGE)
 
 

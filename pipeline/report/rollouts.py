@@ -85,6 +85,7 @@ class DatasetSection:
     rows: list[Row]
     charts: list[Chart]
     valid: list[dict[str, Any]]
+    no_frames: str = ""
     times: list[str] = field(default_factory=list)
     frames: list[FramesRow] = field(default_factory=list)
     frames_of: str = ""
@@ -101,6 +102,7 @@ class RolloutContents:
     failures: list[dict[str, Any]]
     damaged: list[str]
     record: dict[str, Any]
+    fault: str
 
 
 def is_ranking(path: str | os.PathLike[str]) -> bool:
@@ -133,7 +135,12 @@ def gather_rollouts(folder: Path) -> RolloutContents:
         in_dataset = valid[valid["dataset"] == dataset] if len(valid) else valid
         sections.append(_make_section(str(dataset), rows, of_dataset, in_dataset, marks, stores))
     return RolloutContents(
-        sections, list(record.get(schema.UNMATCHED, [])), stores.list_failures(), record["damaged"], record
+        sections,
+        list(record.get(schema.UNMATCHED, [])),
+        stores.list_failures(),
+        record["damaged"],
+        record,
+        stores.fault,
     )
 
 
@@ -318,10 +325,11 @@ class _Stores:
     def __init__(self, path: str) -> None:
         self.path = path
         self.root: store.Group | None = None
+        self.fault = ""
         try:
             self.root = store.open_store(path)
-        except (store.StoreError, OSError):
-            return
+        except (store.StoreError, OSError) as error:
+            self.fault = str(error)
 
     def list_failures(self) -> list[dict[str, Any]]:
         """List rollouts with missing distances, by reason."""
@@ -370,12 +378,12 @@ class _Stores:
     def picture(self, dataset: str, fields: Sequence[str], models: Sequence[str]) -> dict[str, Any]:
         """Draw frames of the reference and of each model, and differences: first field, first sequence."""
         if self.root is None or not fields:
-            return {}
+            return {"no_frames": self.fault or "there is no field"}
         key = f"{dataset}/{fields[0]}"
         try:
             return self._picture(key, models[:PICTURED_MODELS])
-        except (*NOT_READ, store.StoreError, OSError, KeyError, ValueError):
-            return {}
+        except (*NOT_READ, store.StoreError, OSError, KeyError, ValueError) as error:
+            return {"no_frames": f"{type(error).__name__}: {error}"}
 
     def _picture(self, key: str, models: Sequence[str]) -> dict[str, Any]:
         of_field = self._match(key)

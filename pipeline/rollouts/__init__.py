@@ -347,8 +347,8 @@ def _forget_others(
     for metric, place, (model, member, sequence) in _each(results):
         row = results.axes.sequences.index(sequence)
         trajectory = str(results.texts[metric][schema.CONTENT][place]).partition(" ")[0]
-        gone = model in named and (model, member, row) not in present
-        if gone or (model not in named and trajectory not in ("", contents[row])):
+        is_vanished = model in named and (model, member, row) not in present
+        if is_vanished or (model not in named and trajectory not in ("", contents[row])):
             results.forget(metric, place)
 
 

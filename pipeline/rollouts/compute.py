@@ -318,10 +318,10 @@ class _Compared:
             reasons = []
             if self.missing:
                 reasons.append(f"{self.missing} of {len(values)} frames have no partner at their time")
-            gone = int(np.isnan(values).sum()) - self.missing
-            if gone:
+            count = int(np.isnan(values).sum()) - self.missing
+            if count:
                 which = "no pixel in common" if metrics[name].preprocessing.mask else "NaN or infinity"
-                reasons.append(f"{gone} of {len(values)} pairs of frames have {which}, or distance NaN")
+                reasons.append(f"{count} of {len(values)} pairs of frames have {which}, or distance NaN")
             if np.isinf(values).any():
                 reasons.append(f"{int(np.isinf(values).sum())} distances are infinite")
             if reasons:

@@ -403,13 +403,13 @@ def specifications(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str
 
 def consolidate(path: str | os.PathLike[str]) -> None:
     """Write consolidated metadata, so that xarray opens the store in one read."""
-    held = _HeldDocument(open_store(path, "r+").store)
+    root_document = _HeldDocument(open_store(path, "r+").store)
     with warnings.catch_warnings():
         # Readers that don't know consolidated metadata read the arrays' own.
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
-        zarr.consolidate_metadata(held, zarr_format=3)
+        zarr.consolidate_metadata(root_document, zarr_format=3)
     # In one write: a disk that fills up between two would leave metadata without its digest.
-    metadata.write_document(path, metadata.seal_of_root(json.loads(held.document)))
+    metadata.write_document(path, metadata.seal_of_root(json.loads(root_document.document)))
 
 
 class _HeldDocument(WrapperStore[Any]):
