@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import runpy
@@ -71,10 +72,13 @@ def all_frames(archive: dict[str, dict[str, np.ndarray]], key: str = "A/density"
 
 def written(path: Path, key: str = "A/density", metric: str = "l2") -> dict[str, tuple[int, int]]:
     """Inode and time of every chunk of a matrix."""
-    chunks = [p for p in (path / key / metric / "c").rglob("*") if p.is_file()]
-    return {
-        str(p.relative_to(path / key / metric / "c")): (p.stat().st_ino, p.stat().st_mtime_ns) for p in chunks
-    }
+    found = {}
+    for chunk in (path / key / metric / "c").rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a chunk in the making, renamed in the meantime
+            if chunk.is_file() and not chunk.name.endswith(".partial"):
+                status = chunk.stat()
+                found[str(chunk.relative_to(path / key / metric / "c"))] = (status.st_ino, status.st_mtime_ns)
+    return found
 
 
 def flip_a_bit(frames: Path, row: int) -> None:
