@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lsim.embedding import Embedding
 
-AXIOMS = frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"})
+AXIOMS = frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle", "euclidean"})
 """All that a metric can claim of its distances."""
 
 RTOL = 1e-5

@@ -27,8 +27,9 @@ class MetricInfo:
         Paper, equation or reference implementation.
     differentiable : bool
         Whether gradients flow through ``metric(reference, other)``.
-    axioms : frozenset of {"non-negative", "symmetric", "zero-on-itself", "triangle"}
-        What the metric claims, up to rounding; :mod:`lsim.testing` checks it.
+    axioms : frozenset of {"non-negative", "symmetric", "zero-on-itself", "triangle", "euclidean"}
+        What the metric claims, up to rounding; :mod:`lsim.testing` checks it. One that is Euclidean is the
+        distance of some vectors, one for each frame: energy scores by it are proper.
     value_range : tuple of float
         Range of the values that ``metric(reference, other)`` takes: that of the common normalisation.
     minimum_size : int

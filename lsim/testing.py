@@ -216,6 +216,20 @@ def check_axioms(metric: Metric, frames: np.ndarray, kind: str = "given") -> Non
                 f"{label}: claims the triangle inequality, but d({i}, {k}) = {matrix[i, k]!r} > {detour!r} "
                 f"= d({i}, {j}) + d({j}, {k})",
             )
+    if "euclidean" in metric.axioms:
+        _check_euclidean(matrix, label)
+
+
+def _check_euclidean(matrix: np.ndarray, label: str) -> None:
+    """Check that there are vectors with these distances: scalar products without negative eigenvalues."""
+    squares = np.square(matrix)
+    centred = squares - squares.mean(axis=0) - squares.mean(axis=1)[:, None] + squares.mean()
+    eigenvalues = np.linalg.eigvalsh(-centred / 2)
+    _require(
+        eigenvalues.min() >= -(4 * len(matrix) * RTOL * squares.max() + ATOL),
+        f"{label}: claims to be Euclidean, but no vectors have these distances; eigenvalues {eigenvalues} of "
+        f"the scalar products of\n{matrix}",
+    )
 
 
 def check_features(metric: Metric, frames: np.ndarray, kind: str = "given") -> None:

@@ -255,6 +255,14 @@ def test_contract_finds_a_false_triangle_claim() -> None:
         check_metric(ClaimsTriangle("nothing"))
 
 
+def test_contract_finds_a_false_euclidean_claim() -> None:
+    class ClaimsVectors(Broken):
+        info = MetricInfo(title="mean squared difference", source="", axioms=frozenset({"euclidean"}))
+
+    with pytest.raises(AssertionError, match="no vectors have these distances"):
+        check_metric(ClaimsVectors("nothing"))
+
+
 # --- parity with numpy and scikit-image -------------------------------------------------------------------
 
 

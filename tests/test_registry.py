@@ -70,7 +70,7 @@ def test_description_says_what_is_known() -> None:
         assert info.title, name
         assert info.source, name
         assert info.lower_is_more_similar, name
-        assert info.axioms <= {"non-negative", "symmetric", "zero-on-itself", "triangle"}, name
+        assert info.axioms <= {"non-negative", "symmetric", "zero-on-itself", "triangle", "euclidean"}, name
         assert ("symmetric" in info.axioms) == (name not in NOT_SYMMETRIC), name
         assert info.differentiable == (name not in NOT_DIFFERENTIABLE), name
         assert info.takes_mask == (name in TAKE_MASKS), name

@@ -50,7 +50,7 @@ FRAMES_TOGETHER = 64
 FRAMES_A_TASK = 8
 """Frames, or pairs, in one pass of a thread on a CPU: more are no faster."""
 
-AXIOMS = frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"})
+AXIOMS = frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle", "euclidean"})
 
 
 class LSiM(ReportsPrecision, Metric):

@@ -187,7 +187,7 @@ class RMSE(_OfSquares):
     info = MetricInfo(
         title="root mean squared difference",
         source="√(1/N Σ (a − b)²)",
-        axioms=SYMMETRIC | {"triangle"},
+        axioms=SYMMETRIC | {"triangle", "euclidean"},
         takes_mask=True,
         takes_weights=True,
         one_channel_suffices=True,

@@ -163,7 +163,7 @@ class RadialSpectrum(_SpectralMetric):
     info = MetricInfo(
         title="RMS difference of log radially averaged energy spectra, in decades",
         source="Gray, Markel 1976 (log spectral distance); spectra as in pysteps rapsd, Ravuri et al. 2021",
-        axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
+        axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle", "euclidean"}),
         one_channel_suffices=True,
         blind_to=("shift", "half turn", "quarter turn", "reflection"),
         units="decade",
@@ -178,7 +178,7 @@ class FourierAmplitude(_SpectralMetric):
     info = MetricInfo(
         title="RMS difference of log Fourier amplitudes, in decades",
         source="Gray, Markel 1976 (log spectral distance), in two dimensions",
-        axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle"}),
+        axioms=frozenset({"non-negative", "symmetric", "zero-on-itself", "triangle", "euclidean"}),
         one_channel_suffices=True,
         blind_to=("shift", "half turn"),
         units="decade",
