@@ -263,7 +263,11 @@ def test_frames_are_matched_by_time_and_those_without_partner_are_counted(tmp_pa
     values = values_of(tmp_path / "r.zarr", "l2", "m", key="data/u")
     assert (values[:, [1, 3, 5]] == 0).all(), "its frames are the reference's own, at their times"
     assert np.isnan(values[:, [0, 2, 4, 6, 7]]).all()
-    assert {failure.reason for failure in report.failures} == {"5 of 8 frames have no partner at their time"}
+    reasons = {failure.metric: failure.reason for failure in report.failures}
+    assert reasons == {
+        "l2": "5 of 8 frames have no partner at their time",
+        "energy": "3 of 4 frames are missing, or have NaN or infinity",
+    }
 
 
 def test_files_in_the_form_of_the_well_and_netcdf_ensembles_are_read(tmp_path, here):
@@ -356,6 +360,9 @@ def test_a_new_model_and_a_new_metric_cost_themselves_alone(tmp_path, stores, he
     both = {"unet": stores["unet"], "fno": stores["fno"]}
     report = compare(stores["reference"], both, out, metrics, cluster=here)
     assert (report.computed, report.up_to_date) == (9, 18)
+    third = both | {"third": write_archive(tmp_path / "third.zarr", {KEY: trajectories()})}
+    report = compare(stores["reference"], third, out, metrics, cluster=here)
+    assert (report.computed, report.up_to_date) == (9, 27)
     changed = perturbed(trajectories(), 0.05, 9)
     changed["s1"] = changed["s1"] + 1
     write_archive(stores["fno"], {KEY: changed})
@@ -393,19 +400,22 @@ def test_same_bytes_whatever_the_workers_and_after_an_interruption(tmp_path, sto
     report = compare(stores["reference"], models, tmp_path / "cut.zarr", settings, cluster=here)
     assert report.computed > 0
     assert report.up_to_date > 0
-    expected = results_of(tmp_path / "one.zarr")
-    for name in ("two.zarr", "cut.zarr"):
-        xr.testing.assert_identical(results_of(tmp_path / name), expected)
+    for key in (KEY, f"{KEY}/ensemble", f"{KEY}/spectra"):
+        expected = results_of(tmp_path / "one.zarr", key)
+        for name in ("two.zarr", "cut.zarr"):
+            xr.testing.assert_identical(results_of(tmp_path / name, key), expected)
 
 
 def test_long_trajectories_are_read_in_windows(tmp_path, stores, here, monkeypatch):
     models = {"unet": stores["unet"]}
-    settings = RolloutSettings(metrics=("l2", "ssim"), scope={"ssim": "each"})
+    settings = RolloutSettings(metrics=("rmse", "ssim"), scope={"ssim": "each"})
     compare(stores["reference"], models, tmp_path / "whole.zarr", settings, cluster=here)
-    monkeypatch.setattr("pipeline.rollouts.compute.WINDOW_BYTES", 2 * 8 * SIZE * SIZE)
-    monkeypatch.setattr("pipeline.rollouts.compute.HELD_BYTES", 0)
+    monkeypatch.setattr("pipeline.rollouts.windows.WINDOW_BYTES", 2 * 8 * SIZE * SIZE)
+    monkeypatch.setattr("pipeline.rollouts.windows.HELD_BYTES", 0)
     compare(stores["reference"], models, tmp_path / "windows.zarr", settings, cluster=here)
-    xr.testing.assert_identical(results_of(tmp_path / "windows.zarr"), results_of(tmp_path / "whole.zarr"))
+    for key in (KEY, f"{KEY}/ensemble", f"{KEY}/spectra"):
+        results = [results_of(tmp_path / f"{name}.zarr", key) for name in ("windows", "whole")]
+        xr.testing.assert_identical(*results)
 
 
 def test_baselines_are_made_of_the_reference(tmp_path, stores, here):
@@ -450,9 +460,9 @@ def test_distances_that_were_exchanged_are_left_out_and_computed_again(tmp_path,
 
 
 def test_each_damaged_chunk_is_found_and_mended(tmp_path, stores, here):
-    out = tmp_path / "r.zarr"
-    compare(stores["reference"], {"fno": stores["fno"]}, out, PIXELS, cluster=here)
-    assert verify(out).compared == 6
+    out, one = tmp_path / "r.zarr", RolloutSettings(metrics=("l2",))
+    compare(stores["reference"], {"fno": stores["fno"]}, out, one, cluster=here)
+    assert verify(out).compared == 3 + 3 + 3, "distances, and spectra of the model and the reference"
     expected = results_of(out)
     chunks = sorted(p for p in (out / KEY).rglob("*") if p.is_file() and p.name != "zarr.json")
     names = [chunk.relative_to(out / KEY).as_posix() for chunk in chunks]
@@ -465,12 +475,12 @@ def test_each_damaged_chunk_is_found_and_mended(tmp_path, stores, here):
             elif chunk.exists():
                 chunk.unlink()
             else:  # a chunk of nothing but empty texts, which need not be written again
-                assert name.startswith("member/")
+                assert name.startswith(("member/", "spectra/member/"))
                 continue
             report = verify(out)
             assert not report.whole, (name, damage)
             repair(out, report)
-            compare(stores["reference"], {"fno": stores["fno"]}, out, PIXELS, cluster=here)
+            compare(stores["reference"], {"fno": stores["fno"]}, out, one, cluster=here)
             xr.testing.assert_identical(results_of(out), expected)
             assert verify(out).whole, (name, damage)
 

@@ -302,7 +302,7 @@ def show_rollouts(report: RolloutsReport) -> None:
     if report.blocks:
         output.print(
             f"{report.computed} rollouts compared, times metrics, {report.up_to_date} up to date, in "
-            f"{report.seconds:.1f} s"
+            f"{report.seconds:.1f} s{f'; {report.scored} scores of ensembles' if report.scored else ''}"
         )
     elif not report.failures:
         output.print(f"nothing to do: {report.up_to_date} rollouts, times metrics, are up to date")
@@ -324,25 +324,35 @@ def show_rollouts(report: RolloutsReport) -> None:
         _list_reasons("not compared, or in part", entries)
 
 
+COLUMNS_OF_ERRORS = ("model", "value", "low", "high")
+
+
 def show_ranking(report: RankingReport) -> None:
     """Show the errors of all models by field and metric, the best marked, and what could not be used."""
     overall = report.errors[report.errors["frame"] == -1]
-    models = list(dict.fromkeys(overall["model"]))
-    table = Table("data set", "field", "metric", *map(escape, models), title="Mean error over time")
-    for column in table.columns[3:]:
-        column.justify = "right"
+    table = Table("field", "metric", "model", "error", "95 % interval", title="Mean error over time")
+    for column in table.columns:
+        column.overflow = "fold"
     for labels, rows in overall.groupby(["dataset", "field", "metric"], sort=False):
         dataset, field, metric = map(str, labels)
-        place = (dataset, field, metric)
-        best, equals = report.best.get(place), report.equals.get(place, [])
-        values = dict(zip(rows["model"], rows["value"], strict=True))
-        cells = []
-        for model in models:
+        best = report.best.get((dataset, field, metric))
+        equals = report.equals.get((dataset, field, metric), [])
+        table.add_section()
+        names = (f"{dataset}/{field}", metric)
+        for model, value, low, high in zip(*(rows[n] for n in COLUMNS_OF_ERRORS), strict=True):
             mark = " *" if model == best else " ≈" if model in equals else ""
-            cells.append(f"{values.get(model, math.nan):.4g}{mark}")
-        add_row(table, *place, *cells)
+            interval = f"{low:.3g} to {high:.3g}" if math.isfinite(low) else ""
+            add_row(table, *names, str(model), f"{value:.4g}{mark}", interval)
+            names = ("", "")
     output.print(table, soft_wrap=False)
     output.print("* least error; ≈ cannot be told from it (95 %, all pairs of models at once)")
+    for row in report.spread[report.spread["frame"] == -1].itertuples() if len(report.spread) else ():
+        ratio = f"{row.ratio:.2f} [{row.low:.2f}, {row.high:.2f}]"
+        output.print(
+            f"{row.dataset}/{row.field}, {row.model}: spread / skill of {row.members} members {ratio}; near "
+            "1 if they are reliable",
+            markup=False,
+        )
     incomplete = overall.groupby("model")["incomplete"].max()
     for model, count in incomplete[incomplete > 0].items():
         _warn(f"{model}: {count} rollouts are incomplete, and have no mean over time")

@@ -55,6 +55,20 @@ def compare(
         list[str] | None,
         typer.Option(help="Compare persistence, or mean, of the reference, too. May be repeated."),
     ] = None,
+    ensembles: Annotated[
+        bool,
+        typer.Option(
+            help="Where a model has several members, score them together: CRPS, spread and skill, energy."
+        ),
+    ] = True,
+    spectra: Annotated[
+        str,
+        typer.Option(
+            metavar="COUNT|TIME,...",
+            help="Times at which energies by wavenumber are measured: so many, or those nearest to TIME,... "
+            "(one: TIME,); 0: none.",
+        ),
+    ] = "4",
     size: Annotated[
         int, typer.Option(min=0, help="Resize frames to SIZE×SIZE. Default: 0, their own size.")
     ] = 0,
@@ -79,6 +93,8 @@ def compare(
         "scope": None if scope is None else parse_scope(scope),
         "protocol": protocol,
         "baselines": baseline or (),
+        "ensembles": ensembles,
+        "spectra": _parse_spectra(spectra),
         "size": size or None,
         "weights": parse_weights(weights),
     }
@@ -92,6 +108,14 @@ def compare(
     show_quarantined(report.quarantined)
     show_rollouts(report.rollouts)
     exit_unless(report.complete)
+
+
+def _parse_spectra(text: str) -> int | tuple[float, ...]:
+    """Read a count, or times that commas follow."""
+    try:
+        return tuple(float(part) for part in text.split(",") if part) if "," in text else int(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"spectra {text!r}: expected COUNT, or TIME,TIME,...") from error
 
 
 def rank(

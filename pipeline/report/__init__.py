@@ -23,7 +23,7 @@ from pipeline.report.contents import gather
 from pipeline.report.markdown import write_markdown
 from pipeline.report.matrix import MatrixContents, gather_matrices, is_matrix
 from pipeline.report.reading import ReportError
-from pipeline.report.rollouts import gather_rollouts, is_ranking
+from pipeline.report.rollouts import TABLES, gather_rollouts, is_ranking
 from pipeline.sources.local_folder import local_folder
 from pipeline.storage.address import absolute, is_address, join
 from pipeline.storage.csv_tables import write_csv
@@ -190,10 +190,7 @@ def write_rollouts_report(
     place = join(location, "report") if out is None else absolute(out)
     with local_folder(location) as folder:
         contents = gather_rollouts(folder)
-        tables = {
-            name: pd.read_parquet(folder / f"{name}.parquet")
-            for name in ("errors", "differences", "valid_times")
-        }
+        tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES}
     page = _render("rollouts_page.html.jinja", heading=title or ROLLOUTS_TITLE, **vars(contents))
     with local_folder(place) as folder:
         folder.mkdir(parents=True, exist_ok=True)

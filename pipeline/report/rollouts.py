@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,28 +12,30 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from PIL import Image
 
+from pipeline.report.curves import Curve, draw_curves
 from pipeline.report.pictures import MISSING, data_address, shrink
 from pipeline.report.reading import ReportError
 from pipeline.report.text import significant
 from pipeline.rollouts import RolloutSettings, list_rollout_failures
 from pipeline.rollouts.matching import FieldRollouts, match_fields
 from pipeline.rollouts.results import read_results
+from pipeline.rollouts.spectra import REFERENCE
 from pipeline.storage import schema, store
 from pipeline.storage.address import resolve
 from pipeline.storage.checked_frames import NOT_READ, read_sequence
 
 RECORD = "rollouts.json"
+TABLES = ("errors", "differences", "valid_times", "spread", "spectra", "bands")
 PICTURED_TIMES = 4
 PICTURED_MODELS = 6
 HEIGHT_OF_FRAMES = 96
 """Pixels."""
 WORST = 5
-WIDTH, HEIGHT, LEFT, BOTTOM = 340, 180, 44, 20
-LOG_SPAN = 30.0
-"""Ratio of errors above which their axis is logarithmic."""
+ENERGY_FLOOR = 1e-12
+"""Energies below this share of the largest are rounding of frames in single precision."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,11 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Chart:
-    """Errors over time by one metric, drawn; ``logarithmic`` says how the axis is."""
+class Figure:
+    """A chart with what it shows: a field, and a metric or a time."""
 
     field: str
-    metric: str
+    of: str
     svg: Markup
     logarithmic: bool
 
@@ -83,8 +84,11 @@ class DatasetSection:
     sentences: list[str]
     models: list[str]
     rows: list[Row]
-    charts: list[Chart]
+    charts: list[Figure]
     valid: list[dict[str, Any]]
+    spread: list[dict[str, Any]]
+    spectra: list[Figure]
+    bands: list[dict[str, Any]]
     no_frames: str = ""
     times: list[str] = field(default_factory=list)
     frames: list[FramesRow] = field(default_factory=list)
@@ -120,9 +124,7 @@ def gather_rollouts(folder: Path) -> RolloutContents:
     """
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        errors, differences, valid = (
-            pd.read_parquet(folder / f"{name}.parquet") for name in ("errors", "differences", "valid_times")
-        )
+        tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES}
     except (OSError, ValueError) as error:
         raise ReportError(
             f"{folder}: no complete results of 'lsim rank' here: run it again ({error})"
@@ -130,10 +132,12 @@ def gather_rollouts(folder: Path) -> RolloutContents:
     marks = {(e["dataset"], e["field"], e["metric"]): (e["model"], e["equals"]) for e in record["best"]}
     stores = _Stores(record["rollouts"])
     sections = []
-    for dataset, rows in errors.groupby("dataset", sort=False):
-        of_dataset = differences[differences["dataset"] == dataset] if len(differences) else differences
-        in_dataset = valid[valid["dataset"] == dataset] if len(valid) else valid
-        sections.append(_make_section(str(dataset), rows, of_dataset, in_dataset, marks, stores))
+    for dataset in dict.fromkeys(tables["errors"]["dataset"]):
+        of_dataset = {
+            name: table[table["dataset"] == dataset] if len(table) else table
+            for name, table in tables.items()
+        }
+        sections.append(_make_section(str(dataset), of_dataset, marks, stores))
     return RolloutContents(
         sections,
         list(record.get(schema.UNMATCHED, [])),
@@ -146,12 +150,11 @@ def gather_rollouts(folder: Path) -> RolloutContents:
 
 def _make_section(
     dataset: str,
-    errors: pd.DataFrame,
-    differences: pd.DataFrame,
-    valid: pd.DataFrame,
+    tables: dict[str, pd.DataFrame],
     marks: dict[tuple[str, str, str], tuple[str, list[str]]],
     stores: _Stores,
 ) -> DatasetSection:
+    errors, spread, spectra, bands = (tables[n] for n in ("errors", "spread", "spectra", "bands"))
     overall = errors[errors["frame"] == -1]
     models = list(dict.fromkeys(overall["model"]))
     rows, sentences = [], []
@@ -166,20 +169,24 @@ def _make_section(
     for row in rows:
         if row.field == lead:
             best, equals = marks.get((dataset, lead, row.metric), ("", []))
-            sentences.append(_say_best(row.metric, best, equals, differences, lead, len(models)))
+            sentences.append(_say_best(row.metric, best, equals, tables["differences"], lead, len(models)))
     charts = [
-        _draw_chart(str(name), str(metric), of_pair, models)
+        _draw_errors(str(name), str(metric), of_pair, models)
         for (name, metric), of_pair in errors[errors["frame"] >= 0].groupby(["field", "metric"], sort=False)
         if name == lead
     ]
-    pictured = stores.picture(dataset, [f for f in fields if f != "all"], models)
+    of_fields = [name for name in fields if name != "all"]
+    pictured = stores.picture(dataset, of_fields, models)
     return DatasetSection(
         dataset,
         sentences,
         models,
         rows,
         charts,
-        _records(valid),
+        _records(tables["valid_times"]),
+        _records(spread[spread["frame"] == -1]) if len(spread) else [],
+        _draw_spectra(spectra[spectra["field"] == of_fields[0]], models) if len(spectra) else [],
+        _tabulate_bands(bands[bands["field"] == of_fields[0]]) if len(bands) else [],
         **pictured,
         worst=stores.find_worst(dataset),
     )
@@ -226,94 +233,46 @@ def _say_best(
 # ---------------------------------------------------------------- curves
 
 
-def _draw_chart(name: str, metric: str, rows: pd.DataFrame, models: Sequence[str]) -> Chart:
-    """Draw errors over time: a line and a band for each model, with its name at the end."""
-    values = rows["value"].to_numpy(float)
-    positive = values[np.isfinite(values) & (values > 0)]
-    logarithmic = (
-        len(positive) > 0 and bool(np.nanmin(values) >= 0) and positive.max() > LOG_SPAN * positive.min()
-    )
-    finite = values[np.isfinite(values)]
-    if not len(finite):
-        return Chart(name, metric, Markup("<svg></svg>"), False)
-    low, high = (positive.min(), positive.max()) if logarithmic else (min(0.0, finite.min()), finite.max())
-    times = rows["time"].to_numpy(float)
-    axis = _Axis(low, high, logarithmic, float(np.nanmin(times)), float(np.nanmax(times)))
-    parts = [axis.draw()]
+def _draw_errors(name: str, metric: str, rows: pd.DataFrame, models: Sequence[str]) -> Figure:
+    """Draw errors over time."""
+    curves = []
     for place, model in enumerate(models):
         of_model = rows[rows["model"] == model].sort_values("frame")
-        parts.append(_draw_line(of_model, axis, place, model))
-    label = f"{metric} of {name} over time"
-    svg = (
-        f'<svg class="lines" viewBox="0 0 {WIDTH + 90} {HEIGHT + BOTTOM}" role="img" '
-        f'aria-label="{escape(label)}">{"".join(parts)}</svg>'
-    )
-    return Chart(name, metric, Markup(svg), logarithmic)
+        columns = (of_model[column].to_numpy(float) for column in ("time", "value", "low", "high"))
+        curves.append(Curve(model, place, *columns))
+    chart = draw_curves(curves, f"{metric} of {name} over time", "t")
+    return Figure(name, metric, chart.svg, chart.logarithmic)
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """Axes of a chart, and places on them."""
-
-    low: float
-    high: float
-    logarithmic: bool
-    first: float
-    last: float
-
-    def x(self, time: float) -> float:
-        span = self.last - self.first or 1.0
-        return LEFT + (WIDTH - LEFT) * (time - self.first) / span
-
-    def y(self, value: float) -> float:
-        low, high = self.low, self.high
-        value = min(max(value, low), high)
-        if self.logarithmic:
-            low, high, value = math.log(low), math.log(high), math.log(value)
-        return 8 + (HEIGHT - 8) * (1 - (value - low) / ((high - low) or 1.0))
-
-    def ticks(self) -> list[float]:
-        if self.logarithmic:
-            first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
-            step = max(1, (last - first) // 3)
-            decades = [10.0**k for k in range(first, last + 1, step)]
-            return decades if len(decades) > 1 else [self.low, self.high]
-        return np.linspace(self.low, self.high, 3).tolist()
-
-    def draw(self) -> str:
-        lines = [
-            f'<path class="axis" d="M{LEFT} 8V{HEIGHT}H{WIDTH}"/>',
-            f'<text x="{LEFT}" y="{HEIGHT + 14}">t = {significant(self.first)}</text>',
-            f'<text x="{WIDTH}" y="{HEIGHT + 14}" text-anchor="end">{significant(self.last)}</text>',
-        ]
-        for tick in self.ticks():
-            lines.append(
-                f'<text x="{LEFT - 4}" y="{self.y(tick) + 3:.1f}" text-anchor="end">{tick:.2g}</text>'
-                f'<path class="grid" d="M{LEFT} {self.y(tick):.1f}H{WIDTH}"/>'
-            )
-        return "".join(lines)
+def _draw_spectra(spectra: pd.DataFrame, models: Sequence[str]) -> list[Figure]:
+    """Draw energies by wavenumber, a figure for each time; the mean itself, wavenumber 0, is left out."""
+    figures = []
+    for time, rows in spectra[spectra["wavenumber"] > 0].groupby("time", sort=True):
+        curves = []
+        for place, model in enumerate([*models, REFERENCE]):
+            of_model = rows[rows["model"] == model].sort_values("wavenumber")
+            k, energy = (of_model[column].to_numpy(float) for column in ("wavenumber", "energy"))
+            nothing = np.full(len(k), np.nan)
+            style = -1 if model == REFERENCE else place
+            curves.append(Curve(model, style, k, energy, nothing, nothing))
+        name = str(rows["field"].iloc[0])
+        at = f"t = {significant(float(str(time)))}"
+        chart = draw_curves(
+            curves, f"Energy of {name} by wavenumber, {at}", "k", x_logarithmic=True, y_floor=ENERGY_FLOOR
+        )
+        figures.append(Figure(name, at, chart.svg, chart.logarithmic))
+    return figures
 
 
-def _draw_line(rows: pd.DataFrame, axis: _Axis, place: int, model: str) -> str:
-    """Draw the line and the band of a model; a gap where there is no value."""
-    columns = rows[["time", "value", "low", "high"]].to_numpy(float).tolist()
-    points = [
-        (axis.x(time), value, low, high)
-        for time, value, low, high in columns
-        if math.isfinite(value) and (value > 0 or not axis.logarithmic)
-    ]
-    if not points:
-        return ""
-    line = " ".join(f"{x:.1f},{axis.y(value):.1f}" for x, value, _, _ in points)
-    banded = [(x, low, high) for x, _, low, high in points if math.isfinite(low) and math.isfinite(high)]
-    if axis.logarithmic:
-        banded = [(x, max(low, axis.low), high) for x, low, high in banded]
-    upper = [f"{x:.1f},{axis.y(high):.1f}" for x, _, high in banded]
-    lower = [f"{x:.1f},{axis.y(low):.1f}" for x, low, _ in reversed(banded)]
-    band = f'<polygon class="band" points="{" ".join([*upper, *lower])}"/>' if len(banded) > 1 else ""
-    x, value, _, _ = points[-1]
-    name = f'<text x="{x + 4:.1f}" y="{axis.y(value) + 3:.1f}">{escape(model)}</text>'
-    return f'<g class="m{place % 8}">{band}<polyline points="{line}"/>{name}</g>'
+def _tabulate_bands(bands: pd.DataFrame) -> list[dict[str, Any]]:
+    """List the relative errors of each model's bands at the last time."""
+    rows: list[dict[str, Any]] = []
+    if not len(bands):
+        return rows
+    last = bands[bands["time"] == bands["time"].max()]
+    for model, of_model in last.groupby("model", sort=False):
+        rows.append({"model": model, "time": float(last["time"].iloc[0]), "bands": _records(of_model)})
+    return rows
 
 
 # ---------------------------------------------------------------- stores

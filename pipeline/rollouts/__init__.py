@@ -7,31 +7,22 @@ writes what comes of it (:mod:`pipeline.rollouts.results`).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lsim.preprocess import scope_identity
+import numpy as np
+
 from pipeline.metrics.fields import field_units
-from pipeline.metrics.value_range import dataset_range
-from pipeline.rollouts.compute import (
-    Block,
-    BlockResult,
-    RolloutResult,
-    ScopedRequest,
-    Source,
-    compute_block,
-    split_sources,
-)
-from pipeline.rollouts.matching import FieldRollouts, Rollout, Unmatched, match_fields
+from pipeline.rollouts.compute import Block, BlockResult, RolloutResult, compute_block, give_up
+from pipeline.rollouts.matching import Unmatched, match_fields
 from pipeline.rollouts.results import FieldResults, read_results
-from pipeline.rollouts.settings import BASELINES, RolloutSettings, ScopedMetrics, choose_scoped
-from pipeline.stage.provenance import has_specification, record_specifications, specification_of
+from pipeline.rollouts.settings import BASELINES, RolloutSettings, choose_scoped
+from pipeline.rollouts.spectra import REFERENCE
+from pipeline.rollouts.stale import Place, Stale, find_stale
 from pipeline.stage.results import open_results
 from pipeline.stage.run import MetricWorkers, Progress, run_blocks
 from pipeline.stage.stopwatch import rounded
@@ -41,9 +32,6 @@ from pipeline.workers.cluster import Cluster
 from pipeline.workers.profiles import Profile
 
 __all__ = ["RolloutFailure", "RolloutSettings", "RolloutsReport", "compare", "list_rollout_failures"]
-
-SOURCES_TOGETHER = 8
-"""Rollouts that a task compares with their trajectory: few enough that several workers share those of one."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +55,8 @@ class RolloutsReport:
     ----------
     computed, up_to_date : int
         Rollouts, times metrics.
+    scored : int
+        Models, times trajectories and scores, whose members were scored together.
     blocks : int
         Tasks that ran.
     failures : list of RolloutFailure
@@ -80,6 +70,7 @@ class RolloutsReport:
 
     computed: int = 0
     up_to_date: int = 0
+    scored: int = 0
     blocks: int = 0
     failures: list[RolloutFailure] = field(default_factory=list)
     unmatched: list[Unmatched] = field(default_factory=list)
@@ -92,7 +83,12 @@ class RolloutsReport:
         if not self.blocks:
             return {}
         seconds = rounded(self.seconds_by_activity)
-        return {"blocks": self.blocks, "rollouts": self.computed, "seconds_by_activity": seconds}
+        return {
+            "blocks": self.blocks,
+            "rollouts": self.computed,
+            "scores": self.scored,
+            "seconds_by_activity": seconds,
+        }
 
 
 def compare(
@@ -145,16 +141,10 @@ def compare(
     workers = MetricWorkers(cluster, scoped.chosen.requests.values())
     report = RolloutsReport(unmatched=matching.unmatched)
     with open_results(out_path, schema.ROLLOUTS_STORE, schema.MODEL, source) as results:
-        stale: list[_Stale] = []
-        for key, of_field in matching.fields.items():
-            units = field_units(source, [key])
-            names = {
-                metric.name: metric.units(_library_scope(scoped.scopes[metric.name]), units)
-                for metric in scoped.chosen.metrics
-            }
-            field_results = FieldResults.open(results.root, of_field, names, settings.baselines)
-            requests = _scoped_requests(of_field, field_results, scoped, cluster)
-            stale.append(_find_stale(of_field, field_results, requests, scoped, settings))
+        stale = [
+            find_stale(results.root, of_field, scoped, settings, field_units(source, [key]), cluster)
+            for key, of_field in matching.fields.items()
+        ]
         attributes = {
             "reference": relative(reference_path, out_path),
             "models": {
@@ -177,14 +167,15 @@ def list_rollout_failures(out: str | os.PathLike[str]) -> list[RolloutFailure]:
     failures = []
     for key in store.field_keys(root, schema.MODEL):
         dataset, name = key.split("/")
-        results = read_results(root, key)
-        for metric, place, labels in _each(results):
-            reason = str(results.texts[metric][schema.FAILURE][place])
-            if reason or results.texts[metric][schema.DIGEST][place]:
-                if not results.is_bound(metric, place):
-                    reason = "the record or the distances are not those that were written together"
-                if reason:
-                    failures.append(RolloutFailure(dataset, name, *labels, metric, reason))
+        groups = [key, *(f"{key}/{part}" for part in schema.PARTS_OF_ROLLOUTS)]
+        for results in (read_results(root, of_group) for of_group in groups if of_group in root):
+            for metric, place, labels in results.each():
+                reason = str(results.texts[metric][schema.FAILURE][place])
+                if reason or results.texts[metric][schema.DIGEST][place]:
+                    if not results.is_bound(metric, place):
+                        reason = "the record or the distances are not those that were written together"
+                    if reason:
+                        failures.append(RolloutFailure(dataset, name, *labels, metric, reason))
     return failures
 
 
@@ -195,224 +186,70 @@ def _stores_of(models: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
     """List the stores of each model with the member that each is of."""
     stores = {}
     for model, paths in models.items():
-        if not model or "/" in model or model in BASELINES:
-            raise ValueError(
-                f"a model needs a name, without '/' and not {' or '.join(BASELINES)}; got {model!r}"
-            )
+        if not model or "/" in model or model in (*BASELINES, REFERENCE):
+            taken = " or ".join((*BASELINES, REFERENCE))
+            raise ValueError(f"a model needs a name, without '/' and not {taken}; got {model!r}")
         listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
         members = [""] if len(listed) == 1 else [str(number) for number in range(len(listed))]
         stores[model] = list(zip(members, map(absolute, listed), strict=True))
     return stores
 
 
-def _library_scope(scope: Any) -> Any:
-    """Name the scope for a metric's units: all others than none lose them."""
-    return "none" if scope == "none" else "sequence"
-
-
-@dataclass(frozen=True)
-class _Stale:
-    """Rollouts of a field that are out of date, by row of their trajectory."""
-
-    results: FieldResults
-    reference: FieldRollouts
-    requests: Mapping[str, ScopedRequest]
-    sources: Mapping[int, list[Source]]
-    fingerprints: Mapping[tuple[str, str, str, int], tuple[str, str]]
-    fresh: int
-
-    def blocks(self) -> Iterator[tuple[Block]]:
-        """Make the blocks, one after the other."""
-        trajectories = self.reference.reference
-        for row, sources in self.sources.items():
-            for part in split_sources(sources, SOURCES_TOGETHER):
-                needed = {metric for source in part for metric in source.metrics}
-                yield (
-                    Block(
-                        trajectories.path,
-                        trajectories.key,
-                        row,
-                        trajectories.contents[row],
-                        trajectories.names[row],
-                        {name: self.requests[name] for name in self.requests if name in needed},
-                        part,
-                        tuple(trajectories.contents),
-                    ),
-                )
-
-    @property
-    def count(self) -> int:
-        """Number of blocks."""
-        return sum(-(-len(sources) // SOURCES_TOGETHER) for sources in self.sources.values())
-
-
-def _scoped_requests(
-    of_field: FieldRollouts, results: FieldResults, scoped: ScopedMetrics, cluster: Cluster
-) -> dict[str, ScopedRequest]:
-    """Give each metric its scope; the range of the reference's data set is computed where that is it."""
-    trajectories, requests = of_field.reference, {}
-    for metric in scoped.chosen.metrics:
-        scope, of_dataset = scoped.scopes[metric.name], None
-        if scope == "dataset":
-            group = store.get_group(results.root, f"{trajectories.key}/{schema.PROVENANCE}")
-            rows = [(trajectories.key, row, content) for row, content in enumerate(trajectories.contents)]
-            of_dataset = dataset_range(cluster, trajectories.path, rows, group, metric.preprocessing)
-        requests[metric.name] = ScopedRequest(scoped.chosen.requests[metric.name], scope, of_dataset)
-    return requests
-
-
-def _find_stale(
-    of_field: FieldRollouts,
-    results: FieldResults,
-    requests: Mapping[str, ScopedRequest],
-    scoped: ScopedMetrics,
-    settings: RolloutSettings,
-) -> _Stale:
-    """Find the rollouts that are out of date, delete their records, and describe the metrics."""
-    trajectories = of_field.reference
-    group = store.get_group(results.root, trajectories.key)
-    described = has_specification(group)
-    specifications = {
-        metric.name: specification_of(
-            metric, scope_identity(requests[metric.name].scope), directed=True, settings=_pairing(settings)
-        )
-        for metric in scoped.chosen.metrics
-    }
-    hashes = {metric.name: metric.specification_hash for metric in scoped.chosen.metrics}
-    rollouts: list[tuple[str, str, int, Rollout | None]] = [
-        (rollout.model, rollout.member, rollout.sequence, rollout) for rollout in of_field.rollouts
-    ]
-    rollouts += [
-        (name, "", row, None) for name in settings.baselines for row in range(len(trajectories.names))
-    ]
-    sources: dict[int, list[Source]] = {}
-    fingerprints: dict[tuple[str, str, str, int], tuple[str, str]] = {}
-    fresh = 0
-    for model, member, row, rollout in sorted(rollouts, key=lambda entry: (entry[2], entry[0], entry[1])):
-        place = results.axes.place(model, member, trajectories.names[row])
-        outdated = []
-        for name, request in requests.items():
-            content, made_of = _fingerprint(of_field, row, (model, rollout), request, hashes[name])
-            recorded = str(results.texts[name][schema.FINGERPRINT][place])
-            if recorded == made_of and described.get(name) and results.is_bound(name, place):
-                fresh += 1
-                continue
-            results.forget(name, place)
-            outdated.append(name)
-            fingerprints[name, model, member, row] = (content, made_of)
-        if outdated:
-            sources.setdefault(row, []).append(Source(model, member, tuple(outdated), rollout))
-    _forget_others(results, of_field, {(model, member, row) for model, member, row, _ in rollouts})
-    results.flush()
-    outdated_metrics = {name for name, *_ in fingerprints}
-    record_specifications(
-        group, {name: text for name, text in specifications.items() if name in outdated_metrics}
-    )
-    return _Stale(results, of_field, requests, sources, fingerprints, fresh)
-
-
-def _pairing(settings: RolloutSettings) -> dict[str, Any]:
-    return {"protocol": settings.protocol} if settings.protocol else {}
-
-
-def _fingerprint(
-    of_field: FieldRollouts,
-    row: int,
-    source: tuple[str, Rollout | None],
-    request: ScopedRequest,
-    specification_hash: str,
-) -> tuple[str, str]:
-    """Hash the contents of trajectory and rollout, and all that determines their distances."""
-    reference, (model, rollout) = of_field.reference, source
-    if rollout is not None:
-        other: Any = [rollout.content, rollout.partners.tolist()]
-    else:
-        other = [model, reference.contents if model == "mean" else ""]
-    content = f"{reference.contents[row]} {_hashed(other)}"
-    scope = request.dataset_range if request.scope == "dataset" else scope_identity(request.scope)
-    made_of = {"content": content, "specification": specification_hash, "scope": [request.scope, scope]}
-    return content, _hashed(made_of)
-
-
-def _hashed(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _forget_others(
-    results: FieldResults, of_field: FieldRollouts, present: set[tuple[str, str, int]]
-) -> None:
-    """Forget rollouts that are gone, and those of other models whose trajectory has changed."""
-    named = {model for model, _, _ in present}
-    contents = of_field.reference.contents
-    for metric, place, (model, member, sequence) in _each(results):
-        row = results.axes.sequences.index(sequence)
-        trajectory = str(results.texts[metric][schema.CONTENT][place]).partition(" ")[0]
-        is_vanished = model in named and (model, member, row) not in present
-        if is_vanished or (model not in named and trajectory not in ("", contents[row])):
-            results.forget(metric, place)
-
-
-def _each(results: FieldResults) -> Iterator[tuple[str, tuple[int, int, int], tuple[str, str, str]]]:
-    """List metric, place, and names of model, member and sequence of all results of a field."""
-    for metric in results.distances:
-        for m, model in enumerate(results.axes.models):
-            for k, member in enumerate(results.axes.members[model]):
-                for s, sequence in enumerate(results.axes.sequences):
-                    yield metric, (m, k, s), (model, member, sequence)
-
-
 # ---------------------------------------------------------------- running
 
 
 def _run(
-    stale: Sequence[_Stale], workers: MetricWorkers, report: RolloutsReport, progress: Progress | None
+    stale: Sequence[Stale], workers: MetricWorkers, report: RolloutsReport, progress: Progress | None
 ) -> None:
     """Compare all rollouts that are out of date."""
-    count = sum(entry.count for entry in stale)
+    count = sum(1 for entry in stale for _ in entry.blocks())
     if not count:
         return
     client = workers.start()
     by_key = {entry.results.key: entry for entry in stale}
-    batches = (batch for entry in stale for batch in entry.blocks())
+    batches = ((block,) for entry in stale for block in entry.blocks())
     try:
         with run_blocks(client, compute_block, batches, count, progress) as outcomes:
             for (block,), result, reason in outcomes:
                 report.blocks += 1
-                of_block = result if result is not None else _given_up(block, reason)
+                of_block = result if result is not None else give_up(block, reason)
                 report.seconds_by_activity.update(of_block.seconds)
-                for rollout in of_block.rollouts:
-                    report.computed += _put(by_key[block.key], block, rollout)
+                _put_block(by_key[block.key], block, of_block, report)
     finally:
         for entry in stale:
-            entry.results.flush()
+            for results in (entry.results, entry.scores, entry.spectra):
+                if results is not None:
+                    results.flush()
 
 
-def _given_up(block: Block, reason: str) -> BlockResult:
-    """Make the results of a block that failed every time: the next run tries it again."""
-    rollouts = [
-        RolloutResult(
-            source.model,
-            source.member,
-            reasons=dict.fromkeys(source.metrics, reason),
-            unfinished={*source.metrics},
-        )
-        for source in block.sources
-    ]
-    return BlockResult(rollouts, Counter(), "")
+def _put_block(entry: Stale, block: Block, result: BlockResult, report: RolloutsReport) -> None:
+    """Put what came of a block in the results."""
+    for rollout in result.rollouts:
+        report.computed += _put(entry.results, entry.fingerprints, block, rollout)
+    if result.ensemble is not None and entry.scores is not None:
+        report.scored += _put(entry.scores, entry.score_fingerprints, block, result.ensemble)
+    for rollout in result.spectra:
+        assert entry.spectra is not None
+        _put(entry.spectra, entry.spectrum_fingerprints, block, rollout)
 
 
-def _put(entry: _Stale, block: Block, rollout: RolloutResult) -> int:
+def _put(
+    results: FieldResults,
+    fingerprints: Mapping[Place, tuple[str, str]],
+    block: Block,
+    rollout: RolloutResult,
+) -> int:
     """Put the distances of a rollout in the results; return the number of metrics that are done."""
-    place = entry.results.axes.place(rollout.model, rollout.member, block.sequence)
+    place = results.axes.place(rollout.model, rollout.member, block.sequence)
     names = {*rollout.distances, *rollout.reasons}
     for name in sorted(names):
         finished = name not in rollout.unfinished
         values = rollout.distances.get(name)
-        content, made_of = entry.fingerprints[name, rollout.model, rollout.member, block.row]
-        frames = entry.results.distances[name].shape[-1]
-        if values is None or len(values) != frames:
-            values = entry.results.distances[name][place] * float("nan")
+        content, made_of = fingerprints[name, rollout.model, rollout.member, block.row]
+        expected = results.distances[name][place]
+        if values is None or values.shape != expected.shape:
+            values = np.full_like(expected, np.nan)
         texts = {schema.FAILURE: rollout.reasons.get(name, ""), schema.CONTENT: content}
         texts[schema.FINGERPRINT] = made_of if finished else ""
-        entry.results.put(name, place, values, texts)
+        results.put(name, place, values, texts)
     return len(names - rollout.unfinished)

@@ -7,31 +7,25 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 
 from lsim.embedding import Embedding
 from lsim.metric import Metric
 from lsim.prepared import Prepared
 from lsim.preprocess import FramesError, Scope
-from lsim.scope import find_extremes
+from pipeline.rollouts import scores
 from pipeline.rollouts.matching import Rollout
 from pipeline.rollouts.settings import RolloutScope
+from pipeline.rollouts.spectra import ENERGY, REFERENCE, measure_energy, wavenumbers
+from pipeline.rollouts.windows import Frames
 from pipeline.stage.stopwatch import Stopwatch
-from pipeline.storage import schema, store
 from pipeline.storage.checked_frames import NOT_READ, why_not_read
 from pipeline.workers.worker_metrics import MetricRequest, get_metric
-
-WINDOW_BYTES = 16 * 2**20
-"""Bytes of a window of frames, in double precision; a window has one frame at least."""
-
-HELD_BYTES = 256 * 2**20
-"""Frames of a trajectory that are kept after they are checked; longer trajectories are read twice."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +41,42 @@ class ScopedRequest:
 class Source:
     """Frames of a rollout: those of a model, or of a baseline that is made of the reference.
 
-    ``metrics`` are those that are out of date. A baseline has no ``rollout``.
+    ``metrics`` are those that are out of date, and ``spectrum`` is true if its energies are. A baseline has
+    no ``rollout``, and neither has the reference itself.
     """
 
     model: str
     member: str
     metrics: tuple[str, ...]
     rollout: Rollout | None = None
+    spectrum: bool = False
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """A model whose members are to be scored together.
+
+    Attributes
+    ----------
+    members : tuple of str
+        All that the model has in this field: without one of them there is no score.
+    scores : tuple of str
+        Those that are out of date.
+    masked : bool
+        Pixels that any frame lacks are left out.
+    """
+
+    model: str
+    members: tuple[str, ...]
+    scores: tuple[str, ...]
+    masked: bool = False
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Metrics whose energy scores are out of date."""
+        return tuple(
+            name.removeprefix(scores.ENERGY) for name in self.scores if name not in scores.PIXEL_SCORES
+        )
 
 
 @dataclass(frozen=True)
@@ -69,8 +92,12 @@ class Block:
     content, sequence : str
     metrics : dict of str to ScopedRequest
     sources : tuple of Source
+        With an ``ensemble``, all rollouts of its model and no others.
     contents : tuple of str
         Contents of all trajectories of the field, where a source is their mean.
+    ensemble : Ensemble, optional
+    spectrum_frames : tuple of int
+        Frames of the trajectory whose energies are measured.
     """
 
     frames: str
@@ -81,16 +108,23 @@ class Block:
     metrics: Mapping[str, ScopedRequest]
     sources: tuple[Source, ...]
     contents: tuple[str, ...] = ()
+    ensemble: Ensemble | None = None
+    spectrum_frames: tuple[int, ...] = ()
 
     @property
     def label(self) -> str:
         """Description of the block in messages."""
         return f"{self.key}, {self.sequence} and {len(self.sources)} rollouts"
 
+    @property
+    def together(self) -> int:
+        """Number of trajectories in memory at once."""
+        return len(self.sources) + 1
+
 
 @dataclass
 class RolloutResult:
-    """Distances of one rollout, (frame,) by metric, and why some are missing.
+    """Distances of one rollout, (frame,) by metric, and why some are missing; or the scores of a model.
 
     A metric in ``unfinished`` is tried again by the next run.
     """
@@ -101,110 +135,107 @@ class RolloutResult:
     reasons: dict[str, str] = field(default_factory=dict)
     unfinished: set[str] = field(default_factory=set)
 
+    @classmethod
+    def failed(cls, model: str, member: str, names: Sequence[str], reason: str) -> RolloutResult:
+        """Make a result that the next run tries again."""
+        return cls(model, member, reasons=dict.fromkeys(names, reason), unfinished={*names})
+
+    def fail(self, name: str, error: Exception) -> None:
+        """Record why a metric has no distances; frames that it refuses are no reason to try again."""
+        if isinstance(error, FramesError):
+            self.reasons[name] = str(error)
+        else:
+            self.reasons[name] = f"{type(error).__name__}: {error}"
+            self.unfinished.add(name)
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Add the distances of a window."""
+        self.distances[name] = np.concatenate([self.distances.get(name, np.full(0, np.nan)), values])
+
+    def explain(self, counts: Mapping[str, Sequence[tuple[int, str]]]) -> RolloutResult:
+        """Say how many frames lack a distance, by metric, and why."""
+        for name, reasons in counts.items():
+            total = len(self.distances.get(name, ()))
+            texts = [f"{count} of {total} {reason}" for count, reason in reasons if count]
+            if texts and name not in self.reasons:
+                self.reasons[name] = "; ".join(texts)
+        return self
+
 
 @dataclass(frozen=True)
 class BlockResult:
-    """Results of a block's rollouts, and the seconds that they took by activity."""
+    """Results of a block's rollouts, their spectra, their ensemble's; and seconds by activity."""
 
     rollouts: list[RolloutResult]
     seconds: Counter[str]
     device: str
-
-
-class Frames:
-    """Frames of a trajectory that are read in windows, and compared with their hash when the last is read.
-
-    Attributes
-    ----------
-    lo, hi : ndarray of shape (channel,), float64
-        Minimum and maximum over all frames without NaN and infinity; NaN if there is none.
-    """
-
-    def __init__(self, path: str, key: str, row: int, content: str) -> None:
-        group = store.get_group(store.open_store(path), key)
-        self._array = store.get_array(group, schema.FRAMES)
-        self._parameter = store.read(store.get_array(group, schema.PARAMETER), row)
-        self._row, self._content = row, content
-        self._count = int(self._array.shape[1])
-        frame = self._array.shape[2:]
-        self._length = max(1, WINDOW_BYTES // (8 * int(np.prod(frame))))
-        self._held: list[np.ndarray] | None = []
-        self._scan()
-
-    def _scan(self) -> None:
-        """Read all frames, check their hash, and find their range; keep them if they are few."""
-        digest = xxhash.xxh3_128()
-        nbytes, lows, highs = 0, [], []
-        dtype = self._array.dtype.newbyteorder("<")
-        shape = (self._count, *self._array.shape[2:])
-        digest.update(f"{dtype.str} {shape}\n".encode())
-        for start in range(0, self._count, self._length):
-            window = store.read(self._array, (self._row, slice(start, start + self._length)))
-            digest.update(np.ascontiguousarray(window, dtype).reshape(-1).view(np.uint8).data)
-            extremes = find_extremes(window)
-            lows.append(extremes.lo[extremes.finite])
-            highs.append(extremes.hi[extremes.finite])
-            nbytes += window.nbytes
-            if self._held is not None:
-                self._held.append(window)
-                if nbytes > HELD_BYTES:
-                    self._held = None
-        parameter = np.ascontiguousarray(self._parameter, "<f8")
-        digest.update(f"{parameter.dtype.str} {parameter.shape}\n".encode())
-        digest.update(parameter.view(np.uint8).data)
-        if digest.hexdigest() != self._content:
-            raise store.DamagedError(
-                str(self._array.store_path),
-                f"row {self._row}: frames and parameter are not those that were converted",
-            )
-        low, high = np.concatenate(lows), np.concatenate(highs)
-        nothing = np.full(shape[-1], np.nan)
-        self.lo = low.min(axis=0) if len(low) else nothing
-        self.hi = high.max(axis=0) if len(high) else nothing
-
-    @property
-    def range(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """``lo`` and ``hi`` as a scope; of frames without any finite value (0, 0)."""
-        lo, hi = (np.nan_to_num(side, nan=0.0) for side in (self.lo, self.hi))
-        return tuple(lo.tolist()), tuple(hi.tolist())
-
-    def windows(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield windows of frames, (n, y, x, channel), and where they stand in the trajectory."""
-        for number, start in enumerate(range(0, self._count, self._length)):
-            part = slice(start, min(start + self._length, self._count))
-            yield part, self.select(part) if self._held is None else self._held[number]
-
-    def select(self, part: slice | np.ndarray) -> np.ndarray:
-        """Return some frames by their numbers, which rise."""
-        numbers = np.arange(self._count)[part]
-        if self._held is not None:
-            return np.stack([self._held[k // self._length][k % self._length] for k in numbers])
-        first, last = int(numbers[0]), int(numbers[-1])
-        return store.read(self._array, (self._row, slice(first, last + 1)))[numbers - first]
+    ensemble: RolloutResult | None = None
+    spectra: list[RolloutResult] = field(default_factory=list)
 
 
 def compute_block(block: Block) -> BlockResult:
     """Compare rollouts with their trajectory. Runs on a worker."""
     stopwatch = Stopwatch()
     metrics = {name: get_metric(scoped.request) for name, scoped in block.metrics.items()}
-    device = next(iter(metrics.values())).device.type
+    device = next((metric.device.type for metric in metrics.values()), "cpu")
     with stopwatch("read"):
         try:
-            reference = Frames(block.frames, block.key, block.row, block.content)
+            reference = Frames(block.frames, block.key, block.row, block.content, block.together)
         except NOT_READ as error:
-            reason = f"reference: {why_not_read(error)}"
-            return BlockResult([_failed(source, reason) for source in block.sources], Counter(), device)
+            return give_up(block, f"reference: {why_not_read(error)}", device)
         rollouts = [_Compared(source, block, reference) for source in block.sources]
+    with stopwatch("spectra"):
+        spectra = [rollout.measure_spectrum() for rollout in rollouts if rollout.source.spectrum]
+    rollouts = [rollout for rollout in rollouts if rollout.source.model != REFERENCE]
+    ensemble = _Scored(block.ensemble, rollouts) if block.ensemble else None
     for part, window in reference.windows():
         ours: dict[Hashable, Prepared] = {}
-        for rollout in rollouts:
-            rollout.compare(part, window, ours, metrics, stopwatch)
-    return BlockResult([rollout.finish(metrics) for rollout in rollouts], stopwatch.seconds, device)
+        compared = [rollout.compare(part, window, ours, metrics, stopwatch) for rollout in rollouts]
+        if ensemble is not None:
+            ensemble.score(window, compared, metrics, stopwatch)
+    return BlockResult(
+        [rollout.finish(metrics) for rollout in rollouts],
+        stopwatch.seconds,
+        device,
+        None if ensemble is None else ensemble.finish(),
+        spectra,
+    )
 
 
-def _failed(source: Source, reason: str) -> RolloutResult:
-    reasons = dict.fromkeys(source.metrics, reason)
-    return RolloutResult(source.model, source.member, reasons=reasons, unfinished={*source.metrics})
+def give_up(block: Block, reason: str, device: str = "") -> BlockResult:
+    """Make the results of a block that failed: the next run tries it again."""
+    rollouts = [
+        RolloutResult.failed(source.model, source.member, source.metrics, reason)
+        for source in block.sources
+        if source.metrics
+    ]
+    ensemble = None
+    if block.ensemble:
+        ensemble = RolloutResult.failed(block.ensemble.model, "", block.ensemble.scores, reason)
+    spectra = [
+        RolloutResult.failed(source.model, source.member, (ENERGY,), reason)
+        for source in block.sources
+        if source.spectrum
+    ]
+    return BlockResult(rollouts, Counter(), device, ensemble, spectra)
+
+
+@dataclass
+class _Window:
+    """Frames of a rollout in a window of the trajectory.
+
+    Attributes
+    ----------
+    present : ndarray of shape (frame,), bool
+        Frames of the trajectory that have a partner.
+    frames : ndarray of shape (present frame, y, x, channel)
+    embedded : dict of str to tuple of Embedding, Embedding, ndarray
+        By metric those of the trajectory's frames, of their partners, and which pairs compare.
+    """
+
+    present: np.ndarray
+    frames: np.ndarray
+    embedded: dict[str, tuple[Embedding, Embedding, np.ndarray]] = field(default_factory=dict)
 
 
 class _Compared:
@@ -215,15 +246,21 @@ class _Compared:
         self.result = RolloutResult(source.model, source.member)
         self.frames: Frames | None = None
         self.missing = 0
+        self.fault = ""
+        self._names = dict.fromkeys([*source.metrics, *(block.ensemble.metrics if block.ensemble else ())])
         self._baseline: np.ndarray | None = None
         rollout = source.rollout
+        if source.model == REFERENCE:
+            self.frames = reference
+            return
         if rollout is None:
             self._baseline = _baseline(source.model, block, reference)
             return
         try:
-            self.frames = Frames(rollout.frames.path, block.key, rollout.row, rollout.content)
+            self.frames = Frames(rollout.frames.path, block.key, rollout.row, rollout.content, block.together)
         except NOT_READ as error:
-            self.result = _failed(source, why_not_read(error))
+            self.fault = why_not_read(error)
+            self.result = RolloutResult.failed(source.model, source.member, source.metrics, self.fault)
 
     def compare(
         self,
@@ -232,32 +269,53 @@ class _Compared:
         ours: dict[Hashable, Prepared],
         metrics: Mapping[str, Metric],
         stopwatch: Stopwatch,
-    ) -> None:
+    ) -> _Window:
         """Compare a window of the trajectory; ``ours`` holds what it is prepared as, for all rollouts."""
-        if len(self.result.unfinished) == len(self.source.metrics):
-            return
+        if self.fault:
+            return _Window(np.zeros(len(window), bool), np.empty(0))
         with stopwatch("read"):
             partners, other = self._partners(part)
+        compared = _Window(partners >= 0, other)
         theirs: dict[Hashable, Prepared] = {}
-        present = partners >= 0
-        for name in self.source.metrics:
-            values = self.result.distances.setdefault(name, np.full(0, np.nan))
+        for name in self._names:
             distances = np.full(len(window), np.nan)
-            if name not in self.result.reasons and present.any():
+            if name not in self.result.reasons and compared.present.any():
                 scoped, metric = self.block.metrics[name], metrics[name]
                 try:
                     with stopwatch(name):
-                        distances[present] = self._distances(
-                            metric, scoped, (window, present, other), ours, theirs
-                        )
-                except FramesError as error:
-                    self.result.reasons[name] = str(error)
+                        if scoped.scope == "pair":
+                            values = _compare_pairs(metric, window[compared.present], other)
+                        else:
+                            compared.embedded[name] = self._embed(
+                                metric, scoped, (window, compared.present, other), ours, theirs
+                            )
+                            values = _distances(metric, *compared.embedded[name])
+                    distances[compared.present] = values
                 except Exception as error:
-                    # One rollout must not take down its block; the next run tries it again.
-                    self.result.reasons[name] = f"{type(error).__name__}: {error}"
-                    self.result.unfinished.add(name)
-            self.result.distances[name] = np.concatenate([values, distances])
-        self.missing += int((~present).sum())
+                    # One rollout must not take down its block.
+                    self.result.fail(name, error)
+            if name in self.source.metrics:
+                self.result.append(name, distances)
+        self.missing += int((~compared.present).sum())
+        return compared
+
+    def measure_spectrum(self) -> RolloutResult:
+        """Measure the energies of some frames by wavenumber, (frame, wavenumber); NaN where there is none."""
+        source, numbers = self.source, np.array(self.block.spectrum_frames)
+        if self.fault:
+            return RolloutResult.failed(source.model, source.member, (ENERGY,), self.fault)
+        if self._baseline is not None:
+            energies = np.repeat(measure_energy(self._baseline[None]), len(numbers), axis=0)
+        else:
+            assert self.frames is not None
+            partners = numbers if source.rollout is None else source.rollout.partners[numbers]
+            frames = [self.frames.select(slice(k, k + 1))[0] for k in partners[partners >= 0]]
+            energies = np.full((len(numbers), len(wavenumbers(*self.reference.shape[:2]))), np.nan)
+            if frames:
+                energies[partners >= 0] = measure_energy(np.stack(frames))
+        return RolloutResult(source.model, source.member, {ENERGY: energies}).explain(
+            {ENERGY: [(int(np.isnan(energies[:, 0]).sum()), "frames are missing, or have NaN or infinity")]}
+        )
 
     def _partners(self, part: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return the number of each frame's partner, −1 for none, and the partners' frames."""
@@ -271,19 +329,16 @@ class _Compared:
             return partners, np.empty(0)
         return partners, self.frames.select(partners[partners >= 0])
 
-    def _distances(
+    def _embed(
         self,
         metric: Metric,
         scoped: ScopedRequest,
         frames: tuple[np.ndarray, np.ndarray, np.ndarray],
         ours: dict[Hashable, Prepared],
         theirs: dict[Hashable, Prepared],
-    ) -> np.ndarray:
-        """Measure the distances of a window's frames to their partners, the reference first."""
+    ) -> tuple[Embedding, Embedding, np.ndarray]:
+        """Embed a window's frames and their partners; tell which pairs compare."""
         window, present, other = frames
-        if scoped.scope == "pair":
-            mask = "nan" if metric.preprocessing.mask else None
-            return metric.distance(window[present], other, scope="pair", mask=mask)
         first, second = self._scopes(scoped)
         key = (metric.preprocessing, type(metric).prepare)
         if (key, first) not in ours:
@@ -293,11 +348,8 @@ class _Compared:
         reference, rollout = ours[key, first], theirs[key, second]
         with torch.no_grad():
             embedding = _select(metric.embed_prepared(reference), present)
-            values = metric.distance_pairs(embedding, metric.embed_prepared(rollout))
-        distances = values.detach().double().cpu().numpy().copy()
-        distances[~(reference.comparable[present] & rollout.comparable)] = np.nan
-        metric.claims.check_distances(distances, square=False, single=values.dtype == torch.float32)
-        return distances
+            partners = metric.embed_prepared(rollout)
+        return embedding, partners, reference.comparable[present] & rollout.comparable
 
     def _scopes(self, scoped: ScopedRequest) -> tuple[Scope, Scope]:
         """Choose the ranges that normalise the reference and the rollout."""
@@ -312,25 +364,123 @@ class _Compared:
 
     def finish(self, metrics: Mapping[str, Metric]) -> RolloutResult:
         """Say why distances are missing."""
-        for name, values in self.result.distances.items():
-            if name in self.result.reasons:
-                continue
-            reasons = []
-            if self.missing:
-                reasons.append(f"{self.missing} of {len(values)} frames have no partner at their time")
-            count = int(np.isnan(values).sum()) - self.missing
-            if count:
-                which = "no pixel in common" if metrics[name].preprocessing.mask else "NaN or infinity"
-                reasons.append(f"{count} of {len(values)} pairs of frames have {which}, or distance NaN")
-            if np.isinf(values).any():
-                reasons.append(f"{int(np.isinf(values).sum())} distances are infinite")
-            if reasons:
-                self.result.reasons[name] = "; ".join(reasons)
-        return self.result
+        counts = {}
+        for name in self.source.metrics:
+            values = self.result.distances.get(name, np.full(0, np.nan))
+            lost = "no pixel in common" if metrics[name].preprocessing.mask else "NaN or infinity"
+            counts[name] = [
+                (self.missing, "frames have no partner at their time"),
+                (
+                    int(np.isnan(values).sum()) - self.missing,
+                    f"pairs of frames have {lost}, or distance NaN",
+                ),
+                (int(np.isinf(values).sum()), "distances are infinite"),
+            ]
+        # What was embedded for a score alone has a reason there.
+        self.result.reasons = {n: why for n, why in self.result.reasons.items() if n in counts}
+        self.result.unfinished &= counts.keys()
+        return self.result.explain(counts)
+
+
+def _compare_pairs(metric: Metric, window: np.ndarray, other: np.ndarray) -> np.ndarray:
+    mask = "nan" if metric.preprocessing.mask else None
+    return metric.distance(window, other, scope="pair", mask=mask)
+
+
+def _distances(
+    metric: Metric, embedding: Embedding, partners: Embedding, comparable: np.ndarray
+) -> np.ndarray:
+    """Measure the distances of a window's frames to their partners, the reference first."""
+    with torch.no_grad():
+        values = metric.distance_pairs(embedding, partners)
+    distances = values.detach().double().cpu().numpy().copy()
+    distances[~comparable] = np.nan
+    metric.claims.check_distances(distances, square=False, single=values.dtype == torch.float32)
+    return distances
+
+
+class _Scored:
+    """A model while its members are scored together, window by window."""
+
+    def __init__(self, ensemble: Ensemble, rollouts: Sequence[_Compared]) -> None:
+        self.ensemble, self.rollouts = ensemble, rollouts
+        self.result = RolloutResult(ensemble.model, "")
+        self.missing = 0
+        members = {rollout.source.member: rollout for rollout in rollouts}
+        absent = [name for name in ensemble.members if name not in members]
+        faults = [f"member {name}: {of.fault}" for name, of in members.items() if of.fault]
+        if faults:
+            self.result = RolloutResult.failed(ensemble.model, "", ensemble.scores, faults[0])
+        elif absent:
+            reason = f"no rollout of member {', '.join(absent)}"
+            self.result.reasons = dict.fromkeys(ensemble.scores, reason)
+
+    def score(
+        self,
+        window: np.ndarray,
+        members: Sequence[_Window],
+        metrics: Mapping[str, Metric],
+        stopwatch: Stopwatch,
+    ) -> None:
+        """Score a window of the trajectory, where all members have frames."""
+        whole = np.logical_and.reduce([member.present for member in members])
+        self.missing += int((~whole).sum())
+        wanted = [name for name in self.ensemble.scores if name not in self.result.reasons]
+        values = {name: np.full(len(window), np.nan) for name in wanted}
+        if whole.any() and wanted:
+            with stopwatch("scores"):
+                if {*wanted} & {*scores.PIXEL_SCORES}:
+                    frames = np.stack([member.frames[whole[member.present]] for member in members])
+                    of_pixels = scores.score_pixels(frames, window[whole], masked=self.ensemble.masked)
+                    for name in {*wanted} & of_pixels.keys():
+                        values[name][whole] = of_pixels[name]
+                for metric in self.ensemble.metrics:
+                    if scores.ENERGY + metric in values:
+                        self._score_energy(metrics[metric], members, whole, values[scores.ENERGY + metric])
+        for name, of_window in values.items():
+            self.result.append(name, of_window)
+
+    def _score_energy(
+        self, metric: Metric, members: Sequence[_Window], whole: np.ndarray, values: np.ndarray
+    ) -> None:
+        """Write a metric's energy scores of a window into ``values``, or record why there are none."""
+        score = scores.ENERGY + metric.name
+        for rollout, member in zip(self.rollouts, members, strict=True):
+            if metric.name not in member.embedded:
+                self.result.reasons[score] = (
+                    f"member {rollout.source.member}: {rollout.result.reasons[metric.name]}"
+                )
+                if metric.name in rollout.result.unfinished:
+                    self.result.unfinished.add(score)
+                return
+        chosen = [member.embedded[metric.name] for member in members]
+        parts = [whole[member.present] for member in members]
+        truth = _select(chosen[0][0], parts[0])
+        try:
+            energies = scores.score_energy(
+                metric, [_select(of[1], part) for of, part in zip(chosen, parts, strict=True)], truth
+            )
+        except Exception as error:
+            # As for a rollout's distances.
+            self.result.fail(score, error)
+            return
+        comparable = np.logical_and.reduce([of[2][part] for of, part in zip(chosen, parts, strict=True)])
+        values[whole] = np.where(comparable, energies, np.nan)
+
+    def finish(self) -> RolloutResult:
+        """Say why scores are missing."""
+        counts = {}
+        for name in self.ensemble.scores:
+            values = self.result.distances.get(name, np.full(0, np.nan))
+            counts[name] = [
+                (self.missing, "frames lack a member"),
+                (int(np.isnan(values).sum()) - self.missing, "frames of some member have NaN or infinity"),
+            ]
+        return self.result.explain(counts)
 
 
 def _select(embedding: Embedding, present: np.ndarray) -> Embedding:
-    """Take the frames that have a partner."""
+    """Take some of the frames."""
     if present.all():
         return embedding
     numbers = torch.from_numpy(np.flatnonzero(present))
@@ -354,9 +504,3 @@ def _mean_frame(path: str, key: str, contents: tuple[str, ...]) -> np.ndarray:
             total = total + window[finite].sum(axis=0, dtype=np.float64)
             count += int(finite.sum())
     return np.asarray(total / max(count, 1))
-
-
-def split_sources(sources: Sequence[Source], most: int) -> Iterator[tuple[Source, ...]]:
-    """Split the rollouts of a trajectory into blocks."""
-    for start in range(0, len(sources), most):
-        yield tuple(sources[start : start + most])

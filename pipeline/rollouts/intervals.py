@@ -67,17 +67,10 @@ class Bootstrap:
         return float(self.values[model][present].mean()) if present.any() else np.nan
 
     def interval(self, model: str) -> Interval:
-        """Bound a model's mean, by percentiles that are widened for few sequences (Hesterberg 2015)."""
-        draws = self.draws[model][np.isfinite(self.draws[model])]
-        count = self._units(model)
-        value = self.mean(model)
-        if count < 2 or len(draws) < 2:
-            return Interval(value, np.nan, np.nan)
-        below = float(stats.norm.cdf(-_widening(count) * stats.norm.ppf((1 + CONFIDENCE) / 2)))
-        low, high = np.quantile(draws, [below, 1 - below])
-        return Interval(value, float(low), float(high))
+        """Bound a model's mean."""
+        return bound(self.mean(model), self.draws[model], self.units(model))
 
-    def _units(self, model: str) -> int:
+    def units(self, model: str) -> int:
         """Count what is resampled: sequences, or members where there is one sequence."""
         present = np.isfinite(self.values[model])
         sequences = int(present.any(axis=0).sum())
@@ -104,10 +97,11 @@ class Bootstrap:
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = np.abs(np.array(deviations)) / spread[:, None]
         largest = np.nanmax(np.where(np.isfinite(ratios), ratios, -np.inf), axis=0)
-        limit = float(np.quantile(largest[np.isfinite(largest)], CONFIDENCE)) if len(largest) else np.nan
+        finite = largest[np.isfinite(largest)]
+        limit = float(np.quantile(finite, CONFIDENCE)) if len(finite) else np.nan
         differences = []
         for (a, b), value, own in zip(pairs, values, spread, strict=True):
-            count = min(self._units(a), self._units(b))
+            count = min(self.units(a), self.units(b))
             half = limit * _widening(count) * own if count > 1 else np.nan
             differences.append(Difference(a, b, float(value), float(value - half), float(value + half)))
         return differences
@@ -121,6 +115,16 @@ class Bootstrap:
             restricted._sequences = self._sequences
             return restricted
         return Bootstrap({model: self.values[model][:, shared] for model in (a, b)}, len(self.draws[a]))
+
+
+def bound(value: float, draws: np.ndarray, count: int) -> Interval:
+    """Bound a value by the percentiles of its draws, widened for few sequences (Hesterberg 2015)."""
+    draws = draws[np.isfinite(draws)]
+    if count < 2 or len(draws) < 2:
+        return Interval(value, np.nan, np.nan)
+    below = float(stats.norm.cdf(-_widening(count) * stats.norm.ppf((1 + CONFIDENCE) / 2)))
+    low, high = np.quantile(draws, [below, 1 - below])
+    return Interval(value, float(low), float(high))
 
 
 def _weighted_means(values: np.ndarray, members: np.ndarray, sequences: np.ndarray) -> np.ndarray:

@@ -112,10 +112,14 @@ class Rollout:
 
 @dataclass(frozen=True)
 class FieldRollouts:
-    """The trajectories of a field, and the rollouts that are compared with them."""
+    """The trajectories of a field, and the rollouts that are compared with them.
+
+    ``wavenumbers`` are those of spectra, where results are spectra.
+    """
 
     reference: Trajectories
     rollouts: list[Rollout] = field(default_factory=list)
+    wavenumbers: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,9 @@ import pandas as pd
 
 from pipeline.rollouts.intervals import Bootstrap, Difference
 from pipeline.rollouts.results import FieldResults, read_results
+from pipeline.rollouts.scores import SKILL, SPREAD
+from pipeline.rollouts.spectra import ENERGY, SpectrumTables
+from pipeline.rollouts.spread import SpreadTable
 from pipeline.sources.local_folder import local_folder
 from pipeline.stage.provenance import has_specification
 from pipeline.storage import metadata, schema, store
@@ -36,8 +39,10 @@ class RankingReport:
 
     Attributes
     ----------
-    errors, differences, valid_times : DataFrame
+    errors, differences, valid_times, spread : DataFrame
         As the tables that were written.
+    spectra : dict of str to DataFrame
+        The tables ``spectra`` and ``bands``.
     best : dict of (str, str, str) to str
         By data set, field and metric the model with the least error.
     equals : dict of (str, str, str) to list of str
@@ -49,6 +54,8 @@ class RankingReport:
     errors: pd.DataFrame
     differences: pd.DataFrame
     valid_times: pd.DataFrame
+    spread: pd.DataFrame
+    spectra: dict[str, pd.DataFrame] = field(default_factory=dict)
     best: dict[tuple[str, str, str], str] = field(default_factory=dict)
     equals: dict[tuple[str, str, str], list[str]] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
@@ -68,7 +75,8 @@ def rank(
     ----------
     rollouts : path or address
     out : path or address
-        Folder of ``errors.parquet``, ``differences.parquet``, ``valid_times.parquet`` and ``rollouts.json``.
+        Folder of ``errors``, ``differences``, ``valid_times``, ``spread``, ``spectra`` and ``bands.parquet``,
+        and of ``rollouts.json``.
     replicates, seed : int
         Of the bootstrap.
     thresholds : mapping of str to float, optional
@@ -95,12 +103,16 @@ def rank(
         raise RankingError(f"{rollouts}: expected a rollouts.zarr, found a store of {root.attrs.get('kind')}")
     metadata.check_documents(root)
     thresholds = THRESHOLDS if thresholds is None else thresholds
-    report = RankingReport(pd.DataFrame(), pd.DataFrame(), pd.DataFrame())
+    report = RankingReport(pd.DataFrame(), pd.DataFrame(), pd.DataFrame(), pd.DataFrame())
     errors: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
     valid: list[dict[str, Any]] = []
+    spread = SpreadTable(replicates, seed)
     for place, table in _tables(root, report.damaged):
         dataset, name, metric = place
+        if metric in (SPREAD, SKILL):
+            spread.put(place, table.distances, table.times)
+            continue
         means = {model: _means(values) for model, values in table.distances.items()}
         bootstrap = Bootstrap(means, replicates, seed)
         labels = {"dataset": dataset, "field": name, "metric": metric}
@@ -115,34 +127,81 @@ def rank(
         raise RankingError(f"{rollouts}: no distances to rank; 'lsim compare' computes them")
     report.errors, report.differences = pd.DataFrame(errors), pd.DataFrame(differences)
     report.valid_times = pd.DataFrame(valid)
+    tables = SpectrumTables(replicates, seed)
+    _add_spectra(root, tables, report.damaged)
+    report.spectra = tables.to_frames()
+    report.spread = spread.to_frame({key: _members_of(root, key) for key in spread.keys})
     _write(report, rollouts, out, replicates, seed, root)
     return report
 
 
 @dataclass(frozen=True)
 class _Table:
-    """Distances of all models by a metric, (member, sequence, frame) each, and the frames' times."""
+    """Distances of all models by a metric, (member, sequence, frame) each, and the frames' times.
+
+    ``members`` counts those that scores of ensembles are of.
+    """
 
     distances: dict[str, np.ndarray]
     times: np.ndarray
+    members: dict[str, int] | None = None
 
 
 def _tables(root: store.Group, damaged: list[str]) -> Iterator[tuple[tuple[str, str, str], _Table]]:
-    """Give the distances of every field and metric, and the means over fields of a data set."""
+    """Give the distances of every field and metric, and the means over fields of a data set.
+
+    Scores of ensembles are metrics of a model that has one member: all of its members together.
+    """
     by_dataset: dict[str, list[str]] = {}
     for key in store.field_keys(root, schema.MODEL):
         by_dataset.setdefault(key.split("/")[0], []).append(key)
     for dataset, keys in by_dataset.items():
-        fields = [read_results(root, key) for key in keys]
-        for results in fields:
-            damaged += _leave_out_damaged(results)
-        for results in fields:
-            for metric in results.distances:
-                yield (dataset, results.key.split("/")[1], metric), _table_of(results, metric)
-        if len(fields) > 1 and all(other.axes_equal(fields[0].axes) for other in fields[1:]):
-            for metric in fields[0].distances:
-                if all(metric in results.distances for results in fields):
-                    yield (dataset, ALL_FIELDS, metric), _mean_over_fields(fields, metric)
+        for suffix in ("", f"/{schema.ENSEMBLE}"):
+            fields = [read_results(root, f"{key}{suffix}") for key in keys if f"{key}{suffix}" in root]
+            counts: dict[str, int] = {}
+            for results in fields:
+                damaged += _leave_out_damaged(results)
+                of_field = _members_of(root, results.key)
+                counts = {
+                    model: min(count, of_field.get(model, count))
+                    for model, count in (counts or of_field).items()
+                }
+                for metric in results.distances:
+                    table = replace(_table_of(results, metric), members=of_field if suffix else None)
+                    yield (dataset, results.key.split("/")[1], metric), table
+            if len(keys) > 1 and _are_alike(fields, len(keys)):
+                for metric in fields[0].distances:
+                    if all(metric in results.distances for results in fields):
+                        table = replace(_mean_over_fields(fields, metric), members=counts if suffix else None)
+                        yield (dataset, ALL_FIELDS, metric), table
+
+
+def _add_spectra(root: store.Group, tables: SpectrumTables, damaged: list[str]) -> None:
+    """Add the energies of all fields to the tables."""
+    for key in store.field_keys(root, schema.MODEL):
+        if f"{key}/{schema.SPECTRA}" not in root:
+            continue
+        results = read_results(root, f"{key}/{schema.SPECTRA}")
+        damaged += _leave_out_damaged(results)
+        dataset, name = key.split("/")
+        energies = _table_of(results, ENERGY).distances
+        times = results.axes.times.mean(axis=0)
+        tables.add({"dataset": dataset, "field": name}, energies, times, results.axes.wavenumbers)
+
+
+def _are_alike(fields: list[FieldResults], count: int) -> bool:
+    """Tell whether results are of all fields of a data set, with the same rollouts."""
+    return len(fields) == count and all(other.axes_equal(fields[0].axes) for other in fields[1:])
+
+
+def _members_of(root: store.Group, key: str) -> dict[str, int]:
+    """Count the members of each model of a field; none for the mean over fields."""
+    dataset, name = key.split("/")[:2]
+    if name == ALL_FIELDS and f"{dataset}/{name}" not in root:
+        return {}
+    return {
+        model: len(names) for model, names in read_results(root, f"{dataset}/{name}").axes.members.items()
+    }
 
 
 def _leave_out_damaged(results: FieldResults) -> list[str]:
@@ -200,13 +259,19 @@ def _rows_of_errors(
 ) -> Iterator[dict[str, Any]]:
     """Make the rows of errors.parquet: each model over all times, and at each."""
     for model, means in bootstrap.values.items():
-        yield {"model": model, "frame": -1, "time": np.nan} | _summary(bootstrap, model, means)
+        labels = {"model": model, "frame": -1, "time": np.nan}
+        yield labels | _summary(bootstrap, model, means) | _members(table, model)
     times = table.times.mean(axis=0)
     for frame, time in enumerate(times.tolist()):
         at_time = {model: distances[:, :, frame] for model, distances in table.distances.items()}
         draws = Bootstrap(at_time, replicates, seed)
         for model, values in at_time.items():
-            yield {"model": model, "frame": frame, "time": time} | _summary(draws, model, values)
+            labels = {"model": model, "frame": frame, "time": time}
+            yield labels | _summary(draws, model, values) | _members(table, model)
+
+
+def _members(table: _Table, model: str) -> dict[str, int]:
+    return {"members": table.members[model]} if table.members else {}
 
 
 def _summary(bootstrap: Bootstrap, model: str, values: np.ndarray) -> dict[str, Any]:
@@ -294,7 +359,8 @@ def _write(
     }
     with local_folder(absolute(out)) as folder:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("errors", "differences", "valid_times"):
-            getattr(report, name).to_parquet(folder / f"{name}.parquet", index=False)
+        tables = {name: getattr(report, name) for name in ("errors", "differences", "valid_times", "spread")}
+        for name, table in (tables | report.spectra).items():
+            table.to_parquet(folder / f"{name}.parquet", index=False)
         # Last: what the tables were made from.
         (folder / "rollouts.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -39,6 +39,12 @@ class RolloutSettings(pydantic.BaseModel):
         Frames are resized to it. Default: their own size.
     baselines : list of {"persistence", "mean"}
         Models made of the reference: its first frame; its mean over time and sequences.
+    ensembles : bool
+        Score all members of a model together, where any model has several: CRPS, spread and skill, and the
+        energy score by metrics that are Euclidean.
+    spectra : int, or list of float
+        Times at which energies by wavenumber are measured: so many, evenly from the first to the last, or
+        the frames nearest to some times. 0: none.
     tolerance : float
         Times are equal that differ by less than this share of the reference's smallest step.
     options, mask, precision, order, compat, weights
@@ -52,6 +58,8 @@ class RolloutSettings(pydantic.BaseModel):
     protocol: Literal["acdm"] | None = None
     size: int | None = pydantic.Field(default=None, ge=1)
     baselines: tuple[Literal["persistence", "mean"], ...] = ()
+    ensembles: bool = True
+    spectra: Annotated[int, pydantic.Field(ge=0)] | tuple[float, ...] = 4
     tolerance: float = pydantic.Field(default=1e-3, gt=0, lt=0.5)
     options: dict[str, dict[str, Option]] = {}
     mask: Literal["nan"] | None = None

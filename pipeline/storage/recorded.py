@@ -277,7 +277,10 @@ def record_fingerprints(root: store.Group) -> None:
 
     With this count, a fingerprint that is lost later differs from one that no run has written yet.
     """
-    for key in store.field_keys(root, f"{schema.PROVENANCE}/{schema.FINGERPRINT}"):
+    variable = f"{schema.PROVENANCE}/{schema.FINGERPRINT}"
+    fields = store.field_keys(root, variable)
+    parts = [f"{key}/{part}" for key in fields for part in schema.PARTS_OF_ROLLOUTS]
+    for key in (*fields, *(part for part in parts if f"{part}/{variable}" in root)):
         group = store.get_group(root, key)
         provenance = store.get_group(group, schema.PROVENANCE)
         store.set_attributes(provenance, {schema.RECORDED: count_fingerprints(group)})

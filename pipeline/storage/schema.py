@@ -99,8 +99,10 @@ one per metric  model, member, sequence, frame     float64      distances; NaN w
 =============== ================================== ============ =========================================
 
 and in ``provenance``: ``metric``, ``specification`` as in ``distances.zarr``; ``failure``, ``content``,
-``digest`` and ``fingerprint`` (metric, model, member, sequence). The root's attribute ``unmatched`` lists
-what could not be compared.
+``digest`` and ``fingerprint`` (metric, model, member, sequence). Two child groups have the same form:
+``ensemble``, scores of all members of a model together, under one member ""; ``spectra``, with ``energy``
+(…, ``wavenumber``) at some frames, and the model ``reference``. The root's attribute ``unmatched`` lists what
+could not be compared.
 """
 
 from __future__ import annotations
@@ -141,6 +143,12 @@ CONTENT = "content"
 SOURCE = "source"
 WEIGHTS = "weights"
 TIME = "time"
+ENSEMBLE = "ensemble"
+"""Group of a field of ``rollouts.zarr``: scores of all members of a model together."""
+SPECTRA = "spectra"
+"""Group of a field of ``rollouts.zarr``: energies by wavenumber of the reference and of rollouts."""
+PARTS_OF_ROLLOUTS = (ENSEMBLE, SPECTRA)
+WAVENUMBER = "wavenumber"
 QUARANTINED = "quarantined"
 
 PROVENANCE = "provenance"
@@ -180,7 +188,12 @@ CARRIED = frozenset({PARAMETER, SEQUENCE})
 CARRIED_BY_MATRIX = frozenset({FIELD, SEQUENCE, NUMBER, PARAMETER})
 """Variables of a ``matrix.zarr`` group that are not metrics."""
 
-RESERVED = CARRIED | CARRIED_BY_MATRIX | {FRAME, FRAME_OTHER, PROVENANCE, MODEL, MEMBER, TIME}
+RESERVED = (
+    CARRIED
+    | CARRIED_BY_MATRIX
+    | {FRAME, FRAME_OTHER, PROVENANCE, MODEL, MEMBER, TIME, WAVENUMBER}
+    | {*PARTS_OF_ROLLOUTS}
+)
 """Names that no metric can have in a store of results."""
 
 
