@@ -182,6 +182,47 @@ known_absolute_differences = _sum_over_columns(squared=False, skip_nan=True)
 """Kernel of Σ_k |x[i, k] − y[j, k]| over those k where neither is NaN."""
 
 
+@compiled(fastmath=FAST)
+def _sum_each_row(x, y, squared, out):  # type: ignore[no-untyped-def]
+    zero = x.dtype.type(0)
+    block = BLOCK if squared else 2 * BLOCK
+    for i in range(x.shape[0]):
+        total = 0.0
+        for start in range(0, x.shape[1], block):
+            stop = min(start + block, x.shape[1])
+            a = x[i, start:stop]
+            b = y[i, start:stop]
+            part = zero
+            for k in range(stop - start):
+                part += _term(a[k], b[k], squared, False)
+            total += part
+        out[i] = total
+
+
+def each_pair(x: Tensor, y: Tensor, *, squared: bool) -> Tensor:
+    """Sum the absolute or squared differences of x[k] and y[k], in one pass over the rows.
+
+    Parameters
+    ----------
+    x, y : Tensor of shape (n, column), float32 or float64
+        For which there are kernels, see :func:`has_kernel`.
+    squared : bool
+
+    Returns
+    -------
+    Tensor of shape (n,), float64
+        As exact as :func:`all_pairs`; each depends on its two rows alone.
+
+    Examples
+    --------
+    >>> each_pair(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0]]), squared=True)
+    tensor([25.], dtype=torch.float64)
+    """
+    out = np.empty(len(x))
+    _sum_each_row(*(np.ascontiguousarray(side.numpy()) for side in (x, y)), squared, out)
+    return torch.from_numpy(out)
+
+
 def all_pairs(
     kernel: PairKernel | TileKernel, n: int, m: int, *arguments: Any, symmetric: bool, operations: int
 ) -> Tensor:

@@ -27,7 +27,7 @@ from lsim.error_bounds import NetworkPrecision, ReportsPrecision, check_network_
 from lsim.metric import Embedding, Metric, MetricInfo, safe_sqrt
 from lsim.networks import AlexTrunk, LsimTrunk, NonSiamese, SkipTrunk, for_one_channel
 from lsim.no_tf32 import ieee_convolutions, ieee_products
-from lsim.pairs import has_kernel, squared_distances
+from lsim.pairs import each_pair, has_kernel, squared_distances
 from lsim.preprocess import FramesError, Preprocessing
 from lsim.rounding import of_features_difference, of_sum
 from lsim.threads import batches, in_threads
@@ -215,8 +215,10 @@ class LSiM(ReportsPrecision, Metric):
         return of_features_difference(a, b) + of_sum(distances, a.parts["features"].dtype)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        squared = (a.parts["features"] - b.parts["features"]).square().sum(1, dtype=torch.float64)
-        return safe_sqrt(squared)
+        x, y = a.parts["features"], b.parts["features"]
+        if has_kernel(x, y) and {x.dtype, y.dtype} <= {torch.float32, torch.float64}:
+            return safe_sqrt(each_pair(x, y, squared=True))
+        return safe_sqrt((x - y).square().sum(1, dtype=torch.float64))
 
 
 class LSiMSkip(LSiM):
