@@ -18,11 +18,12 @@ from matrices import smooth_sequence, write_archive
 
 import lsim
 from pipeline.comparison import Layout, compare_files
-from pipeline.report import write_rollouts_report
+from pipeline.report import DamagedReportError, write_rollouts_report
 from pipeline.rollouts import RolloutSettings, compare
 from pipeline.rollouts.intervals import Bootstrap
 from pipeline.rollouts.ranking import rank
 from pipeline.storage import store
+from pipeline.storage.checked_frames import content_hash
 from pipeline.verify import verify
 from pipeline.verify.repair import repair
 from pipeline.workers.cluster import Cluster
@@ -498,6 +499,36 @@ def test_a_page_without_its_stores_says_so(tmp_path, stores, here):
     html = Path(write_rollouts_report(tmp_path / "results")).read_text()
     assert "missing distances cannot be listed" in html
     assert "Everything was compared" not in html
+
+
+def test_a_page_without_damaged_distances_is_written_and_ends_with_an_error(tmp_path, stores, here):
+    out = tmp_path / "r.zarr"
+    compare(stores["reference"], {"unet": stores["unet"], "fno": stores["fno"]}, out, PIXELS, cluster=here)
+    (out / KEY / "l2" / "c" / "0" / "0" / "0" / "0").unlink()
+    rank(out, tmp_path / "results", replicates=50)
+    with pytest.raises(DamagedReportError, match="l2, unet run0 s0"):
+        write_rollouts_report(tmp_path / "results")
+    html = (tmp_path / "results" / "report" / "index.html").read_text()
+    assert "A/density: l2, unet run0 s0" in html
+
+
+def test_pictures_are_of_the_frames_that_were_compared(tmp_path, here):
+    reference = trajectories(2, 6)
+    source = write_archive(tmp_path / "reference.zarr", {KEY: reference})
+    model = write_archive(tmp_path / "m.zarr", {KEY: reference})
+    late = store.get_array(store.get_group(store.open_store(model, "a"), KEY), "parameter")
+    times = store.read(late)
+    times[:, 1:-1] += 0.05  # within the tolerance of this run, and beyond the default
+    store.write_rows(late, 0, times)
+    contents = store.get_array(store.get_group(store.open_store(model, "a"), KEY), "content")
+    hashes = [content_hash(frames, row) for frames, row in zip(reference.values(), times, strict=True)]
+    store.write_rows(contents, 0, np.array(hashes, object))
+    settings = RolloutSettings(metrics=("l2",), tolerance=0.3)
+    report = compare(source, {"m": model}, tmp_path / "r.zarr", settings, cluster=here)
+    assert not report.failures
+    rank(tmp_path / "r.zarr", tmp_path / "results", replicates=50)
+    html = Path(write_rollouts_report(tmp_path / "results")).read_text()
+    assert "no frame" not in html
 
 
 @pytest.mark.parametrize(

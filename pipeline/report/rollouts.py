@@ -19,7 +19,7 @@ from pipeline.report.curves import Curve, draw_curves
 from pipeline.report.pictures import MISSING, data_address, shrink
 from pipeline.report.reading import ReportError
 from pipeline.report.text import significant
-from pipeline.rollouts import RolloutSettings, list_rollout_failures
+from pipeline.rollouts import list_rollout_failures
 from pipeline.rollouts.matching import FieldRollouts, match_fields
 from pipeline.rollouts.results import read_results
 from pipeline.rollouts.spectra import REFERENCE
@@ -315,8 +315,9 @@ class _Stores:
                 continue
             results = read_results(self.root, key)
             for metric, values in results.distances.items():
-                with np.errstate(all="ignore"):
-                    means = np.nanmean(np.where(np.isfinite(values), values, np.nan), axis=(1, 3))
+                present = np.isfinite(values)
+                counts = present.sum(axis=(1, 3))
+                means = np.where(present, values, 0).sum(axis=(1, 3)) / np.where(counts, counts, np.nan)
                 for place, model in enumerate(results.axes.models):
                     row = means[place]
                     if np.isfinite(row).sum() > 1:
@@ -328,7 +329,7 @@ class _Stores:
                                 "model": model,
                                 "sequence": results.axes.sequences[sequence],
                                 "value": float(row[sequence]),
-                                "ratio": float(row[sequence] / np.nanmedian(row)),
+                                "ratio": float(row[sequence] / (np.nanmedian(row) or np.nan)),
                             }
                         )
         worst.sort(key=lambda entry: -entry["ratio"] if np.isfinite(entry["ratio"]) else 0)
@@ -382,7 +383,8 @@ class _Stores:
             for model, listed in paths.items()
         }
         reference = self._beside(str(self.root.attrs["reference"]))
-        return match_fields(reference, stores, RolloutSettings().tolerance).fields[key]
+        tolerance: Any = self.root.attrs["tolerance"]
+        return match_fields(reference, stores, tolerance).fields[key]
 
     def _beside(self, path: str) -> str:
         """Resolve a path that the store records relative to itself."""

@@ -147,6 +147,7 @@ def compare(
         ]
         attributes = {
             "reference": relative(reference_path, out_path),
+            "tolerance": settings.tolerance,
             "models": {
                 model: [relative(path, out_path) for _, path in members] for model, members in stores.items()
             },
