@@ -79,7 +79,8 @@ class CheckedMetric(MetricDefinition):
 
     def _rest(self, prepared: Prepared) -> Tensor | None:
         """Return the rest of the frames if the metric takes it; frames that are truncated have none."""
-        return prepared.rest if self.takes_rest and not self.quantised else None
+        takes_rest = self.takes_rest and (self.rest_of_units or self.preprocessing.precision == "double")
+        return prepared.rest if takes_rest and not self.quantised else None
 
     def _with_rounding(self, embedding: Embedding, prepared: Prepared) -> Embedding:
         """Attach to an embedding how much preparing may have rounded its frames."""

@@ -59,3 +59,20 @@ class Embedding:
 
     def __iter__(self) -> Iterator[Embedding]:
         return (self[k : k + 1] for k in range(len(self)))
+
+
+def difference_of(a: Embedding, b: Embedding, part: str) -> Tensor:
+    """Subtract the values of a part, and then their rests where embeddings have them (:mod:`lsim.doubles`).
+
+    Examples
+    --------
+    >>> import torch
+    >>> values, rest = torch.ones(1, 1, dtype=torch.float64), torch.full((1, 1), 1e-20, dtype=torch.float64)
+    >>> a, b = Embedding({"values": values, "rest": rest}), Embedding({"values": values, "rest": -rest})
+    >>> difference_of(a, b, "values").item()
+    2e-20
+    """
+    difference = a.parts[part] - b.parts[part]
+    if "rest" not in a.parts:
+        return difference
+    return difference + (a.parts["rest"] - b.parts["rest"])

@@ -50,6 +50,9 @@ class MetricDefinition(ABC):
     takes_rest: bool = False
     """True if :meth:`embed_with_rest` uses what double precision has rounded off frames."""
 
+    rest_of_units: ClassVar[bool] = True
+    """True if frames in their own units, which are in double in any precision, are embedded with a rest."""
+
     copies_to_compare: ClassVar[bool] = True
     """True if :meth:`compare` on a CPU may copy both embeddings, in double: plans of memory count it."""
 

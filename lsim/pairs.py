@@ -223,6 +223,71 @@ def each_pair(x: Tensor, y: Tensor, *, squared: bool) -> Tensor:
     return torch.from_numpy(out)
 
 
+# Said, since Numba otherwise takes over fastmath from the kernel that first calls it: that changes the order.
+@compiled(fastmath=False)
+def subtract_with_rests(a, a_rest, b, b_rest, out):  # type: ignore[no-untyped-def]
+    """Subtract rows of float64, and then their rests."""
+    for k in range(out.shape[0]):
+        out[k] = (a[k] - b[k]) + (a_rest[k] - b_rest[k])
+
+
+@compiled(fastmath=FAST)
+def _sum_with_rests(i, j, out, x, x_rest, y, y_rest, squared, skip_nan):  # type: ignore[no-untyped-def]
+    """Add Σ_k |d_k| or Σ_k d_k² to out[p], d being the difference of rows i[p] and j[p] with their rests."""
+    difference = np.empty(BLOCK)
+    for p in range(i.shape[0]):
+        for start in range(0, x.shape[1], BLOCK):
+            columns = slice(start, min(start + BLOCK, x.shape[1]))
+            part = difference[: columns.stop - start]
+            subtract_with_rests(
+                x[i[p], columns], x_rest[i[p], columns], y[j[p], columns], y_rest[j[p], columns], part
+            )
+            total = 0.0
+            for k in range(part.shape[0]):
+                total += _term(part[k], 0.0, squared, skip_nan)
+            out[p] += total
+
+
+def sums_of_differences(
+    x: Tensor,
+    y: Tensor,
+    rests: tuple[Tensor, Tensor] | None = None,
+    *,
+    squared: bool = False,
+    skip_nan: bool = False,
+) -> Tensor:
+    """Compute Σ_k |x[i, k] − y[j, k]| of all pairs by a kernel, or the sum of squares.
+
+    Parameters
+    ----------
+    x, y : Tensor of shape (n, k) and (m, k)
+        For which :func:`has_kernel` is true. Where ``x is y``, only i < j is computed and mirrored.
+    rests : tuple of Tensor, optional
+        Of the same shapes: the rests of ``x`` and ``y`` in float64, see :mod:`lsim.doubles`.
+    squared : bool, default False
+    skip_nan : bool, default False
+        Sum over those k where neither is NaN.
+
+    Returns
+    -------
+    Tensor of shape (n, m), float64
+    """
+    how: dict[str, Any] = {"symmetric": x is y, "operations": x.shape[1]}
+    if rests is None:
+        kernel = _KERNELS[squared, skip_nan]
+        return all_pairs(kernel, len(x), len(y), x.numpy(), y.numpy(), **how)
+    sides = (part.numpy() for part in (x, rests[0], y, rests[1]))
+    return all_pairs(_sum_with_rests, len(x), len(y), *sides, squared, skip_nan, **how)
+
+
+_KERNELS = {
+    (False, False): absolute_differences,
+    (False, True): known_absolute_differences,
+    (True, False): squared_differences,
+    (True, True): known_squared_differences,
+}
+
+
 def all_pairs(
     kernel: PairKernel | TileKernel, n: int, m: int, *arguments: Any, symmetric: bool, operations: int
 ) -> Tensor:
@@ -349,6 +414,13 @@ def pairs_in_torch(paired: Callable[[Any, Any], Tensor], a: Any, b: Any) -> Tens
         if symmetric:
             block[j, i] = value[0]
     return block
+
+
+def compare_in_torch(paired: Callable[[Any, Any], Tensor], a: Any, b: Any) -> Tensor:
+    """Compute a block of distances without kernels: pair by pair if frames with rests are on the CPU."""
+    if "rest" in a.parts and has_kernel(*a.parts.values(), *b.parts.values()):
+        return pairs_in_torch(paired, a, b)
+    return rows_in_torch(paired, a, b)
 
 
 def squared_distances(x: Tensor, y: Tensor) -> tuple[Tensor, PairPrecision]:

@@ -12,10 +12,10 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from lsim.embedding import Embedding
+from lsim.embedding import Embedding, difference_of
 from lsim.error_bounds import as_floats
 from lsim.metric import Metric
-from lsim.pairs import has_kernel
+from lsim.pairs import has_kernel, rows_in_torch
 from lsim.rounding import of_difference, of_sum
 
 
@@ -24,10 +24,16 @@ class PixelMeans(Metric):
 
     copies_to_compare = False
     shares_embedding = "values by pixel"
+    takes_rest = True
+    rest_of_units = False
 
     def embed(self, frames: Tensor) -> Embedding:
         """Keep the values by pixel: float32, or float64 where the frames are."""
         return Embedding({"values": as_floats(self._select_pixels(frames))})
+
+    def embed_with_rest(self, frames: Tensor, rest: Tensor) -> Embedding:
+        """Add the rest by pixel."""
+        return Embedding(self.embed(frames).parts | {"rest": self._select_pixels(rest)})
 
     def _select_pixels(self, frames: Tensor) -> Tensor:
         """Select the pixels that the metric compares: (n, y, x, channel) → (n, pixel, channel)."""
@@ -42,11 +48,26 @@ class PixelMeans(Metric):
         """Bound a norm of the difference: by the norm of the errors, and by the rounding of the sum."""
         return of_difference(a, b, mean=True) + of_sum(distances, a.parts["values"].dtype)
 
-    def _has_kernel(self, a: Embedding, b: Embedding, *, masked: bool = False) -> bool:
-        """Tell whether compiled kernels apply: without weights, and without a mask unless ``masked``."""
+    def _has_kernel(
+        self, a: Embedding, b: Embedding, *, masked: bool = False, with_rest: bool = False
+    ) -> bool:
+        """Tell whether compiled kernels apply: without weights; and a mask, or rests, only where said."""
         if self.pixel_weights is not None or (self.preprocessing.mask and not masked):
             return False
+        if "rest" in a.parts and not with_rest:
+            return False
         return has_kernel(a.parts["values"], b.parts["values"])
+
+    def _mean_size(self, a: Embedding, b: Embedding) -> Tensor:
+        """Compute the root mean square of differences, or their largest where not all count alike: (n, m)."""
+
+        def size(left: Embedding, right: Embedding) -> Tensor:
+            difference = difference_of(left, right, "values").flatten(1).double()
+            if self.preprocessing.mask or self.pixel_weights is not None:
+                return difference.nan_to_num().abs().amax(1)
+            return difference.square().mean(1).sqrt()
+
+        return rows_in_torch(size, a, b)
 
     def find_counted(self, a: Embedding, b: Embedding) -> Tensor | None:
         """Find the pixels that count for pairs of frames: (pair, pixel, channel), see the module."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lsim.doubles import UNIT
-from lsim.embedding import Embedding
+from lsim.embedding import Embedding, difference_of
 from lsim.error_bounds import half_ulp
 
 FULL_SCALE = 255.0
@@ -218,6 +218,14 @@ def share_of_equals(planes: Tensor) -> Tensor:
 def of_sum(distances: Tensor, dtype: torch.dtype) -> Tensor:
     """Bound the rounding of distances that are sums over pixels in some precision."""
     return RELATIVE * half_ulp(dtype) * distances.abs()
+
+
+def size_of_difference(a: Embedding, b: Embedding) -> Tensor:
+    """Compute the root mean square of the difference of each pair's frames, on [0, 1]: (pair,).
+
+    What is computed from differences, values and then rests, is rounded in proportion to them.
+    """
+    return difference_of(a, b, "frames").square().mean((1, 2, 3)).sqrt() / FULL_SCALE
 
 
 def of_features_difference(a: Embedding, b: Embedding) -> Tensor:

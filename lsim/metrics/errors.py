@@ -28,19 +28,21 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from lsim.compiled import compiled
+from lsim.embedding import difference_of
 from lsim.error_bounds import CONFIDENCE, HALF_ULP_OF_DOUBLE
 from lsim.metric import Embedding, Metric, MetricInfo, positive_number, safe_sqrt
 from lsim.pairs import (
     FAST,
-    absolute_differences,
     all_pairs,
+    compare_in_torch,
     has_kernel,
     rows_in_torch,
     squared_differences,
+    sums_of_differences,
 )
 from lsim.pixel_means import PixelMeans, in_rows, mean_of, where_counted
 from lsim.preprocess import Preprocessing
-from lsim.rounding import FULL_SCALE, of_difference, of_each, of_sum
+from lsim.rounding import FULL_SCALE, of_difference, of_each, of_sum, size_of_difference
 from lsim.threads import in_threads
 
 EPSILON = 1e-7
@@ -84,7 +86,7 @@ class MaxError(PixelMeans):
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         if not self._has_kernel(a, b):
-            return rows_in_torch(self.paired, a, b)
+            return compare_in_torch(self.paired, a, b)
         x, y = (side.parts["values"].flatten(1).numpy() for side in (a, b))
         return all_pairs(
             largest_difference, len(x), len(y), x, y, symmetric=a is b, operations=2 * x.shape[1]
@@ -117,19 +119,13 @@ class NMAE(PixelMeans):
     )
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
-        if not self._has_kernel(a, b):
+        if not self._has_kernel(a, b, with_rest=True):
             return rows_in_torch(self.paired, a, b)
-        x, y = a.parts["values"].flatten(1), b.parts["values"].flatten(1)
+        x = a.parts["values"].flatten(1)
+        y = x if a is b else b.parts["values"].flatten(1)
+        rests = (a.parts["rest"].flatten(1), b.parts["rest"].flatten(1)) if "rest" in a.parts else None
         columns = x.shape[1]
-        sums = all_pairs(
-            absolute_differences,
-            len(x),
-            len(y),
-            x.numpy(),
-            y.numpy(),
-            symmetric=a is b,
-            operations=columns,
-        )
+        sums = sums_of_differences(x, y, rests)
         return sums / (_sums_of_magnitudes(a)[:, None] + EPSILON * FULL_SCALE * columns)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
@@ -148,7 +144,7 @@ class NMAE(PixelMeans):
         error = of_difference(a, b, mean=True) + distances * of_each(a, mean=True)[:, None] / FULL_SCALE
         if self.preprocessing.mask:
             sizes = rows_in_torch(self._divisor_paired, a, b)
-        elif self._has_kernel(a, b):
+        elif self._has_kernel(a, b, with_rest=True):
             values = a.parts["values"][0].numel() * FULL_SCALE
             sizes = _sums_of_magnitudes(a)[:, None] / values + EPSILON
         else:
@@ -175,7 +171,7 @@ class ConservedError(PixelMeans):
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         if not self._has_kernel(a, b):
-            return rows_in_torch(self.paired, a, b)
+            return compare_in_torch(self.paired, a, b)
         x, y = (side.once("channel means", functools.partial(_channel_means, side)) for side in (a, b))
         return (x[:, None] - y).abs().mean(2) / FULL_SCALE
 
@@ -188,10 +184,13 @@ class ConservedError(PixelMeans):
         Sums of values, most of which cancels, add their own rounding in double precision.
         """
         partly = self.preprocessing.mask or self.pixel_weights is not None
-        x = _sizes(a, partly)
-        y = x if a is b else _sizes(b, partly)
+        if "rest" in a.parts:
+            sizes = self._mean_size(a, b)
+        else:
+            x = _sizes(a, partly)
+            sizes = x[:, None] + (x if a is b else _sizes(b, partly))
         terms = CONFIDENCE * math.sqrt(a.parts["values"].shape[1]) + 4
-        rounding_of_sums = terms * HALF_ULP_OF_DOUBLE * (x[:, None] + y) / FULL_SCALE
+        rounding_of_sums = terms * HALF_ULP_OF_DOUBLE * sizes / FULL_SCALE
         return (
             of_difference(a, b, stored=True, mean=True) + of_sum(distances, torch.float64) + rounding_of_sums
         )
@@ -232,7 +231,7 @@ class BoundaryError(PixelMeans):
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         if not self._has_kernel(a, b):
-            return rows_in_torch(self.paired, a, b)
+            return compare_in_torch(self.paired, a, b)
         x, y = (side.parts["values"].double().transpose(1, 2).contiguous().numpy() for side in (a, b))
         sums = all_pairs(sum_of_norms, len(x), len(y), x, y, symmetric=a is b, operations=x[0].size)
         return sums / (x.shape[2] ** 0.5 * x.shape[1] * FULL_SCALE)
@@ -249,6 +248,8 @@ class BoundaryError(PixelMeans):
 def _errors(metric: PixelMeans, a: Embedding, b: Embedding) -> tuple[Tensor, Tensor | None]:
     """Subtract pairs in double, with 0 for pixels that don't count, and find those that do."""
     weights = metric.find_counted(a, b)
+    if "rest" in a.parts:
+        return where_counted(difference_of(a, b, "values"), weights), weights
     difference = a.parts["values"].double() - b.parts["values"].double()
     return where_counted(difference, weights), weights
 
@@ -264,9 +265,12 @@ def _sizes(embedding: Embedding, masked: bool) -> Tensor:
 def _sums_of_magnitudes(embedding: Embedding) -> Tensor:
     """Add up the magnitudes of each frame's values by a kernel: (n,) float64."""
     rows = embedding.parts["values"].flatten(1)
-    return embedding.once(
-        "sums of magnitudes", lambda: torch.tensor([_sum_of_magnitudes(row) for row in rows.numpy()])
-    )
+
+    def add_up() -> Tensor:
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        return torch.tensor([_sum_of_magnitudes(row) for row in rows.numpy()], dtype=dtype)
+
+    return embedding.once("sums of magnitudes", add_up)
 
 
 def _channel_means(embedding: Embedding) -> Tensor:
@@ -282,6 +286,8 @@ class _ByWavenumber(Metric):
     """A sum of norms of parts of the error's Fourier transform; a frame's coefficients are its embedding."""
 
     copies_to_compare = False
+    takes_rest = True
+    rest_of_units = False
 
     def embed(self, frames: Tensor) -> Embedding:
         """Compute coefficients, scaled such that norms add up to the distance: (n, part, value) float64."""
@@ -290,9 +296,14 @@ class _ByWavenumber(Metric):
         gain = self._gain(frames.shape[1], frames.shape[2])
         return Embedding({"values": values, "gain": values.new_full((len(values),), gain)})
 
+    def embed_with_rest(self, frames: Tensor, rest: Tensor) -> Embedding:
+        """Keep frames with their rest: the transform of a pair is that of their difference."""
+        gain = frames.new_full((len(frames),), self._gain(frames.shape[1], frames.shape[2]))
+        return Embedding({"frames": frames, "rest": rest, "gain": gain})
+
     @abstractmethod
-    def _transformed(self, frame: Tensor) -> Tensor:
-        """Transform a frame (1, y, x, channel) into scaled coefficients (1, part, value), float64."""
+    def _transformed(self, frames: Tensor) -> Tensor:
+        """Transform frames (n, y, x, channel) into scaled coefficients (n, part, value), float64."""
 
     @abstractmethod
     def _gain(self, y: int, x: int) -> float:
@@ -302,17 +313,21 @@ class _ByWavenumber(Metric):
         """
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """Bound a sum of norms; the transform's own rounding counts as an error of values."""
+        """Bound a sum of norms; the transform's own rounding counts as an error of values.
+
+        With the rest of frames, it is the rounding of their difference's transform.
+        """
         return self._bound_norms(a, b) + of_sum(distances, torch.float64)
 
     def _bound_norms(self, a: Embedding, b: Embedding) -> Tensor:
         """Bound the error of the sum of norms by that of the values: (len(a), len(b))."""
-        return (of_difference(a, b, mean=True) + TRANSFORM) * a.parts["gain"][:, None]
+        size = rows_in_torch(size_of_difference, a, b) if "rest" in a.parts else 1.0
+        return (of_difference(a, b, mean=True) + TRANSFORM * size) * a.parts["gain"][:, None]
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
+        if "rest" in a.parts or not has_kernel(a.parts["values"], b.parts["values"]):
+            return compare_in_torch(self.paired, a, b)
         x, y = a.parts["values"], b.parts["values"]
-        if not has_kernel(x, y):
-            return rows_in_torch(self.paired, a, b)
         return all_pairs(
             sum_of_norms,
             len(x),
@@ -324,7 +339,13 @@ class _ByWavenumber(Metric):
         )
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        return safe_sqrt((a.parts["values"] - b.parts["values"]).square().sum(2)).sum(1)
+        return safe_sqrt(self._difference(a, b).square().sum(2)).sum(1)
+
+    def _difference(self, a: Embedding, b: Embedding) -> Tensor:
+        """Subtract coefficients, or transform the difference of frames with their rest."""
+        if "rest" in a.parts:
+            return self._transformed(difference_of(a, b, "frames"))
+        return difference_of(a, b, "values")
 
 
 class _FourierError(_ByWavenumber):
@@ -336,11 +357,11 @@ class _FourierError(_ByWavenumber):
 
     band: ClassVar[slice]
 
-    def _transformed(self, frame: Tensor) -> Tensor:
-        _, y, x, channels = frame.shape
-        transform = torch.fft.fft2(frame.permute(0, 3, 1, 2).double() / FULL_SCALE, norm="forward")
+    def _transformed(self, frames: Tensor) -> Tensor:
+        _, y, x, channels = frames.shape
+        transform = torch.fft.fft2(frames.permute(0, 3, 1, 2).double() / FULL_SCALE, norm="forward")
         quarter = transform[..., : y // 2, : x // 2].flatten(2)
-        members, present = _quarter_shells(y // 2, x // 2, self.band.start, self.band.stop, frame.device)
+        members, present = _quarter_shells(y // 2, x // 2, self.band.start, self.band.stop, frames.device)
         shells = quarter[:, :, members] * (present / (len(members) * channels))
         return torch.cat([shells.real, shells.imag], -1).flatten(1, 2)
 
@@ -390,10 +411,10 @@ class _BandError(_ByWavenumber):
 
     band: ClassVar[int]
 
-    def _transformed(self, frame: Tensor) -> Tensor:
-        _, y, x, channels = frame.shape
-        transform = torch.fft.rfft2(frame.permute(0, 3, 1, 2).double() / FULL_SCALE, norm="forward")
-        members, weights = _band_members(y, x, self.band, frame.device)
+    def _transformed(self, frames: Tensor) -> Tensor:
+        _, y, x, channels = frames.shape
+        transform = torch.fft.rfft2(frames.permute(0, 3, 1, 2).double() / FULL_SCALE, norm="forward")
+        members, weights = _band_members(y, x, self.band, frames.device)
         band = transform.flatten(2)[:, :, members] * (weights / channels).sqrt()
         return torch.cat([band.real, band.imag], -1).flatten(1)[:, None]
 
@@ -406,9 +427,9 @@ class _BandError(_ByWavenumber):
         return error * (2 * distances.sqrt() + error) + of_sum(distances, torch.float64)
 
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
+        if "rest" in a.parts or not has_kernel(a.parts["values"], b.parts["values"]):
+            return compare_in_torch(self.paired, a, b)
         x, y = a.parts["values"].flatten(1), b.parts["values"].flatten(1)
-        if not has_kernel(x, y):
-            return rows_in_torch(self.paired, a, b)
         return all_pairs(
             squared_differences,
             len(x),
@@ -420,7 +441,7 @@ class _BandError(_ByWavenumber):
         )
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        return (a.parts["values"] - b.parts["values"]).square().sum((1, 2))
+        return self._difference(a, b).square().sum((1, 2))
 
 
 def _band_info(band: str) -> MetricInfo:
@@ -503,10 +524,10 @@ class SobolevError(_ByWavenumber):
             raise ValueError(f"option 'combine' of metric {name!r} is 'sum' or 'root', got {combine!r}")
         super().__init__(name, preprocessing, device, extent=extent, combine=combine)
 
-    def _transformed(self, frame: Tensor) -> Tensor:
-        _, y, x, channels = frame.shape
-        transform = torch.fft.rfft2(frame.permute(0, 3, 1, 2).double() / FULL_SCALE, norm="forward")
-        factors = _derivative_factors(y, x, self.options["extent"], frame.device) / channels
+    def _transformed(self, frames: Tensor) -> Tensor:
+        _, y, x, channels = frames.shape
+        transform = torch.fft.rfft2(frames.permute(0, 3, 1, 2).double() / FULL_SCALE, norm="forward")
+        factors = _derivative_factors(y, x, self.options["extent"], frames.device) / channels
         parts = torch.stack([transform.real, transform.imag], 2).flatten(3)[:, :, None] * factors[:, None]
         # (1, channel, part, real and imaginary, coefficient)
         parts = parts.flatten(3)

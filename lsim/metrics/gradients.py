@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from lsim.compiled import compiled
 from lsim.doubles import Pair, add, subtract
-from lsim.error_bounds import as_floats
+from lsim.embedding import difference_of
+from lsim.error_bounds import HALF_ULP_OF_DOUBLE, as_floats
 from lsim.metric import Embedding, Metric, MetricInfo, positive_number, safe_sqrt
-from lsim.pairs import FAST, all_pairs, has_kernel, pairs_in_torch, rows_in_torch
+from lsim.pairs import FAST, all_pairs, has_kernel, pairs_in_torch, rows_in_torch, subtract_with_rests
 from lsim.preprocess import Preprocessing
 from lsim.rounding import FULL_SCALE, of_difference, of_each, of_sum
 from lsim.threads import in_threads
@@ -223,21 +224,29 @@ class GradientDifference(Metric):
         takes_physical_values=True,
         power_of_units=1,
     )
+    takes_rest = True
+    rest_of_units = False
 
     def embed(self, frames: Tensor) -> Embedding:
         """Keep the frames: the gradient of a difference is cheaper than the difference of gradients."""
         return Embedding({"frames": as_floats(frames).contiguous()})
 
+    def embed_with_rest(self, frames: Tensor, rest: Tensor) -> Embedding:
+        """Keep the rest, too."""
+        return Embedding(self.embed(frames).parts | {"rest": rest})
+
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = a.parts["frames"], b.parts["frames"]
         if not has_kernel(x, y):
             return rows_in_torch(self.paired, a, b)
+        # Without rests, the kernel ignores the arrays in their place.
+        x_rest, y_rest = (side.parts.get("rest", side.parts["frames"]) for side in (a, b))
         return all_pairs(
             absolute_gradient,
             len(x),
             len(y),
-            x.flatten(2).numpy(),
-            y.flatten(2).numpy(),
+            *(part.flatten(2).numpy() for part in (x, x_rest, y, y_rest)),
+            "rest" in a.parts,
             x.shape[3],
             self.preprocessing.mask,
             symmetric=a is b,
@@ -246,10 +255,16 @@ class GradientDifference(Metric):
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
         """Bound a mean of differences of two values each, which stored offsets have rounded, too."""
-        return 2 * of_difference(a, b, stored=True, mean=True) + of_sum(distances, torch.float64)
+        error = of_difference(a, b, stored=True, mean=True)
+        if "rest" in a.parts:
+            error = error + HALF_ULP_OF_DOUBLE * rows_in_torch(_largest_difference, a, b)
+        return 2 * error + of_sum(distances, torch.float64)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        difference = a.parts["frames"].double() - b.parts["frames"].double()
+        if "rest" in a.parts:
+            difference = difference_of(a, b, "frames")
+        else:
+            difference = a.parts["frames"].double() - b.parts["frames"].double()
         missing = difference.isnan()
         if self.preprocessing.mask:
             difference = torch.where(missing, 0, difference)
@@ -264,6 +279,10 @@ class GradientDifference(Metric):
             1,
         )
         return torch.where(touched, 0, steps).sum(1) / (~touched).sum(1) / FULL_SCALE
+
+
+def _largest_difference(a: Embedding, b: Embedding) -> Tensor:
+    return difference_of(a, b, "frames").nan_to_num().abs().flatten(1).amax(1) / FULL_SCALE
 
 
 def _difference_of_magnitudes(a: Embedding, b: Embedding) -> Tensor:
@@ -346,11 +365,11 @@ def similarity_deviation(i, j, out, x, y, stabiliser, masked):  # type: ignore[n
 
 
 @compiled(fastmath=FAST, error_model="numpy")
-def absolute_gradient(i, j, out, x, y, step, masked):  # type: ignore[no-untyped-def]
+def absolute_gradient(i, j, out, x, x_rest, y, y_rest, with_rest, step, masked):  # type: ignore[no-untyped-def]
     """Add to out[p] the mean absolute gradient of the difference of frames i[p] and j[p], over 255.
 
-    Frames of x and y are (n, y, x·channel), neighbours along x being ``step`` apart. Differences that are
-    NaN are left out where ``masked``, else spoil it.
+    Frames of x and y are (n, y, x·channel), neighbours along x being ``step`` apart; their rests are read if
+    ``with_rest``. Differences that are NaN are left out where ``masked``, else spoil it.
     """
     rows, columns = x.shape[1:]
     row = np.empty(columns)
@@ -361,8 +380,11 @@ def absolute_gradient(i, j, out, x, y, step, masked):  # type: ignore[no-untyped
         for r in range(rows):
             a = x[i[p], r]
             b = y[j[p], r]
-            for k in range(columns):
-                row[k] = np.float64(a[k]) - np.float64(b[k])
+            if with_rest:
+                subtract_with_rests(a, x_rest[i[p], r], b, y_rest[j[p], r], row)
+            else:
+                for k in range(columns):
+                    row[k] = np.float64(a[k]) - np.float64(b[k])
             part, count = _absolute_differences(row[step:], row)
             total += part
             present += count

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from lsim.compiled import compiled
+from lsim.doubles import sum_of
+from lsim.embedding import difference_of
 from lsim.error_bounds import as_floats
 from lsim.metric import Embedding, Metric, MetricInfo
-from lsim.pairs import FAST, absolute_differences, all_pairs, has_kernel, rows_in_torch
+from lsim.pairs import FAST, all_pairs, has_kernel, rows_in_torch, sums_of_differences
 from lsim.preprocess import Preprocessing
 from lsim.rounding import FULL_SCALE, of_difference, of_each, of_sum, share_of_equals
 from lsim.threads import in_threads
@@ -53,6 +55,8 @@ class Wasserstein(Metric):
         takes_physical_values=True,
         power_of_units=1,
     )
+    takes_rest = True
+    rest_of_units = False
 
     def embed(self, frames: Tensor) -> Embedding:
         """Sort the values of each frame: (n, value)."""
@@ -62,18 +66,26 @@ class Wasserstein(Metric):
         rows = in_threads(sorted_values, flat.numpy())
         return Embedding({"values": torch.from_numpy(np.stack(rows))})
 
+    def embed_with_rest(self, frames: Tensor, rest: Tensor) -> Embedding:
+        """Sort values with their rest: by the rest, and then by value, where equal ones keep their order."""
+        values, remainder = sum_of(frames.flatten(1), rest.flatten(1))
+        by_rest = remainder.argsort(1)
+        values, order = values.gather(1, by_rest).sort(dim=1, stable=True)
+        return Embedding({"values": values, "rest": remainder.gather(1, by_rest).gather(1, order)})
+
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = a.parts["values"], b.parts["values"]
         if not has_kernel(x, y):
             return rows_in_torch(self.paired, a, b)
-        return _sums_of_differences(x, y, a is b) / (x.shape[1] * FULL_SCALE)
+        rests = (a.parts["rest"], b.parts["rest"]) if "rest" in a.parts else None
+        return sums_of_differences(x, y, rests) / (x.shape[1] * FULL_SCALE)
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
         """Bound a mean of differences: errors of sorted values are no larger than those of values."""
         return of_difference(a, b, mean=True) + of_sum(distances, a.parts["values"].dtype)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
-        return (a.parts["values"] - b.parts["values"]).abs().double().mean(1) / FULL_SCALE
+        return difference_of(a, b, "values").abs().double().mean(1) / FULL_SCALE
 
 
 class SlicedWasserstein(Metric):
@@ -160,7 +172,7 @@ class SlicedWasserstein(Metric):
         if "mass" in a.parts:
             return self._compare_masses(a, b)
         x, y = a.parts["cumulative"], b.parts["cumulative"]
-        return _sums_of_differences(x, y, a is b) if has_kernel(x, y) else rows_in_torch(self.paired, a, b)
+        return sums_of_differences(x, y) if has_kernel(x, y) else rows_in_torch(self.paired, a, b)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         if "mass" not in a.parts:
@@ -221,18 +233,6 @@ def _mass_difference(a: Embedding, b: Embedding) -> Tensor:
     surplus = difference.sum((2, 3), keepdim=True) / (first + second)
     scale = (first + second) / (2 * first * second)
     return (difference - surplus * (x["mass"] + y["mass"])) * scale
-
-
-def _sums_of_differences(x: Tensor, y: Tensor, symmetric: bool) -> Tensor:
-    return all_pairs(
-        absolute_differences,
-        len(x),
-        len(y),
-        x.numpy(),
-        y.numpy(),
-        symmetric=symmetric,
-        operations=x.shape[1],
-    )
 
 
 @compiled()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lsim.compiled import compiled
+from lsim.embedding import difference_of
 from lsim.error_bounds import (
     CONFIDENCE,
     DIRECTLY,
@@ -29,22 +30,27 @@ from lsim.gram import VALUES_TOGETHER, known_in_both
 from lsim.metric import Embedding, MetricInfo, safe_sqrt
 from lsim.pairs import (
     FAST,
-    absolute_differences,
     all_pairs,
     carries_gradients,
+    compare_in_torch,
     directly,
     has_kernel,
-    known_absolute_differences,
-    known_squared_differences,
     rows_in_torch,
-    squared_differences,
     squared_distances,
+    sums_of_differences,
 )
 from lsim.pixel_means import PixelMeans, in_rows, is_weighted, mean_of, sum_of, where_counted
 from lsim.rounding import FULL_SCALE, of_difference, of_each, of_sum
+from lsim.threads import in_threads
 
 ROUNDING_OF_UNITS = (32 * 2.0**-53) ** 2
 """|û − v̂|² up to which unit vectors in double precision have the same direction, but for rounding."""
+
+NEAR = 1e-4
+"""|a − b|² / (|a| |b|) below which the angle between two frames with rests is taken from their difference."""
+
+ROUNDING_OF_VALUES = 2.0**-50
+"""Rounding of a frame's values and of their mean, without rests, as a share of the largest value."""
 
 EPSILON = 1e-7
 """Number that The Well adds to the divisor of a mean square; here for values on [0, 1]."""
@@ -57,6 +63,24 @@ SYMMETRIC = frozenset({"non-negative", "symmetric", "zero-on-itself"})
 
 class _PixelMetric(ReportsPrecision, PixelMeans):
     """A mean over pixels whose sums are recorded with their precision."""
+
+    def _compute_mean_squared(self, a: Embedding, b: Embedding) -> tuple[Tensor, PairPrecision]:
+        x, y = _row_pair(a, b)
+        masked, rests = self.preprocessing.mask, _rest_pair(a, b)
+        plain = not masked and self.pixel_weights is None and rests is None
+        if plain and not carries_gradients(x, y):
+            sums, record = squared_distances(x, y)
+            return sums / (x.shape[1] * FULL_SCALE**2), record
+        record = directly(x, y)
+        if not self._has_kernel(a, b, masked=True, with_rest=True):
+            return _block_in_torch(self._mean_squared_paired, a, b), record
+        sums = sums_of_differences(x, y, rests, squared=True, skip_nan=masked)
+        return sums / ((known_in_both(x, y) if masked else x.shape[1]) * FULL_SCALE**2), record
+
+    def _mean_squared_paired(self, a: Embedding, b: Embedding) -> Tensor:
+        weights = in_rows(self.find_counted(a, b))
+        difference = where_counted(difference_of(a, b, "values").flatten(1), weights)
+        return mean_of(difference.square().double(), weights)[:, 0] / FULL_SCALE**2
 
 
 class L1(_PixelMetric):
@@ -77,23 +101,15 @@ class L1(_PixelMetric):
     def compare(self, a: Embedding, b: Embedding) -> Tensor:
         x, y = _row_pair(a, b)
         self.note_precision(directly(x, y))
-        if not self._has_kernel(a, b, masked=True):
+        if not self._has_kernel(a, b, masked=True, with_rest=True):
             return _block_in_torch(self.paired, a, b)
         masked = self.preprocessing.mask
-        sums = all_pairs(
-            known_absolute_differences if masked else absolute_differences,
-            len(x),
-            len(y),
-            x.numpy(),
-            y.numpy(),
-            symmetric=a is b,
-            operations=x.shape[1],
-        )
+        sums = sums_of_differences(x, y, _rest_pair(a, b), skip_nan=masked)
         return sums / ((known_in_both(x, y) if masked else x.shape[1]) * FULL_SCALE)
 
     def paired(self, a: Embedding, b: Embedding) -> Tensor:
         weights = in_rows(self.find_counted(a, b))
-        difference = where_counted(_rows(a) - _rows(b), weights)
+        difference = where_counted(difference_of(a, b, "values").flatten(1), weights)
         return mean_of(difference.abs().double(), weights)[:, 0] / FULL_SCALE
 
 
@@ -123,31 +139,6 @@ class _OfSquares(_PixelMetric):
             mean, record = _shared(a, b, "mean squared differences", lambda: self._compute_mean_squared(a, b))
         self.note_precision(record)
         return mean
-
-    def _compute_mean_squared(self, a: Embedding, b: Embedding) -> tuple[Tensor, PairPrecision]:
-        x, y = _row_pair(a, b)
-        masked = self.preprocessing.mask
-        if not (masked or self.pixel_weights is not None or carries_gradients(x, y)):
-            sums, record = squared_distances(x, y)
-            return sums / (x.shape[1] * FULL_SCALE**2), record
-        record = directly(x, y)
-        if not self._has_kernel(a, b, masked=True):
-            return _block_in_torch(self._mean_squared_paired, a, b), record
-        sums = all_pairs(
-            known_squared_differences,
-            len(x),
-            len(y),
-            x.numpy(),
-            y.numpy(),
-            symmetric=a is b,
-            operations=x.shape[1],
-        )
-        return sums / (known_in_both(x, y) * FULL_SCALE**2), record
-
-    def _mean_squared_paired(self, a: Embedding, b: Embedding) -> Tensor:
-        weights = in_rows(self.find_counted(a, b))
-        difference = where_counted(_rows(a) - _rows(b), weights)
-        return mean_of(difference.square().double(), weights)[:, 0] / FULL_SCALE**2
 
 
 class L2(_OfSquares):
@@ -220,15 +211,18 @@ class NRMSE(RMSE):
     def _divisor(self, a: Embedding, b: Embedding) -> Tensor:
         if self.pixel_weights is None and not self.preprocessing.mask:
             powers = a.once(f"mean squares, {self.centred}", lambda: _powers(_rows(a), self.centred))[:, None]
-        elif self._has_kernel(a, b, masked=True):
+        elif self._has_kernel(a, b, masked=True, with_rest=True):
             powers = _powers_of_pairs(a, b, self.centred)
         else:
             return _block_in_torch(self._divisor_paired, a, b)
         return powers / FULL_SCALE**2 + EPSILON
 
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
-        """Bound a norm over another norm."""
-        error = of_difference(a, b, mean=True) + distances * of_each(a, mean=True)[:, None] / FULL_SCALE
+        """Bound a norm over another norm, which is computed without rests."""
+        error_of_norm = of_each(a, mean=True) / FULL_SCALE
+        if "rest" in a.parts:
+            error_of_norm = error_of_norm + ROUNDING_OF_VALUES * _largest(a) / FULL_SCALE
+        error = of_difference(a, b, mean=True) + distances * error_of_norm[:, None]
         return error / self._divisor(a, b).sqrt() + of_sum(distances, a.parts["values"].dtype)
 
     def _divisor_paired(self, a: Embedding, b: Embedding) -> Tensor:
@@ -336,30 +330,62 @@ class Cosine(_PixelMetric):
                 operations=8 * x.shape[1],
             )
         else:
-            distances = _block_in_torch(self.paired, a, b)
-        self.note_precision(_precision_of_angles(distances.detach(), x.shape[1], symmetric=a is b))
+            distances = compare_in_torch(self.paired, a, b)
+        record = _precision_of_angles(
+            distances.detach(), x.shape[1], symmetric=a is b, with_rest="rest" in a.parts
+        )
+        self.note_precision(record)
         return distances
 
     def _compare_unit_vectors(self, a: Embedding, b: Embedding) -> Tensor:
         u = self._scale_to_units(a)
         v = u if a is b else self._scale_to_units(b)
         if has_kernel(u, v):
-            squared = all_pairs(
-                squared_differences,
-                len(u),
-                len(v),
-                u.numpy(),
-                v.numpy(),
-                symmetric=a is b,
-                operations=2 * u.shape[1],
-            )
+            squared = sums_of_differences(u, v, squared=True)
         else:
             batch_size = max(1, VALUES_TOGETHER // u.shape[1])
             squared = rows_in_torch(
                 lambda left, right: (left - right).square().sum(1), u, v, batch_size=batch_size
             )
+        squared = _drop_rounding(squared)
+        if "rest" in a.parts:
+            self._refine(squared, a, b)
         flat = self._is_flat(b, v)
         return _from_units(squared, (flat if u is v else self._is_flat(a, u))[:, None], flat)
+
+    def _refine(self, squared: Tensor, a: Embedding, b: Embedding) -> None:
+        """Compute |û − v̂|² of frames that may be near by :meth:`_from_difference`, in place."""
+        near = squared < NEAR
+        pairs = (near.triu(1) if a is b else near).nonzero().tolist()
+
+        def refined(pair: list[int]) -> Tensor:
+            i, j = pair
+            return self._from_difference(a[i : i + 1], b[j : j + 1], squared[i, j : j + 1])
+
+        for (i, j), value in zip(pairs, in_threads(refined, pairs), strict=True):
+            squared[i, j] = value[0]
+            if a is b:
+                squared[j, i] = value[0]
+
+    def _from_difference(self, a: Embedding, b: Embedding, squared: Tensor) -> Tensor:
+        """Compute |û − v̂|² of near pairs with rests from their difference; of others, ``squared`` as it is.
+
+        With d = u − v and lengths p and q, û − v̂ is (d (p + q) − (u + v) (p − q)) / 2pq, and p² − q² the
+        product of d and u + v.
+        """
+        weights = in_rows(self.find_counted(a, b))
+        u, v, d = (
+            _vectors(values, weights, self.centred)
+            for values in (_rows(a), _rows(b), difference_of(a, b, "values").flatten(1))
+        )
+        p, q = (torch.linalg.vector_norm(side, dim=1, keepdim=True) for side in (u, v))
+        product = torch.where(p * q > 0, p * q, 1)
+        total = u + v
+        along = (total * d).sum(1, keepdim=True) / torch.where(p + q > 0, p + q, 1)
+        difference = (d * (p + q) - total * along) / (2 * product)
+        apart = d.square().sum(1) / product[:, 0]
+        is_near = (apart < NEAR) & (p * q > 0)[:, 0]
+        return torch.where(is_near, _drop_rounding(difference.square().sum(1), apart), squared)
 
     def _scale_to_units(self, embedding: Embedding) -> Tensor:
         """Scale frames to unit vectors in double, and remember their lengths, which bounds need."""
@@ -404,14 +430,24 @@ class Cosine(_PixelMetric):
         weighted = self.pixel_weights is not None
         sizes = [_largest(side) if weighted else self._lengths_and_sizes(side)[1] for side in (a, b)]
         roundings = 4 + math.sqrt(_rows(a).shape[1]) / 2
-        angle = _angle(of_each(a, stored=True, mean=True)[:, None], sizes[0][:, None], x, roundings)
-        angle = angle + _angle(of_each(b, stored=True, mean=True), sizes[1], y, roundings)
+        share = self._share_of_rounding(a, b, x, y) if "rest" in a.parts else 1.0
+        angle = _angle(of_each(a, stored=True, mean=True)[:, None], sizes[0][:, None], x, roundings, share)
+        angle = angle + _angle(of_each(b, stored=True, mean=True), sizes[1], y, roundings, share)
         bound = angle * (2 * distances).sqrt() + angle.square() / 2 + of_sum(distances, torch.float64)
         return torch.where((x == 0) | (y == 0), 0, bound.clamp(max=2))
 
+    def _share_of_rounding(self, a: Embedding, b: Embedding, x: Tensor, y: Tensor) -> Tensor:
+        """Compute the share of a direction's rounding that :meth:`_from_difference` leaves: (len(a), len(b)).
+
+        Of frames with root mean squares x and y. Twice, since lengths are those of values without rests.
+        """
+        product = x * y
+        apart = self._compute_mean_squared(a, b)[0] * FULL_SCALE**2 / torch.where(product > 0, product, 1)
+        return 2 * torch.where(apart < NEAR, apart.sqrt(), 1)
+
     def _masked_lengths(self, a: Embedding, b: Embedding) -> Tensor:
         """Compute :meth:`_lengths` of the first of each pair, over pixels that count: (len(a), len(b))."""
-        if not self._has_kernel(a, b, masked=True):
+        if not self._has_kernel(a, b, masked=True, with_rest=True):
             return _block_in_torch(self._masked_lengths_paired, a, b)
         return _powers_of_pairs(a, b, self.centred).sqrt()
 
@@ -425,7 +461,9 @@ class Cosine(_PixelMetric):
         weights = in_rows(self.find_counted(a, b))
         x, y = torch.broadcast_tensors(_rows(a), _rows(b))
         u, v = _units(x, weights, self.centred), _units(y, weights, self.centred)
-        squared = (u - v).square().sum(1)
+        squared = _drop_rounding((u - v).square().sum(1))
+        if "rest" in a.parts:
+            squared = self._from_difference(a, b, squared)
         if weights is None:
             return _from_units(squared, self._is_flat(a, u), self._is_flat(b, v))
         distances = _from_units(squared, _is_zero(u), _is_zero(v))
@@ -465,6 +503,13 @@ def _row_pair(a: Embedding, b: Embedding) -> tuple[Tensor, Tensor]:
     return x, x if a is b else _rows(b)
 
 
+def _rest_pair(a: Embedding, b: Embedding) -> tuple[Tensor, Tensor] | None:
+    """Flatten the rests of the frames of both sides, if they have any."""
+    if "rest" not in a.parts:
+        return None
+    return a.parts["rest"].flatten(1), b.parts["rest"].flatten(1)
+
+
 def _centred(values: Tensor, weights: Tensor | None) -> Tensor:
     """Subtract from values the mean of those that count."""
     if is_weighted(weights):
@@ -475,12 +520,16 @@ def _centred(values: Tensor, weights: Tensor | None) -> Tensor:
     return where_counted(values - mean_of(values, weights), weights)
 
 
-def _units(values: Tensor, weights: Tensor | None, centred: bool) -> Tensor:
-    """Scale rows to the length 1 in double, but for rows of length 0: (rows, columns)."""
+def _vectors(values: Tensor, weights: Tensor | None, centred: bool) -> Tensor:
+    """Convert rows to vectors in double whose directions are compared: (rows, columns)."""
     values = values.double()
     values = _centred(values, weights) if centred else where_counted(values, weights)
-    if is_weighted(weights):
-        values = values * weights.sqrt()
+    return values * weights.sqrt() if is_weighted(weights) else values
+
+
+def _units(values: Tensor, weights: Tensor | None, centred: bool) -> Tensor:
+    """Scale rows to the length 1 in double, but for rows of length 0: (rows, columns)."""
+    values = _vectors(values, weights, centred)
     squares = values.square().sum(1, keepdim=True)
     flat = squares == 0
     return torch.where(flat, 0, values / torch.where(flat, 1, squares).sqrt())
@@ -508,9 +557,9 @@ def _largest(embedding: Embedding) -> Tensor:
     return _rows(embedding).nan_to_num().abs().amax(1).double()
 
 
-def _angle(error: Tensor, size: Tensor, length: Tensor, roundings: float) -> Tensor:
+def _angle(error: Tensor, size: Tensor, length: Tensor, roundings: float, share: Tensor | float) -> Tensor:
     """Bound the angle by which a direction is off: by errors of values, and of a mean in double."""
-    return error / length + 2.0**-53 * (4 + roundings * size / length)
+    return error / length + 2.0**-53 * (4 + roundings * size / length) * share
 
 
 def _is_zero(units: Tensor) -> Tensor:
@@ -518,10 +567,14 @@ def _is_zero(units: Tensor) -> Tensor:
     return torch.linalg.vector_norm(units, dim=1) == 0
 
 
+def _drop_rounding(squared: Tensor, share: Tensor | float = 1.0) -> Tensor:
+    """Put 0 for |û − v̂|² that is nothing but rounding, or a share of it."""
+    return torch.where(squared < share * ROUNDING_OF_UNITS, 0, squared)
+
+
 def _from_units(squared: Tensor, left_is_flat: Tensor, right_is_flat: Tensor) -> Tensor:
     """Compute ½ |u − v|²; 1 if only one of the two has no direction, 0 if neither has one."""
-    is_zero = (left_is_flat & right_is_flat & ~squared.isnan()) | (squared < ROUNDING_OF_UNITS)
-    distances = torch.where(is_zero, 0, squared / 2)
+    distances = torch.where(left_is_flat & right_is_flat & ~squared.isnan(), 0, squared / 2)
     return torch.where((left_is_flat ^ right_is_flat) & ~squared.isnan(), 1, distances)
 
 
@@ -655,10 +708,12 @@ def _powers_of_pairs(a: Embedding, b: Embedding, centred: bool) -> Tensor:
     )
 
 
-def _precision_of_angles(distances: Tensor, columns: int, *, symmetric: bool) -> PairPrecision:
-    """Bound the rounding of unit vectors, in double, against the smallest distance above 0."""
+def _precision_of_angles(
+    distances: Tensor, columns: int, *, symmetric: bool, with_rest: bool
+) -> PairPrecision:
+    """Bound the rounding of unit vectors, in double, against the smallest distance above 0 or NEAR."""
     n, m = distances.shape
-    positive = distances[distances > 0]
+    positive = distances[distances > (NEAR / 4 if with_rest else 0)]
     bound = CONFIDENCE * math.sqrt(columns) * 2.0**-53
     if len(positive):
         bound += 2.0**-51 / math.sqrt(2 * positive.min().item())

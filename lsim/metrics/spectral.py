@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lsim.embedding import difference_of
 from lsim.metric import Embedding, Metric, MetricInfo, positive_number, safe_sqrt
 from lsim.pairs import all_pairs, has_kernel, is_plain, pairs_in_torch, rows_in_torch, squared_differences
 from lsim.preprocess import Preprocessing
-from lsim.rounding import FULL_SCALE, of_difference, of_each, of_sum, share_of_equals
+from lsim.rounding import FULL_SCALE, of_difference, of_each, of_sum, share_of_equals, size_of_difference
 from lsim.threads import in_threads
 
 WHITE = 2.0
@@ -93,7 +94,7 @@ class _SpectralMetric(Metric):
 
     def _rounding_with_rest(self, a: Embedding, b: Embedding) -> Tensor:
         """Bound the effect of noise in a pair's difference on the compared part: (len(a), len(b))."""
-        size = rows_in_torch(_root_mean_square_difference, a, b)
+        size = rows_in_torch(size_of_difference, a, b)
         noise = WHITE * (of_difference(a, b) + TRANSFORM * size)
         part_index = ("shells", "coefficients").index(self._part)
         x, y = (side.parts["slopes"].unflatten(1, (2, 2))[:, part_index] for side in (a, b))
@@ -137,7 +138,7 @@ class _SpectralMetric(Metric):
         """Compute log (A / B) as log (1 + (A − B) / B), and |û|² − |v̂|² as Re (û − v̂)(û + v̂)*."""
         x, y = a.parts["spectrum"], b.parts["spectrum"]
         height, width = a.parts["frames"].shape[2:]
-        change = torch.view_as_real(_transform(_difference(a, b)))
+        change = torch.view_as_real(_transform(difference_of(a, b, "frames")))
         members, share, multiplicity = _half_plane(height, width, x.device)
         energies = [(left * right).sum(-1).flatten(2) for left, right in ((change, x + y), (x, x), (y, y))]
         if self._part == "shells":
@@ -190,15 +191,6 @@ class FourierAmplitude(_SpectralMetric):
 def _transform(planes: Tensor) -> Tensor:
     """Transform (n, channel, y, x) in [0, 255] to coefficients of the half plane."""
     return torch.fft.rfft2(planes / FULL_SCALE, norm="forward")
-
-
-def _difference(a: Embedding, b: Embedding) -> Tensor:
-    x, y = a.parts, b.parts
-    return (x["frames"] - y["frames"]) + (x["rest"] - y["rest"])
-
-
-def _root_mean_square_difference(a: Embedding, b: Embedding) -> Tensor:
-    return _difference(a, b).square().mean((1, 2, 3)).sqrt() / FULL_SCALE
 
 
 def _log_spectra(frames: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
