@@ -52,8 +52,9 @@ def hold_exactly(settings: Preprocessing, frames: Any) -> ExactFrames:
     if not double and settings.order < 2:
         return ExactFrames(frames, limits)  # single precision is normalised in double where it has to be
     largest = _largest_magnitude(frames)
-    if largest > (1e300 if double else 1e37):
-        factor = 2.0**-16
+    if largest > (1e290 if double else 1e37):
+        # For rests, doubles are multiplied by 2^27, besides 255 and their range (:mod:`lsim.doubles`).
+        factor = 2.0**-64 if double else 2.0**-16
     elif double and settings.order > 0 and 0 < largest < 1e-290:
         factor = 2.0**200
     else:

@@ -100,7 +100,10 @@ def _normalise_rows(frames, lo, divisor, constant, full, floor, usable, out):  #
 
 
 def find_rest(values: Frames, frames: Frames, lo: np.ndarray, hi: np.ndarray) -> Frames:
-    """Compute what double precision has rounded off normalised values; 0 in constant channels."""
+    """Compute what double precision has rounded off normalised values; 0 in constant channels.
+
+    Also 0 for missing values, and for those beyond 1e300, whose products overflow.
+    """
     constant = ~(lo < hi)
     if constant.all():
         return values * 0
@@ -108,10 +111,10 @@ def find_rest(values: Frames, frames: Frames, lo: np.ndarray, hi: np.ndarray) ->
     if isinstance(frames, Tensor):
         smallest, largest = (torch.from_numpy(part).to(frames.device) for part in (low, high))
         rest = rest_of_normalised(values, frames, smallest, largest, 255.0)
-        return rest.masked_fill(torch.from_numpy(constant).to(frames.device), 0)
+        return rest.masked_fill(torch.from_numpy(constant).to(frames.device) | ~rest.isfinite(), 0)
     with np.errstate(invalid="ignore", over="ignore"):
         rest = rest_of_normalised(values, frames, low, high, 255.0)
-    return np.where(constant, 0, rest)
+    return np.where(constant | ~np.isfinite(rest), 0, rest)
 
 
 def truncate_to_8bit(frames: np.ndarray) -> np.ndarray:

@@ -24,6 +24,9 @@ OVERSHOOT = 2.5
 SAMPLES = 256
 """Pixels of a channel by which repeated values are counted."""
 
+LARGEST_WITH_REST = 1e298
+"""Normalised values beyond it have no rest, see :func:`lsim.normalise.find_rest`."""
+
 MEASURED = 1e-3
 """Rounding of a frame's root mean square, in single precision."""
 
@@ -109,7 +112,8 @@ def bound_of_frames(
         # Both ends of the range are resized values, too.
         resized = 2 * raw * (of_work + (8 if splines == 1 else 32) * 2.0**-53) if splines else 0 * raw
         shares = np.full_like(raw, relative)
-        parts = (prepared + resized, of_source * raw, shares, resized, UNIT * size + resized)
+        with_rest = np.where(size < LARGEST_WITH_REST, UNIT * size, prepared)
+        parts = (prepared + resized, of_source * raw, shares, resized, with_rest + resized)
         bounds = [np.nan_to_num(part, nan=0, posinf=0, neginf=0).max(axis=1) for part in parts]
     return FrameRounding(*bounds)
 

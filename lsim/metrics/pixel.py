@@ -374,10 +374,9 @@ class Cosine(_PixelMetric):
         product of d and u + v.
         """
         weights = in_rows(self.find_counted(a, b))
-        u, v, d = (
-            _vectors(values, weights, self.centred)
-            for values in (_rows(a), _rows(b), difference_of(a, b, "values").flatten(1))
-        )
+        u, v = (_vectors(_rows(side), weights, self.centred) for side in (a, b))
+        change = difference_of(a, b, "values").flatten(1)
+        d = _vectors(change, weights, self.centred, is_difference=True)
         p, q = (torch.linalg.vector_norm(side, dim=1, keepdim=True) for side in (u, v))
         product = torch.where(p * q > 0, p * q, 1)
         total = u + v
@@ -510,20 +509,26 @@ def _rest_pair(a: Embedding, b: Embedding) -> tuple[Tensor, Tensor] | None:
     return a.parts["rest"].flatten(1), b.parts["rest"].flatten(1)
 
 
-def _centred(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Subtract from values the mean of those that count."""
+def _centred(values: Tensor, weights: Tensor | None, *, is_difference: bool = False) -> Tensor:
+    """Subtract from values the mean of those that count; opposite differences stay opposite in all bits."""
     if is_weighted(weights):
         # A weighted mean of equal values is not quite their value; the mean of zeros is 0.
-        smallest = torch.where(weights.bool(), values, math.inf).amin(1, keepdim=True)
-        values = values - smallest.detach()
+        if is_difference:
+            start = values.gather(1, weights.bool().int().argmax(1, keepdim=True))
+        else:
+            start = torch.where(weights.bool(), values, math.inf).amin(1, keepdim=True)
+        values = values - start.detach()
     values = where_counted(values, weights)
     return where_counted(values - mean_of(values, weights), weights)
 
 
-def _vectors(values: Tensor, weights: Tensor | None, centred: bool) -> Tensor:
-    """Convert rows to vectors in double whose directions are compared: (rows, columns)."""
+def _vectors(values: Tensor, weights: Tensor | None, centred: bool, *, is_difference: bool = False) -> Tensor:
+    """Convert rows, or differences of rows, to vectors in double: (rows, columns)."""
     values = values.double()
-    values = _centred(values, weights) if centred else where_counted(values, weights)
+    if centred:
+        values = _centred(values, weights, is_difference=is_difference)
+    else:
+        values = where_counted(values, weights)
     return values * weights.sqrt() if is_weighted(weights) else values
 
 
