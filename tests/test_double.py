@@ -18,8 +18,12 @@ import lsim
 from lsim.error_bounds import PROMISE, PrecisionError
 from lsim.metric import Metric
 from lsim.metrics.optimal_transport import directions_and_weights
+from pipeline.metrics.resolution import UNRESOLVED_FROM, resolution_of
 
 SIDE = 24
+WITH_REST = 1e-9
+"""Relative error of metrics that take what double precision rounds off normalised values."""
+
 Plane = list[list[Any]]
 
 
@@ -38,8 +42,8 @@ def twins(change: float, side: int = SIDE, offset: float = 0.0, seed: int = 0) -
 
 def exactly(frames: np.ndarray) -> tuple[Plane, Plane]:
     """Both frames normalised to [0, 1] over their common range, in 50 digits."""
-    lo, hi = mpf(float(frames.min())), mpf(float(frames.max()))
-    first, second = ([[(mpf(float(v)) - lo) / (hi - lo) for v in row] for row in plane] for plane in frames)
+    lo, hi = mpf(frames.min().item()), mpf(frames.max().item())
+    first, second = ([[(mpf(v) - lo) / (hi - lo) for v in row] for row in plane] for plane in frames.tolist())
     return first, second
 
 
@@ -53,6 +57,14 @@ def mean(values: list[Any]) -> Any:
 
 def mse(a: Plane, b: Plane) -> Any:
     return mean([(p - q) ** 2 for p, q in zip(flat(a), flat(b), strict=True)])
+
+
+def differences(a: Plane, b: Plane) -> list[Any]:
+    return [abs(p - q) for p, q in zip(flat(a), flat(b), strict=True)]
+
+
+def rim(plane: Plane) -> list[Any]:
+    return [*plane[0], *plane[-1], *(row[0] for row in plane), *(row[-1] for row in plane)]
 
 
 def one_minus_cosine(a: list[Any], b: list[Any]) -> Any:
@@ -166,7 +178,7 @@ def sliced_wasserstein(a: Plane, b: Plane) -> Any:
 
 
 FORMULAS: dict[str, Callable[[Plane, Plane], Any]] = {
-    "l1": lambda a, b: mean([abs(p - q) for p, q in zip(flat(a), flat(b), strict=True)]),
+    "l1": lambda a, b: mean(differences(a, b)),
     "l2": mse,
     "rmse": lambda a, b: mpmath.sqrt(mse(a, b)),
     "nrmse": lambda a, b: mpmath.sqrt(mse(a, b) / (mean([v * v for v in flat(a)]) + mpf("1e-7"))),
@@ -174,6 +186,10 @@ FORMULAS: dict[str, Callable[[Plane, Plane], Any]] = {
         mse(a, b) / (sum(v * v for v in centred(flat(a))) / (len(flat(a)) - 1) + mpf("1e-7"))
     ),
     "psnr": lambda a, b: 10 * mpmath.log10(mse(a, b)),
+    "max-error": lambda a, b: max(differences(a, b)),
+    "nmae": lambda a, b: mean(differences(a, b)) / (mean(flat(a)) + mpf("1e-7")),
+    "crmse": lambda a, b: abs(mean(flat(a)) - mean(flat(b))),
+    "brmse": lambda a, b: mpmath.sqrt(mse([rim(a)], [rim(b)])),
     "cosine": lambda a, b: one_minus_cosine(flat(a), flat(b)),
     "correlation": lambda a, b: one_minus_cosine(centred(flat(a)), centred(flat(b))),
     "ssim": ssim,
@@ -184,6 +200,12 @@ FORMULAS: dict[str, Callable[[Plane, Plane], Any]] = {
     "fft": fft,
     "spectral": spectral,
 }
+
+
+BY_PIXEL = ["l1", "l2", "rmse", "nrmse", "psnr", "nmae", "crmse", "cosine", "correlation"]
+"""Metrics of which a pixel of weight 2 is two pixels."""
+
+BY_WAVENUMBER = [f"{kind}-{band}" for kind in ("frmse", "spectral-mse") for band in ("low", "mid", "high")]
 
 
 @pytest.fixture(autouse=True)
@@ -198,10 +220,85 @@ def test_the_promise_holds_down_to_one_part_in_1e12(name: str, offset: float) ->
     for change in (1e-4, 1e-8, 1e-10, 1e-12):
         frames = twins(change, offset=offset)
         exact = float(FORMULAS[name](*exactly(frames)))
-        # Others take one double a pixel: its 1e-16 is 1e-4 of a difference of 1e-12, and averages out.
-        tolerance = 1e-9 if load(name).takes_rest else PROMISE
-        assert load(name).pairwise(frames)[0, 1] == pytest.approx(exact, rel=tolerance, abs=0)
-        assert load(name).distance(*frames)[0] == pytest.approx(exact, rel=tolerance, abs=0)
+        assert load(name).pairwise(frames)[0, 1] == pytest.approx(exact, rel=WITH_REST, abs=0)
+        assert load(name).distance(*frames)[0] == pytest.approx(exact, rel=WITH_REST, abs=0)
+
+
+@pytest.mark.parametrize("name", BY_PIXEL)
+@pytest.mark.parametrize("how", ["weights", "mask"])
+def test_the_promise_holds_with_weights_and_masks(name: str, how: str) -> None:
+    frames = twins(1e-12, offset=300.0)
+    weights = np.random.default_rng(2).integers(0, 3, frames.shape[1:])
+    if how == "mask":
+        weights = (weights > 0).astype(int)
+        frames[1][weights == 0] = np.nan
+    told: dict[str, Any] = {"mask": "nan"} if how == "mask" else {"weights": weights}
+    found = load(name).pairwise(frames, **told)
+    known = np.where(np.isnan(frames), np.nanmin(frames), frames)
+    counted = [np.repeat(flat(plane), weights.ravel()).tolist() for plane in exactly(known)]
+    exact = float(FORMULAS[name](*([values] for values in counted)))
+    assert found[0, 1] == pytest.approx(exact, rel=WITH_REST, abs=0)
+    if "symmetric" in load(name).axioms:
+        np.testing.assert_array_equal(load(name).pairwise(frames[::-1], **told)[0, 1], found[0, 1])
+
+
+@pytest.mark.parametrize("name", [*BY_WAVENUMBER, "h1", "gradient"])
+def test_a_difference_of_one_part_in_1e12_is_that_difference_magnified(name: str) -> None:
+    side = 28  # of which PDEBench has a high band
+    frames = twins(1e-12, side, offset=300.0)
+    first, second = exactly(frames)
+    magnified = [
+        [float((p - q) * 2**40) for p, q in zip(*rows, strict=True)]
+        for rows in zip(first, second, strict=True)
+    ]
+    power = load(name).info.power_of_units
+    expected = load(name).distance(magnified, np.zeros((side, side)), scope="none")[0] * 2.0 ** (-40 * power)
+    assert load(name).pairwise(frames)[0, 1] == pytest.approx(expected, rel=WITH_REST, abs=0)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_bounds_of_frames_with_a_rest_hold_and_are_tight(name: str) -> None:
+    # Of whole numbers, the source has rounded none, which is all that a metric blind to a change doubts.
+    frames = np.round(1e12 * twins(1e-11)).astype(np.int64)
+    metric = load(name)
+    found, bounds = metric.all_pairs_with_rounding(metric.prepare(frames[..., None], "sequence"))
+    exact = FORMULAS[name](*exactly(frames))
+    assert abs(mpf(float(found[0, 1])) - exact) <= bounds[0, 1]
+    assert bounds[0, 1] < 1e-8 * abs(exact)
+
+
+def test_bits_do_not_depend_on_other_frames_or_their_order() -> None:
+    close = twins(1e-9, offset=300.0)
+    frames = np.stack([*close, close[1] + 1e-12, 2 * close[0], *(close + np.array([[[1.0]], [[1e-4]]]))])[
+        ..., None
+    ]
+    weights = np.random.default_rng(1).random((SIDE, SIDE))
+    order = [4, 1, 3, 0]
+    for name in (*BY_PIXEL, "vrmse", "max-error", "brmse", "frmse-low", "h1", "gradient", "wasserstein"):
+        for told in ({}, {"weights": weights}) if load(name).info.takes_weights else ({},):
+            metric = load(name)
+            distances = metric.pairwise(frames, scope=(299.0, 303.0), **told)
+            some = metric.pairwise(frames[order], scope=(299.0, 303.0), **told)
+            np.testing.assert_array_equal(some, distances[np.ix_(order, order)])
+            singles = metric.distance(frames[order], frames[order[::-1]], scope=(299.0, 303.0), **told)
+            np.testing.assert_array_equal(singles, distances[order, order[::-1]])
+            assert metric.distance(frames[:1], frames[:1], **told)[0] == metric.info.distance_to_itself
+
+
+@pytest.mark.parametrize("name", ["l1", "correlation", "ssim", "gradient", "wasserstein", "spectral", "h1"])
+def test_frames_of_the_largest_doubles_keep_their_rests(name: str) -> None:
+    frames = twins(1e-10)
+    expected = load(name).pairwise(frames)[0, 1]
+    found = load(name).pairwise(frames * 2.0**1022)[0, 1]  # those of 2^1023 and more have no range
+    assert found == pytest.approx(expected, rel=WITH_REST)
+
+
+@pytest.mark.parametrize("name", ["l2", "h1", "gradient", "wasserstein"])
+def test_frames_in_their_own_units_have_a_rest_in_double_precision_alone(name: str) -> None:
+    frames = twins(1e-9, offset=300.0)[..., None]
+    for precision, has_rest in (("exact", False), ("double", True)):
+        metric = load(name, precision=precision)
+        assert ("rest" in metric.embed_prepared(metric.prepare(frames, "none")).parts) == has_rest
 
 
 @pytest.mark.parametrize("offset", [0.0, 300.0])
@@ -272,6 +369,21 @@ def test_lsim_in_double_is_its_network_in_double() -> None:
         # The network's own rounding, 1e-16 of features, is 1e-4 of what a change of 1e-12 makes of them.
         tolerance = max(PROMISE, 5e-16 / change)
         assert metric.pairwise(frames)[0, 1] == pytest.approx(math.sqrt(squared), rel=tolerance)
+
+
+def test_networks_are_marked_where_double_precision_does_not_resolve_them() -> None:
+    for name, change, is_resolved in (
+        ("lsim-open", 1e-12, False),
+        ("lsim-open", 1e-10, True),
+        ("l2", 1e-12, True),
+        ("h1", 1e-12, True),
+    ):
+        metric = load(name)
+        frames = twins(change, side=64)[..., None]
+        matrix, rounding = metric.all_pairs_with_rounding(metric.prepare(frames, "sequence"))
+        resolution = resolution_of(matrix, rounding, "all", metric.preprocessing.precision)
+        assert (resolution.unresolved == 0) == is_resolved, name
+        assert (rounding[0, 1] > UNRESOLVED_FROM * matrix[0, 1]) == (not is_resolved)
 
 
 def test_the_precision_is_recorded_only_where_it_is_not_single() -> None:
