@@ -172,6 +172,23 @@ def test_unresolved_distances_stand_in_provenance_notes_and_terminal(made: Path,
     assert expected in write_report(tmp_path).read_text()
 
 
+@pytest.mark.filterwarnings("ignore::lsim.metric.SizeWarning")
+def test_networks_are_marked_in_double_precision_too(tmp_path: Path, capsys):
+    rng = np.random.default_rng(0)
+    frames = rng.random((64, 64, 1)) + 1e-12 * rng.standard_normal((11, 64, 64, 1))
+    write_archive(tmp_path / "frames.zarr", {"A/x": {"close": frames}})
+    settings = Settings(metrics=("lsim-open", "l1", "h1"), size=None, precision="double")
+    dataset = settings.model_copy(update={"scope": "dataset"})
+    with Cluster(Profile(kind="none")) as cluster:
+        report = compute_distances(tmp_path / "frames.zarr", tmp_path / "d.zarr", settings, cluster=cluster)
+        matrix = compute_matrix(tmp_path / "frames.zarr", tmp_path / "m.zarr", dataset, cluster=cluster)
+    expected = "lsim-open: 55 of 55 distances are below what double precision resolves (rounding above 0.1%)"
+    assert [str(entry) for entry in report.unresolved] == [expected]
+    assert [str(entry) for entry in matrix.unresolved] == [expected]
+    show_distances(report)
+    assert expected in " ".join(capsys.readouterr().err.split())
+
+
 def test_unresolved_distances_of_a_matrix_are_counted_once_a_pair(made: Path, tmp_path: Path):
     settings = Settings(metrics=("test_resolution:Corner",), size=None, scope="dataset")
     with Cluster(Profile(kind="none")) as cluster:
