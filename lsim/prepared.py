@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,8 +46,8 @@ class Prepared:
         Bound on the error that the source's floating-point dtype may have given them before.
     bounds : FrameRounding
         The bounds that both come from.
-    rest : Tensor of the shape of ``values``, float64
-        What double precision has rounded off ``values``, for metrics that take it; None in single precision.
+    find_rest : callable, optional
+        Computes :attr:`rest`.
     rounding_with_rest : Tensor of shape (n,), float64
         ``rounding`` for metrics that take the rest.
     """
@@ -56,7 +57,7 @@ class Prepared:
     masked: bool = False
     rounding: Tensor | None = None
     stored: Tensor | None = None
-    rest: Tensor | None = None
+    find_rest: Callable[[], Tensor] | None = field(default=None, repr=False)
     rounding_with_rest: Tensor | None = None
     bounds: FrameRounding | None = field(default=None, repr=False)
     _embeddings: dict[Hashable, Embedding] = field(default_factory=dict, repr=False)
@@ -70,6 +71,11 @@ class Prepared:
         if self.values.device.type == "cpu":
             return torch.from_numpy(truncate_to_8bit(self.values.numpy())).to(self.values.dtype)
         return self.values.clamp(0, 255).floor()
+
+    @cached_property
+    def rest(self) -> Tensor | None:
+        """What double precision has rounded off ``values``, float64; None in single precision."""
+        return None if self.find_rest is None else self.find_rest()
 
     @cached_property
     def mean_rounding(self) -> Tensor | None:
@@ -96,15 +102,20 @@ class Prepared:
 
     def select(self, rows: np.ndarray) -> Prepared:
         """Select frames by their numbers; no embedding is shared with them."""
-        parts = (self.rest, self.rounding, self.stored, self.rounding_with_rest)
-        rest, rounding, stored, with_rest = (None if part is None else part[rows] for part in parts)
+        parts = (self.rounding, self.stored, self.rounding_with_rest)
+        rounding, stored, with_rest = (None if part is None else part[rows] for part in parts)
+
+        def find_rest() -> Tensor:
+            assert self.rest is not None
+            return self.rest[rows]
+
         return Prepared(
             self.values[rows],
             self.comparable[rows],
             self.masked,
             rounding=rounding,
             stored=stored,
-            rest=rest,
+            find_rest=None if self.find_rest is None else find_rest,
             rounding_with_rest=with_rest,
         )
 
@@ -153,10 +164,11 @@ def prepare_pairs(
 
 
 def _as_prepared(applied: Applied, settings: Preprocessing, device: torch.device) -> Prepared:
-    values, rest = (
-        torch.from_numpy(part).to(device) if isinstance(part, np.ndarray) else part
-        for part in (applied.values, applied.rest)
-    )
+    def on_device(part: Any) -> Tensor:
+        moved: Tensor = torch.from_numpy(part).to(device) if isinstance(part, np.ndarray) else part
+        return moved
+
+    values, rest = on_device(applied.values), applied.rest
     # Without a mask, preparing makes a frame with NaN or infinity all NaN.
     decisive = values if settings.mask else values[:, :1, :1, :1]
     comparable = decisive.isfinite().flatten(1).any(1).cpu().numpy()
@@ -170,7 +182,7 @@ def _as_prepared(applied: Applied, settings: Preprocessing, device: torch.device
         settings.mask,
         rounding=prepared,
         stored=stored,
-        rest=rest,
+        find_rest=None if rest is None else lambda: on_device(rest()),
         rounding_with_rest=with_rest,
         bounds=bounds,
     )

@@ -8,7 +8,8 @@ plain torch on its own device; the rules are the same lines for both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -150,14 +151,14 @@ class Applied(NamedTuple):
     Attributes
     ----------
     values : ndarray or Tensor
-    rest : ndarray, Tensor or None
-        What double precision has rounded off ``values`` in normalising them, in their shape; None in single
-        precision, and for values that are rounded down.
+    rest : callable or None
+        Computes what double precision has rounded off ``values`` in normalising them, in their shape; None in
+        single precision, and for values that are rounded down.
     rounding : FrameRounding
     """
 
     values: Any
-    rest: Any
+    rest: Callable[[], Any] | None
     rounding: FrameRounding
 
 
@@ -211,7 +212,7 @@ class _Normalised(NamedTuple):
     """Normalised frames, their rest (see :class:`Applied`), and the range (channel,) they were over."""
 
     values: Any
-    rest: Any
+    rest: Callable[[], Any] | None
     lo: np.ndarray
     hi: np.ndarray
 
@@ -235,7 +236,8 @@ def _normalise_over(
     values = normalise(
         resized, lo, hi, floor=floor, complete=None if settings.mask else complete, double=double
     )
-    rest = find_rest(values, resized, lo, hi) if double and not floor else None
+    # It takes longer than all else, and most metrics don't ask for it.
+    rest = functools.partial(find_rest, values, resized, lo, hi) if double and not floor else None
     return _Normalised(values, rest, lo, hi)
 
 
