@@ -11,12 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import dask
 import pytest
 from distributed import Client, KilledWorker
+from tasks import Nap, die, double, nap, nap_or_watch, raise_as_told, take, wait_for
 
 from pipeline.distances.blocks import Block, FieldBlocks
 from pipeline.matrix import embeddings
@@ -32,62 +32,6 @@ from pipeline.workers.worker_metrics import still_wanted
 @pytest.fixture
 def client(two_workers: Cluster) -> Client:
     return two_workers.client
-
-
-def double(value: int) -> int:
-    return 2 * value
-
-
-@dataclass(frozen=True)
-class Nap:
-    """A task that can say what it is of."""
-
-    seconds: float
-    label: str = "A/density, sequences 8 to 11"
-
-
-def take(*naps: Nap) -> float:
-    return nap(naps[0].seconds)
-
-
-def raise_as_told(kind: str) -> None:
-    raise {"exit": SystemExit(7), "interrupt": KeyboardInterrupt(), "bare": BaseException("bare")}[kind]
-
-
-def nap(seconds: float) -> float:
-    time.sleep(seconds)
-    return seconds
-
-
-def die(number: int) -> int:
-    """Take the worker along for one number."""
-    if number == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
-def watch_whether_it_is_wanted(folder: str) -> None:
-    """Says when it has begun, and when nobody waits for it any more; nothing in a minute."""
-    Path(folder, f"wanted {still_wanted()}").touch()
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if not still_wanted():
-            Path(folder, "given up").touch()
-            return
-        time.sleep(0.02)
-
-
-def nap_or_watch(seconds: float, folder: str) -> None:
-    if folder:
-        watch_whether_it_is_wanted(folder)
-    time.sleep(seconds)
-
-
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path.name}: not within a minute"
-        time.sleep(0.02)
 
 
 def test_tasks_are_taken_as_others_finish(client):
@@ -212,13 +156,13 @@ def test_a_task_that_would_end_its_process_fails_and_the_worker_stays(client):
 
 
 FAULTS = """
-import os, signal
-from pipeline.workers.cluster import Cluster
-from pipeline.workers.profiles import Profile
-from pipeline.stage.bounded_map import run_bounded
-from test_bounded_map import die, raise_as_told
+if __name__ == "__main__":  # workers import this file, and nothing by it
+    import os, signal
+    from pipeline.workers.cluster import Cluster
+    from pipeline.workers.profiles import Profile
+    from pipeline.stage.bounded_map import run_bounded
+    from tasks import die, raise_as_told
 
-if __name__ == "__main__":
     with Cluster(Profile(workers=1)) as cluster:
         tasks = [("exit",), ("interrupt",), ("bare",)]
         assert all(error for _, _, error in run_bounded(cluster.client, raise_as_told, tasks))
@@ -317,7 +261,7 @@ def test_a_run_without_workers_says_so_once_and_waits(outside, monkeypatch, capl
     (said,) = [record for record in caplog.records if "no worker for" in record.getMessage()]
     assert "squeue or qstat" in said.getMessage()
     assert pickled_task.__name__ in imported
-    assert not {"torch", "zarr", "lsim", "test_bounded_map"} & set(imported)
+    assert not {"torch", "zarr", "lsim", "tasks"} & set(imported)
 
 
 def test_a_scheduler_that_dies_is_an_error_and_no_wait_without_end(outside):
@@ -373,13 +317,15 @@ def test_sigterm_waits_for_what_runs_and_begins_nothing(client, stop):
     assert all(error is None for _, error in done)
 
 
-def test_sigterm_does_not_wait_longer_than_the_grace_time(client, stop):
+def test_sigterm_does_not_wait_longer_than_the_grace_time(client, stop, tmp_path):
     sigterm.allow_grace(0.5)
     threading.Timer(1.0, terminate_this_process).start()
     began = time.monotonic()
     with pytest.raises(sigterm.Stopped):
-        list(run_bounded(client, nap, [(20.0,)]))
+        list(run_bounded(client, wait_for, [(tmp_path / "the end of the test",)]))
     assert time.monotonic() - began < 15
+    # Its thread is free again: tests after this one would wait for it.
+    (tmp_path / "the end of the test").touch()
 
 
 def test_sigterm_in_this_process_ends_after_the_task_in_hand(stop):

@@ -23,6 +23,7 @@ from distributed import LocalCluster
 from distributed.comm import CommClosedError
 from matrices import archive_of, write_archive
 from ssh_server import ssh_server
+from tasks import slow_task, squared_or_fail, suspicions, where_it_runs
 
 from pipeline import cluster_check
 from pipeline.cluster_check import check_cluster, compare_versions, inspect_workers
@@ -37,17 +38,6 @@ from pipeline.workers.tls import credentials
 from pipeline.workers.worker_metrics import MetricRequest, dismiss_unfit_workers, load_counts, prewarm
 
 SETTINGS = Settings(metrics=("l1", "ssim"), size=None, block=1)
-
-
-def squared_or_fail(value: int) -> int:
-    """Fails for 3, whoever runs it."""
-    if value == 3:
-        raise ValueError("three is not squared here")
-    return value**2
-
-
-def where_it_runs() -> int:
-    return os.getpid()
 
 
 @pytest.fixture(scope="module")
@@ -166,16 +156,6 @@ def cannot_be_reached(requests: Any) -> None:
     raise TimeoutError("the network is slow")
 
 
-def slow_task(number: int, log: str) -> int:
-    """Says when it begins and ends; a second in between."""
-    with open(log, "a") as file:
-        file.write(f"begin {number} {os.getpid()}\n")
-    time.sleep(1)
-    with open(log, "a") as file:
-        file.write(f"end {number} {os.getpid()}\n")
-    return number
-
-
 def test_each_worker_loads_each_metric_once_and_again_after_a_restart(local, tmp_path):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(12, frames=3, size=16))
     client = local.client
@@ -193,11 +173,6 @@ def test_each_worker_loads_each_metric_once_and_again_after_a_restart(local, tmp
     wait_until("another worker", has_another)
     compute_distances(frames, tmp_path / "three.zarr", SETTINGS, cluster=local)
     assert list(client.run(load_counts).values()) == [{"l1": 1, "ssim": 1}] * 2
-
-
-def suspicions(dask_scheduler: Any) -> int:
-    """How often the scheduler suspects a task of having killed its worker."""
-    return sum(prefix.suspicious for prefix in dask_scheduler.task_prefixes.values())
 
 
 def wait_until(what: str, condition: Any, seconds: float = 120) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 KERNEL = """
@@ -17,29 +16,59 @@ def total(values):
         result += value
     return result
 """
-COMPILE = """
-import sys, time
+COMPILE = '''
+import os, sys, time, traceback
+from pathlib import Path
 import numpy as np
 from kernel import total
 
-# All processes have seen an empty index before any of them writes.
-total._cache._cache_file._load_index()
-time.sleep(max(0.0, float(sys.argv[2]) - time.time()))
-dtype, layout = sys.argv[1].split("-")
-values = np.asarray(np.arange(6).reshape(2, 3), dtype=dtype, order=layout)
-assert total(values) == 15
-"""
+def compile_or_load(signature, others):
+    """Go on from each look at the index when the others have had theirs: no one sees what another writes."""
+    file, looks = total._cache._cache_file, []
+    load_index = file._load_index
+
+    def load_index_at_once():
+        index = load_index()
+        looks.append(signature)
+        Path(f"{signature}.{len(looks)}").touch()
+        deadline = time.monotonic() + 60
+        while not all(Path(f"{other}.{len(looks)}").exists() for other in others):
+            assert time.monotonic() < deadline, "another process has not looked in a minute"
+            time.sleep(0.001)
+        return index
+
+    file._load_index = load_index_at_once
+    dtype, layout = signature.split("-")
+    values = np.asarray(np.arange(6).reshape(2, 3), dtype=dtype, order=layout)
+    assert total(values) == 15
+    assert looks
+
+def run_at_once(*signatures):
+    """Processes of their own, which share the imports of this one and no kernel."""
+    processes = []
+    for signature in signatures:
+        if not (process := os.fork()):
+            try:
+                compile_or_load(signature, signatures)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        processes.append(process)
+    ended = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    assert ended == [0] * len(processes)
+
+signatures = sys.argv[1:]
+run_at_once(*signatures)
+# The index is the last writer's: whatever it names, it names the right code.
+for signature in signatures:
+    run_at_once(signature)
+'''
 SIGNATURES = ("f4-C", "f8-C", "i8-F")
 
 
 def test_processes_that_compile_at_once_leave_a_cache_that_all_can_load(tmp_path: Path) -> None:
     (tmp_path / "kernel.py").write_text(KERNEL)
-    start = str(time.time() + 8)
-    command = [sys.executable, "-c", COMPILE]
-    first = [subprocess.Popen([*command, signature, start], cwd=tmp_path) for signature in SIGNATURES]
-    assert [process.wait(timeout=120) for process in first] == [0] * len(SIGNATURES)
-    # The index is the last writer's: whatever it names, it names the right code.
-    for signature in SIGNATURES[:2]:
-        subprocess.run([*command, signature, "0"], cwd=tmp_path, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", COMPILE, *SIGNATURES], cwd=tmp_path, check=True, timeout=240)
     files = [path.name for path in tmp_path.rglob("*.nbc")]
     assert len(files) == len(set(files)) >= len(SIGNATURES)
