@@ -11,9 +11,14 @@ import dask
 import numpy as np
 import pytest
 import torch
+import zarr
 
 if TYPE_CHECKING:
     from pipeline.workers.cluster import Cluster
+
+# A small chunk is read in less time than a thread is woken, and several that compete for the lock of the
+# interpreter wake one another. In this process alone: workers and commands in their own read as users' do.
+zarr.config.set({"threading.max_workers": 1})
 
 
 def _shared_folder() -> Path:
