@@ -199,13 +199,12 @@ def test_from_the_command_line_on_any_cluster_and_again_when_its_source_changes(
 def test_a_check_of_a_cluster_takes_what_distances_takes(tmp_path, own):
     frames = write_archive(tmp_path / "frames.zarr", archive_of(2, frames=4, size=64))
     metrics = ("--metrics", f"l2,{own}:Energy", "--metric", f"{own}:MeanPower")
-    check = ("cluster", "check", "local", frames, "--workers", "1", *metrics)
     told = ("--option", "mean-power.exponent=3", "--weights", f"mine={SHIPPED}")
-    code, text = run_lsim(*check, *told)
+    code, text = run_lsim("cluster", "check", "local", frames, "--workers", "1", *metrics, *told)
     assert code == 0, text
     assert "metrics: l2, energy, mean-power, mine\n" in text
     assert "A/density: a sequence of 4 frames takes" in text
-    code, text = run_lsim(*check, "--option", "mean-power.exponnent=3")
+    code, text = run_lsim("cluster", "check", "none", frames, *metrics, "--option", "mean-power.exponnent=3")
     assert code == 1
     assert "has no option exponnent" in text
 

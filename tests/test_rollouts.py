@@ -64,13 +64,21 @@ def members(sequences: dict[str, np.ndarray], count: int, noise: float) -> dict[
     }
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a reference and two models, of which each test has a copy."""
+    folder, reference = tmp_path_factory.mktemp("written"), trajectories()
+    write_archive(folder / "reference.zarr", {KEY: reference})
+    write_archive(folder / "unet.zarr", {KEY: members(reference, 2, 0.02)})
+    write_archive(folder / "fno.zarr", {KEY: perturbed(reference, 0.05, 9)})
+    return folder
+
+
 @pytest.fixture
-def stores(tmp_path: Path) -> dict[str, Path]:
-    reference = trajectories()
+def stores(tmp_path: Path, written: Path) -> dict[str, Path]:
     return {
-        "reference": write_archive(tmp_path / "reference.zarr", {KEY: reference}),
-        "unet": write_archive(tmp_path / "unet.zarr", {KEY: members(reference, 2, 0.02)}),
-        "fno": write_archive(tmp_path / "fno.zarr", {KEY: perturbed(reference, 0.05, 9)}),
+        name: shutil.copytree(written / f"{name}.zarr", tmp_path / f"{name}.zarr")
+        for name in ("reference", "unet", "fno")
     }
 
 

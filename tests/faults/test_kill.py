@@ -109,7 +109,7 @@ def assert_identical(out: Path, undisturbed: dict[str, np.ndarray]) -> None:
 
 def test_driver_killed_then_run_again(tmp_path, frames, undisturbed):
     out = tmp_path / "d.zarr"
-    process = start(frames, out)
+    process = start(frames, out, workers=1)
     wait_until_some_are_done(out, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
