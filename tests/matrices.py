@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,9 +27,29 @@ def smooth_sequence(seed: int, frames: int = 5, size: int = 40, channels: int = 
     return out + 0.05 * rng.normal(size=out.shape).astype(np.float32)
 
 
+@functools.cache
+def _templates() -> tempfile.TemporaryDirectory[str]:
+    """Archives that this process has written, by what they hold; gone with it."""
+    return tempfile.TemporaryDirectory(prefix="archives-")
+
+
 def write_archive(path: Path, fields: Mapping[str, Mapping[str, np.ndarray]]) -> Path:
-    """A frames.zarr with the given sequences in each ``<dataset>/<field>``, made anew."""
+    """A frames.zarr with the given sequences in each ``<dataset>/<field>``, made anew.
+
+    What was written before is copied, which takes a tenth of the time.
+    """
+    held = hashlib.sha256()
+    for key, sequences in fields.items():
+        for name, frames in sequences.items():
+            held.update(repr((key, name, frames.shape, frames.dtype)).encode() + frames.tobytes())
+    template = Path(_templates().name, held.hexdigest())
+    if not template.exists():
+        _write(template, fields)
     shutil.rmtree(path, ignore_errors=True)
+    return shutil.copytree(template, path, copy_function=shutil.copyfile)
+
+
+def _write(path: Path, fields: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     root = store.open_store(path, "a")
     for key, sequences in fields.items():
         group = root.require_group(key)
@@ -43,7 +66,6 @@ def write_archive(path: Path, fields: Mapping[str, Mapping[str, np.ndarray]]) ->
         for name, (values, dims, dtype, chunks) in arrays.items():
             array = store.create_array(group, name, shape=values.shape, chunks=chunks, dims=dims, dtype=dtype)
             store.write_rows(array, 0, values)
-    return path
 
 
 def archive_of(

@@ -256,7 +256,7 @@ def test_in_a_matrix_too(tmp_path, module, frames):
     def compute(out: str, **changes) -> dict[str, set[str]]:
         own = settings(module, scope=(-2, 2), **changes)
         with Cluster(Profile(kind="none")) as cluster:
-            report = compute_matrix(frames, tmp_path / out, own, MatrixRequest(tile=5), cluster=cluster)
+            report = compute_matrix(frames, tmp_path / out, own, MatrixRequest(tile=7), cluster=cluster)
         reasons: dict[str, set[str]] = {}
         for failure in report.failures:
             reasons.setdefault(failure.metric, set()).add(failure.reason)

@@ -29,8 +29,10 @@ def fields(height: int = 24, width: int = 32) -> tuple[np.ndarray, np.ndarray]:
     return reference, reference + error
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("side", [26, 45])
+# Shells of wavenumbers are others on an odd side than on an even one; pixels are not.
+@pytest.mark.parametrize(
+    ("name", "side"), [*((name, 26) for name in NAMES), *((name, 45) for name in NAMES[4:])]
+)
 def test_contract(name: str, side: int) -> None:
     check_metric(load(name), frame_size=side)
 

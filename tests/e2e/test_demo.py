@@ -40,7 +40,7 @@ def run(workflow: Path, *more: object) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def first(running_cluster, tmp_path_factory) -> tuple[Path, str]:
-    """A folder in which a workflow was run on a cluster, and what that said; each test leaves it up to date."""
+    """A folder in which a workflow was run on a cluster, and what that said; tests leave it up to date."""
     folder = tmp_path_factory.mktemp("first")
     workflow = write_workflow(folder)
     code, text = run(workflow, "--cluster", running_cluster.client.scheduler.address)
