@@ -60,6 +60,7 @@ def run_at_once(*signatures):
 
 signatures = sys.argv[1:]
 run_at_once(*signatures)
+assert len(list(Path().rglob("*.nbc"))) == len(signatures), "one wrote over another's code"
 # The index is the last writer's: whatever it names, it names the right code.
 for signature in signatures:
     run_at_once(signature)
