@@ -32,6 +32,7 @@ from pipeline.storage.chunks import check_fits, damage_named, write_nan_chunks
 from pipeline.storage.errors import NO_METADATA, StoreError
 from pipeline.storage.errors import DamagedError as DamagedError  # raised by read and others
 from pipeline.storage.errors import OversizedError as OversizedError  # raised by read and others
+from pipeline.storage.zarrs_reading import read_shards
 
 Group = zarr.Group
 Array = zarr.Array
@@ -321,7 +322,8 @@ def read(array: Array, region: Any = ...) -> np.ndarray:
     """
     check_fits(array, region)
     with damage_named(array, region):
-        values = np.asarray(array[region])
+        decoded = read_shards(array, region)
+        values = np.asarray(array[region]) if decoded is None else decoded
     return values.astype(object) if values.dtype.kind == "T" else values
 
 
