@@ -75,6 +75,8 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/metrics.py
 	$(BIN)/python benchmarks/preprocess.py
+	$(BIN)/python benchmarks/reading.py
+	$(BIN)/python benchmarks/rollouts.py
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/object_stores.py
 	$(BIN)/python benchmarks/integrity.py

@@ -15,7 +15,8 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     Parameters
     ----------
     **options
-        Of :func:`numba.njit`, besides ``nogil`` and ``cache``.
+        Of :func:`numba.njit`, besides ``nogil`` and ``cache``. Without ``fastmath`` it is off: Numba (0.68.1)
+        would take over that of the first kernel that calls this one, for all later calls and processes.
 
     Examples
     --------
@@ -27,7 +28,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """
 
     def compile_kernel(function: Callable[..., Any]) -> Any:
-        kernel = numba.njit(nogil=True, cache=True, **options)(function)
+        kernel = numba.njit(nogil=True, cache=True, **{"fastmath": False, **options})(function)
         _name_files_apart(kernel)
         return kernel
 

@@ -223,8 +223,7 @@ def each_pair(x: Tensor, y: Tensor, *, squared: bool) -> Tensor:
     return torch.from_numpy(out)
 
 
-# Said, since Numba otherwise takes over fastmath from the kernel that first calls it: that changes the order.
-@compiled(fastmath=False)
+@compiled()  # fast mathematics would drop the rests
 def subtract_with_rests(a, a_rest, b, b_rest, out):  # type: ignore[no-untyped-def]
     """Subtract rows of float64, and then their rests."""
     for k in range(out.shape[0]):

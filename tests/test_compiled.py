@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 KERNEL = """
@@ -73,3 +74,36 @@ def test_processes_that_compile_at_once_leave_a_cache_that_all_can_load(tmp_path
     subprocess.run([sys.executable, "-c", COMPILE, *SIGNATURES], cwd=tmp_path, check=True, timeout=240)
     files = [path.name for path in tmp_path.rglob("*.nbc")]
     assert len(files) == len(set(files)) >= len(SIGNATURES)
+
+
+def test_a_kernel_adds_in_its_order_whoever_calls_it_first(tmp_path):
+    """Numba 0.68.1 gives a function without ``fastmath`` that of its first caller."""
+    code = """
+    import sys
+    import numpy as np
+    from lsim.compiled import compiled
+
+    @compiled()
+    def add(values):
+        result = 0.0
+        for k in range(values.shape[0]):
+            result += values[k]
+        return result
+
+    @compiled(fastmath=True)
+    def twice(values):
+        return 2 * add(values)
+
+    values = np.random.default_rng(0).normal(size=10_007) * 1e8
+    if sys.argv[1] == "caller":
+        twice(values)
+    print(add(values).hex())
+    """
+    sums = set()
+    for number, first in enumerate(("caller", "itself")):
+        script = tmp_path / f"{number}" / "kernels.py"
+        script.parent.mkdir()
+        script.write_text(textwrap.dedent(code))
+        run = subprocess.run([sys.executable, script, first], capture_output=True, text=True, check=True)
+        sums.add(run.stdout)
+    assert len(sums) == 1

@@ -186,9 +186,10 @@ def compute_block(block: Block) -> BlockResult:
         rollouts = [_Compared(source, block, reference) for source in block.sources]
     with stopwatch("spectra"):
         spectra = [rollout.measure_spectrum() for rollout in rollouts if rollout.source.spectrum]
-    rollouts = [rollout for rollout in rollouts if rollout.source.model != REFERENCE]
+    # Others are there for their spectra alone.
+    rollouts = [rollout for rollout in rollouts if block.ensemble or rollout.source.metrics]
     ensemble = _Scored(block.ensemble, rollouts) if block.ensemble else None
-    for part, window in reference.windows():
+    for part, window in reference.windows() if rollouts else ():
         ours: dict[Hashable, Prepared] = {}
         compared = [rollout.compare(part, window, ours, metrics, stopwatch) for rollout in rollouts]
         if ensemble is not None:

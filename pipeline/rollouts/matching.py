@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -120,6 +121,17 @@ class FieldRollouts:
     reference: Trajectories
     rollouts: list[Rollout] = field(default_factory=list)
     wavenumbers: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    def of(self, row: int, model: str) -> list[Rollout]:
+        """List a model's rollouts of a trajectory; for when all are matched."""
+        return self._by_row_and_model.get((row, model), [])
+
+    @cached_property
+    def _by_row_and_model(self) -> dict[tuple[int, str], list[Rollout]]:
+        index: dict[tuple[int, str], list[Rollout]] = {}
+        for rollout in self.rollouts:
+            index.setdefault((rollout.sequence, rollout.model), []).append(rollout)
+        return index
 
 
 @dataclass(frozen=True)

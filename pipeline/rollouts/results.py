@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,11 @@ class Axes:
     def place(self, model: str, member: str, sequence: str) -> tuple[int, int, int]:
         """Find a rollout's indices."""
         names = self.members[model]
-        return self.models.index(model), names.index(member), self.sequences.index(sequence)
+        return self.models.index(model), names.index(member), self._rows[sequence]
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {sequence: row for row, sequence in enumerate(self.sequences)}
 
     @classmethod
     def joined(cls, stored: Axes | None, of_field: FieldRollouts, baselines: Sequence[str]) -> Axes:

@@ -98,8 +98,7 @@ class Stale:
 
 def _sources_of(of_field: FieldRollouts, row: int, model: str) -> list[Source]:
     """List all rollouts of a model with a trajectory, or its baseline."""
-    rollouts = [of for of in of_field.rollouts if of.sequence == row and of.model == model]
-    return [Source(model, of.member, (), of) for of in rollouts] or [Source(model, "", ())]
+    return [Source(model, of.member, (), of) for of in of_field.of(row, model)] or [Source(model, "", ())]
 
 
 def find_stale(
