@@ -45,7 +45,7 @@ class Embedding:
     def __len__(self) -> int:
         return len(next(iter(self.parts.values())))
 
-    def __getitem__(self, frames: slice) -> Embedding:
+    def __getitem__(self, frames: slice | Tensor) -> Embedding:
         rounding, stored, mean = (
             None if bound is None else bound[frames]
             for bound in (self.rounding, self.stored, self.mean_rounding)

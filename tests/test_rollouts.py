@@ -494,6 +494,33 @@ def test_each_damaged_chunk_is_found_and_mended(tmp_path, stores, here):
             assert verify(out).whole, (name, damage)
 
 
+def test_distances_that_are_nothing_but_rounding_are_0(tmp_path, here):
+    """Multiples of the reference differ by nothing for the correlation, and by much for others."""
+    reference = trajectories(4)
+    rng = np.random.default_rng(0)
+    frames = {
+        "reference": reference,
+        "third": {name: of / 3 + np.float32(0.1) for name, of in reference.items()},
+        "seventh": {name: of / 7 + np.float32(0.3) for name, of in reference.items()},
+        "near": {
+            name: (of + 1e-4 * rng.standard_normal(of.shape)).astype(np.float32)
+            for name, of in reference.items()
+        },
+    }
+    paths = {name: write_archive(tmp_path / f"{name}.zarr", {KEY: of}) for name, of in frames.items()}
+    settings = RolloutSettings(metrics=("correlation", "l2"))
+    out = tmp_path / "r.zarr"
+    report = compare(paths.pop("reference"), paths, out, settings, cluster=here)
+    assert (report.equal, report.failures) == (2 * 4, [])
+    dataset = results_of(out).sel(model=["third", "seventh", "near"])
+    assert (dataset["correlation"].values[:2] == 0).all()
+    assert (dataset["correlation"].values[2] > 0).all(), "a small signal stays"
+    assert (dataset["l2"].values > 0).all()
+    ranking = rank(out, tmp_path / "results", replicates=200)
+    best, equals = (of["A", "density", "correlation"] for of in (ranking.best, ranking.equals))
+    assert {best, *equals} == {"third", "seventh"}
+
+
 def test_a_page_without_its_stores_says_so(tmp_path, stores, here):
     out = tmp_path / "r.zarr"
     compare(stores["reference"], {"fno": stores["fno"]}, out, PIXELS, cluster=here)

@@ -304,6 +304,11 @@ def show_rollouts(report: RolloutsReport) -> None:
             f"{report.computed} rollouts compared, times metrics, {report.up_to_date} up to date, in "
             f"{report.seconds:.1f} s{f'; {report.scored} scores of ensembles' if report.scored else ''}"
         )
+        if report.equal:
+            output.print(
+                f"{report.equal} rollouts, times metrics, equal the reference within rounding: their "
+                "distances are 0"
+            )
     elif not report.failures:
         output.print(f"nothing to do: {report.up_to_date} rollouts, times metrics, are up to date")
     if report.unmatched:

@@ -55,6 +55,8 @@ class RolloutsReport:
     ----------
     computed, up_to_date : int
         Rollouts, times metrics.
+    equal : int
+        Of the computed ones, those that equal their trajectory within rounding: their distances are 0.
     scored : int
         Models, times trajectories and scores, whose members were scored together.
     blocks : int
@@ -70,6 +72,7 @@ class RolloutsReport:
 
     computed: int = 0
     up_to_date: int = 0
+    equal: int = 0
     scored: int = 0
     blocks: int = 0
     failures: list[RolloutFailure] = field(default_factory=list)
@@ -226,6 +229,7 @@ def _run(
 def _put_block(entry: Stale, block: Block, result: BlockResult, report: RolloutsReport) -> None:
     """Put what came of a block in the results."""
     for rollout in result.rollouts:
+        report.equal += len(rollout.equal)
         report.computed += _put(entry.results, entry.fingerprints, block, rollout)
     if result.ensemble is not None and entry.scores is not None:
         report.scored += _put(entry.scores, entry.score_fingerprints, block, result.ensemble)

@@ -126,7 +126,8 @@ class Block:
 class RolloutResult:
     """Distances of one rollout, (frame,) by metric, and why some are missing; or the scores of a model.
 
-    A metric in ``unfinished`` is tried again by the next run.
+    A metric in ``unfinished`` is tried again by the next run. By those in ``equal`` the rollout is the
+    trajectory itself, within rounding.
     """
 
     model: str
@@ -134,6 +135,7 @@ class RolloutResult:
     distances: dict[str, np.ndarray] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     unfinished: set[str] = field(default_factory=set)
+    equal: set[str] = field(default_factory=set)
 
     @classmethod
     def failed(cls, model: str, member: str, names: Sequence[str], reason: str) -> RolloutResult:
@@ -248,6 +250,7 @@ class _Compared:
         self.frames: Frames | None = None
         self.missing = 0
         self.fault = ""
+        self._differs: set[str] = set()
         self._names = dict.fromkeys([*source.metrics, *(block.ensemble.metrics if block.ensemble else ())])
         self._baseline: np.ndarray | None = None
         rollout = source.rollout
@@ -285,12 +288,17 @@ class _Compared:
                 try:
                     with stopwatch(name):
                         if scoped.scope == "pair":
+                            self._differs.add(name)  # its rounding is not known
                             values = _compare_pairs(metric, window[compared.present], other)
                         else:
                             compared.embedded[name] = self._embed(
                                 metric, scoped, (window, compared.present, other), ours, theirs
                             )
                             values = _distances(metric, *compared.embedded[name])
+                            if name not in self._differs and _exceeds_rounding(
+                                metric, *compared.embedded[name][:2], values
+                            ):
+                                self._differs.add(name)
                     distances[compared.present] = values
                 except Exception as error:
                     # One rollout must not take down its block.
@@ -377,6 +385,10 @@ class _Compared:
                 ),
                 (int(np.isinf(values).sum()), "distances are infinite"),
             ]
+        for name, values in self.result.distances.items():
+            if name not in self._differs and name not in self.result.reasons and (values > 0).any():
+                self.result.distances[name] = np.where(values > 0, 0, values)
+                self.result.equal.add(name)
         # What was embedded for a score alone has a reason there.
         self.result.reasons = {n: why for n, why in self.result.reasons.items() if n in counts}
         self.result.unfinished &= counts.keys()
@@ -398,6 +410,18 @@ def _distances(
     distances[~comparable] = np.nan
     metric.claims.check_distances(distances, square=False, single=values.dtype == torch.float32)
     return distances
+
+
+def _exceeds_rounding(metric: Metric, embedding: Embedding, partners: Embedding, values: np.ndarray) -> bool:
+    """Tell whether any distance is larger than rounding can have made it, the largest first."""
+    for k in np.argsort(-np.nan_to_num(values)).tolist():
+        if not values[k] > 0:
+            return False
+        pair = slice(k, k + 1)
+        block = torch.full((1, 1), float(values[k]), dtype=torch.float64)
+        if values[k] > metric.bound_rounding(embedding[pair], partners[pair], block)[0, 0]:
+            return True
+    return False
 
 
 class _Scored:
@@ -485,7 +509,7 @@ def _select(embedding: Embedding, present: np.ndarray) -> Embedding:
     if present.all():
         return embedding
     numbers = torch.from_numpy(np.flatnonzero(present))
-    return Embedding({name: part[numbers.to(part.device)] for name, part in embedding.parts.items()})
+    return embedding[numbers.to(next(iter(embedding.parts.values())).device)]
 
 
 def _baseline(model: str, block: Block, reference: Frames) -> np.ndarray:
