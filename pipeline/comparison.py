@@ -17,6 +17,7 @@ from pipeline.resources import read_yaml, validated
 from pipeline.rollouts import RolloutSettings, RolloutsReport, compare
 from pipeline.rollouts.ranking import RankingReport, rank
 from pipeline.sources.catalog import Catalog
+from pipeline.sources.readers.well import is_well
 from pipeline.storage import metadata, schema, store
 from pipeline.storage.address import absolute, is_address, join
 from pipeline.workers.cluster import Cluster
@@ -40,7 +41,8 @@ class Layout(pydantic.BaseModel):
     dataset : str
         Name of the data set in the stores.
     reader : str, optional
-        Default: ``arrays`` for ``.npy``, ``.npz`` and ``.pt``, ``xarray`` for others.
+        Default: ``arrays`` for ``.npy``, ``.npz`` and ``.pt``, ``well`` for files of The Well, ``xarray`` for
+        others.
     options : dict
         Of the reader, for the reference and all models.
     reference, models : dict
@@ -251,13 +253,20 @@ def _catalog_of(path: str, layout: Layout, options: Mapping[str, Any]) -> Catalo
     entry = {
         "name": layout.dataset,
         "source": {"path": location},
-        "reader": layout.reader or ("arrays" if _holds_arrays(Path(path)) else "xarray"),
+        "reader": layout.reader or _recognise(path),
         "options": {**layout.options, **options},
         "fields": layout.fields,
         "missing": "frames",
     }
     content = {"name": "comparison", "title": "comparison", "datasets": [entry]}
     return validated(content, Catalog, Path(path), LayoutError)
+
+
+def _recognise(path: str) -> str:
+    """Choose the reader of a file or folder."""
+    if _holds_arrays(Path(path)):
+        return "arrays"
+    return "well" if is_well(path) else "xarray"
 
 
 def _holds_arrays(path: Path) -> bool:

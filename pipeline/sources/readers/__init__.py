@@ -53,7 +53,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.sources.catalog import CatalogError, Dataset, FieldChoice
-from pipeline.sources.readers import arrays, lsim, stack, xarray
+from pipeline.sources.readers import arrays, lsim, stack, well, xarray
 from pipeline.sources.readers.base import (
     LEADS_OUT,
     BrokenSequence,
@@ -85,10 +85,11 @@ READERS: dict[str, Reader] = {
     "arrays": arrays.read,
     "lsim": lsim.read,
     "stack": stack.read,
+    "well": well.read,
     "xarray": xarray.read,
 }
 
-VERSIONS: dict[str, str] = {module.__name__: module.VERSION for module in (arrays, lsim, stack, xarray)}
+VERSIONS: dict[str, str] = {module.__name__: module.VERSION for module in (arrays, lsim, stack, well, xarray)}
 """Versions of the shipped readers, by module."""
 
 
