@@ -329,7 +329,8 @@ class PlainDistance(nn.Module):
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Compute the distances (n,) of planes (n, 3, y, x) in [0, 255]."""
-        a, b = (self.metric.embed(planes.permute(0, 2, 3, 1)) for planes in (prediction, target))
+        # The target is the reference, which directed metrics divide by.
+        a, b = (self.metric.embed(planes.permute(0, 2, 3, 1)) for planes in (target, prediction))
         distances = self.metric.paired(a, b)
         # The mean would hide a custom metric that returns all pairs.
         self.metric.claims.check_block(distances, (len(prediction),), "paired")

@@ -145,6 +145,10 @@ def apply(settings: Preprocessing, frames: Frames, scope: Scope) -> Frames:
     return apply_with_rounding(settings, frames, scope).values
 
 
+SMALLEST = 1e-140
+"""Least magnitude of frames in their own units; one over it is the largest."""
+
+
 class Applied(NamedTuple):
     """Prepared frames with bounds on their rounding.
 
@@ -175,6 +179,8 @@ def apply_with_rounding(settings: Preprocessing, frames: Frames, scope: Scope) -
         settings = replace(settings, precision="double")
     exact = hold_exactly(settings, frames)
     resized = _resize_exact(settings, exact)
+    if scope == "none":
+        _check_magnitude(resized)
     normalised = _normalise_over(
         settings,
         resized.frames,
@@ -184,6 +190,17 @@ def apply_with_rounding(settings: Preprocessing, frames: Frames, scope: Scope) -
     )
     rounding = _bound_rounding(settings, frames, resized, normalised)
     return Applied(normalised.values, normalised.rest, rounding)
+
+
+def _check_magnitude(resized: _Resized) -> None:
+    """Refuse values in their own units whose squares double precision cannot hold."""
+    ends = np.concatenate([np.asarray(side).ravel() for side in (resized.extremes.lo, resized.extremes.hi)])
+    largest = float(np.abs(ends[np.isfinite(ends)]).max(initial=0))
+    if largest > 1 / SMALLEST or 0 < largest < SMALLEST:
+        raise FramesError(
+            f"values up to {largest:.3g} with scope 'none'; expected {SMALLEST:g} to {1 / SMALLEST:g}, whose "
+            "squares double precision can hold: change their units, or take another scope"
+        )
 
 
 def apply_to_pairs(settings: Preprocessing, frames: Frames) -> Iterator[tuple[int, int, Applied]]:

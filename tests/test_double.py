@@ -407,3 +407,17 @@ def test_published_truncation_is_that_of_double_values(name: str) -> None:
     levels = np.floor(255 * ((frames - frames.min()) / np.ptp(frames)))
     found = load(name, compat="published").pairwise(frames)[0, 1]
     assert found == pytest.approx(load(name).pairwise(levels, scope=(0, 255))[0, 1], rel=1e-9)
+
+
+def test_masses_of_very_different_totals_keep_their_digits() -> None:
+    """Multiples of one mass are at distance 0, whatever the factor."""
+    y, x = np.mgrid[:16, :16] / 16
+    mass = np.sin(np.pi * x) ** 2 * np.sin(np.pi * y) ** 2 + 0.5 * (x > 0.7)
+    frames = np.stack([10.0**-k * np.roll(mass, 3 * (k % 2), 1) for k in range(14)])[..., None]
+    metric = lsim.load_metric("sliced-wasserstein", size=None, precision="double")
+    distances, bounds = metric.all_pairs_with_rounding(metric.prepare(frames, "sequence"))
+    same = np.add.outer(np.arange(14), np.arange(14)) % 2 == 0
+    assert (distances[same] <= bounds[same]).all()
+    np.testing.assert_allclose(distances[~same], distances[0, 1], rtol=1e-12)
+    pairs = metric.distance(frames[:1].repeat(13, 0), frames[1:], scope=(0.0, float(frames.max())))
+    np.testing.assert_allclose(pairs[::2], distances[0, 1], rtol=1e-9)

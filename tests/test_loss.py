@@ -399,3 +399,14 @@ def test_loads_a_metric_by_name_with_weights_of_ones_own(
     by_name = SimulationLoss("lsim", weights=path, reduction="none")(*frames)
     loaded = SimulationLoss(lsim.load_metric("lsim", path, device="cpu"), reduction="none")(*frames)
     assert torch.equal(by_name, loaded)
+
+
+@pytest.mark.parametrize("name", ["vrmse", "nrmse", "nmae"])
+def test_the_target_is_the_reference_of_directed_metrics(name: str) -> None:
+    """A prediction of a fifth of the target's amplitude is off by 0.8 of its spread, not by 4 of its own."""
+    target = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 1, 16, 16)))
+    prediction = 0.2 * target
+    loss = SimulationLoss(name, normalisation=(-6.0, 6.0))(prediction, target).item()
+    metric = lsim.load_metric(name, size=None)
+    frames = [side[0, 0].numpy() for side in (target, prediction)]
+    assert loss == pytest.approx(metric.distance(*frames, scope=(-6.0, 6.0)).item(), rel=2e-3)

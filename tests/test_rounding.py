@@ -294,3 +294,23 @@ def test_docs_name_what_metrics_are_blind_to() -> None:
         blind = load(name).info.blind_to
         rows = [line for line in page.splitlines() if f"`{name}`" in line and line.count("|") == 3]
         assert [line.split("|")[2].strip() for line in rows] == ([", ".join(blind)] if blind else [])
+
+
+def test_frames_that_are_flat_within_their_rounding_have_any_direction() -> None:
+    """A mode decays below what single precision resolves: its distance, 1, is no more than a guess."""
+    y, x = np.mgrid[:16, :16] / 16
+    mode = np.sin(2 * np.pi * x) * np.cos(2 * np.pi * y)
+    frames = np.stack([np.exp(-2.5 * t) * mode for t in range(11)])[..., None]
+    metric = lsim.load_metric("correlation", size=None)
+    distances, bounds = metric.all_pairs_with_rounding(metric.prepare(frames, "sequence"))
+    assert distances[0, -1] == 1, "single precision leaves nothing of the last frame"
+    assert (distances <= bounds).all(), "multiples of one mode are at distance 0"
+
+
+@pytest.mark.parametrize("name", ["correlation", "cosine"])
+def test_zeros_have_no_error_and_no_direction(name: str) -> None:
+    frames = np.zeros((2, 16, 16, 1))
+    frames[1] = np.random.default_rng(0).random((16, 16, 1))
+    metric = lsim.load_metric(name, size=None)
+    distances, bounds = metric.all_pairs_with_rounding(metric.prepare(frames, "none"))
+    assert (distances[0, 1], bounds[0, 1]) == (1, 0)

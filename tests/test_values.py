@@ -147,3 +147,13 @@ def test_results_of_fixed_scopes_that_were_rounded_are_out_of_date() -> None:
     assert scope_identity((0.0, 255.0)) == (0.0, 255.0)
     assert scope_identity("sequence") == "sequence"
     assert scope_identity((101325.3, 101326.6)) != (101325.3, 101326.6)
+
+
+@pytest.mark.parametrize("factor", [1e-200, 1e160, 1e300])
+@pytest.mark.parametrize("name", ["l2", "cosine", "sliced-wasserstein"])
+def test_units_in_which_squares_overflow_are_refused(name: str, factor: float) -> None:
+    frames = np.random.default_rng(0).random((2, 8, 8)) * factor
+    metric = lsim.load_metric(name, size=None)
+    with pytest.raises(lsim.FramesError, match="change their units"):
+        metric.pairwise(frames, scope="none")
+    assert np.isfinite(metric.pairwise(frames)).all(), "normalised, they are as any others"

@@ -232,7 +232,13 @@ def _mass_difference(a: Embedding, b: Embedding) -> Tensor:
     first, second = (part["total"][..., None, None] for part in (x, y))
     surplus = difference.sum((2, 3), keepdim=True) / (first + second)
     scale = (first + second) / (2 * first * second)
-    return (difference - surplus * (x["mass"] + y["mass"])) * scale
+    near = (difference - surplus * (x["mass"] + y["mass"])) * scale
+    unequal = torch.maximum(first, second) > UNEQUAL * torch.minimum(first, second)
+    return torch.where(unequal, x["mass"] / first - y["mass"] / second, near)
+
+
+UNEQUAL = 4.0
+"""Ratio of totals from which on masses are scaled to 1 before they are subtracted."""
 
 
 @compiled()
@@ -361,7 +367,8 @@ def moved_masses(  # type: ignore[no-untyped-def]
     """Add to out[p] the sliced W₁ of the masses i[p] of x and j[p] of y, (n, channel, y, x), scaled to 1.
 
     What is accumulated is their difference: it is as small as the distance, and so is its rounding. With
-    d = x − y and totals X and Y, x/X − y/Y = (d − (x + y) Σd / (X + Y)) (X + Y) / (2 X Y).
+    d = x − y and totals X and Y, x/X − y/Y = (d − (x + y) Σd / (X + Y)) (X + Y) / (2 X Y). Where one total is
+    :data:`UNEQUAL` times the other, most of that cancels, and each mass is divided by its own.
     """
     channels, height, width = x.shape[1:]
     line = np.empty(np.abs(vectors).sum(axis=1).max() * max(height, width))
@@ -377,9 +384,15 @@ def moved_masses(  # type: ignore[no-untyped-def]
             first, second = x_total[i[p], c], y_total[j[p], c]
             surplus /= first + second
             scaled = (first + second) / (2 * first * second)
+            unequal = max(first, second) > UNEQUAL * min(first, second)
+            if unequal:
+                scaled = 1.0
             for r in range(height):
                 for k in range(width):
-                    difference[r, k] -= surplus * (x[i[p], c, r, k] + y[j[p], c, r, k])
+                    if unequal:
+                        difference[r, k] = x[i[p], c, r, k] / first - y[j[p], c, r, k] / second
+                    else:
+                        difference[r, k] -= surplus * (x[i[p], c, r, k] + y[j[p], c, r, k])
             for d in range(vectors.shape[0]):
                 q, step = vectors[d]
                 positions = q * (width - 1) + abs(step) * (height - 1)

@@ -419,7 +419,8 @@ class Cosine(_PixelMetric):
     def rounding(self, a: Embedding, b: Embedding, distances: Tensor) -> Tensor:
         """Bound ½ |û − v̂|² for directions that are off by the angle between a frame with and without errors.
 
-        A frame that is exactly constant has no direction, and its distances have no error.
+        A frame without a direction may have any within its errors, and then any distance. Where it has no
+        error, its distances, 0 or 1, are exact.
         """
         if self.preprocessing.mask or self.pixel_weights is not None:
             x, y = self._masked_lengths(a, b), self._masked_lengths(b, a).T
@@ -430,10 +431,12 @@ class Cosine(_PixelMetric):
         sizes = [_largest(side) if weighted else self._lengths_and_sizes(side)[1] for side in (a, b)]
         roundings = 4 + math.sqrt(_rows(a).shape[1]) / 2
         share = self._share_of_rounding(a, b, x, y) if "rest" in a.parts else 1.0
-        angle = _angle(of_each(a, stored=True, mean=True)[:, None], sizes[0][:, None], x, roundings, share)
-        angle = angle + _angle(of_each(b, stored=True, mean=True), sizes[1], y, roundings, share)
+        errors = of_each(a, stored=True, mean=True)[:, None], of_each(b, stored=True, mean=True)
+        angle = _angle(errors[0], sizes[0][:, None], x, roundings, share)
+        angle = angle + _angle(errors[1], sizes[1], y, roundings, share)
         bound = angle * (2 * distances).sqrt() + angle.square() / 2 + of_sum(distances, torch.float64)
-        return torch.where((x == 0) | (y == 0), 0, bound.clamp(max=2))
+        unknown = torch.where(((x == 0) & (errors[0] > 0)) | ((y == 0) & (errors[1] > 0)), 2.0, 0.0)
+        return torch.where((x == 0) | (y == 0), unknown, bound.clamp(max=2))
 
     def _share_of_rounding(self, a: Embedding, b: Embedding, x: Tensor, y: Tensor) -> Tensor:
         """Compute the share of a direction's rounding that :meth:`_from_difference` leaves: (len(a), len(b)).
