@@ -123,8 +123,12 @@ class CheckedMetric(MetricDefinition):
         return (values + self._run_paired(b, a)) / 2 if self._symmetrised else values
 
     def _run_paired(self, a: Embedding, b: Embedding) -> Tensor:
-        values = self.paired(a, b)
+        parts = [*a.parts.values(), *b.parts.values()]
+        part_versions = versions(parts)
+        with self._guarded("paired"):
+            values = self.paired(a, b)
         self.claims.check_block(values, (len(b),), "paired")
+        self.claims.check_unwritten(part_versions, versions(parts), "paired wrote into the embeddings")
         return values
 
     # --- bounds on rounding -------------------------------------------------------------------------------

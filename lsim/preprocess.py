@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lsim.exact_frames import ExactFrames, hold_exactly, move_scope
 from lsim.frames import (
+    WHOLE_IN_DOUBLE,
     Frames,
     FramesError,
     as_array,
@@ -180,7 +181,7 @@ def apply_with_rounding(settings: Preprocessing, frames: Frames, scope: Scope) -
     exact = hold_exactly(settings, frames)
     resized = _resize_exact(settings, exact)
     if scope == "none":
-        _check_magnitude(resized)
+        _check_magnitude(resized, exact.factor)
     normalised = _normalise_over(
         settings,
         resized.frames,
@@ -192,10 +193,11 @@ def apply_with_rounding(settings: Preprocessing, frames: Frames, scope: Scope) -
     return Applied(normalised.values, normalised.rest, rounding)
 
 
-def _check_magnitude(resized: _Resized) -> None:
+def _check_magnitude(resized: _Resized, factor: float) -> None:
     """Refuse values in their own units whose squares double precision cannot hold."""
     ends = np.concatenate([np.asarray(side).ravel() for side in (resized.extremes.lo, resized.extremes.hi)])
-    largest = float(np.abs(ends[np.isfinite(ends)]).max(initial=0))
+    with np.errstate(over="ignore"):
+        largest = float(np.abs(ends[np.isfinite(ends)]).max(initial=0)) / factor
     if largest > 1 / SMALLEST or 0 < largest < SMALLEST:
         raise FramesError(
             f"values up to {largest:.3g} with scope 'none'; expected {SMALLEST:g} to {1 / SMALLEST:g}, whose "
@@ -277,6 +279,7 @@ def _bound_rounding(
             max(half_ulp_of(resized.frames.dtype), 2.0**-53),
             2.0**-53 if settings.precision == "double" else 2.0**-24,
         ),
+        rounded=whole_numbers and bool((np.maximum(-lowest, highest) > WHOLE_IN_DOUBLE).any()),
         # Whole numbers are resized to the same whole numbers in any precision.
         splines=settings.order if changes and not whole_numbers else 0,
     )

@@ -77,6 +77,7 @@ def bound_of_frames(
     *,
     units: tuple[float, float, float],
     splines: int,
+    rounded: bool = False,
 ) -> FrameRounding:
     """Bound the error of frames that are normalised over the range from ``lo`` to ``hi``.
 
@@ -89,6 +90,8 @@ def bound_of_frames(
         Half an ulp of 1: of the source's dtype (0 for integers), of the computation, of the result.
     splines : int
         Order of the spline that resizes values in floating point; 0 if none is interpolated.
+    rounded : bool
+        Values were integers that double precision rounds.
 
     Returns
     -------
@@ -111,6 +114,8 @@ def bound_of_frames(
             relative += of_result
         # Both ends of the range are resized values, too.
         resized = 2 * raw * (of_work + (8 if splines == 1 else 32) * 2.0**-53) if splines else 0 * raw
+        if rounded:
+            resized = resized + 2.0**-52 * raw
         shares = np.full_like(raw, relative)
         with_rest = np.where(size < LARGEST_WITH_REST, UNIT * size, prepared)
         parts = (prepared + resized, of_source * raw, shares, resized, with_rest + resized)

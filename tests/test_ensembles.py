@@ -220,7 +220,7 @@ def test_an_ensemble_without_one_of_its_members_has_no_score(tmp_path, here):
         assert np.isfinite(values[0]).tolist() == [True, True, True, False, False]
         assert np.isnan(values[1]).all()
         assert np.isfinite(values[2]).all()
-        assert reasons["s0", score] == "2 of 5 frames of some member have NaN or infinity"
+        assert reasons["s0", score] == "2 of 5 frames of the reference or a member have NaN"
         assert reasons["s1", score] == "no rollout of member run2"
     page = rank(tmp_path / "r.zarr", tmp_path / "results", replicates=50)
     overall = page.errors.query("frame == -1 and metric == 'crps'").iloc[0]
@@ -373,3 +373,28 @@ def test_damaged_scores_and_spectra_are_named_left_out_and_mended(tmp_path, here
     for part, dataset in expected.items():
         xr.testing.assert_identical(results_of(out, part), dataset)
     assert verify(out).whole
+
+
+def test_a_perfect_ensemble_that_lacks_a_member_adds_and_lacks_no_energy(tmp_path, here):
+    reference = {name: of * (10 if name == "s2" else 1) for name, of in reference_of(4).items()}
+    members = {f"run{k}/{name}": of for k in range(2) for name, of in reference.items()}
+    del members["run1/s2"]
+    source = write_archive(tmp_path / "reference.zarr", {KEY: reference})
+    model = write_archive(tmp_path / "m.zarr", {KEY: members})
+    compare(source, {"m": model}, tmp_path / "r.zarr", RolloutSettings(metrics=("l2",)), cluster=here)
+    bands = rank(tmp_path / "r.zarr", tmp_path / "results", replicates=50).spectra["bands"]
+    np.testing.assert_allclose(bands["relative_error"], 0, atol=1e-12)
+
+
+def test_times_beyond_the_reference_are_refused_and_equal_ones_merged(tmp_path, here):
+    reference = reference_of(2)
+    source = write_archive(tmp_path / "reference.zarr", {KEY: reference})
+    model = write_archive(tmp_path / "m.zarr", {KEY: reference})
+    with pytest.raises(ValueError, match="finite"):
+        RolloutSettings(metrics=("l2",), spectra=(float("nan"),))
+    late = RolloutSettings(metrics=("l2",), spectra=(1000.0,))
+    with pytest.raises(ValueError, match="expected times of the reference"):
+        compare(source, {"m": model}, tmp_path / "r.zarr", late, cluster=here)
+    settings = RolloutSettings(metrics=("l2",), spectra=(0.24, 0.26, 1.0))
+    compare(source, {"m": model}, tmp_path / "r.zarr", settings, cluster=here)
+    assert results_of(tmp_path / "r.zarr", "spectra")["time"].values[0].tolist() == [0.25, 1]

@@ -655,3 +655,114 @@ def test_valid_times_are_censored_where_a_rollout_stays_valid(tmp_path, here):
     assert (valid.loc["exact", "value"], valid.loc["exact", "censored"]) == (1.0, 3)
     assert valid.loc["drifting", "value"] == pytest.approx(0.6)
     assert valid.loc["drifting", "censored"] == 0
+
+
+# ---------------------------------------------------------------- models that blow up, and second runs
+
+
+def compared(tmp_path: Path, reference: dict, models: dict, cluster: Cluster, **settings: Any) -> Path:
+    """Compare models, each by its sequences, in ``r.zarr``."""
+    source = write_archive(tmp_path / "reference.zarr", {KEY: reference})
+    paths = {name: write_archive(tmp_path / f"{name}.zarr", {KEY: of}) for name, of in models.items()}
+    compare(source, paths, tmp_path / "r.zarr", RolloutSettings(**settings), cluster=cluster)
+    return tmp_path / "r.zarr"
+
+
+@pytest.mark.parametrize("amplitude", [1e3, 1e8, 1e14])
+def test_a_model_that_diverges_is_not_equal_to_the_reference(tmp_path, here, amplitude: float):
+    """However large the rounding of its own values is."""
+    reference = trajectories(2)
+    noise = np.random.default_rng(0).standard_normal((6, SIZE, SIZE, 1))
+    wild = {name: (of + amplitude * noise).astype(np.float32) for name, of in reference.items()}
+    metrics = ("correlation", "gradient", "fft", "l1")
+    out = compared(tmp_path, reference, {"wild": wild}, here, metrics=metrics, scope="reference")
+    dataset = results_of(out)
+    for name in metrics:
+        assert (dataset[name].values > 0).all(), name
+
+
+def test_results_that_are_made_of_other_frames_are_forgotten_whatever_a_run_asks_for(tmp_path, here):
+    reference = trajectories()
+    old, new = members(reference, 2, 0.02), members(reference, 2, 0.5)
+    out = compared(tmp_path, reference, {"m": old}, here, metrics=("l2", "vrmse"), baselines=("mean",))
+    before = results_of(out, f"{KEY}/ensemble")["crps"].values[0]
+    assert np.isfinite(before).all()
+    compared(tmp_path, reference, {"m": new}, here, metrics=("l2",), ensembles=False, spectra=0)
+    dataset = results_of(out).sel(model="m")
+    assert np.isfinite(dataset["l2"].values).all()
+    assert np.isnan(dataset["vrmse"].values).all(), "of the old frames"
+    for part, name in (("ensemble", "crps"), ("spectra", "energy")):
+        assert np.isnan(results_of(out, f"{KEY}/{part}")[name].sel(model="m").values).all()
+    assert np.isfinite(results_of(out).sel(model="mean")["vrmse"].values[0]).all(), "it is as it was"
+    changed = reference | {"s1": reference["s1"] + 1}
+    compared(tmp_path, changed, {"m": new}, here, metrics=("l2",), ensembles=False, spectra=0)
+    assert np.isnan(results_of(out).sel(model="mean")["vrmse"].values[0]).all(), "the mean is another"
+
+
+def test_the_best_model_is_chosen_on_sequences_that_all_have(tmp_path, here):
+    """One that blew up in the hardest sequence is not better for it."""
+    rng = np.random.default_rng(0)
+    reference = trajectories(6, 4)
+    hard = {name: 20.0 if name == "s5" else 1.0 for name in reference}
+
+    def model(noise: float) -> dict[str, np.ndarray]:
+        return {
+            name: (of + noise * hard[name] * rng.standard_normal(of.shape)).astype(np.float32)
+            for name, of in reference.items()
+        }
+
+    better, worse = model(0.1), model(0.12)
+    worse["s5"][2:] = np.nan
+    out = compared(tmp_path, reference, {"better": better, "worse": worse}, here, metrics=("rmse",))
+    ranking = rank(out, tmp_path / "results", replicates=500)
+    errors = ranking.errors.query("frame == -1 and metric == 'rmse'").set_index("model")["value"]
+    assert errors["worse"] < errors["better"], "a mean over fewer sequences"
+    assert ranking.best["A", "density", "rmse"] == "better"
+    page = Path(write_rollouts_report(tmp_path / "results")).read_text()
+    assert "By rmse, better" in page
+
+
+def test_equal_models_cannot_be_told_apart(tmp_path, here):
+    reference = trajectories(5)
+    model = perturbed(reference, 0.1)
+    out = compared(tmp_path, reference, {"a": model, "b": model}, here, metrics=("l2",))
+    rank(out, tmp_path / "results", replicates=200)
+    page = Path(write_rollouts_report(tmp_path / "results")).read_text()
+    assert "By l2, a has the least error, but it cannot be told apart from b" in page
+
+
+@pytest.mark.parametrize("replicates", [0, 50])
+def test_a_page_is_written_where_one_model_alone_has_complete_rollouts(tmp_path, here, replicates: int):
+    reference = trajectories(2)
+    gone = {
+        name: np.where(np.arange(6)[:, None, None, None] > 3, np.nan, of) for name, of in reference.items()
+    }
+    out = compared(tmp_path, reference, {"a": reference, "gone": gone}, here, metrics=("l2",))
+    rank(out, tmp_path / "results", replicates=replicates)
+    assert "By l2, a " in Path(write_rollouts_report(tmp_path / "results")).read_text()
+
+
+@pytest.mark.parametrize("scope", ["reference", "each"])
+def test_ranges_of_trajectories_with_masked_pixels_are_those_of_their_values(tmp_path, here, scope: Any):
+    reference = trajectories(2)
+    land = np.arange(SIZE)[None, :, None, None] < 5
+    models = {"m": perturbed(reference, 0.3)}
+    masked = [
+        {name: np.where(land, np.nan, of).astype("f4") for name, of in side.items()}
+        for side in (reference, models["m"])
+    ]
+    out = compared(
+        tmp_path,
+        masked[0],
+        {"m": masked[1]},
+        here,
+        metrics=("l1",),
+        scope=scope,
+        mask="nan",
+        baselines=("mean",),
+    )
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    cut = [{name: of[:, 5:] for name, of in side.items()} for side in (reference, models["m"])]
+    expected = compared(whole, cut[0], {"m": cut[1]}, here, metrics=("l1",), scope=scope, baselines=("mean",))
+    np.testing.assert_allclose(results_of(out)["l1"].values, results_of(expected)["l1"].values, rtol=1e-5)

@@ -351,7 +351,8 @@ def show_ranking(report: RankingReport) -> None:
             names = ("", "")
     output.print(table, soft_wrap=False)
     output.print("* least error; ≈ cannot be told from it (95 %, all pairs of models at once)")
-    for row in report.spread[report.spread["frame"] == -1].itertuples() if len(report.spread) else ():
+    spread = report.spread
+    for row in spread[(spread["frame"] == -1) & spread["ratio"].notna()].itertuples() if len(spread) else ():
         ratio = f"{row.ratio:.2f} [{row.low:.2f}, {row.high:.2f}]"
         output.print(
             f"{row.dataset}/{row.field}, {row.model}: spread / skill of {row.members} members {ratio}; near "

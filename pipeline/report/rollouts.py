@@ -21,6 +21,7 @@ from pipeline.report.reading import ReportError
 from pipeline.report.text import significant
 from pipeline.rollouts import list_rollout_failures
 from pipeline.rollouts.matching import FieldRollouts, match_fields
+from pipeline.rollouts.ranking import leave_out_damaged
 from pipeline.rollouts.results import read_results
 from pipeline.rollouts.spectra import REFERENCE
 from pipeline.storage import schema, store
@@ -211,6 +212,8 @@ def _say_best(
         return f"By {metric} no model has complete rollouts."
     if models < 2:
         return f"By {metric}, {best} is the only model."
+    if not len(differences):
+        return f"By {metric}, {best} is the only model with complete rollouts, or no interval was computed."
     of_metric = differences[(differences["metric"] == metric) & (differences["field"] == name)]
     known = of_metric["low"].notna().any() if len(of_metric) else False
     if not known:
@@ -314,6 +317,7 @@ class _Stores:
             if key.split("/")[0] != dataset:
                 continue
             results = read_results(self.root, key)
+            leave_out_damaged(results)
             for metric, values in results.distances.items():
                 present = np.isfinite(values)
                 counts = present.sum(axis=(1, 3))

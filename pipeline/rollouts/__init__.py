@@ -154,7 +154,10 @@ def compare(
             "models": {
                 model: [relative(path, out_path) for _, path in members] for model, members in stores.items()
             },
-            schema.UNMATCHED: [asdict(entry) for entry in matching.unmatched],
+            schema.UNMATCHED: [
+                *(entry for entry in _earlier_unmatched(results.root) if entry["model"] not in stores),
+                *(asdict(entry) for entry in matching.unmatched),
+            ],
         }
         recorded = settings.model_dump(exclude={"weights", "options"}, exclude_defaults=True)
         with results.recorded(began, {"settings": recorded}, report.summarise, workers, attributes):
@@ -163,6 +166,12 @@ def compare(
     report.seconds, report.cluster = time.perf_counter() - began, workers.description
     report.failures = list_rollout_failures(out_path)
     return report
+
+
+def _earlier_unmatched(root: store.Group) -> list[Any]:
+    """List what earlier runs could not compare."""
+    listed: Any = root.attrs.get(schema.UNMATCHED, [])
+    return list(listed)
 
 
 def list_rollout_failures(out: str | os.PathLike[str]) -> list[RolloutFailure]:

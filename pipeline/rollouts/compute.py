@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from lsim.embedding import Embedding
+from lsim.frames import drop_alpha
 from lsim.metric import Metric
 from lsim.prepared import Prepared
 from lsim.preprocess import FramesError, Scope
@@ -26,6 +27,9 @@ from pipeline.rollouts.windows import Frames
 from pipeline.stage.stopwatch import Stopwatch
 from pipeline.storage.checked_frames import NOT_READ, why_not_read
 from pipeline.workers.worker_metrics import MetricRequest, get_metric
+
+MOST_ROUNDING = 1e-3
+"""Bound on the rounding of a distance of equal frames, above which nothing is known about it."""
 
 
 @dataclass(frozen=True)
@@ -314,14 +318,14 @@ class _Compared:
         if self.fault:
             return RolloutResult.failed(source.model, source.member, (ENERGY,), self.fault)
         if self._baseline is not None:
-            energies = np.repeat(measure_energy(self._baseline[None]), len(numbers), axis=0)
+            energies = np.repeat(measure_energy(drop_alpha(self._baseline[None])), len(numbers), axis=0)
         else:
             assert self.frames is not None
             partners = numbers if source.rollout is None else source.rollout.partners[numbers]
             frames = [self.frames.select(slice(k, k + 1))[0] for k in partners[partners >= 0]]
             energies = np.full((len(numbers), len(wavenumbers(*self.reference.shape[:2]))), np.nan)
             if frames:
-                energies[partners >= 0] = measure_energy(np.stack(frames))
+                energies[partners >= 0] = measure_energy(drop_alpha(np.stack(frames)))
         return RolloutResult(source.model, source.member, {ENERGY: energies}).explain(
             {ENERGY: [(int(np.isnan(energies[:, 0]).sum()), "frames are missing, or have NaN or infinity")]}
         )
@@ -348,7 +352,7 @@ class _Compared:
     ) -> tuple[Embedding, Embedding, np.ndarray]:
         """Embed a window's frames and their partners; tell which pairs compare."""
         window, present, other = frames
-        first, second = self._scopes(scoped)
+        first, second = self._scopes(scoped, metric.preprocessing.mask)
         key = (metric.preprocessing, type(metric).prepare)
         if (key, first) not in ours:
             ours[key, first] = metric.prepare(window, first)
@@ -360,13 +364,14 @@ class _Compared:
             partners = metric.embed_prepared(rollout)
         return embedding, partners, reference.comparable[present] & rollout.comparable
 
-    def _scopes(self, scoped: ScopedRequest) -> tuple[Scope, Scope]:
+    def _scopes(self, scoped: ScopedRequest, masked: bool) -> tuple[Scope, Scope]:
         """Choose the ranges that normalise the reference and the rollout."""
         scope = scoped.scope
         if scope == "reference":
-            return self.reference.range, self.reference.range
+            return self.reference.range(masked), self.reference.range(masked)
         if scope == "each":
-            return self.reference.range, self.reference.range if self.frames is None else self.frames.range
+            other = self.reference if self.frames is None else self.frames
+            return self.reference.range(masked), other.range(masked)
         if scope == "dataset":
             return scoped.dataset_range, scoped.dataset_range
         return scope, scope
@@ -413,15 +418,28 @@ def _distances(
 
 
 def _exceeds_rounding(metric: Metric, embedding: Embedding, partners: Embedding, values: np.ndarray) -> bool:
-    """Tell whether any distance is larger than rounding can have made it, the largest first."""
+    """Tell whether any distance is larger than rounding can have made it, the largest first.
+
+    Of a metric that is blind to some change, whose distance is then 0 without rounding. The rounding of the
+    reference itself counts: a rollout that diverges has a bound as large as its distances.
+    """
+    if not metric.info.blind_to or not np.isfinite(values[~np.isnan(values)]).all():
+        return True
     for k in np.argsort(-np.nan_to_num(values)).tolist():
         if not values[k] > 0:
             return False
         pair = slice(k, k + 1)
         block = torch.full((1, 1), float(values[k]), dtype=torch.float64)
-        if values[k] > metric.bound_rounding(embedding[pair], partners[pair], block)[0, 0]:
+        bound = metric.bound_rounding(embedding[pair], partners[pair], block)[0, 0]
+        own = metric.bound_rounding(embedding[pair], embedding[pair], 0 * block)[0, 0]
+        if not values[k] <= min(bound, own) or own > MOST_ROUNDING:
             return True
     return False
+
+
+def _of_member(name: str, reason: str) -> str:
+    """Name the member that a reason is of, where a model has several."""
+    return f"member {name}: {reason}" if name else reason
 
 
 class _Scored:
@@ -433,7 +451,7 @@ class _Scored:
         self.missing = 0
         members = {rollout.source.member: rollout for rollout in rollouts}
         absent = [name for name in ensemble.members if name not in members]
-        faults = [f"member {name}: {of.fault}" for name, of in members.items() if of.fault]
+        faults = [_of_member(name, of.fault) for name, of in members.items() if of.fault]
         if faults:
             self.result = RolloutResult.failed(ensemble.model, "", ensemble.scores, faults[0])
         elif absent:
@@ -455,8 +473,10 @@ class _Scored:
         if whole.any() and wanted:
             with stopwatch("scores"):
                 if {*wanted} & {*scores.PIXEL_SCORES}:
-                    frames = np.stack([member.frames[whole[member.present]] for member in members])
-                    of_pixels = scores.score_pixels(frames, window[whole], masked=self.ensemble.masked)
+                    # As metrics do, without alpha.
+                    frames = [drop_alpha(member.frames[whole[member.present]]) for member in members]
+                    truth = drop_alpha(window[whole])
+                    of_pixels = scores.score_pixels(np.stack(frames), truth, masked=self.ensemble.masked)
                     for name in {*wanted} & of_pixels.keys():
                         values[name][whole] = of_pixels[name]
                 for metric in self.ensemble.metrics:
@@ -472,9 +492,8 @@ class _Scored:
         score = scores.ENERGY + metric.name
         for rollout, member in zip(self.rollouts, members, strict=True):
             if metric.name not in member.embedded:
-                self.result.reasons[score] = (
-                    f"member {rollout.source.member}: {rollout.result.reasons[metric.name]}"
-                )
+                reason = rollout.result.reasons[metric.name]
+                self.result.reasons[score] = _of_member(rollout.source.member, reason)
                 if metric.name in rollout.result.unfinished:
                     self.result.unfinished.add(score)
                 return
@@ -499,7 +518,7 @@ class _Scored:
             values = self.result.distances.get(name, np.full(0, np.nan))
             counts[name] = [
                 (self.missing, "frames lack a member"),
-                (int(np.isnan(values).sum()) - self.missing, "frames of some member have NaN or infinity"),
+                (int(np.isnan(values).sum()) - self.missing, "frames of the reference or a member have NaN"),
             ]
         return self.result.explain(counts)
 
@@ -521,11 +540,11 @@ def _baseline(model: str, block: Block, reference: Frames) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _mean_frame(path: str, key: str, contents: tuple[str, ...]) -> np.ndarray:
-    """Average the finite frames of all trajectories of a field, float64."""
-    total, count = np.zeros(1), 0
+    """Average the finite values of each pixel over all trajectories of a field, float64; NaN without any."""
+    total, counts = np.zeros(1), np.zeros(1)
     for row, content in enumerate(contents):
         for _, window in Frames(path, key, row, content).windows():
-            finite = np.isfinite(window).all(axis=(1, 2, 3))
-            total = total + window[finite].sum(axis=0, dtype=np.float64)
-            count += int(finite.sum())
-    return np.asarray(total / max(count, 1))
+            finite = np.isfinite(window)
+            total = total + np.where(finite, window, 0).sum(axis=0, dtype=np.float64)
+            counts = counts + finite.sum(axis=0)
+    return np.asarray(total / np.where(counts > 0, counts, np.nan))

@@ -5,6 +5,7 @@ All models are evaluated on the same draws of sequences, so that their differenc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,10 @@ class Difference:
         """True if the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
+    def shows_better(self, model: str) -> bool:
+        """Tell whether the interval shows that one of the two has the smaller error."""
+        return self.high < 0 if model == self.model else self.low > 0
+
 
 class Bootstrap:
     """Means of models over members and sequences, in resampled draws.
@@ -50,15 +55,19 @@ class Bootstrap:
 
     def __init__(self, values: dict[str, np.ndarray], replicates: int = 2000, seed: int = 0) -> None:
         self.values = values
+        self._replicates, self._seed = replicates, seed
         rng = np.random.default_rng(seed)
         sequences = max((of_model.shape[1] for of_model in values.values()), default=0)
         self._sequences = sequences
         # Counts of each sequence in each draw.
         of_sequences = rng.multinomial(sequences, np.full(sequences, 1 / max(1, sequences)), replicates)
+        self._of_sequences = of_sequences
+        self._counts: dict[str, np.ndarray] = {}
         self.draws: dict[str, np.ndarray] = {}
         for model, of_model in values.items():
             members = len(of_model)
             of_members = rng.multinomial(members, np.full(members, 1 / max(1, members)), replicates)
+            self._counts[model] = of_members
             self.draws[model] = _weighted_means(of_model, of_members, of_sequences)
 
     def mean(self, model: str) -> float:
@@ -79,15 +88,16 @@ class Bootstrap:
     def differences(self) -> list[Difference]:
         """Compare all pairs of models, by intervals that hold for all of them at once (max-T).
 
-        A pair is compared on the sequences that both have.
+        A pair is compared on the sequences that both have, each with the same weight whatever the members
+        that a model has of it.
         """
         models = [model for model in self.values if np.isfinite(self.draws[model]).any()]
         pairs = [(a, b) for place, a in enumerate(models) for b in models[place + 1 :]]
         values, deviations, spreads = [], [], []
         for a, b in pairs:
-            both = self._in_common(a, b)
-            draws = both.draws[a] - both.draws[b]
-            value = both.mean(a) - both.mean(b)
+            both = self.restricted((a, b))
+            draws = both.balanced_draws(a) - both.balanced_draws(b)
+            value = both.balanced_mean(a) - both.balanced_mean(b)
             values.append(value)
             deviations.append(draws - value)
             spreads.append(float(np.nanstd(draws)) if np.isfinite(draws).any() else np.nan)
@@ -101,20 +111,38 @@ class Bootstrap:
         limit = float(np.quantile(finite, CONFIDENCE)) if len(finite) else np.nan
         differences = []
         for (a, b), value, own in zip(pairs, values, spread, strict=True):
-            count = min(self.units(a), self.units(b))
-            half = limit * _widening(count) * own if count > 1 else np.nan
+            both = self.restricted((a, b))
+            count = min(both.units(a), both.units(b))
+            # Equal models have the difference 0 in every draw.
+            half = (limit * _widening(count) * own if own > 0 else 0.0) if count > 1 else np.nan
             differences.append(Difference(a, b, float(value), float(value - half), float(value + half)))
         return differences
 
-    def _in_common(self, a: str, b: str) -> Bootstrap:
-        """Restrict two models to the sequences that both have; the draws stay paired."""
-        shared = np.isfinite(self.values[a]).any(axis=0) & np.isfinite(self.values[b]).any(axis=0)
-        if shared.all():
-            restricted = object.__new__(Bootstrap)
-            restricted.values, restricted.draws = self.values, self.draws
-            restricted._sequences = self._sequences
-            return restricted
-        return Bootstrap({model: self.values[model][:, shared] for model in (a, b)}, len(self.draws[a]))
+    def restricted(self, models: Sequence[str]) -> Bootstrap:
+        """Restrict to some models, and the sequences that all of them have."""
+        shared = np.logical_and.reduce([np.isfinite(self.values[model]).any(axis=0) for model in models])
+        return Bootstrap(
+            {model: self.values[model][:, shared] for model in models}, self._replicates, self._seed
+        )
+
+    def balanced_mean(self, model: str) -> float:
+        """Average over sequences the mean over the members that there are."""
+        values = self.values[model]
+        present = np.isfinite(values)
+        counts = present.sum(axis=0)
+        means = np.where(present, values, 0).sum(axis=0)[counts > 0] / counts[counts > 0]
+        return float(means.mean()) if len(means) else np.nan
+
+    def balanced_draws(self, model: str) -> np.ndarray:
+        """Compute :meth:`balanced_mean` of the resampled members and sequences: (draw,)."""
+        values = self.values[model]
+        present = np.isfinite(values)
+        members, sequences = self._counts[model], self._of_sequences
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = (members @ np.where(present, values, 0)) / (members @ present)
+            known = np.isfinite(means)
+            weights = sequences * known
+            return np.where(known, means * sequences, 0).sum(axis=1) / weights.sum(axis=1)
 
 
 def bound(value: float, draws: np.ndarray, count: int) -> Interval:

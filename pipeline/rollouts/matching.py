@@ -171,7 +171,28 @@ def match_fields(
     for model, stores in models.items():
         for member, path in stores:
             _match_store(matching, path, (model, member), tolerance)
+        _list_lacking(matching, model)
     return matching
+
+
+def _list_lacking(matching: Matching, model: str) -> None:
+    """List the trajectories of which a model's member has no rollout, unless another reason is listed."""
+    listed = {
+        (entry.dataset, entry.field, entry.member, entry.sequence)
+        for entry in matching.unmatched
+        if entry.model == model
+    }
+    for key, of_field in matching.fields.items():
+        dataset, name = key.split("/")
+        rows: dict[str, set[int]] = {}
+        for rollout in of_field.rollouts:
+            if rollout.model == model:
+                rows.setdefault(rollout.member, set()).add(rollout.sequence)
+        for member, present in rows.items():
+            for row, sequence in enumerate(of_field.reference.names):
+                if row not in present and (dataset, name, member, sequence) not in listed:
+                    reason = "the model has no rollout of this sequence"
+                    matching.unmatched.append(Unmatched(dataset, name, model, member, sequence, reason))
 
 
 def _match_store(matching: Matching, path: str, owner: tuple[str, str], tolerance: float) -> None:

@@ -160,7 +160,7 @@ def _tables(root: store.Group, damaged: list[str]) -> Iterator[tuple[tuple[str, 
             fields = [read_results(root, f"{key}{suffix}") for key in keys if f"{key}{suffix}" in root]
             counts: dict[str, int] = {}
             for results in fields:
-                damaged += _leave_out_damaged(results)
+                damaged += leave_out_damaged(results)
                 of_field = _members_of(root, results.key)
                 counts = {
                     model: min(count, of_field.get(model, count))
@@ -169,7 +169,8 @@ def _tables(root: store.Group, damaged: list[str]) -> Iterator[tuple[tuple[str, 
                 for metric in results.distances:
                     table = replace(_table_of(results, metric), members=of_field if suffix else None)
                     yield (dataset, results.key.split("/")[1], metric), table
-            if len(keys) > 1 and _are_alike(fields, len(keys)):
+            named_so = f"{dataset}/{ALL_FIELDS}" in keys
+            if len(keys) > 1 and not named_so and _are_alike(fields, len(keys)):
                 for metric in fields[0].distances:
                     if all(metric in results.distances for results in fields):
                         table = replace(_mean_over_fields(fields, metric), members=counts if suffix else None)
@@ -182,7 +183,7 @@ def _add_spectra(root: store.Group, tables: SpectrumTables, damaged: list[str]) 
         if f"{key}/{schema.SPECTRA}" not in root:
             continue
         results = read_results(root, f"{key}/{schema.SPECTRA}")
-        damaged += _leave_out_damaged(results)
+        damaged += leave_out_damaged(results)
         dataset, name = key.split("/")
         energies = _table_of(results, ENERGY).distances
         times = results.axes.times.mean(axis=0)
@@ -204,7 +205,7 @@ def _members_of(root: store.Group, key: str) -> dict[str, int]:
     }
 
 
-def _leave_out_damaged(results: FieldResults) -> list[str]:
+def leave_out_damaged(results: FieldResults) -> list[str]:
     """Make distances NaN that are not those that were written with their record; say which."""
     left_out = []
     described = has_specification(store.get_group(results.root, results.key))
@@ -293,17 +294,24 @@ def _summary(bootstrap: Bootstrap, model: str, values: np.ndarray) -> dict[str, 
 def _choose_best(
     report: RankingReport, place: tuple[str, str, str], bootstrap: Bootstrap, pairs: list[Difference]
 ) -> None:
-    """Choose the model with the least error, and those that cannot be told from it."""
-    means = {model: bootstrap.mean(model) for model in bootstrap.values}
-    present = {model: mean for model, mean in means.items() if np.isfinite(mean)}
+    """Choose the model with the least error on the sequences of all, and those that it isn't better than.
+
+    For certain, that is, by the interval of the difference.
+    """
+    present = [model for model in bootstrap.values if np.isfinite(bootstrap.mean(model))]
     if not present:
         return
-    best = min(present, key=lambda model: present[model])
+    shared = bootstrap.restricted(present)
+    if np.isfinite(shared.balanced_mean(present[0])):
+        means = {model: shared.balanced_mean(model) for model in present}
+    else:  # there is no sequence that all have
+        means = {model: bootstrap.balanced_mean(model) for model in present}
+    best = min(means, key=lambda model: means[model])
     report.best[place] = best
     report.equals[place] = [
         pair.other if pair.model == best else pair.model
         for pair in pairs
-        if best in (pair.model, pair.other) and not pair.is_certain
+        if best in (pair.model, pair.other) and not pair.shows_better(best)
     ]
 
 

@@ -295,10 +295,11 @@ class FieldResults:
         )
 
     def forget(self, metric: str, place: tuple[int, int, int]) -> None:
-        """Delete the record of a rollout that is out of date."""
+        """Delete the record and the distances of a rollout that is out of date."""
         if any(column[place] for column in self.texts[metric].values()):
             for column in self.texts[metric].values():
                 column[place] = ""
+            self.distances[metric][place] = np.nan
             self._changed.add((metric, place[0]))
 
     def flush(self) -> None:

@@ -49,7 +49,7 @@ def score_pixels(members: np.ndarray, truth: np.ndarray, *, masked: bool = False
     """
     count, n = members.shape[:2]
     # Members in the last axis, less the truth: nothing is lost of small differences of large values.
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         errors = np.moveaxis(members.astype(np.float64) - truth.astype(np.float64), 0, -1)
     errors = errors.reshape(n, -1, count)
     present = np.logical_and.reduce(np.isfinite(errors), axis=2)

@@ -16,6 +16,8 @@ from pipeline.workers.worker_metrics import Option
 RolloutScope: TypeAlias = Literal["none", "reference", "each", "pair", "dataset"] | tuple[float, float]
 """Frames whose minimum and maximum normalise a rollout and its reference, see :class:`RolloutSettings`."""
 
+Times: TypeAlias = Annotated[tuple[pydantic.FiniteFloat, ...], pydantic.Field(min_length=1)]
+
 BASELINES = ("persistence", "mean")
 """Models that are made of the reference itself: its first frame, or its mean over time and sequences."""
 
@@ -59,7 +61,7 @@ class RolloutSettings(pydantic.BaseModel):
     size: int | None = pydantic.Field(default=None, ge=1)
     baselines: tuple[Literal["persistence", "mean"], ...] = ()
     ensembles: bool = True
-    spectra: Annotated[int, pydantic.Field(ge=0)] | tuple[float, ...] = 4
+    spectra: Annotated[int, pydantic.Field(ge=0)] | Times = 4
     tolerance: float = pydantic.Field(default=1e-3, gt=0, lt=0.5)
     options: dict[str, dict[str, Option]] = {}
     mask: Literal["nan"] | None = None

@@ -61,7 +61,8 @@ def measure_energy(frames: np.ndarray) -> np.ndarray:
     for place, frame in enumerate(frames.astype(np.float64)):
         if np.isfinite(frame).all():
             transform = np.fft.rfft2(frame, axes=(0, 1), norm="forward")
-            energy = (np.square(transform.real) + np.square(transform.imag)).sum(axis=2).ravel()
+            with np.errstate(over="ignore"):
+                energy = (np.square(transform.real) + np.square(transform.imag)).sum(axis=2).ravel()
             energies[place] = np.bincount(shells, energy * multiplicity, count + 1)[:count]
     return energies
 
@@ -90,6 +91,12 @@ def choose_frames(times: np.ndarray, chosen: int | tuple[float, ...]) -> np.ndar
     if isinstance(chosen, int):
         count = min(chosen, len(times))
         return np.unique(np.rint(np.linspace(0, len(times) - 1, count)).astype(np.int64))
+    reach = (times[-1] - times[0]) / max(len(times) - 1, 1)
+    if outside := [time for time in chosen if not times[0] - reach <= time <= times[-1] + reach]:
+        raise ValueError(
+            f"spectra at {', '.join(f'{time:g}' for time in outside)}; expected times of the reference, "
+            f"{times[0]:g} to {times[-1]:g}"
+        )
     return np.array([int(np.argmin(np.abs(times - time))) for time in sorted(chosen)], np.int64)
 
 
@@ -167,8 +174,8 @@ class SpectrumTables:
             theirs = np.where(present, truth[:, :, band].sum(axis=2), np.nan)
             bootstrap = Bootstrap({"model": ours, REFERENCE: theirs}, self.replicates, self.seed)
             with np.errstate(divide="ignore", invalid="ignore"):
-                value = np.divide(bootstrap.mean("model"), bootstrap.mean(REFERENCE)) - 1
-                draws = bootstrap.draws["model"] / bootstrap.draws[REFERENCE] - 1
+                value = np.divide(bootstrap.balanced_mean("model"), bootstrap.balanced_mean(REFERENCE)) - 1
+                draws = bootstrap.balanced_draws("model") / bootstrap.balanced_draws(REFERENCE) - 1
             interval = bound(float(value), draws, bootstrap.units("model"))
             yield labels | {
                 "band": name,

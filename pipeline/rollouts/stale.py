@@ -17,8 +17,8 @@ from pipeline.metrics.value_range import dataset_range
 from pipeline.rollouts import scores, spectra
 from pipeline.rollouts.compute import Block, Ensemble, ScopedRequest, Source
 from pipeline.rollouts.matching import FieldRollouts, Rollout
-from pipeline.rollouts.results import FieldResults
-from pipeline.rollouts.settings import RolloutSettings, ScopedMetrics
+from pipeline.rollouts.results import FieldResults, read_results
+from pipeline.rollouts.settings import BASELINES, RolloutSettings, ScopedMetrics
 from pipeline.stage.provenance import has_specification, record_specifications, specification_of
 from pipeline.storage import schema, store
 from pipeline.storage.versions import versions
@@ -26,6 +26,9 @@ from pipeline.workers.cluster import Cluster
 
 SOURCES_TOGETHER = 8
 """Rollouts that a task compares with their trajectory: few enough that several workers share those of one."""
+
+RULES = 2
+"""Raised whenever what is done with a metric's distances changes, such as where they are but rounding."""
 
 Place = tuple[str, str, str, int]
 """Metric, model, member, and row of the trajectory."""
@@ -132,8 +135,11 @@ def find_stale(
     requests = _scoped_requests(of_field, results, scoped, cluster)
     stale = Stale(results, of_field, requests)
     _find_stale_rollouts(stale, metrics, settings)
-    if settings.spectra:
+    if settings.spectra and settings.mask is None:
         _find_stale_spectra(stale, settings, units)
+    else:
+        spectra_of = _renamed(of_field, schema.SPECTRA)
+        _forget_in_part(stale, spectra_of, _contents_of(of_field, (*settings.baselines, spectra.REFERENCE)))
     if _are_scored(root, of_field, settings):
         energies = {
             scores.ENERGY + name: metric_units[name]
@@ -145,13 +151,21 @@ def find_stale(
         names = dict.fromkeys(scores.PIXEL_SCORES, units) | energies
         stale.scores = FieldResults.open(root, as_ensembles(of_field), names, settings.baselines)
         _find_stale_ensembles(stale, names, metrics, settings)
+    else:
+        _forget_in_part(stale, as_ensembles(of_field), _contents_of_ensembles(of_field))
     return stale
 
 
 def as_ensembles(of_field: FieldRollouts) -> FieldRollouts:
     """Rename a field and its rollouts as the group of scores has them: one nameless member a model."""
-    reference = replace(of_field.reference, key=f"{of_field.reference.key}/{schema.ENSEMBLE}")
-    return FieldRollouts(reference, [replace(rollout, member="") for rollout in of_field.rollouts])
+    renamed = _renamed(of_field, schema.ENSEMBLE)
+    return FieldRollouts(renamed.reference, [replace(rollout, member="") for rollout in of_field.rollouts])
+
+
+def _renamed(of_field: FieldRollouts, part: str) -> FieldRollouts:
+    """Rename a field as a part of its results is called."""
+    reference = replace(of_field.reference, key=f"{of_field.reference.key}/{part}")
+    return FieldRollouts(reference, of_field.rollouts)
 
 
 def _are_scored(root: store.Group, of_field: FieldRollouts, settings: RolloutSettings) -> bool:
@@ -195,9 +209,10 @@ def _find_stale_rollouts(stale: Stale, metrics: Mapping[str, Metric], settings: 
     group = store.get_group(results.root, results.key)
     described = has_specification(group)
     rollouts = _list_rollouts(of_field, settings.baselines)
+    contents = _contents_of(of_field, settings.baselines)
     for model, member, row, rollout in rollouts:
         place = results.axes.place(model, member, of_field.reference.names[row])
-        content = f"{of_field.reference.contents[row]} {_hashed(_other(of_field, model, rollout))}"
+        content = contents[model, member, row]
         outdated = []
         for name, request in stale.requests.items():
             made_of = _hashed(_made_of(content, request, metrics[name]))
@@ -210,8 +225,7 @@ def _find_stale_rollouts(stale: Stale, metrics: Mapping[str, Metric], settings: 
         if outdated:
             of_row = stale.sources.setdefault(row, {})
             of_row[model, member] = Source(model, member, tuple(outdated), rollout)
-    _forget_others(results, of_field, {(model, member, row) for model, member, row, _ in rollouts})
-    results.flush()
+    _forget_others(results, of_field, contents)
     outdated_metrics = {name for name, *_ in stale.fingerprints}
     record_specifications(
         group,
@@ -257,6 +271,7 @@ def _made_of(content: str, request: ScopedRequest, metric: Metric) -> dict[str, 
         "content": content,
         "specification": metric.specification_hash,
         "scope": [request.scope, scope],
+        "rules": RULES,
     }
 
 
@@ -265,17 +280,60 @@ def _hashed(value: Any) -> str:
 
 
 def _forget_others(
-    results: FieldResults, of_field: FieldRollouts, present: set[tuple[str, str, int]]
+    results: FieldResults, of_field: FieldRollouts, contents: Mapping[tuple[str, str, int], str]
 ) -> None:
-    """Forget rollouts that are gone, and those of other models whose trajectory has changed."""
-    named = {model for model, _, _ in present}
-    contents = of_field.reference.contents
+    """Forget what is made of other frames than today's, whether or not this run asks for its metric.
+
+    Parameters
+    ----------
+    contents : mapping of (model, member, row) to str
+        Of all rollouts that there are, of models that this run names. Of other models the trajectory alone is
+        known.
+    """
+    named = {model for model, _, _ in contents}
     for metric, place, (model, member, sequence) in results.each():
         row = results.axes.sequences.index(sequence)
-        trajectory = str(results.texts[metric][schema.CONTENT][place]).partition(" ")[0]
-        is_vanished = model in named and (model, member, row) not in present
-        if is_vanished or (model not in named and trajectory not in ("", contents[row])):
+        recorded = str(results.texts[metric][schema.CONTENT][place])
+        if model in named:
+            is_outdated = recorded != contents.get((model, member, row))
+        else:
+            is_outdated = recorded.partition(" ")[0] != of_field.reference.contents[row]
+        if recorded and is_outdated:
             results.forget(metric, place)
+    results.flush()
+
+
+def _contents_of(of_field: FieldRollouts, others: Sequence[str]) -> dict[tuple[str, str, int], str]:
+    """Describe what each rollout, and each baseline whether named or not, is compared with."""
+    made = [*dict.fromkeys([*others, *BASELINES])]
+    hashes = {model: _hashed(_other(of_field, model, None)) for model in made}
+    contents = {}
+    for model, member, row, rollout in _list_rollouts(of_field, made):
+        hashed = hashes[model] if rollout is None else _hashed(_other(of_field, model, rollout))
+        contents[model, member, row] = f"{of_field.reference.contents[row]} {hashed}"
+    return contents
+
+
+def _contents_of_ensembles(of_field: FieldRollouts) -> dict[tuple[str, str, int], str]:
+    """Describe what each ensemble, and each baseline, is made of."""
+    hashes = {model: _hashed(_other(of_field, model, None)) for model in BASELINES}
+    all_members = _members(of_field)
+    contents = {}
+    for row, trajectory in enumerate(of_field.reference.contents):
+        for model, members in all_members.items():
+            if rollouts := of_field.of(row, model):
+                others = [[of.member, _other(of_field, model, of)] for of in rollouts]
+                contents[model, "", row] = f"{trajectory} {_hashed([members, others])}"
+        contents |= {(model, "", row): f"{trajectory} {hashed}" for model, hashed in hashes.items()}
+    return contents
+
+
+def _forget_in_part(
+    stale: Stale, of_part: FieldRollouts, contents: Mapping[tuple[str, str, int], str]
+) -> None:
+    """Forget what is outdated in a group that this run doesn't compute."""
+    if f"{of_part.reference.key}/{schema.PROVENANCE}/{schema.METRIC}" in stale.results.root:
+        _forget_others(read_results(stale.results.root, of_part.reference.key), of_part, contents)
 
 
 # ---------------------------------------------------------------- spectra
@@ -285,6 +343,7 @@ def _find_stale_spectra(stale: Stale, settings: RolloutSettings, units: str) -> 
     """Find the rollouts whose energies by wavenumber are out of date, the reference among them."""
     of_field, reference = stale.reference, stale.reference.reference
     chosen = np.stack([spectra.choose_frames(times, settings.spectra) for times in reference.times])
+    chosen = np.unique(chosen, axis=1)  # two times may have the same nearest frame
     at_times = replace(
         reference,
         key=f"{reference.key}/{schema.SPECTRA}",
@@ -297,10 +356,9 @@ def _find_stale_spectra(stale: Stale, settings: RolloutSettings, units: str) -> 
     stale.spectra, stale.spectrum_frames = results, chosen
     group = store.get_group(results.root, results.key)
     described = has_specification(group)[spectra.ENERGY]
-    rollouts = _list_rollouts(of_field, models)
-    for model, member, row, rollout in rollouts:
-        other = _other(of_field, model, rollout)
-        content = f"{reference.contents[row]} {_hashed(other)}"
+    contents = _contents_of(of_field, models)
+    for model, member, row, rollout in _list_rollouts(of_field, models):
+        content = contents[model, member, row]
         made_of = _hashed({"content": content, "frames": chosen[row].tolist(), "version": spectra.VERSION})
         place = results.axes.place(model, member, reference.names[row])
         if described and results.is_fresh(spectra.ENERGY, place, made_of):
@@ -310,8 +368,7 @@ def _find_stale_spectra(stale: Stale, settings: RolloutSettings, units: str) -> 
         of_row = stale.sources.setdefault(row, {})
         source = of_row.get((model, member), Source(model, member, (), rollout))
         of_row[model, member] = replace(source, spectrum=True)
-    _forget_others(results, of_field, {(model, member, row) for model, member, row, _ in rollouts})
-    results.flush()
+    _forget_others(results, of_field, contents)
     if stale.spectrum_fingerprints:
         description = {"spectrum_version": spectra.VERSION, "scope": "none", "versions": versions()}
         record_specifications(group, {spectra.ENERGY: description})
@@ -330,15 +387,12 @@ def _find_stale_ensembles(
     described = has_specification(group)
     masked = settings.mask is not None
     members = _members(of_field) | {baseline: [""] for baseline in settings.baselines}
-    present = set()
+    contents = _contents_of_ensembles(of_field)
     for row, sequence in enumerate(of_field.reference.names):
         for model, of_model in members.items():
-            sources = _sources_of(of_field, row, model)
-            if model not in settings.baselines and sources[0].rollout is None:
+            if (model, "", row) not in contents:
                 continue  # without any rollout of this trajectory
-            present.add((model, "", row))
-            others = [[of.member, _other(of_field, model, of.rollout)] for of in sources]
-            content = f"{of_field.reference.contents[row]} {_hashed([of_model, others])}"
+            content = contents[model, "", row]
             place = results.axes.place(model, "", sequence)
             outdated = []
             for name in names:
@@ -353,8 +407,7 @@ def _find_stale_ensembles(
             if outdated:
                 ensemble = Ensemble(model, tuple(of_model), tuple(outdated), masked)
                 stale.ensembles.setdefault(row, {})[model] = ensemble
-    _forget_others(results, of_field, present)
-    results.flush()
+    _forget_others(results, of_field, contents)
     record_specifications(
         group,
         {

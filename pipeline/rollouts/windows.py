@@ -31,8 +31,6 @@ class Frames:
     ----------
     shape : tuple of int
         Of a frame, (y, x, channel).
-    lo, hi : ndarray of shape (channel,), float64
-        Minimum and maximum over all frames without NaN and infinity; NaN if there is none.
     """
 
     def __init__(self, path: str, key: str, row: int, content: str, together: int = 1) -> None:
@@ -50,7 +48,7 @@ class Frames:
     def _scan(self) -> None:
         """Read all frames, check their hash, and find their range; keep them if they are few."""
         digest = xxhash.xxh3_128()
-        nbytes, lows, highs = 0, [], []
+        nbytes, lows, highs, whole = 0, [], [], []
         dtype = self._array.dtype.newbyteorder("<")
         shape = (self._count, *self._array.shape[2:])
         digest.update(f"{dtype.str} {shape}\n".encode())
@@ -58,8 +56,9 @@ class Frames:
             window = store.read(self._array, (self._row, slice(start, start + self._length)))
             digest.update(np.ascontiguousarray(window, dtype).reshape(-1).view(np.uint8).data)
             extremes = find_extremes(window)
-            lows.append(extremes.lo[extremes.finite])
-            highs.append(extremes.hi[extremes.finite])
+            lows.append(extremes.lo)
+            highs.append(extremes.hi)
+            whole.append(extremes.finite)
             nbytes += window.nbytes
             if self._held is not None:
                 self._held.append(window)
@@ -73,16 +72,22 @@ class Frames:
                 str(self._array.store_path),
                 f"row {self._row}: frames and parameter are not those that were converted",
             )
-        low, high = np.concatenate(lows), np.concatenate(highs)
-        nothing = np.full(shape[-1], np.nan)
-        self.lo = low.min(axis=0) if len(low) else nothing
-        self.hi = high.max(axis=0) if len(high) else nothing
+        self._low, self._high = np.concatenate(lows), np.concatenate(highs)
+        self._whole = np.concatenate(whole)
 
-    @property
-    def range(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """``lo`` and ``hi`` as a scope; of frames without any finite value (0, 0)."""
-        lo, hi = (np.nan_to_num(side, nan=0.0) for side in (self.lo, self.hi))
-        return tuple(lo.tolist()), tuple(hi.tolist())
+    def range(self, masked: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Find the minimum and maximum by channel, as a scope.
+
+        Over frames without NaN and infinity; ``masked``, over the finite values of all frames. (0, 0) where
+        there is none.
+        """
+        chosen = np.ones(self._count, bool) if masked else self._whole
+        ends = []
+        for side, of in ((self._low, np.fmin), (self._high, np.fmax)):
+            finite = np.where(np.isfinite(side[chosen]), side[chosen], np.nan)
+            end = of.reduce(finite, axis=0) if len(finite) else np.zeros(self.shape[-1])
+            ends.append(tuple(np.nan_to_num(end, nan=0.0).tolist()))
+        return ends[0], ends[1]
 
     def windows(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield windows of frames, (n, y, x, channel), and where they stand in the trajectory."""
