@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.masked import MaskedTensor
@@ -89,8 +90,10 @@ def map_range(values: Tensor, data_range: float | tuple[float, float], target: t
     >>> map_range(torch.tensor([0.0, 0.5, 1.0]), 1.0, (0.0, 255.0))
     tensor([  0.0000, 127.5000, 255.0000])
     """
-    lo, hi = data_range if isinstance(data_range, tuple) else (0.0, data_range)
-    if not -math.inf < lo < hi < math.inf:
+    ends = data_range if isinstance(data_range, tuple) else (0.0, data_range)
+    numbers = [end for end in ends if isinstance(end, int | float | np.number) and math.isfinite(end)]
+    lo, hi = numbers if len(ends) == len(numbers) == 2 else (0.0, 0.0)
+    if not lo < hi:
         raise ValueError(f"data_range must be a positive number or (lo, hi), got {data_range!r}")
     first, last = target
     values = values if values.is_floating_point() else values.double()

@@ -766,3 +766,46 @@ def test_ranges_of_trajectories_with_masked_pixels_are_those_of_their_values(tmp
     cut = [{name: of[:, 5:] for name, of in side.items()} for side in (reference, models["m"])]
     expected = compared(whole, cut[0], {"m": cut[1]}, here, metrics=("l1",), scope=scope, baselines=("mean",))
     np.testing.assert_allclose(results_of(out)["l1"].values, results_of(expected)["l1"].values, rtol=1e-5)
+
+
+OWN = """
+import torch
+from lsim.metric import Embedding, Metric, MetricInfo
+
+class Mean(Metric):
+    info = MetricInfo(title="difference of means", source="example")
+
+    def embed(self, frames):
+        return Embedding({"mean": frames.mean((1, 2, 3)).double()})
+
+    def compare(self, a, b):
+        return (a.parts["mean"][:, None] - b.parts["mean"]).abs()
+
+class Exits(Mean):
+    def paired(self, a, b):
+        raise SystemExit(0)
+
+class Interrupts(Mean):
+    def paired(self, a, b):
+        raise KeyboardInterrupt
+
+class Writes(Mean):
+    def paired(self, a, b):
+        a.parts["mean"].zero_()
+        return (a.parts["mean"] - b.parts["mean"]).abs()
+"""
+
+
+def test_metrics_of_others_fail_alone_and_by_name(tmp_path, stores, here, monkeypatch):
+    (tmp_path / "own_rollout_metrics.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = [f"own_rollout_metrics:{kind}" for kind in ("Exits", "Interrupts", "Writes", "Mean")]
+    settings = RolloutSettings(metrics=("l2", *names))
+    report = compare(stores["reference"], {"fno": stores["fno"]}, tmp_path / "r.zarr", settings, cluster=here)
+    failed = {failure.metric: failure.reason for failure in report.failures}
+    dataset = results_of(tmp_path / "r.zarr")
+    whole = {name for name, values in dataset.data_vars.items() if np.isfinite(values.values).all()} - {"time"}
+    assert len(failed) == 3
+    assert all("paired" in reason for reason in failed.values()), failed
+    assert {"l2"} < whole
+    assert not whole & failed.keys()

@@ -157,3 +157,10 @@ def test_units_in_which_squares_overflow_are_refused(name: str, factor: float) -
     with pytest.raises(lsim.FramesError, match="change their units"):
         metric.pairwise(frames, scope="none")
     assert np.isfinite(metric.pairwise(frames)).all(), "normalised, they are as any others"
+
+
+@pytest.mark.parametrize("data_range", ["1", (1,), (0.0, "1"), float("nan"), 0, (2.0, 1.0)])
+def test_a_range_of_data_that_is_none_is_named(data_range: object) -> None:
+    frames = torch.zeros(1, 1, 8, 8)
+    with pytest.raises(ValueError, match="data_range must be a positive number"):
+        lsim.load_metric("l1")(frames, frames, data_range=data_range)  # type: ignore[arg-type]

@@ -118,7 +118,8 @@ class Headline:
     pool : bool
     members : list of str
         Data sets with figures.
-    sequences : int
+    sequences, left_out : int
+        Those that the best metric is ranked on, and others.
     ranked : int
         Metrics with a value.
     comparisons : int
@@ -134,6 +135,7 @@ class Headline:
     pool: bool
     members: list[str]
     sequences: int
+    left_out: int
     ranked: int
     comparisons: int
     metric: str | None
@@ -185,12 +187,14 @@ def make_headline(
         by_metric = _compare_with_best(differences, dataset, ranks[0]["metric"], values)
         rivals = [by_metric[row["metric"]] for row in ranks[1:]]
     best = Cell.of(ranks[0]) if ranks else None
+    own = int(ranks[0]["sequences"]) if ranks else 0
     simultaneous = differences[differences.dataset == dataset]["low_simultaneous"]
     return Headline(
         dataset=dataset,
         pool=dataset in pools,
         members=[name for name in pools.get(dataset, [dataset]) if name in names],
-        sequences=int(sequences[dataset]),
+        sequences=own,
+        left_out=int(sequences[dataset]) - own,
         ranked=len(ranks),
         comparisons=int(simultaneous.notna().sum()),
         metric=best.metric if best is not None else None,
