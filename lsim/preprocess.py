@@ -150,6 +150,10 @@ SMALLEST = 1e-140
 """Least magnitude of frames in their own units; one over it is the largest."""
 
 
+MOST_RANGES = 1e15
+"""Distance of values from a fixed range, in ranges, whose squares single precision can hold."""
+
+
 class Applied(NamedTuple):
     """Prepared frames with bounds on their rounding.
 
@@ -189,8 +193,25 @@ def apply_with_rounding(settings: Preprocessing, frames: Frames, scope: Scope) -
         move_scope(scope, exact),
         integer_limits(frames) is not None,
     )
+    if isinstance(scope, tuple):
+        _check_reach(settings, resized, normalised)
     rounding = _bound_rounding(settings, frames, resized, normalised)
     return Applied(normalised.values, normalised.rest, rounding)
+
+
+def _check_reach(settings: Preprocessing, resized: _Resized, normalised: _Normalised) -> None:
+    """Refuse values so far beyond a fixed range that their squares overflow."""
+    limit = 1 / SMALLEST if settings.precision == "double" else MOST_RANGES
+    spread = normalised.hi - normalised.lo
+    with np.errstate(all="ignore"):
+        ends = np.stack([resized.extremes.lo, resized.extremes.hi]) - normalised.lo
+        reach = np.abs(ends) / np.where(spread > 0, spread, np.inf)
+    largest = float(reach[np.isfinite(reach)].max(initial=0))
+    if largest > limit:
+        raise FramesError(
+            f"values are up to {largest:.3g} times the range of the scope away from it; expected {limit:g} "
+            "at most: frames that diverge, or another field's range"
+        )
 
 
 def _check_magnitude(resized: _Resized, factor: float) -> None:

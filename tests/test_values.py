@@ -164,3 +164,16 @@ def test_a_range_of_data_that_is_none_is_named(data_range: object) -> None:
     frames = torch.zeros(1, 1, 8, 8)
     with pytest.raises(ValueError, match="data_range must be a positive number"):
         lsim.load_metric("l1")(frames, frames, data_range=data_range)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["l1", "l2", "lsim-open"])
+def test_values_far_beyond_a_fixed_range_are_refused_before_their_squares_overflow(name: str) -> None:
+    rng = np.random.default_rng(0)
+    frames = rng.random((2, 48, 48))
+    metric = lsim.load_metric(name, size=None)
+    frames[1] *= 1e12
+    assert np.isfinite(metric.pairwise(frames, scope=(0.0, 1.0))).all()
+    assert metric.pairwise(frames, scope=(0.0, 1.0))[0, 1] != 0
+    frames[1] *= 1e13
+    with pytest.raises(lsim.FramesError, match="times the range of the scope"):
+        metric.pairwise(frames, scope=(0.0, 1.0))
