@@ -103,11 +103,12 @@ def test_a_host_cut_off_costs_its_blocks_and_comes_back(hosts, frames, undisturb
         "h0", "distances", frames, "--out", out, *SETTINGS, "--cluster", SCHEDULER, log="run.log"
     )
     hosts.wait_until("both compute", lambda: pace.workers() == {"h1", "h2"})
+    # The driver writes records every two seconds.
+    hosts.wait_until("some blocks are recorded", lambda: bool(chunk_times(out)))
 
     netns("cut", "h2")
     cut = time.time()
     finished = chunk_times(out)
-    assert finished
     hosts.wait_until("the scheduler gives h2 up", lambda: members.names == ["h1"], RECOVERY_S)
     lost = members.changes[-1]["time"] - cut
     done = len(pace.lines("end"))
