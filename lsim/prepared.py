@@ -74,7 +74,7 @@ class Prepared:
 
     @cached_property
     def rest(self) -> Tensor | None:
-        """What double precision has rounded off ``values``, float64; None in single precision."""
+        """Rest that double precision has rounded off ``values``, float64; None in single precision."""
         return None if self.find_rest is None else self.find_rest()
 
     @cached_property

@@ -200,8 +200,8 @@ def _stores_of(models: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
     stores = {}
     for model, paths in models.items():
         if not model or "/" in model or model in (*BASELINES, REFERENCE):
-            taken = " or ".join((*BASELINES, REFERENCE))
-            raise ValueError(f"a model needs a name, without '/' and not {taken}; got {model!r}")
+            reserved_names = " or ".join((*BASELINES, REFERENCE))
+            raise ValueError(f"a model needs a name, without '/' and not {reserved_names}; got {model!r}")
         listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
         members = [""] if len(listed) == 1 else [str(number) for number in range(len(listed))]
         stores[model] = list(zip(members, map(absolute, listed), strict=True))

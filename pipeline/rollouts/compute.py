@@ -468,16 +468,16 @@ class _Scored:
         """Score a window of the trajectory, where all members have frames."""
         whole = np.logical_and.reduce([member.present for member in members])
         self.missing += int((~whole).sum())
-        wanted = [name for name in self.ensemble.scores if name not in self.result.reasons]
-        values = {name: np.full(len(window), np.nan) for name in wanted}
-        if whole.any() and wanted:
+        names = [name for name in self.ensemble.scores if name not in self.result.reasons]
+        values = {name: np.full(len(window), np.nan) for name in names}
+        if whole.any() and names:
             with stopwatch("scores"):
-                if {*wanted} & {*scores.PIXEL_SCORES}:
+                if {*names} & {*scores.PIXEL_SCORES}:
                     # As metrics do, without alpha.
                     frames = [drop_alpha(member.frames[whole[member.present]]) for member in members]
                     truth = drop_alpha(window[whole])
                     of_pixels = scores.score_pixels(np.stack(frames), truth, masked=self.ensemble.masked)
-                    for name in {*wanted} & of_pixels.keys():
+                    for name in {*names} & of_pixels.keys():
                         values[name][whole] = of_pixels[name]
                 for metric in self.ensemble.metrics:
                     if scores.ENERGY + metric in values:

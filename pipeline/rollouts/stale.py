@@ -1,4 +1,4 @@
-"""What is out of date in rollouts.zarr: distances of rollouts, and scores of ensembles, and their blocks."""
+"""Find what is out of date in rollouts.zarr: distances, spectra and scores; make blocks of it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Place = tuple[str, str, str, int]
 
 @dataclass
 class Stale:
-    """What of a field is out of date, by row of the trajectory.
+    """Outdated results of a field, by row of the trajectory.
 
     Attributes
     ----------
@@ -305,10 +305,10 @@ def _forget_others(
 
 def _contents_of(of_field: FieldRollouts, others: Sequence[str]) -> dict[tuple[str, str, int], str]:
     """Describe what each rollout, and each baseline whether named or not, is compared with."""
-    made = [*dict.fromkeys([*others, *BASELINES])]
-    hashes = {model: _hashed(_other(of_field, model, None)) for model in made}
+    models = [*dict.fromkeys([*others, *BASELINES])]
+    hashes = {model: _hashed(_other(of_field, model, None)) for model in models}
     contents = {}
-    for model, member, row, rollout in _list_rollouts(of_field, made):
+    for model, member, row, rollout in _list_rollouts(of_field, models):
         hashed = hashes[model] if rollout is None else _hashed(_other(of_field, model, rollout))
         contents[model, member, row] = f"{of_field.reference.contents[row]} {hashed}"
     return contents

@@ -8,6 +8,7 @@ is left to zarr-python, which names what is damaged.
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any, cast
 
 import numpy as np
@@ -37,8 +38,9 @@ def read_shards(array: zarr.Array, region: Any) -> np.ndarray | None:
     Returns
     -------
     ndarray or None
-        None where zarrs is not installed or cannot read it: without shards, at an address, in another byte
-        order than this machine's, or damaged.
+        None where zarrs is not installed or not meant for it: without shards, at an address, in another byte
+        order than this machine's. What zarrs fails to read, zarr-python reads, with a warning, or raises the
+        error for.
     """
     store = array.store_path.store
     if array.shards is None or type(store) is not LocalStore or not array.dtype.isnative:
@@ -47,10 +49,23 @@ def read_shards(array: zarr.Array, region: Any) -> np.ndarray | None:
     if pipeline_class is None:
         return None
     try:
-        pipeline = pipeline_class.from_array_metadata_and_store(array.metadata, store)
-        decoded: Any = AsyncArray(metadata=array.metadata, store_path=array.store_path, config=array.config)
-        object.__setattr__(decoded, "codec_pipeline", pipeline)
-        return np.asarray(zarr.Array(cast(Any, decoded))[region])
-    except Exception:
-        # Whatever it is, zarr-python reads the same bytes, or says what is wrong with them.
-        return None
+        return decode_shards(array, region, pipeline_class)
+    except Exception as error:
+        # zarr-python raises its own error for what is damaged.
+        values = np.asarray(array[region])
+        _warn_once(f"{type(error).__name__}: {error}", str(array.store_path))
+        return values
+
+
+def decode_shards(array: zarr.Array, region: Any, pipeline_class: Any) -> np.ndarray:
+    """Read a region through a codec pipeline, which raises whatever it raises for damage."""
+    pipeline = pipeline_class.from_array_metadata_and_store(array.metadata, array.store_path.store)
+    decoded: Any = AsyncArray(metadata=array.metadata, store_path=array.store_path, config=array.config)
+    object.__setattr__(decoded, "codec_pipeline", pipeline)
+    return np.asarray(zarr.Array(cast(Any, decoded))[region])
+
+
+@functools.cache
+def _warn_once(fault: str, path: str) -> None:
+    """Warn of an array that zarrs fails to read and zarr-python reads."""
+    warnings.warn(f"{path}: zarrs cannot read it, and zarr-python does, more slowly: {fault}", stacklevel=4)
