@@ -39,6 +39,7 @@ def twice_stated(values):
     return 2 * stated(values)
 
 
+print("numba", numba.__version__, "numpy", np.__version__, file=sys.stderr)
 values = np.random.default_rng(0).normal(size=10_007) * 1e8
 if sys.argv[1] == "caller-first":
     twice_plain(values), twice_stated(values)
